@@ -1,0 +1,276 @@
+"""The recipe: which decoder layers drop visual tokens, how many stay, and where those numbers came from.
+
+A versioned JSON file; `Recipe` is its only reader and writer. Floats are rounded to 6 significant digits when a recipe is made,
+so a recipe in memory equals the file it is saved to, byte for byte. `python -m quota.core.recipe` writes the JSON schema.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quota.core.errors import RecipeError
+from quota.core.files import atomic_write_text
+
+SCHEMA_VERSION = 1
+SCHEMA_PATH = Path("recipes/recipe.schema.json")
+
+
+def significant(x: float, digits: int = 6) -> float:
+    """`x` rounded to `digits` significant decimal digits. Monotone, so it never breaks an ordering."""
+    return float(f"{x:.{digits}g}")
+
+
+def kept_tokens(ratio: float, tokens: int) -> int:
+    """Equation (5): ceil(ratio * tokens), computed on the decimal value of `ratio`, so 0.07 of 100 is 7 and 0.3 of 576 is 173."""
+    return math.ceil(Fraction(repr(float(ratio))) * tokens)
+
+
+Int = Annotated[int, Field(strict=True)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(significant)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False), AfterValidator(significant)]
+Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(significant)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelFacts(_Part):
+    """The model a recipe belongs to. The three sizes let the cost model run without the model; absent in hand-written recipes."""
+
+    architecture: str = Field(description="class name, for example LlavaForConditionalGeneration")
+    fingerprint: str = Field(description="fingerprint shared by the float model and its quantized checkpoint; a mismatch is an error")
+    layers: Positive = Field(description="number of decoder layers")
+    visual_tokens: Positive = Field(description="visual tokens of one picture after the projector")
+    hidden_size: Positive | None = Field(default=None, description="d of the cost model")
+    kv_size: Positive | None = Field(default=None, description="d_kv of the cost model: key/value heads x head dimension")
+    intermediate_size: Positive | None = Field(default=None, description="m of the cost model: width of the gated MLP")
+
+
+class ScoreWeights(_Part):
+    """Equation (8): weights of the four robustly scaled signals of a visual token."""
+
+    inter: Weight = Field(default=0.45, description="attention from the text after the image")
+    mag: Weight = Field(default=0.25, description="norm of the hidden state")
+    intra: Weight = Field(default=0.10, description="attention from visual tokens")
+    quant: Weight = Field(default=0.20, description="error of the deployed activation quantizer: the low-bit risk")
+
+    @model_validator(mode="after")
+    def _some_signal(self) -> ScoreWeights:
+        if self.inter + self.mag + self.intra + self.quant <= 0:
+            raise ValueError("at least one weight must be greater than 0")
+        return self
+
+    def without_quant(self) -> ScoreWeights:
+        """The stage-wise baselines' score: no low-bit term, the others rescaled to the same sum."""
+        total = self.inter + self.mag + self.intra
+        if total <= 0:
+            raise RecipeError("weights: expected a weight other than quant above 0 to drop the quant term; give inter, mag or intra a weight")
+        factor = (total + self.quant) / total
+        return ScoreWeights(inter=self.inter * factor, mag=self.mag * factor, intra=self.intra * factor, quant=0.0)
+
+
+class Percentiles(_Part):
+    """Equation (7): the percentiles that robust scaling maps to 0 and 1."""
+
+    low: Number = 5.0
+    high: Number = 95.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Percentiles:
+        if not 0 <= self.low < self.high <= 100:
+            raise ValueError(f"expected 0 <= low < high <= 100, got low {self.low:g} and high {self.high:g}")
+        return self
+
+
+class Provenance(_Part):
+    """Where the numbers came from. Everything is null in a recipe written by hand."""
+
+    model_fingerprint: str | None = None
+    calibration_fingerprint: str | None = Field(default=None, description="fingerprint of the samples file")
+    tool_version: str | None = None
+    samples: Positive | None = Field(default=None, description="number of profiled samples")
+    layer_rule: str | None = Field(default=None, description='how the candidates were chosen: "auto" or the --layers text')
+
+
+class Recipe(_Part):
+    """One pruning plan. `keep[i]` is the share of the reference visual tokens alive from decoder layer `candidates[i]` on.
+
+    Immutable; sequences are tuples. Build one with `Recipe.parse` or `Recipe.load`, which raise RecipeError naming the field.
+    """
+
+    schema_version: Literal[1] = 1
+    method: Literal["quota", "uniform"] = Field(description="quota: drops follow the sensitivities; uniform: equal drops")
+    regime: str = Field(min_length=1, description="low-bit regime the recipe was made for, for example w4a4kv4")
+    model: ModelFacts
+    candidates: tuple[Positive, ...] = Field(min_length=1, description="decoder layers that drop tokens at their input, ascending, never 0")
+    keep: tuple[Share, ...] = Field(min_length=1, description="share of the reference tokens kept per candidate, non-increasing")
+    final_keep: Share = Field(description="r_min: the last entry of keep")
+    tau: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(significant)] = Field(
+        default=1.0, description="softmax temperature of equation (3)"
+    )
+    reference: Literal["recorded", "per_image"] = Field(
+        default="recorded", description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens"
+    )
+    reference_tokens: Positive = Field(description="V_ref: visual tokens of one picture that keep refers to")
+    weights: ScoreWeights = Field(default_factory=ScoreWeights)
+    percentiles: Percentiles = Field(default_factory=Percentiles)
+    position_policy: Literal["original", "compact"] = Field(
+        default="original", description="original: kept tokens keep their rotary positions; compact: positions are renumbered"
+    )
+    sensitivities: tuple[Weight, ...] = Field(default=(), description="s_l of equation (1) per candidate; empty when unknown")
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _version(cls, value: object) -> object:
+        if value != SCHEMA_VERSION or isinstance(value, bool):
+            raise ValueError(f"this quota reads recipes of schema_version {SCHEMA_VERSION}; make the recipe again with `quota recipe`")
+        return value
+
+    @field_validator("candidates")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        for i, (a, b) in enumerate(zip(value, value[1:], strict=False), start=1):
+            if b <= a:
+                raise ValueError(f"layers must be ascending and distinct, entry {i} is {b} after {a}")
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _non_increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for i, (a, b) in enumerate(zip(value, value[1:], strict=False), start=1):
+            if b > a:
+                raise ValueError(f"ratios must not increase, entry {i} is {b:g} after {a:g}: a dropped token cannot come back")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if len(self.keep) != len(self.candidates):
+            raise ValueError(f"keep: expected one ratio per candidate layer ({len(self.candidates)}), got {len(self.keep)}")
+        if self.sensitivities and len(self.sensitivities) != len(self.candidates):
+            raise ValueError(f"sensitivities: expected none or one per candidate layer ({len(self.candidates)}), got {len(self.sensitivities)}")
+        if self.keep[-1] != self.final_keep:
+            raise ValueError(f"keep: expected the last ratio to equal final_keep {self.final_keep:g}, got {self.keep[-1]:g}")
+        if self.candidates[-1] >= self.model.layers:
+            raise ValueError(f"candidates: expected layers below model.layers {self.model.layers}, got {self.candidates[-1]}")
+        made_for = self.provenance.model_fingerprint
+        if made_for is not None and made_for != self.model.fingerprint:
+            raise ValueError(f"provenance.model_fingerprint: expected model.fingerprint {self.model.fingerprint}, got {made_for}")
+        return self
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """A recipe from its JSON object. RecipeError lists every wrong field with what was expected and found."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise RecipeError(_describe(error, source)) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. RecipeError when it is missing, not JSON, has a repeated key, or breaks the schema."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path}: cannot be read ({_reason(error)}); expected a file written by `quota recipe`") from None
+        try:
+            data = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"recipe {path}: not valid JSON ({error}); expected a file written by `quota recipe`") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe {path}: expected a JSON object, got {type(data).__name__}")
+        return cls.parse(data, f"recipe {path}")
+
+    def dumps(self) -> str:
+        """Canonical text: fields in schema order, two-space indent, one final newline. Equal recipes give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically: a reader sees the old file or the new one, never a part."""
+        atomic_write_text(Path(path), self.dumps())
+
+    def keep_at(self, layer: int) -> float:
+        """Share of the reference visual tokens alive inside decoder layer `layer` (0-based); 1.0 before the first candidate."""
+        if not 0 <= layer < self.model.layers:
+            raise RecipeError(f"layer: expected 0 to {self.model.layers - 1}, got {layer}")
+        alive = 1.0
+        for candidate, ratio in zip(self.candidates, self.keep, strict=True):
+            if candidate <= layer:
+                alive = ratio
+        return alive
+
+    def tokens_at(self, layer: int, tokens: int | None = None) -> int:
+        """Visual tokens of one picture alive inside `layer`: ceil(keep * V), with V = `tokens` or `reference_tokens`."""
+        return kept_tokens(self.keep_at(layer), self.reference_tokens if tokens is None else tokens)
+
+    def check_model(self, fingerprint: str, layers: int | None = None) -> None:
+        """RecipeError unless the recipe was made for this model."""
+        if fingerprint != self.model.fingerprint:
+            raise RecipeError(
+                f"model.fingerprint: the recipe is for {self.model.architecture} {self.model.fingerprint}, this model is {fingerprint}; "
+                "make a recipe for this model with `quota recipe`"
+            )
+        if layers is not None and layers != self.model.layers:
+            raise RecipeError(f"model.layers: the recipe expects {self.model.layers} decoder layers, this model has {layers}")
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"]).lstrip(".")
+        found = item["input"]
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown field; check its spelling against recipes/recipe.schema.json"
+        elif item["type"] == "missing":
+            message = "required field is missing"
+        elif not isinstance(found, (dict, list, tuple, BaseModel)):
+            message = f"{message[:1].lower()}{message[1:]}, got {found!r}"
+        lines.append(f"{field}: {message}" if field else message)
+    return f"{source}: " + "; ".join(lines)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        repeated = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
+        raise ValueError(f"key {repeated!r} appears twice")
+    return data
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def schema_text() -> str:
+    """The JSON schema of a recipe file, canonical text."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    schema["title"] = "QUOTA recipe"
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the JSON schema of recipe files.")
+    parser.add_argument("--out", type=Path, default=SCHEMA_PATH, help=f"default: {SCHEMA_PATH}")
+    out = parser.parse_args().out
+    atomic_write_text(out, schema_text())
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
