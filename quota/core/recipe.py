@@ -45,7 +45,7 @@ class _Part(BaseModel):
 
 
 class ModelFacts(_Part):
-    """The model a recipe belongs to. The three sizes let the cost model run without the model; absent in hand-written recipes."""
+    """The model a recipe belongs to. The sizes from hidden_size on let the cost model run without the model; null when unknown."""
 
     architecture: str = Field(description="class name, for example LlavaForConditionalGeneration")
     fingerprint: str = Field(description="fingerprint shared by the float model and its quantized checkpoint; a mismatch is an error")
@@ -54,6 +54,9 @@ class ModelFacts(_Part):
     hidden_size: Positive | None = Field(default=None, description="d of the cost model")
     kv_size: Positive | None = Field(default=None, description="d_kv of the cost model: key/value heads x head dimension")
     intermediate_size: Positive | None = Field(default=None, description="m of the cost model: width of the gated MLP")
+    head_dim: Positive | None = Field(default=None, description="head dimension of the language model")
+    text_tokens: Positive | None = Field(default=None, description="T_text of the cost model: text tokens of a typical prompt")
+    vision_macs: Positive | None = Field(default=None, description="multiply-accumulates of vision tower and projector for one picture")
 
 
 class ScoreWeights(_Part):

@@ -1,0 +1,69 @@
+"""A recipe from a profile and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quota.allocate.candidates import check_layers, choose_candidates, parse_layers
+from quota.allocate.profile import Profile
+from quota.allocate.solve import allocate, check_keep, uniform
+from quota.core.errors import RecipeError
+from quota.core.recipe import Provenance, Recipe, ScoreWeights, significant
+
+
+def build_recipe(
+    profile: Profile,
+    keep: float,
+    layers: str | Sequence[int] | None = None,
+    tau: float = 1.0,
+    method: str = "quota",
+    reference: str = "recorded",
+    position_policy: str = "original",
+    weights: ScoreWeights | None = None,
+) -> Recipe:
+    """The recipe that keeps `keep` of the visual tokens after the last candidate layer.
+
+    layers: "2-6", "2,4,6", a list, or None for the rule of `quota.allocate.candidates`.
+    method: "quota" shares the drops by sensitivity, equations (1)-(4); "uniform" drops the same at every candidate and scores
+    without the quantization term, which is what stage-wise pruning does. Deterministic. RecipeError or UsageError name the option.
+    """
+    check_keep(keep)
+    final_keep = significant(keep)
+    total = profile.model.layers
+    if layers is None:
+        candidates, rule = choose_candidates(profile.concentration_median), "auto"
+    elif isinstance(layers, str):
+        candidates, rule = parse_layers(layers, total), layers.strip()
+    else:
+        candidates, rule = check_layers(layers, total), ",".join(str(i) for i in layers)
+    sensitivities = [profile.sensitivity[i] for i in candidates]
+    weights = weights or ScoreWeights()
+    if method == "quota":
+        table = allocate(sensitivities, final_keep, tau)
+    elif method == "uniform":
+        table, weights = uniform(len(candidates), final_keep), weights.without_quant()
+    else:
+        raise RecipeError(f"method: expected quota or uniform, got {method!r}")
+    return Recipe.parse(
+        {
+            "method": method,
+            "regime": profile.regime,
+            "model": profile.model,
+            "candidates": candidates,
+            "keep": table,
+            "final_keep": final_keep,
+            "tau": float(tau),
+            "reference": reference,
+            "reference_tokens": profile.model.visual_tokens,
+            "weights": weights,
+            "position_policy": position_policy,
+            "sensitivities": sensitivities,
+            "provenance": Provenance(
+                model_fingerprint=profile.model.fingerprint,
+                calibration_fingerprint=profile.calibration_fingerprint,
+                tool_version=profile.tool_version,
+                samples=profile.samples,
+                layer_rule=rule,
+            ),
+        }
+    )

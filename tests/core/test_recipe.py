@@ -1,0 +1,163 @@
+"""The recipe file: round trip, canonical bytes, and errors that name the field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quota.core.errors import RecipeError
+from quota.core.recipe import Recipe, ScoreWeights, kept_tokens, schema_text, significant
+
+SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
+
+
+def data(**changes: object) -> dict:
+    plain = {
+        "method": "quota",
+        "regime": "w4a4kv4",
+        "model": {"architecture": "LlavaForConditionalGeneration", "fingerprint": "sha256:aa", "layers": 8, "visual_tokens": 576},
+        "candidates": [2, 3, 5],
+        "keep": [0.8, 0.55, 0.3],
+        "final_keep": 0.3,
+        "tau": 1.0,
+        "reference_tokens": 576,
+        "sensitivities": [0.1, 0.2, 0.3],
+        "provenance": {"model_fingerprint": "sha256:aa", "calibration_fingerprint": "sha256:bb", "tool_version": "0.1.0", "samples": 128},
+    }
+    return {**plain, **changes}
+
+
+def test_round_trip_and_canonical_bytes(tmp_path: Path) -> None:
+    recipe = Recipe.parse(data())
+    recipe.save(tmp_path / "a.json")
+    again = Recipe.load(tmp_path / "a.json")
+    assert again == recipe
+    again.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads(recipe.dumps())["schema_version"] == 1
+
+
+def test_tokens_per_layer() -> None:
+    recipe = Recipe.parse(data())
+    assert [recipe.keep_at(i) for i in range(8)] == [1, 1, 0.8, 0.55, 0.55, 0.3, 0.3, 0.3]
+    assert [recipe.tokens_at(i) for i in (0, 2, 3, 7)] == [576, 461, 317, 173]
+    assert recipe.tokens_at(7, tokens=10) == 3
+    with pytest.raises(RecipeError, match="layer: expected 0 to 7, got 8"):
+        recipe.keep_at(8)
+
+
+@pytest.mark.parametrize(("ratio", "tokens", "kept"), [(0.3, 576, 173), (0.07, 100, 7), (1.0, 576, 576), (0.001, 5, 1), (0.5, 1, 1), (0.3, 0, 0)])
+def test_kept_tokens_is_the_exact_ceiling(ratio: float, tokens: int, kept: int) -> None:
+    assert kept_tokens(ratio, tokens) == kept
+
+
+@given(st.floats(1e-6, 1.0), st.integers(0, 5000))
+def test_kept_tokens_bounds(ratio: float, tokens: int) -> None:
+    kept = kept_tokens(ratio, tokens)
+    assert min(tokens, 1) <= kept <= tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": [0.5, 0.8, 0.3]}, "keep: .*entry 1 is 0.8 after 0.5"),
+        ({"keep": [0.8, 0.3]}, "keep: expected one ratio per candidate"),
+        ({"keep": [0.8, 0.5, 0.31]}, "keep: expected the last ratio to equal final_keep 0.3, got 0.31"),
+        ({"keep": [1.2, 0.55, 0.3]}, r"keep\[0\]: .*less than or equal to 1, got 1.2"),
+        ({"keep": [0.8, 0.55, 0], "final_keep": 0}, r"keep\[2\]: .*greater than 0, got 0"),
+        ({"keep": ["0.8", 0.55, 0.3]}, r"keep\[0\]: .*got '0.8'"),
+        ({"final_keep": True}, "final_keep: .*got True"),
+        ({"candidates": [2, 2, 5]}, "candidates: .*entry 1 is 2 after 2"),
+        ({"candidates": [0, 2, 5]}, r"candidates\[0\]: .*greater than or equal to 1, got 0"),
+        ({"candidates": [2, 3, 8]}, "candidates: expected layers below model.layers 8, got 8"),
+        ({"candidates": []}, "candidates: "),
+        ({"sensitivities": [0.1]}, "sensitivities: expected none or one per candidate"),
+        ({"tau": 0.0}, "tau: .*greater than 0, got 0.0"),
+        ({"reference": "file"}, "reference: .*'recorded' or 'per_image'.*got 'file'"),
+        ({"position_policy": "kept"}, "position_policy: .*got 'kept'"),
+        ({"schema_version": 2}, "schema_version: this quota reads recipes of schema_version 1"),
+        ({"kepp": 1}, "kepp: unknown field"),
+        ({"weights": {"inter": -1.0}}, "weights.inter: .*greater than or equal to 0, got -1.0"),
+        ({"weights": {"inter": 0.0, "mag": 0.0, "intra": 0.0, "quant": 0.0}}, "weights: at least one weight"),
+        ({"percentiles": {"low": 95.0, "high": 5.0}}, "percentiles: expected 0 <= low < high"),
+        ({"provenance": {"model_fingerprint": "sha256:cc"}}, "provenance.model_fingerprint: expected model.fingerprint sha256:aa"),
+        ({"model": {"architecture": "L"}}, "model.fingerprint: required field is missing"),
+    ],
+)
+def test_errors_name_the_field(changes: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(data(**changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"tau": NaN}', "NaN is not a JSON number"),
+        ('{"tau": 1, "tau": 2}', "key 'tau' appears twice"),
+        ("\udcff", "not UTF-8|not valid JSON"),
+    ],
+)
+def test_load_errors(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(path)
+
+
+def test_load_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="none.json: cannot be read"):
+        Recipe.load(tmp_path / "none.json")
+
+
+def test_check_model() -> None:
+    recipe = Recipe.parse(data())
+    recipe.check_model("sha256:aa", 8)
+    with pytest.raises(RecipeError, match="model.fingerprint: the recipe is for .*sha256:aa, this model is sha256:cc"):
+        recipe.check_model("sha256:cc")
+    with pytest.raises(RecipeError, match="model.layers"):
+        recipe.check_model("sha256:aa", 32)
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.parse(data()).tau = 2.0  # type: ignore[misc]
+
+
+def test_weights_without_quant_keep_their_sum() -> None:
+    w = ScoreWeights().without_quant()
+    assert w.quant == 0
+    assert w.inter + w.mag + w.intra == pytest.approx(1.0)
+    assert w.inter / w.mag == pytest.approx(0.45 / 0.25)
+
+
+@given(st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=12), st.floats(1e-3, 100))
+def test_any_valid_table_survives_the_file(keep: list[float], tau: float) -> None:
+    table = sorted(keep, reverse=True)
+    recipe = Recipe.parse(
+        data(model={**data()["model"], "layers": 40}, candidates=list(range(1, len(table) + 1)), keep=table, final_keep=table[-1], sensitivities=[], tau=tau)
+    )
+    assert Recipe.parse(json.loads(recipe.dumps())) == recipe
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3)))
+def test_parser_only_raises_recipe_errors(junk: object) -> None:
+    for field in data():
+        try:
+            Recipe.parse(data(**{field: junk}))
+        except RecipeError as error:
+            assert str(error).startswith("recipe: ")
+
+
+def test_significant() -> None:
+    assert significant(0.123456789) == 0.123457
+    assert significant(0.0) == 0.0
+
+
+def test_schema_file_is_current() -> None:
+    assert SCHEMA.read_text() == schema_text(), "stale: run `python -m quota.core.recipe`"
