@@ -1,0 +1,85 @@
+"""`quota calibrate`: float checkpoint + samples -> quantized checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quota.cli.shell import JsonOption, check_checkpoint, check_output, print_json, say
+from quota.core.errors import UsageError
+
+REGIMES = ("w4a4kv4",)
+MODULES = ("vision", "projector", "llm")
+
+
+def parse_modules(text: str) -> tuple[str, ...]:
+    """`vision,llm` -> ("vision", "llm") in the model's order; UsageError names an unknown or missing part."""
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in asked if part not in MODULES]
+    if wrong or not asked:
+        raise UsageError(f"--modules: expected a comma separated list of {', '.join(MODULES)}, got {text!r}")
+    return tuple(m for m in MODULES if m in asked)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Float LLaVA checkpoint: a folder or a hub name.")],
+    samples: Annotated[Path, typer.Option("--samples", help="Calibration samples, a JSON file (see below).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write. It appears only when it is complete.")],
+    regime: Annotated[str, typer.Option("--regime", help="Bits of weights, activations and the KV cache.")] = "w4a4kv4",
+    modules: Annotated[str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")] = "vision,projector,llm",
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Calibrate the language model on the graph this recipe prunes (prune, then quantize).")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Optimisation steps per block. Default: the calibrator's; 0: round to nearest.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same checkpoint.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Quantize a float checkpoint to 4-bit weights, activations and KV cache.
+
+    Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns transforms and clipping
+    thresholds that keep the block's output close to the float block's (FlatQuant). Killed in the middle, the same command continues.
+
+    **Examples**
+
+        quota calibrate llava-hf/llava-1.5-7b-hf --samples samples.json --out llava-w4a4kv4
+
+        quota calibrate ./llava --samples samples.json --modules llm --out llava-llm-only
+
+    **Samples file**
+
+        {"schema": "quota-samples/1", "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?"}]}
+
+    Image paths are relative to the file. 128 samples are plenty.
+    """
+    if regime not in REGIMES:
+        raise UsageError(f"--regime: expected one of {', '.join(REGIMES)}, got {regime!r}")
+    chosen = parse_modules(modules)
+    check_checkpoint(model, "MODEL")
+    check_output(out)
+
+    from quota.calib.run import calibrate as calibrate_model
+    from quota.calib.samples import Samples
+    from quota.core.recipe import Recipe
+
+    report = calibrate_model(
+        model, Samples.load(samples), regime=regime, modules=chosen, out=out, seed=seed, steps=steps,
+        recipe=Recipe.load(recipe) if recipe else None, progress=not json, resume=resume,
+    )  # fmt: skip
+    document = report_document(report)
+    if json:
+        print_json({"checkpoint": str(out), **document})
+        return
+    say(f"{out}: {regime}, parts {', '.join(chosen)}")
+    for block in document.get("blocks", []):
+        say("  " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in block.items()))
+
+
+def report_document(report: object) -> dict:
+    """The calibrator's report as JSON-able data."""
+    import dataclasses
+
+    if dataclasses.is_dataclass(report) and not isinstance(report, type):
+        return dataclasses.asdict(report)
+    dump = getattr(report, "model_dump", None)
+    return dump(mode="json") if dump else dict(report)  # type: ignore[call-overload]

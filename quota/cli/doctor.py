@@ -1,0 +1,110 @@
+"""`quota doctor`: what is here, what runs, and why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from quota.cli.shell import JsonOption, print_json, say
+
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "pydantic", "matplotlib")
+_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def _cpu() -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+                break
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": name, "cores": usable, "features": [f for f in _FLAGS if f in flags]}
+
+
+def _packages() -> dict[str, str | None]:
+    out: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def examine() -> dict[str, Any]:
+    """Everything `quota doctor` prints, JSON-able; `problems` lists what stops quota from working."""
+    import quota
+    from quota.scenes import assets
+
+    packages = _packages()
+    problems = [f"package {name} is missing: pip install -c constraints.txt {name}" for name, version in packages.items() if version is None]
+    document: dict[str, Any] = {
+        "quota": quota.__version__, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": _cpu(), "packages": packages,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
+    }  # fmt: skip
+    if packages["torch"]:
+        import torch
+
+        from quota.cli.ops_table import ops_table
+
+        document["torch_threads"] = torch.get_num_threads()
+        document["native"], document["ops"] = ops_table()
+    document["assets"] = {
+        "checkpoint": (assets.CHECKPOINT / "config.json").exists(),
+        "calibration_samples": assets.SAMPLES.exists(),
+    }
+    document["problems"] = problems
+    return document
+
+
+def doctor(json: JsonOption = False) -> None:
+    """Say what is installed, which implementation each op uses, and why others are not.
+
+    A bug report starts with `quota doctor`. Exit status 1 when something needed is missing; the native library is not needed, only faster.
+
+    **Examples**
+
+        quota doctor
+
+        QUOTA_IMPL=w4a4_linear=ref quota doctor --json
+    """
+    document = examine()
+    if json:
+        print_json(document)
+    else:
+        _print(document)
+    if document["problems"]:
+        raise typer.Exit(1)
+
+
+def _print(document: dict[str, Any]) -> None:
+    cpu = document["cpu"]
+    say(f"quota {document['quota']}   python {document['python']}   {document['platform']}")
+    say(f"cpu   {cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['features']) or 'no vector features known'}")
+    say("packages   " + "   ".join(f"{k} {v or 'MISSING'}" for k, v in document["packages"].items()))
+    for name, value in document["environment"].items():
+        say(f"{name}={value}")
+    native = document.get("native")
+    if native:
+        say(f"native library   {native}")
+    ops = document.get("ops", [])
+    if ops:
+        widths = [max(len(str(row[key])) for row in [*ops, {k: k for k in row}]) for key, row in ((k, ops[0]) for k in ops[0])]
+        for row in [{k: k for k in ops[0]}, *ops]:
+            say("  " + "  ".join(str(v).ljust(w) for v, w in zip(row.values(), widths, strict=True)).rstrip())
+    found = document["assets"]
+    say(f"embedded   checkpoint {'found' if found['checkpoint'] else 'not found'}, calibration samples {'found' if found['calibration_samples'] else 'not found'}")
+    for problem in document["problems"]:
+        say(f"PROBLEM   {problem}")
+    say("all needed parts are here" if not document["problems"] else f"{len(document['problems'])} problem(s)")

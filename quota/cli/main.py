@@ -1,0 +1,47 @@
+"""The `quota` command: verbs are thin, each imports what it needs when it runs, so `quota --help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quota.cli import calibrate, demo, doctor, evaluate, recipe, run
+from quota.cli.shell import ErrorReportingGroup
+
+app = typer.Typer(
+    name="quota", cls=ErrorReportingGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import quota
+
+        typer.echo(quota.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False,
+) -> None:
+    """Joint quantization and visual-token pruning of vision-language models.
+
+    A float LLaVA checkpoint becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that says how many visual tokens each
+    layer keeps; both together answer questions (`run`, `eval`).
+
+    **Start here:** `quota demo` does all of it on an embedded model. Every verb explains itself: `quota VERB --help`.
+    """
+
+
+app.command("doctor", rich_help_panel="Look")(doctor.doctor)
+app.command("calibrate", rich_help_panel="Make")(calibrate.calibrate)
+app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
+app.command("run", rich_help_panel="Use")(run.run)
+app.command("eval", rich_help_panel="Use")(evaluate.evaluate)
+app.command("demo", rich_help_panel="Look")(demo.demo)
+
+if __name__ == "__main__":
+    app()

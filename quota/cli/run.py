@@ -1,0 +1,74 @@
+"""`quota run`: one question about pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quota.cli.shell import JsonOption, check_checkpoint, check_output, print_json, say
+from quota.core.errors import SampleError, UsageError
+
+
+def open_image(path: Path) -> Any:
+    """An RGB picture; SampleError says why a file is not one."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise SampleError(f"--image: no file {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SampleError(f"--image: {path} is not a readable picture ({error}); expected a PNG, JPEG, WebP, BMP or GIF file") from None
+
+
+def run(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Quantized or float checkpoint: a folder or a hub name.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture file; repeat for several, leave out for none.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
+    show: Annotated[Path | None, typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the (first) picture.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 64,
+    json: JsonOption = False,
+) -> None:
+    """Ask one question about a picture (greedy decoding).
+
+    **Examples**
+
+        quota run demo-out/quantized --image photo.jpg --prompt "what color is the star ?"
+
+        quota run demo-out/quantized --recipe demo-out/recipe.json --image photo.jpg -p "describe the picture ." --show kept.png
+    """
+    check_checkpoint(checkpoint)
+    if not prompt.strip():
+        raise UsageError("--prompt: expected a question, got nothing")
+    if show is not None:
+        if recipe is None:
+            raise UsageError("--show: needs --recipe; without one every token is kept")
+        if not image:
+            raise UsageError("--show: needs --image; there is no picture to draw on")
+        check_output(show, "--show")
+    pictures = [open_image(path) for path in image or []]
+
+    from quota.eval.asking import ask, load_model
+
+    model, processor = load_model(checkpoint, recipe)
+    answer = ask(model, processor, prompt, pictures, max_new_tokens=max_new_tokens)
+    if show is not None:
+        from quota.report.overlay import save_overlay
+
+        save_overlay(show, pictures[0], answer.kept_visual())
+    if json:
+        print_json({"text": answer.text, **answer.figures(), "overlay": str(show) if show else None})
+        return
+    say(answer.text)
+    figures = answer.figures()
+    typer.echo(
+        f"{figures['visual_tokens']} visual tokens, {figures['average_visual_tokens']:.1f} on average over layers; "
+        f"first token {figures['prefill_ms']:.0f} ms; KV cache {figures['kv_bytes'] / 1e3:.1f} kB", err=True,
+    )  # fmt: skip
+    if show is not None:
+        typer.echo(f"kept tokens: {show}", err=True)

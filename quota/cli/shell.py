@@ -1,0 +1,108 @@
+"""What every verb shares: one-line errors, JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from quota.core.errors import QuotaError, UsageError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
+
+
+def notes() -> Console:
+    """Progress and remarks: stderr, so that stdout can be piped."""
+    return Console(stderr=True)
+
+
+def say(text: str = "") -> None:
+    typer.echo(text)
+
+
+def print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=1, default=str))
+
+
+class ErrorReportingGroup(TyperGroup):
+    """Turns the errors a user can cause into one line on stderr and exit status 1 (130 for Ctrl-C); faults of quota keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; run the same command again to continue", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # `quota ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (QuotaError, OSError) as error:
+            if os.environ.get("QUOTA_TRACEBACK"):
+                raise
+            typer.echo(f"error: {describe(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+def describe(error: Exception) -> str:
+    """One line, whatever the library below said."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class BuildByDefaultGroup(TyperGroup):
+    """`quota recipe CHECKPOINT ...` is `quota recipe build CHECKPOINT ...`; a checkpoint folder named like a verb is `./explain`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+def check_checkpoint(checkpoint: str, what: str = "CHECKPOINT") -> str:
+    """A folder that exists, or something that can be a hub name; UsageError otherwise."""
+    path = Path(checkpoint)
+    if path.is_file():
+        raise UsageError(f"{what}: {checkpoint} is a file; expected a checkpoint folder or a hub name such as llava-hf/llava-1.5-7b-hf")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"{what}: {checkpoint} holds no config.json; expected a checkpoint folder")
+    looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1
+    if not path.exists() and looks_local:
+        raise UsageError(f"{what}: no folder {checkpoint}; expected a checkpoint folder or a hub name such as llava-hf/llava-1.5-7b-hf")
+    return checkpoint
+
+
+def check_output(path: Path, what: str = "--out") -> Path:
+    """Fails before the work, not after it: the nearest existing parent of `path` must be a folder one can write into."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{what}: cannot write {path}: {parent} is not a writable folder")
+    return path
+
+
+def check_keep(keep: float) -> float:
+    if not 0 < keep <= 1:
+        raise UsageError(f"--keep: expected a ratio above 0 and at most 1, got {keep:g}")
+    return keep
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """`2-6`, `2,4,6` or a mix; None stays None (the layer rule chooses)."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
+            raise UsageError(f"--layers: expected ranges and numbers such as 2-6 or 2,4,6, got {text!r}")
+        layers.update(range(int(low), int(high or low) + 1))
+    return sorted(layers)

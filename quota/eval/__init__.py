@@ -1,0 +1,1 @@
+"""Measuring: questions, batched greedy answers, accuracy, retention with intervals, time and bytes."""

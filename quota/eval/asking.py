@@ -1,0 +1,66 @@
+"""Loading a configuration and asking it one thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
+
+
+def load_model(checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
+    """(model in eval mode, processor). `recipe`: a Recipe, a path, or None. Library chatter is silenced; errors are quota's own."""
+    from transformers.utils import logging
+
+    from quota.runtime.load import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = load(str(checkpoint), recipe=recipe)
+    return model.eval(), model.processor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool [prompt tokens]."""
+
+    text: str
+    made: Generated
+    kept: dict[int, Tensor]
+    visual: Tensor
+
+    def figures(self) -> dict[str, Any]:
+        """Counts and costs, JSON-able."""
+        visual = int(self.visual.sum())
+        grown = len(self.visual) - visual + self.made.new_ids.shape[1] - 1  # text and fed-back tokens: in every layer's cache
+        by_layer = [n - grown for n in self.made.cache_tokens]
+        return {
+            "prompt_tokens": len(self.visual), "visual_tokens": visual, "visual_tokens_by_layer": by_layer,
+            "average_visual_tokens": sum(by_layer) / len(by_layer), "new_tokens": self.made.new_ids.shape[1],
+            "prefill_ms": self.made.prefill_ms, "decode_ms": self.made.decode_ms, "kv_bytes": self.made.cache_bytes,
+        }  # fmt: skip
+
+    def kept_visual(self) -> dict[int, Tensor]:
+        """candidate layer -> bool [visual tokens] in raster order, for drawing."""
+        return {layer: mask[self.visual] for layer, mask in self.kept.items()}
+
+
+def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new_tokens: int = 64) -> Answer:
+    """One greedy answer. A prompt that already holds image marks is used as it is; otherwise the chat template renders it."""
+    mark = getattr(processor, "image_token", "<image>")
+    text = prompt if mark in prompt else render_prompt(processor, prompt, len(pictures))
+    inputs = encode_prompts(model, processor, [text], pictures)
+    made = generate(model, inputs, max_new_tokens=max_new_tokens)
+    visual = (inputs["input_ids"][0] == model.config.image_token_id).cpu()
+    kept = {layer: torch.as_tensor(mask[0]).bool().cpu() for layer, mask in kept_masks(model).items()}
+    return Answer(processor.batch_decode(made.new_ids, skip_special_tokens=True)[0].strip(), made, kept, visual)
+
+
+def kept_masks(model: Any) -> dict[int, Tensor]:
+    """candidate layer -> bool [B, prompt tokens] of the last prompt; empty when no recipe is installed."""
+    handle = getattr(model, "quota_handle", None)
+    return dict(handle.kept) if handle is not None else {}

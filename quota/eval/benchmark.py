@@ -1,0 +1,149 @@
+"""Rows over questions: resumable answers, then one `Evaluation`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quota.eval.generation import Cost, answers
+from quota.eval.questions import Question, chunks, questions_fingerprint
+from quota.eval.results import Comparison, Evaluation, Row
+from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, mean_accuracy
+from quota.eval.statistics import RESAMPLES, interval, resampled_retention, retention, retention_by_task
+
+_ANSWERS_SCHEMA = "quota-answers/1"
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One configuration: `open` loads (model, processor); `key` names its exact content (weights, recipe) for resuming."""
+
+    name: str
+    checkpoint: str
+    recipe: str | None
+    key: str
+    checkpoint_bytes: int
+    kv_dtype: str
+    open: Callable[[], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    batch: int = 16
+    max_new_tokens: int = 6
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+
+class AnswerFile:
+    """Answers of one row, one JSON line each, appended batch by batch. A file of another key, or a torn last line, is not reused."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self._header = path, {"schema": _ANSWERS_SCHEMA, "key": key}
+        self.known: dict[str, str] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        good = 0
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if not line.endswith("\n") or (good == 0 and row != self._header):
+                break
+            if good:
+                self.known[row["id"]] = row["prediction"]
+            good += 1
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if good == 0 or good < len(lines):  # start again from the good lines only
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text("".join(lines[:good]) if good else json.dumps(self._header) + "\n", encoding="utf-8")
+            fresh.replace(path)
+
+    def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
+        rows = [
+            {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
+            for q, p in zip(batch, predictions, strict=True)
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(r) + "\n" for r in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self.known.update({q.id: p for q, p in zip(batch, predictions, strict=True)})
+
+
+def answer_all(
+    opened: Callable[[], tuple[Any, Any]], questions: list[Question], file: AnswerFile, settings: Settings, progress: Callable[[int], None] | None = None
+) -> tuple[list[str], float]:
+    """(predictions in order, seconds spent). Batches are fixed slices of the list, so a resumed run batches like an unbroken one.
+
+    `opened` is called only when something is left to answer.
+    """
+    pair: tuple[Any, Any] | None = None
+    began = time.perf_counter()
+    for batch in chunks(questions, settings.batch):
+        if not all(q.id in file.known for q in batch):
+            pair = pair or opened()
+            file.add(batch, answers(*pair, batch, settings.max_new_tokens))
+        if progress:
+            progress(len(batch))
+    return [file.known[q.id] for q in questions], time.perf_counter() - began if pair else 0.0
+
+
+def rights(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, np.ndarray]:
+    return by_task(questions, [is_right(p, q.answer) for q, p in zip(questions, predictions, strict=True)])
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One row's right/wrong per task, its seconds and its costs."""
+
+    spec: RowSpec
+    right: dict[str, np.ndarray]
+    seconds: float
+    cost: Cost
+
+
+def summarise(
+    questions: Sequence[Question], rows: Sequence[Answered], settings: Settings, *, baseline: str | None, blind: dict[str, np.ndarray] | None,
+    compare: Sequence[tuple[str, str]] = (), timed_requests: int = 0,
+) -> Evaluation:  # fmt: skip
+    """Accuracies, retention against row `baseline` and paired comparisons of pairs of row names."""
+    right = {r.spec.name: r.right for r in rows}
+    draws = resampled_retention(right, baseline, resamples=settings.resamples, seed=settings.seed) if baseline else {}
+    totals = {name: retention(right[name], right[baseline]) for name in right} if baseline else {}
+    comparisons = []
+    for a, b in compare:
+        difference = interval(totals[a] - totals[b], draws[a] - draws[b])
+        verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
+        comparisons.append(Comparison(row=a, against=b, difference=difference, verdict=verdict))
+    return Evaluation(
+        questions=len(questions), questions_by_task={task: len(v) for task, v in rows[0].right.items()},
+        questions_fingerprint=questions_fingerprint(questions), majority_accuracy_by_task=majority_accuracy(questions),
+        blind_accuracy_by_task=accuracies(blind) if blind is not None else None, resamples=settings.resamples, seed=settings.seed,
+        timed_requests=timed_requests, comparisons=comparisons,
+        rows=[_row(r, right[baseline] if baseline else None, totals, draws) for r in rows],
+    )  # fmt: skip
+
+
+def _row(answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Row:
+    spec, cost = answered.spec, answered.cost
+    return Row(
+        name=spec.name, checkpoint=spec.checkpoint, recipe=spec.recipe, accuracy=mean_accuracy(answered.right), accuracy_by_task=accuracies(answered.right),
+        retention=interval(totals[spec.name], draws[spec.name]) if baseline else None,
+        retention_by_task=retention_by_task(answered.right, baseline) if baseline else {},
+        prefill_ms=round(cost.prefill_ms, 3), decode_ms=round(cost.decode_ms, 3), kv_bytes=cost.kv_bytes, kv_dtype=spec.kv_dtype,
+        checkpoint_bytes=spec.checkpoint_bytes, average_visual_tokens=round(cost.average_visual_tokens, 3),
+        visual_tokens_by_layer=cost.visual_tokens_by_layer, answer_seconds=round(answered.seconds, 2),
+    )  # fmt: skip
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Bytes of a checkpoint folder's weight files."""
+    return sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))

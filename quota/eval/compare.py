@@ -1,0 +1,119 @@
+"""`quota eval`: one configuration, beside its float model when there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quota.core.files import sha256_file
+from quota.core.recipe import Recipe
+from quota.eval.asking import load_model
+from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, rights, summarise, weight_bytes
+from quota.eval.generation import measure_cost
+from quota.eval.questions import Question, questions_fingerprint, sample_questions, scene_questions
+from quota.eval.results import Evaluation
+
+TIMED_QUESTIONS = 8
+
+
+def folder_fingerprint(checkpoint: str | Path) -> str:
+    """sha256 over the names and contents of a checkpoint folder's files; a hub name stands for itself."""
+    path = Path(checkpoint)
+    if not path.is_dir():
+        return f"hub:{checkpoint}"
+    digest = hashlib.sha256()
+    for file in sorted(f for f in path.rglob("*") if f.is_file()):
+        digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return "sha256:" + digest.hexdigest()
+
+
+def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None) -> RowSpec:
+    """A row whose key is the content of its checkpoint and recipe."""
+    parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
+    if recipe:
+        Recipe.load(recipe)  # a bad recipe is found before the first row is answered
+    return RowSpec(
+        name=name, checkpoint=label or str(checkpoint), recipe=recipe.name if recipe else None, key=" ".join(parts),
+        checkpoint_bytes=weight_bytes(Path(checkpoint)), kv_dtype="int4" if is_quantized(checkpoint) else "float32",
+        open=lambda: load_model(checkpoint, recipe),
+    )  # fmt: skip
+
+
+def is_quantized(checkpoint: str | Path) -> bool:
+    """True for a folder `quota calibrate` made with the language model (and so its KV cache) quantized."""
+    import json
+
+    manifest = Path(checkpoint) / "quota.json"
+    return manifest.is_file() and "llm" in json.loads(manifest.read_text()).get("modules", ["llm"])
+
+
+def questions_for(samples: Path | None, number: int, size_px: int) -> list[Question]:
+    """Questions of a samples file, or `number` generated ones."""
+    if samples is None:
+        return scene_questions(number, 336 if size_px >= 300 else 168)
+    from quota.calib.samples import Samples
+
+    loaded = Samples.load(samples)
+    return sample_questions(loaded, lambda sample: loaded.open_image(sample))
+
+
+def bars(quiet: bool = False) -> Progress:
+    """Progress bars on stderr."""
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+
+
+def answer_rows(
+    specs: Sequence[RowSpec], questions: list[Question], folder: Path, settings: Settings, opened: Callable[[RowSpec], tuple[Any, Any]], *, quiet: bool = False
+) -> dict[str, tuple[dict, float]]:
+    """name -> (right/wrong per task, seconds); answers are kept in `folder` under a name made from all that decides them."""
+    asked = questions_fingerprint(questions)
+    out = {}
+    with bars(quiet) as progress:
+        for spec in specs:
+            bar = progress.add_task(spec.name, total=len(questions))
+            key = f"{spec.key} {asked} {settings.batch} {settings.max_new_tokens}"
+            name = f"answers-{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
+            predictions, seconds = answer_all(
+                lambda s=spec: opened(s), questions, AnswerFile(folder / name, key), settings, lambda n, b=bar: progress.advance(b, n)
+            )
+            out[spec.name] = (rights(questions, predictions), seconds)
+    return out
+
+
+def evaluate_checkpoint(
+    checkpoint: str, recipe: Path | None, *, float_model: str | None, samples: Path | None, number: int, blind: bool, out: Path | None, settings: Settings
+) -> Evaluation:
+    """Everything `quota eval` prints."""
+    specs = [row_spec("float", float_model)] if float_model else []
+    specs.append(row_spec(Path(checkpoint).name if not recipe else f"{Path(checkpoint).name}+{recipe.stem}", checkpoint, recipe))
+    models: dict[str, tuple[Any, Any]] = {}
+
+    def opened(spec: RowSpec) -> tuple[Any, Any]:
+        if spec.name not in models:
+            models[spec.name] = spec.open()
+        return models[spec.name]
+
+    size_px = opened(specs[-1])[0].config.vision_config.image_size
+    questions = questions_for(samples, number, size_px)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch)
+        answered = answer_rows(specs, questions, folder, settings, opened)
+        unseen = None
+        if blind:
+            without = [q.without_image() for q in questions]
+            blind_spec = RowSpec(**{**specs[0].__dict__, "name": "blind"})
+            unseen = answer_rows([blind_spec], without, folder, settings, lambda _: opened(specs[0]))["blind"][0]
+    timed = questions[:TIMED_QUESTIONS]
+    costs = measure_cost({s.name: opened(s) for s in specs}, timed)
+    rows = [Answered(s, *answered[s.name], costs[s.name]) for s in specs]
+    compare = [(specs[-1].name, "float")] if float_model else []
+    return summarise(
+        questions, rows, settings, baseline="float" if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed)
+    )

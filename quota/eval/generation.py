@@ -1,0 +1,143 @@
+"""Greedy answers from any LLaVA model, float or quantized, pruned or not, with what each request cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.eval.questions import Question
+
+
+def render_prompt(processor: Any, instruction: str, images: int) -> str:
+    """The chat template's single-turn prompt; LLaVA-1.5's own form where a processor has no template."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * images + [{"type": "text", "text": instruction}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    return "USER: " + "<image>\n" * images + f"{instruction} ASSISTANT:"
+
+
+def encode(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
+    """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values where there are pictures."""
+    pictures = [q.open_image() for q in questions if q.open_image is not None]
+    return encode_prompts(model, processor, [render_prompt(processor, q.instruction, int(q.open_image is not None)) for q in questions], pictures)
+
+
+def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:
+    """Rendered prompts and their pictures in order -> left-padded inputs on the model's device."""
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
+    kept = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values", "image_sizes")}
+    if "pixel_values" in kept:
+        kept["pixel_values"] = kept["pixel_values"].to(model.dtype)
+    return kept
+
+
+class _Clock:
+    """A stopping criterion that never stops: `generate` calls it once after every new token."""
+
+    def __init__(self) -> None:
+        self.began_s = time.perf_counter()
+        self.token_s: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.token_s.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def prefill_ms(self) -> float:
+        return 1e3 * (self.token_s[0] - self.began_s)
+
+    @property
+    def decode_ms(self) -> float | None:
+        """Milliseconds per token after the first; None for a single token."""
+        steps = len(self.token_s) - 1
+        return 1e3 * (self.token_s[-1] - self.token_s[0]) / steps if steps else None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """`new_ids` [B, new] and the cache they left behind. prefill_ms: from `generate` to the first token, picture encoding included
+    (decoding the image file and resizing it are not); decode_ms: per later token."""
+
+    new_ids: Tensor
+    prefill_ms: float
+    decode_ms: float | None
+    cache_tokens: list[int]
+    cache_bytes: int
+
+
+@torch.no_grad()
+def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_new_tokens: int = 0) -> Generated:
+    """Greedy decoding of one batch."""
+    clock = _Clock()
+    out = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, do_sample=False, num_beams=1,
+        stopping_criteria=[clock], return_dict_in_generate=True,
+    )  # fmt: skip
+    cache = out.past_key_values
+    return Generated(
+        new_ids=out.sequences[:, inputs["input_ids"].shape[1] :], prefill_ms=clock.prefill_ms, decode_ms=clock.decode_ms,
+        cache_tokens=[int(layer.get_seq_length()) for layer in cache.layers], cache_bytes=cache_bytes(cache),
+    )  # fmt: skip
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values the cache holds: its own account where it keeps one, otherwise the tensors of its layers."""
+    own = getattr(cache, "nbytes", None)
+    if own is not None:
+        return int(own() if callable(own) else own)
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+
+
+def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+    """One batch of questions -> texts without special tokens."""
+    made = generate(model, encode(model, processor, questions), max_new_tokens=max_new_tokens)
+    return [text.strip() for text in processor.batch_decode(made.new_ids, skip_special_tokens=True)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians and means over single requests of one row."""
+
+    prefill_ms: float
+    decode_ms: float
+    kv_bytes: float
+    visual_tokens_by_layer: list[float]
+
+    @property
+    def average_visual_tokens(self) -> float:
+        return sum(self.visual_tokens_by_layer) / len(self.visual_tokens_by_layer)
+
+
+def measure_cost(entries: dict[str, tuple[Any, Any]], questions: Sequence[Question], *, new_tokens: int = 16) -> dict[str, Cost]:
+    """name -> (model, processor) timed one request at a time, rows taking turns on each question so that drift hits all alike.
+
+    Every request makes exactly `new_tokens` tokens; the first question is a warm-up and is not counted.
+    """
+    seen: dict[str, list[tuple[Generated, list[int]]]] = {name: [] for name in entries}
+    for number, question in enumerate([questions[0], *questions]):
+        for name, (model, processor) in entries.items():
+            inputs = encode(model, processor, [question])
+            made = generate(model, inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            if number:
+                visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+                text = inputs["input_ids"].shape[1] - visual
+                # the last new token is never run through the model, so it is in no cache
+                seen[name].append((made, [n - text - (made.new_ids.shape[1] - 1) for n in made.cache_tokens]))
+    return {name: _cost(rows) for name, rows in seen.items()}
+
+
+def _cost(rows: list[tuple[Generated, list[int]]]) -> Cost:
+    count = len(rows)
+    return Cost(
+        prefill_ms=median(made.prefill_ms for made, _ in rows),
+        decode_ms=median(made.decode_ms or float("nan") for made, _ in rows),
+        kv_bytes=sum(made.cache_bytes for made, _ in rows) / count,
+        visual_tokens_by_layer=[sum(tokens[i] for _, tokens in rows) / count for i in range(len(rows[0][1]))],
+    )

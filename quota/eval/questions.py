@@ -1,0 +1,95 @@
+"""What is asked: held-out questions of the scene generator, or a samples file with answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count as count_from
+from typing import Any
+
+from PIL.Image import Image
+
+from quota.core.errors import SampleError, UsageError
+from quota.scenes import generate as g
+from quota.scenes.vocabulary import CAPTION_REQUEST, IMAGE_SIZE
+
+DEFAULT_QUESTIONS = 600
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its answer. `open_image` draws or reads the picture when it is needed; None is a text-only question."""
+
+    id: str
+    task: str
+    instruction: str
+    answer: str
+    open_image: Callable[[], Image] | None
+
+    def without_image(self) -> Question:
+        return Question(self.id, self.task, self.instruction, self.answer, None)
+
+
+@lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the pictures
+def _picture(split: str, index: int, size_px: int) -> Image:
+    return g.draw(g.scene(split, index, size_px))
+
+
+def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) -> list[Question]:
+    """`number` questions of the test split, balanced over the tasks: always the same list, a longer one starts with a shorter one.
+
+    Every question has its own picture, so questions are independent draws (what the bootstrap over questions assumes).
+    """
+    if number < 1:
+        raise UsageError(f"questions: expected at least 1, got {number}")
+    out: list[Question] = []
+    for index in count_from():
+        if len(out) == number:
+            break
+        task = g.TASKS[len(out) % len(g.TASKS)]
+        asked = next((q for q in g.questions(g.scene("test", index, size_px)) if q.task == task), None)
+        if asked is None:  # this picture allows no question of this task: take the next picture
+            continue
+        out.append(Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, _opener("test", index, size_px)))
+    return out
+
+
+def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:
+    """One question per task about one test picture, and the request for its caption; for side-by-side answers."""
+    s = g.scene("test", index, size_px)
+    tour = [Question(f"test-{index:05d}-{q.task}", q.task, q.text, q.answer, _opener("test", index, size_px)) for q in g.questions(s)]
+    text = g.caption(s, s.seed("caption"))
+    return [*tour, Question(f"test-{index:05d}-caption", "caption", CAPTION_REQUEST, text, _opener("test", index, size_px))]
+
+
+def _opener(split: str, index: int, size_px: int) -> Callable[[], Image]:
+    return lambda: _picture(split, index, size_px)
+
+
+def sample_questions(samples: Iterable[Any], open_image: Callable[[Any], Image]) -> list[Question]:
+    """Questions from calibration-format samples; every sample needs an `answer`. `task` is optional (one task "all")."""
+    out = []
+    for sample in samples:
+        answer = getattr(sample, "answer", None)
+        if not answer:
+            raise SampleError(f"sample {sample.id!r}: field 'answer' is missing; evaluation needs an answer for every sample")
+        opener = (lambda s=sample: open_image(s)) if getattr(sample, "image", None) else None
+        out.append(Question(sample.id, getattr(sample, "task", None) or "all", sample.instruction, answer, opener))
+    if not out:
+        raise SampleError("samples: the file holds no samples; expected at least one")
+    return out
+
+
+def questions_fingerprint(questions: Iterable[Question]) -> str:
+    """sha256 over ids, instructions and answers, in order (pictures are named by their ids)."""
+    digest = hashlib.sha256()
+    for q in questions:
+        digest.update(f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\n".encode())
+    return "sha256:" + digest.hexdigest()
+
+
+def chunks(questions: list[Question], size: int) -> Iterator[list[Question]]:
+    for start in range(0, len(questions), size):
+        yield questions[start : start + size]
