@@ -1,0 +1,38 @@
+"""`kv4_attention`: causal attention over packed 4-bit keys and values, prefill and decode, without replicating KV heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quota.core.registry import Op
+from quota.quant.affine import dequantize_kv
+from quota.quant.pack import unpack_uint4
+
+Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
+
+
+def dequantized(kv: Kv, length: int, d: int) -> Tensor:
+    """The first `length` slots as float32 [B, Hkv, length, D]."""
+    q, scale, zero = (t[:, :, :length] for t in kv)
+    return dequantize_kv(unpack_uint4(q, d), scale, zero)
+
+
+def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot) -> (out float32 [B, T, H, D], lse [B, H, T]).
+
+    Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
+    Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads.
+    """
+    b, h, t, d = q.shape
+    keys, values = (dequantized(kv, length, d).double().repeat_interleave(h // kv[0].shape[1], 1) for kv in (k, v))
+    score = q.double() @ keys.transpose(-1, -2) * scaling
+    slot = torch.arange(length)
+    seen = (slot[None, None, :] >= start[:, None, None]) & (slot[None, None, :] <= slot[length - t :][None, :, None])
+    score = score.masked_fill(~seen[:, None], float("-inf"))
+    lse = score.logsumexp(-1)
+    p = torch.exp(score - lse.masked_fill(lse.isinf(), 0)[..., None])
+    return (p @ values).transpose(1, 2).float().contiguous(), lse.float()
+
+
+kv4_attention = Op("kv4_attention", kv4_attention_ref)

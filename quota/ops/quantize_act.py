@@ -1,0 +1,23 @@
+"""`quantize_act`: transform, clip, quantize and pack the input of one projection group."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quota.core.registry import Op
+from quota.ops.transform import transform_ref
+from quota.quant.affine import quantize_symmetric
+from quota.quant.pack import pack_int4
+
+
+def quantize_act_ref(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float) -> tuple[Tensor, Tensor]:
+    """x float32 [M, K], factors as in `transform`, clip in (0, 1] -> (x_q uint8 [M, ceil(K/2)] int4 nibbles, x_scale float32 [M]).
+
+    scale = max(max|y| * clip, 1e-8) / 7; q = clamp(round_half_even(y * (1 / scale)), -8, 7) on y = transform(x).
+    Exactness: the integer stage equals the reference bit for bit on equal y; the transform as in `transform`.
+    """
+    q, scale = quantize_symmetric(transform_ref(x, left, right), clip)
+    return pack_int4(q), scale
+
+
+quantize_act = Op("quantize_act", quantize_act_ref)

@@ -1,0 +1,35 @@
+"""`token_score`: how much text and visual queries attend to each visual token, without the L x L matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quota.core.registry import Op
+
+_ROWS_AT_ONCE = 128
+
+
+def token_score_ref(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """q float32 [B, H, S, D], k float32 [B, Hkv, S, D], lse float32 [B, H, S]; text and visual bool [B, S] -> (inter, intra) float32 [B, S].
+
+    inter_i = mean over heads and text queries of A[h, t, i]; intra_i the same over visual queries; 0 where i is not visual, and where there
+    are no queries. A[h, t, i] = exp(q_t . k_i * scaling - lse_t) for i <= t (method.md, equation 6).
+    Exactness: float stage, relative RMS; bits independent of batch and threads.
+    """
+    b, h, s, d = q.shape
+    inter, intra = q.new_zeros(b, s), q.new_zeros(b, s)
+    for row in range(b):
+        columns = visual[row].nonzero()[:, 0]
+        keys = k[row, :, columns].double().repeat_interleave(h // k.shape[1], 0)
+        for out, mask in ((inter, text), (intra, visual)):
+            queries = mask[row].nonzero()[:, 0]
+            total = torch.zeros(len(columns), dtype=torch.float64)
+            for block in queries.split(_ROWS_AT_ONCE):
+                p = torch.exp(q[row, :, block].double() @ keys.transpose(-1, -2) * scaling - lse[row, :, block, None].double())
+                total += (p * (columns[None, :] <= block[:, None])).sum((0, 1))
+            out[row, columns] = (total / max(1, h * len(queries))).float()
+    return inter, intra
+
+
+token_score = Op("token_score", token_score_ref)
