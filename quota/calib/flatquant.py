@@ -1,0 +1,286 @@
+"""FlatQuant's learnable parts: fake quantizers with straight-through gradients, projection groups, head transforms.
+
+Source: FlatQuant (learnable affine transforms in Kronecker form). Differences kept on purpose: one activation clip per group (q, k and v share one
+transformed, quantized input), orthogonal deterministic initial matrices with plain inverses, clips found by a search before they are learned.
+Row-vector convention: x -> x P, W -> W P^-T leaves x W^T unchanged; P = left (x) right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quota.quant.affine import quantize_weight
+from quota.quant.pack import unpack_int4
+from quota.quant.transform import apply_kronecker, hadamard
+
+_EPS = 1e-8
+_MAX_CLIP = 0.995  # a sigmoid never reaches 1; the search treats anything above as "no clipping"
+_CLIP_GRID = tuple(0.40 + 0.05 * i for i in range(12)) + (_MAX_CLIP,)
+
+# How a group or a head transform computes: "learn" quantizes with the live parameters, "float" applies the transforms without quantizing (equivalence),
+# "rtn" quantizes without transforms or clips (the baseline), "frozen" runs the exported integers.
+MODES = ("learn", "float", "rtn", "frozen")
+
+
+class _FakeAffine(torch.autograd.Function):
+    """q = clamp(round((x - zero) / scale)); returns q * scale + zero, rounding passes gradients straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+        ratio = (x if zero is None else x - zero) * (1.0 / scale)
+        q = torch.round(ratio)
+        inside = (q >= low) & (q <= high)
+        q = q.clamp_(low, high)
+        ctx.save_for_backward(torch.where(inside, q - ratio, q), inside)
+        ctx.has_zero, ctx.scale_shape = zero is not None, scale.shape
+        out = q * scale
+        return out if zero is None else out + zero
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        residual, inside = ctx.saved_tensors
+        grad = grads[0]
+        grad_x = grad * inside
+        grad_scale = (grad * residual).sum_to_size(ctx.scale_shape)
+        grad_zero = (grad - grad_x).sum_to_size(ctx.scale_shape) if ctx.has_zero else None
+        return grad_x, grad_scale, grad_zero, None, None
+
+
+def fake_symmetric(x: Tensor, clip: Tensor | float) -> Tensor:
+    """Symmetric int4 over the last dimension: scale = absmax * clip / 7, q in [-8, 7]. Gradients reach x and clip."""
+    scale = (x.abs().amax(-1, keepdim=True) * clip).clamp_min(_EPS) / 7
+    return _FakeAffine.apply(x, scale, None, -8, 7)
+
+
+def fake_asymmetric(x: Tensor, clip: Tensor | float) -> Tensor:
+    """Asymmetric 4 bit over the last dimension, as the KV cache stores it: zero = min * clip, scale = (max - min) * clip / 15, q in [0, 15]."""
+    low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
+    return _FakeAffine.apply(x, (high - low).clamp_min(_EPS) / 15, low, 0, 15)
+
+
+def search_clip(x: Tensor, asymmetric: bool = False) -> float:
+    """The grid clip with the least squared quantization error over the rows of x [..., K]."""
+    fake = fake_asymmetric if asymmetric else fake_symmetric
+    errors = torch.stack([(fake(x, clip) - x).double().square().sum() for clip in _CLIP_GRID])
+    return _CLIP_GRID[int(errors.argmin())]
+
+
+def search_weight_clip(w: Tensor) -> Tensor:
+    """Per row of w [N, K]: the grid clip with the least squared rounding error -> [N]."""
+    errors = torch.stack([(fake_symmetric(w, clip) - w).square().sum(-1) for clip in _CLIP_GRID])
+    return torch.tensor(_CLIP_GRID, dtype=w.dtype, device=w.device)[errors.argmin(0)]
+
+
+def _logit(clip: Tensor | float) -> Tensor:
+    return torch.logit(torch.as_tensor(clip, dtype=torch.float32).clamp(0.05, _MAX_CLIP))
+
+
+class HeadTransforms(nn.Module):
+    """Per-layer head-dimension transforms: P_v merges into v rows and o columns, P_h acts on q and k after RoPE (LLaMA only), with KV clips.
+
+    head_dim: D. quantize_kv: True for decoder layers (KV4), False for vision layers (then only P_v exists).
+    """
+
+    def __init__(self, head_dim: int, quantize_kv: bool) -> None:
+        super().__init__()
+        self.mode, self.quantize_kv = "learn", quantize_kv
+        self.observed: list[tuple[Tensor, Tensor]] | None = None
+        self.value = nn.Parameter(hadamard(head_dim).float().clone())
+        if quantize_kv:
+            self.key = nn.Parameter(hadamard(head_dim).float().clone())
+            self.k_clip = nn.Parameter(_logit(0.95))
+            self.v_clip = nn.Parameter(_logit(0.95))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, heads, T, D] after RoPE -> what the attention runs on (value already carries P_v through v_proj)."""
+        if not self.quantize_kv:
+            return query, key, value
+        if self.mode == "rtn":
+            return query, fake_asymmetric(key, 1.0), fake_asymmetric(value, 1.0)
+        if self.observed is not None:
+            self.observed.append((key.detach().flatten(0, 2), value.detach().flatten(0, 2)))
+        key, query = key @ self.key, query @ torch.linalg.inv(self.key).T
+        if self.mode == "float":
+            return query, key, value
+        return query, fake_asymmetric(key, self.k_clip.sigmoid()), fake_asymmetric(value, self.v_clip.sigmoid())
+
+    @torch.no_grad()
+    def initialise(self, key: Tensor, value: Tensor) -> None:
+        """Set both clips by a search; key [rows, D] after RoPE and before P_h, value [rows, D] with P_v in it."""
+        if self.quantize_kv:
+            self.k_clip.copy_(_logit(search_clip(key @ self.key, asymmetric=True)))
+            self.v_clip.copy_(_logit(search_clip(value, asymmetric=True)))
+
+    def export(self) -> dict[str, Tensor]:
+        """`q_transform`, `k_transform` [D, D], `k_clip`, `v_clip` [] float32; empty where KV is not quantized."""
+        if not self.quantize_kv:
+            return {}
+        key = self.key.detach().double().cpu()
+        return {
+            "q_transform": torch.linalg.inv(key).T.float().contiguous(), "k_transform": key.float().contiguous(),
+            "k_clip": self.k_clip.detach().sigmoid().cpu().clone(), "v_clip": self.v_clip.detach().sigmoid().cpu().clone(),
+        }  # fmt: skip
+
+
+class ProjectionGroup(nn.Module):
+    """Linears that read the same input: one transform, one activation clip, one fused weight [N, K] with a clip per row.
+
+    linears: the float linears, in fused row order. left, right: sizes (l, r) of the Kronecker factors, 0 = absent. diag: learn a per-channel scale (only where
+    it can be merged upstream). heads: the layer's HeadTransforms when this group produces V (`value_rows`) or consumes the attention output.
+    """
+
+    def __init__(
+        self, linears: Sequence[nn.Linear], left: int, right: int, diag: bool, heads: HeadTransforms | None = None, value_rows: slice | None = None
+    ) -> None:
+        super().__init__()
+        self.mode = "learn"
+        self.sizes = [linear.out_features for linear in linears]
+        self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
+        device = linears[0].weight.device
+        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]).float())
+        biases = [linear.bias for linear in linears]
+        fused = None if biases[0] is None else torch.cat([bias.detach() for bias in biases]).float()
+        self.register_buffer("bias", fused)
+        self.left = nn.Parameter(hadamard(left).float().to(device)) if left else None
+        self.right = nn.Parameter(hadamard(right).float().to(device)) if right else None
+        self.log_diag = nn.Parameter(torch.zeros(self.in_features, device=device)) if diag else None
+        self.clip = nn.Parameter(_logit(0.9).to(device))
+        self.weight_clip = nn.Parameter(_logit(torch.full((self.out_features,), 0.9)).to(device))
+        self.heads, self.value_rows = ([heads], value_rows)  # in a list: parameters belong to the layer, not to its groups
+        self._memo: tuple[Tensor, list[Tensor | None]] | None = None
+        self._frozen: dict[str, Tensor] = {}
+        self.observed: list[Tensor] | None = None
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Output of linear `index` for x [..., K]; the group runs once per input object and hands out its rows."""
+        if self._memo is None or self._memo[0] is not x:
+            if self.observed is not None:
+                self.observed.append(x.detach().reshape(-1, self.in_features))
+            self._memo = (x, list(self(x).split(self.sizes, dim=-1)))
+        outputs = self._memo[1]
+        out, outputs[index] = outputs[index], None
+        if out is None:
+            raise RuntimeError(f"part {index} asked twice for one input")
+        if all(o is None for o in outputs):
+            self._memo = None
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> fused output [..., N] under the current mode."""
+        if self.mode == "rtn":
+            return functional.linear(fake_symmetric(x, 1.0), fake_symmetric(self.weight, 1.0), self.bias)
+        if self.mode == "frozen":
+            u = fake_symmetric(self.transform(x), self._frozen["clip"])
+            return functional.linear(u, self._frozen["weight"], self._frozen.get("bias"))
+        u, w = self.transform(x), self.effective_weight()
+        if self.mode == "learn":
+            u, w = fake_symmetric(u, self.clip.sigmoid()), fake_symmetric(w, self.weight_clip.sigmoid()[:, None])
+        return functional.linear(u, w, self.effective_bias())
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x / diag through the Kronecker factors."""
+        if self.log_diag is not None:
+            x = x * torch.exp(-self.log_diag)
+        return apply_kronecker(x, self.left, self.right)
+
+    def effective_weight(self) -> Tensor:
+        """W [N, K] with every merged transform: P_v (rows or columns), diag, inverse Kronecker factors."""
+        return self._transform_weight(self._merge_value(self.weight))
+
+    def _merge_value(self, w: Tensor) -> Tensor:
+        heads, rows = self.heads[0], self.value_rows
+        if heads is None:
+            return w
+        matrix = heads.value.to(w.dtype)
+        if rows is None:  # consumes the attention output, which carries P_v in every head
+            return apply_kronecker(w, None, torch.linalg.inv(matrix).T)
+        mixed = (matrix.T @ w[rows].view(-1, matrix.shape[0], self.in_features)).reshape(-1, self.in_features)
+        return torch.cat([w[: rows.start], mixed, w[rows.stop :]])
+
+    def _transform_weight(self, w: Tensor) -> Tensor:
+        if self.log_diag is not None:
+            w = w * torch.exp(self.log_diag.to(w.dtype))
+        left, right = (None if p is None else torch.linalg.inv(p.to(w.dtype)).T for p in (self.left, self.right))
+        return apply_kronecker(w, left, right)
+
+    def effective_bias(self) -> Tensor | None:
+        """Bias [N] with P_v applied to the value rows."""
+        heads, rows = self.heads[0], self.value_rows
+        if self.bias is None or heads is None or rows is None:
+            return self.bias
+        value = (self.bias[rows].view(-1, heads.value.shape[0]) @ heads.value).reshape(-1)
+        return torch.cat([self.bias[: rows.start], value, self.bias[rows.stop :]])
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, alpha: float) -> None:
+        """Choose the start from x [rows, K] (as observed in mode "float"): Hadamard or identity factors, with or without diag, clips searched; least output error wins."""
+        merged = self._merge_value(self.weight)
+        target = functional.linear(x, merged)
+        best: tuple[float, dict[str, Tensor]] | None = None
+        scales = [None] if self.log_diag is None else [None, _smooth_scale(x, merged, alpha)]
+        for flat, scale in [(flat, scale) for flat in (True, False) for scale in scales]:
+            for matrix in (self.left, self.right):
+                if matrix is not None:
+                    matrix.copy_(hadamard(matrix.shape[0]) if flat else torch.eye(matrix.shape[0]))
+            if self.log_diag is not None:
+                self.log_diag.copy_(torch.zeros_like(self.log_diag) if scale is None else scale.log())
+            u, w = self.transform(x), self._transform_weight(merged)
+            clip, w_clip = search_clip(u), search_weight_clip(w)
+            self.clip.copy_(_logit(clip))
+            self.weight_clip.copy_(_logit(w_clip))
+            out = functional.linear(fake_symmetric(u, clip), fake_symmetric(w, w_clip[:, None]))
+            error = float((out - target).double().square().sum())
+            if best is None or error < best[0]:
+                best = (error, {name: p.detach().clone() for name, p in self.named_parameters()})
+        assert best is not None
+        for name, parameter in self.named_parameters():
+            parameter.copy_(best[1][name])
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed checkpoint computes."""
+        w = self._transform_weight(self._merge_value(self.weight.double())).float()
+        w_q, w_scale = quantize_weight(w.cpu(), self.weight_clip.detach().sigmoid().cpu())
+        dense = unpack_int4(w_q, self.in_features).float() * w_scale[:, None]
+        self._frozen = {"w_q": w_q, "w_scale": w_scale, "clip": self.clip.detach().sigmoid().clone(), "weight": dense.to(w.device)}
+        bias = self.effective_bias()
+        if bias is not None:
+            self._frozen["bias"] = bias.detach().clone()
+
+    def export(self) -> dict[str, Tensor]:
+        """Checkpoint tensors of the group (QuantLinear's names) on the CPU: left?, right?, clip, w_q, w_scale, bias?. Call `freeze` first."""
+        out = {"w_q": self._frozen["w_q"], "w_scale": self._frozen["w_scale"], "clip": self._frozen["clip"]}
+        for name in ("left", "right"):
+            matrix = getattr(self, name)
+            if matrix is not None:
+                out[name] = matrix.detach()
+        if "bias" in self._frozen:
+            out["bias"] = self._frozen["bias"]
+        return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
+
+    def diag(self) -> Tensor | None:
+        """Per-channel scale c [K] float32 that the producer of the input divides by, or None."""
+        return None if self.log_diag is None else torch.exp(self.log_diag.detach()).cpu()
+
+
+def _smooth_scale(x: Tensor, w: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant-style c = x_max^alpha / w_max^(1 - alpha), geometric mean 1 (the published code stores its reciprocal)."""
+    x_max, w_max = x.abs().amax(0).clamp_min(1e-5), w.abs().amax(0).clamp_min(1e-5)
+    scale = x_max**alpha / w_max ** (1 - alpha)
+    return (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)
+
+
+class GroupPart(nn.Module):
+    """Stands where a float linear stood: returns its rows of the shared group's output."""
+
+    def __init__(self, group: ProjectionGroup, index: int) -> None:
+        super().__init__()
+        self.group, self.index = [group], index  # in a list: registered once, by the block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group[0].part(x, self.index)

@@ -1,0 +1,180 @@
+"""One block: search the start, learn the transforms and clips, keep the best iterate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.calib.blocks import Batch, Block
+from quota.calib.settings import Settings
+from quota.calib.stream import Stream
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What calibration did to one block, on the held-out samples.
+
+    mse_rtn: rounding to nearest without transforms (before); mse_start: after the searched start; mse: the exported integers (after). sqnr_db: output signal over
+    error, exported. update_sqnr_db: the same for what the block adds to the residual stream (equal to sqnr_db for the projector). best_step: optimiser
+    step of the kept iterate, 0 = the start.
+    """
+
+    name: str
+    mse_rtn: float
+    mse_start: float
+    mse: float
+    sqnr_db: float
+    update_sqnr_db: float
+    best_step: int
+    steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, floats rounded to 6 significant digits so that reports are stable."""
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+@dataclass
+class Lesson:
+    """What a block learns from: inputs (and the quantized inputs, or None), float outputs, and the seed of the batch order."""
+
+    inputs: Stream
+    targets: Stream
+    quantized: Stream | None
+    seed: int
+
+
+def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Callable[[int], None] | None = None) -> BlockReport:
+    """Calibrate `block` (already `quantize_linears`-ed, on settings.device) and leave it frozen.
+
+    progress: called with the number of finished steps. Deterministic for a given seed, thread count and machine.
+    """
+    train, held_out = split(len(lesson.inputs), settings.held_out)
+    score = _Scorer(block, lesson, held_out, settings)
+    initialise(block, lesson.inputs, train, settings)
+    block.set_mode("rtn")
+    mse_rtn = score()
+    block.set_mode("learn")
+    mse_start = best = score()
+    kept, best_step = _snapshot(block), 0
+    optimizer, schedule = _optimizer(block, settings)
+    generator = torch.Generator().manual_seed(lesson.seed)
+    order: list[int] = []
+    for step in range(1, settings.steps + 1):
+        if len(order) < min(settings.batch, len(train)):
+            order += [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        items, order = order[: settings.batch], order[settings.batch :]
+        loss = _loss(block, lesson, items, settings)
+        optimizer.zero_grad(set_to_none=True)
+        (loss / loss.detach().clamp_min(1e-30)).backward()
+        optimizer.step()
+        schedule.step()
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            mse = score()
+            if math.isfinite(mse) and mse < best:
+                best, best_step, kept = mse, step, _snapshot(block)
+        if progress is not None:
+            progress(step)
+    _restore(block, kept)
+    block.freeze()
+    block.set_mode("frozen")
+    mse = score()
+    signal, update = score.signal()
+    return BlockReport(
+        name=block.path, mse_rtn=mse_rtn, mse_start=mse_start, mse=mse, sqnr_db=_db(signal, mse), update_sqnr_db=_db(update, mse),
+        best_step=best_step, steps=settings.steps,
+    )  # fmt: skip
+
+
+def split(count: int, held_out: int) -> tuple[list[int], list[int]]:
+    """Training and held-out items: at most a quarter is held out, evenly spread; one item serves as both."""
+    if count == 1:
+        return [0], [0]
+    wanted = max(1, min(held_out, count // 4))
+    chosen = {(2 * i + 1) * count // (2 * wanted) for i in range(wanted)}
+    return [i for i in range(count) if i not in chosen], sorted(chosen)
+
+
+@torch.no_grad()
+def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Settings) -> None:
+    """Search the start of every group on evenly spaced tokens of up to eight training items."""
+    spread = train[:: max(1, len(train) // 8)][:8]
+    block.set_mode("float")
+    with block.observing():
+        for item in spread:
+            block(inputs.batch([item], settings.device))
+        if block.heads is not None and block.heads.observed:
+            keys, values = (torch.cat(side) for side in zip(*block.heads.observed, strict=True))
+            step = max(1, keys.shape[0] // (4 * settings.search_rows))
+            block.heads.initialise(keys[::step], values[:: max(1, values.shape[0] // (4 * settings.search_rows))])
+        for group in block.groups.values():
+            rows = torch.cat(group.observed)
+            group.observed = None
+            group.initialise(rows[:: max(1, rows.shape[0] // settings.search_rows)][: settings.search_rows], settings.diag_alpha)
+
+
+def _loss(block: Block, lesson: Lesson, items: list[int], settings: Settings) -> Tensor:
+    target = lesson.targets.batch(items, settings.device)
+    if lesson.quantized is None or settings.inputs == "float":
+        return _mse(block(lesson.inputs.batch(items, settings.device)), target)
+    source = lesson.quantized.batch(items, settings.device)
+    if settings.inputs == "mixed":
+        floats = lesson.inputs.batch(items, settings.device)
+        half = len(items) // 2
+        source.hidden[:half] = floats.hidden[:half]
+    return _mse(block(source), target)
+
+
+def _mse(out: Tensor, target: Batch) -> Tensor:
+    error = (out - target.hidden).square() * target.valid[..., None]
+    return error.sum() / (target.valid.sum() * out.shape[-1])
+
+
+class _Scorer:
+    """Mean squared error of the block in its current mode over the held-out items, with float inputs."""
+
+    def __init__(self, block: Block, lesson: Lesson, items: list[int], settings: Settings) -> None:
+        self.block, self.device = block, settings.device
+        self.groups = [items[i : i + settings.batch] for i in range(0, len(items), settings.batch)]
+        self.lesson = lesson
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        total, count = 0.0, 0
+        for items in self.groups:
+            source, target = self.lesson.inputs.batch(items, self.device), self.lesson.targets.batch(items, self.device)
+            error = (self.block(source) - target.hidden)[target.valid]
+            total, count = total + float(error.double().square().sum()), count + error.numel()
+        return total / count
+
+    def signal(self) -> tuple[float, float]:
+        """Mean squares of the float output and of what the block adds to its input."""
+        out = torch.cat([self.lesson.targets.read(i) for items in self.groups for i in items]).double()
+        if self.block.kind == "projector":
+            return float(out.square().mean()), float(out.square().mean())
+        source = torch.cat([self.lesson.inputs.read(i) for items in self.groups for i in items]).double()
+        return float(out.square().mean()), float((out - source).square().mean())
+
+
+def _optimizer(block: Block, settings: Settings) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    groups = [{"params": block.matrices(), "lr": settings.matrix_lr}, {"params": block.clips(), "lr": settings.clip_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, settings.steps))
+
+
+def _snapshot(block: Block) -> list[Tensor]:
+    return [p.detach().clone() for p in block.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _restore(block: Block, values: list[Tensor]) -> None:
+    for parameter, value in zip([p for p in block.parameters() if p.requires_grad], values, strict=True):
+        parameter.copy_(value)
+
+
+def _db(signal: float, noise: float) -> float:
+    return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
