@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quota.cli.shell import (
-    BuildByDefaultGroup, JsonOption, check_checkpoint, check_keep, check_output, notes, parse_layers, print_json, say,
+    BuildByDefaultGroup, JsonOption, check_checkpoint, check_keep, check_output, notes, print_json, say,
 )  # fmt: skip
 from quota.core.errors import RecipeError, UsageError
 
@@ -60,8 +60,11 @@ def build(
 
         quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.2 --layers 2-6 --tau 0.5 --out recipe.json
     """
+    from quota.allocate.candidates import parse_layers
+
     check_keep(keep)
-    chosen = parse_layers(layers)
+    if layers is not None:
+        parse_layers(layers, 1_000_000)  # the spelling; the model's own number of layers is checked when it is known
     if not tau > 0:
         raise UsageError(f"--tau: expected a temperature above 0, got {tau:g}")
     for option, value, allowed in (("--method", method, METHODS), ("--reference", reference, REFERENCES), ("--position-policy", position_policy, POLICIES)):
@@ -73,10 +76,11 @@ def build(
     if plot is not None:
         check_output(plot, "--plot")
 
+    from quota.allocate.explain import explain_text
     from quota.eval.profiling import allocate, profile_models
 
     profile = profile_models(model, checkpoint, samples, quiet=json)
-    recipe = allocate(profile, keep=keep, layers=chosen, tau=tau, method=method, reference=reference, position_policy=position_policy)
+    recipe = allocate(profile, keep=keep, layers=layers, tau=tau, method=method, reference=reference, position_policy=position_policy)
     recipe.save(out)
     if plot is not None:
         from quota.report.plots import save_profile_plot
@@ -85,7 +89,7 @@ def build(
     if json:
         print_json(recipe.model_dump(mode="json"))
         return
-    _explain(recipe, out)
+    say(f"{out}\n{explain_text(recipe)}")
 
 
 @app.command("explain")
@@ -96,52 +100,14 @@ def explain(file: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe fi
 
         quota recipe explain demo-out/recipe.json
     """
+    from quota.allocate import explain as explained
     from quota.core.recipe import Recipe
 
     recipe = Recipe.load(file)
     if json:
-        print_json({**facts(recipe), "layers": layer_rows(recipe)})
+        print_json(explained.explain(recipe))
         return
-    _explain(recipe, file)
-
-
-def layer_rows(recipe: Any) -> list[dict[str, Any]]:
-    """One row per decoder layer: tokens alive, share dropped here, sensitivity where the layer is a candidate."""
-    rows, alive = [], 1.0
-    index = {layer: i for i, layer in enumerate(recipe.candidates)}
-    for layer in range(recipe.model.layers):
-        keep = recipe.keep_at(layer)
-        row = {"layer": layer, "candidate": layer in index, "keep": keep, "tokens": recipe.tokens_at(layer), "drop": round(alive - keep, 6)}
-        row["sensitivity"] = recipe.sensitivities[index[layer]] if layer in index and recipe.sensitivities else None
-        rows.append(row)
-        alive = keep
-    return rows
-
-
-def facts(recipe: Any) -> dict[str, Any]:
-    """Totals of a recipe; `compute_ratio` is null where the recipe lacks the model's sizes."""
-    rows = layer_rows(recipe)
-    return {
-        "method": recipe.method, "regime": recipe.regime, "architecture": recipe.model.architecture, "fingerprint": recipe.model.fingerprint,
-        "reference_tokens": recipe.reference_tokens, "final_keep": recipe.final_keep, "final_tokens": rows[-1]["tokens"], "tau": recipe.tau,
-        "average_visual_tokens": sum(r["tokens"] for r in rows) / len(rows), "position_policy": recipe.position_policy,
-        "weights": recipe.weights.model_dump(),
-    }  # fmt: skip
-
-
-def _explain(recipe: Any, source: Path) -> None:
-    total = facts(recipe)
-    say(f"{source}: {total['method']} recipe for {total['architecture']} ({total['fingerprint'][:19]}...), {total['regime']}")
-    say(
-        f"of {total['reference_tokens']} visual tokens per picture {total['final_tokens']} ({total['final_keep']:.0%}) reach the end, "
-        f"{total['average_visual_tokens']:.1f} on average over {recipe.model.layers} layers"
-    )
-    say("tokens are ranked by " + ", ".join(f"{v:.2g} {k}" for k, v in total["weights"].items() if v) + f"; positions: {total['position_policy']}")
-    say(f"{'layer':>5}  {'tokens':>6}  {'keep':>6}  {'drop':>6}  sensitivity")
-    for row in layer_rows(recipe):
-        sensitivity = f"{row['sensitivity']:.4g}" if row["sensitivity"] is not None else ("-" if row["candidate"] else "")
-        drop = f"{row['drop']:.3f}" if row["candidate"] else ""
-        say(f"{row['layer']:>5}  {row['tokens']:>6}  {row['keep']:>6.3f}  {drop:>6}  {sensitivity}".rstrip())
+    say(explained.explain_text(recipe))
 
 
 @app.command("validate")
@@ -201,26 +167,14 @@ def diff(
 
         quota recipe diff recipe-30.json recipe-20.json
     """
+    from quota.allocate import explain as explained
     from quota.core.recipe import Recipe
 
-    a, b = (flatten(Recipe.load(path).model_dump(mode="json")) for path in (first, second))
-    changes = [{"field": k, "first": a.get(k), "second": b.get(k)} for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+    a, b = Recipe.load(first), Recipe.load(second)
+    changes = explained.diff(a, b)
     if json:
         print_json(changes)
-    elif not changes:
-        say("the same")
     else:
-        width = max(len(c["field"]) for c in changes)
-        for c in changes:
-            say(f"{c['field']:<{width}}  {c['first']} -> {c['second']}")
+        say(explained.diff_text(a, b))
     if changes and exit_code:
         raise typer.Exit(1)
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b[0]": 1}"""
-    if isinstance(value, dict) and value:
-        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
-    if isinstance(value, list) and value:
-        return {k: v for i, inner in enumerate(value) for k, v in flatten(inner, f"{prefix}[{i}]").items()}
-    return {prefix: value}

@@ -93,16 +93,3 @@ def check_keep(keep: float) -> float:
     if not 0 < keep <= 1:
         raise UsageError(f"--keep: expected a ratio above 0 and at most 1, got {keep:g}")
     return keep
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """`2-6`, `2,4,6` or a mix; None stays None (the layer rule chooses)."""
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
-            raise UsageError(f"--layers: expected ranges and numbers such as 2-6 or 2,4,6, got {text!r}")
-        layers.update(range(int(low), int(high or low) + 1))
-    return sorted(layers)

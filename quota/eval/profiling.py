@@ -20,7 +20,7 @@ def profile_models(model: str | Path, checkpoint: str | Path, samples: Any, *, q
 
 
 def allocate(
-    profile: Any, *, keep: float, layers: list[int] | None = None, tau: float = 1.0, method: str = "quota", reference: str = "recorded",
+    profile: Any, *, keep: float, layers: str | list[int] | None = None, tau: float = 1.0, method: str = "quota", reference: str = "recorded",
     position_policy: str = "original",
 ) -> Any:  # fmt: skip
     """A recipe of `method` that ends at `keep`."""

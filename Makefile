@@ -1,0 +1,53 @@
+# Needs python3 (>= 3.11, with venv), a C++ compiler and make. Everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+STAMP := .venv/.installed
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*.h)
+
+.PHONY: demo test lint venv schema clean help
+
+help:
+	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
+	@echo "make clean  remove build products and demo-out/ (not .venv)"
+
+venv: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"quota needs python 3.11 or newer, $(PYTHON) is {v.major}.{v.minor}")'
+	$(PYTHON) -m venv .venv
+
+# torch first and alone: the CPU build, from TORCH_INDEX where one is given; then the rest, pinned
+.venv/.torch: $(BIN)/python constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+.venv/.packages: .venv/.torch constraints.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja packaging
+	@touch $@
+
+$(STAMP): .venv/.packages setup.py pyproject.toml constraints.txt $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/quota demo --out demo-out
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: $(STAMP)
+	$(BIN)/python -m quota.core.recipe
+
+clean:
+	rm -rf build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f quota/_native/*.so

@@ -1,0 +1,71 @@
+"""Finished stages, kept under names made from everything that decides their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).parents[1]
+# Source that decides what calibration, profiling and answering compute; faces (cli, demo, report) do not.
+_DECIDING = ("core", "quant", "ops", "arch", "nn", "allocate", "calib", "runtime", "eval", "scenes")
+
+
+def code_fingerprint(package: Path = _PACKAGE) -> str:
+    """sha256 over quota's own computing source, so that a changed calibrator is not answered from an old cache."""
+    digest = hashlib.sha256()
+    for folder in _DECIDING:
+        for file in sorted((package / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class StageCache:
+    """Entries `folder/<stage>-<key>`. A stage writes into the path it is given; only a finished one has its `.done` file beside it."""
+
+    folder: Path
+    common: str  # part of every key
+    timings: list[dict[str, Any]] = field(default_factory=list)  # {"stage", "seconds", "reused"} in order
+
+    def path(self, stage: str, parts: dict[str, Any]) -> Path:
+        text = json.dumps({"stage": stage, "common": self.common, **parts}, sort_keys=True, default=str)
+        return self.folder / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def make(self, stage: str, parts: dict[str, Any], work: Callable[[Path], None]) -> Path:
+        """The path of a finished stage; `work(path)` runs when there is none. What an interrupted `work` left stays for it to resume."""
+        path = self.path(stage, parts)
+        done = path.with_name(path.name + ".done")
+        began = time.perf_counter()
+        reused = done.exists() and path.exists()
+        if not reused:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            work(path)
+            seconds = time.perf_counter() - began
+            fresh = done.with_name(done.name + ".tmp")
+            fresh.write_text(json.dumps({"seconds": round(seconds, 2)}) + "\n")
+            fresh.replace(done)
+        self.timings.append({"stage": stage, "seconds": json.loads(done.read_text())["seconds"], "reused": reused})
+        return path
+
+
+def link(name: Path, target: Path) -> None:
+    """`name` becomes a relative link to folder `target`, replacing an older link at once; a copy where links are not allowed."""
+    fresh = name.with_name(name.name + ".tmp")
+    if fresh.is_symlink() or fresh.is_file():
+        fresh.unlink()
+    try:
+        fresh.symlink_to(os.path.relpath(target, name.parent), target_is_directory=True)
+    except OSError:
+        shutil.rmtree(name, ignore_errors=True)
+        shutil.copytree(target, name)
+        return
+    if name.is_dir() and not name.is_symlink():
+        shutil.rmtree(name)
+    fresh.replace(name)

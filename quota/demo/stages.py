@@ -1,0 +1,259 @@
+"""The six stages of `quota demo`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quota.allocate.explain import explain, explain_text
+from quota.allocate.profile import Profile
+from quota.calib.samples import Samples
+from quota.core.errors import CheckpointError
+from quota.core.files import atomic_write_text
+from quota.core.recipe import Recipe
+from quota.demo.cache import StageCache, code_fingerprint, link
+from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
+from quota.eval.asking import ask, load_model
+from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_bytes
+from quota.eval.compare import TIMED_QUESTIONS, answer_rows, folder_fingerprint, row_spec
+from quota.eval.generation import Cost, measure_cost
+from quota.eval.profiling import allocate, profile_models
+from quota.eval.questions import Question, questions_fingerprint, scene_questions, scene_tour
+from quota.eval.results import Evaluation
+from quota.eval.score import is_right
+from quota.eval.tables import evaluation_tables
+from quota.scenes import assets
+
+REGIME = "w4a4kv4"
+MODULES = ("vision", "projector", "llm")
+COMPARISONS = (("collaborative", "quantize-then-prune"), ("collaborative", "prune-then-quantize"), ("collaborative", "quant-only"))
+SIDE_BY_SIDE = ("float", "quant-only", "collaborative")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What `quota demo` was asked for."""
+
+    out: Path = Path("demo-out")
+    keep: float = 0.3
+    questions: int = 600
+    model: str | None = None
+    samples: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    quiet: bool = False
+
+    @property
+    def float_checkpoint(self) -> str:
+        return self.model or str(assets.CHECKPOINT)
+
+    @property
+    def samples_file(self) -> Path:
+        return self.samples or assets.SAMPLES
+
+
+class Demo:
+    """One run: the settings, the cache, and the models loaded so far."""
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        self.console = Console(stderr=settings.quiet, width=max(Console().width, 110))
+        if settings.model is None and not (assets.CHECKPOINT / "config.json").exists():
+            raise CheckpointError(
+                f"embedded checkpoint: no {assets.CHECKPOINT / 'config.json'}; train it with `python -m quota.scenes.train --out runs/train` "
+                "and copy its checkpoint folder there, or give --model"
+            )
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self.samples = Samples.load(settings.samples_file)
+        self.float_key = folder_fingerprint(settings.float_checkpoint)
+        self.cache = StageCache(settings.out / "cache", code_fingerprint())
+        self._loaded: dict[str, tuple[Any, Any]] = {}
+
+    def title(self, number: int, text: str) -> None:
+        self.console.print(f"\n[bold]{number}/6  {text}[/bold]")
+
+    def opened(self, spec: RowSpec) -> tuple[Any, Any]:
+        """Each row's model once per run: the embedded ones are small."""
+        if spec.key not in self._loaded:
+            self._loaded[spec.key] = spec.open()
+        return self._loaded[spec.key]
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def facts(self) -> ModelFacts:
+        """Stage 1: the float checkpoint and its samples."""
+        from quota.arch.llava import find_arch, model_fingerprint
+
+        self.title(1, "float checkpoint and calibration samples")
+        model, _ = load_model(self.settings.float_checkpoint)
+        find_arch(model)
+        config = model.config
+        facts = ModelFacts(
+            checkpoint=self.settings.model or "embedded", fingerprint=model_fingerprint(model), parameters=sum(p.numel() for p in model.parameters()),
+            layers=config.text_config.num_hidden_layers, visual_tokens=(config.vision_config.image_size // config.vision_config.patch_size) ** 2,
+            image_size_px=config.vision_config.image_size, float_bytes=weight_bytes(Path(self.settings.float_checkpoint)),
+            samples=len(self.samples), samples_fingerprint=self.samples.fingerprint,
+        )  # fmt: skip
+        self.console.print(
+            f"{type(model).__name__}: {facts.parameters / 1e6:.2f} M parameters, {facts.layers} decoder layers, {facts.visual_tokens} visual tokens; "
+            f"{facts.samples} samples"
+        )
+        return facts
+
+    def quantize(self, stage: str, recipe: Path | None = None) -> Path:
+        """Stage 2 (and once more, on the pruned graph, for prune-then-quantize): a W4A4KV4 checkpoint."""
+        from quota.calib.run import calibrate
+
+        s = self.settings
+        loaded = Recipe.load(recipe) if recipe else None
+        parts = {"float": self.float_key, "samples": self.samples.fingerprint, "steps": s.steps, "seed": s.seed, "recipe": loaded and loaded.dumps()}
+
+        def work(path: Path) -> None:
+            calibrate(s.float_checkpoint, self.samples, regime=REGIME, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet)
+
+        return self.cache.make(stage, parts, work)
+
+    def profile(self, quantized: Path) -> Profile:
+        """Stage 3, first half: what each layer looks like."""
+        s = self.settings
+        parts = {"float": self.float_key, "quantized": folder_fingerprint(quantized), "samples": self.samples.fingerprint}
+        path = self.cache.make("profile", parts, lambda p: profile_models(s.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p))
+        return Profile.load(path)
+
+    def side_by_side(self, specs: dict[str, RowSpec], size_px: int) -> tuple[list[SideBySide], dict[str, str]]:
+        """Stage 4: one picture, several questions, three rows; the picture and the kept tokens over it."""
+        from quota.report.overlay import save_overlay
+
+        tour = scene_tour(0, size_px)
+        assert tour[0].open_image is not None
+        picture = tour[0].open_image()
+        out = self.settings.out
+        picture.save(out / "picture.png")
+        results, kept = [], {}
+        for q in tour:
+            said = {}
+            for name in SIDE_BY_SIDE:
+                answer = ask(*self.opened(specs[name]), q.instruction, [picture], max_new_tokens=64 if q.task == "caption" else 8)
+                said[name] = answer.text
+                if answer.kept and not kept:
+                    kept = answer.kept_visual()
+            results.append(SideBySide(task=q.task, question=q.instruction, expected=q.answer, answers=said, right={n: is_right(t, q.answer) for n, t in said.items()}))
+        save_overlay(out / "overlay.png", picture, kept)
+        table = Table(title="The same picture, three models")
+        for name in ("question", "expected", *SIDE_BY_SIDE):
+            table.add_column(name)
+        for r in results:
+            marks = ["[green]" if r.right[n] else "[red]" for n in SIDE_BY_SIDE]
+            table.add_row(r.question, r.expected, *(m + r.answers[n] for m, n in zip(marks, SIDE_BY_SIDE, strict=True)))
+        self.console.print(table)
+        return results, {"picture": "picture.png", "overlay": "overlay.png"}
+
+    def evaluate(self, specs: dict[str, RowSpec], size_px: int) -> Evaluation:
+        """Stage 5: all rows on the held-out questions, then single requests timed in turns."""
+        s = self.settings
+        questions = scene_questions(s.questions, size_px)
+        settings = Settings(seed=s.seed)
+        rows = list(specs.values())
+        began_with = set(self._loaded)
+        answered = answer_rows(rows, questions, self.cache.folder / "answers", settings, self.opened, quiet=s.quiet)
+        blind_spec = replace(specs["float"], name="blind")
+        blind = answer_rows([blind_spec], [q.without_image() for q in questions], self.cache.folder / "answers", settings, self.opened, quiet=s.quiet)
+        reused = all(seconds == 0 for _, seconds in answered.values()) and set(self._loaded) == began_with
+        self.cache.timings.append({"stage": "answers", "seconds": round(sum(v for _, v in answered.values()), 2), "reused": reused})
+        costs = self.costs(rows, questions[:TIMED_QUESTIONS])
+        return summarise(
+            questions, [Answered(spec, *answered[spec.name], costs[spec.name]) for spec in rows], settings, baseline="float", blind=blind["blind"][0],
+            compare=COMPARISONS, timed_requests=TIMED_QUESTIONS,
+        )  # fmt: skip
+
+    def costs(self, rows: list[RowSpec], questions: list[Question]) -> dict[str, Cost]:
+        parts = {"rows": [[r.name, r.key] for r in rows], "questions": questions_fingerprint(questions), "machine": platform.node()}
+
+        def work(path: Path) -> None:
+            measured = measure_cost({r.name: self.opened(r) for r in rows}, questions)
+            atomic_write_text(path, json.dumps({name: asdict(cost) for name, cost in measured.items()}) + "\n")
+
+        path = self.cache.make("cost", parts, work)
+        return {name: Cost(**values) for name, values in json.loads(path.read_text()).items()}
+
+    def environment(self) -> Environment:
+        import torch
+        import transformers
+
+        import quota
+        from quota.ops.library import describe_native
+
+        cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+        return Environment(
+            quota=quota.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, cpu=cpu,
+            threads=torch.get_num_threads(), native=describe_native(),
+        )  # fmt: skip
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def run_demo(settings: DemoSettings) -> Report:
+    """All stages; returns the report it also writes to `out/report.json`. Every file appears whole or not at all."""
+    from quota.report.plots import save_profile_plot, save_recipe_plot
+
+    demo = Demo(settings)
+    out, say = settings.out, demo.console.print
+    facts = demo.facts()
+    size_px = 336 if facts.image_size_px >= 300 else 168
+
+    demo.title(2, "calibration to W4A4KV4")
+    quantized = demo.quantize("quantized")
+    link(out / "quantized", quantized)
+    say(f"{out / 'quantized'}: {weight_bytes(quantized) / 1e6:.2f} MB (float: {facts.float_bytes / 1e6:.2f} MB)")
+
+    demo.title(3, f"profile and allocation, keep {settings.keep:g}")
+    profile = demo.profile(quantized)
+    recipes = {"collaborative": out / "recipe.json", "uniform": out / "uniform.json"}
+    plans = {"collaborative": allocate(profile, keep=settings.keep), "uniform": allocate(profile, keep=settings.keep, method="uniform")}
+    for name, plan in plans.items():
+        plan.save(recipes[name])
+    save_profile_plot(out / "profile.png", profile, plans["collaborative"])
+    save_recipe_plot(out / "recipe.png", plans["collaborative"])
+    say(explain_text(plans["collaborative"]), markup=False, highlight=False)
+
+    demo.title(4, "answers side by side")
+    label = facts.checkpoint
+    specs = {
+        "float": row_spec("float", settings.float_checkpoint, label=label),
+        "quant-only": row_spec("quant-only", quantized, label="quantized"),
+        "prune-only": row_spec("prune-only", settings.float_checkpoint, recipes["uniform"], label),
+        "quantize-then-prune": row_spec("quantize-then-prune", quantized, recipes["uniform"], "quantized"),
+    }
+    collaborative = row_spec("collaborative", quantized, recipes["collaborative"], "quantized")
+    answers, files = demo.side_by_side({**specs, "collaborative": collaborative}, size_px)
+
+    demo.title(5, f"evaluation on {settings.questions} held-out questions")
+    say("prune-then-quantize: calibrating once more, on the graph the uniform recipe prunes")
+    pruned_first = demo.quantize("quantized-pruned", recipes["uniform"])
+    specs["prune-then-quantize"] = row_spec("prune-then-quantize", pruned_first, recipes["uniform"], "quantized on the pruned graph")
+    specs["collaborative"] = collaborative
+    evaluation = demo.evaluate(specs, size_px)
+    for table in evaluation_tables(evaluation):
+        say(table)
+
+    demo.title(6, "report")
+    report = Report(
+        environment=demo.environment(), model=facts, keep=settings.keep, calibration=json.loads((quantized / "quota.json").read_text())["calibration"],
+        recipes={name: explain(plan) for name, plan in plans.items()}, profile=profile.to_json(), answers=answers, evaluation=evaluation,
+        files={**files, "profile_plot": "profile.png", "recipe_plot": "recipe.png", "quantized": "quantized", "recipe": "recipe.json", "uniform_recipe": "uniform.json"},
+        stages=[Stage(**t) for t in demo.cache.timings],
+    )  # fmt: skip
+    atomic_write_text(out / "report.json", report.model_dump_json(indent=1) + "\n")
+    for what in ("picture", "overlay", "profile_plot", "recipe_plot"):
+        say(f"{what:<13} {out / report.files[what]}")
+    say(f"{'report':<13} {out / 'report.json'}")
+    return report
