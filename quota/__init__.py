@@ -1,0 +1,28 @@
+"""Joint quantization and visual-token pruning of vision-language models.
+
+`quota.load` opens a checkpoint, `quota.patched` runs any LLaVA under a recipe. Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quota.runtime.load import load
+    from quota.runtime.patch import patched
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "patched"]
+
+_LAZY = {"load": "quota.runtime.load", "patched": "quota.runtime.patch"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'quota' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
