@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.arch.llava import find_arch
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
 
 
@@ -55,7 +56,7 @@ def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new
     text = prompt if mark in prompt else render_prompt(processor, prompt, len(pictures))
     inputs = encode_prompts(model, processor, [text], pictures)
     made = generate(model, inputs, max_new_tokens=max_new_tokens)
-    visual = (inputs["input_ids"][0] == model.config.image_token_id).cpu()
+    visual = (inputs["input_ids"][0] == find_arch(model).image_token_id).cpu()
     kept = {layer: torch.as_tensor(mask[0]).bool().cpu() for layer, mask in kept_masks(model).items()}
     return Answer(processor.batch_decode(made.new_ids, skip_special_tokens=True)[0].strip(), made, kept, visual)
 

@@ -59,8 +59,7 @@ def questions_for(samples: Path | None, number: int, size_px: int) -> list[Quest
         return scene_questions(number, 336 if size_px >= 300 else 168)
     from quota.calib.samples import Samples
 
-    loaded = Samples.load(samples)
-    return sample_questions(loaded, lambda sample: loaded.open_image(sample))
+    return sample_questions(Samples.load(samples))
 
 
 def bars(quiet: bool = False) -> Progress:

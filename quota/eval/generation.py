@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.arch.llava import find_arch
 from quota.eval.questions import Question
 
 
@@ -126,7 +127,7 @@ def measure_cost(entries: dict[str, tuple[Any, Any]], questions: Sequence[Questi
             inputs = encode(model, processor, [question])
             made = generate(model, inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
             if number:
-                visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+                visual = int((inputs["input_ids"] == find_arch(model).image_token_id).sum())
                 text = inputs["input_ids"].shape[1] - visual
                 # the last new token is never run through the model, so it is in no cache
                 seen[name].append((made, [n - text - (made.new_ids.shape[1] - 1) for n in made.cache_tokens]))

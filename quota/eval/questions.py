@@ -20,13 +20,17 @@ DEFAULT_QUESTIONS = 600
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its answer. `open_image` draws or reads the picture when it is needed; None is a text-only question."""
+    """One question with its answer. `open_image` draws or reads the picture when it is needed; None is a text-only question.
+
+    `picture`: names the picture's content where the id does not.
+    """
 
     id: str
     task: str
     instruction: str
     answer: str
     open_image: Callable[[], Image] | None
+    picture: str = ""
 
     def without_image(self) -> Question:
         return Question(self.id, self.task, self.instruction, self.answer, None)
@@ -68,25 +72,25 @@ def _opener(split: str, index: int, size_px: int) -> Callable[[], Image]:
     return lambda: _picture(split, index, size_px)
 
 
-def sample_questions(samples: Iterable[Any], open_image: Callable[[Any], Image]) -> list[Question]:
-    """Questions from calibration-format samples; every sample needs an `answer`. `task` is optional (one task "all")."""
+def sample_questions(samples: Iterable[Any]) -> list[Question]:
+    """Questions from `quota.calib.samples`; every sample needs an `answer`. `task` is optional (one task "all")."""
     out = []
     for sample in samples:
-        answer = getattr(sample, "answer", None)
-        if not answer:
+        if not sample.answer:
             raise SampleError(f"sample {sample.id!r}: field 'answer' is missing; evaluation needs an answer for every sample")
-        opener = (lambda s=sample: open_image(s)) if getattr(sample, "image", None) else None
-        out.append(Question(sample.id, getattr(sample, "task", None) or "all", sample.instruction, answer, opener))
+        stored = sample.image_bytes
+        name = hashlib.sha256(stored).hexdigest() if stored else ""
+        out.append(Question(sample.id, sample.task or "all", sample.instruction, sample.answer, sample.image if stored else None, name))
     if not out:
         raise SampleError("samples: the file holds no samples; expected at least one")
     return out
 
 
 def questions_fingerprint(questions: Iterable[Question]) -> str:
-    """sha256 over ids, instructions and answers, in order (pictures are named by their ids)."""
+    """sha256 over ids, instructions and answers, in order (the ids of generated questions name their pictures)."""
     digest = hashlib.sha256()
     for q in questions:
-        digest.update(f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\n".encode())
+        digest.update(f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\0{q.picture}\n".encode())
     return "sha256:" + digest.hexdigest()
 
 
