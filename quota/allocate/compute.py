@@ -49,7 +49,7 @@ def language_macs(visual_tokens: Sequence[int], text_tokens: int, sizes: Decoder
 
 
 def vision_macs(config: Any) -> int:
-    """Tower and projector of one picture, from a LLaVA config: patch embedding, the layers that run, two projector layers."""
+    """Tower and projector of one picture, from a LLaVA config: patch embedding, the layers whose output is used, two projector layers."""
     v, d = config.vision_config, config.text_config.hidden_size
     patches = (v.image_size // v.patch_size) ** 2
     n, h, m = patches + 1, v.hidden_size, v.intermediate_size

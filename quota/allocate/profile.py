@@ -61,7 +61,7 @@ class Profile:
             wanted = {f.name for f in fields(cls)}
             if set(data) != wanted:
                 raise ValueError(f"expected exactly the fields {', '.join(sorted(wanted))}")
-            per_layer = {name: tuple(data.pop(name)) for name in _PER_LAYER}
+            per_layer: dict[str, Any] = {name: tuple(data.pop(name)) for name in _PER_LAYER}
             return cls(model=ModelFacts.model_validate(data.pop("model")), **data, **per_layer)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RecipeError(f"profile {path}: cannot be read ({error}); make it again with `quota recipe`") from None

@@ -1,0 +1,170 @@
+"""The calibration samples: a static JSON of pictures and instructions, so that every run and every method sees the same ones.
+
+    {"schema": "quota-samples/1",
+     "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat"}]}
+
+`image` is a path relative to the file or a `data:image/...;base64,` URL; without it the sample is text only. `answer` and `task` are optional.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from quota.core.errors import SampleError
+
+SCHEMA = "quota-samples/1"
+_OPTIONAL = ("image", "answer", "task")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture (encoded bytes, as stored) and what is asked about it."""
+
+    id: str
+    instruction: str
+    image_bytes: bytes | None = field(default=None, repr=False)
+    answer: str | None = None
+    task: str | None = None
+
+    def image(self) -> Image.Image | None:
+        """The picture decoded to RGB, or None for a text-only sample. SampleError names the sample when it is corrupt."""
+        if self.image_bytes is None:
+            return None
+        try:
+            with Image.open(io.BytesIO(self.image_bytes)) as picture:
+                return picture.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise SampleError(f"sample {self.id!r}: image cannot be decoded ({error}); expected an intact PNG, JPEG, WebP, BMP or GIF file") from None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in file order. `fingerprint` covers ids, texts and image bytes, not where the files lie."""
+
+    items: tuple[Sample, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.items)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.items[index]
+
+    @classmethod
+    def of(cls, items: list[Sample]) -> Samples:
+        """Samples made in memory. SampleError when there are none or ids repeat."""
+        if not items:
+            raise SampleError("samples: expected at least one, got none")
+        seen: set[str] = set()
+        for sample in items:
+            if sample.id in seen:
+                raise SampleError(f"sample {sample.id!r}: this id appears twice; ids must be distinct")
+            seen.add(sample.id)
+        return cls(tuple(items), _fingerprint(items))
+
+    def first(self, count: int) -> Samples:
+        """The first `count` samples (all when there are fewer); the fingerprint follows the content."""
+        return self if count >= len(self) else Samples.of(list(self.items[:count]))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Samples:
+        """Read a samples file and decode every picture once, so that a bad one is found before the work starts.
+
+        SampleError says what is wrong and names the sample: missing or corrupt picture, wrong type, unknown key, repeated id, empty file.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SampleError(f"samples {path}: cannot be read ({error.strerror or error}); expected a {SCHEMA} JSON file") from None
+        except (ValueError, RecursionError) as error:
+            raise SampleError(f"samples {path}: not valid JSON ({error}); expected a {SCHEMA} file") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise SampleError(f'samples {path}: schema: expected {{"schema": "{SCHEMA}", "samples": [...]}}, got {found!r}')
+        records = data.get("samples")
+        if not isinstance(records, list):
+            raise SampleError(f"samples {path}: samples: expected a list, got {type(records).__name__}")
+        if not records:
+            raise SampleError(f"samples {path}: samples: expected at least one sample, got an empty list")
+        samples = cls.of([_read(record, number, path) for number, record in enumerate(records)])
+        for sample in samples:
+            sample.image()
+        return samples
+
+
+def _read(record: object, number: int, path: Path) -> Sample:
+    if not isinstance(record, dict):
+        raise SampleError(f"samples {path}: samples[{number}]: expected an object, got {type(record).__name__}")
+    name = record.get("id")
+    if not isinstance(name, str) or not name:
+        raise SampleError(f"samples {path}: samples[{number}].id: expected a text, got {name!r}")
+    unknown = sorted(set(record) - {"id", "instruction", *_OPTIONAL})
+    if unknown:
+        raise SampleError(f"sample {name!r}: unknown key {unknown[0]!r}; known are id, instruction, {', '.join(_OPTIONAL)}")
+    instruction = record.get("instruction")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise SampleError(f"sample {name!r}: instruction: expected a text, got {instruction!r}")
+    for key in _OPTIONAL:
+        if record.get(key) is not None and not isinstance(record[key], str):
+            raise SampleError(f"sample {name!r}: {key}: expected a text, got {type(record[key]).__name__}")
+    image = record.get("image")
+    return Sample(name, instruction, None if image is None else _image_bytes(image, name, path.parent), record.get("answer"), record.get("task"))
+
+
+def _image_bytes(image: str, name: str, folder: Path) -> bytes:
+    if image.startswith("data:"):
+        head, comma, body = image.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise SampleError(f"sample {name!r}: image: expected data:image/...;base64,..., got {head[:40]!r}")
+        try:
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise SampleError(f"sample {name!r}: image: the data URL is not valid base64 ({error})") from None
+    try:
+        return (folder / image).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise SampleError(f"sample {name!r}: image {folder / image}: cannot be read ({reason}); paths are relative to the samples file") from None
+
+
+def _fingerprint(items: list[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in items:
+        image = None if sample.image_bytes is None else hashlib.sha256(sample.image_bytes).hexdigest()
+        digest.update(json.dumps([sample.id, sample.instruction, sample.answer, image], ensure_ascii=True).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
+    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and pixel_values [1, 3, H, W] (absent without image).
+
+    The prompt is rendered by the processor's chat template (LLaVA-1.5's form where it has none), with the assistant's turn opened; with
+    `answer` the stored answer follows it.
+    """
+    picture = sample.image()
+    content = [{"type": "text", "text": sample.instruction}]
+    if picture is not None:
+        content.insert(0, {"type": "image"})
+    if getattr(processor, "chat_template", None):
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        text = f"USER: {'<image>' + chr(10) if picture is not None else ''}{sample.instruction} ASSISTANT:"
+    if answer and sample.answer:
+        text = f"{text} {sample.answer}"
+    if picture is None:
+        return processor(text=[text], return_tensors="pt")
+    return processor(images=[picture], text=[text], return_tensors="pt")

@@ -1,0 +1,128 @@
+"""Which visual tokens each pruning layer kept, over the picture: kept patches bright, dropped ones dark and grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from quota.core.errors import UsageError
+from quota.report.style import FAINT, GOLD, INK, MUTED, ORANGE, add_axes, new_figure, save_figure
+
+_PANEL_PX = 672
+_NIGHT = np.array([14, 18, 28], dtype=np.float64)
+_PER_ROW = 4
+
+
+def model_view(picture: Image.Image, side_px: int = _PANEL_PX) -> Image.Image:
+    """What a CLIP processor shows the model: the centre square of the shorter edge, as RGB of side `side_px`.
+
+    CLIP resizes the shorter edge, then cuts the centre; cutting first keeps the resolution for drawing.
+    """
+    edge = min(picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    return picture.convert("RGB").resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
+
+
+def dim_dropped(view: Image.Image, kept: np.ndarray) -> Image.Image:
+    """`view` with the patches where `kept` [rows, columns] bool is False turned dark grey."""
+    pixels = np.asarray(view, dtype=np.float64)
+    rows, columns = kept.shape
+    y = np.arange(view.height) * rows // view.height
+    x = np.arange(view.width) * columns // view.width
+    grey = pixels @ np.array([0.299, 0.587, 0.114])
+    dark = 0.70 * _NIGHT + 0.30 * grey[..., None]
+    return Image.fromarray(np.where(kept[y][:, x][..., None], pixels, dark).round().astype(np.uint8))
+
+
+def edges(kept: np.ndarray) -> list[list[tuple[float, float]]]:
+    """Line segments ((x0, y0), (x1, y1)) in patch units between kept and dropped patches, joined along straight runs."""
+    padded = np.pad(kept, 1)
+    across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # [rows + 1, columns]: horizontal lines
+    along = (padded[1:-1, 1:] != padded[1:-1, :-1]).T  # [columns + 1, rows]: vertical lines
+    segments: list[list[tuple[float, float]]] = []
+    for lines, horizontal in ((across, True), (along, False)):
+        for place, line in enumerate(lines):
+            changes = np.flatnonzero(np.diff(np.concatenate([[0], line.astype(np.int8), [0]])))
+            for start, end in zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True):
+                segments.append([(start, place), (end, place)] if horizontal else [(place, start), (place, end)])
+    return segments
+
+
+def save_overlay(path: str | Path, pictures: Image.Image | Sequence[Image.Image], kept: Mapping[int, Any], grid: tuple[int, int] | None = None) -> None:
+    """Write the PNG: per picture one row of panels, the picture first, then one panel per pruning layer.
+
+    kept: layer -> bool array or tensor [V], raster order over all pictures in prompt order (V = pictures x grid cells).
+    grid: (rows, columns) of one picture's tokens; a square when None. UsageError when a mask does not fit.
+    """
+    shown = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not shown or not kept:
+        raise UsageError(f"overlay: expected a picture and at least one pruning layer, got {len(shown)} pictures and {len(kept)} layers")
+    masks = {layer: _per_picture(layer, mask, len(shown), grid) for layer, mask in sorted(kept.items())}
+    columns = min(1 + len(masks), _PER_ROW)
+    rows_each = math.ceil((1 + len(masks)) / columns)
+    sheet = _Sheet(columns, rows_each * len(shown))
+    for number, picture in enumerate(shown):
+        view, row = model_view(picture), number * rows_each
+        name = "what the model sees" if len(shown) == 1 else f"picture {number + 1}"
+        sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
+        for i, (layer, per_picture) in enumerate(masks.items(), start=1):
+            mask = per_picture[number]
+            alive = int(mask.sum())
+            axes = sheet.panel(row + i // columns, i % columns, dim_dropped(view, mask), f"layer {layer}", f"{alive} kept, {alive / mask.size:.0%}")
+            _outline(axes, mask, view.width)
+            _gauge(axes, alive / mask.size)
+    save_figure(sheet.figure, path)
+
+
+def _per_picture(layer: int, mask: Any, pictures: int, grid: tuple[int, int] | None) -> list[np.ndarray]:
+    values = np.asarray(mask, dtype=bool).ravel()
+    each, rest = divmod(values.size, pictures)
+    side = math.isqrt(each)
+    rows, columns = grid or (side, side)
+    if rest or each == 0 or rows * columns != each:
+        wanted = f"{pictures} x {rows} x {columns}" if grid else f"{pictures} square grid{'s' if pictures > 1 else ''}"
+        raise UsageError(f"overlay: layer {layer}: expected a mask of {wanted}, got {values.size} tokens; pass every picture of the prompt")
+    return list(values.reshape(pictures, rows, columns))
+
+
+class _Sheet:
+    """Square panels on a grid, sizes in inches."""
+
+    panel_in, gap_in, head_in, foot_in, margin_in = 2.7, 0.22, 0.56, 0.16, 0.22
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.width_in = 2 * self.margin_in + columns * self.panel_in + (columns - 1) * self.gap_in
+        self.height_in = self.margin_in + rows * (self.head_in + self.panel_in + self.foot_in)
+        self.figure: Figure = new_figure(self.width_in, self.height_in)
+
+    def panel(self, row: int, column: int, image: Image.Image, title: str, note: str) -> Axes:
+        left = self.margin_in + column * (self.panel_in + self.gap_in)
+        top = row * (self.head_in + self.panel_in + self.foot_in) + self.head_in
+        bottom = self.height_in - top - self.panel_in
+        axes = add_axes(self.figure, (left / self.width_in, bottom / self.height_in, self.panel_in / self.width_in, self.panel_in / self.height_in))
+        axes.imshow(np.asarray(image), interpolation="antialiased")
+        axes.set_axis_off()
+        axes.text(0, 1.035, title, transform=axes.transAxes, fontsize=11, fontweight="bold", color=INK, va="bottom")
+        axes.text(1, 1.039, note, transform=axes.transAxes, fontsize=9, color=MUTED, va="bottom", ha="right")
+        return axes
+
+
+def _outline(axes: Axes, mask: np.ndarray, width_px: int) -> None:
+    cell = width_px / mask.shape[1]
+    lines = [[(x * cell - 0.5, y * cell - 0.5) for x, y in segment] for segment in edges(mask)]
+    axes.add_collection(LineCollection(lines, colors=GOLD, linewidths=0.7, alpha=0.9, capstyle="projecting"))
+
+
+def _gauge(axes: Axes, share: float) -> None:
+    """A bar under the title: the share of tokens still alive."""
+    for width, color in ((1.0, FAINT), (share, ORANGE)):
+        axes.add_patch(Rectangle((0, 1.012), width, 0.012, transform=axes.transAxes, facecolor=color, edgecolor="none", clip_on=False))
