@@ -56,8 +56,8 @@ class Stage:
 SCHEDULE = (
     Stage("dense", 1000, 168, 16, 2e-3, dense_weight=1.0, language=False),
     Stage("caption", 1300, 168, 16, 1.5e-3, dense_weight=0.3),
-    Stage("questions", 2200, 168, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1),
-    Stage("questions-336", 1200, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.1),
+    Stage("questions", 1900, 168, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1),
+    Stage("questions-336", 1000, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.1),
 )
 
 
@@ -250,7 +250,7 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
                 torch.save(record, state_file.with_suffix(".tmp"))
                 os.replace(state_file.with_suffix(".tmp"), state_file)
                 last_save = time.time()
-        saved = {**saved, "stage": number + 1}
+        saved = {"stage": number + 1}
         save_checkpoint(model, out / "checkpoint")
     (out / "schedule.json").write_text(json.dumps([asdict(s) for s in schedule], indent=1) + "\n")
 
