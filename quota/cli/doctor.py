@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,22 +13,6 @@ import typer
 from quota.cli.shell import JsonOption, print_json, say
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "pydantic", "matplotlib")
-_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8")
-
-
-def _cpu() -> dict[str, Any]:
-    name, flags = platform.processor() or platform.machine(), set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() == "flags":
-                flags = set(value.split())
-                break
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": name, "cores": usable, "features": [f for f in _FLAGS if f in flags]}
 
 
 def _packages() -> dict[str, str | None]:
@@ -45,21 +28,22 @@ def _packages() -> dict[str, str | None]:
 def examine() -> dict[str, Any]:
     """Everything `quota doctor` prints, JSON-able; `problems` lists what stops quota from working."""
     import quota
+    from quota.eval.machine import cpu, describe_native, op_rows
     from quota.scenes import assets
 
     packages = _packages()
     problems = [f"package {name} is missing: pip install -c constraints.txt {name}" for name, version in packages.items() if version is None]
     document: dict[str, Any] = {
-        "quota": quota.__version__, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": _cpu(), "packages": packages,
+        "quota": quota.__version__, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": cpu(), "packages": packages,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
     }  # fmt: skip
     if packages["torch"]:
         import torch
 
-        from quota.cli.ops_table import ops_table
-
         document["torch_threads"] = torch.get_num_threads()
-        document["native"], document["ops"] = ops_table()
+        document["native"] = describe_native()
+        document["ops"], wrong = op_rows()
+        problems += wrong
     document["assets"] = {
         "checkpoint": (assets.CHECKPOINT / "config.json").exists(),
         "calibration_samples": assets.SAMPLES.exists(),
@@ -104,7 +88,7 @@ def _print(document: dict[str, Any]) -> None:
         for row in [{k: k for k in ops[0]}, *ops]:
             say("  " + "  ".join(str(v).ljust(w) for v, w in zip(row.values(), widths, strict=True)).rstrip())
     found = document["assets"]
-    say(f"embedded   checkpoint {'found' if found['checkpoint'] else 'not found'}, calibration samples {'found' if found['calibration_samples'] else 'not found'}")
+    say("embedded   " + ", ".join(f"{name.replace('_', ' ')} {'found' if there else 'not found'}" for name, there in found.items()))
     for problem in document["problems"]:
         say(f"PROBLEM   {problem}")
     say("all needed parts are here" if not document["problems"] else f"{len(document['problems'])} problem(s)")

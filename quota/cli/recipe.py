@@ -8,7 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from quota.cli.shell import (
-    BuildByDefaultGroup, JsonOption, check_checkpoint, check_keep, check_output, notes, print_json, say,
+    BuildByDefaultGroup,
+    JsonOption,
+    check_checkpoint,
+    check_keep,
+    check_output,
+    notes,
+    print_json,
+    say,
 )  # fmt: skip
 from quota.core.errors import RecipeError, UsageError
 

@@ -48,7 +48,8 @@ def figures_block(report: Report) -> str:
             lines.append(f"| *{name}* | " + " | ".join(f"{100 * values[t]:.0f}" for t in tasks) + f" | {100 * sum(values.values()) / len(values):.1f} | |")
     lines += ["", "| row | prefill ms | decode ms | KV cache kB | weights MB | visual tokens, mean over layers |", "|---|---:|---:|---:|---:|---:|"]
     lines += [
-        f"| {row.name} | {row.prefill_ms:.1f} | {row.decode_ms:.2f} | {row.kv_bytes / 1e3:.0f} ({row.kv_dtype}) | {row.checkpoint_bytes / 1e6:.2f} | {row.average_visual_tokens:.1f} |"
+        f"| {row.name} | {row.prefill_ms:.1f} | {row.decode_ms:.2f} | {row.kv_bytes / 1e3:.0f} ({row.kv_dtype}) "
+        f"| {row.checkpoint_bytes / 1e6:.2f} | {row.average_visual_tokens:.1f} |"
         for row in e.rows
     ]
     lines += ["", "| compared | difference of retention, points | 95 % interval | verdict |", "|---|---:|---:|---|"]
@@ -79,9 +80,10 @@ def fill(text: str, blocks: dict[str, str]) -> str:
     """Replace what stands between `<!-- generated:NAME ... -->` and `<!-- end:NAME -->`; UsageError when a block is missing."""
     for name, content in blocks.items():
         pattern = re.compile(rf"(<!-- generated:{name}[^>]*-->\n).*?(<!-- end:{name} -->)", re.DOTALL)
-        if not pattern.search(text):
+        found = pattern.search(text)
+        if not found:
             raise UsageError(f"README.md: no block generated:{name}")
-        text = pattern.sub(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
+        text = f"{text[: found.start()]}{found[1]}{content}\n{found[2]}{text[found.end() :]}"
     return text
 
 

@@ -23,6 +23,7 @@ from quota.eval.asking import ask, load_model
 from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_bytes
 from quota.eval.compare import TIMED_QUESTIONS, answer_rows, folder_fingerprint, row_spec
 from quota.eval.generation import Cost, measure_cost
+from quota.eval.machine import cpu, describe_native
 from quota.eval.profiling import allocate, profile_models
 from quota.eval.questions import Question, questions_fingerprint, scene_questions, scene_tour
 from quota.eval.results import Evaluation
@@ -33,6 +34,9 @@ from quota.scenes import assets
 REGIME = "w4a4kv4"
 MODULES = ("vision", "projector", "llm")
 COMPARISONS = (("collaborative", "quantize-then-prune"), ("collaborative", "prune-then-quantize"), ("collaborative", "quant-only"))
+FILES = {
+    "profile_plot": "profile.png", "recipe_plot": "recipe.png", "quantized": "quantized", "recipe": "recipe.json", "uniform_recipe": "uniform.json",
+}  # fmt: skip
 SIDE_BY_SIDE = ("float", "quant-only", "collaborative")
 
 
@@ -115,7 +119,9 @@ class Demo:
         parts = {"float": self.float_key, "samples": self.samples.fingerprint, "steps": s.steps, "seed": s.seed, "recipe": loaded and loaded.dumps()}
 
         def work(path: Path) -> None:
-            calibrate(s.float_checkpoint, self.samples, regime=REGIME, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet)
+            calibrate(
+                s.float_checkpoint, self.samples, regime=REGIME, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet,
+            )  # fmt: skip
 
         return self.cache.make(stage, parts, work)
 
@@ -126,6 +132,19 @@ class Demo:
         path = self.cache.make("profile", parts, lambda p: profile_models(s.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p))
         return Profile.load(path)
 
+    def rtn_spec(self, label: str) -> RowSpec:
+        """Quantized without calibration or transforms, in memory: what calibration is worth."""
+        from quota.nn.rtn import quantize_rtn
+        from quota.nn.structure import weight_bytes as tensor_bytes
+
+        def opened() -> tuple[Any, Any]:
+            model, processor = load_model(self.settings.float_checkpoint)
+            return quantize_rtn(model, MODULES, transforms=False).eval(), processor
+
+        key = f"{self.float_key} rtn"
+        model, _ = self._loaded.setdefault(key, opened())
+        return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), "int4", opened)
+
     def side_by_side(self, specs: dict[str, RowSpec], size_px: int) -> tuple[list[SideBySide], dict[str, str]]:
         """Stage 4: one picture, several questions, three rows; the picture and the kept tokens over it."""
         from quota.report.overlay import save_overlay
@@ -135,7 +154,8 @@ class Demo:
         picture = tour[0].open_image()
         out = self.settings.out
         picture.save(out / "picture.png")
-        results, kept = [], {}
+        results: list[SideBySide] = []
+        kept: dict[int, Any] = {}
         for q in tour:
             said = {}
             for name in SIDE_BY_SIDE:
@@ -143,7 +163,8 @@ class Demo:
                 said[name] = answer.text
                 if answer.kept and not kept:
                     kept = answer.kept_visual()
-            results.append(SideBySide(task=q.task, question=q.instruction, expected=q.answer, answers=said, right={n: is_right(t, q.answer) for n, t in said.items()}))
+            right = {n: is_right(t, q.answer) for n, t in said.items()}
+            results.append(SideBySide(task=q.task, question=q.instruction, expected=q.answer, answers=said, right=right))
         save_overlay(out / "overlay.png", picture, kept)
         table = Table(title="The same picture, three models")
         for name in ("question", "expected", *SIDE_BY_SIDE):
@@ -187,18 +208,10 @@ class Demo:
         import transformers
 
         import quota
-        from quota.ops.library import describe_native
-
-        cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
         return Environment(
-            quota=quota.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, cpu=cpu,
+            quota=quota.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, cpu=cpu()["name"],
             threads=torch.get_num_threads(), native=describe_native(),
         )  # fmt: skip
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def run_demo(settings: DemoSettings) -> Report:
@@ -241,6 +254,7 @@ def run_demo(settings: DemoSettings) -> Report:
     pruned_first = demo.quantize("quantized-pruned", recipes["uniform"])
     specs["prune-then-quantize"] = row_spec("prune-then-quantize", pruned_first, recipes["uniform"], "quantized on the pruned graph")
     specs["collaborative"] = collaborative
+    specs["quant-rtn"] = demo.rtn_spec(label)
     evaluation = demo.evaluate(specs, size_px)
     for table in evaluation_tables(evaluation):
         say(table)
@@ -249,7 +263,7 @@ def run_demo(settings: DemoSettings) -> Report:
     report = Report(
         environment=demo.environment(), model=facts, keep=settings.keep, calibration=json.loads((quantized / "quota.json").read_text())["calibration"],
         recipes={name: explain(plan) for name, plan in plans.items()}, profile=profile.to_json(), answers=answers, evaluation=evaluation,
-        files={**files, "profile_plot": "profile.png", "recipe_plot": "recipe.png", "quantized": "quantized", "recipe": "recipe.json", "uniform_recipe": "uniform.json"},
+        files={**files, **FILES},
         stages=[Stage(**t) for t in demo.cache.timings],
     )  # fmt: skip
     atomic_write_text(out / "report.json", report.model_dump_json(indent=1) + "\n")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def summarise(
     comparisons = []
     for a, b in compare:
         difference = interval(totals[a] - totals[b], draws[a] - draws[b])
-        verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
+        verdict: Literal["better", "worse", "undecided"] = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
         comparisons.append(Comparison(row=a, against=b, difference=difference, verdict=verdict))
     return Evaluation(
         questions=len(questions), questions_by_task={task: len(v) for task, v in rows[0].right.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def answer_rows(
             key = f"{spec.key} {asked} {settings.batch} {settings.max_new_tokens}"
             name = f"answers-{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
             predictions, seconds = answer_all(
-                lambda s=spec: opened(s), questions, AnswerFile(folder / name, key), settings, lambda n, b=bar: progress.advance(b, n)
+                partial(opened, spec), questions, AnswerFile(folder / name, key), settings, partial(progress.advance, bar)
             )
             out[spec.name] = (rights(questions, predictions), seconds)
     return out

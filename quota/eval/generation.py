@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quota.arch.llava import find_arch
 from quota.eval.questions import Question
+from quota.nn.cache import kv_bytes
 
 
 def render_prompt(processor: Any, instruction: str, images: int) -> str:
@@ -84,16 +85,8 @@ def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_
     cache = out.past_key_values
     return Generated(
         new_ids=out.sequences[:, inputs["input_ids"].shape[1] :], prefill_ms=clock.prefill_ms, decode_ms=clock.decode_ms,
-        cache_tokens=[int(layer.get_seq_length()) for layer in cache.layers], cache_bytes=cache_bytes(cache),
+        cache_tokens=[int(layer.get_seq_length()) for layer in cache.layers], cache_bytes=sum(kv_bytes(cache)),
     )  # fmt: skip
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values the cache holds: its own account where it keeps one, otherwise the tensors of its layers."""
-    own = getattr(cache, "nbytes", None)
-    if own is not None:
-        return int(own() if callable(own) else own)
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
 
 
 def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[str]:

@@ -21,7 +21,7 @@ class Row(_Model):
     recipe: str | None = Field(description="which recipe pruned; null for none")
     accuracy: float = Field(description="mean over tasks of the exact-match accuracy, 0 to 1")
     accuracy_by_task: dict[str, float] = Field(description="task -> exact-match accuracy, 0 to 1")
-    retention: Interval | None = Field(description="percent of the float row, mean over tasks, with its 95 % paired bootstrap interval; null without a float row")
+    retention: Interval | None = Field(description="percent of the float row, mean over tasks, with its 95 % paired bootstrap interval; null without float row")
     retention_by_task: dict[str, float | None] = Field(description="task -> percent of the float row; null where the float row gets nothing right")
     prefill_ms: float = Field(description="median milliseconds to the first token of one request, vision tower included")
     decode_ms: float = Field(description="median milliseconds per later token of one request")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from quota.eval.generation import answers, cache_bytes, encode, generate, measure_cost, render_prompt
+from quota.eval.generation import answers, encode, generate, measure_cost, render_prompt
 from quota.eval.questions import scene_questions
 
 
@@ -34,13 +34,6 @@ def test_cost_separates_visual_from_text(tiny: tuple[Any, Any]) -> None:
     cost = measure_cost({"a": tiny, "b": tiny}, scene_questions(2, 168), new_tokens=3)
     assert cost["a"].visual_tokens_by_layer == [16.0, 16.0] == cost["b"].visual_tokens_by_layer
     assert cost["a"].average_visual_tokens == 16.0
-
-
-def test_a_cache_with_its_own_account_is_believed() -> None:
-    class Own:
-        nbytes = 17
-
-    assert cache_bytes(Own()) == 17
 
 
 def test_pictures_and_text_only_questions(tiny: tuple[Any, Any]) -> None:

@@ -40,12 +40,13 @@ def test_no_questions_is_an_error() -> None:
 
 def test_samples_need_answers() -> None:
     sample = SimpleNamespace(id="a7", instruction="what?", answer=None, task=None, image_bytes=None)
-    with pytest.raises(SampleError, match="'a7'.*answer"):
+    with pytest.raises(SampleError, match=r"'a7'.*answer"):
         sample_questions([sample])
 
 
 def test_sample_pictures_are_part_of_the_fingerprint() -> None:
     def made(stored: bytes | None) -> str:
-        return questions_fingerprint(sample_questions([SimpleNamespace(id="a", instruction="?", answer="yes", task="t", image_bytes=stored, image=lambda: None)]))
+        sample = SimpleNamespace(id="a", instruction="?", answer="yes", task="t", image_bytes=stored, image=lambda: None)
+        return questions_fingerprint(sample_questions([sample]))
 
     assert len({made(None), made(b"x"), made(b"y")}) == 3

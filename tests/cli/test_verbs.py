@@ -1,0 +1,187 @@
+"""Every verb teaches, answers bad input with one line, and reads and checks recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from quota.cli.main import app
+
+_RECIPE_VERBS = ("build", "explain", "validate", "diff")
+VERBS = (["doctor"], ["calibrate"], ["recipe"], *(["recipe", verb] for verb in _RECIPE_VERBS), ["run"], ["eval"], ["demo"])
+RECIPE: dict[str, Any] = {
+    "schema_version": 1, "method": "quota", "regime": "w4a4kv4",
+    "model": {"architecture": "LlavaForConditionalGeneration", "fingerprint": "sha256:00", "layers": 8, "visual_tokens": 576},
+    "candidates": [2, 3, 4], "keep": [0.8, 0.5, 0.3], "final_keep": 0.3, "tau": 1.0, "reference": "recorded", "reference_tokens": 576,
+    "sensitivities": [0.3, 0.2, 0.1],
+}  # fmt: skip
+
+
+def quota(*args: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def fails(result: Any, *words: str) -> None:
+    """Exit status 1, exactly one line on stderr, and it says these words."""
+    assert result.exit_code == 1, (result.exit_code, result.output)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+def recipe_file(folder: Path, name: str = "recipe.json", **changes: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps({**RECIPE, **changes}))
+    return path
+
+
+# -- help ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_teaches_by_example(verb: list[str]) -> None:
+    result = quota(*verb, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output and f"quota {verb[0]}" in result.output
+
+
+def test_every_verb_is_listed_and_version_prints() -> None:
+    import quota as package
+
+    listed = quota("--help").output
+    assert all(verb[0] in listed for verb in VERBS)
+    assert quota("--version").output.strip() == package.__version__
+
+
+def test_help_is_quick_to_import() -> None:
+    """The command's module loads no model library."""
+    code = "import sys, quota.cli.main; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_options_are_usage_errors() -> None:
+    assert quota("run", "--no-such-option").exit_code == 2
+    assert quota("no-such-verb").exit_code == 2
+
+
+# -- bad input, found before any model is loaded -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["0", "1.5", "-0.1", "nan"])
+def test_keep_out_of_range(tmp_path: Path, keep: str) -> None:
+    fails(quota("recipe", "ckpt", "--model", "m", "--samples", "s.json", "--keep", keep, "--out", tmp_path / "r.json"), "keep", keep)
+    fails(quota("demo", "--keep", keep, "--out", tmp_path / "demo"), "keep", keep)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers", ["6-2", "x", "2-", ""])
+def test_layers_spelling(tmp_path: Path, layers: str) -> None:
+    fails(quota("recipe", "ckpt", "--model", "m", "--samples", "s.json", "--layers", layers, "--out", tmp_path / "r.json"), "layers")
+
+
+def test_choices_are_listed(tmp_path: Path) -> None:
+    base = ["recipe", "ckpt", "--model", "m", "--samples", "s.json", "--out", tmp_path / "r.json"]
+    fails(quota(*base, "--tau", "0"), "--tau", "0")
+    fails(quota(*base, "--method", "best"), "--method", "quota, uniform", "best")
+    fails(quota(*base, "--position-policy", "none"), "--position-policy", "original, compact")
+    made = ["calibrate", "m", "--samples", "s.json", "--out", tmp_path / "q"]
+    fails(quota(*made, "--regime", "w2a2"), "--regime", "w4a4kv4", "w2a2")
+    fails(quota(*made, "--modules", "vision,head"), "--modules", "vision, projector, llm", "vision,head")
+    fails(quota(*made, "--modules", ","), "--modules")
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    fails(quota("run", tmp_path / "nowhere", "-p", "hello"), "nowhere")
+    fails(quota("eval", tmp_path / "nowhere"), "nowhere")
+    (tmp_path / "empty").mkdir()
+    fails(quota("run", tmp_path / "empty", "-p", "hello"), "config.json")
+    (tmp_path / "file").write_text("")
+    fails(quota("calibrate", tmp_path / "file", "--samples", "s.json", "--out", tmp_path / "q"), "MODEL", "is a file")
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    fails(quota("calibrate", folder, "--samples", "s.json", "--out", tmp_path / "file" / "q"), "--out", "not a writable folder")
+    fails(quota("demo", "--out", tmp_path / "file" / "demo"), "not a writable folder")
+
+
+def test_bad_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    fails(quota("run", folder, "-p", "hello", "-i", tmp_path / "no.jpg"), "no.jpg")
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    fails(quota("run", folder, "-p", "hello", "-i", tmp_path / "bad.jpg"), "bad.jpg", "not a readable picture")
+    fails(quota("run", folder, "-p", " "), "--prompt")
+    fails(quota("run", folder, "-p", "x", "--show", tmp_path / "o.png"), "--show", "--recipe")
+
+
+# -- recipes -------------------------------------------------------------------------------------------------------------
+
+
+def test_explain(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    text = quota("recipe", "explain", path)
+    assert text.exit_code == 0 and "173" in text.stdout
+    document = json.loads(quota("recipe", "explain", path, "--json").stdout)
+    assert document["final_tokens"] == 173 and len(document["layers"]) == 8
+
+
+def test_validate_names_every_bad_file(tmp_path: Path) -> None:
+    good = recipe_file(tmp_path)
+    rising = recipe_file(tmp_path, "rising.json", keep=[0.3, 0.5, 0.3])
+    unknown = recipe_file(tmp_path, "unknown.json", surprise=1)
+    assert quota("recipe", "validate", good).exit_code == 0
+    result = quota("recipe", "validate", good, rising, unknown)
+    assert result.exit_code == 1 and "ok" in result.stdout
+    assert "keep" in result.stderr and "surprise" in result.stderr
+    rows = json.loads(quota("recipe", "validate", good, rising, "--json").stdout)
+    assert [r["valid"] for r in rows] == [True, False]
+
+
+def test_a_broken_recipe_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"schema_version": 1,')
+    fails(quota("recipe", "explain", tmp_path / "r.json"), "r.json", "JSON")
+    fails(quota("recipe", "explain", tmp_path / "none.json"), "none.json")
+    fails(quota("recipe", "explain", recipe_file(tmp_path, keep=[0.8, 0.5, 0.0], final_keep=0.0)), "keep")
+
+
+def test_diff(tmp_path: Path) -> None:
+    a, b = recipe_file(tmp_path, "a.json"), recipe_file(tmp_path, "b.json", tau=0.5)
+    assert "same" in quota("recipe", "diff", a, a).stdout
+    assert "tau" in quota("recipe", "diff", a, b).stdout
+    assert quota("recipe", "diff", a, b).exit_code == 0
+    assert quota("recipe", "diff", a, b, "--exit-code").exit_code == 1
+    assert json.loads(quota("recipe", "diff", a, b, "--json").stdout) == [{"field": "tau", "first": 1.0, "second": 0.5}]
+
+
+# -- doctor --------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_lists_ops() -> None:
+    result = quota("doctor", "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0 and document["problems"] == []
+    names = {row["op"] for row in document["ops"]}
+    assert {"quantize_act", "w4a4_linear", "kv4_append", "kv4_attention", "token_score", "token_select", "token_gather"} <= names
+    assert sum(row["state"] == "chosen" for row in document["ops"]) == len(names)
+    assert quota("doctor").exit_code == 0
+
+
+def test_doctor_reports_a_wrong_choice() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quota.cli.main", "doctor"], capture_output=True, text=True, env={**__import__("os").environ, "QUOTA_IMPL": "w4a4_linear=magic"}
+    )
+    assert done.returncode == 1 and "magic" in done.stdout and "Traceback" not in done.stderr
