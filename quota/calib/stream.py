@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from quota.arch import ArchSpec, canonical_key, find_arch, fingerprint
 from quota.calib.blocks import Batch, Block
 from quota.core.errors import CheckpointError
+from quota.nn.scores import text_queries
 
-# Roles of a token in the decoder's stream.
-TEXT_BEFORE, VISUAL, TEXT_AFTER = 0, 1, 2
+# Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
+TEXT, VISUAL, QUERY = 0, 1, 2
 
 
 class FloatSource:
@@ -131,7 +132,8 @@ def resolve_folder(model: str | Path) -> Path:
 class Stream:
     """Hidden states of all calibration items in one file: ragged rows packed as [total, width].
 
-    path: data file. lengths: rows of each item. positions, roles: int32 / int8 [total] (decoder stream; zeros elsewhere).
+    path: data file. lengths: rows of each item. positions, roles: int32 / int8 [total] (decoder stream; zeros elsewhere). images: per item the number of
+    pictures and of visual tokens before any drop (decoder stream).
     """
 
     def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool) -> None:
@@ -141,6 +143,7 @@ class Stream:
         self.data = np.memmap(path, dtype=dtype, mode="w+" if create else "r+", shape=(max(total, 1), width))
         self.positions = np.zeros(total, np.int32)
         self.roles = np.zeros(total, np.int8)
+        self.images: list[tuple[int, int]] = [(0, 0)] * len(self.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -178,7 +181,7 @@ class Stream:
         """A new stream file with this one's layout (positions and roles are copied when the lengths are the same)."""
         out = Stream(path, width or self.width, self.lengths if lengths is None else lengths, self.dtype, create=True)
         if lengths is None:
-            out.positions, out.roles = self.positions.copy(), self.roles.copy()
+            out.positions, out.roles, out.images = self.positions.copy(), self.roles.copy(), list(self.images)
         return out
 
     def layout(self) -> dict[str, Any]:
@@ -186,6 +189,7 @@ class Stream:
         return {
             "file": self.path.name, "width": self.width, "dtype": self.dtype, "lengths": self.lengths,
             "positions": self.positions.tolist(), "roles": self.roles.tolist(),
+            "images": [list(pair) for pair in self.images],
         }  # fmt: skip
 
     @classmethod
@@ -194,6 +198,7 @@ class Stream:
         out = cls(folder / layout["file"], layout["width"], layout["lengths"], layout["dtype"], create=False)
         out.positions = np.asarray(layout["positions"], np.int32)
         out.roles = np.asarray(layout["roles"], np.int8)
+        out.images = [(int(a), int(b)) for a, b in layout["images"]]
         return out
 
 
@@ -250,10 +255,10 @@ def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path:
         rows = out.rows(item)
         out.positions[rows] = np.arange(len(sample))
         out.roles[rows] = _roles(visual)
+        out.images[item] = (count, count * arch.visual_tokens)
     return out
 
 
 def _roles(visual: Tensor) -> np.ndarray:
-    seen = visual.cumsum(0) > 0
-    roles = torch.where(visual, VISUAL, torch.where(seen, TEXT_AFTER, TEXT_BEFORE))
-    return roles.to(torch.int8).numpy()
+    query = text_queries(visual[None], torch.ones_like(visual)[None])[0] & ~visual
+    return torch.where(visual, VISUAL, torch.where(query, QUERY, TEXT)).to(torch.int8).numpy()

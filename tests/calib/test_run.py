@@ -1,0 +1,238 @@
+"""The whole calibration on a tiny model: same bytes, resume after a kill, module selection, packed execution, pruned graph, errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.calib.calibration import float_folder, picture_samples
+
+from quota.calib import run
+from quota.calib.samples import encode
+from quota.calib.settings import Settings
+from quota.core.errors import CheckpointError, QuotaError, RecipeError, SampleError, UsageError
+from quota.core.recipe import Recipe
+
+QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return float_folder(tmp_path_factory.mktemp("float") / "model")
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "quantized"
+    return out, run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def recipe_for(source, **changes):
+    model = {"architecture": "LlavaForConditionalGeneration", "fingerprint": source.fingerprint, "layers": 4, "visual_tokens": 16}
+    data = {"method": "uniform", "regime": "w4a4kv4", "model": model, "candidates": [1, 2], "keep": [0.75, 0.5], "final_keep": 0.5, "tau": 1.0,
+            "reference_tokens": 16, "weights": {"inter": 0.5, "mag": 0.3, "intra": 0.2, "quant": 0.0}}  # fmt: skip
+    return Recipe.parse({**data, **changes})
+
+
+def test_report_and_manifest(finished):
+    out, report = finished
+    names = [block["name"] for block in report.blocks]
+    assert names == [
+        *(f"model.vision_tower.encoder.layers.{i}" for i in range(2)), "model.multi_modal_projector",
+        *(f"model.language_model.layers.{i}" for i in range(4)),
+    ]  # fmt: skip
+    for block in report.blocks:
+        assert 0 < block["mse"] < block["mse_rtn"] * 1.5
+        assert block["sqnr_db"] > 5
+    manifest = json.loads((out / "quota.json").read_text())
+    assert manifest["calibration"]["report"] == report.blocks
+    assert manifest["source_fingerprint"] == report.source_fingerprint
+    assert not out.with_name(out.name + ".partial").exists()
+    json.dumps(report.to_dict())
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(folder, finished, tmp_path):
+    run.calibrate(folder, picture_samples(), out=tmp_path / "again", progress=False, settings=QUICK)
+    assert contents(tmp_path / "again") == contents(finished[0])
+    run.calibrate(folder, picture_samples(), out=tmp_path / "other", progress=False, settings=QUICK, seed=1)
+    assert contents(tmp_path / "other")["model.safetensors"] != contents(finished[0])["model.safetensors"]
+
+
+@pytest.mark.parametrize("survived", [0, 2, 4, 8])
+def test_resumes_after_a_kill_with_the_same_bytes(folder, finished, tmp_path, monkeypatch, survived):
+    """The process dies inside step number `survived`; the next call starts there, not at the beginning."""
+    real, calls = run._run_step, []
+
+    def dies(job, work, step, bar):
+        if len(calls) == survived:
+            raise KeyboardInterrupt
+        calls.append(step)
+        return real(job, work, step, bar)
+
+    monkeypatch.setattr(run, "_run_step", dies)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
+    assert not out.exists()
+    done = []
+    monkeypatch.setattr(run, "_run_step", lambda job, work, step, bar: (done.append(step), real(job, work, step, bar))[1])
+    run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
+    assert len(done) + survived == 10  # images, 2 vision, features, projector, text, 4 decoder
+    assert contents(out) == contents(finished[0])
+
+
+def test_other_settings_do_not_resume(folder, tmp_path, monkeypatch):
+    real = run._run_step
+
+    def dies(job, work, step, bar):
+        if step.kind == "projector":
+            raise KeyboardInterrupt
+        return real(job, work, step, bar)
+
+    monkeypatch.setattr(run, "_run_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
+    done = []
+    monkeypatch.setattr(run, "_run_step", lambda job, work, step, bar: (done.append(step), real(job, work, step, bar))[1])
+    run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5)
+    assert len(done) == 10
+
+
+@pytest.mark.parametrize("modules", [("llm",), ("vision",), ("projector", "llm")])
+def test_left_out_modules_stay_float(folder, tmp_path, modules):
+    report = run.calibrate(folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=QUICK, modules=modules, steps=0)
+    quantized, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors")
+    parts = {"vision": "vision_tower.encoder.layers.0.mlp.fc1", "projector": "projector.linear_1", "llm": "layers.0.mlp.down_proj"}
+    for name, part in parts.items():
+        assert any(key.endswith(f"{part}.w_q") for key in quantized) == (name in modules)
+    from quota.arch import canonical_key
+
+    for key, tensor in original.items():
+        if canonical_key(key) in quantized and "norm" not in key:
+            assert torch.equal(quantized[canonical_key(key)], tensor)
+    assert report.modules == modules
+
+
+def test_text_only_samples(folder, tmp_path):
+    run.calibrate(folder, picture_samples(4, text_only=2), out=tmp_path / "mixed", progress=False, settings=QUICK, steps=0)
+    run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "llm", progress=False, settings=QUICK, steps=0, modules=("llm",))
+    with pytest.raises(SampleError, match="at least one picture"):
+        run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "all", progress=False, settings=QUICK)
+
+
+def test_packed_model_loads_and_stays_close_to_the_float_one(folder, finished):
+    """The written folder runs in the packed modules, layer for layer what calibration simulated, and predicts nearly what the float model predicts."""
+    from quota.nn.checkpoint import iterate_tensors
+    from quota.nn.structure import quantize_structure
+    from quota.calib.stream import FloatSource
+    from transformers import LlavaForConditionalGeneration
+
+    out, _ = finished
+    tensors = dict(iterate_tensors([out / "model.safetensors"]))
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    source = FloatSource(folder)
+    with torch.no_grad():
+        quantize_structure(model, ("vision", "projector", "llm"), {name: tuple(t.shape) for name, t in tensors.items()})
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        assert not unexpected
+        assert all("rotary" in name for name in missing)
+        sample = encode(source.processor if hasattr(source, "processor") else _processor(folder), picture_samples()[0])
+        logits = model(**sample, use_cache=False).logits
+    assert torch.isfinite(logits).all()
+
+
+def _processor(folder):
+    from quota.calib.export import processor_of
+
+    return processor_of(folder)
+
+
+def test_pruned_graph_changes_only_later_decoder_layers(folder, finished, tmp_path):
+    from quota.calib.stream import FloatSource
+
+    recipe = recipe_for(FloatSource(folder))
+    report = run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, recipe=recipe)
+    before, after = load_file(finished[0] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert all(name in same for name in before if "layers.0." in name and "language_model" in name)
+    assert any(name not in same for name in before if "language_model.layers.2." in name)
+    manifest = json.loads((tmp_path / "out" / "quota.json").read_text())
+    assert manifest["calibration"]["pruned_by"].startswith("sha256:")
+    assert len(report.blocks) == 7
+
+
+@pytest.mark.parametrize("policy", ["original", "compact"])
+def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, policy):
+    """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states agree."""
+    from transformers import LlavaForConditionalGeneration
+
+    from quota.calib.stream import FloatSource
+    from quota.calib.work import WorkFolder
+    from quota.nn.pruner import Pruner
+
+    source, samples = FloatSource(folder), picture_samples(3)
+    recipe = recipe_for(source, position_policy=policy)
+    job = run.Job(source, samples, tmp_path / "out", {"recipe": recipe, "progress": False, "settings": QUICK, "steps": 0})
+    work = WorkFolder(tmp_path / "work", "key", False)
+    for step in job.steps[:-1]:
+        with job.bar(work) as bar:
+            work.commit(run._run_step(job, work, step, bar))
+    assert job.steps[-1].path == "model.language_model.layers.3"
+    stream = work.streams["float"]  # input of the last layer
+    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
+    pruner, seen = Pruner(model, recipe), []
+    model.model.language_model.layers[3].register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    for item, sample in enumerate(samples):
+        with torch.no_grad():
+            model(**encode(job.processor, sample, answer=True))
+        kept = pruner.kept[2][0]
+        if policy == "original":
+            assert stream.positions[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
+        assert stream.lengths[item] == int(kept.sum())
+        torch.testing.assert_close(stream.read(item), seen[item][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "mixed"])
+def test_learning_from_quantized_inputs(folder, tmp_path, inputs):
+    from dataclasses import replace
+
+    report = run.calibrate(folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=replace(QUICK, inputs=inputs))
+    assert len(report.blocks) == 7
+
+
+def test_errors(folder, finished, tmp_path):
+    samples = picture_samples(2)
+    from quota.calib.stream import FloatSource
+
+    def attempt(model=folder, **options):
+        run.calibrate(model, samples, out=tmp_path / "out", progress=False, settings=QUICK, **options)
+
+    with pytest.raises(UsageError, match="regime"):
+        attempt(regime="w2a2")
+    with pytest.raises(UsageError, match="modules"):
+        attempt(modules=("vision", "ears"))
+    with pytest.raises(CheckpointError, match="quantized"):
+        attempt(finished[0])
+    with pytest.raises(CheckpointError, match="folder or a hub name"):
+        attempt("./no/such/place")
+    data = recipe_for(FloatSource(folder)).model_dump(mode="json")
+    data["model"]["fingerprint"] = "sha256:" + "0" * 64
+    data.pop("provenance")
+    with pytest.raises(RecipeError, match="fingerprint"):
+        attempt(recipe=Recipe.parse(data))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(QuotaError, match="model.safetensors"):
+        attempt(broken)
+    with pytest.raises(UsageError, match="inputs"):
+        Settings(inputs="wrong")
+    assert not (tmp_path / "out").exists()
