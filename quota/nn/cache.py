@@ -1,0 +1,234 @@
+"""Key/value caches: packed 4-bit layers, and float layers that remember what was pruned before them.
+
+Layers of one cache may hold different numbers of tokens: pruning before decoder layer l leaves layer l's cache with exactly the tokens
+alive there. Layer 0 always holds the full length, which is what `get_seq_length()` reports to `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from quota import ops
+from quota.core.errors import UsageError
+from quota.quant.affine import dequantize_kv
+from quota.quant.pack import unpack_uint4
+
+_GROWTH_TOKENS = 64
+
+
+class RowState:
+    """Facts about each row of a cache layer, moved with the batch: `start` [B] int32 (first real slot; None = all rows start at 0) and
+    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned)."""
+
+    start: Tensor | None = None
+    dropped: Tensor | None = None
+
+    def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
+        self.start = None if self.start is None else move(self.start)
+        self.dropped = None if self.dropped is None else move(self.dropped)
+
+    def forget_rows(self) -> None:
+        self.start = self.dropped = None
+
+
+class Rows(Protocol):
+    """What the pruner needs of a cache layer."""
+
+    start: Tensor | None
+    dropped: Tensor | None
+
+    def get_seq_length(self) -> int: ...
+
+
+class Kv4Layer(RowState, CacheLayerMixin):
+    """Asymmetric 4-bit keys and values of one decoder layer, one (scale, zero) per token and kv head.
+
+    Buffers grow by copying: `k_q`, `v_q` [B, Hkv, C, D/2] uint8; `k_scale`, `k_zero`, `v_scale`, `v_zero` [B, Hkv, C] float32;
+    the first `length` of C slots are filled. `keys` and `values` stay None: there is no float copy.
+    """
+
+    is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
+    FIELDS = ("k_q", "k_scale", "k_zero", "v_q", "v_scale", "v_zero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[str, Tensor] = {}
+        self.length = 0
+
+    @property
+    def key(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(packed, scale, zero) of all C slots."""
+        return self.buffers["k_q"], self.buffers["k_scale"], self.buffers["k_zero"]
+
+    @property
+    def value(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `key`."""
+        return self.buffers["v_q"], self.buffers["v_scale"], self.buffers["v_zero"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the filled slots."""
+        return sum(t[:, :, : self.length].numel() * t.element_size() for t in self.buffers.values())
+
+    def append(self, key: Tensor, value: Tensor, key_clip: float = 1.0, value_clip: float = 1.0) -> None:
+        """key, value [B, Hkv, T, D] float32: quantize into the next T slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        batch, _, tokens, _ = key.shape
+        if batch != self.buffers["k_q"].shape[0]:
+            raise UsageError(f"past_key_values: holds a batch of {self.buffers['k_q'].shape[0]}, got {batch} rows; start from an empty cache")
+        self._reserve(self.length + tokens)
+        ops.kv4_append(*self.key, key.contiguous(), self.length, key_clip)
+        ops.kv4_append(*self.value, value.contiguous(), self.length, value_clip)
+        self.length += tokens
+
+    def dequantize_keys(self) -> Tensor:
+        """[B, Hkv, length, D] float32."""
+        return self._dequantize(*self.key)
+
+    def dequantize_values(self) -> Tensor:
+        """[B, Hkv, length, D] float32."""
+        return self._dequantize(*self.value)
+
+    def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        q, scale, zero = (t[:, :, : self.length] for t in (q, scale, zero))
+        return dequantize_kv(unpack_uint4(q, 2 * q.shape[-1]), scale, zero)
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = self.buffers["k_q"].shape[2]
+        if tokens <= capacity:
+            return
+        capacity = -(-max(tokens, capacity + capacity // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS
+        for name, old in self.buffers.items():
+            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self.buffers[name] = new
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, dim = key_states.shape
+        if dim % 2:
+            raise UsageError(f"head_dim: expected an even number for the packed 4-bit cache, got {dim}")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for name in self.FIELDS:
+            packed = name.endswith("_q")
+            shape = (batch, heads, 0, dim // 2) if packed else (batch, heads, 0)
+            self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=key_states.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append and return everything dequantized, for attention code that wants tensors."""
+        self.append(key_states.float(), value_states.float())
+        return self.dequantize_keys().to(key_states.dtype), self.dequantize_values().to(value_states.dtype)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.buffers, self.length, self.is_initialized = {}, 0, False
+        self.forget_rows()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (a number <= 0, as upstream)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def _move(self, move: Callable[[Tensor], Tensor]) -> None:
+        self.buffers = {name: move(t).contiguous() for name, t in self.buffers.items()}
+        self.move_rows(move)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._move(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._move(lambda t: t[indices])
+
+    def offload(self) -> None:
+        self._move(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._move(lambda t: t.to(self.device, non_blocking=True))
+
+
+class PrunedLayer(RowState, DynamicLayer):
+    """A float cache layer that remembers its row starts and how many tokens were pruned before it."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.forget_rows()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.move_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.move_rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.move_rows(lambda t: t[indices])
+
+
+class Kv4Cache(DynamicCache):
+    """A cache of `Kv4Layer`s. Made for you: a quantized model turns the empty cache that `generate` creates into one."""
+
+    def __init__(self, layers: int) -> None:
+        Cache.__init__(self, layers=[Kv4Layer() for _ in range(layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored keys and values; layers that stayed float are counted as they are."""
+        return sum(kv_bytes(self))
+
+
+def kv_bytes(cache: Cache) -> list[int]:
+    """Bytes in use per decoder layer, 4-bit or float."""
+    return [layer.nbytes if isinstance(layer, Kv4Layer) else _float_bytes(layer) for layer in cache.layers]
+
+
+def _float_bytes(layer: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None)
+
+
+def kv4_layer(cache: Cache, index: int) -> Kv4Layer:
+    """Layer `index` of `cache` as a 4-bit layer; an empty float layer is replaced, a filled or fixed-size one is a UsageError."""
+    layer: Kv4Layer = _own_layer(cache, index, Kv4Layer)
+    if type(cache) is DynamicCache:
+        cache.__class__ = Kv4Cache  # same fields; adds the account of bytes
+    return layer
+
+
+def pruned_layer(cache: Cache, index: int) -> PrunedLayer:
+    """Layer `index` of `cache` as a float layer with row state, under the same conditions as `kv4_layer`."""
+    layer: PrunedLayer = _own_layer(cache, index, PrunedLayer)
+    return layer
+
+
+def _own_layer(cache: Any, index: int, kind: Any) -> Any:
+    while len(cache.layers) <= index and getattr(cache, "layer_class_to_replicate", None) is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, kind):
+        return layer
+    if getattr(cache, "offloading", False) or type(layer) not in (DynamicLayer, PrunedLayer, Kv4Layer):
+        found = "an offloaded" if getattr(cache, "offloading", False) else f"a {type(layer).__name__}"
+        raise UsageError(f"past_key_values: expected a growing cache (DynamicCache), got {found} one; leave cache_implementation unset")
+    if layer.get_seq_length():
+        raise UsageError(f"past_key_values: layer {index} already holds {layer.get_seq_length()} tokens of another model; start from an empty cache")
+    cache.layers[index] = kind()
+    return cache.layers[index]

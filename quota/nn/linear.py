@@ -1,0 +1,137 @@
+"""W4A4 linear layer: one projection group, that is one input transform, one activation clip and the fused rows that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quota import ops
+from quota.quant.pack import unpack_int4
+
+
+class Float32State(nn.Module):
+    """A module whose floating buffers are part of a format: `half()`, `bfloat16()` and `to(dtype)` move them but never round them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                device = fn(torch.zeros(0, device=buffer.device)).device
+                self._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta and device.type != "meta" else buffer.to(device)
+        self.forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop whatever was derived from the buffers; it is derived again when needed. Call it after writing into a buffer."""
+
+
+class QuantLinear(Float32State):
+    """y = dequant(Qa(x (left kron right))) w^T + bias with int4 weights and int4 activations.
+
+    Buffers, which are also the checkpoint's tensors: `left` [l, l] and `right` [r, r] float32 (each may be absent; l * r == K),
+    `clip` float32 scalar, `w_q` [N, ceil(K/2)] uint8 (two nibbles, low = even k), `w_scale` [N] float32, `bias` [N] float32 or absent.
+    The weight is already expressed in the transformed basis.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    clip: Tensor
+    w_q: Tensor
+    w_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, left: int | None = None, right: int | None = None,
+                 device: torch.device | str | None = None) -> None:  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        left, right = left or None, right or None
+        _check_factors(in_features, left, right)
+        self.register_buffer("left", None if left is None else torch.zeros(left, left, device=device))
+        self.register_buffer("right", None if right is None else torch.zeros(right, right, device=device))
+        self.register_buffer("clip", torch.ones((), device=device))
+        self.register_buffer("w_q", torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("w_scale", torch.zeros(out_features, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self._packed: ops.PackedWeight | None = None
+        self._clip_value: float | None = None
+
+    def forget(self) -> None:
+        self._packed, self._clip_value = None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None, "_clip_value": None}  # copies repack for themselves
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors (named as the buffers) in; absent ones keep their value."""
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+        self.forget()
+
+    @property
+    def packed(self) -> ops.PackedWeight:
+        """The weight in the layout the implementation wants, made at first use."""
+        if self._packed is None:
+            self._packed = ops.PackedWeight(self.w_q, self.w_scale, self.in_features)
+        return self._packed
+
+    def _clip(self) -> float:
+        if self._clip_value is None:
+            self._clip_value = float(self.clip)
+        return self._clip_value
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is int32 or float32."""
+        x_q, x_scale = ops.quantize_act(self._rows(x), self.left, self.right, self._clip())
+        return ops.w4a4_linear(x_q, x_scale, self.packed, self.bias).view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    @torch.no_grad()
+    def dequantized_forward(self, x: Tensor) -> Tensor:
+        """The same value from dequantized float64 operands: what `forward` must equal up to float32 rounding."""
+        x_q, x_scale = ops.quantize_act(self._rows(x), self.left, self.right, self._clip())
+        u = unpack_int4(x_q, self.in_features).double() * x_scale.double()[:, None]
+        y = u @ self.dequantized_weight().double().T
+        if self.bias is not None:
+            y = y + self.bias.double()
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def dequantized_weight(self) -> Tensor:
+        """[N, K] float32, in the transformed basis."""
+        return unpack_int4(self.w_q, self.in_features).float() * self.w_scale[:, None]
+
+    @torch.no_grad()
+    def quant_risk(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation quantizer."""
+        rows = self._rows(x)
+        u = ops.transform(rows, self.left, self.right)
+        x_q, x_scale = ops.quantize_act(rows, self.left, self.right, self._clip())
+        return row_norm(u - unpack_int4(x_q, self.in_features).float() * x_scale[:, None]).view(x.shape[:-1])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features).float().contiguous()
+
+    def extra_repr(self) -> str:
+        left, right = (None if t is None else t.shape[0] for t in (self.left, self.right))
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, left={left}, right={right}"
+
+
+def row_norm(x: Tensor) -> Tensor:
+    """x [..., K] -> [...] float32, summed in float64 and rounded once, so that the order of summation cannot show."""
+    return x.double().square().sum(-1).sqrt().float()
+
+
+def _check_factors(in_features: int, left: int | None, right: int | None) -> None:
+    if (left is not None and in_features % left) or (right is not None and in_features % right):
+        raise ValueError(f"transform: expected factors dividing {in_features} input features, got left {left} and right {right}")
+    if left is not None and right is not None and left * right != in_features:
+        raise ValueError(f"transform: expected left * right == {in_features} input features, got {left} * {right}")

@@ -1,0 +1,57 @@
+"""Quantized feed-forward blocks: LLaMA's gated MLP, CLIP's MLP, LLaVA's projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from quota.nn.linear import QuantLinear
+
+
+def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels disagree in the
+    last bit, so a float32 result would depend on where a token lies in the batch."""
+    return function(x.double()).float()
+
+
+class QuantMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); `gate_up_proj` holds the rows of gate, then of up."""
+
+    def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear, act: str = "silu") -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, ACT2FN[act]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> same shape and dtype."""
+        gate, up = self.gate_up_proj(x.float()).chunk(2, -1)
+        return self.down_proj(activate(self.act_fn, gate) * up).to(x.dtype)
+
+
+class QuantClipMLP(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., hidden] -> same shape and dtype."""
+        return self.fc2(activate(self.activation_fn, self.fc1(hidden_states.float()))).to(hidden_states.dtype)
+
+
+class QuantProjector(nn.Module):
+    """linear_2(act(linear_1(x))): vision features to the language model's width."""
+
+    def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
+
+    @torch.no_grad()
+    def forward(self, image_features: Tensor) -> Tensor:
+        """image_features [..., vision hidden] -> [..., text hidden], same dtype."""
+        return self.linear_2(activate(self.act, self.linear_1(image_features.float()))).to(image_features.dtype)

@@ -1,0 +1,263 @@
+"""Pruning visual tokens between decoder layers with forward pre-hooks; the model's own forwards stay as they are.
+
+Before each candidate layer the visual tokens are ranked by what the layer before attended to, and only the kept ones go on: hidden
+states, rotary positions, masks and the layer caches all follow. Candidates are >= 1, so layer 0 always caches the whole prompt and
+`generate`'s bookkeeping stays right. Tokens are dropped at prefill only.
+
+Positions. "original": kept tokens keep the prompt's rotary positions and decoding continues the unpruned counter. "compact": inside each
+layer the alive tokens are renumbered without gaps from the row's first position, and decoding at a layer continues from that layer's own
+last number; what a layer cached and what it computes later therefore always use one numbering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from quota import ops
+from quota.arch import find_arch, submodule
+from quota.core.errors import UsageError
+from quota.core.recipe import Recipe, kept_tokens
+from quota.nn.attention import QuantAttention, Record
+from quota.nn.cache import Rows, kv4_layer, pruned_layer
+from quota.nn.padding import real_columns, row_start
+from quota.nn.recording import start_recording
+from quota.nn.scores import combine, text_queries, token_signals
+
+
+@dataclass
+class Stage:
+    """The tokens alive since the last drop. All [B, n]; rows with fewer tokens are padded on the left."""
+
+    index: Tensor  # int64, column of the prompt
+    valid: Tensor  # bool
+    visual: Tensor  # bool
+    text: Tensor  # bool, text queries
+    dropped: Tensor  # int64 [B]
+    start: Tensor | None  # int32 [B], None where nothing is padded
+    rotary: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    mask_made: bool = False
+
+
+@dataclass
+class Prefill:
+    """One prompt on its way through the layers. `keep`: candidate -> visual tokens to keep [B], only where some row drops any."""
+
+    stage: Stage
+    keep: dict[int, Tensor]
+    first_column: Tensor  # int64 [B], the prompt's first real token
+    pruned: bool = False
+    record: Record | None = None
+
+
+class Pruner:
+    """Installs a recipe on a LLaVA model, float or quantized. `remove()` takes every trace away.
+
+    forced: candidate layer -> bool [B, prompt tokens] to keep instead of the scored choice (visual tokens only; others stay).
+    After a prefill `kept` maps each candidate to bool [B, prompt tokens] (True = alive from there on) and `cache_lengths` lists the tokens
+    each decoder layer ran on; `signals` maps each candidate that dropped tokens to its raw scores when `keep_signals` is set.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
+        self.model, self.recipe, self.forced = model, recipe, forced
+        self.arch = find_arch(model)
+        self.text: Any = submodule(model, self.arch.text_path)
+        self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
+        self.kept: dict[int, Tensor] = {}
+        self.signals: dict[int, dict[str, Tensor]] = {}
+        self.keep_signals = False
+        self.cache_lengths: list[int] = []
+        self._visual: Tensor | None = None
+        self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in self.text.layers]
+        self._restore = start_recording(self.text) if any(self._float_layers) else None
+        self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            submodule(model, self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
+            self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
+        ]
+        for number, layer in enumerate(self.text.layers):
+            self._handles.append(layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Undo the installation. Calling it twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    # what the hooks see, from the outside in
+
+    def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise UsageError("labels: a pruned forward returns logits of the surviving tokens only, so a loss is undefined; undo the recipe first")
+
+    def _before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._visual = None if ids is None else ids == self.arch.image_token_id
+
+    def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        visual, self._visual = self._visual, None
+        embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        cached = 0 if cache is None else cache.get_seq_length()
+        if embeds is None or embeds.shape[1] == 1 and cached:
+            return None
+        if visual is None:
+            if not cached:
+                raise UsageError("input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual")
+            visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        if cached:
+            self._check_continuation(visual, mask)
+            return None
+        return args, {**kwargs, "quota_prefill": self._prefill(visual, mask, cache)}
+
+    def _check_continuation(self, visual: Tensor, mask: Any) -> None:
+        if bool(visual.any()):
+            raise UsageError(
+                "past_key_values: image tokens arrived after cached ones; pruning ranks a whole prompt at once, so give all images in one "
+                "prefill (no prefill_chunk_size, no new images on a cached conversation)"
+            )
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -visual.shape[1] :].all()):
+            raise UsageError("attention_mask: padding inside a continued conversation is not supported; continue rows one at a time")
+
+    def _prefill(self, visual: Tensor, mask: Any, cache: Any) -> Prefill:
+        batch, tokens = visual.shape
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise UsageError("attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the tokenizer's mask")
+        if mask is not None and mask.shape[1] != tokens:
+            raise UsageError(
+                f"attention_mask: expected {tokens} columns, one per prompt token, got {mask.shape[1]}; pruning needs the whole prompt in one prefill "
+                "(no prefill_chunk_size, no static cache)"
+            )
+        if cache is not None and any(layer.is_compileable for layer in cache.layers):
+            raise UsageError("past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset")
+        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        start = row_start(valid)
+        stage = Stage(
+            torch.arange(tokens, device=visual.device).expand(batch, -1), valid, visual & valid, text_queries(visual, valid),
+            torch.zeros(batch, dtype=torch.int64, device=visual.device), start if bool(start.any()) else None,
+        )  # fmt: skip
+        self.kept, self.signals, self.cache_lengths = {}, {}, [tokens] * self.arch.layers
+        return Prefill(stage, self._plan(stage.visual), start.long())
+
+    def _plan(self, visual: Tensor) -> dict[int, Tensor]:
+        """Equation (5) for every row of visual [B, S]; only candidates where some row has more tokens than its budget."""
+        if self.forced is not None:
+            return {layer: torch.zeros(0) for layer in self.ratios} if bool(visual.any()) else {}
+        alive = visual.sum(-1).tolist()
+        images = [-(-count // self.arch.visual_tokens) for count in alive]
+        own = self.recipe.reference == "per_image"
+        reference = alive if own else [self.recipe.reference_tokens * n for n in images]
+        plan: dict[int, Tensor] = {}
+        for layer, ratio in self.ratios.items():
+            budget = [kept_tokens(ratio, tokens) for tokens in reference]
+            if any(a > b for a, b in zip(alive, budget, strict=True)):
+                plan[layer] = torch.tensor(budget, device=visual.device)
+            alive = [min(a, b) for a, b in zip(alive, budget, strict=True)]
+        return plan
+
+    def _before_layer(self, number: int) -> Any:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            prefill: Prefill | None = kwargs.pop("quota_prefill", None)
+            if prefill is None:
+                return self._decode(number, args, kwargs)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if number in prefill.keep:
+                hidden = self._drop(prefill, number, layer, hidden)
+            if number in self.ratios:
+                stage = prefill.stage
+                self.kept[number] = torch.zeros_like(stage.valid[:, :1]).repeat(1, self.cache_lengths[0]).scatter(1, stage.index, stage.valid)
+            self.cache_lengths[number] = hidden.shape[1]
+            if prefill.pruned:
+                self._align(prefill, number, hidden, kwargs)
+            if number + 1 in prefill.keep and self.forced is None:
+                prefill.record = kwargs["quota_record"] = Record()
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def _drop(self, prefill: Prefill, number: int, layer: Any, hidden: Tensor) -> Tensor:
+        """hidden [B, n, d] -> the kept tokens' [B, n', d]; `prefill` enters its next stage."""
+        stage = prefill.stage
+        if self.forced is not None:
+            mask = self.forced[number].to(hidden.device)
+            chosen = mask.gather(1, stage.index.clamp_max(mask.shape[1] - 1)) | (stage.index >= mask.shape[1])
+        else:
+            assert prefill.record is not None
+            signals = token_signals(prefill.record, hidden, layer, stage.visual, stage.text, quant=self.recipe.weights.quant > 0)
+            prefill.record = None
+            if self.keep_signals:
+                self.signals[number] = signals
+            score = combine(signals, stage.visual, self.recipe.weights, self.recipe.percentiles)
+            chosen = ops.token_select(score, stage.visual, prefill.keep[number])
+        keep = stage.valid & (chosen | ~stage.visual)
+        if torch.equal(keep, stage.valid):
+            return hidden
+        counts = keep.sum(-1)
+        order = torch.sort(keep.int(), dim=-1, stable=True).indices[:, hidden.shape[1] - int(counts.max()) :]  # dropped first, kept in order last
+        index, valid, visual, text = (t.gather(1, order) for t in (stage.index, keep, stage.visual & keep, stage.text & keep))
+        start = (order.shape[1] - counts).int()
+        prefill.stage = Stage(index, valid, visual, text, stage.dropped + stage.valid.sum(-1) - counts, start if bool(start.any()) else None)
+        prefill.pruned = True
+        return _gather(hidden, order)
+
+    def _align(self, prefill: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Give a layer after a drop the rotary embedding, mask and cache layer of its own tokens."""
+        stage, cache = prefill.stage, kwargs.get("past_key_values")
+        if stage.rotary is None:
+            stage.rotary = self._rotary(stage, prefill.first_column, hidden, kwargs)
+        if cache is not None:
+            rows = self._cache_layer(cache, number)
+            rows.start, rows.dropped = stage.start, stage.dropped
+        if not self._float_layers[number]:
+            mask = None if stage.start is None else stage.valid
+        else:
+            if not stage.mask_made:
+                stage.mask = self._float_mask(hidden, None if stage.start is None else stage.valid, cache, number)
+                stage.mask_made = True
+            mask = stage.mask
+        # position ids with gaps would be read as packed sequences, so no layer sees them
+        kwargs.update(attention_mask=mask, position_embeddings=stage.rotary, position_ids=None)
+
+    def _rotary(self, stage: Stage, first_column: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.recipe.position_policy == "compact":
+            positions = kwargs["position_ids"].expand(len(stage.index), -1)
+            first = positions.gather(1, first_column.clamp_max(positions.shape[1] - 1)[:, None])
+            return self.text.rotary_emb(hidden, position_ids=(first + stage.valid.long().cumsum(-1) - 1).clamp_min(0))
+        cos, sin = (t.expand(len(stage.index), -1, -1) for t in kwargs["position_embeddings"])
+        return _gather(cos, stage.index), _gather(sin, stage.index)
+
+    def _decode(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        cache = kwargs.get("past_key_values")
+        rows = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+        if getattr(rows, "dropped", None) is None or rows is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.recipe.position_policy == "compact":
+            positions = kwargs["position_ids"].expand(hidden.shape[0], -1) - rows.dropped[:, None]
+            kwargs["position_embeddings"] = self.text.rotary_emb(hidden, position_ids=positions)
+        mask = None
+        if self._float_layers[number] and (rows.start is not None or hidden.shape[1] > 1):
+            valid = None if rows.start is None else real_columns(rows.start, rows.get_seq_length() + hidden.shape[1])
+            mask = self._float_mask(hidden, valid, cache, number)
+        kwargs.update(attention_mask=mask, position_ids=None)
+        return args, kwargs
+
+    def _float_mask(self, hidden: Tensor, valid: Tensor | None, cache: Any, number: int) -> Any:
+        return create_causal_mask(config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache, position_ids=None, layer_idx=number)
+
+    def _cache_layer(self, cache: Any, number: int) -> Rows:
+        return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)
+
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """`token_gather` for any float dtype; the round trip through float32 is exact."""
+    return ops.token_gather(x.float().contiguous(), index).to(x.dtype)

@@ -1,0 +1,80 @@
+"""Recording q, k and the log-sum-exp of a float model's attention: an attention function that delegates to the one in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from quota.core.errors import UsageError
+from quota.nn.attention import Record
+from quota.nn.padding import start_of_mask
+
+_PREFIX = "quota_"
+_BASES = ("sdpa", "eager")
+_ROWS_AT_ONCE = 128
+
+
+def _recording(base: str) -> Any:
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, quota_record: Record | None = None,
+                  **kwargs: Any) -> Any:  # fmt: skip
+        if quota_record is not None:
+            scaling = kwargs.get("scaling") or module.scaling
+            quota_record.q, quota_record.k, quota_record.scaling = query.float().contiguous(), key.float().contiguous(), scaling
+            quota_record.lse = causal_lse(quota_record.q, quota_record.k, attention_mask, scaling)
+        deployed = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
+        return deployed(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """q [B, H, T, D] for the last T of the keys k [B, Hkv, S, D] -> log-sum-exp [B, H, T] of what each query sees; -inf for padding."""
+    batch, heads, tokens, _ = q.shape
+    length = k.shape[2]
+    start = torch.zeros(batch, dtype=torch.int32, device=q.device) if mask is None else start_of_mask(mask, batch)
+    slot = torch.arange(length, device=q.device)
+    out = q.new_empty(batch, heads, tokens)
+    keys = k.repeat_interleave(heads // k.shape[1], 1)
+    for first in range(0, tokens, _ROWS_AT_ONCE):
+        rows = slot[length - tokens + first : length - tokens + min(first + _ROWS_AT_ONCE, tokens)]
+        seen = (slot >= start[:, None, None]) & (slot <= rows[:, None])
+        score = (q[:, :, first : first + len(rows)] @ keys.transpose(-1, -2) * scaling).masked_fill(~seen[:, None], float("-inf"))
+        out[:, :, first : first + len(rows)] = score.logsumexp(-1)
+    return out
+
+
+@contextmanager
+def recording(text_model: Any) -> Iterator[None]:
+    """While open, the float attentions of `text_model` accept `quota_record=`. UsageError for another backend than sdpa or eager."""
+    restore = start_recording(text_model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def start_recording(text_model: Any) -> Any:
+    """As `recording`; returns the function that undoes it."""
+    config = text_model.config
+    base = config._attn_implementation
+    if base not in _BASES:
+        raise UsageError(f"attn_implementation: expected one of {list(_BASES)} for a model with float attention, got {base!r}")
+    name = _PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        AttentionInterface.register(name, _recording(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    config._attn_implementation = name
+
+    def restore() -> None:
+        config._attn_implementation = base
+
+    return restore

@@ -1,0 +1,80 @@
+"""Round-to-nearest quantization in memory: fixed orthogonal transforms, no calibration data. The fallback and the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quota.arch import ArchSpec, find_arch, submodule
+from quota.nn.linear import QuantLinear
+from quota.nn.structure import Shapes, check_modules, quantize_structure
+from quota.quant.affine import quantize_weight
+from quota.quant.transform import apply_kronecker, hadamard
+
+
+@torch.no_grad()
+def quantize_rtn(model: nn.Module, modules: Collection[str] = ("vision", "projector", "llm"), *, transforms: bool = True, clip: float = 1.0) -> nn.Module:
+    """Quantize a float LLaVA model in place to W4A4KV4 by rounding to nearest; returns it.
+
+    transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections; over head_dim
+    after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every group.
+    """
+    chosen, arch = check_modules(modules), find_arch(model)
+    weights = {path: _float_group(submodule(model, path.rpartition(".")[0]), parts) for path, parts in _groups(arch, chosen).items()}
+    shapes: Shapes | None = None if transforms else {}
+    quantize_structure(model, chosen, shapes)
+    for path, (weight, bias) in weights.items():
+        group: Any = model.get_submodule(path)
+        fill(group, weight, bias, clip)
+    if "llm" in chosen and transforms:
+        for index in range(arch.layers):
+            _fill_heads(model.get_submodule(f"{arch.decoder_layer(index)}.self_attn"), arch.head_dim)
+    return model
+
+
+def _groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Path of each quantized group -> names of the float linears it fuses, in row order."""
+    groups: dict[str, tuple[str, ...]] = {}
+    if "llm" in chosen:
+        for path in (arch.decoder_layer(i) for i in range(arch.layers)):
+            groups[f"{path}.self_attn.qkv_proj"] = ("q_proj", "k_proj", "v_proj")
+            groups[f"{path}.self_attn.o_proj"] = ("o_proj",)
+            groups[f"{path}.mlp.gate_up_proj"] = ("gate_proj", "up_proj")
+            groups[f"{path}.mlp.down_proj"] = ("down_proj",)
+    if "vision" in chosen:
+        for path in (arch.vision_layer(i) for i in range(arch.vision_layers_used)):
+            groups[f"{path}.self_attn.qkv_proj"] = ("q_proj", "k_proj", "v_proj")
+            groups[f"{path}.self_attn.out_proj"] = ("out_proj",)
+            groups[f"{path}.mlp.fc1"], groups[f"{path}.mlp.fc2"] = ("fc1",), ("fc2",)
+    if "projector" in chosen:
+        groups |= {f"{arch.projector_path}.{name}": (name,) for name in ("linear_1", "linear_2")}
+    return groups
+
+
+def _float_group(parent: nn.Module, parts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    linears: list[Any] = [getattr(parent, part) for part in parts]
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).float()
+    return torch.cat([linear.weight for linear in linears]).float(), bias
+
+
+def fill(group: QuantLinear, weight: Tensor, bias: Tensor | None, clip: float) -> None:
+    """Set a group from a float weight [N, K]: Hadamard factors where it has any. They are orthogonal, so P^-T = P and W' = W P."""
+    for factor in (group.left, group.right):
+        if factor is not None:
+            factor.copy_(hadamard(factor.shape[0]))
+    left, right = (None if factor is None else factor.double() for factor in (group.left, group.right))
+    w_q, w_scale = quantize_weight(apply_kronecker(weight.double(), left, right).float())
+    group.w_q.copy_(w_q)
+    group.w_scale.copy_(w_scale)
+    group.clip.fill_(clip)
+    if bias is not None and group.bias is not None:
+        group.bias.copy_(bias)
+    group.forget()
+
+
+def _fill_heads(attention: Any, head_dim: int) -> None:
+    attention.q_transform.copy_(hadamard(head_dim))
+    attention.k_transform.copy_(hadamard(head_dim))

@@ -1,0 +1,134 @@
+"""Opening checkpoints: ours (quantized, verified) and ordinary float LLaVA ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+from quota.arch import find_arch, model_fingerprint, submodule
+from quota.core.errors import CheckpointError
+from quota.core.recipe import Recipe
+from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
+from quota.nn.linear import Float32State
+from quota.nn.structure import quantize_structure
+from quota.runtime.patch import patched
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtype: torch.dtype = torch.float32, *, verify: bool = True) -> Any:
+    """A `LlavaForConditionalGeneration` in eval mode, ready for `generate`, with `.processor` attached (None where the folder has none).
+
+    checkpoint: a folder written by `quota calibrate`, or a float LLaVA folder or hub name. recipe: installed if given, see
+    `model.quota_handle`. dtype: of everything that is not quantized. verify: check every file's SHA-256 first.
+    Raises CheckpointError (missing, truncated, altered or mismatched), RecipeError (malformed or made for another model).
+    """
+    if dtype not in _FLOATS:
+        raise CheckpointError(f"dtype: expected one of {[str(d) for d in _FLOATS]}, got {dtype}")
+    folder = Path(checkpoint)
+    if folder.is_dir() and is_quantized_folder(folder):
+        model = _load_quantized(folder, dtype, verify)
+    else:
+        model = _load_float(checkpoint, dtype)
+    model.processor = _load_processor(checkpoint)
+    if recipe is not None:
+        patched(model, recipe)
+    return model
+
+
+def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
+    manifest = Manifest.load(folder)
+    if verify:
+        verify_files(folder, manifest)
+    files = weight_files(folder, manifest)
+    config = _load_config(folder)
+    find_arch(config)
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    quantize_structure(model, manifest.modules, tensor_shapes(files))
+    _assign(model, files, dtype)
+    _fill_derived(model)
+    model.eval().requires_grad_(False)
+    found = model_fingerprint(model)
+    if found != manifest.source_fingerprint:
+        raise CheckpointError(f"source_fingerprint: {folder / 'quota.json'} says {manifest.source_fingerprint}, the tensors say {found}; the folder mixes two models")
+    model.quota_manifest = manifest
+    return model
+
+
+def _assign(model: Any, files: list[Path], dtype: torch.dtype) -> None:
+    expected: dict[str, Tensor] = model.state_dict()
+    own = {f"{prefix}.{name}" for prefix, module in model.named_modules() if isinstance(module, Float32State) for name in module._buffers}
+    loaded: dict[str, Tensor] = {}
+    for name, tensor in iterate_tensors(files):
+        if name not in expected:
+            raise CheckpointError(f"tensor {name}: found in the checkpoint, unknown to this model; the folder is damaged or written by another version")
+        check_tensor(name, tensor, expected[name])
+        if name in own and tensor.dtype != expected[name].dtype:
+            raise CheckpointError(f"tensor {name}: expected {expected[name].dtype}, got {tensor.dtype}; the folder is damaged")
+        loaded[name] = tensor if name in own or not tensor.dtype.is_floating_point else tensor.to(dtype)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing = sorted(set(expected) - set(loaded) - tied)
+    if missing:
+        raise CheckpointError(f"tensor {missing[0]}: missing from the checkpoint ({len(missing)} in all); the folder is damaged: copy or calibrate it again")
+    model.load_state_dict(loaded, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+
+
+def _fill_derived(model: Any) -> None:
+    """Non-persistent buffers are not in a checkpoint: compute them where the meta device left nothing."""
+    arch = find_arch(model)
+    text: Any = submodule(model, arch.text_path)
+    kind = type(text.rotary_emb)
+    text.rotary_emb = kind(config=text.config)
+    for path, module in model.named_modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is None or not buffer.is_meta:
+                continue
+            if name != "position_ids":
+                raise CheckpointError(f"buffer {path}.{name}: not in the checkpoint and not known how to compute; this transformers version is not supported")
+            module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(buffer.shape).clone(), persistent=False)
+
+
+def _load_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not readable as a model configuration ({error}); copy or calibrate the folder again") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would look for a quantizer of its own
+    return config
+
+
+def _load_float(checkpoint: str | Path, dtype: torch.dtype) -> Any:
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a LLaVA model")
+    try:
+        find_arch(AutoConfig.from_pretrained(str(checkpoint)))
+        model: Any = LlavaForConditionalGeneration.from_pretrained(str(checkpoint), dtype=dtype, use_safetensors=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub client and safetensors raise many kinds
+        raise CheckpointError(f"{checkpoint}: cannot be loaded as a LLaVA model ({_first_line(error)}); expected a folder or hub name with safetensors") from error
+    return model.eval().requires_grad_(False)
+
+
+def _load_processor(checkpoint: str | Path) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(str(checkpoint), backend="pil")  # one backend, so that pixels do not depend on what is installed
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+        return None
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    tokenizer.padding_side = "left"
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
