@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from quota.core.errors import UsageError
 
@@ -65,7 +66,7 @@ def check_layers(chosen: Sequence[int], layers: int | None = None) -> list[int]:
     """The same layers as a list; UsageError unless ascending, distinct, at least 1 and below `layers`."""
     if not chosen:
         raise UsageError("--layers: expected at least one layer, got none")
-    for a, b in zip(chosen, chosen[1:], strict=False):
+    for a, b in pairwise(chosen):
         if b <= a:
             raise UsageError(f"--layers: expected ascending, distinct layers, got {b} after {a}")
     if chosen[0] < 1:

@@ -8,7 +8,6 @@ from quota.allocate.compute import Cost, DecoderSizes, cost
 from quota.core.recipe import Recipe
 
 
-
 def layer_rows(recipe: Recipe) -> list[dict[str, Any]]:
     """One row per decoder layer: layer, candidate, keep, tokens, drop (share dropped at its input), sensitivity (None if unknown)."""
     known = dict(zip(recipe.candidates, recipe.sensitivities, strict=True)) if recipe.sensitivities else {}
@@ -75,7 +74,8 @@ def explain_text(recipe: Recipe) -> str:
             + f"; 4-bit KV cache {f['kv_bytes'] / 1e3:.1f} kB instead of {f['kv_bytes_unpruned'] / 1e3:.1f} kB."
         )
     ranking = ", ".join(f"{weight:.3g} {name}" for name, weight in f["weights"].items() if weight)
-    lines += [f"Tokens are ranked by {ranking}; positions: {f['position_policy']}.", "", f"{'layer':>5}  {'tokens':>6}  {'keep':>6}  {'drop':>6}  {'sensitivity':>11}"]
+    lines += [f"Tokens are ranked by {ranking}; positions: {f['position_policy']}.", ""]
+    lines.append(f"{'layer':>5}  {'tokens':>6}  {'keep':>6}  {'drop':>6}  {'sensitivity':>11}")
     for row in layer_rows(recipe):
         drop = f"{row['drop']:.4f}" if row["candidate"] else ""
         s = "" if row["sensitivity"] is None else f"{row['sensitivity']:.4g}"

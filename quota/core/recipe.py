@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -143,7 +144,7 @@ class Recipe(_Part):
     @field_validator("candidates")
     @classmethod
     def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        for i, (a, b) in enumerate(zip(value, value[1:], strict=False), start=1):
+        for i, (a, b) in enumerate(pairwise(value), start=1):
             if b <= a:
                 raise ValueError(f"layers must be ascending and distinct, entry {i} is {b} after {a}")
         return value
@@ -151,7 +152,7 @@ class Recipe(_Part):
     @field_validator("keep")
     @classmethod
     def _non_increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        for i, (a, b) in enumerate(zip(value, value[1:], strict=False), start=1):
+        for i, (a, b) in enumerate(pairwise(value), start=1):
             if b > a:
                 raise ValueError(f"ratios must not increase, entry {i} is {b:g} after {a:g}: a dropped token cannot come back")
         return value

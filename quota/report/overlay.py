@@ -67,12 +67,12 @@ def save_overlay(path: str | Path, pictures: Image.Image | Sequence[Image.Image]
     if not shown or not kept:
         raise UsageError(f"overlay: expected a picture and at least one pruning layer, got {len(shown)} pictures and {len(kept)} layers")
     masks = {layer: _per_picture(layer, mask, len(shown), grid) for layer, mask in sorted(kept.items())}
-    columns = min(1 + len(masks), _PER_ROW)
-    rows_each = math.ceil((1 + len(masks)) / columns)
+    rows_each = math.ceil((1 + len(masks)) / _PER_ROW)
+    columns = math.ceil((1 + len(masks)) / rows_each)
     sheet = _Sheet(columns, rows_each * len(shown))
     for number, picture in enumerate(shown):
         view, row = model_view(picture), number * rows_each
-        name = "what the model sees" if len(shown) == 1 else f"picture {number + 1}"
+        name = "picture" if len(shown) == 1 else f"picture {number + 1}"
         sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
         for i, (layer, per_picture) in enumerate(masks.items(), start=1):
             mask = per_picture[number]
@@ -97,11 +97,11 @@ def _per_picture(layer: int, mask: Any, pictures: int, grid: tuple[int, int] | N
 class _Sheet:
     """Square panels on a grid, sizes in inches."""
 
-    panel_in, gap_in, head_in, foot_in, margin_in = 2.7, 0.22, 0.56, 0.16, 0.22
+    panel_in, gap_in, head_in, foot_in, margin_in = 2.7, 0.22, 0.5, 0.1, 0.2
 
     def __init__(self, columns: int, rows: int) -> None:
         self.width_in = 2 * self.margin_in + columns * self.panel_in + (columns - 1) * self.gap_in
-        self.height_in = self.margin_in + rows * (self.head_in + self.panel_in + self.foot_in)
+        self.height_in = self.margin_in / 2 + rows * (self.head_in + self.panel_in + self.foot_in)
         self.figure: Figure = new_figure(self.width_in, self.height_in)
 
     def panel(self, row: int, column: int, image: Image.Image, title: str, note: str) -> Axes:

@@ -19,6 +19,8 @@ FAINT = "#e6e8ec"
 BLUE = "#2f6fde"
 TEAL = "#0f9d8a"
 ORANGE = "#e4702a"
+PEACH = "#fbe0cd"
+RUST = "#b4531a"
 VIOLET = "#7c5cd6"
 GOLD = "#ffc53d"
 BAND = "#fff3e6"  # behind the candidate layers
@@ -42,6 +44,13 @@ def add_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
     """Axes at (left, bottom, width, height) in figure shares."""
     with mpl.rc_context(_RC):
         return figure.add_axes(box)
+
+
+def heading(figure: Figure, left: float, title: str, note: str) -> None:
+    """The figure's title and the quieter line under it, at share `left` of the width."""
+    height_in = figure.get_figheight()
+    figure.text(left, 1 - 0.40 / height_in, title, fontsize=14, fontweight="bold", color=INK)
+    figure.text(left, 1 - 0.66 / height_in, note, fontsize=9.5, color=MUTED)
 
 
 def tidy(axes: Axes, title: str, note: str = "") -> None:

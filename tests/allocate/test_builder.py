@@ -69,7 +69,7 @@ def test_profile_file(tmp_path: Path) -> None:
     p.save(tmp_path / "p.json")
     assert Profile.load(tmp_path / "p.json") == p
     (tmp_path / "p.json").write_text("{}")
-    with pytest.raises(RecipeError, match="p.json: cannot be read"):
+    with pytest.raises(RecipeError, match=r"p.json: cannot be read"):
         Profile.load(tmp_path / "p.json")
     with pytest.raises(RecipeError, match=r"profile.sensitivity: expected one number per decoder layer \(8\), got 1"):
         profile(sensitivity=(0.1,))
@@ -92,7 +92,8 @@ def test_explain() -> None:
 
 def test_explain_a_hand_written_recipe() -> None:
     model = {"architecture": "L", "fingerprint": "sha256:aa", "layers": 4, "visual_tokens": 16}
-    recipe = Recipe.parse({"method": "uniform", "regime": "w4a4kv4", "model": model, "candidates": [2], "keep": [0.5], "final_keep": 0.5, "reference_tokens": 16})
+    table = {"candidates": [2], "keep": [0.5], "final_keep": 0.5, "reference_tokens": 16}
+    recipe = Recipe.parse({"method": "uniform", "regime": "w4a4kv4", "model": model, **table})
     assert explain(recipe)["compute_ratio"] is None
     assert "uniform recipe" in explain_text(recipe)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,7 +78,5 @@ def test_parse_errors(text: str, message: str) -> None:
 
 @given(st.text(max_size=12))
 def test_parse_only_raises_usage_errors(text: str) -> None:
-    try:
+    with suppress(UsageError):
         parse_layers(text, 8)
-    except UsageError:
-        pass

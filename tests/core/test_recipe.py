@@ -111,16 +111,16 @@ def test_load_errors(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_load_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="none.json: cannot be read"):
+    with pytest.raises(RecipeError, match=r"none.json: cannot be read"):
         Recipe.load(tmp_path / "none.json")
 
 
 def test_check_model() -> None:
     recipe = Recipe.parse(data())
     recipe.check_model("sha256:aa", 8)
-    with pytest.raises(RecipeError, match="model.fingerprint: the recipe is for .*sha256:aa, this model is sha256:cc"):
+    with pytest.raises(RecipeError, match=r"model.fingerprint: the recipe is for .*sha256:aa, this model is sha256:cc"):
         recipe.check_model("sha256:cc")
-    with pytest.raises(RecipeError, match="model.layers"):
+    with pytest.raises(RecipeError, match=r"model.layers"):
         recipe.check_model("sha256:aa", 32)
 
 
@@ -145,7 +145,11 @@ def test_any_valid_table_survives_the_file(keep: list[float], tau: float) -> Non
     assert Recipe.parse(json.loads(recipe.dumps())) == recipe
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3)))
+def _nested(leaves: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(leaves, max_size=3) | st.dictionaries(st.text(max_size=5), leaves, max_size=3)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), _nested))
 def test_parser_only_raises_recipe_errors(junk: object) -> None:
     for field in data():
         try:
