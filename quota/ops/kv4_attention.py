@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
+from quota.ops import native
 from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
 
@@ -36,3 +37,4 @@ def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scali
 
 
 kv4_attention = Op("kv4_attention", kv4_attention_ref)
+kv4_attention.add("native", native.kv4_attention, native.why_not)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
+from quota.ops import native
 
 _ROWS_AT_ONCE = 128
 
@@ -33,3 +34,4 @@ def token_score_ref(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Ten
 
 
 token_score = Op("token_score", token_score_ref)
+token_score.add("native", native.token_score, native.why_not)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
+from quota.ops import native
 from quota.ops.fma import chain_matmul
 
 
@@ -27,3 +28,4 @@ def transform_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
 
 
 transform = Op("transform", transform_ref)
+transform.add("native", native.transform, native.why_not)

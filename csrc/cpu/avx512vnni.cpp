@@ -1,0 +1,95 @@
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// Sixteen lanes in one register.
+struct Vec {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kChainRows = 6, kChainVectors = 4;  // 24 accumulators of 32 registers
+
+  static __mmask16 first_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_mask(n), p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first_mask(n), x); }
+  static F first(F x, int64_t n, F other) { return _mm512_mask_mov_ps(other, first_mask(n), x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+  static I izero() { return _mm512_setzero_si512(); }
+  static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
+  static I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void istore(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I iand(I a, I b) { return _mm512_and_si512(a, b); }
+  static I shift_left_23(I a) { return _mm512_slli_epi32(a, 23); }
+  static I shift_right_4(I a) { return _mm512_srli_epi32(a, 4); }
+  static I bits(F x) { return _mm512_castps_si512(x); }
+  static F from_bits(I x) { return _mm512_castsi512_ps(x); }
+  static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static I to_int(F x) { return _mm512_cvtps_epi32(x); }
+  static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+
+  // out[row][64] = sum over k of a[row][k] * (w + 8)[k][64]. `w`: 128 packed or 256 unpacked bytes per group of four k. Groups are even in number.
+  template <int kRows, bool kPacked>
+  static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
+    constexpr int kParts = kRows == 1 ? 2 : 1;  // a single row alternates between two sets of accumulators to hide latency
+    const I low = _mm512_set1_epi8(15);
+    I acc[kParts * kRows][4];
+    for (auto& row : acc)
+      for (auto& x : row) x = izero();
+    for (int64_t group = 0; group < groups; group += kParts) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        I column[4];
+        if constexpr (kPacked) {
+          const uint8_t* p = w + (group + part) * 128;
+          _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(p + 2112), _MM_HINT_T0);
+          const I x = _mm512_loadu_si512(p), y = _mm512_loadu_si512(p + 64);
+          column[0] = iand(x, low), column[1] = iand(_mm512_srli_epi16(x, 4), low);
+          column[2] = iand(y, low), column[3] = iand(_mm512_srli_epi16(y, 4), low);
+        } else {
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; ++v) column[v] = _mm512_loadu_si512(w + (group + part) * 256 + v * 64);
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < kRows; ++row) {
+          int32_t four;
+          std::memcpy(&four, a + row * lda + (group + part) * 4, 4);
+          const I x = iset1(four);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; ++v) acc[part * kRows + row][v] = _mm512_dpbusd_epi32(acc[part * kRows + row][v], column[v], x);
+        }
+      }
+    }
+    for (int row = 0; row < kRows; ++row)
+      for (int v = 0; v < 4; ++v) istore(out + row * 64 + v * 16, kParts == 2 ? iadd(acc[row][v], acc[kRows + row][v]) : acc[row][v]);
+  }
+};
+
+}  // namespace
+
+#include "bytes_x86.h"
+#include "kernels_of.h"
+
+namespace quota {
+extern const Kernels kernels_avx512vnni;
+const Kernels kernels_avx512vnni = table_of<Vec>("avx512vnni");
+}  // namespace quota

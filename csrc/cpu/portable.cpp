@@ -1,0 +1,108 @@
+// Plain C++ that any machine compiles. The same lanes and the same order as the vector versions, so the same bits.
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Vec {
+  struct F {
+    float v[16];
+  };
+  struct I {
+    int32_t v[16];
+  };
+  static constexpr int kChainRows = 4, kChainVectors = 1;
+
+  template <class Out, class Fn>
+  static Out map(Fn fn) {
+    Out out;
+    for (int i = 0; i < 16; ++i) out.v[i] = fn(i);
+    return out;
+  }
+  static F set1(float x) { return map<F>([=](int) { return x; }); }
+  static F zero() { return set1(0.0f); }
+  static F load(const float* p) { return map<F>([=](int i) { return p[i]; }); }
+  static F load(const float* p, int64_t n) { return map<F>([=](int i) { return i < n ? p[i] : 0.0f; }); }
+  static void store(float* p, const F& x) { std::memcpy(p, x.v, sizeof x.v); }
+  static void store(float* p, const F& x, int64_t n) { std::memcpy(p, x.v, static_cast<size_t>(n < 16 ? n : 16) * sizeof(float)); }
+  static F first(const F& x, int64_t n, const F& other) { return map<F>([&](int i) { return i < n ? x.v[i] : other.v[i]; }); }
+  static F add(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] + b.v[i]; }); }
+  static F sub(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] - b.v[i]; }); }
+  static F mul(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] * b.v[i]; }); }
+  static F div(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] / b.v[i]; }); }
+  static F fma(const F& a, const F& b, const F& c) { return map<F>([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); }); }
+  static F max(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }  // NaN: b, as maxps
+  static F min(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+  static F round(const F& x) { return map<F>([&](int i) { return __builtin_nearbyintf(x.v[i]); }); }
+  static F less(const F& a, const F& b, const F& yes, const F& no) {
+    return map<F>([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
+  }
+  static I iset1(int32_t x) { return map<I>([=](int) { return x; }); }
+  static I izero() { return iset1(0); }
+  static I iload(const int32_t* p) { return map<I>([=](int i) { return p[i]; }); }
+  static void istore(int32_t* p, const I& x) { std::memcpy(p, x.v, sizeof x.v); }
+  static I iadd(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] + b.v[i]; }); }
+  static I isub(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] - b.v[i]; }); }
+  static I imul(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] * b.v[i]; }); }
+  static I imax(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  static I iand(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] & b.v[i]; }); }
+  static I shift_left_23(const I& a) { return map<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << 23); }); }
+  static I shift_right_4(const I& a) { return map<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> 4); }); }
+  static I bits(const F& x) {
+    I out;
+    std::memcpy(out.v, x.v, sizeof x.v);
+    return out;
+  }
+  static F from_bits(const I& x) {
+    F out;
+    std::memcpy(out.v, x.v, sizeof x.v);
+    return out;
+  }
+  static F to_float(const I& x) { return map<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
+  static I to_int(const F& x) {  // not a number, or too large: the smallest integer, as cvtps2dq
+    return map<I>([&](int i) { return x.v[i] > -2147483648.0f && x.v[i] < 2147483648.0f ? static_cast<int32_t>(x.v[i]) : INT32_MIN; });
+  }
+  static I bytes(const uint8_t* p) { return map<I>([=](int i) { return p[i]; }); }
+  static void store_bytes(int8_t* p, const I& x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]);
+  }
+
+  // As in avx512vnni.cpp.
+  template <int kRows, bool kPacked>
+  static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
+    for (int64_t i = 0; i < kRows * 64; ++i) out[i] = 0;
+    for (int64_t group = 0; group < groups; ++group)
+      for (int v = 0; v < 4; ++v) {
+        uint8_t column[64];
+        for (int i = 0; i < 64; ++i) {
+          if constexpr (kPacked)
+            column[i] = (v & 1 ? w[group * 128 + v / 2 * 64 + i] >> 4 : w[group * 128 + v / 2 * 64 + i]) & 15;
+          else
+            column[i] = w[group * 256 + v * 64 + i];
+        }
+        for (int row = 0; row < kRows; ++row) {
+          const int8_t* x = a + row * lda + group * 4;
+          for (int c = 0; c < 16; ++c)
+            out[row * 64 + v * 16 + c] += column[4 * c] * x[0] + column[4 * c + 1] * x[1] + column[4 * c + 2] * x[2] + column[4 * c + 3] * x[3];
+        }
+      }
+  }
+};
+
+inline void split_nibbles(const uint8_t* packed, uint8_t* out) {
+  for (int i = 0; i < 8; ++i) out[2 * i] = packed[i] & 15, out[2 * i + 1] = packed[i] >> 4;
+}
+
+inline void transpose_bytes(const uint8_t* const* rows, uint8_t (*out)[16]) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[i][j] = rows[j][i];
+}
+
+}  // namespace
+
+#include "kernels_of.h"
+
+namespace quota {
+extern const Kernels kernels_portable;
+const Kernels kernels_portable = table_of<Vec>("portable");
+}  // namespace quota

@@ -1,0 +1,132 @@
+"""The native CPU library: loading it, choosing its instruction set, and its implementations of the ops.
+
+The library is optional. Without it every op runs its reference, after one warning that says why and how to build it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quota.core.env import CPU_ISAS, forced_cpu_isa
+from quota.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from quota.ops.kv4_attention import Kv
+    from quota.ops.w4a4_linear import PackedWeight
+
+_LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
+_BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
+_CODES = {"portable": 0, "avx2": 1, "avx512vnni": 2}
+_OPS = ("transform", "quantize_act", "pack_weight", "w4a4_linear", "kv4_append", "kv4_attention", "token_score")
+
+
+class _Bound:
+    """The library's functions, looked up once, and the instruction set in use."""
+
+    transform: Any
+    quantize_act: Any
+    pack_weight: Any
+    w4a4_linear: Any
+    kv4_append: Any
+    kv4_attention: Any
+    token_score: Any
+    isa: str = ""
+
+
+_bound = _Bound()
+
+
+def _load_failure() -> str | None:
+    if not _LIBRARY.exists():
+        return f"the native CPU library is not built; {_BUILD}"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+        for op in _OPS:
+            setattr(_bound, op, getattr(torch.ops.quota_cpu, op).default)
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"the native CPU library does not load ({str(error).splitlines()[0]}); {_BUILD}"
+    return None
+
+
+@cache
+def _load() -> str | None:
+    reason = _load_failure()
+    if reason:
+        warnings.warn(f"quota runs its slow reference implementations: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets of the library that this CPU has, best first; empty without the library."""
+    if _load():
+        return ()
+    bits = torch.ops.quota_cpu.supported_isas()
+    return tuple(isa for isa in CPU_ISAS if bits >> _CODES[isa] & 1)
+
+
+def set_isa(isa: str | None) -> str:
+    """Use this instruction set from now on (None: the best). Returns its name; UsageError when the CPU or the build lacks it."""
+    available = supported_isas()
+    if isa is not None and isa not in available:
+        raise UsageError(f"QUOTA_CPU_ISA: {isa!r} cannot run here; available: {', '.join(available) or 'none'}")
+    code = torch.ops.quota_cpu.set_isa(-1 if isa is None else _CODES[isa])
+    _bound.isa = next(name for name, value in _CODES.items() if value == code)
+    return _bound.isa
+
+
+def why_not() -> str | None:
+    """None when the native implementations can run, else the reason. UsageError when QUOTA_CPU_ISA asks for what this CPU lacks."""
+    reason = _load()
+    if reason is None and not _bound.isa:
+        set_isa(forced_cpu_isa())
+    return reason
+
+
+def describe() -> str:
+    """One line: the library and its instruction set, or why it is not used."""
+    reason = why_not()
+    return reason or f"native CPU library, instruction set {_bound.isa} (this CPU runs: {', '.join(supported_isas())})"
+
+
+def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
+    layout = weight.layouts.get("native")
+    if layout is None:
+        layout = weight.layouts["native"] = tuple(_bound.pack_weight(weight.w_q, weight.k))
+    return layout
+
+
+def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is None and right is None:
+        return x.contiguous()
+    return _bound.transform(x.contiguous(), _dense(left), _dense(right))
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float) -> tuple[Tensor, Tensor]:
+    return _bound.quantize_act(x.contiguous(), _dense(left), _dense(right), clip)
+
+
+def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
+    blocked, w_sum = _packed(weight)
+    return _bound.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocked, w_sum, weight.w_scale, _dense(bias), _dense(x_zero), weight.k)
+
+
+def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
+    _bound.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
+
+
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return _bound.kv4_attention(q.contiguous(), *k, *v, length, start.contiguous(), scaling)
+
+
+def token_score(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return _bound.token_score(q.contiguous(), k.contiguous(), lse.contiguous(), text.contiguous(), visual.contiguous(), scaling)
