@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -135,10 +136,10 @@ class Job:
         yield Step("text", arch.embed_path)
         candidates = self.recipe.candidates if self.recipe else ()
         for index in range(arch.layers):
-            if index + 1 in candidates:
-                yield Step("score", arch.decoder_layer(index), index + 1)
             if index in candidates:
                 yield Step("gather", arch.decoder_layer(index), index)
+            if index + 1 in candidates:
+                yield Step("score", arch.decoder_layer(index), index + 1)
             yield Step("decoder", arch.decoder_layer(index), index)
 
     def is_quantized(self, step: Step) -> bool:
@@ -239,7 +240,7 @@ def _run_block(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, S
     block.quantize_linears()
     if quantized is None and settings.inputs != "float":
         quantized = inputs
-    lesson = Lesson(inputs, outputs, quantized, seed=job.seed * 100_003 + job.steps.index(step))
+    lesson = Lesson(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
     report = learn_block(block, lesson, settings, progress=lambda _: bar.update(1))
     bar.update(1)
     work.save_block(step.path, block.export())
