@@ -112,7 +112,7 @@ class Block(nn.Module):
     def quantize_linears(self) -> None:
         """Replace the linears by projection groups; parameters that learn are those of `groups` and `heads` only."""
         if self.kind != "projector":
-            attention = self.layer.get_submodule("self_attn")
+            attention: Any = self.layer.get_submodule("self_attn")
             self.heads = HeadTransforms(int(attention.head_dim), quantize_kv=self.kind == "decoder").to(_device(self.layer))
             attention.quota_heads = self.heads
         for plan in _PLANS[self.kind]:
@@ -136,10 +136,17 @@ class Block(nn.Module):
 
     def set_mode(self, mode: str) -> None:
         """Switch every group and the head transforms (see flatquant.MODES)."""
-        for group in self.groups.values():
+        for group in self.projection_groups():
             group.mode = mode
         if self.heads is not None:
             self.heads.mode = mode
+
+    def projection_groups(self) -> list[ProjectionGroup]:
+        """The groups in the order they run; empty while the block is float."""
+        return list(self.groups.values())  # type: ignore[arg-type]
+
+    def _group(self, plan: _GroupPlan) -> ProjectionGroup:
+        return self.groups[_key(plan.name)]  # type: ignore[return-value]
 
     def matrices(self) -> list[nn.Parameter]:
         """Learned transforms and diagonals."""
@@ -152,7 +159,7 @@ class Block(nn.Module):
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Record every group's input (and K, V) while running in mode "float"."""
-        members: list[Any] = [*self.groups.values(), *([self.heads] if self.heads is not None else [])]
+        members: list[Any] = [*self.projection_groups(), *([self.heads] if self.heads is not None else [])]
         for member in members:
             member.observed = []
         try:
@@ -163,14 +170,14 @@ class Block(nn.Module):
 
     def freeze(self) -> None:
         """Quantize the merged weights; mode "frozen" then runs the exported integers."""
-        for group in self.groups.values():
+        for group in self.projection_groups():
             group.freeze()
 
     def export(self) -> dict[str, Tensor]:
         """Checkpoint tensors of the quantized block under their full names; call `freeze` first. Every tensor on the CPU, floats float32."""
         out: dict[str, Tensor] = {}
         for plan in _PLANS[self.kind]:
-            for name, tensor in self.groups[_key(plan.name)].export().items():
+            for name, tensor in self._group(plan).export().items():
                 out[f"{self.path}.{plan.name}.{name}"] = tensor
         if self.heads is not None:
             out.update({f"{self.path}.self_attn.{name}": tensor for name, tensor in self.heads.export().items()})
@@ -178,7 +185,7 @@ class Block(nn.Module):
             if "." in name and name.rpartition(".")[0] in _NORMS:
                 out[f"{self.path}.{name}"] = tensor.detach().cpu().float().clone()
         for plan in _PLANS[self.kind]:
-            diag = self.groups[_key(plan.name)].diag()
+            diag = self._group(plan).diag()
             if diag is None:
                 continue
             if plan.merge == "up":  # up's rows divided by c: its integers stay, its scales change

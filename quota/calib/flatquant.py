@@ -134,6 +134,9 @@ class ProjectionGroup(nn.Module):
     it can be merged upstream). heads: the layer's HeadTransforms when this group produces V (`value_rows`) or consumes the attention output.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self, linears: Sequence[nn.Linear], left: int, right: int, diag: bool, heads: HeadTransforms | None = None, value_rows: slice | None = None
     ) -> None:
@@ -218,7 +221,10 @@ class ProjectionGroup(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, alpha: float) -> None:
-        """Choose the start from x [rows, K] (as observed in mode "float"): Hadamard or identity factors, with or without diag, clips searched; least output error wins."""
+        """Choose the start from x [rows, K] (as observed in mode "float"): Hadamard or identity factors, with or without diag, clips searched.
+
+        The candidate with the least output error wins.
+        """
         merged = self._merge_value(self.weight)
         target = functional.linear(x, merged)
         best: tuple[float, dict[str, Tensor]] | None = None

@@ -19,9 +19,9 @@ from quota.calib.stream import Stream
 class BlockReport:
     """What calibration did to one block, on the held-out samples.
 
-    mse_rtn: rounding to nearest without transforms (before); mse_start: after the searched start; mse: the exported integers (after). sqnr_db: output signal over
-    error, exported. update_sqnr_db: the same for what the block adds to the residual stream (equal to sqnr_db for the projector). best_step: optimiser
-    step of the kept iterate, 0 = the start.
+    mse_rtn: rounding to nearest without transforms (before); mse_start: after the searched start; mse: the exported integers (after).
+    sqnr_db: output signal over the error of the exported integers. update_sqnr_db: the same for what the block adds to the residual stream
+    (equal to sqnr_db for the projector). best_step: optimiser step of the kept iterate, 0 = the start.
     """
 
     name: str
@@ -111,8 +111,8 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
             keys, values = (torch.cat(side) for side in zip(*block.heads.observed, strict=True))
             step = max(1, keys.shape[0] // (4 * settings.search_rows))
             block.heads.initialise(keys[::step], values[:: max(1, values.shape[0] // (4 * settings.search_rows))])
-        for group in block.groups.values():
-            rows = torch.cat(group.observed)
+        for group in block.projection_groups():
+            rows = torch.cat(group.observed or [])
             group.observed = None
             group.initialise(rows[:: max(1, rows.shape[0] // settings.search_rows)][: settings.search_rows], settings.diag_alpha)
 

@@ -18,11 +18,12 @@ from quota.nn.scores import combine, token_signals
 
 
 @torch.no_grad()
-def keep_masks(recipe: Recipe, layer: int, before: Block, after: Block, stream: Stream, device: str) -> list[np.ndarray]:
+def keep_masks(recipe: Recipe, layer: int, pair: tuple[Block, Block], stream: Stream, device: str) -> list[np.ndarray]:
     """Per item of `stream` (the input of decoder layer `layer - 1`): bool [length], False where `layer` drops the token.
 
-    before, after: float blocks of layers `layer - 1` and `layer`. Text always stays. Items run one at a time, so the choice does not depend on batching.
+    pair: the float blocks of layers `layer - 1` and `layer`. Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
+    before, after = pair
     ratio = dict(zip(recipe.candidates, recipe.keep, strict=True))[layer]
     attention: Any = before.layer.get_submodule("self_attn")
     masks = []

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from quota.calib.samples import Samples, encode
 from quota.calib.settings import MODULES, REGIMES, Settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
 from quota.calib.work import WorkFolder
-from quota.core.errors import CheckpointError, SampleError, UsageError
+from quota.core.errors import SampleError, UsageError
 from quota.core.recipe import Recipe
 from quota.nn.checkpoint import Manifest
 
@@ -189,9 +190,9 @@ def _run_step(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, St
     if step.kind == "images":
         return {"float": _embed_images(job, work)}
     if step.kind == "score":
-        blocks = [job.source.block("decoder", job.source.arch.decoder_layer(step.index + shift), job.settings.device) for shift in (-1, 0)]
+        pair = [job.source.block("decoder", job.source.arch.decoder_layer(step.index + shift), job.settings.device) for shift in (-1, 0)]
         assert job.recipe is not None
-        masks = prune.keep_masks(job.recipe, step.index, *blocks, work.streams["float"], job.settings.device)
+        masks = prune.keep_masks(job.recipe, step.index, (pair[0], pair[1]), work.streams["float"], job.settings.device)
         work.notes["keep"] = [mask.astype(int).tolist() for mask in masks]
         return work.streams
     return {name: _reshape(job, work, step, name) for name in work.streams}
@@ -203,8 +204,6 @@ def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
         return select_features(stream, job.source.arch, path)
     if step.kind == "text":
         return embed_text(job.source, [torch.tensor(ids) for ids in work.notes["ids"]], stream, path)
-    import numpy as np
-
     assert job.recipe is not None
     masks = [np.asarray(mask, bool) for mask in work.notes["keep"]]
     target = stream.like(path, lengths=[int(mask.sum()) for mask in masks])
@@ -254,6 +253,3 @@ def _advance_quantized(block: Block, work: WorkFolder, quantized: Stream | None,
     target = quantized.like(work.stream_path("quantized"), width)
     advance(block, quantized, target, settings.batch, settings.device)
     return {"quantized": target}
-
-
-__all__ = ["CheckpointError", "CheckpointReport", "Options", "calibrate"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models import tiny_llava
 from transformers import LlamaConfig, LlavaConfig
 
 from quota.arch import canonical_key, find_arch, model_fingerprint, submodule
 from quota.core.errors import CheckpointError
+from tests.models import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_layout(model):
     for path in (arch.decoder_layer(3), arch.vision_layer(2), arch.projector_path, arch.embed_path, arch.lm_head_path, arch.vision_norm_path, arch.text_path):
         assert submodule(model, path) is model.get_submodule(path)
     assert find_arch(model.config) == arch
-    with pytest.raises(CheckpointError, match="no.such"):
+    with pytest.raises(CheckpointError, match=r"no\.such"):
         submodule(model, "no.such")
 
 

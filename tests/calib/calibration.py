@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tests.models import tiny_llava
 
 from quota.calib.samples import Sample, Samples
 from quota.scenes.model import build_processor
+from tests.models import tiny_llava
 
 
 def float_folder(path: Path, **sizes: int) -> Path:

@@ -128,7 +128,7 @@ def test_head_transforms_keep_scores_without_quantization():
         heads.key.add_(0.05 * noise(8, 8))
     heads.mode = "float"
     q, k, v = noise(1, 4, 6, 8), noise(1, 2, 6, 8, seed=1), noise(1, 2, 6, 8, seed=2)
-    q2, k2, v2 = heads.attend(q, k, v)
+    q2, k2, _ = heads.attend(q, k, v)
     torch.testing.assert_close(q2[:, ::2] @ k2.transpose(-1, -2), q[:, ::2] @ k.transpose(-1, -2), rtol=1e-4, atol=1e-4)
     exported = heads.export()
     torch.testing.assert_close(exported["q_transform"].T @ exported["k_transform"], torch.eye(8), rtol=1e-5, atol=1e-5)

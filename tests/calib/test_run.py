@@ -6,15 +6,15 @@ import json
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
 from safetensors.torch import load_file
-from tests.calib.calibration import float_folder, picture_samples
+from transformers import LlavaForConditionalGeneration
 
 from quota.calib import run
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, SampleError, UsageError
 from quota.core.recipe import Recipe
+from tests.calib.calibration import float_folder, picture_samples
 
 QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
 
@@ -204,7 +204,8 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, policy):
     stream = work.streams["float"]  # input of the last layer
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
     pruner, seen = Pruner(model, recipe), []
-    model.model.language_model.layers[3].register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    last = model.model.language_model.layers[3]
+    last.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
     for item, sample in enumerate(samples):
         with torch.no_grad():
             model(**encode(job.processor, sample, answer=True))
@@ -248,7 +249,7 @@ def test_errors(folder, finished, tmp_path):
     for path in folder.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
-    with pytest.raises(QuotaError, match="model.safetensors"):
+    with pytest.raises(QuotaError, match=r"model\.safetensors"):
         attempt(broken)
     with pytest.raises(UsageError, match="inputs"):
         Settings(inputs="wrong")
