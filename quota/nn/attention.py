@@ -99,6 +99,9 @@ class QuantClipAttention(nn.Module):
         batch, tokens, hidden = hidden_states.shape
         x = self.qkv_proj(hidden_states.float()).view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         masks = [None] * batch if attention_mask is None else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
-        rows = [F.scaled_dot_product_attention(*x[:, b : b + 1].contiguous().unbind(0), attn_mask=masks[b]) for b in range(batch)]
+        rows = []
+        for image, mask in enumerate(masks):
+            q, k, v = x[:, image : image + 1].contiguous()
+            rows.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         out = torch.cat(rows).transpose(1, 2).reshape(batch, tokens, hidden)
         return self.out_proj(out).to(hidden_states.dtype), None

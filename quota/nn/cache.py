@@ -148,7 +148,7 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.buffers = {name: move(t).contiguous() for name, t in self.buffers.items()}
         self.move_rows(move)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -171,7 +171,7 @@ class PrunedLayer(RowState, DynamicLayer):
         super().reset()
         self.forget_rows()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.move_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 

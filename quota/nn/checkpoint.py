@@ -60,7 +60,7 @@ class Manifest:
             raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}; {_REMEDY}")
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {version!r}; calibrate again or use another version of quota")
+            raise CheckpointError(f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {version!r}; calibrate again with this version")
         _check_fields(path, data)
         return cls(**{**data, "modules": tuple(data["modules"])})
 
@@ -235,7 +235,9 @@ def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processo
     with CheckpointWriter(folder, manifest, max_shard_bytes=max_shard_bytes) as writer:
         writer.add_config(model.config)
         if processor is not None:
-            processor.save_pretrained(str(writer.work))
+            writer.add_processor(processor)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(str(writer.work))
         seen: set[int] = set()
         for name, tensor in model.state_dict().items():
             if tensor.is_meta:
@@ -251,6 +253,6 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     """CheckpointError unless `tensor` has the shape and kind of the model's own; floats may differ in width where the model casts."""
     if tuple(tensor.shape) != tuple(expected.shape):
         raise CheckpointError(f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {_REMEDY}")
-    same_kind = tensor.dtype.is_floating_point and expected.dtype.is_floating_point or tensor.dtype == expected.dtype
-    if not same_kind or tensor.dtype.itemsize < 2 and tensor.dtype not in (torch.uint8, torch.int8, torch.bool):
+    same_kind = (tensor.dtype.is_floating_point and expected.dtype.is_floating_point) or tensor.dtype == expected.dtype
+    if not same_kind or (tensor.dtype.itemsize < 2 and tensor.dtype not in (torch.uint8, torch.int8, torch.bool)):
         raise CheckpointError(f"tensor {name}: expected {expected.dtype}, got {tensor.dtype}; {_REMEDY}")

@@ -68,20 +68,21 @@ class Pruner:
         self.model, self.recipe, self.forced = model, recipe, forced
         self.arch = find_arch(model)
         self.text: Any = submodule(model, self.arch.text_path)
+        layers: list[Any] = list(self.text.layers)
         self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
         self.kept: dict[int, Tensor] = {}
         self.signals: dict[int, dict[str, Tensor]] = {}
         self.keep_signals = False
         self.cache_lengths: list[int] = []
         self._visual: Tensor | None = None
-        self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in self.text.layers]
+        self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in layers]
         self._restore = start_recording(self.text) if any(self._float_layers) else None
-        self._handles = [
+        self._handles: list[Any] = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            submodule(model, self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
+            model.get_submodule(self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
             self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
         ]
-        for number, layer in enumerate(self.text.layers):
+        for number, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True))
 
     def remove(self) -> None:
@@ -107,7 +108,7 @@ class Pruner:
         visual, self._visual = self._visual, None
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
         cached = 0 if cache is None else cache.get_seq_length()
-        if embeds is None or embeds.shape[1] == 1 and cached:
+        if embeds is None or (embeds.shape[1] == 1 and cached):
             return None
         if visual is None:
             if not cached:
@@ -251,7 +252,9 @@ class Pruner:
         return args, kwargs
 
     def _float_mask(self, hidden: Tensor, valid: Tensor | None, cache: Any, number: int) -> Any:
-        return create_causal_mask(config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache, position_ids=None, layer_idx=number)
+        return create_causal_mask(
+            config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache, position_ids=None, layer_idx=number
+        )
 
     def _cache_layer(self, cache: Any, number: int) -> Rows:
         return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)

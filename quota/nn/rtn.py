@@ -16,7 +16,7 @@ from quota.quant.transform import apply_kronecker, hadamard
 
 
 @torch.no_grad()
-def quantize_rtn(model: nn.Module, modules: Collection[str] = ("vision", "projector", "llm"), *, transforms: bool = True, clip: float = 1.0) -> nn.Module:
+def quantize_rtn(model: Any, modules: Collection[str] = ("vision", "projector", "llm"), *, transforms: bool = True, clip: float = 1.0) -> Any:
     """Quantize a float LLaVA model in place to W4A4KV4 by rounding to nearest; returns it.
 
     transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections; over head_dim

@@ -40,7 +40,7 @@ class _Builder:
         if self.shapes is not None:
             left, right = (self._factor(f"{path}.{side}", size[0]) for side in ("left", "right"))
             if left is not None and right is not None and left * right != size[0]:
-                raise CheckpointError(f"tensor {path}.left: expected left * right == {size[0]} input features, got {left} * {right}; the checkpoint is damaged")
+                raise CheckpointError(f"tensor {path}.left: expected left * right == {size[0]} inputs, got {left} * {right}; the checkpoint is damaged")
         return QuantLinear(*size, bias=bias, left=left, right=right, device=self.device)
 
     def has(self, name: str) -> bool:
@@ -55,7 +55,7 @@ class _Builder:
         return shape[0]
 
 
-def quantize_structure(model: nn.Module, modules: Collection[str], shapes: Shapes | None = None) -> nn.Module:
+def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | None = None) -> Any:
     """Put empty quantized modules in place of the float ones, in place.
 
     modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint that will be
@@ -63,10 +63,11 @@ def quantize_structure(model: nn.Module, modules: Collection[str], shapes: Shape
     projections. The unused last vision layers stay float. Returns `model`.
     """
     chosen, arch = check_modules(modules), find_arch(model)
-    device = submodule(model, arch.embed_path).weight.device  # type: ignore[union-attr]
+    embedding: Any = submodule(model, arch.embed_path)
+    device = embedding.weight.device
     build = _Builder(device, shapes)
     if "llm" in chosen:
-        text = submodule(model, arch.text_path)
+        text: Any = submodule(model, arch.text_path)
         for index in range(arch.layers):
             _decoder_layer(build, model, arch, index)
         text.rotary_emb = Rotary(text.config, device=device)
@@ -77,15 +78,15 @@ def quantize_structure(model: nn.Module, modules: Collection[str], shapes: Shape
         embed.patch_embedding = PatchEmbedding.replacing(embed.patch_embedding)
     if "projector" in chosen:
         old: Any = submodule(model, arch.projector_path)
-        groups = [
+        linear_1, linear_2 = (
             build.linear(f"{arch.projector_path}.{name}", (part.in_features, part.out_features), part.bias is not None, decompose(part.in_features))
             for name, part in (("linear_1", old.linear_1), ("linear_2", old.linear_2))
-        ]
-        _replace(model, arch.projector_path, QuantProjector(*groups, act=model.config.projector_hidden_act))  # type: ignore[union-attr]
+        )
+        _replace(model, arch.projector_path, QuantProjector(linear_1, linear_2, model.config.projector_hidden_act))
     return model
 
 
-def _decoder_layer(build: _Builder, model: nn.Module, arch: ArchSpec, index: int) -> None:
+def _decoder_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
     path = arch.decoder_layer(index)
     layer: Any = submodule(model, path)
     attention, mlp = layer.self_attn, layer.mlp
@@ -100,11 +101,11 @@ def _decoder_layer(build: _Builder, model: nn.Module, arch: ArchSpec, index: int
     layer.mlp = QuantMLP(
         build.linear(f"{path}.mlp.gate_up_proj", (arch.hidden_size, 2 * arch.intermediate_size), mlp.gate_proj.bias is not None, decompose(arch.hidden_size)),
         build.linear(f"{path}.mlp.down_proj", (arch.intermediate_size, arch.hidden_size), mlp.down_proj.bias is not None, decompose(arch.intermediate_size)),
-        act=model.config.text_config.hidden_act,  # type: ignore[union-attr]
+        act=model.config.text_config.hidden_act,
     )
 
 
-def _vision_layer(build: _Builder, model: nn.Module, arch: ArchSpec, index: int) -> None:
+def _vision_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
     path, wide, inner = arch.vision_layer(index), arch.vision_hidden_size, arch.vision_intermediate_size
     layer: Any = submodule(model, path)
     layer.self_attn = QuantClipAttention(
@@ -114,7 +115,7 @@ def _vision_layer(build: _Builder, model: nn.Module, arch: ArchSpec, index: int)
     layer.mlp = QuantClipMLP(
         build.linear(f"{path}.mlp.fc1", (wide, inner), True, decompose(wide)),
         build.linear(f"{path}.mlp.fc2", (inner, wide), True, decompose(inner)),
-        act=model.config.vision_config.hidden_act,  # type: ignore[union-attr]
+        act=model.config.vision_config.hidden_act,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
 from quota.arch import find_arch, model_fingerprint, submodule
 from quota.core.errors import CheckpointError
@@ -55,7 +55,11 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
     model.eval().requires_grad_(False)
     found = model_fingerprint(model)
     if found != manifest.source_fingerprint:
-        raise CheckpointError(f"source_fingerprint: {folder / 'quota.json'} says {manifest.source_fingerprint}, the tensors say {found}; the folder mixes two models")
+        raise CheckpointError(
+            f"source_fingerprint: {folder / 'quota.json'} says {manifest.source_fingerprint}, the tensors say {found}; the folder mixes two models"
+        )
+    if "generation_config.json" in manifest.files:
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
     model.quota_manifest = manifest
     return model
 
@@ -107,14 +111,17 @@ def _load_config(folder: Path) -> Any:
 
 def _load_float(checkpoint: str | Path, dtype: torch.dtype) -> Any:
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a LLaVA model")
+        raise CheckpointError(
+            f"{checkpoint}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a LLaVA model"
+        )
     try:
         find_arch(AutoConfig.from_pretrained(str(checkpoint)))
         model: Any = LlavaForConditionalGeneration.from_pretrained(str(checkpoint), dtype=dtype, use_safetensors=True)
     except CheckpointError:
         raise
     except Exception as error:  # the hub client and safetensors raise many kinds
-        raise CheckpointError(f"{checkpoint}: cannot be loaded as a LLaVA model ({_first_line(error)}); expected a folder or hub name with safetensors") from error
+        reason = f"{checkpoint}: cannot be loaded as a LLaVA model ({_first_line(error)}); expected a folder or hub name with safetensors"
+        raise CheckpointError(reason) from error
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,52 @@
+"""Recipes for tiny models, and watching what a model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.arch import find_arch, model_fingerprint
+from quota.core.recipe import Recipe
+
+
+def recipe_for(model: Any, candidates: tuple[int, ...] = (1, 2, 3), keep: tuple[float, ...] = (0.75, 0.5, 0.25), **fields: Any) -> Recipe:
+    arch = find_arch(model)
+    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": arch.visual_tokens}
+    base = {
+        "method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": list(candidates), "keep": list(keep), "final_keep": keep[-1],
+        "reference_tokens": arch.visual_tokens,
+    }  # fmt: skip
+    return Recipe.parse({**base, **fields})
+
+
+@contextmanager
+def final_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collects the last column of the decoder's normed output, [B, hidden], once per forward."""
+    seen: list[Tensor] = []
+    handle = model.model.language_model.norm.register_forward_hook(lambda module, args, out: seen.append(out[:, -1].clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of a batch without its padding."""
+    real = inputs["attention_mask"][row].bool()
+    out = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
+    if "pixel_values" in inputs:
+        out["pixel_values"] = inputs["pixel_values"][row : row + 1]
+    return out
+
+
+@torch.no_grad()
+def greedy(model: Any, inputs: dict[str, Tensor], tokens: int = 5, **options: Any) -> Any:
+    """Greedy decoding of exactly `tokens` tokens; never an image token. Scores are returned too."""
+    return model.generate(
+        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[model.config.image_token_index],
+        return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
