@@ -66,20 +66,10 @@ def calibrate(
         model, Samples.load(samples), regime=regime, modules=chosen, out=out, seed=seed, steps=steps,
         recipe=Recipe.load(recipe) if recipe else None, progress=not json, resume=resume,
     )  # fmt: skip
-    document = report_document(report)
     if json:
-        print_json({"checkpoint": str(out), **document})
+        print_json(report.to_dict())
         return
-    say(f"{out}: {regime}, parts {', '.join(chosen)}")
-    for block in document.get("blocks", []):
-        say("  " + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in block.items()))
-
-
-def report_document(report: object) -> dict:
-    """The calibrator's report as JSON-able data."""
-    import dataclasses
-
-    if dataclasses.is_dataclass(report) and not isinstance(report, type):
-        return dataclasses.asdict(report)
-    dump = getattr(report, "model_dump", None)
-    return dump(mode="json") if dump else dict(report)  # type: ignore[call-overload]
+    say(f"{out}: {regime}, parts {', '.join(chosen)}, {report.seconds:.0f} s")
+    say(f"{'block':<36}  {'mse, rounded':>12}  {'calibrated':>12}  {'SQNR dB':>8}")
+    for block in report.blocks:
+        say(f"{block['name']:<36}  {block['mse_rtn']:>12.4g}  {block['mse']:>12.4g}  {block['sqnr_db']:>8.2f}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quota.arch.llava import find_arch
+from quota.core.errors import CheckpointError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
 
 
@@ -22,7 +23,9 @@ def load_model(checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load(str(checkpoint), recipe=recipe)
-    return model.eval(), model.processor
+    if model.processor is None:
+        raise CheckpointError(f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
+    return model, model.processor
 
 
 @dataclass(frozen=True)

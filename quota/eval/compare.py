@@ -19,6 +19,7 @@ from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer
 from quota.eval.generation import measure_cost
 from quota.eval.questions import Question, questions_fingerprint, sample_questions, scene_questions
 from quota.eval.results import Evaluation
+from quota.nn.checkpoint import Manifest, is_quantized_folder
 
 TIMED_QUESTIONS = 8
 
@@ -41,17 +42,16 @@ def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, labe
         Recipe.load(recipe)  # a bad recipe is found before the first row is answered
     return RowSpec(
         name=name, checkpoint=label or str(checkpoint), recipe=recipe.name if recipe else None, key=" ".join(parts),
-        checkpoint_bytes=weight_bytes(Path(checkpoint)), kv_dtype="int4" if is_quantized(checkpoint) else "float32",
+        checkpoint_bytes=weight_bytes(Path(checkpoint)), kv_dtype=cache_dtype(checkpoint),
         open=lambda: load_model(checkpoint, recipe),
     )  # fmt: skip
 
 
-def is_quantized(checkpoint: str | Path) -> bool:
-    """True for a folder `quota calibrate` made with the language model (and so its KV cache) quantized."""
-    import json
-
-    manifest = Path(checkpoint) / "quota.json"
-    return manifest.is_file() and "llm" in json.loads(manifest.read_text()).get("modules", ["llm"])
+def cache_dtype(checkpoint: str | Path) -> str:
+    """What a cached key or value of this checkpoint is stored as."""
+    if Path(checkpoint).is_dir() and is_quantized_folder(checkpoint) and "llm" in Manifest.load(checkpoint).modules:
+        return "int4"
+    return "float32"
 
 
 def questions_for(samples: Path | None, number: int, size_px: int) -> list[Question]:
