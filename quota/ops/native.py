@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quota.core.env import CPU_ISAS, forced_cpu_isa
+from quota.core.env import forced_cpu_isa
 from quota.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
-_CODES = {"portable": 0, "avx2": 1, "avx512vnni": 2}
-_OPS = ("transform", "quantize_act", "pack_weight", "w4a4_linear", "kv4_append", "kv4_attention", "token_score")
+_OPS = ("transform", "quantize_act", "w4a4_pack", "w4a4_linear", "kv4_append", "kv4_attention", "token_score")
 
 
 class _Bound:
@@ -31,7 +30,7 @@ class _Bound:
 
     transform: Any
     quantize_act: Any
-    pack_weight: Any
+    w4a4_pack: Any
     w4a4_linear: Any
     kv4_append: Any
     kv4_attention: Any
@@ -66,8 +65,7 @@ def supported_isas() -> tuple[str, ...]:
     """Instruction sets of the library that this CPU has, best first; empty without the library."""
     if _load():
         return ()
-    bits = torch.ops.quota_cpu.supported_isas()
-    return tuple(isa for isa in CPU_ISAS if bits >> _CODES[isa] & 1)
+    return tuple(torch.ops.quota_cpu.isas().split(","))
 
 
 def set_isa(isa: str | None) -> str:
@@ -75,8 +73,8 @@ def set_isa(isa: str | None) -> str:
     available = supported_isas()
     if isa is not None and isa not in available:
         raise UsageError(f"QUOTA_CPU_ISA: {isa!r} cannot run here; available: {', '.join(available) or 'none'}")
-    code = torch.ops.quota_cpu.set_isa(-1 if isa is None else _CODES[isa])
-    _bound.isa = next(name for name, value in _CODES.items() if value == code)
+    _bound.isa = isa or available[0]
+    torch.ops.quota_cpu.use_isa(_bound.isa)
     return _bound.isa
 
 
@@ -97,7 +95,7 @@ def describe() -> str:
 def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("native")
     if layout is None:
-        layout = weight.layouts["native"] = tuple(_bound.pack_weight(weight.w_q, weight.k))
+        layout = weight.layouts["native"] = tuple(_bound.w4a4_pack(weight.w_q, weight.k))
     return layout
 
 
@@ -116,8 +114,8 @@ def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: flo
 
 
 def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
-    blocked, w_sum = _packed(weight)
-    return _bound.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocked, w_sum, weight.w_scale, _dense(bias), _dense(x_zero), weight.k)
+    blocks, col_sum = _packed(weight)
+    return _bound.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, _dense(bias), _dense(x_zero))
 
 
 def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
