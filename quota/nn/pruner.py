@@ -68,7 +68,7 @@ class Pruner:
         self.model, self.recipe, self.forced = model, recipe, forced
         self.arch = find_arch(model)
         self.text: Any = submodule(model, self.arch.text_path)
-        layers: list[Any] = list(self.text.layers)
+        layers: Any = self.text.layers
         self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
         self.kept: dict[int, Tensor] = {}
         self.signals: dict[int, dict[str, Tensor]] = {}

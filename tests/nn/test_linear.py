@@ -9,6 +9,8 @@ from quota.nn.linear import QuantLinear, row_norm
 from quota.nn.rtn import fill
 from quota.quant.transform import apply_kronecker, decompose, hadamard
 
+SIZES = [(64, 24, None), (12, 7, None), (60, 5, (4, None)), (30, 9, (None, 10)), (33, 3, (None, None)), (13, 4, (None, None))]
+
 
 def group(k: int, n: int, bias: bool = True, factors: tuple[int | None, int | None] | None = None, clip: float = 1.0) -> QuantLinear:
     generator = torch.Generator().manual_seed(k * 31 + n)
@@ -22,7 +24,7 @@ def rows(m: int, k: int) -> torch.Tensor:
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m + k))
 
 
-@pytest.mark.parametrize("k, n, factors", [(64, 24, None), (12, 7, None), (60, 5, (4, None)), (30, 9, (None, 10)), (33, 3, (None, None)), (13, 4, (None, None))])
+@pytest.mark.parametrize("k, n, factors", SIZES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_forward_equals_dequantized_operands(k, n, factors, bias):
     layer, x = group(k, n, bias, factors), rows(17, k)
