@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from quota.core.env import forced_implementations
 from quota.core.errors import UsageError
@@ -26,7 +26,7 @@ def _always() -> str | None:
 class Op:
     """A named op: its reference and the implementations in order of preference. Calling it runs the chosen one."""
 
-    _table: dict[str, Op] = {}
+    _table: ClassVar[dict[str, Op]] = {}
 
     def __init__(self, name: str, reference: Callable[..., Any]) -> None:
         self.name, self.__doc__ = name, reference.__doc__

@@ -25,7 +25,7 @@ def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scali
     Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
     Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads.
     """
-    b, h, t, d = q.shape
+    _, h, t, d = q.shape
     keys, values = (dequantized(kv, length, d).double().repeat_interleave(h // kv[0].shape[1], 1) for kv in (k, v))
     score = q.double() @ keys.transpose(-1, -2) * scaling
     slot = torch.arange(length)

@@ -18,7 +18,7 @@ def token_score_ref(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Ten
     are no queries. A[h, t, i] = exp(q_t . k_i * scaling - lse_t) for i <= t (method.md, equation 6).
     Exactness: float stage, relative RMS; bits independent of batch and threads.
     """
-    b, h, s, d = q.shape
+    b, h, s, _ = q.shape
     inter, intra = q.new_zeros(b, s), q.new_zeros(b, s)
     for row in range(b):
         columns = visual[row].nonzero()[:, 0]

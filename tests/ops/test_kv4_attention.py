@@ -2,11 +2,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.ops.kv import cache, filled
 
 from quota.core.env import CPU_ISAS
 from quota.ops import native
 from quota.ops.kv4_attention import kv4_attention_ref
+from tests.ops.kv import cache, filled
 
 SHAPES = [(1, 1, 1, 1, 1, 2), (2, 4, 2, 5, 9, 16), (1, 3, 3, 30, 30, 64), (2, 2, 1, 1, 70, 22), (1, 2, 2, 65, 131, 36), (1, 8, 2, 14, 64, 130)]
 

@@ -52,9 +52,9 @@ def test_strided_input(isa: str) -> None:
 
 def test_wrong_shapes_are_refused(isa: str) -> None:
     x, scale, weight, bias, _ = case(2, 16, 8)
-    with pytest.raises(RuntimeError, match="x_q: expected shape .any, 8., got .2, 4."):
+    with pytest.raises(RuntimeError, match=r"x_q: expected shape \[any, 8\], got \[2, 4\]"):
         native.w4a4_linear(x[:, :4], scale, weight)
-    with pytest.raises(RuntimeError, match="bias: expected shape .8., got .3."):
+    with pytest.raises(RuntimeError, match=r"bias: expected shape \[8\], got \[3\]"):
         native.w4a4_linear(x, scale, weight, bias[:3])
     with pytest.raises(ValueError, match="w_q: expected uint8"):
         PackedWeight(x, scale, 17)

@@ -12,7 +12,10 @@ def test_decompose_multiplies_back(n: int) -> None:
     assert l * r == n and l <= r
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(4096, (64, 64)), (11008, (86, 128)), (5120, (64, 80)), (13824, (108, 128)), (192, (12, 16)), (512, (16, 32)), (13, (1, 13))])
+KNOWN = [(4096, (64, 64)), (11008, (86, 128)), (5120, (64, 80)), (13824, (108, 128)), (192, (12, 16)), (512, (16, 32)), (13, (1, 13))]
+
+
+@pytest.mark.parametrize(("n", "sizes"), KNOWN)
 def test_decompose_known_sizes(n: int, sizes: tuple[int, int]) -> None:
     assert decompose(n) == sizes
 
