@@ -13,7 +13,7 @@ struct Vec {
   struct I {
     __m256i a, b;
   };
-  static constexpr int kChainRows = 6, kChainVectors = 1;  // 12 accumulators of 16 registers
+  static constexpr int kChainRows = 6, kChainVectors = 1, kNarrowRows = 6;  // 12 accumulators of 16 registers
 
   static __m256i mask(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -62,10 +62,10 @@ struct Vec {
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(to_16(x.a), to_16(x.b))); }
 
   // As in avx512vnni.cpp. vpmaddubsw gives pairs of at most 240 in magnitude, so 128 groups fit in int16 before they are widened.
-  template <int kRows, bool kPacked>
+  template <int kRows, bool kPacked, bool kContinue>
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int64_t i = 0; i < kRows * 64; ++i) out[i] = 0;
+    for (int64_t i = 0; i < kRows * 64 && !kContinue; ++i) out[i] = 0;
     for (int64_t begin = 0; begin < groups; begin += 128) {
       const int64_t end = begin + 128 < groups ? begin + 128 : groups;
       for (int v = 0; v < 4; ++v) {  // 16 columns

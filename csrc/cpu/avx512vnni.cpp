@@ -9,7 +9,7 @@ namespace {
 struct Vec {
   using F = __m512;
   using I = __m512i;
-  static constexpr int kChainRows = 6, kChainVectors = 4;  // 24 accumulators of 32 registers
+  static constexpr int kChainRows = 6, kChainVectors = 4, kNarrowRows = 12;  // 24 accumulators of 32 registers
 
   static __mmask16 first_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F zero() { return _mm512_setzero_ps(); }
@@ -46,14 +46,15 @@ struct Vec {
   static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 
-  // out[row][64] = sum over k of a[row][k] * (w + 8)[k][64]. `w`: 128 packed or 256 unpacked bytes per group of four k. Groups are even in number.
-  template <int kRows, bool kPacked>
+  // out[row][64] += sum over k of a[row][k] * (w + 8)[k][64]; from zero unless kContinue. `w`: 128 packed or 256 unpacked bytes per group of
+  // four k. Groups are even in number.
+  template <int kRows, bool kPacked, bool kContinue>
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
     constexpr int kParts = kRows == 1 ? 2 : 1;  // a single row alternates between two sets of accumulators to hide latency
     const I low = _mm512_set1_epi8(15);
     I acc[kParts * kRows][4];
-    for (auto& row : acc)
-      for (auto& x : row) x = izero();
+    for (int row = 0; row < kParts * kRows; ++row)
+      for (int v = 0; v < 4; ++v) acc[row][v] = kContinue && row < kRows ? iload(out + row * 64 + v * 16) : izero();
     for (int64_t group = 0; group < groups; group += kParts) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {

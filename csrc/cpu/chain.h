@@ -38,24 +38,24 @@ template <class V, int kRows, int kVectors, bool kTail, bool kContinue>
 inline void chain_tile(const Chain& t, int64_t k, int64_t last) {
   typename V::F acc[kRows][kVectors];
   const auto read = [&](const float* p, int v) { return kTail && v == kVectors - 1 ? V::load(p + v * kLanes, last) : V::load(p + v * kLanes); };
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < kVectors; ++v) acc[i][v] = kContinue ? read(t.c + i * t.c_row, v) : V::zero();
   for (int64_t j = 0; j < k; ++j) {
     typename V::F column[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < kVectors; ++v) column[v] = read(t.b + j * t.b_row, v);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       const auto x = V::set1(t.a[i * t.a_row + j * t.a_step]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int v = 0; v < kVectors; ++v) acc[i][v] = V::fma(x, column[v], acc[i][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < kVectors; ++v) {
       float* p = t.c + i * t.c_row + v * kLanes;
       if (kTail && v == kVectors - 1)
@@ -65,9 +65,9 @@ inline void chain_tile(const Chain& t, int64_t k, int64_t last) {
     }
 }
 
-template <class V, int kRows, bool kContinue>
+template <class V, int kRows, bool kContinue, bool kNarrow = false>
 inline void chain_rows(Chain t, int64_t cols, int64_t k) {
-  constexpr int kVectors = V::kChainVectors;
+  constexpr int kVectors = kNarrow && V::kChainVectors > 2 ? 2 : V::kChainVectors;
   for (; cols >= kVectors * kLanes; cols -= kVectors * kLanes, t.b += kVectors * kLanes, t.c += kVectors * kLanes)
     chain_tile<V, kRows, kVectors, false, kContinue>(t, k, 0);
   if constexpr (kVectors > 2)
@@ -82,6 +82,9 @@ template <class V, bool kContinue = false>
 inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
   constexpr int kRows = V::kChainRows;
   const auto advance = [&](int64_t n) { rows -= n, t.a += n * t.a_row, t.c += n * t.c_row; };
+  if constexpr (V::kNarrowRows > kRows)  // few columns: more rows, so that enough chains run at once to hide latency
+    if (cols < V::kChainVectors * kLanes)
+      for (; rows >= V::kNarrowRows; advance(V::kNarrowRows)) chain_rows<V, V::kNarrowRows, kContinue, true>(t, cols, k);
   for (; rows >= kRows; advance(kRows)) chain_rows<V, kRows, kContinue>(t, cols, k);
   if (rows >= 4) chain_rows<V, 4, kContinue>(t, cols, k), advance(4);
   if (rows >= 2) chain_rows<V, 2, kContinue>(t, cols, k), advance(2);

@@ -8,7 +8,9 @@
 
 namespace {
 
-constexpr int64_t kDotRows = 6;  // 6 x 64 outputs: 24 of 32 registers with AVX-512
+constexpr int64_t kDotRows = 6;       // 6 x 64 outputs: 24 of 32 registers with AVX-512
+constexpr int64_t kGroupBlock = 128;  // 512 values of k: 32 KiB of unpacked weights
+constexpr int64_t kRowBlock = 480;    // 120 KiB of sums
 
 template <class V>
 void unpack_rows(const quota::UnpackArgs& args, int64_t begin, int64_t end) {
@@ -33,16 +35,15 @@ inline void unpack_panel(const uint8_t* packed, int64_t groups, uint8_t* panel) 
     for (int i = 0; i < 64; ++i) panel[i] = packed[i] & 15, panel[64 + i] = packed[i] >> 4;
 }
 
-template <class V, int kRows, bool kPacked>
-inline void linear_tile(const quota::LinearArgs& args, const uint8_t* w, int64_t panel, int64_t m) {
-  const int64_t lda = quota::padded_k(args.k), n0 = panel * quota::kPanel;
-  alignas(64) int32_t sums[kRows * quota::kPanel];
-  V::template dot<kRows, kPacked>(w, args.a + m * lda, lda, lda / quota::kGroup, sums);
+// Sums of one tile -> outputs.
+template <class V>
+inline void finish(const quota::LinearArgs& args, const int32_t* sums, int64_t panel, int64_t m, int64_t rows) {
+  const int64_t n0 = panel * quota::kPanel;
   for (int64_t v = 0; v < quota::kPanel && n0 + v < args.n; v += kLanes) {
     const int64_t n = n0 + v, left = args.n - n < kLanes ? args.n - n : kLanes;
     const auto w_scale = V::load(args.w_scale + n, left);
     const auto bias = args.bias ? V::load(args.bias + n, left) : V::zero();
-    for (int i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       // the weights were taken as w + 8
       auto sum = V::isub(V::iload(sums + i * quota::kPanel + v), V::iset1(8 * args.row_sum[m + i]));
       if (args.x_zero) sum = V::isub(sum, V::imul(V::iset1(args.x_zero[m + i]), V::iload(args.col_sum + n)));
@@ -56,30 +57,51 @@ inline void linear_tile(const quota::LinearArgs& args, const uint8_t* w, int64_t
   }
 }
 
-template <class V, bool kPacked>
-inline void linear_rest(const quota::LinearArgs& args, const uint8_t* w, int64_t panel, int64_t m, int64_t rows) {
+// Dot products of at most kDotRows rows.
+template <class V, bool kPacked, bool kContinue>
+inline void dot_rows(int64_t rows, const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* sums) {
+  static_assert(kDotRows == 6);
   switch (rows) {
-    case 1: return linear_tile<V, 1, kPacked>(args, w, panel, m);
-    case 2: return linear_tile<V, 2, kPacked>(args, w, panel, m);
-    case 3: return linear_tile<V, 3, kPacked>(args, w, panel, m);
-    case 4: return linear_tile<V, 4, kPacked>(args, w, panel, m);
-    case 5: return linear_tile<V, 5, kPacked>(args, w, panel, m);
-    case 6: return linear_tile<V, 6, kPacked>(args, w, panel, m);
+    case 1: return V::template dot<1, kPacked, kContinue>(w, a, lda, groups, sums);
+    case 2: return V::template dot<2, kPacked, kContinue>(w, a, lda, groups, sums);
+    case 3: return V::template dot<3, kPacked, kContinue>(w, a, lda, groups, sums);
+    case 4: return V::template dot<4, kPacked, kContinue>(w, a, lda, groups, sums);
+    case 5: return V::template dot<5, kPacked, kContinue>(w, a, lda, groups, sums);
+    case 6: return V::template dot<6, kPacked, kContinue>(w, a, lda, groups, sums);
     default: return;
   }
 }
 
-// Few rows stream the packed weights; more rows unpack the panel once.
+// Few rows stream the packed weights. More rows go k block by k block: the block is unpacked once and stays in the first-level cache.
 template <class V>
 void linear_panel(const quota::LinearArgs& args, int64_t panel, int64_t begin, int64_t end) {
-  const int64_t groups = quota::padded_k(args.k) / quota::kGroup;
+  const int64_t lda = quota::padded_k(args.k), groups = lda / quota::kGroup;
   const uint8_t* packed = args.blocks + panel * groups * 2 * quota::kPanel;
-  if (end - begin <= kDotRows) return linear_rest<V, true>(args, packed, panel, begin, end - begin);
-  const Scratch<uint8_t> w(groups * 4 * quota::kPanel);
-  unpack_panel(packed, groups, w);
-  int64_t m = begin;
-  for (; m + kDotRows <= end; m += kDotRows) linear_tile<V, kDotRows, false>(args, w, panel, m);
-  linear_rest<V, false>(args, w, panel, m, end - m);
+  if (end - begin <= kDotRows) {
+    alignas(64) int32_t sums[kDotRows * quota::kPanel];
+    dot_rows<V, true, false>(end - begin, packed, args.a + begin * lda, lda, groups, sums);
+    return finish<V>(args, sums, panel, begin, end - begin);
+  }
+  const int64_t at_once = end - begin < kRowBlock ? end - begin : kRowBlock;
+  const Scratch<uint8_t> w(kGroupBlock * 4 * quota::kPanel);
+  const Scratch<int32_t> sums(at_once * quota::kPanel);
+  for (int64_t m0 = begin; m0 < end; m0 += at_once) {
+    const int64_t rows = end - m0 < at_once ? end - m0 : at_once;
+    for (int64_t g = 0; g < groups; g += kGroupBlock) {
+      const int64_t count = groups - g < kGroupBlock ? groups - g : kGroupBlock;
+      unpack_panel(packed + g * 2 * quota::kPanel, count, w);
+      for (int64_t i = 0; i < rows; i += kDotRows) {
+        const int64_t tile = rows - i < kDotRows ? rows - i : kDotRows;
+        const int8_t* a = args.a + (m0 + i) * lda + g * quota::kGroup;
+        if (g == 0)
+          dot_rows<V, false, false>(tile, w, a, lda, count, sums + i * quota::kPanel);
+        else
+          dot_rows<V, false, true>(tile, w, a, lda, count, sums + i * quota::kPanel);
+        if (g + count == groups) finish<V>(args, sums + i * quota::kPanel, panel, m0 + i, tile);
+      }
+    }
+    if (groups == 0) __builtin_memset(sums.data, 0, static_cast<size_t>(rows * quota::kPanel) * sizeof(int32_t)), finish<V>(args, sums, panel, m0, rows);
+  }
 }
 
 }  // namespace

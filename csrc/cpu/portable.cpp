@@ -11,7 +11,7 @@ struct Vec {
   struct I {
     int32_t v[16];
   };
-  static constexpr int kChainRows = 4, kChainVectors = 1;
+  static constexpr int kChainRows = 4, kChainVectors = 1, kNarrowRows = 4;
 
   template <class Out, class Fn>
   static Out map(Fn fn) {
@@ -68,9 +68,9 @@ struct Vec {
   }
 
   // As in avx512vnni.cpp.
-  template <int kRows, bool kPacked>
+  template <int kRows, bool kPacked, bool kContinue>
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
-    for (int64_t i = 0; i < kRows * 64; ++i) out[i] = 0;
+    for (int64_t i = 0; i < kRows * 64 && !kContinue; ++i) out[i] = 0;
     for (int64_t group = 0; group < groups; ++group)
       for (int v = 0; v < 4; ++v) {
         uint8_t column[64];
