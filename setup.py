@@ -24,9 +24,11 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "none")
 # One rounding per operation on every instruction set: no contraction, no reassociation.
 FLAGS = [
-    "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
+    "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-g0",
+]  # fmt: skip
 X86_FLAGS = {
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2", "-Wno-maybe-uninitialized"],
+    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
