@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -174,8 +176,8 @@ def caption(s: Scene, rng: np.random.Generator) -> str:
     return " , ".join(f"{s.things[i].name} {s.things[i].quadrant(s.size_px)}" for i in rng.permutation(len(s.things)))
 
 
-def questions(s: Scene, per_task: int = 1, rng: np.random.Generator | None = None) -> list[Question]:
-    """`per_task` questions of each task (fewer where the scene allows none), yes and no equally likely."""
+def questions(s: Scene, per_task: int | Mapping[str, int] = 1, rng: np.random.Generator | None = None) -> list[Question]:
+    """`per_task` questions of each task, or as many as it says per task (fewer where the scene allows none); yes and no equally likely."""
     rng = rng or s.seed("questions")
     makers = {
         "existence": _existence, "attribute": _attribute, "position": _position,
@@ -183,12 +185,12 @@ def questions(s: Scene, per_task: int = 1, rng: np.random.Generator | None = Non
     }  # fmt: skip
     out: list[Question] = []
     for task in TASKS:
-        made = [makers[task](s, rng) for _ in range(per_task)]
+        made = [makers[task](s, rng) for _ in range(per_task if isinstance(per_task, int) else per_task[task])]
         out.extend(dict.fromkeys(q for q in made if q is not None))
     return out
 
 
-def _pick(rng: np.random.Generator, items: list):
+def _pick(rng: np.random.Generator, items: list[Any]) -> Any:
     return items[int(rng.integers(len(items)))] if items else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -69,8 +71,8 @@ def build_config(size_px: int = IMAGE_SIZE, width: int = 192, layers: int = 8) -
     )  # fmt: skip
 
 
-def build_model(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A freshly initialised float32 model, deterministic under `seed`."""
+def build_model(config: Any, seed: int = 0) -> Any:
+    """A freshly initialised float32 `LlavaForConditionalGeneration` for a `LlavaConfig`, deterministic under `seed`."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     with torch.no_grad():  # unit-scale word vectors: the dense stage classifies visual tokens against them

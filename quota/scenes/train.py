@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Stage:
-    """One leg of the schedule. `questions_per_task` 0 trains captions alone; `language` False trains the vision side alone."""
+    """One leg of the schedule. `questions_per_task` 0 trains captions alone; `language` False the vision side alone; `hard_tasks` asks by HARD_MIX."""
 
     name: str
     steps: int
@@ -51,13 +52,17 @@ class Stage:
     caption_share: float = 1.0
     dense_weight: float = 0.0
     language: bool = True
+    hard_tasks: bool = False
 
+
+# Binding a place to an object is learned last: the final stage asks for it more often.
+HARD_MIX = {"existence": 6, "attribute": 2, "position": 7, "relation": 5, "counting": 4, "choice": 2}
 
 SCHEDULE = (
     Stage("dense", 1000, 168, 16, 2e-3, dense_weight=1.0, language=False),
     Stage("caption", 1300, 168, 16, 1.5e-3, dense_weight=0.3),
     Stage("questions", 1900, 168, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1),
-    Stage("questions-336", 1000, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.1),
+    Stage("questions-336", 1300, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.1, hard_tasks=True),
 )
 
 
@@ -71,7 +76,7 @@ def segments_of(s: g.Scene, stage: Stage, rng: np.random.Generator) -> list[tupl
     if not stage.questions_per_task or rng.random() < stage.caption_share:
         out.append((encode(f"{CAPTION_REQUEST} assistant :"), encode(g.caption(s, rng)) + [_IDS["</s>"]]))
     if stage.questions_per_task:
-        for q in g.questions(s, stage.questions_per_task, rng):
+        for q in g.questions(s, HARD_MIX if stage.hard_tasks else stage.questions_per_task, rng):
             out.append((encode(f"{q.text} assistant :"), encode(q.answer) + [_IDS["</s>"]]))
     return out
 
@@ -104,7 +109,7 @@ def collate(scenes: list[g.Scene], stage: Stage) -> dict[str, Tensor]:
     rows: list[list[tuple[int, int, int, int]]] = []  # (id, label, segment, position) per text token
     start = len(PREFIX) + (stage.size_px // PATCH_SIZE) ** 2
     for s in scenes:
-        row = []
+        row: list[tuple[int, int, int, int]] = []
         for number, (prompt, answer) in enumerate(segments_of(s, stage, s.seed("training questions")), start=1):
             ids = prompt + answer
             labels = [-100] * len(prompt) + answer
@@ -149,7 +154,7 @@ def block_mask(segment: Tensor, prefix: int) -> Tensor:
     return torch.where(seen, 0.0, -1e9)[:, None]
 
 
-def forward(model: LlavaForConditionalGeneration, head: DenseHead, batch: dict[str, Tensor], stage: Stage, amp: bool) -> tuple[Tensor, dict[str, float]]:
+def forward(model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage, amp: bool) -> tuple[Tensor, dict[str, float]]:
     """Loss and figures of one packed batch."""
     device = model.device
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
@@ -181,7 +186,7 @@ def forward(model: LlavaForConditionalGeneration, head: DenseHead, batch: dict[s
     return loss + stage.dense_weight * dense_loss, figures
 
 
-def enlarge(model: LlavaForConditionalGeneration, size_px: int, width: int, layers: int) -> LlavaForConditionalGeneration:
+def enlarge(model: Any, size_px: int, width: int, layers: int) -> Any:
     """The same weights at another picture size: patch position embeddings are interpolated."""
     bigger = build_model(build_config(size_px, width, layers))
     state = model.state_dict()
@@ -195,9 +200,9 @@ def enlarge(model: LlavaForConditionalGeneration, size_px: int, width: int, laye
     return bigger.to(model.device)
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, out: Path) -> None:
+def save_checkpoint(model: Any, out: Path) -> None:
     """The final artefact: float16 weights with processor, loadable by `from_pretrained`."""
-    copy = LlavaForConditionalGeneration(model.config)
+    copy: Any = LlavaForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(out)
     build_processor(model.config.vision_config.image_size).save_pretrained(out)
@@ -207,7 +212,7 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
     """Run the schedule, continuing from `out/training.pt` when it is there."""
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "training.pt"
-    saved = torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "pictures": 0}
+    saved: dict[str, Any] = torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "pictures": 0}
     model = build_model(build_config(schedule[saved["stage"]].size_px, width, layers), seed).to(device)
     head = DenseHead(width).to(device)
     if "model" in saved:
@@ -268,7 +273,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    schedule = SCHEDULE
+    schedule: tuple[Stage, ...] = SCHEDULE
     if args.steps:
         counts = [int(c) for c in args.steps.split(",")]
         schedule = tuple(Stage(**{**asdict(s), "steps": c}) for s, c in zip(SCHEDULE, counts, strict=True))

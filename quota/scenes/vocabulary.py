@@ -19,9 +19,10 @@ LETTERS = ("a", "b", "c", "d")
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 _OTHER_WORDS = (
-    "user assistant : ? . , top left right bottom above below of the is are there what which where how many color shape "
-    "picture in this object objects describe answer with letter yes no small large and"
-).split()
+    "user", "assistant", ":", "?", ".", ",", "top", "left", "right", "bottom", "above", "below", "of", "the", "is", "are", "there", "what", "which",
+    "where", "how", "many", "color", "shape", "picture", "in", "this", "object", "objects", "describe", "answer", "with", "letter", "yes", "no",
+    "small", "large", "and",
+)  # fmt: skip
 
 WORDS: tuple[str, ...] = (
     *SPECIAL_TOKENS,
