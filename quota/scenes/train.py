@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -251,9 +250,10 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
                 print(json.dumps({"stage": stage.name, "step": step + 1, "of": stage.steps, "pictures_per_s": round(rate, 1), **mean}), flush=True)
                 window = []
             if time.time() - last_save > 120 or step + 1 == stage.steps:
-                record = {"stage": number, "step": step + 1, "pictures": pictures, "model": model.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict()}
+                modules = {"model": model, "head": head, "optimizer": optimizer}
+                record = {"stage": number, "step": step + 1, "pictures": pictures, **{k: m.state_dict() for k, m in modules.items()}}
                 torch.save(record, state_file.with_suffix(".tmp"))
-                os.replace(state_file.with_suffix(".tmp"), state_file)
+                state_file.with_suffix(".tmp").replace(state_file)
                 last_save = time.time()
         saved = {"stage": number + 1}
         save_checkpoint(model, out / "checkpoint")
