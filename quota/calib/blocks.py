@@ -32,11 +32,12 @@ ATTENTION = "quota_calibration"
 
 @dataclass
 class Batch:
-    """Right-padded hidden states. hidden [B, S, C] float32; valid [B, S] bool; positions [B, S] int64 (decoder only, else None)."""
+    """Right-padded hidden states. hidden [B, S, C] float32; valid, visual [B, S] bool; positions [B, S] int64 (decoder only, else None)."""
 
     hidden: Tensor
     valid: Tensor
     positions: Tensor | None = None
+    visual: Tensor | None = None
 
 
 @dataclass(frozen=True)

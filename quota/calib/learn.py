@@ -59,7 +59,8 @@ def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Call
     block.set_mode("rtn")
     mse_rtn = score()
     block.set_mode("learn")
-    mse_start = best = score()
+    mse_start = score()
+    best = score.objective
     kept, best_step = _snapshot(block), 0
     optimizer, schedule = _optimizer(block, settings)
     generator = torch.Generator().manual_seed(lesson.seed)
@@ -74,9 +75,9 @@ def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Call
         optimizer.step()
         schedule.step()
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            mse = score()
-            if math.isfinite(mse) and mse < best:
-                best, best_step, kept = mse, step, _snapshot(block)
+            score()
+            if math.isfinite(score.objective) and score.objective < best:
+                best, best_step, kept = score.objective, step, _snapshot(block)
         if progress is not None:
             progress(step)
     _restore(block, kept)
@@ -120,18 +121,30 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
 def _loss(block: Block, lesson: Lesson, items: list[int], settings: Settings) -> Tensor:
     target = lesson.targets.batch(items, settings.device)
     if lesson.quantized is None or settings.inputs == "float":
-        return _mse(block(lesson.inputs.batch(items, settings.device)), target)
+        return _weighted(block(lesson.inputs.batch(items, settings.device)), target, settings)
     source = lesson.quantized.batch(items, settings.device)
     if settings.inputs == "mixed":
         floats = lesson.inputs.batch(items, settings.device)
         half = len(items) // 2
         source.hidden[:half] = floats.hidden[:half]
-    return _mse(block(source), target)
+    return _weighted(block(source), target, settings)
 
 
-def _mse(out: Tensor, target: Batch) -> Tensor:
-    error = (out - target.hidden).square() * target.valid[..., None]
-    return error.sum() / (target.valid.sum() * out.shape[-1])
+def token_weights(target: Batch, settings: Settings) -> Tensor:
+    """[B, S], sum 1: how much each token's squared error counts. Where pictures and text share the stream, text has `text_share` of the total."""
+    weight = target.valid.float()
+    if settings.relative:
+        weight = weight / target.hidden.square().mean(-1).clamp_min(1e-12)
+    visual = target.valid & target.visual if target.visual is not None else torch.zeros_like(target.valid)
+    text = target.valid & ~visual
+    if settings.text_share is not None and bool(visual.any()) and bool(text.any()):
+        parts = [share * weight * mask / (weight * mask).sum() for share, mask in ((settings.text_share, text), (1 - settings.text_share, visual))]
+        return parts[0] + parts[1]
+    return weight / weight.sum()
+
+
+def _weighted(out: Tensor, target: Batch, settings: Settings) -> Tensor:
+    return ((out - target.hidden).square().mean(-1) * token_weights(target, settings)).sum()
 
 
 class _Scorer:
@@ -140,14 +153,17 @@ class _Scorer:
     def __init__(self, block: Block, lesson: Lesson, items: list[int], settings: Settings) -> None:
         self.block, self.device = block, settings.device
         self.groups = [items[i : i + settings.batch] for i in range(0, len(items), settings.batch)]
-        self.lesson = lesson
+        self.lesson, self.settings = lesson, settings
+        self.objective = 0.0  # what training minimises, of the latest look
 
     @torch.no_grad()
     def __call__(self) -> float:
-        total, count = 0.0, 0
+        total, count, self.objective = 0.0, 0, 0.0
         for items in self.groups:
             source, target = self.lesson.inputs.batch(items, self.device), self.lesson.targets.batch(items, self.device)
-            error = (self.block(source) - target.hidden)[target.valid]
+            out = self.block(source)
+            self.objective += float(_weighted(out, target, self.settings))
+            error = (out - target.hidden)[target.valid]
             total, count = total + float(error.double().square().sum()), count + error.numel()
         return total / count
 

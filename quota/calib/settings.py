@@ -31,6 +31,8 @@ class Settings:
     matrix_lr: float = 5e-3
     clip_lr: float = 5e-2
     diag_alpha: float = 0.3
+    text_share: float | None = None
+    relative: bool = False
     inputs: str = "float"
     stream_dtype: str = "float32"
     device: str = "cpu"

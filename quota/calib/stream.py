@@ -166,11 +166,13 @@ class Stream:
         hidden = torch.zeros(len(items), longest, self.width)
         valid = torch.zeros(len(items), longest, dtype=torch.bool)
         positions = torch.zeros(len(items), longest, dtype=torch.int64)
+        visual = torch.zeros_like(valid)
         for row, item in enumerate(items):
             n = self.lengths[item]
+            visual[row, :n] = torch.from_numpy(self.roles[self.rows(item)] == VISUAL)
             hidden[row, :n], valid[row, :n] = self.read(item), True
             positions[row, :n] = torch.from_numpy(self.positions[self.rows(item)].astype(np.int64))
-        return Batch(hidden.to(device), valid.to(device), positions.to(device))
+        return Batch(hidden.to(device), valid.to(device), positions.to(device), visual.to(device))
 
     def batches(self, size: int) -> Iterator[list[int]]:
         """Item numbers in order, `size` at a time."""
