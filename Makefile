@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 STAMP := .venv/.installed
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*.h)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 
 .PHONY: demo test lint venv schema clean help
 
@@ -27,7 +27,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/.packages: .venv/.torch constraints.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja packaging
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel packaging
 	@touch $@
 
 $(STAMP): .venv/.packages setup.py pyproject.toml constraints.txt $(NATIVE)

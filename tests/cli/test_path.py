@@ -48,7 +48,8 @@ def test_the_recipe_keeps_what_was_asked(world: World) -> None:
 
 
 def test_run_says_the_same_twice_and_counts_tokens(world: World) -> None:
-    args = ("run", world.quantized, "--recipe", world.recipe, "--image", world.picture, "--prompt", "what color is the star ?", "--max-new-tokens", "4", "--json")
+    asked = ("--image", world.picture, "--prompt", "what color is the star ?", "--max-new-tokens", "4", "--json")
+    args = ("run", world.quantized, "--recipe", world.recipe, *asked)
     first, second = (json.loads(quota(*args).stdout) for _ in range(2))
     assert first["text"] == second["text"]
     assert first["visual_tokens"] == 16
@@ -74,7 +75,8 @@ def test_run_takes_any_photo_several_and_none(world: World, tmp_path: Path) -> N
 
 
 def test_eval_of_samples_with_a_float_row(world: World, tmp_path: Path) -> None:
-    args = ("eval", world.quantized, "--recipe", world.recipe, "--model", world.model, "--samples", world.samples, "--blind", "--out", tmp_path / "answers", "--json")
+    asked = ("--samples", world.samples, "--blind", "--out", tmp_path / "answers", "--json")
+    args = ("eval", world.quantized, "--recipe", world.recipe, "--model", world.model, *asked)
     first = quota(*args)
     assert first.exit_code == 0, (first.output, first.exception)
     document = json.loads(first.stdout)
