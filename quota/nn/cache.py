@@ -168,6 +168,8 @@ class PrunedLayer(RowState, DynamicLayer):
     """A float cache layer that remembers its row starts and how many tokens were pruned before it."""
 
     def reset(self) -> None:
+        self.keys = self.values = None  # transformers before 5.21 would zero the tokens but keep their number
+        self.is_initialized = False
         super().reset()
         self.forget_rows()
 

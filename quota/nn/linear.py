@@ -55,12 +55,13 @@ class QuantLinear(Float32State):
         self.in_features, self.out_features = in_features, out_features
         left, right = left or None, right or None
         _check_factors(in_features, left, right)
-        self.register_buffer("left", None if left is None else torch.zeros(left, left, device=device))
-        self.register_buffer("right", None if right is None else torch.zeros(right, right, device=device))
-        self.register_buffer("clip", torch.ones((), device=device))
+        float32: Any = {"dtype": torch.float32, "device": device}  # whatever the default dtype is while a model is being built
+        self.register_buffer("left", None if left is None else torch.zeros(left, left, **float32))
+        self.register_buffer("right", None if right is None else torch.zeros(right, right, **float32))
+        self.register_buffer("clip", torch.ones((), **float32))
         self.register_buffer("w_q", torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("w_scale", torch.zeros(out_features, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("w_scale", torch.zeros(out_features, **float32))
+        self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
         self._packed: ops.PackedWeight | None = None
         self._clip_value: float | None = None
 

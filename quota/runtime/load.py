@@ -17,6 +17,7 @@ from quota.nn.linear import Float32State
 from quota.nn.structure import quantize_structure
 from quota.runtime.patch import patched
 
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -128,7 +129,10 @@ def _load_float(checkpoint: str | Path, dtype: torch.dtype) -> Any:
 def _load_processor(checkpoint: str | Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(str(checkpoint), backend="pil")  # one backend, so that pixels do not depend on what is installed
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        found = [name for name in _PROCESSOR_FILES if (Path(checkpoint) / name).is_file()]
+        if found:
+            raise CheckpointError(f"{Path(checkpoint) / found[0]}: the processor cannot be built ({_first_line(error)}); restore the folder's files") from error
         return None
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:

@@ -197,3 +197,6 @@ def test_processor_is_attached_and_left_padded(tmp_path):
     loaded = load(tmp_path / "out")
     assert loaded.processor.tokenizer.padding_side == "left"
     assert loaded.processor.tokenizer("what color")["input_ids"] == processor.tokenizer("what color")["input_ids"]
+    (tmp_path / "out" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="processor cannot be built"):
+        load(tmp_path / "out", verify=False)

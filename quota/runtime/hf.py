@@ -1,0 +1,67 @@
+"""transformers' own door: after `import quota.runtime`, `from_pretrained` and pipelines open quantized folders too.
+
+`quota.load` is the documented way: it verifies every file and names what is wrong. Without this registration transformers only warns
+about an unknown quantization type and returns random weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quota.core.errors import CheckpointError
+from quota.nn.checkpoint import tensor_shapes
+from quota.nn.linear import Float32State
+from quota.nn.structure import quantize_structure
+
+
+class QuotaConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of config.json."""
+
+    def __init__(self, regime: str = "w4a4kv4", modules: tuple[str, ...] = (), **kwargs: Any) -> None:
+        self.quant_method: Any = "quota"
+        self.regime, self.modules = regime, list(modules)
+
+
+class QuotaQuantizer(HfQuantizer):
+    """Puts the quantized modules in place before the weights arrive. Only reads checkpoints that `quota calibrate` wrote."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        files = [Path(name) for name in checkpoint_files or []]
+        if not files or any(path.suffix != ".safetensors" for path in files):
+            raise CheckpointError("weights: expected the safetensors files of a quantized folder; open it with quota.load")
+        config: Any = self.quantization_config
+        quantize_structure(model, config.modules, tensor_shapes(files))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, Float32State):
+                module.forget()
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make the method known to transformers; calling it twice is harmless."""
+    if "quota" not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config("quota")(QuotaConfig)
+        register_quantizer("quota")(QuotaQuantizer)
+
+
+register()

@@ -1,0 +1,34 @@
+"""transformers' from_pretrained opens a quantized folder once quota.runtime is imported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from quota.arch import model_fingerprint
+from quota.core.errors import CheckpointError
+from quota.nn import Manifest, quantize_rtn, save_checkpoint
+from quota.runtime import load
+from quota.runtime.hf import QuotaConfig, QuotaQuantizer, register
+from tests.models import llava_inputs, tiny_llava
+from tests.nn.recipes import greedy
+
+
+@pytest.mark.parametrize("modules", [("vision", "projector", "llm"), ("llm",)])
+def test_from_pretrained_equals_load(tmp_path, modules):
+    model = quantize_rtn(tiny_llava(), modules)
+    save_checkpoint(model, tmp_path / "out", Manifest("w4a4kv4", modules, model_fingerprint(model)), max_shard_bytes=100_000)
+    register()
+    loaded, own = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32), load(tmp_path / "out")
+    inputs = llava_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, own(**inputs).logits)
+    assert torch.equal(greedy(loaded, inputs).sequences, greedy(own, inputs).sequences)
+    low = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert low.model.language_model.layers[0].mlp.down_proj.w_scale.dtype == torch.float32
+
+
+def test_only_safetensors_are_read():
+    with pytest.raises(CheckpointError, match="safetensors"):
+        QuotaQuantizer(QuotaConfig(), pre_quantized=True)._process_model_before_weight_loading(tiny_llava(), checkpoint_files=["x.bin"])
