@@ -53,6 +53,6 @@ def evaluate(
         return
     from rich.console import Console
 
-    console = Console(width=max(notes().width, 110))
+    console = Console(width=max(notes().width, 126))
     for table in evaluation_tables(result):
         console.print(table)

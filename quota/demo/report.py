@@ -48,7 +48,7 @@ class SideBySide(_Model):
     question: str = Field(description="text asked")
     expected: str = Field(description="the right answer")
     answers: dict[str, str] = Field(description="row name -> answer")
-    right: dict[str, bool] = Field(description="row name -> exact match of the first words")
+    right: dict[str, bool] = Field(description="row name -> exact match of the first words; empty for a caption, whose order is free")
 
 
 class Report(_Model):

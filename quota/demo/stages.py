@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
@@ -67,7 +68,7 @@ class Demo:
 
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
-        self.console = Console(stderr=settings.quiet, width=max(Console().width, 110))
+        self.console = Console(stderr=settings.quiet, width=max(Console().width, 126))
         if settings.model is None and not (assets.CHECKPOINT / "config.json").exists():
             raise CheckpointError(
                 f"embedded checkpoint: no {assets.CHECKPOINT / 'config.json'}; train it with `python -m quota.scenes.train --out runs/train` "
@@ -163,15 +164,16 @@ class Demo:
                 said[name] = answer.text
                 if answer.kept and not kept:
                     kept = answer.kept_visual()
-            right = {n: is_right(t, q.answer) for n, t in said.items()}
+            # a caption may name the objects in any order: shown, not marked
+            right = {n: is_right(t, q.answer) for n, t in said.items()} if q.task != "caption" else {}
             results.append(SideBySide(task=q.task, question=q.instruction, expected=q.answer, answers=said, right=right))
         save_overlay(out / "overlay.png", picture, kept)
         table = Table(title="The same picture, three models")
         for name in ("question", "expected", *SIDE_BY_SIDE):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")
         for r in results:
-            marks = ["[green]" if r.right[n] else "[red]" for n in SIDE_BY_SIDE]
-            table.add_row(r.question, r.expected, *(m + r.answers[n] for m, n in zip(marks, SIDE_BY_SIDE, strict=True)))
+            styles = {n: {True: "green", False: "red", None: ""}[r.right.get(n)] for n in SIDE_BY_SIDE}
+            table.add_row(r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE))
         self.console.print(table)
         return results, {"picture": "picture.png", "overlay": "overlay.png"}
 

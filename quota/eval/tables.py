@@ -32,8 +32,8 @@ def accuracy_table(result: Evaluation) -> Table:
 def cost_table(result: Evaluation) -> Table:
     table = Table(title="Retention (percent of float, 95 % paired bootstrap interval) and cost of one request")
     table.add_column("row", no_wrap=True)
-    for name in ("retention", "prefill ms", "decode ms", "KV kB", "weights MB", "visual tokens\n(mean over layers)"):
-        table.add_column(name, justify="right")
+    for name in ("retention", "prefill ms", "decode ms", "KV kB", "weights MB", "visual tokens,\nlayer mean"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(row.name, _retention(row), f"{row.prefill_ms:.1f}", f"{row.decode_ms:.2f}", f"{row.kv_bytes / 1e3:.0f} {row.kv_dtype}",
                       f"{row.checkpoint_bytes / 1e6:.2f}", f"{row.average_visual_tokens:.1f}")  # fmt: skip
