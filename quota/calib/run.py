@@ -88,12 +88,14 @@ def calibrate(model: str | Path, samples: Samples | str | Path, *, out: str | Pa
     started = time.monotonic()
     job = Job(FloatSource(model), samples if isinstance(samples, Samples) else Samples.load(samples), Path(out), options)
     work = WorkFolder(job.out.with_name(job.out.name + ".partial"), job.key(), options.get("resume", True))
-    with job.bar(work) as bar:
-        for step in job.steps[work.done :]:
-            bar.set_description_str(step.path.removeprefix("model."))
-            work.commit(_run_step(job, work, step, bar))
-    manifest = job.manifest(work.reports)
-    write_checkpoint(job.source, job.quantized_paths(), work, job.out, manifest)
+    try:
+        with job.bar(work) as bar:
+            for step in job.steps[work.done :]:
+                bar.set_description_str(step.path.removeprefix("model."))
+                work.commit(_run_step(job, work, step, bar))
+        write_checkpoint(job.source, job.quantized_paths(), work, job.out, job.manifest(work.reports))
+    finally:
+        work.close()
     work.remove()
     return CheckpointReport(
         checkpoint=str(job.out), regime=job.regime, modules=job.modules, source_fingerprint=job.source.fingerprint,

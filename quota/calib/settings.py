@@ -18,6 +18,8 @@ class Settings:
     steps: optimiser steps per block (0 keeps the searched initial values). batch: samples per step. search_rows: tokens used by the one-dimensional
     clip searches. held_out: samples kept out of training, on which the best iterate is chosen. evaluate_every: steps between two such looks.
     matrix_lr, clip_lr: AdamW rates (cosine decay) for the transforms and for the clip logits.
+    text_share: where pictures and text share the stream, the share of the loss that text tokens have together; None: every token counts alike.
+    relative: divide each token's squared error by its float output's mean square, so that large tokens do not outweigh the others.
     inputs: what a block sees while it learns to reproduce the float block's output on the float input: "float" (as published), "quantized" (the output
     of the already quantized blocks) or "mixed" (both, half of the batch each).
     stream_dtype: storage of hidden states between blocks. device: where blocks run.
@@ -43,6 +45,7 @@ class Settings:
         _expect(self.steps >= 0, "steps", ">= 0", self.steps)
         for name in ("batch", "search_rows", "held_out", "evaluate_every"):
             _expect(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        _expect(self.text_share is None or 0 < self.text_share < 1, "text_share", "in (0, 1) or None", self.text_share)
         _expect(0 <= self.diag_alpha <= 1, "diag_alpha", "in [0, 1]", self.diag_alpha)
 
     def to_dict(self) -> dict[str, Any]:

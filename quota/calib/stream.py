@@ -215,12 +215,14 @@ def advance(block: Block, source: Stream, target: Stream, batch: int, device: st
 
 @torch.no_grad()
 def embed_images(source: FloatSource, pixels: Iterable[Tensor], count: int, path: Path, dtype: str) -> Stream:
-    """Patch embeddings and the first norm of each picture. pixels: `count` tensors [1, 3, H, W]."""
-    arch = source.arch
+    """Patch embeddings and the first norm of each picture. pixels: `count` tensors [1, 3, H, W]; CheckpointError for another H or W than the model's."""
+    arch, size = source.arch, source.config.vision_config.image_size
     embeddings, norm = source.module(arch.vision_embed_path), source.module(arch.vision_norm_path)
     length = arch.visual_tokens + int(arch.drops_cls)
     stream = Stream(path, arch.vision_hidden_size, [length] * count, dtype, create=True)
     for item, picture in enumerate(pixels):
+        if tuple(picture.shape[-2:]) != (size, size):
+            raise CheckpointError(f"pixel_values: expected {size} x {size} pixels, got {list(picture.shape[-2:])}; the processor does not fit the model")
         stream.write(item, norm(embeddings(picture.float()))[0])
     return stream
 

@@ -5,16 +5,20 @@ Every step reads the streams named in `state.json`, writes new files, and only t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quota.calib.stream import Stream
+from quota.core.errors import UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text
+
+LOCK = "lock"
 
 
 class WorkFolder:
@@ -22,13 +26,19 @@ class WorkFolder:
 
     def __init__(self, path: Path, key: str, resume: bool) -> None:
         self.path, self.key = path, key
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
         self.done = 0
         self.reports: list[dict[str, Any]] = []
         self.streams: dict[str, Stream] = {}
         self.notes: dict[str, Any] = {}
         if not (resume and self._load()):
-            shutil.rmtree(path, ignore_errors=True)
-            (path / "blocks").mkdir(parents=True)
+            for old in path.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old, ignore_errors=True)
+                elif old.name != LOCK:
+                    old.unlink()
+            (path / "blocks").mkdir()
 
     def _load(self) -> bool:
         try:
@@ -72,7 +82,23 @@ class WorkFolder:
     def remove(self) -> None:
         """Delete the folder."""
         self.streams = {}
+        self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process work here."""
+        self._lock.close()
 
     def _block_file(self, path: str) -> Path:
         return self.path / "blocks" / f"{path}.safetensors"
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The folder's lock file, held until it is closed (also by the end of the process). UsageError when another process holds it."""
+    file = (path / LOCK).open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UsageError(f"{path}: another calibration is working here; wait for it or choose another output folder") from None
+    return file

@@ -109,6 +109,15 @@ def test_other_settings_do_not_resume(folder, tmp_path, monkeypatch):
     assert len(done) == 10
 
 
+def test_two_calibrations_do_not_share_a_work_folder(folder, tmp_path):
+    from quota.calib.work import WorkFolder
+
+    held = WorkFolder(tmp_path / "out.partial", "key", True)
+    with pytest.raises(UsageError, match="another calibration"):
+        run.calibrate(folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK)
+    held.close()
+
+
 @pytest.mark.parametrize("modules", [("llm",), ("vision",), ("projector", "llm")])
 def test_left_out_modules_stay_float(folder, tmp_path, modules):
     report = run.calibrate(folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=QUICK, modules=modules, steps=0)
