@@ -75,6 +75,21 @@ def build_model(config: Any, seed: int = 0) -> Any:
     """A freshly initialised float32 `LlavaForConditionalGeneration` for a `LlavaConfig`, deterministic under `seed`."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    with torch.no_grad():  # unit-scale word vectors: the dense stage classifies visual tokens against them
+    embeddings = model.model.vision_tower.embeddings
+    with torch.no_grad():
+        # unit-scale word vectors: the dense stage classifies visual tokens against them
         model.get_input_embeddings().weight.normal_(0, config.text_config.hidden_size**-0.5)
+        # bright patches drown the place: without this, their embeddings are eighty times its size and "where" is never learned
+        embeddings.patch_embedding.weight.mul_(0.05)
+        embeddings.position_embedding.weight[1:] += smooth_places(config.vision_config.image_size // PATCH_SIZE, config.vision_config.hidden_size)
     return model
+
+
+def smooth_places(side: int, width: int, size: float = 0.05) -> torch.Tensor:
+    """Plane waves of random direction, at most one cycle per picture: float32 [side * side, width] of standard deviation about 0.7 `size`."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = (torch.rand(2, width, generator=generator) * 2 - 1) * 2 * torch.pi
+    phase = torch.rand(width, generator=generator) * 2 * torch.pi
+    at = (torch.arange(side) + 0.5) / side
+    rows, columns = torch.meshgrid(at, at, indexing="ij")
+    return size * torch.cos(rows.reshape(-1, 1) * frequency[0] + columns.reshape(-1, 1) * frequency[1] + phase)

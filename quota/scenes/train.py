@@ -1,7 +1,7 @@
 """Train the embedded model from scratch: `python -m quota.scenes.train --out DIR`. Resumable; CPU or GPU.
 
 Stages, in LLaVA's own order (question answering alone does not leave its plateau at this size):
-1. dense     every visual token is classified against the word vectors of shapes and colours
+1. dense     every visual token is classified against the word vectors of shapes, colours and places
 2. caption   "red heart top left , ..." with the loss on every caption token
 3. questions with 30 % captions kept in
 4. the same at 336 px (24 x 24 patches), position embeddings interpolated from 12 x 12
@@ -61,7 +61,7 @@ SCHEDULE = (
     Stage("dense", 1000, 168, 16, 2e-3, dense_weight=1.0, language=False),
     Stage("caption", 1300, 168, 16, 1.5e-3, dense_weight=0.3),
     Stage("questions", 1900, 168, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1),
-    Stage("questions-336", 1300, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.1, hard_tasks=True),
+    Stage("questions-336", 1050, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.3, hard_tasks=True),
 )
 
 
@@ -122,25 +122,41 @@ def collate(scenes: list[g.Scene], stage: Stage) -> dict[str, Tensor]:
 
 
 class DenseHead(nn.Module):
-    """Classifies visual tokens against word vectors of shapes and colours, and a learned background vector. Not saved."""
+    """Classifies visual tokens against word vectors: shape, colour (or a learned background vector), top or bottom, left or right.
+
+    Finer places have learned vectors of their own (`_BINS` rows and columns), so that "left of" can be read off a token. Not saved.
+    """
+
+    _BINS = 12
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.background = nn.Parameter(torch.randn(2, width) * width**-0.5)
+        self.places = nn.Parameter(torch.randn(2, self._BINS, width) * width**-0.5)
         self.log_scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, tokens: Tensor, words: Tensor, shape: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, V, D] -> (loss, share of object tokens with both words right)."""
+        """tokens [B, V, D] in raster order -> (loss, share of object tokens with all four words right)."""
+        tokens = tokens.float()
         loss, right = tokens.new_zeros(()), torch.ones_like(shape, dtype=torch.bool)
         for i, (names, target) in enumerate(((SHAPES, shape), (tuple(COLORS), color))):
-            vectors = torch.cat([words[[_IDS[n] for n in names]], self.background[i : i + 1]])
-            logits = tokens.float() @ vectors.float().T * self.log_scale.exp()
+            logits = self._logits(tokens, torch.cat([words[[_IDS[n] for n in names]], self.background[i : i + 1]]))
             wanted = torch.where(target == -1, len(names), target).masked_fill(target == -2, -100)
             balance = torch.ones(len(names) + 1, device=tokens.device)
             balance[-1] = 0.15  # most patches are background
             loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight=balance, ignore_index=-100)
             right &= logits.argmax(-1) == target
+        side = math.isqrt(tokens.shape[1])
+        raster = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        for i, (ends, line) in enumerate(((("top", "bottom"), raster // side), (("left", "right"), raster % side))):
+            coarse = self._logits(tokens, words[[_IDS[n] for n in ends]])
+            loss = loss + F.cross_entropy(coarse.flatten(0, 1), (line * 2 // side).flatten())
+            loss = loss + 0.3 * F.cross_entropy(self._logits(tokens, self.places[i]).flatten(0, 1), (line * self._BINS // side).flatten())
+            right &= coarse.argmax(-1) == line * 2 // side
         return loss, right[shape >= 0].float().mean()
+
+    def _logits(self, tokens: Tensor, vectors: Tensor) -> Tensor:
+        return tokens @ vectors.float().T * self.log_scale.exp()
 
 
 def block_mask(segment: Tensor, prefix: int) -> Tensor:
