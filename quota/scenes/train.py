@@ -148,10 +148,12 @@ class DenseHead(nn.Module):
             right &= logits.argmax(-1) == target
         side = math.isqrt(tokens.shape[1])
         raster = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        share = torch.where(shape >= 0, 1.0, 0.05)  # the place of an object must be said by its own tokens, and they are few
+        share = share / share.sum()
         for i, (ends, line) in enumerate(((("top", "bottom"), raster // side), (("left", "right"), raster % side))):
-            coarse = self._logits(tokens, words[[_IDS[n] for n in ends]])
-            loss = loss + F.cross_entropy(coarse.flatten(0, 1), (line * 2 // side).flatten())
-            loss = loss + 0.3 * F.cross_entropy(self._logits(tokens, self.places[i]).flatten(0, 1), (line * self._BINS // side).flatten())
+            coarse, fine = self._logits(tokens, words[[_IDS[n] for n in ends]]), self._logits(tokens, self.places[i])
+            for logits, wanted, weight in ((coarse, line * 2 // side, 1.0), (fine, line * self._BINS // side, 0.3)):
+                loss = loss + weight * (F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none") * share).sum()
             right &= coarse.argmax(-1) == line * 2 // side
         return loss, right[shape >= 0].float().mean()
 
