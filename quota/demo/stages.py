@@ -15,6 +15,7 @@ from rich.text import Text
 from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
+from quota.calib.stream import resolve_folder
 from quota.core.errors import CheckpointError
 from quota.core.files import atomic_write_text
 from quota.core.recipe import Recipe
@@ -102,7 +103,7 @@ class Demo:
         facts = ModelFacts(
             checkpoint=self.settings.model or "embedded", fingerprint=model_fingerprint(model), parameters=sum(p.numel() for p in model.parameters()),
             layers=config.text_config.num_hidden_layers, visual_tokens=(config.vision_config.image_size // config.vision_config.patch_size) ** 2,
-            image_size_px=config.vision_config.image_size, float_bytes=weight_bytes(Path(self.settings.float_checkpoint)),
+            image_size_px=config.vision_config.image_size, float_bytes=weight_bytes(resolve_folder(self.settings.float_checkpoint)),
             samples=len(self.samples), samples_fingerprint=self.samples.fingerprint,
         )  # fmt: skip
         self.console.print(

@@ -38,13 +38,14 @@ class Answer:
     visual: Tensor
 
     def figures(self) -> dict[str, Any]:
-        """Counts and costs, JSON-able."""
+        """Counts and costs, JSON-able. `kept`: candidate layer -> indices of the visual tokens alive from there on."""
         visual = int(self.visual.sum())
         grown = len(self.visual) - visual + self.made.new_ids.shape[1] - 1  # text and fed-back tokens: in every layer's cache
         by_layer = [n - grown for n in self.made.cache_tokens]
         return {
             "prompt_tokens": len(self.visual), "visual_tokens": visual, "visual_tokens_by_layer": by_layer,
             "average_visual_tokens": sum(by_layer) / len(by_layer), "new_tokens": self.made.new_ids.shape[1],
+            "kept": {str(layer): mask.nonzero()[:, 0].tolist() for layer, mask in self.kept_visual().items()},
             "prefill_ms": self.made.prefill_ms, "decode_ms": self.made.decode_ms, "kv_bytes": self.made.cache_bytes,
         }  # fmt: skip
 

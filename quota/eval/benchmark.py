@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -118,8 +119,11 @@ def summarise(
     right = {r.spec.name: r.right for r in rows}
     draws = resampled_retention(right, baseline, resamples=settings.resamples, seed=settings.seed) if baseline else {}
     totals = {name: retention(right[name], right[baseline]) for name in right} if baseline else {}
+    known = {name for name, value in totals.items() if not math.isnan(value)}  # nothing is retained of a float row without a right answer
     comparisons = []
     for a, b in compare:
+        if not {a, b} <= known:
+            continue
         difference = interval(totals[a] - totals[b], draws[a] - draws[b])
         verdict: Literal["better", "worse", "undecided"] = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
         comparisons.append(Comparison(row=a, against=b, difference=difference, verdict=verdict))
@@ -128,7 +132,7 @@ def summarise(
         questions_fingerprint=questions_fingerprint(questions), majority_accuracy_by_task=majority_accuracy(questions),
         blind_accuracy_by_task=accuracies(blind) if blind is not None else None, resamples=settings.resamples, seed=settings.seed,
         timed_requests=timed_requests, comparisons=comparisons,
-        rows=[_row(r, right[baseline] if baseline else None, totals, draws) for r in rows],
+        rows=[_row(r, right[baseline] if baseline and known else None, totals, draws) for r in rows],
     )  # fmt: skip
 
 

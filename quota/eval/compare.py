@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from quota.calib.stream import resolve_folder
 from quota.core.files import sha256_file
 from quota.core.recipe import Recipe
 from quota.eval.asking import load_model
@@ -25,10 +26,8 @@ TIMED_QUESTIONS = 8
 
 
 def folder_fingerprint(checkpoint: str | Path) -> str:
-    """sha256 over the names and contents of a checkpoint folder's files; a hub name stands for itself."""
-    path = Path(checkpoint)
-    if not path.is_dir():
-        return f"hub:{checkpoint}"
+    """sha256 over the names and contents of a checkpoint folder's files (of a hub name's snapshot)."""
+    path = resolve_folder(checkpoint)
     digest = hashlib.sha256()
     for file in sorted(f for f in path.rglob("*") if f.is_file()):
         digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
@@ -37,19 +36,20 @@ def folder_fingerprint(checkpoint: str | Path) -> str:
 
 def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None) -> RowSpec:
     """A row whose key is the content of its checkpoint and recipe."""
+    given, checkpoint = str(checkpoint), resolve_folder(checkpoint)
     parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
     if recipe:
         Recipe.load(recipe)  # a bad recipe is found before the first row is answered
     return RowSpec(
-        name=name, checkpoint=label or str(checkpoint), recipe=recipe.name if recipe else None, key=" ".join(parts),
-        checkpoint_bytes=weight_bytes(Path(checkpoint)), kv_dtype=cache_dtype(checkpoint),
+        name=name, checkpoint=label or given, recipe=recipe.name if recipe else None, key=" ".join(parts),
+        checkpoint_bytes=weight_bytes(checkpoint), kv_dtype=cache_dtype(checkpoint),
         open=lambda: load_model(checkpoint, recipe),
     )  # fmt: skip
 
 
-def cache_dtype(checkpoint: str | Path) -> str:
+def cache_dtype(checkpoint: Path) -> str:
     """What a cached key or value of this checkpoint is stored as."""
-    if Path(checkpoint).is_dir() and is_quantized_folder(checkpoint) and "llm" in Manifest.load(checkpoint).modules:
+    if is_quantized_folder(checkpoint) and "llm" in Manifest.load(checkpoint).modules:
         return "int4"
     return "float32"
 

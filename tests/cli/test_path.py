@@ -58,6 +58,32 @@ def test_run_says_the_same_twice_and_counts_tokens(world: World) -> None:
     assert plain["visual_tokens_by_layer"] == [16, 16, 16] and plain["overlay"] is None
 
 
+def test_one_and_two_threads_agree(world: World, tmp_path: Path) -> None:
+    """Recipe bytes, kept tokens and greedy text do not depend on the number of threads."""
+    seen = []
+    for threads in ("1", "2"):
+        recipe = tmp_path / f"recipe-{threads}.json"
+        made = ["recipe", str(world.quantized), "--model", str(world.model), "--samples", str(world.samples), "--layers", "1-2", "--out", str(recipe)]
+        asked = ["run", str(world.quantized), "--recipe", str(recipe), "--image", str(world.picture), "-p", "what color is the star ?", "--max-new-tokens", "5"]
+        env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        outputs = [
+            subprocess.run([sys.executable, "-m", "quota.cli.main", *args, "--json"], capture_output=True, text=True, env=env, check=True).stdout
+            for args in (made, asked)
+        ]
+        answer = json.loads(outputs[1])
+        assert set(answer["kept"]) == {"1", "2"} and len(answer["kept"]["2"]) == 5
+        seen.append((recipe.read_bytes(), answer["kept"], answer["text"]))
+    assert seen[0] == seen[1]
+
+
+def test_a_hub_name_out_of_reach_is_one_line(world: World, tmp_path: Path) -> None:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    for args in (["run", "nobody/nothing", "-p", "x"], ["calibrate", "nobody/nothing", "--samples", str(world.samples), "--out", str(tmp_path / "q")]):
+        done = subprocess.run([sys.executable, "-m", "quota.cli.main", *args], capture_output=True, text=True, env=env)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "nobody/nothing" in [line for line in done.stderr.splitlines() if line.startswith("error: ")][-1]
+
+
 def test_run_takes_any_photo_several_and_none(world: World, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (97, 231, 3), dtype=np.uint8)).save(photo)

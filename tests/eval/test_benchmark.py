@@ -82,3 +82,11 @@ def test_summary_round_trips_and_judges(tmp_path: Path) -> None:
     assert Evaluation.model_validate_json(result.model_dump_json()) == result
     alone = summarise(questions, rows[:1], Settings(), baseline=None, blind={"a": bad, "b": bad})
     assert alone.rows[0].retention is None and alone.blind_accuracy_by_task == {"a": 0.6, "b": 0.6}
+
+
+def test_nothing_is_retained_of_a_float_row_without_a_right_answer() -> None:
+    wrong = {"a": np.zeros(3, dtype=bool), "b": np.zeros(3, dtype=bool)}
+    rows = [Answered(_spec(name), wrong, 1.0, Cost(1.0, 1.0, 1.0, [1.0])) for name in ("float", "row")]
+    result = summarise(_questions(6), rows, Settings(resamples=20), baseline="float", blind=None, compare=[("row", "float")])
+    assert result.comparisons == [] and result.rows[1].retention is None
+    json.loads(result.model_dump_json(), parse_constant=lambda name: pytest.fail(name))
