@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -225,6 +226,36 @@ std::tuple<Tensor, Tensor> token_score(Tensor q, Tensor k, Tensor lse, Tensor te
   return {inter, intra};
 }
 
+Tensor token_select(Tensor score, Tensor eligible, Tensor keep) {
+  check(score, "score", ScalarType::Float, {kFree, kFree});
+  const int64_t batch = score.size(0), slots = score.size(1);
+  check(eligible, "eligible", ScalarType::Bool, {batch, slots});
+  check(keep, "keep", ScalarType::Long, {batch});
+  Tensor mask = make({batch, slots}, ScalarType::Bool);
+  const auto* counts = static_cast<const int64_t*>(keep.const_data_ptr());
+  for (int64_t b = 0; b < batch; ++b)
+    quota::select_tokens(floats(score) + b * slots, bytes(eligible) + b * slots, slots, counts[b], static_cast<uint8_t*>(mask.mutable_data_ptr()) + b * slots);
+  return mask;
+}
+
+// x: rows of bytes.
+Tensor token_gather(Tensor x, Tensor index) {
+  check(x, "x", ScalarType::Byte, {kFree, kFree, kFree});
+  const int64_t batch = x.size(0), slots = x.size(1), row_bytes = x.size(2);
+  check(index, "index", ScalarType::Long, {batch, kFree});
+  const int64_t taken = index.size(1);
+  const auto* from = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t i = 0; i < batch * taken; ++i)
+    STD_TORCH_CHECK(from[i] >= 0 && from[i] < slots, "index: expected 0 <= index < ", slots, ", got ", from[i]);
+  Tensor y = make({batch, taken, row_bytes}, ScalarType::Byte);
+  auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
+  parallel_for(0, batch * taken, grain(row_bytes / 4), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(out + i * row_bytes, bytes(x) + (i / taken * slots + from[i]) * row_bytes, static_cast<size_t>(row_bytes));
+  });
+  return y;
+}
+
 bool use_isa(std::string name) { return quota::use(name.c_str()); }
 
 // The instruction sets this CPU can run, best first, comma-separated; the one in use is named by `isa`.
@@ -248,6 +279,8 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
       "kv4_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int length, Tensor start, "
       "float scaling) -> (Tensor, Tensor)");
   m.def("token_score(Tensor q, Tensor k, Tensor lse, Tensor text, Tensor visual, float scaling) -> (Tensor, Tensor)");
+  m.def("token_select(Tensor score, Tensor eligible, Tensor keep) -> Tensor");
+  m.def("token_gather(Tensor x, Tensor index) -> Tensor");
   m.def("use_isa(str name) -> bool");
   m.def("isas() -> str");
   m.def("isa() -> str");
@@ -261,6 +294,8 @@ STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("kv4_append", TORCH_BOX(&kv4_append));
   m.impl("kv4_attention", TORCH_BOX(&kv4_attention));
   m.impl("token_score", TORCH_BOX(&token_score));
+  m.impl("token_select", TORCH_BOX(&token_select));
+  m.impl("token_gather", TORCH_BOX(&token_gather));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CompositeExplicitAutograd, m) {

@@ -30,7 +30,7 @@ def run(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture file; repeat for several, leave out for none.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
-    show: Annotated[Path | None, typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the (first) picture.")] = None,
+    show: Annotated[Path | None, typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the pictures.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 64,
     json: JsonOption = False,
 ) -> None:
@@ -60,7 +60,7 @@ def run(
     if show is not None:
         from quota.report.overlay import save_overlay
 
-        save_overlay(show, pictures[0], answer.kept_visual())
+        save_overlay(show, pictures, answer.kept_visual())
     if json:
         print_json({"text": answer.text, **answer.figures(), "overlay": str(show) if show else None})
         return

@@ -207,7 +207,7 @@ class Pruner:
         start = (order.shape[1] - counts).int()
         prefill.stage = Stage(index, valid, visual, text, stage.dropped + stage.valid.sum(-1) - counts, start if bool(start.any()) else None)
         prefill.pruned = True
-        return _gather(hidden, order)
+        return ops.token_gather(hidden, order)
 
     def _align(self, prefill: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give a layer after a drop the rotary embedding, mask and cache layer of its own tokens."""
@@ -233,7 +233,7 @@ class Pruner:
             first = positions.gather(1, first_column.clamp_max(positions.shape[1] - 1)[:, None])
             return self.text.rotary_emb(hidden, position_ids=(first + stage.valid.long().cumsum(-1) - 1).clamp_min(0))
         cos, sin = (t.expand(len(stage.index), -1, -1) for t in kwargs["position_embeddings"])
-        return _gather(cos, stage.index), _gather(sin, stage.index)
+        return ops.token_gather(cos, stage.index), ops.token_gather(sin, stage.index)
 
     def _decode(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         cache = kwargs.get("past_key_values")
@@ -258,9 +258,3 @@ class Pruner:
 
     def _cache_layer(self, cache: Any, number: int) -> Rows:
         return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)
-
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """`token_gather` for any float dtype; the round trip through float32 is exact."""
-    return ops.token_gather(x.float().contiguous(), index).to(x.dtype)

@@ -5,6 +5,7 @@ The library is optional. Without it every op runs its reference, after one warni
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
-_OPS = ("transform", "quantize_act", "w4a4_pack", "w4a4_linear", "kv4_append", "kv4_attention", "token_score")
+_OPS = ("transform", "quantize_act", "w4a4_pack", "w4a4_linear", "kv4_append", "kv4_attention", "token_score", "token_select", "token_gather")
 
 
 class _Bound:
@@ -35,6 +36,8 @@ class _Bound:
     kv4_append: Any
     kv4_attention: Any
     token_score: Any
+    token_select: Any
+    token_gather: Any
     isa: str = ""
 
 
@@ -128,3 +131,15 @@ def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: 
 
 def token_score(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return _bound.token_score(q.contiguous(), k.contiguous(), lse.contiguous(), text.contiguous(), visual.contiguous(), scaling)
+
+
+def token_select(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
+    return _bound.token_select(score.contiguous(), eligible.contiguous(), keep.contiguous())
+
+
+def token_gather(x: Tensor, index: Tensor) -> Tensor:
+    width = math.prod(x.shape[2:])
+    if width == 0:
+        return x.new_empty(*index.shape, *x.shape[2:])
+    rows = x.reshape(*x.shape[:2], width).contiguous().view(torch.uint8)  # bytes, whatever they mean
+    return _bound.token_gather(rows, index.contiguous()).view(x.dtype).view(*index.shape, *x.shape[2:])

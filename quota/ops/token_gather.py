@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
+from quota.ops import native
 
 
 def token_gather_ref(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, S, ...], index int64 [B, S'] -> [B, S', ...]. Exactness: a copy."""
+    """x [B, S, ...] of any dtype, index int64 [B, S'] in 0..S-1 -> [B, S', ...]. Exactness: a copy."""
     view = index.reshape(*index.shape, *([1] * (x.ndim - 2)))
     return x.gather(1, view.expand(*index.shape, *x.shape[2:]))
 
 
 token_gather = Op("token_gather", token_gather_ref)
+token_gather.add("native", native.token_gather, native.why_not)

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
+from quota.ops import native
 
 
 def token_select_ref(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
     """score float32 [B, S], eligible bool [B, S], keep int64 [B] -> bool [B, S]: the keep[b] largest eligible scores.
 
-    Ties go to the lower index; with fewer eligible tokens than keep[b], all of them.
+    NaN ranks above every number, ties go to the lower index; with fewer eligible tokens than keep[b], all of them.
     Exactness: equal masks everywhere.
     """
-    order = torch.sort(score.masked_fill(~eligible, float("-inf")), dim=-1, descending=True, stable=True).indices
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    order = order.gather(1, torch.sort((~eligible).gather(1, order).int(), dim=-1, stable=True).indices)  # the eligible first
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device).expand_as(order))
     return (rank < keep[:, None]) & eligible
 
 
 token_select = Op("token_select", token_select_ref)
+token_select.add("native", native.token_select, native.why_not)

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -5,8 +6,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quota.ops import native, token_gather, token_select
+from quota.ops import native
+from quota.ops.token_gather import token_gather_ref
 from quota.ops.token_score import token_score_ref
+from quota.ops.token_select import token_select_ref
+
+IMPLEMENTATIONS = ["ref", "native"]
+
+
+def implementation(name: str, reference: Callable, own: Callable) -> Callable:
+    if name == "native" and native.why_not():
+        pytest.skip("the native library is not built")
+    return own if name == "native" else reference
 
 
 def case(b: int, h: int, hkv: int, s: int, d: int) -> tuple:
@@ -43,17 +54,37 @@ def test_scores_do_not_depend_on_batch_threads_or_instruction_set(threads: Calla
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=30), st.integers(0, 35))
-def test_select_keeps_the_largest_and_breaks_ties_low(tokens: list[tuple[int, bool]], keep: int) -> None:
-    score = torch.tensor([[float(s) for s, _ in tokens]])
-    eligible = torch.tensor([[e for _, e in tokens]])
-    mask = token_select(score, eligible, torch.tensor([keep]))
-    order = sorted((i for i, (_, e) in enumerate(tokens) if e), key=lambda i: (-tokens[i][0], i))
-    assert mask[0].nonzero()[:, 0].tolist() == sorted(order[:keep])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0, -math.inf, math.inf, math.nan, -0.0]), st.booleans()), min_size=1, max_size=30), st.integers(0, 35))
+def test_select_keeps_the_largest_and_breaks_ties_low(name: str, tokens: list[tuple[float, bool]], keep: int) -> None:
+    select = implementation(name, token_select_ref, native.token_select)
+    mask = select(torch.tensor([[s for s, _ in tokens]]), torch.tensor([[e for _, e in tokens]]), torch.tensor([keep]))
+    order = sorted((i for i, (_, e) in enumerate(tokens) if e), key=lambda i: (not math.isnan(tokens[i][0]), -tokens[i][0], i))
+    assert mask.dtype == torch.bool and mask[0].nonzero()[:, 0].tolist() == sorted(order[:keep])
 
 
-def test_gather_takes_rows_in_order() -> None:
-    x = torch.arange(24.0).view(2, 4, 3)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_select_takes_each_row_by_its_own_count(name: str) -> None:
+    select = implementation(name, token_select_ref, native.token_select)
+    score = torch.rand(3, 700, generator=torch.Generator().manual_seed(0))
+    eligible = torch.arange(700).expand(3, -1) % 5 > 0
+    mask = select(score, eligible, torch.tensor([0, 173, 9999]))
+    assert mask.sum(-1).tolist() == [0, 173, 560] and not (mask & ~eligible).any()
+    assert score[1, mask[1]].min() > score[1, eligible[1] & ~mask[1]].max()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_gather_takes_rows_in_order(name: str, dtype: torch.dtype) -> None:
+    gather = implementation(name, token_gather_ref, native.token_gather)
+    x = (torch.arange(24).view(2, 4, 3) % 7).to(dtype)
     index = torch.tensor([[0, 3], [2, 2]])
-    assert torch.equal(token_gather(x, index), torch.stack((x[0, [0, 3]], x[1, [2, 2]])))
-    assert torch.equal(token_gather(x[..., 0], index), torch.stack((x[0, [0, 3], 0], x[1, [2, 2], 0])))
+    assert torch.equal(gather(x, index), torch.stack((x[0, [0, 3]], x[1, [2, 2]])))
+    assert torch.equal(gather(x[..., 0], index), torch.stack((x[0, [0, 3], 0], x[1, [2, 2], 0])))
+    assert gather(x, index[:, :0]).shape == (2, 0, 3) and gather(x[:, :, :0], index).shape == (2, 2, 0)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_gather_refuses_what_is_not_there(name: str) -> None:
+    with pytest.raises(RuntimeError, match="index"):
+        implementation(name, token_gather_ref, native.token_gather)(torch.zeros(1, 4, 2), torch.tensor([[4]]))

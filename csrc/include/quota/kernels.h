@@ -113,6 +113,9 @@ struct Kernels {
   void (*score)(const ScoreArgs&, const int64_t* queries, int64_t query_count, const int64_t* columns, int64_t column_count, float* out);
 };
 
+// mask[i] = 1 for the `keep` largest scores among the eligible: NaN above every number, ties to the lower index.
+void select_tokens(const float* score, const uint8_t* eligible, int64_t count, int64_t keep, uint8_t* mask);
+
 void pack_weight(const PackArgs&, int64_t panel_begin, int64_t panel_end);
 
 // The table in use; the best one of this CPU until `use` is called.
