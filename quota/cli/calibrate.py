@@ -30,7 +30,7 @@ def calibrate(
     regime: Annotated[str, typer.Option("--regime", help="Bits of weights, activations and the KV cache.")] = "w4a4kv4",
     modules: Annotated[str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")] = "vision,projector,llm",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Calibrate on the graph this recipe prunes (prune, then quantize).")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Optimisation steps per block. Default: the calibrator's; 0: nothing learned, the searched start.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Steps per block. Default: the calibrator's; 0: the searched start alone.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same checkpoint.")] = 0,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")] = True,
     json: JsonOption = False,
