@@ -87,7 +87,7 @@ def profile(
     was_training = float_model.training, quant_model.training
     float_model.eval(), quant_model.eval()
     try:
-        with _progress(progress) as tell, torch.inference_mode():
+        with _one_thread(), _progress(progress) as tell, torch.inference_mode():
             for done, sample in enumerate(samples, start=1):
                 figures.add(float_model, quant_model, encode(processor, sample))
                 tell(done, len(samples))
@@ -176,6 +176,17 @@ def _hooked(hooks: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Float matrix products sum in an order that depends on the number of threads, and the recipe's bytes must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
