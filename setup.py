@@ -27,8 +27,11 @@ FLAGS = [
     "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-g0",
 ]  # fmt: skip
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2"]
 X86_FLAGS = {
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "avx512vnni": AVX512,
+    "avxvnni": ["-mavxvnni", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -4,27 +4,68 @@
 
 #include "quota/kernels.h"
 
+#if defined(QUOTA_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace quota {
 
 #ifdef QUOTA_X86
-extern const Kernels kernels_avx512vnni;
-extern const Kernels kernels_avx2;
+extern const Linear linear_amx, linear_avxvnni;
+extern const Kernels kernels_avx512vnni, kernels_avx2;
 #endif
 extern const Kernels kernels_portable;
 
-const Kernels* supported(int i) {
-  const Kernels* found[3];
+namespace {
+
+struct Tables {
+  Kernels all[5];
   int count = 0;
+  void add(const Kernels& table) { all[count++] = table; }
+};
+
+#ifdef QUOTA_X86
+// Tile registers are large, so Linux gives them to a process that asks.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// A table that differs in w4a4_linear alone.
+Kernels with_linear(const Kernels& table, const char* name, const Linear& linear) {
+  Kernels out = table;
+  out.name = name, out.linear = linear;
+  return out;
+}
+#endif
+
+Tables find_tables() {
+  Tables tables;
 #ifdef QUOTA_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-    found[count++] = &kernels_avx512vnni;
-  if (avx2) found[count++] = &kernels_avx2;
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    if (__builtin_cpu_supports("amx-int8") && tiles_granted()) tables.add(with_linear(kernels_avx512vnni, "amx", linear_amx));
+    tables.add(kernels_avx512vnni);
+  }
+  if (avx2 && __builtin_cpu_supports("avxvnni")) tables.add(with_linear(kernels_avx2, "avxvnni", linear_avxvnni));
+  if (avx2) tables.add(kernels_avx2);
 #endif
-  found[count++] = &kernels_portable;
-  return i < count ? found[i] : nullptr;
+  tables.add(kernels_portable);
+  return tables;
+}
+
+}  // namespace
+
+const Kernels* supported(int i) {
+  static const Tables tables = find_tables();
+  return i < tables.count ? &tables.all[i] : nullptr;
 }
 
 static std::atomic<const Kernels*> active{nullptr};
@@ -42,6 +83,13 @@ bool use(const char* name) {
       return true;
     }
   return false;
+}
+
+int64_t row_blocks(const Linear& linear, int64_t m, int64_t panels, int64_t threads) {
+  constexpr int64_t kPiecesPerThread = 4, kWorthUnpacking = 96;  // rows
+  const int64_t needed = (m + linear.block - 1) / linear.block, spread = (kPiecesPerThread * threads + panels - 1) / panels;
+  const int64_t most = m / kWorthUnpacking;
+  return needed > spread ? needed : spread < most ? spread : most > needed ? most : needed;
 }
 
 void pack_weight(const PackArgs& args, int64_t panel_begin, int64_t panel_end) {
