@@ -15,14 +15,14 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 1024;
 constexpr int64_t kPairRows = 2 * kTileRows;
-constexpr int64_t kHalf = quota::kPanel / 2;                        // columns of two tiles: what one 64-byte line of packed weights holds
+constexpr int64_t kHalf = quota::kPanel / 2;                         // columns of two tiles: what one 64-byte line of packed weights holds
 constexpr int64_t kPackedStep = quota::kStep / quota::kGroup * 128;  // packed bytes of a step of a panel
-constexpr int64_t kStepBlock = 16;                                  // 1024 values of k: 32 KiB of unpacked weights stay in the first-level cache
-constexpr int64_t kUnpackAhead = 2;                                 // steps between unpacking and use, so that tile loads never wait for stores
-constexpr int64_t kCachedBytes = 1 << 20;                           // activations that the second-level cache keeps from panel to panel
+constexpr int64_t kStepBlock = 8;           // 512 values of k: 16 KiB of unpacked weights, a third of the first-level cache
+constexpr int64_t kUnpackAhead = 4;         // steps from unpacking to use: a tile load that overtakes a store to its lines has to start again
+constexpr int64_t kCachedBytes = 1 << 20;   // activations that the second-level cache keeps from panel to panel
+constexpr int64_t kPanelGroup = 4;          // panels that share one pass over larger activations
+constexpr int64_t kRowBlock = 320;          // more rows share an unpacking, but their sums crowd the second-level cache
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kRowBlock = 320;
-constexpr int64_t kPanelGroup = 8;                                  // panels that share one pass over larger activations
 
 // Activations as tiles [ceil(M/16)][padded_k/64][16][64].
 inline int64_t tile_row(int64_t m, int64_t steps) { return m / kTileRows * steps * kTileBytes + m % kTileRows * quota::kStep; }
@@ -75,79 +75,122 @@ inline void unpack_weights(const uint8_t* packed, uint8_t* w) {
 #pragma GCC unroll 4
   for (int group = 0; group < 16; ++group, packed += 128, w += 64) {
     const __m512i x = _mm512_loadu_si512(packed);
-    _mm_prefetch(reinterpret_cast<const char*>(packed + 16384), _MM_HINT_T1);
     _mm512_store_si512(w, _mm512_and_si512(x, low));
     _mm512_store_si512(w + kTileBytes, _mm512_and_si512(_mm512_srli_epi16(x, 4), low));
   }
 }
 
-// Sums [32][64 (32 of them)] of two rows of activation tiles with the unpacked weights of half a panel; kUnpack: which it first unpacks,
-// a little ahead of their use.
-template <bool kUnpack>
-void multiply_pair(const int8_t* a, int64_t a_row, uint8_t* w, const uint8_t* packed, int64_t steps, int32_t* sums, bool go_on) {
-  constexpr int64_t kRow = quota::kPanel * sizeof(int32_t);
-  if constexpr (kUnpack)
-    for (int64_t step = 0; step < kUnpackAhead && step < steps; ++step) unpack_weights(packed + step * kPackedStep, w + step * 2 * kTileBytes);
-  if (go_on) {
-    _tile_loadd(0, sums, kRow);
-    _tile_loadd(1, sums + 16, kRow);
-    _tile_loadd(2, sums + 16 * quota::kPanel, kRow);
-    _tile_loadd(3, sums + 16 * quota::kPanel + 16, kRow);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+// Cache lines that later work wants, asked for a few per step so that they do not queue up in front of the tile loads.
+struct Ahead {
+  const uint8_t* weights;  // packed, from here to weights_end
+  const uint8_t* weights_end;
+  int64_t weight_lines;  // per step
+  float* y = nullptr;    // outputs of a panel, a row per step; null for none
+  int64_t y_row = 0;
+
+  void step() {
+    for (int64_t i = 0; i < weight_lines && weights < weights_end; ++i, weights += 64) _mm_prefetch(reinterpret_cast<const char*>(weights), _MM_HINT_T1);
+    if (y == nullptr) return;
+    for (int64_t i = 0; i < quota::kPanel; i += 16) __builtin_prefetch(y + i, 1, 2);
+    y += y_row;
   }
-  for (int64_t step = 0; step < steps; ++step, a += kTileBytes, w += 2 * kTileBytes) {
-    if constexpr (kUnpack)
-      if (step + kUnpackAhead < steps) unpack_weights(packed + (step + kUnpackAhead) * kPackedStep, w + kUnpackAhead * 2 * kTileBytes);
+};
+
+// Two rows of activation tiles (`next_row` bytes apart) times half a panel.
+struct Pair {
+  const int8_t* a;
+  int64_t next_row;
+  const uint8_t* packed;
+  uint8_t* w;
+  int64_t steps;
+  int32_t* sums;  // [32][64], of which 32 columns
+};
+
+inline void load_sums(const int32_t* sums) {
+  constexpr int64_t kStride = quota::kPanel * sizeof(int32_t);
+  _tile_loadd(0, sums, kStride);
+  _tile_loadd(1, sums + 16, kStride);
+  _tile_loadd(2, sums + kTileRows * quota::kPanel, kStride);
+  _tile_loadd(3, sums + kTileRows * quota::kPanel + 16, kStride);
+}
+
+inline void store_sums(int32_t* sums) {
+  constexpr int64_t kStride = quota::kPanel * sizeof(int32_t);
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + 16, kStride);
+  _tile_stored(2, sums + kTileRows * quota::kPanel, kStride);
+  _tile_stored(3, sums + kTileRows * quota::kPanel + 16, kStride);
+}
+
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// kUnpack: the first pair of a block unpacks its weights, a little ahead of their use.
+template <bool kUnpack>
+void multiply_pair(const Pair& pair, bool go_on, Ahead& ahead) {
+  const auto unpack = [&](int64_t step) {
+    if (kUnpack && step < pair.steps) unpack_weights(pair.packed + step * kPackedStep, pair.w + step * 2 * kTileBytes);
+  };
+  for (int64_t step = 0; step < kUnpackAhead; ++step) unpack(step);
+  go_on ? load_sums(pair.sums) : zero_sums();
+  for (int64_t step = 0; step < pair.steps; ++step) {
+    unpack(step + kUnpackAhead);
+    ahead.step();
+    const int8_t* a = pair.a + step * kTileBytes;
+    const uint8_t* w = pair.w + step * 2 * kTileBytes;
     _tile_stream_loadd(4, a, 64);  // activations pass through, weights stay in the first-level cache
     _tile_loadd(6, w, 64);
     _tile_loadd(7, w + kTileBytes, 64);
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
-    _tile_stream_loadd(5, a + a_row, 64);
+    _tile_stream_loadd(5, a + pair.next_row, 64);
     _tile_dpbsud(2, 5, 6);
     _tile_dpbsud(3, 5, 7);
   }
-  _tile_stored(0, sums, kRow);
-  _tile_stored(1, sums + 16, kRow);
-  _tile_stored(2, sums + 16 * quota::kPanel, kRow);
-  _tile_stored(3, sums + 16 * quota::kPanel + 16, kRow);
+  store_sums(pair.sums);
+}
+
+void finish(const quota::LinearArgs& args, const int32_t* sums, int64_t panel, int64_t row, int64_t rows) {
+  quota::kernels_avx512vnni.linear.finish(args, sums, panel, row, rows);
 }
 
 // k block by k block over a group of panels, so that the activations of a block come from the second-level cache.
 void multiply_tiles(const quota::LinearArgs& args, const quota::LinearTask& task) {
   const TileConfig config;
-  const int64_t steps = quota::padded_k(args.k) / quota::kStep, a_row = steps * kTileBytes;
-  const int64_t rows = task.row_end - task.row_begin, padded_rows = round_up(rows, kPairRows);
-  const int64_t at_once = padded_rows * steps * quota::kStep <= kCachedBytes ? 1 : kPanelGroup;
+  const int64_t steps = quota::padded_k(args.k) / quota::kStep, rows = task.row_end - task.row_begin, padded_rows = round_up(rows, kPairRows);
+  const int64_t group = padded_rows * steps * quota::kStep <= kCachedBytes ? 1 : kPanelGroup;
+  const int64_t block_lines = kStepBlock * kPackedStep / 64, block_steps = kStepBlock * 2 * (padded_rows / kPairRows);
+  const auto packed = [&](int64_t panel, int64_t step) { return args.blocks + (panel * steps + step) * kPackedStep; };
   alignas(64) uint8_t w[kStepBlock * 2 * kTileBytes];
-  const Scratch<int32_t> sums(at_once * padded_rows * quota::kPanel);
-  for (int64_t first = task.panel_begin; first < task.panel_end; first += at_once)
-    for (int64_t step = 0; step < steps; step += kStepBlock)
-      for (int64_t panel = first; panel < first + at_once && panel < task.panel_end; ++panel) {
-        const int64_t count = steps - step < kStepBlock ? steps - step : kStepBlock;
-        const uint8_t* packed = args.blocks + (panel * steps + step) * kPackedStep;
-        int32_t* panel_sums = sums + (panel - first) * padded_rows * quota::kPanel;
+  const Scratch<int32_t> sums(group * padded_rows * quota::kPanel);
+  for (int64_t first = task.panel_begin; first < task.panel_end; first += group) {
+    const int64_t end = first + group < task.panel_end ? first + group : task.panel_end;
+    for (int64_t step = 0; step < steps; step += kStepBlock) {
+      const int64_t count = steps - step < kStepBlock ? steps - step : kStepBlock;
+      const bool last = step + count == steps;
+      for (int64_t panel = first; panel < end; ++panel) {
+        const uint8_t* next = panel + 1 < end ? packed(panel + 1, step) : last ? packed(end, 0) : packed(first, step + count);
+        Ahead ahead{next, packed(task.panel_end, 0), (block_lines + block_steps - 1) / block_steps};
         for (int64_t half = 0; half < 2; ++half)
           for (int64_t i = 0; i < rows; i += kPairRows) {
-            const int8_t* a = args.a + tile_row(task.row_begin + i, steps) + step * kTileBytes;
-            int32_t* pair = panel_sums + i * quota::kPanel;
-            (i == 0 ? multiply_pair<true> : multiply_pair<false>)(a, a_row, w, packed + half * 64, count, pair + half * kHalf, step > 0);
-            if (half == 1 && step + count == steps)
-              quota::kernels_avx512vnni.linear.finish(args, pair, panel, task.row_begin + i, rows - i < kPairRows ? rows - i : kPairRows);
+            const int64_t row = task.row_begin + i;
+            int32_t* pair_sums = sums + ((panel - first) * padded_rows + i) * quota::kPanel;
+            if (last) ahead.y = args.y + (row + half * kTileRows) * args.n + panel * quota::kPanel, ahead.y_row = args.n;
+            const Pair pair{args.a + tile_row(row, steps) + step * kTileBytes, steps * kTileBytes, packed(panel, step) + half * 64, w, count, pair_sums + half * kHalf};
+            (i == 0 ? multiply_pair<true> : multiply_pair<false>)(pair, step > 0, ahead);
+            if (last && half == 1) finish(args, pair_sums, panel, row, rows - i < kPairRows ? rows - i : kPairRows);
           }
       }
+    }
+  }
 }
 
 // A few rows are bound by the weights' way from memory: vector instructions on the packed weights are as fast and need no tiles.
 void few_rows(const quota::LinearArgs& args, int64_t panel_begin, int64_t panel_end) { quota::kernels_avx512vnni.linear.few_rows(args, panel_begin, panel_end); }
-
-void finish(const quota::LinearArgs& args, const int32_t* sums, int64_t panel, int64_t row, int64_t rows) {
-  quota::kernels_avx512vnni.linear.finish(args, sums, panel, row, rows);
-}
 
 }  // namespace
 

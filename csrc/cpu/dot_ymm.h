@@ -49,7 +49,10 @@ void dot_ymm(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int
           std::memcpy(&four, a + row * lda + group * 4, 4);
           const __m256i z = _mm256_set1_epi32(four);
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) acc[row][v] = Mac::add(acc[row][v], x[v], z);
+          for (int v = 0; v < kVectors; ++v) {
+            acc[row][v] = Mac::add(acc[row][v], x[v], z);
+            asm("" : "+x"(acc[row][v]));  // g++ 12 copies every sum to the stack in every turn otherwise
+          }
         }
       }
 #pragma GCC unroll 6
