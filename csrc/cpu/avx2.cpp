@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dot_ymm.h"
+
 namespace {
 
 // Sixteen lanes in two registers.
@@ -61,42 +63,14 @@ struct Vec {
   static __m128i to_16(__m256i x) { return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)); }
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(to_16(x.a), to_16(x.b))); }
 
-  // As in avx512vnni.cpp. vpmaddubsw gives pairs of at most 240 in magnitude, so 128 groups fit in int16 before they are widened.
+  // vpmaddubsw adds two products of at most 120 in magnitude, so 128 groups fit in int16 before they are widened.
+  struct Mac {
+    static __m256i add(__m256i sum, __m256i x, __m256i z) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, z)); }
+    static __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  };
   template <int kRows, bool kPacked, bool kContinue>
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int64_t i = 0; i < kRows * 64 && !kContinue; ++i) out[i] = 0;
-    for (int64_t begin = 0; begin < groups; begin += 128) {
-      const int64_t end = begin + 128 < groups ? begin + 128 : groups;
-      for (int v = 0; v < 4; ++v) {  // 16 columns
-        __m256i acc[kRows][2];
-        for (auto& row : acc) row[0] = row[1] = _mm256_setzero_si256();
-        for (int64_t group = begin; group < end; ++group) {
-          __m256i x, y;
-          if constexpr (kPacked) {
-            const uint8_t* p = w + group * 128 + v / 2 * 64;
-            x = load256(p), y = load256(p + 32);
-            if (v & 1) x = _mm256_srli_epi16(x, 4), y = _mm256_srli_epi16(y, 4);
-            x = _mm256_and_si256(x, low), y = _mm256_and_si256(y, low);
-          } else {
-            x = load256(w + group * 256 + v * 64), y = load256(w + group * 256 + v * 64 + 32);
-          }
-#pragma GCC unroll 6
-          for (int row = 0; row < kRows; ++row) {
-            int32_t four;
-            std::memcpy(&four, a + row * lda + group * 4, 4);
-            const __m256i z = _mm256_set1_epi32(four);
-            acc[row][0] = _mm256_add_epi16(acc[row][0], _mm256_maddubs_epi16(x, z));
-            acc[row][1] = _mm256_add_epi16(acc[row][1], _mm256_maddubs_epi16(y, z));
-          }
-        }
-        for (int row = 0; row < kRows; ++row)
-          for (int half = 0; half < 2; ++half) {
-            int32_t* sum = out + row * 64 + v * 16 + half * 8;
-            store256(sum, _mm256_add_epi32(load256(sum), _mm256_madd_epi16(acc[row][half], ones)));
-          }
-      }
-    }
+    dot_ymm<Mac, kRows, kPacked, kContinue>(w, a, lda, groups, out);
   }
 };
 

@@ -52,8 +52,10 @@ struct Vec {
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
     constexpr int kParts = kRows == 1 ? 2 : 1;  // a single row alternates between two sets of accumulators to hide latency
     const I low = _mm512_set1_epi8(15);
-    I acc[kParts * kRows][4];
+    I acc[kParts * kRows][4];  // every loop over it is unrolled, else it lives in memory
+#pragma GCC unroll 6
     for (int row = 0; row < kParts * kRows; ++row)
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[row][v] = kContinue && row < kRows ? iload(out + row * 64 + v * 16) : izero();
     for (int64_t group = 0; group < groups; group += kParts) {
 #pragma GCC unroll 2
@@ -76,11 +78,16 @@ struct Vec {
           std::memcpy(&four, a + row * lda + (group + part) * 4, 4);
           const I x = iset1(four);
 #pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) acc[part * kRows + row][v] = _mm512_dpbusd_epi32(acc[part * kRows + row][v], column[v], x);
+          for (int v = 0; v < 4; ++v) {
+            acc[part * kRows + row][v] = _mm512_dpbusd_epi32(acc[part * kRows + row][v], column[v], x);
+            asm("" : "+v"(acc[part * kRows + row][v]));  // g++ 12 copies every sum to the stack in every turn otherwise
+          }
         }
       }
     }
+#pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) istore(out + row * 64 + v * 16, kParts == 2 ? iadd(acc[row][v], acc[kRows + row][v]) : acc[row][v]);
   }
 };

@@ -14,7 +14,7 @@ namespace {
 
 template <class V>
 constexpr quota::Kernels table_of(const char* name) {
-  return {name, transform_rows<V>, quantize_rows<V>, unpack_rows<V>, linear_panel<V>, append_rows<V>, attention_tile<V>, score_columns<V>};
+  return {name, transform_rows<V>, quantize_rows<V>, append_rows<V>, attention_tile<V>, score_columns<V>, linear_of<V, finish<V>>()};
 }
 
 }  // namespace

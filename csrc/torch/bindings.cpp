@@ -27,17 +27,22 @@ std::string shape_text(std::initializer_list<int64_t> sizes) {
   return text + "]";
 }
 
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t i = 0;
+  for (int64_t size : sizes)
+    if (t.size(i++) != size && size != kFree) return false;
+  return true;
+}
+
 void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> sizes, bool contiguous = true) {
-  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
-  std::string got = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    got += (i ? ", " : "") + std::to_string(t.size(i));
-    if (fits) {
-      const int64_t want = sizes.begin()[i];
-      fits = want == kFree || want == t.size(i);
-    }
-  }
-  STD_TORCH_CHECK(fits, name, ": expected shape ", shape_text(sizes), ", got ", got, "]");
+  STD_TORCH_CHECK(has_shape(t, sizes), name, ": expected shape ", shape_text(sizes), ", got ", shape_text(t));
   STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected dtype ", torch::headeronly::toString(type), ", got ", torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(!contiguous || t.is_contiguous(), name, ": expected a contiguous tensor");
 }
@@ -47,6 +52,8 @@ Tensor make(std::initializer_list<int64_t> sizes, ScalarType type) { return torc
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows per piece of parallel work: about 16 thousand multiply-adds, the cost of waking a thread.
 int64_t grain(int64_t work_per_row) { return 1 + (1 << 14) / (work_per_row + 1); }
@@ -109,24 +116,27 @@ Tensor w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Te
   Tensor y = make({m, n}, ScalarType::Float);
   if (m == 0 || n == 0) return y;
 
-  const auto& table = quota::kernels();
-  Tensor a = make({m, lda}, ScalarType::Char), row_sum = make({m}, ScalarType::Int);
-  const quota::UnpackArgs unpack{bytes(x_q), k, static_cast<int8_t*>(a.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())};
-  parallel_for(0, m, grain(k / 8), [&](int64_t begin, int64_t end) { table.unpack_act(unpack, begin, end); });
-
-  const quota::LinearArgs args{
-      unpack.a, unpack.row_sum, floats(x_scale), x_zero ? ints(*x_zero) : nullptr, bytes(blocks), ints(col_sum), floats(w_scale),
+  quota::LinearArgs args{
+      bytes(x_q), nullptr, nullptr, floats(x_scale), x_zero ? ints(*x_zero) : nullptr, bytes(blocks), ints(col_sum), floats(w_scale),
       bias ? floats(*bias) : nullptr, static_cast<float*>(y.mutable_data_ptr()), m, n, k};
-  // Pieces of work: a panel times a share of the rows, enough of them to occupy the threads but no share so short that unpacking dominates.
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t shares = (4 * threads + panels - 1) / panels;
-  if (shares > m / 96) shares = m / 96;
-  if (shares < 1) shares = 1;
-  const int64_t share_rows = ((m + shares - 1) / shares + 5) / 6 * 6;
-  parallel_for(0, panels * shares, grain((m + shares - 1) / shares * k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % shares * share_rows, last = first + share_rows < m ? first + share_rows : m;
-      if (first < last) table.linear(args, i / shares, first, last);
+  const quota::Linear& linear = quota::kernels().linear;
+  if (m <= linear.few) {
+    parallel_for(0, panels, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) { linear.few_rows(args, begin, end); });
+    return y;
+  }
+  Tensor a = make({round_up(m, linear.multiple), lda}, ScalarType::Char), row_sum = make({m}, ScalarType::Int);
+  const quota::UnpackArgs unpack{args.x_q, k, static_cast<int8_t*>(a.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())};
+  parallel_for(0, m, grain(k / 8), [&](int64_t begin, int64_t end) { linear.unpack(unpack, begin, end); });
+  args.a = unpack.a, args.row_sum = unpack.row_sum;
+
+  const int64_t row_blocks = quota::row_blocks(linear, m, panels, torch::stable::get_num_threads());
+  const int64_t block = round_up((m + row_blocks - 1) / row_blocks, linear.multiple);
+  // Work in the order of row blocks, then panels: each thread's share is a run of panels of one block, perhaps the end of it and the next one's begin.
+  parallel_for(0, row_blocks * panels, grain(block * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / panels * block, panel = begin % panels, count = panels - panel < end - begin ? panels - panel : end - begin;
+      if (row < m) linear.multiply(args, {panel, panel + count, row, row + block < m ? row + block : m});
+      begin += count;
     }
   });
   return y;

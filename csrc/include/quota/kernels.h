@@ -11,9 +11,10 @@ namespace quota {
 
 constexpr int64_t kPanel = 64;  // weight columns per block
 constexpr int64_t kGroup = 4;   // k values that one int8 dot-product instruction takes
+constexpr int64_t kStep = 64;   // k values of a matrix-extension tile; every k is padded to whole steps
 
-// Bytes of one row of unpacked activations: k rounded up to two groups.
-constexpr int64_t padded_k(int64_t k) { return (k + 2 * kGroup - 1) / (2 * kGroup) * (2 * kGroup); }
+// k rounded up to whole steps: bytes of one row of unpacked activations.
+constexpr int64_t padded_k(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
 
 // Y = left^T X right on each row of x viewed as [l, r]. left [l, l] and right [r, r]; null is the identity.
 struct TransformArgs {
@@ -32,7 +33,7 @@ struct QuantizeArgs {
   float* scale;
 };
 
-// Packed activations [M, ceil(K/2)] -> int8 [M, padded_k(K)] and the sum of each row.
+// Packed activations [M, ceil(K/2)] -> int8 in the order that `multiply` wants, and the sum of each row.
 struct UnpackArgs {
   const uint8_t* x_q;
   int64_t k;
@@ -50,7 +51,9 @@ struct PackArgs {
 };
 
 // y [M, N] = (float(sum a w - x_zero * col_sum) * w_scale) * x_scale (+ bias). bias and x_zero may be null.
+// `multiply` reads a and row_sum, which `unpack` wrote; `few_rows` reads x_q instead.
 struct LinearArgs {
+  const uint8_t* x_q;
   const int8_t* a;
   const int32_t* row_sum;
   const float* x_scale;
@@ -61,6 +64,22 @@ struct LinearArgs {
   const float* bias;
   float* y;
   int64_t m, n, k;
+};
+
+// The outputs of one task: panels of columns times rows.
+struct LinearTask {
+  int64_t panel_begin, panel_end, row_begin, row_end;
+};
+
+// One instruction set's way to w4a4_linear. Up to `few` rows go to `few_rows`; more are unpacked first, into a workspace of whole `multiple`s of
+// rows, and then multiplied in tasks of about `block` rows (the activations that its caches hold) at most.
+struct Linear {
+  int64_t few, multiple, block;
+  void (*unpack)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
+  void (*few_rows)(const LinearArgs&, int64_t panel_begin, int64_t panel_end);
+  void (*multiply)(const LinearArgs&, const LinearTask&);
+  // Scales and bias: sums [rows][64] of a times (w + 8) -> outputs of one panel.
+  void (*finish)(const LinearArgs&, const int32_t* sums, int64_t panel, int64_t row, int64_t rows);
 };
 
 // A 4-bit cache: q uint8 [B, Hkv, C, D/2], scale and zero [B, Hkv, C], with the strides of batch and head.
@@ -106,15 +125,17 @@ struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
   void (*quantize_act)(const QuantizeArgs&, int64_t row_begin, int64_t row_end);
-  void (*unpack_act)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
-  void (*linear)(const LinearArgs&, int64_t panel, int64_t row_begin, int64_t row_end);
   void (*append)(const AppendArgs&, int64_t row_begin, int64_t row_end);  // rows of [B, Hkv, T]
   void (*attention)(const AttentionArgs&, int64_t batch, int64_t kv_head, int64_t tile);
   void (*score)(const ScoreArgs&, const int64_t* queries, int64_t query_count, const int64_t* columns, int64_t column_count, float* out);
+  Linear linear;
 };
 
 // mask[i] = 1 for the `keep` largest scores among the eligible: NaN above every number, ties to the lower index.
 void select_tokens(const float* score, const uint8_t* eligible, int64_t count, int64_t keep, uint8_t* mask);
+
+// How many blocks to cut m rows into: as the caches like it, more where panels alone cannot occupy the threads.
+int64_t row_blocks(const Linear&, int64_t m, int64_t panels, int64_t threads);
 
 void pack_weight(const PackArgs&, int64_t panel_begin, int64_t panel_end);
 
