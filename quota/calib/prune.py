@@ -62,8 +62,9 @@ def _recorded(before: Block, attention: Any, batch: Batch) -> tuple[Record, Tens
         (query, key), record = attention.quota_trace[0], Record()
     finally:
         del attention.quota_trace
-    record.q, record.k, record.scaling = query.float().contiguous(), key.float().contiguous(), float(attention.scaling)
-    record.lse = causal_lse(record.q, record.k, None, record.scaling)
+    query, key = query.float().contiguous(), key.float().contiguous()
+    record.q, record.k, record.scaling = query, key, float(attention.scaling)
+    record.lse = causal_lse(query, key, None, record.scaling)
     return record, hidden
 
 

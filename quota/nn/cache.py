@@ -61,12 +61,12 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.length = 0
 
     @property
-    def key(self) -> tuple[Tensor, Tensor, Tensor]:
+    def key(self) -> ops.Kv:
         """(packed, scale, zero) of all C slots."""
         return self.buffers["k_q"], self.buffers["k_scale"], self.buffers["k_zero"]
 
     @property
-    def value(self) -> tuple[Tensor, Tensor, Tensor]:
+    def value(self) -> ops.Kv:
         """As `key`."""
         return self.buffers["v_q"], self.buffers["v_scale"], self.buffers["v_zero"]
 
@@ -77,15 +77,26 @@ class Kv4Layer(RowState, CacheLayerMixin):
 
     def append(self, key: Tensor, value: Tensor, key_clip: float = 1.0, value_clip: float = 1.0) -> None:
         """key, value [B, Hkv, T, D] float32: quantize into the next T slots."""
+        batch, heads, tokens, dim = key.shape
+        position = self.grow(batch, heads, tokens, dim, key)
+        ops.kv4_append(*self.key, key.contiguous(), position, key_clip)
+        ops.kv4_append(*self.value, value.contiguous(), position, value_clip)
+
+    def grow(self, batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> int:
+        """Make room for `tokens` more slots, which the caller fills; returns the first one. `like`: a tensor of the model's dtype and device."""
         if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        batch, _, tokens, _ = key.shape
+            self._initialize(batch, heads, dim, like)
         if batch != self.buffers["k_q"].shape[0]:
             raise UsageError(f"past_key_values: holds a batch of {self.buffers['k_q'].shape[0]}, got {batch} rows; start from an empty cache")
         self._reserve(self.length + tokens)
-        ops.kv4_append(*self.key, key.contiguous(), self.length, key_clip)
-        ops.kv4_append(*self.value, value.contiguous(), self.length, value_clip)
-        self.length += tokens
+        position, self.length = self.length, self.length + tokens
+        return position
+
+    @property
+    def filled_key(self) -> ops.Kv:
+        """As `key`, the filled slots."""
+        q, scale, zero = (t[:, :, : self.length] for t in self.key)
+        return q, scale, zero
 
     def dequantize_keys(self) -> Tensor:
         """[B, Hkv, length, D] float32."""
@@ -111,13 +122,16 @@ class Kv4Layer(RowState, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, dim = key_states.shape
+        self._initialize(batch, heads, dim, key_states)
+
+    def _initialize(self, batch: int, heads: int, dim: int, like: Tensor) -> None:
         if dim % 2:
             raise UsageError(f"head_dim: expected an even number for the packed 4-bit cache, got {dim}")
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = like.dtype, like.device
         for name in self.FIELDS:
             packed = name.endswith("_q")
             shape = (batch, heads, 0, dim // 2) if packed else (batch, heads, 0)
-            self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=key_states.device)
+            self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=like.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

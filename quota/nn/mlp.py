@@ -10,6 +10,9 @@ from transformers.activations import ACT2FN
 
 from quota.nn.linear import QuantLinear
 
+_GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}  # activations that `quantize_act` computes on its way
+_PROLOGUES = {"quick_gelu": "quick_gelu"}
+
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels disagree in the
@@ -23,11 +26,15 @@ class QuantMLP(nn.Module):
     def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear, act: str = "silu") -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, ACT2FN[act]
+        self._prologue = _GATED_PROLOGUES.get(act)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> same shape and dtype."""
-        gate, up = self.gate_up_proj(x.float()).chunk(2, -1)
+        both = self.gate_up_proj(x.float())
+        if self._prologue is not None:
+            return self.down_proj(both, self._prologue).to(x.dtype)
+        gate, up = both.chunk(2, -1)
         return self.down_proj(activate(self.act_fn, gate) * up).to(x.dtype)
 
 
@@ -37,11 +44,15 @@ class QuantClipMLP(nn.Module):
     def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
         super().__init__()
         self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
+        self._prologue = _PROLOGUES.get(act)
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., hidden] -> same shape and dtype."""
-        return self.fc2(activate(self.activation_fn, self.fc1(hidden_states.float()))).to(hidden_states.dtype)
+        x = self.fc1(hidden_states.float())
+        if self._prologue is None:
+            x = activate(self.activation_fn, x)
+        return self.fc2(x, self._prologue).to(hidden_states.dtype)
 
 
 class QuantProjector(nn.Module):

@@ -13,6 +13,7 @@ from quota.nn.attention import QuantAttention, QuantClipAttention
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
+from quota.nn.norm import RmsNorm
 from quota.quant.transform import decompose
 
 MODULES = ("vision", "projector", "llm")
@@ -71,6 +72,7 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
         for index in range(arch.layers):
             _decoder_layer(build, model, arch, index)
         text.rotary_emb = Rotary(text.config, device=device)
+        text.norm = RmsNorm.replacing(text.norm)
     if "vision" in chosen:
         for index in range(arch.vision_layers_used):
             _vision_layer(build, model, arch, index)
@@ -90,6 +92,8 @@ def _decoder_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> N
     path = arch.decoder_layer(index)
     layer: Any = submodule(model, path)
     attention, mlp = layer.self_attn, layer.mlp
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
     attended, rows = arch.heads * arch.head_dim, (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     at = f"{path}.self_attn"
     layer.self_attn = QuantAttention(

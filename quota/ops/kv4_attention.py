@@ -19,17 +19,20 @@ def dequantized(kv: Kv, length: int, d: int) -> Tensor:
     return dequantize_kv(unpack_uint4(q, d), scale, zero)
 
 
-def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot) -> (out float32 [B, T, H, D], lse [B, H, T]).
+def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot; None: 0) -> (out float32 [B, T, H, D], lse [B, H, T]).
 
     Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
-    Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads.
+    Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads. The native
+    one takes q and, in blocks of 64 slots from `start`, the weights of the values as 24-bit fixed point, so that all its dot products are exact
+    integers (csrc/cpu/attention.h).
     """
-    _, h, t, d = q.shape
+    b, h, t, d = q.shape
+    first = torch.zeros(b, dtype=torch.int32) if start is None else start
     keys, values = (dequantized(kv, length, d).double().repeat_interleave(h // kv[0].shape[1], 1) for kv in (k, v))
     score = q.double() @ keys.transpose(-1, -2) * scaling
     slot = torch.arange(length)
-    seen = (slot[None, None, :] >= start[:, None, None]) & (slot[None, None, :] <= slot[length - t :][None, :, None])
+    seen = (slot[None, None, :] >= first[:, None, None]) & (slot[None, None, :] <= slot[length - t :][None, :, None])
     score = score.masked_fill(~seen[:, None], float("-inf"))
     lse = score.logsumexp(-1)
     p = torch.exp(score - lse.masked_fill(lse.isinf(), 0)[..., None])

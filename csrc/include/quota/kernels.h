@@ -1,7 +1,8 @@
 // CPU kernels, free of torch: raw pointers and sizes. One table of functions per instruction set, chosen by CPUID or by name.
 //
-// Every float result is defined by its inputs alone: each dot product is an ascending chain of fused multiply-adds from zero, every other
-// step is one IEEE operation. So results do not depend on batch, threads, tiling or instruction set.
+// Every float result is defined by its inputs alone. A dot product is an ascending chain of fused multiply-adds from zero (transforms), or an
+// exact integer (linear, attention); every other step is one IEEE operation in a stated order. So results do not depend on batch, threads,
+// tiling or instruction set.
 // All arrays are row-major float32 unless said otherwise; sizes count elements.
 #pragma once
 
@@ -25,12 +26,25 @@ struct TransformArgs {
   float* y;
 };
 
-// Transform, then symmetric int4 per row: q [M, ceil(K/2)] two's complement nibbles, scale [M]. `transform.y` is not used.
+// What happens to a row before its transform: nothing; silu(gate) * up on rows of 2 K values, gate first; x * sigmoid(1.702 x).
+enum class Prologue : int64_t { kNone, kSiluMul, kQuickGelu };
+
+// Prologue, transform, then symmetric int4 per row: q [M, ceil(K/2)] two's complement nibbles, scale [M]. `transform.y` is not used.
 struct QuantizeArgs {
   TransformArgs transform;
   float clip;
   uint8_t* q;
   float* scale;
+  Prologue prologue;
+};
+
+// y [M, K] = (x / sqrt(mean(x^2) + eps)) * weight [K].
+struct NormArgs {
+  const float* x;
+  const float* weight;
+  int64_t k;
+  float eps;
+  float* y;
 };
 
 // Packed activations [M, ceil(K/2)] -> int8 in the order that `multiply` wants, and the sum of each row.
@@ -99,7 +113,21 @@ struct AppendArgs {
   float clip;
 };
 
-// q [B, H, T, D] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] .. length - T + t.
+// qkv [B, T, H + 2 Hkv, D] -> q [B, H, T, D], and k, v quantized into slots position .. position + T. Heads of q and k are turned by cos, sin
+// [B or 1, T, D] (batch stride `rotary_batch`; null: not turned), then multiplied by their transform [D, D] (null: the identity).
+struct HeadsArgs {
+  const float* qkv;
+  const float* cos;
+  const float* sin;
+  const float* q_transform;
+  const float* k_transform;
+  float* q;
+  Kv4<uint8_t, float> k, v;
+  int64_t rotary_batch, heads, kv_heads, tokens, dim, position;
+  float k_clip, v_clip;
+};
+
+// q [B, H, T, D] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] (0 where null) .. length - T + t.
 struct AttentionArgs {
   const float* q;
   Kv4<const uint8_t, const float> k, v;
@@ -111,23 +139,32 @@ struct AttentionArgs {
 };
 constexpr int64_t kQueryTile = 64;  // query rows (queries times heads of one KV head) per attention task
 
-// Attention that `queries` (ascending) of one batch row give to `columns` (ascending, at most 64), mean over heads and queries.
+// Slots of one batch row, ascending.
+struct Tokens {
+  const int64_t* at;
+  int64_t count;
+};
+
+// Of one batch row: q [H, S, D]; keys [Hkv, S, D] as floats `k`, or where that is null `packed`; lse [H, S].
 struct ScoreArgs {
-  const float* q;    // [H, S, D] of the batch row
-  const float* k;    // [Hkv, S, D]
-  const float* lse;  // [H, S]
+  const float* q;
+  const float* k;
+  Kv4<const uint8_t, const float> packed;
+  const float* lse;
   int64_t heads, kv_heads, slots, dim;
   float scaling;
 };
-constexpr int64_t kScoreColumns = 64;
 
 struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
   void (*quantize_act)(const QuantizeArgs&, int64_t row_begin, int64_t row_end);
   void (*append)(const AppendArgs&, int64_t row_begin, int64_t row_end);  // rows of [B, Hkv, T]
+  void (*rms_norm)(const NormArgs&, int64_t row_begin, int64_t row_end);
+  void (*heads)(const HeadsArgs&, int64_t begin, int64_t end);  // heads of [B, T, H + 2 Hkv]
   void (*attention)(const AttentionArgs&, int64_t batch, int64_t kv_head, int64_t tile);
-  void (*score)(const ScoreArgs&, const int64_t* queries, int64_t query_count, const int64_t* columns, int64_t column_count, float* out);
+  // Attention of one head that the queries give to each column, summed over them: out [columns.count].
+  void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
   Linear linear;
 };
 
