@@ -55,13 +55,15 @@ inline void key_panel(CodeRows rows, int64_t padded, uint8_t* panel) {
     }
 }
 
-// A row of queries in the order of a key panel, zero from `dim` on.
-inline void key_order(const float* x, int64_t dim, int64_t padded, float* out) {
-  for (int64_t i = 0; i < dim / 8 * 8; i += 8)
-    for (int64_t j = 0; j < 4; ++j) out[i + j] = x[i + 2 * j], out[i + 4 + j] = x[i + 2 * j + 1];
-  for (int64_t i = dim / 8 * 8; i < padded; ++i) {
-    const int64_t d = i / 8 * 8 + i % 4 * 2 + i / 4 % 2;
-    out[i] = d < dim ? x[d] : 0.0f;
+// A row of queries, padded with zeros, in the order of a key panel.
+inline void key_order(const float* x, int64_t padded, float* out) {
+  using Eight [[gnu::vector_size(32)]] = float;
+  using Order [[gnu::vector_size(32)]] = int32_t;
+  for (int64_t i = 0; i < padded; i += 8) {
+    Eight eight;
+    __builtin_memcpy(&eight, x + i, sizeof eight);
+    eight = __builtin_shuffle(eight, Order{0, 2, 4, 6, 1, 3, 5, 7});
+    __builtin_memcpy(out + i, &eight, sizeof eight);
   }
 }
 
@@ -96,43 +98,43 @@ inline int64_t value_dim(int64_t c, int64_t padded) {
   return first + 2 * byte + vector % 2;
 }
 
-// n values (a multiple of 16) -> limbs [3][stride], lowest first, of round(x * (8355710 / max|x|)). Returns the unit: max|x| / 8355710.
+// Codes count from their middle: x = (code - 8) * scale + (zero + 8 * scale), or else a sum would be the small difference of two large ones.
+constexpr int32_t kMiddle = 8;
+
+// A row of limbs: its unit, the sum of its fixed-point values, and 8 times that sum dealt out to the three limbs.
+struct LimbRow {
+  float unit, sum;
+  int32_t middle[kLimbs];
+};
+
+// n values (a multiple of 64) -> limbs [3][stride], lowest first, of round(x * (8355710 / max|x|)). The unit is max|x| / 8355710.
 template <class V>
-inline float to_limbs(const float* x, int64_t n, int8_t* limbs, int64_t stride) {
+inline LimbRow to_limbs(const float* x, int64_t n, int8_t* limbs, int64_t stride) {
   auto largest = V::izero();  // as integers, the bits of a NaN are above every number's: it reaches the unit
   const auto magnitude = V::iset1(0x7fffffff);
   for (int64_t i = 0; i < n; i += kLanes) largest = V::imax(largest, V::iand(V::bits(V::load(x + i)), magnitude));
   const float reach = bits_to_float(V::largest(largest));
   const auto factor = V::set1(reach == 0.0f ? 0.0f : kLargestFixed / reach);
-  for (int64_t i = 0; i < n; i += kLanes) V::store_limbs(limbs + i, stride, V::to_int(V::mul(V::load(x + i), factor)));
-  return reach / kLargestFixed;
-}
-
-// Codes count from their middle: x = (code - 8) * scale + (zero + 8 * scale), or else a sum would be the small difference of two large ones.
-constexpr int32_t kMiddle = 8;
-
-// The sums of n bytes of each limb.
-struct LimbSums {
-  int32_t of[kLimbs];
-  float value() const { return static_cast<float>(of[0] + (int64_t{of[1]} << 8) + (int64_t{of[2]} << 16)); }
-};
-
-template <class V>
-inline LimbSums sum_limbs(const int8_t* limbs, int64_t n, int64_t stride) {
-  LimbSums sums;
-  const auto ones = V::iset1(0x01010101);
-  for (int64_t limb = 0; limb < kLimbs; ++limb) {
-    auto sum = V::izero();
-    for (int64_t i = 0; i < n; i += 64) sum = V::dot4(sum, ones, V::load_block(reinterpret_cast<const uint8_t*>(limbs + limb * stride + i)));
-    sums.of[limb] = V::sum(sum);
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; i += kDims) {  // 64 values add up to less than 2^31
+    auto part = V::izero();
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + kDims; j += kLanes) {
+      const auto fixed = V::to_int(V::mul(V::load(x + j), factor));
+      part = V::iadd(part, fixed);
+      V::store_limbs(limbs + j, stride, fixed);
+    }
+    sum += V::sum(part);
   }
-  return sums;
+  const int64_t middle = kMiddle * sum, high = (middle + (1 << 15)) >> 16, rest = middle - (high << 16), mid = (rest + 128) >> 8;
+  return {reach / kLargestFixed, static_cast<float>(sum),
+          {static_cast<int32_t>(rest - (mid << 8)), static_cast<int32_t>(mid), static_cast<int32_t>(high)}};
 }
 
 // Sums [3][64] of codes with a row of limbs, at 16 columns -> the sum of (code - 8) times the row's values.
 template <class V>
-inline typename V::F centred(const int32_t* sums, const LimbSums& row) {
-  const auto part = [&](int64_t limb) { return V::to_float(V::isub(V::iload(sums + limb * kSlots), V::iset1(kMiddle * row.of[limb]))); };
+inline typename V::F centred(const int32_t* sums, const LimbRow& row) {
+  const auto part = [&](int64_t limb) { return V::to_float(V::isub(V::iload(sums + limb * kSlots), V::iset1(row.middle[limb]))); };
   return V::fma(part(2), V::set1(65536.0f), V::fma(part(1), V::set1(256.0f), part(0)));
 }
 
@@ -176,20 +178,22 @@ struct VectorDot {
 
 // Query rows as limbs, in the order of key panels.
 struct QueryRows {
-  int64_t padded;
+  int64_t dim, padded;
   Scratch<int8_t> limbs;  // [rows][3][padded]
-  Scratch<float> unit;
-  Scratch<LimbSums> sums;
+  Scratch<LimbRow> rows;
+  Scratch<float> whole, ordered;
 
-  QueryRows(int64_t rows, int64_t dim) : padded(round_up(dim, kDims)), limbs(rows * kLimbs * padded), unit(rows), sums(rows) {}
+  QueryRows(int64_t count, int64_t dim)
+      : dim(dim), padded(round_up(dim, kDims)), limbs(count * kLimbs * padded), rows(count), whole(padded), ordered(padded) {
+    __builtin_memset(whole.data, 0, static_cast<size_t>(padded) * sizeof(float));
+  }
   const int8_t* row(int64_t i) const { return limbs + i * kLimbs * padded; }
 
   template <class V>
-  void set(int64_t i, const float* q, int64_t dim, float* ordered) const {  // `ordered`: padded floats of scratch
-    int8_t* to = limbs + i * kLimbs * padded;
-    key_order(q, dim, padded, ordered);
-    unit[i] = to_limbs<V>(ordered, padded, to, padded);
-    sums[i] = sum_limbs<V>(to, padded, padded);
+  void set(int64_t i, const float* q) const {
+    __builtin_memcpy(whole.data, q, static_cast<size_t>(dim) * sizeof(float));
+    key_order(whole, padded, ordered);
+    rows[i] = to_limbs<V>(ordered, padded, limbs + i * kLimbs * padded, padded);
   }
 };
 
@@ -202,9 +206,9 @@ struct BlockScales {
 
 // Scores of one query row with 16 slots: (scale * sum((code - 8) q) + middle * sum(q)) * factor.
 template <class V>
-inline typename V::F score_lanes(const int32_t* sums, const BlockScales& block, int64_t slot, const LimbSums& row, float row_sum, float factor) {
+inline typename V::F score_lanes(const int32_t* sums, const BlockScales& block, int64_t slot, const LimbRow& row, float factor) {
   const auto codes = V::mul(V::load(block.scale + slot), centred<V>(sums + slot, row));
-  return V::mul(V::fma(V::load(block.middle + slot), V::set1(row_sum), codes), V::set1(factor));
+  return V::mul(V::fma(V::load(block.middle + slot), V::set1(row.sum), codes), V::set1(factor));
 }
 
 }  // namespace

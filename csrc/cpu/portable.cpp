@@ -42,7 +42,9 @@ struct Vec {
   static I izero() { return iset1(0); }
   static I iload(const int32_t* p) { return map<I>([=](int i) { return p[i]; }); }
   static void istore(int32_t* p, const I& x) { std::memcpy(p, x.v, sizeof x.v); }
-  static I iadd(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] + b.v[i]; }); }
+  static I iadd(const I& a, const I& b) {  // wraps
+    return map<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
+  }
   static I isub(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] - b.v[i]; }); }
   static I imul(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] * b.v[i]; }); }
   static I imax(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
@@ -74,9 +76,9 @@ struct Vec {
     return best;
   }
   static int32_t sum(const I& x) {
-    int32_t total = 0;
-    for (int32_t v : x.v) total += v;
-    return total;
+    uint32_t total = 0;
+    for (int32_t v : x.v) total += static_cast<uint32_t>(v);
+    return static_cast<int32_t>(total);
   }
 
   // As in avx512vnni.cpp, from here on. Bytes of a lane are in the order of memory.

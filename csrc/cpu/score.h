@@ -49,8 +49,7 @@ struct PackedScores {
   PackedScores(const quota::ScoreArgs& args, int64_t head, const quota::Tokens& queries)
       : args(args), k(head_of(args.packed, 0, head / (args.heads / args.kv_heads), 0, args.dim / 2)), rows(queries.count, args.dim),
         panel(kSlots * rows.padded), staging(kSlots * rows.padded / 2) {
-    const Scratch<float> ordered(rows.padded);
-    for (int64_t i = 0; i < queries.count; ++i) rows.set<V>(i, args.q + (head * args.slots + queries.at[i]) * args.dim, args.dim, ordered);
+    for (int64_t i = 0; i < queries.count; ++i) rows.set<V>(i, args.q + (head * args.slots + queries.at[i]) * args.dim);
   }
 
   void load(const int64_t* columns, int64_t count) {
@@ -69,10 +68,10 @@ struct PackedScores {
       const int64_t some = count - i < Dot::kRows ? count - i : Dot::kRows;
       Dot::run(some, rows.row(first + i), rows.padded, panel, rows.padded / 4, sums);
       for (int64_t r = 0; r < some; ++r) {
-        const LimbSums& query = rows.sums[first + i + r];
-        const float sum = query.value(), factor = rows.unit[first + i + r] * args.scaling;
+        const LimbRow& query = rows.rows[first + i + r];
+        const float factor = query.unit * args.scaling;
         for (int64_t c = 0; c < kSlots; c += kLanes)
-          V::store(out + (i + r) * kSlots + c, score_lanes<V>(sums + r * kLimbs * kSlots, block, c, query, sum, factor));
+          V::store(out + (i + r) * kSlots + c, score_lanes<V>(sums + r * kLimbs * kSlots, block, c, query, factor));
       }
     }
   }

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from quota import ops
 from quota.nn.cache import Kv4Layer, kv4_layer
-from quota.nn.linear import Float32State, QuantLinear
+from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 
@@ -55,13 +55,13 @@ class QuantAttention(Float32State):
     def forget(self) -> None:
         self._clips = None
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
                 past_key_values: Cache | None = None, quota_record: Record | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
         """hidden_states [B, T, hidden]; position_embeddings cos, sin [B or 1, T, D]; attention_mask as transformers makes it, or
         [B, S] bool, or None (no padding, or the rows the cache layer remembers) -> (output, None)."""
         batch, tokens, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states.float())
+        qkv = self.qkv_proj(as_float32(hidden_states))
         cache = Kv4Layer() if past_key_values is None else kv4_layer(past_key_values, self.layer_idx)
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
@@ -70,13 +70,13 @@ class QuantAttention(Float32State):
         out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
         if quota_record is not None:
             quota_record.q, quota_record.k, quota_record.lse, quota_record.scaling = q, cache.filled_key, lse, self.scaling
-        return self.o_proj(out.reshape(batch, tokens, -1)).to(hidden_states.dtype), None
+        return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
     def _append(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Kv4Layer) -> Tensor:
         """qkv [B, T, (H + 2 Hkv) D] float32 -> q [B, H, T, D], rotated and transformed; k and v go into `cache`."""
         if self._clips is None:
             self._clips = float(self.k_clip), float(self.v_clip)
-        rotary = None if position_embeddings is None else (position_embeddings[0].float(), position_embeddings[1].float())
+        rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
         batch, tokens, _ = qkv.shape
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), cache.key, cache.value, position, self._clips)
@@ -90,7 +90,7 @@ class QuantClipAttention(nn.Module):
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
         batch, tokens, hidden = hidden_states.shape

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quota import ops
 from quota.quant.pack import unpack_int4
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.no_grad()` that costs nothing where gradients are off already: a decode step passes eight of these per layer."""
+    guarded = torch.no_grad()(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return guarded(*args, **kwargs) if torch.is_grad_enabled() else function(*args, **kwargs)
+
+    return call
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """`x.float()`, without a call into torch where there is nothing to do."""
+    return x if x.dtype == torch.float32 else x.float()
+
+
+def as_dtype_of(y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype of x, as `as_float32`."""
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class Float32State(nn.Module):
@@ -85,14 +110,15 @@ class QuantLinear(Float32State):
             self._packed = ops.PackedWeight(self.w_q, self.w_scale, self.in_features)
         return self._packed
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
         """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is int32 or float32.
 
         prologue: an activation that `ops.quantize_act` applies to x first; "silu_mul" takes x [..., 2K].
         """
-        x_q, x_scale = self._quantize(x.reshape(-1, x.shape[-1]).float(), prologue)
-        return ops.w4a4_linear(x_q, x_scale, self.packed, self.bias).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        rows = as_float32(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
+        y = ops.w4a4_linear(*self._quantize(rows, prologue), self.packed, self.bias)
+        return as_dtype_of(y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features), x)
 
     def _quantize(self, rows: Tensor, prologue: str | None = None) -> tuple[Tensor, Tensor]:
         if self._clip is None:

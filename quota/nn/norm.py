@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quota import ops
+from quota.nn.linear import as_dtype_of, as_float32, without_grad
 
 
 class RmsNorm(nn.Module):
@@ -21,11 +21,11 @@ class RmsNorm(nn.Module):
     def replacing(cls, norm: Any) -> RmsNorm:
         return cls(norm.weight, norm.variance_epsilon).train(norm.training)
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., hidden] -> same shape and dtype; computed in float32."""
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return ops.rms_norm(rows.float(), self.weight.float(), self.variance_epsilon).view(hidden_states.shape).to(hidden_states.dtype)
+        rows = as_float32(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        return as_dtype_of(ops.rms_norm(rows, as_float32(self.weight), self.variance_epsilon).view(hidden_states.shape), hidden_states)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
