@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from quota.core.files import sha256_file
+from quota.eval import machine as evaluated
 
 ROOT = Path(__file__).resolve().parents[2]
-_FEATURES = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 _PACKAGES = ("torch", "transformers", "openvino", "onnxruntime", "llama-cpp-python")
 _IDLE_LOAD = 0.5  # one-minute load average, this process not counted, above which wall time is not to be trusted
 
@@ -21,17 +21,8 @@ _IDLE_LOAD = 0.5  # one-minute load average, this process not counted, above whi
 @cache
 def cpu() -> dict[str, Any]:
     """{"cpu": name, "features": those that kernels care about, "cores": usable by this process}"""
-    name, flags = platform.processor() or platform.machine(), set[str]()
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() == "flags":
-            flags = set(value.split())
-            break
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "features": [f for f in _FEATURES if f in flags], "cores": cores}
+    found = evaluated.cpu()
+    return {"cpu": found["name"], "features": found["features"], "cores": found["cores"]}
 
 
 @cache
@@ -71,23 +62,23 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def others_running(own_threads: int) -> float:
-    """Runnable work beside our own threads, from the load average; 0 on an idle machine."""
-    return max(0.0, load() - own_threads)
-
-
 def idle() -> bool:
     """Whether wall times can be trusted: to be asked before the work starts."""
     return load() < _IDLE_LOAD
 
 
-def memory_bytes() -> int:
-    """Physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def free_bytes() -> int:
+    """Memory that a new process can take without pushing others out."""
+    return _kilobytes("/proc/meminfo")["MemAvailable"]
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    import resource
+def memory() -> dict[str, int]:
+    """This process: its largest resident set so far, the one now, and of that what is not a mapped file (those can be dropped and read again)."""
+    now = _kilobytes("/proc/self/status")
+    return {"peak_rss_bytes": now["VmHWM"], "rss_bytes": now["VmRSS"], "anonymous_bytes": now["RssAnon"]}
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def _kilobytes(path: str) -> dict[str, int]:
+    """The "name: number kB" lines of a file in /proc, in bytes."""
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {parts[0].rstrip(":"): 1024 * int(parts[1]) for parts in lines if len(parts) == 3 and parts[2] == "kB"}

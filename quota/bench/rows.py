@@ -83,9 +83,9 @@ def _row(common: dict[str, Any], c: Contender, every: Sequence[Contender], opera
     row = {
         **common, "implementation": c.name, "isa": c.isa, "ours": c.against is None, "rounds": len(c.samples),
         "cpu_ms": _round(Spread.of([s.cpu_ms for s in c.samples])), "wall_ms": _round(Spread.of([s.wall_ms for s in c.samples])),
-        "gops": round(operations / spent.median / 1e6, 2), "unit": c.unit,
+        "gops": round(operations / spent.median / 1e6, 2) if c.unit else None, "unit": c.unit,
     }  # fmt: skip
-    floor = ceilings and ceilings.floor_ms(c.unit, operations, c.moved, cold=cold)
+    floor = ceilings and c.unit and ceilings.floor_ms(c.unit, operations, c.moved, cold=cold)
     if floor:
         row |= {"bound": floor[1], "percent_of_roofline": round(100 * floor[0] / spent.median, 1)}
     if c.against is None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quota.bench import machine, roofline, rows, w4a4_linear
+from quota.bench import kv4_append, kv4_attention, machine, quantize_act, roofline, rows, token_score, w4a4_linear
 from quota.bench.case import Case, Skipped
 from quota.bench.peers import Peer, every_peer
-from quota.bench.shapes import QUICK, QUICK_ROWS, ROWS, chosen_linears
+from quota.bench.shapes import QUICK, QUICK_ROWS, ROWS, chosen_attentions, chosen_linears
 from quota.bench.timing import interleave
 from quota.core.errors import BuildError, QuotaError, UsageError
 from quota.ops import native
 
-OPS = ("w4a4_linear",)
+OPS = (w4a4_linear.OP, quantize_act.OP, kv4_attention.OP, kv4_append.OP, token_score.OP)
 _ROUNDS, _BUDGET_S, _QUICK_ROUNDS, _QUICK_BUDGET_S = 15, 6.0, 5, 1.0
 
 
@@ -96,10 +96,18 @@ def _isas(wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _cases(selection: Selection, isas: tuple[str, ...], threads: int) -> Iterator[Case]:
-    shapes = chosen_linears(selection.shapes or ((QUICK,) if selection.quick else ()))
+    names = selection.shapes or ((QUICK,) if selection.quick else ())
+    linears, attentions = chosen_linears(names), chosen_attentions(names)
     counts = selection.rows or (QUICK_ROWS if selection.quick else ROWS)
-    if "w4a4_linear" in (selection.ops or OPS):
-        yield from w4a4_linear.cases(shapes, counts, chosen_peers(selection.peers)[0], isas, threads)
+    makers: dict[str, Callable[[], Iterator[Case]]] = {
+        w4a4_linear.OP: lambda: w4a4_linear.cases(linears, counts, chosen_peers(selection.peers)[0], isas, threads),
+        quantize_act.OP: lambda: quantize_act.cases(linears, counts, isas),
+        kv4_attention.OP: lambda: kv4_attention.cases(attentions, isas, quick=selection.quick),
+        kv4_append.OP: lambda: kv4_append.cases(attentions, isas, quick=selection.quick),
+        token_score.OP: lambda: token_score.cases(attentions, isas),
+    }
+    for op in selection.ops or OPS:
+        yield from makers[op]()
 
 
 def _measure(case: Case, selection: Selection, known: dict[str, list[dict[str, Any]]], out: Path | None, threads: int) -> Measured:

@@ -9,7 +9,7 @@ from quota.core.errors import UsageError
 
 ROWS = (1, 2, 4, 8, 16, 64, 173, 640, 2048)  # 173: 30 % of 576 visual tokens; 640: 576 visual and 64 text tokens
 QUICK_ROWS = (1, 16, 173)
-QUICK = "llava-1.5-7b.o"
+QUICK = "llava-1.5-7b.down"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def case_table(measured: Measured) -> Table:
         table.add_column(name, justify="left" if name == "implementation" else "right", no_wrap=True)
     for r in rows:
         share = f"{r['percent_of_roofline']:.0f} {r['bound']}" if "percent_of_roofline" in r else "-"
-        cells: list[Any] = [label(r), _ms(r["cpu_ms"][0]), _ms(r["wall_ms"][0]), f"{r['gops']:.1f}", share]
+        cells: list[Any] = [label(r), _ms(r["cpu_ms"][0]), _ms(r["wall_ms"][0]), "-" if r["gops"] is None else f"{r['gops']:.1f}", share]
         cells += [ratio_text(ratios[isa, r["implementation"]]) if (isa, r["implementation"]) in ratios else "" for isa in isas]
         table.add_row(*cells, style="bold" if r["ours"] else "")
     return table

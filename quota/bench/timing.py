@@ -39,12 +39,13 @@ def time_calls(run: Callable[[], object], calls: int, *, cold: bool = False) -> 
 class Contender:
     """One implementation of one case, ready to run and past its correctness gate.
 
-    unit: key of `Ceilings.operations`, the arithmetic it is held against. moved: bytes a call must read and write at least.
+    unit: key of `Ceilings.operations`, the arithmetic it is held against; None for a yardstick that does other work than the case. moved:
+    bytes a call must read and write at least.
     against: name of the implementation of ours this peer is compared with; None: it is ours. before: puts it in charge, untimed.
     """
 
     name: str
-    unit: str
+    unit: str | None
     moved: float
     run: Callable[[], object] | None = None
     isa: str | None = None

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from quota import ops
 from quota.bench.case import Case, Skipped
+from quota.bench.own import byte_unit
 from quota.bench.peers import Peer, activations, gate, weight
 from quota.bench.peers.worker import ChildPeer
 from quota.bench.shapes import Linear
@@ -19,12 +19,6 @@ from quota.quant.affine import quantize_weight
 
 OP = "w4a4_linear"
 ALONE, WITH_INPUT = "quota", "quota+quantize"
-UNITS = {"amx": "tdpbusd", "avx512vnni": "vpdpbusd", "avx2": "vpmaddubsw", "portable": "vpmaddubsw"}
-
-
-def unit_of(isa: str) -> str:
-    """Integer arithmetic that an instruction set of ours is held against."""
-    return next((unit for prefix, unit in UNITS.items() if isa.startswith(prefix)), "vpdpbusd")
 
 
 class Ours:
@@ -57,7 +51,7 @@ class Ours:
     def contenders(self, m: int) -> list[Contender]:
         k, n = self.shape.k, self.shape.n
         moved = n * k / 2 + 4 * n + 4 * m * n
-        common: dict[str, Any] = {"unit": unit_of(self.isa), "isa": self.isa, "before": lambda: native.set_isa(self.isa)}
+        common: dict[str, Any] = {"unit": byte_unit(self.isa), "isa": self.isa, "before": lambda: native.set_isa(self.isa)}
         return [
             Contender(ALONE, moved=moved + m * k / 2, run=self.alone, **common),
             Contender(WITH_INPUT, moved=moved + 4 * m * k, run=self.with_input, **common),
@@ -131,6 +125,3 @@ def _checked(peer: Peer, shape: Linear, m: int) -> str | None:
         return peer.check(m)
     peer.feed(activations(shape, m))
     return gate(peer, shape, m)
-
-
-assert OP in ops.__all__  # renamed ops rename their benchmark

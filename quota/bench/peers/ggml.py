@@ -49,7 +49,7 @@ _SIGNATURES: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
 
 
 class _InitParams(ctypes.Structure):
-    _fields_ = [("mem_size", _SIZE), ("mem_buffer", _VOIDP), ("no_alloc", ctypes.c_bool)]  # noqa: RUF012 - ctypes' way
+    _fields_ = [("mem_size", _SIZE), ("mem_buffer", _VOIDP), ("no_alloc", ctypes.c_bool)]
 
 
 def _folder() -> Path | None:
