@@ -6,12 +6,13 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint venv schema clean help
+.PHONY: demo test lint bench venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
 
@@ -44,6 +45,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# peers are for this target only, so they are installed here and nowhere else
+.venv/.peers: $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt openvino onnx onnxruntime
+	@touch $@
+
+bench: .venv/.peers
+	$(BIN)/quota bench ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
+	$(BIN)/quota bench tables
 
 schema: $(STAMP)
 	$(BIN)/python -m quota.core.recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,20 @@ from quota.bench.timing import Contender, Spread, ratio, times
 from quota.core.errors import UsageError
 
 SCHEMA = 1
-_KEY = ("op", "shape", "size", "threads", "weights", "commit", "library", "cpu")
+_CASE = ("op", "shape", "size", "threads", "weights")
+_KEY = (*_CASE, "commit", "library", "cpu")
+
+
+def newest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every case on every machine, the rows of its last measurement; in the order cases were first measured."""
+    last: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        case = json.dumps([row.get(name) for name in (*_CASE, "cpu")] + ([row["implementation"]] if row["op"] == "model" else []), sort_keys=True)
+        rows = last.setdefault(case, [])
+        if rows and rows[0]["date"] != row["date"]:
+            rows.clear()
+        rows.append(row)
+    return [row for rows in last.values() for row in rows]
 
 
 def case_key(row: dict[str, Any]) -> str:

@@ -108,3 +108,71 @@ def ceiling(
         typer.echo(f"{unit:12} {rate / 1e9:8.0f} GOPS")
     for size, rate in found.bandwidth.items():
         typer.echo(f"read {size >> 20:5} MiB {rate / 1e9:6.1f} GB/s")
+
+
+@app.command("model")
+def model(
+    arch: Annotated[str, typer.Option("--arch", help="llava-1.5-7b, 135m or embedded.")],
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use random weights: the only kind there is; said so that nobody mistakes them.")] = False,
+    keep: Annotated[float, typer.Option("--keep", help="Also run pruned to this share of the visual tokens.")] = 0.3,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint; one that is there is used again.")] = Path("bench-models"),
+    layers: Annotated[int | None, typer.Option("--layers", help="Only the first decoder layers.")] = None,
+    floats: Annotated[str, typer.Option("--floats", help="Dtypes of transformers' model beside ours, or `none`.")] = "bfloat16,float32",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of every process.")] = 1,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Timed requests per variant, after one that warms up.")] = 3,
+    results: Annotated[Path | None, typer.Option("--results", help="Append rows to this file, and continue from it.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what the results file already holds for this commit and machine.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a whole model of full size: time to the first token, decoding, memory, disk.
+
+    Makes a checkpoint with random weights (block by block, so memory stays small), then answers a picture of 576 visual tokens with 64 text tokens by
+    32 tokens: unpruned, pruned, and with transformers' float model, each in a process of its own. Where not all float layers fit in
+    memory, two depths are measured and the rest is added at their time per layer.
+
+    **Examples**
+
+        quota bench model --arch embedded --synthetic
+
+        quota bench model --arch llava-1.5-7b --synthetic --out /data/models --floats bfloat16
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from quota.bench.run_model import Request, ensure_checkpoint, run
+    from quota.bench.show import model_table
+    from quota.cli.shell import check_keep
+    from quota.core.errors import UsageError
+
+    if not synthetic:
+        raise UsageError("--synthetic: expected the option; weights of a full-size model are random here, `quota eval` measures real checkpoints")
+    check_output(out / "checkpoint", "--out")
+    wanted = Request(arch, out, check_keep(keep), layers, tuple(f for f in _names(floats) if f != "none"), threads, requests, again)
+    with Progress(console=notes(), transient=True) as progress:
+        task = progress.add_task(f"making {arch}", total=None)
+        checkpoint = ensure_checkpoint(wanted, lambda done, total: progress.update(task, completed=done, total=total))
+    made = []
+    for row in run(wanted, checkpoint, results):
+        made.append(row)
+        notes().print(f"{row['implementation']}: first token {row['ttft_ms']:.0f} ms, then {row['decode_ms']:.1f} ms each")
+    if json:
+        print_json(made)
+    else:
+        Console(width=max(notes().width, 160)).print(model_table(made))
+
+
+@app.command("tables")
+def tables() -> None:
+    """Fill the tables of benchmarks/README.md and README.md from benchmarks/results (run it at the root of the repository).
+
+    **Example**
+
+        quota bench tables
+    """
+    from quota.bench.tables import PAGE, write
+    from quota.core.errors import UsageError
+
+    if not PAGE.is_file():
+        raise UsageError(f"{PAGE}: not found; run this at the root of the repository")
+    for path in write():
+        typer.echo(f"filled {path}")

@@ -83,7 +83,8 @@ def every_peer() -> dict[str, Callable[[], Peer]]:
         "openvino-i4-bf16": lambda: OpenVinoInt4("bf16"),
         "ort-nbits-128": lambda: MatMulNBits(128),
         "ort-nbits-32": lambda: MatMulNBits(32),
-        "ggml-q4_0": lambda: GgmlQ4(),
+        "ggml-q4_0": lambda: GgmlQ4(amx=False),
+        "ggml-q4_0-amx": lambda: ChildPeer("ggml-q4_0-amx", GgmlQ4(amx=True), {}, unit="tdpbusd"),
         "torch-fp32": lambda: TorchFloat(torch.float32),
         "torch-bf16": lambda: TorchFloat(torch.bfloat16),
     }

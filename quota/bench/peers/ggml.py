@@ -90,16 +90,23 @@ def _library() -> _Ggml:
 
 
 class GgmlQ4:
-    """`ggml_mul_mat` of a Q4_0 weight, in the first of the CPU backend's weight layouts that takes it: llama.cpp chooses the same way."""
+    """`ggml_mul_mat` of a Q4_0 weight, in the first of the CPU backend's weight layouts that takes it: llama.cpp chooses the same way.
 
-    name, takes, tolerance = "ggml-q4_0", "floats", 2e-2  # 8-bit activations in blocks of 32
+    amx: allow the AMX layout. ggml configures the tile registers once per thread, so that layout needs a process without other users of them.
+    """
+
+    takes, tolerance = "floats", 2e-2  # 8-bit activations in blocks of 32
     weight_bytes = 0
 
-    def __init__(self) -> None:
-        self.unit = int8_unit(machine.cpu()["features"])
+    def __init__(self, *, amx: bool) -> None:
+        self.amx, self.name = amx, "ggml-q4_0-amx" if amx else "ggml-q4_0"
+        features = machine.cpu()["features"]
+        self.unit = int8_unit([f for f in features if amx or f != "amx_int8"])
         self.inputs: tuple[int, int] | None = None
 
     def why_not(self) -> str | None:
+        if self.amx and "amx_int8" not in machine.cpu()["features"]:
+            return "this CPU has no AMX"
         try:
             _library()
         except (OSError, AttributeError) as error:
@@ -133,7 +140,7 @@ class GgmlQ4:
         found: list[int] = []
         while layouts[len(found)]:
             found.append(layouts[len(found)])
-        return found
+        return [layout for layout in found if self.amx or g.ggml_backend_buft_name(layout) != b"AMX"]
 
     def _accepts(self) -> bool:
         g = _library()

@@ -74,13 +74,15 @@ class ChildPeer:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise QuotaError(f"peer {self.name}: its process ended with status {self.process.wait()}")
+            status = self.process.wait()
+            raise QuotaError(f"its process ended with {f'signal {-status}' if status < 0 else f'status {status}'}")
         return json.loads(line)
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
     peer = every_peer()[sys.argv[1]]()
+    peer = peer.inner if isinstance(peer, ChildPeer) else peer
     shape = Linear("", 0, 0)
     for line in sys.stdin:
         request = json.loads(line)
