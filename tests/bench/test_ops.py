@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quota.bench import kv4_append, kv4_attention, peers, quantize_act, run_ops, shapes, token_score, w4a4_linear
 from quota.bench.case import Case
+from quota.bench.peers import child
 from quota.bench.peers.onednn import OneDnnInt8
 from quota.bench.peers.torch_float import TorchFloat
 from quota.bench.peers.worker import ChildPeer
@@ -75,14 +76,19 @@ def test_wrong_results_of_ours_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_child_takes_its_turn() -> None:
-    child = ChildPeer("torch-fp32-child", TorchFloat(torch.float32), {}, unit="fma256")
+    apart = ChildPeer("torch-fp32-child", TorchFloat(torch.float32), {}, unit="fma256")
     try:
-        child.prepare(SHAPE, 1)
-        assert child.weight_bytes == 4 * SHAPE.k * SHAPE.n
-        assert child.check(2) is None
-        assert child.sample(2, False).wall_ms > 0
+        apart.prepare(SHAPE, 1)
+        assert apart.weight_bytes == 4 * SHAPE.k * SHAPE.n
+        assert apart.check(2) is None
+        assert apart.sample(2, False).wall_ms > 0
     finally:
-        child.close()
+        apart.close()
+
+
+def test_a_child_never_starts_another() -> None:
+    """Seen: the child of a peer that only exists as a child started one itself, and so on."""
+    assert not any(isinstance(child.served(name), ChildPeer) for name in peers.every_peer())
 
 
 def test_every_peer_says_how_to_get_it() -> None:

@@ -1,6 +1,6 @@
 """A peer in a process of its own, for engines that read an environment variable once or cannot share a process. JSON lines both ways.
 
-The child is `python -m quota.bench.peers.worker NAME`; it takes turns with the parent like any other contender.
+The child is `python -m quota.bench.peers.child NAME`; it takes turns with the parent like any other contender.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import subprocess
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from quota.bench.peers import Peer, activations, every_peer, gate
+from quota.bench.peers import Peer
 from quota.bench.shapes import Linear
-from quota.bench.timing import Sample, time_calls
+from quota.bench.timing import Sample
 from quota.core.errors import QuotaError
 
 
@@ -37,7 +36,7 @@ class ChildPeer:
     def prepare(self, shape: Linear, threads: int) -> None:
         self.close()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "quota.bench.peers.worker", self.inner.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "quota.bench.peers.child", self.inner.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **self.environment},
         )  # fmt: skip
         self.weight_bytes = self._ask(prepare=[shape.name, shape.k, shape.n], threads=threads)["weight_bytes"]
@@ -78,28 +77,3 @@ class ChildPeer:
             raise QuotaError(f"its process ended with {f'signal {-status}' if status < 0 else f'status {status}'}")
         return json.loads(line)
 
-
-def main() -> None:
-    """Answer requests until stdin ends."""
-    peer = every_peer()[sys.argv[1]]()
-    peer = peer.inner if isinstance(peer, ChildPeer) else peer
-    shape = Linear("", 0, 0)
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer: dict[str, Any]
-        if "prepare" in request:
-            torch.set_num_threads(request["threads"])
-            shape = Linear(*request["prepare"])
-            peer.prepare(shape, request["threads"])
-            answer = {"weight_bytes": peer.weight_bytes}
-        elif "feed" in request:
-            peer.feed(activations(shape, request["feed"]))
-            answer = {"wrong": gate(peer, shape, request["feed"])}
-        else:
-            sample = time_calls(peer.run, request["calls"], cold=request["cold"])
-            answer = {"cpu_ms": sample.cpu_ms, "wall_ms": sample.wall_ms}
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()
