@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quota.core.env import forced_cpu_isa
 from quota.core.errors import UsageError
+from quota.core.pages import release_pages
 
 if TYPE_CHECKING:
     from quota.ops.kv4_attention import Kv
@@ -103,6 +104,7 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("native")
     if layout is None:
         layout = weight.layouts["native"] = tuple(_bound.w4a4_pack(weight.w_q, weight.k))
+        release_pages(weight.w_q.data_ptr(), weight.w_q.numel())  # from here on it is read only to be saved: no second copy in memory
     return layout
 
 

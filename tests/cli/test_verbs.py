@@ -14,7 +14,11 @@ from typer.testing import CliRunner
 from quota.cli.main import app
 
 _RECIPE_VERBS = ("build", "explain", "validate", "diff")
-VERBS = (["doctor"], ["calibrate"], ["recipe"], *(["recipe", verb] for verb in _RECIPE_VERBS), ["run"], ["eval"], ["demo"])
+_BENCH_VERBS = ("ops", "model", "ceiling", "tables")
+VERBS = (
+    ["doctor"], ["calibrate"], ["recipe"], *(["recipe", verb] for verb in _RECIPE_VERBS), ["run"], ["eval"], ["demo"],
+    *(["bench", verb] for verb in _BENCH_VERBS),
+)  # fmt: skip
 RECIPE: dict[str, Any] = {
     "schema_version": 1, "method": "quota", "regime": "w4a4kv4",
     "model": {"architecture": "LlavaForConditionalGeneration", "fingerprint": "sha256:00", "layers": 8, "visual_tokens": 576},
