@@ -63,8 +63,8 @@ def ops(
     console = notes()
     if not machine.idle():
         console.print(f"[yellow]load average {machine.load()}: the machine is not idle; CPU times hold, wall times do not[/yellow]")
-    for skipped in chosen_peers(selection.peers)[1]:
-        console.print(f"[yellow]without {skipped.peer}: {skipped.reason}[/yellow]")
+    for skipped in chosen_peers(selection.peers)[1] if not selection.ops or "w4a4_linear" in selection.ops else ():
+        console.print(f"without {skipped.peer}: {skipped.reason}", style="yellow", markup=False)  # "[bench]" is not markup
     made = []
     from rich.console import Console
 
@@ -81,7 +81,7 @@ def ops(
             text = f"{skipped.peer}: {skipped.reason}"
             if text not in told:
                 told.add(text)
-                console.print(f"[yellow]not timed: {text} ({skipped.shape})[/yellow]")
+                console.print(f"not timed: {text} ({skipped.shape})", style="yellow", markup=False)
     if json:
         print_json(made)
 
