@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kDotRows = 6;       // 6 x 64 outputs: 24 of 32 registers with AVX-512
 constexpr int64_t kGroupBlock = 128;  // 512 values of k: 32 KiB of unpacked weights
-constexpr int64_t kRowBlock = 480;    // 120 KiB of sums
+constexpr int64_t kRowBlock = 240;    // 60 KiB of sums, and 1 MB of activations at 4096
 constexpr int64_t kPackedRows = 48;   // up to here the dot products take nibbles apart themselves, which costs them a tenth of their speed
 constexpr int64_t kFewRows = 12;      // up to here every task unpacks the activations itself: a second pass over threads costs more
 

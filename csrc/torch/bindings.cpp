@@ -23,13 +23,19 @@ constexpr int64_t kFree = -1;  // a size that is not checked
 
 std::string shape_text(std::initializer_list<int64_t> sizes) {
   std::string text = "[";
-  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + (size == kFree ? std::string("any") : std::to_string(size));
+  for (int64_t size : sizes) {
+    if (text.size() > 1) text += ", ";
+    text += size == kFree ? "any" : std::to_string(size);
+  }
   return text + "]";
 }
 
 std::string shape_text(const Tensor& t) {
   std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (i) text += ", ";
+    text += std::to_string(t.size(i));
+  }
   return text + "]";
 }
 
@@ -339,7 +345,10 @@ bool use_isa(std::string name) { return quota::use(name.c_str()); }
 // The instruction sets this CPU can run, best first, comma-separated; the one in use is named by `isa`.
 std::string isas() {
   std::string names;
-  for (int i = 0; const auto* table = quota::supported(i); ++i) names += (i ? "," : "") + std::string(table->name);
+  for (int i = 0; const auto* table = quota::supported(i); ++i) {
+    if (i) names += ",";
+    names += table->name;
+  }
   return names;
 }
 
