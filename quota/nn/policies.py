@@ -7,6 +7,7 @@ All are greedy on the host in numpy: elementwise IEEE steps and exact integers, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from quota.nn.linear import row_norm
 
 _UNIT_BITS = 22
 ONE = float(1 << 2 * _UNIT_BITS)  # cosine 1
-_ELSEWHERE = np.int64(1) << 40  # squared distance of places in different pictures
+_ELSEWHERE = np.int64(1) << 40  # squared distance, farther than any place
 _NO_GAIN = 1e-10
 
 
@@ -107,24 +108,43 @@ def dpp(score: np.ndarray, similarity: np.ndarray, keep: int) -> list[int]:
     return chosen + left[topk(score[left], keep - len(chosen))].tolist()
 
 
-def grid(score: np.ndarray, places: np.ndarray, keep: int, share: float) -> list[int]:
-    """ceil(share * keep) tokens spread evenly over the pictures, the rest by score. places int64 [V, 3]: picture, row, column."""
-    even = min(keep, int(np.ceil(share * keep)))
-    chosen = farthest(_squared_distance(places), even, _middle(places)) if even else []
-    left = np.setdiff1d(np.arange(len(score)), chosen)
+def grid(score: np.ndarray, places: np.ndarray, sizes: Sequence[tuple[int, int]], keep: int, share: float) -> list[int]:
+    """ceil(share * keep) tokens spread evenly over the pictures, the rest by score. places int64 [V, 3]: picture, row, column; sizes: (rows,
+    columns) per picture. An even site takes the nearest token that is alive and free."""
+    even = min(keep, math.ceil(share * keep))
+    alive = np.bincount(places[:, 0], minlength=len(sizes)).tolist()
+    free = np.full(len(score), True)
+    chosen: list[int] = []
+    for picture, count in enumerate(_divide(even, alive)):
+        own = places[:, 0] == picture
+        for site in even_sites(*sizes[picture], count):
+            away = ((places[:, 1:] - np.array(site)) ** 2).sum(-1)
+            chosen.append(int(np.argmin(np.where(own & free, away, _ELSEWHERE))))
+            free[chosen[-1]] = False
+    left = np.flatnonzero(free)
     return chosen + left[topk(score[left], keep - even)].tolist()
 
 
-def _squared_distance(places: np.ndarray) -> np.ndarray:
-    away = ((places[:, None, 1:] - places[None, :, 1:]) ** 2).sum(-1)
-    return np.where(places[:, None, 0] == places[None, :, 0], away, _ELSEWHERE)
+def even_sites(rows: int, columns: int, count: int) -> list[tuple[int, int]]:
+    """`count` distinct places (row, column) at the centres of equal parts of a picture: about square parts, in rows of equal height."""
+    if not count:
+        return []
+    used = min(rows, max(-(-count // columns), round(math.sqrt(count * rows / columns)), 1))
+    sites = []
+    for i in range(used):
+        n = (i + 1) * count // used - i * count // used
+        sites += [((2 * i + 1) * rows // (2 * used), (2 * j + 1) * columns // (2 * n)) for j in range(n)]
+    return sites
 
 
-def _middle(places: np.ndarray) -> int:
-    """The token nearest the middle of the first picture's tokens."""
-    first = places[places[:, 0] == places[0, 0], 1:]
-    centre = first.min(0) + first.max(0)
-    return int(np.argmin(((2 * first - centre) ** 2).sum(-1)))
+def _divide(total: int, weights: Sequence[int]) -> list[int]:
+    """`total` <= sum(weights) shared in proportion, largest remainders first, ties to the earlier; never more than the weight."""
+    whole = sum(weights)
+    parts = [total * w // whole for w in weights]
+    order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 def random_scores(seed: int, digests: Sequence[str], number: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def _row(selection: Selection, alive: Alive, row: int, columns: Tensor, score: T
         return list(range(keep))
     value = score.float().cpu().numpy()
     if selection.policy == "grid":
-        return policies.grid(value, _places(alive, row, columns), keep, selection.grid_share)
+        return policies.grid(value, _places(alive, row, columns), alive.pictures.grids[row], keep, selection.grid_share)
     similarity = policies.cosines(alive.hidden[row, columns])
     if selection.policy == "maxmin":
         return policies.maxmin(similarity, keep)
