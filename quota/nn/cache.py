@@ -220,7 +220,8 @@ class Kv4Cache(DynamicCache):
 
 def stored_tokens(cache: Cache) -> list[int]:
     """Tokens in use per decoder layer."""
-    return [layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return [layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers]
 
 
 def kv_bytes(cache: Cache) -> list[int]:

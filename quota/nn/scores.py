@@ -62,7 +62,12 @@ def last_token_attention(record: Record, visual: Tensor) -> Tensor:
 
 def cross_self(record: Record, visual: Tensor, text: Tensor) -> Tensor:
     """FitPrune: of the largest head, mean attention from text queries times mean attention from visual queries. float32 [B, S]."""
-    return _column_mean(record, visual, text, torch.amax) * _column_mean(record, visual, visual, torch.amax)
+    return head_max_attention(record, visual, text) * head_max_attention(record, visual, visual)
+
+
+def head_max_attention(record: Record, visual: Tensor, queries: Tensor) -> Tensor:
+    """Attention of the largest head, mean over `queries` [B, S]: float32 [B, S], 0 where not visual."""
+    return _column_mean(record, visual, queries, torch.amax)
 
 
 def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
