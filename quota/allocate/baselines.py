@@ -80,7 +80,13 @@ def at_compute(build: Callable[[float], Recipe], compute: float, tokens: int) ->
     low, high, best = 1, tokens, None
     while low <= high:
         middle = (low + high) // 2
-        recipe = build(keep_of(middle, tokens))
+        try:
+            recipe = build(keep_of(middle, tokens))
+        except RecipeError:  # a search that cannot go so low
+            if middle == tokens:
+                raise
+            low = middle + 1
+            continue
         if _language_ratio(recipe) <= compute:
             best, low = recipe, middle + 1
         else:

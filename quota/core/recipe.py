@@ -86,11 +86,11 @@ class ScoreWeights(_Part):
     inter: Weight = Field(default=0.45, description="attention from the text after the image")
     mag: Weight = Field(default=0.25, description="norm of the hidden state")
     intra: Weight = Field(default=0.10, description="attention from visual tokens")
-    quant: Weight = Field(default=0.20, description="error of the deployed activation quantizer: the low-bit risk")
+    quant: Number = Field(default=0.20, description="error of the deployed activation quantizer: the low-bit risk; below 0 prefers tokens that quantize well")
 
     @model_validator(mode="after")
     def _some_signal(self) -> ScoreWeights:
-        if self.inter + self.mag + self.intra + self.quant <= 0:
+        if self.inter + self.mag + self.intra + abs(self.quant) <= 0:
             raise ValueError("at least one weight must be greater than 0")
         return self
 
@@ -99,7 +99,7 @@ class ScoreWeights(_Part):
         total = self.inter + self.mag + self.intra
         if total <= 0:
             raise RecipeError("weights: expected a weight other than quant above 0 to drop the quant term; give inter, mag or intra a weight")
-        factor = (total + self.quant) / total
+        factor = (total + max(self.quant, 0.0)) / total
         return ScoreWeights(inter=self.inter * factor, mag=self.mag * factor, intra=self.intra * factor, quant=0.0)
 
 

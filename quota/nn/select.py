@@ -87,7 +87,7 @@ def token_scores(recipe: Recipe, selection: Selection, alive: Alive, signals: di
     """The selection's score, float32 [B, n], 0 where not visual."""
     name = selection.score
     if name == "quota":
-        terms = token_signals(_recorded(alive), alive.hidden, alive.layer, alive.visual, alive.text, quant=recipe.weights.quant > 0)
+        terms = token_signals(_recorded(alive), alive.hidden, alive.layer, alive.visual, alive.text, quant=recipe.weights.quant != 0)
         if signals is not None:
             signals.update(terms)
         return combine(terms, alive.visual, recipe.weights, recipe.percentiles)
