@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +19,6 @@ from quota.calib.samples import Samples
 from quota.calib.stream import resolve_folder
 from quota.core.errors import CheckpointError
 from quota.core.recipe import ModelFacts, Recipe
-from quota.core.registry import ops
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.eval.asking import load_model
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
@@ -33,7 +30,6 @@ from quota.study.tasks import load_questions
 
 MODULES = ("vision", "projector", "llm")
 FLOAT, QUANTIZED = "float", "w4a4kv4"
-REFERENCE_OPS = ",".join(f"{name}=ref" for name in ops())
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,6 @@ class Entry:
     weights: str
     recipe: Recipe | None = None
     figures: dict[str, Any] = field(default_factory=dict)
-    reference: bool = False  # answered by the reference implementation of every op
 
 
 class Bench:
@@ -150,13 +145,6 @@ class Bench:
 
     def answered(self, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
         """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed study goes on from there."""
-        with self._reference_ops():
-            done = self._answered([e for e in entries if e.reference])
-        return {**self._answered([e for e in entries if not e.reference]), **done}
-
-    def _answered(self, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-        if not entries:
-            return {}
         s = self.settings
         plan = {self._key(e): e for e in entries}
 
@@ -167,28 +155,8 @@ class Bench:
         done = answer_rows([self._spec(e) for e in entries], self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet)
         return {name: right for name, (right, _) in done.items()}
 
-    @contextmanager
-    def _reference_ops(self) -> Iterator[None]:
-        """Inside, every op runs its reference, and models are loaded anew (weights are packed for an implementation)."""
-        before = os.environ.get("QUOTA_IMPL")
-        os.environ["QUOTA_IMPL"] = REFERENCE_OPS
-        self._forget()
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["QUOTA_IMPL"]
-            else:
-                os.environ["QUOTA_IMPL"] = before
-            self._forget()
-
-    def _forget(self) -> None:
-        self._loaded = None
-        for op in ops().values():
-            op.rebind()
-
     def _key(self, entry: Entry) -> str:
-        return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {entry.reference} {self.code}"
+        return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}"
 
     def _spec(self, entry: Entry) -> RowSpec:
         folder = resolve_folder(entry.checkpoint)

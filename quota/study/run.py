@@ -63,7 +63,7 @@ def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
         questions_by_task={task: len(values) for task, values in right[baseline].items()}, questions_fingerprint=questions_fingerprint(bench.questions),
         calibration_samples=len(bench.samples), resamples=s.resamples, seed=s.seed,
         rows=[_row(bench, e, right[e.name], interval(totals[e.name], draws[e.name]), recipes.get(e.name)) for e in plan.entries],
-        comparisons=comparisons, notes=[_sentence(c) for c in comparisons], published=PUBLISHED.get(name, []),
+        comparisons=comparisons, notes=[*plan.notes, *(_sentence(c) for c in comparisons)], published=PUBLISHED.get(name, []),
         files={"markdown": f"{name}.md", "json": f"{name}.json", "plot": f"{name}.png"},
     )  # fmt: skip
     save_chart(s.out / f"{name}.png", report, plan.chart)

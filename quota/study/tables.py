@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quota.allocate.methods import BASELINES
+from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe, ScoreWeights
 from quota.study.bench import FLOAT, MODULES, QUANTIZED, Bench, Entry
 
@@ -16,12 +17,13 @@ SIGNALS = ("inter", "mag", "intra", "quant")
 
 @dataclass(frozen=True)
 class Plan:
-    """A study's rows, the float model first, and pairs (row, against) to compare. chart: "bars", "keep" or "compute"."""
+    """A study's rows, the float model first, and pairs (row, against) to compare. chart: "bars", "keep" or "compute". notes: what is missing."""
 
     title: str
     entries: list[Entry]
     compare: list[tuple[str, str]] = field(default_factory=list)
     chart: str = "bars"
+    notes: list[str] = field(default_factory=list)
 
 
 def _float(bench: Bench) -> Entry:
@@ -68,18 +70,21 @@ def compute(bench: Bench) -> Plan:
     quantized = bench.quantized()
     joint = bench.planned("quota", bench.settings.keep)
     budget = bench.cost(joint).ratio_language
-    rows, pairs = [_float(bench), Entry("quant-only", quantized, QUANTIZED)], []
+    rows, pairs, notes = [_float(bench), Entry("quant-only", quantized, QUANTIZED)], [], []
     for weights, checkpoint in ((FLOAT, bench.float_checkpoint), (QUANTIZED, quantized)):
         plans = {"quota": joint, "uniform": bench.planned("uniform", compute=budget)}
         for policy in ("mmr", "grid"):
             selection = {"policy": policy, "grid_share": 0.25} if policy == "grid" else {"policy": policy}
             plans[f"quota, {policy}"] = Recipe.parse({**joint.model_dump(), "selections": [selection]})
         for method in BASELINES:
-            plans[method] = bench.planned(method, compute=None if method == "vtw" else budget, checkpoint=checkpoint)
+            try:
+                plans[method] = bench.planned(method, compute=None if method == "vtw" else budget, checkpoint=checkpoint)
+            except RecipeError as error:
+                notes.append(f"No row for {method} ({weights}): {error}.")
         rows += [Entry(f"{name} ({weights})", checkpoint, weights, plan) for name, plan in plans.items()]
         pairs += [(f"{name} ({weights})", f"random ({weights})") for name in plans if name != "random"]
         pairs += [(f"quota ({weights})", f"{name} ({weights})") for name in plans if name not in ("quota", "random")]
-    return Plan(f"Methods at {budget:.1%} of the language model's compute", rows, pairs, "compute")
+    return Plan(f"Methods at {budget:.1%} of the language model's compute", rows, pairs, "compute", notes)
 
 
 def weights(bench: Bench) -> Plan:
