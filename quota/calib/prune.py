@@ -45,8 +45,8 @@ def keep_masks(
             record, hidden = _recorded(before, batch)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None].to(device)
-        alive = Alive(batch.hidden, visual, _queries(roles), column, after.layer, pictures(item), record, partial(_record, after, batch))
-        budget = torch.tensor([_budget(recipe, ratio, stream, item)], device=device)
+        alive = Alive(batch.hidden, visual.long() - 1, _queries(roles), column, after.layer, pictures(item), record, partial(_record, after, batch))
+        budget = torch.tensor([[_budget(recipe, ratio, stream, item)]], device=device)
         masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
     return masks
 

@@ -28,7 +28,7 @@ from quota.calib.work import WorkFolder
 from quota.core.errors import SampleError, UsageError
 from quota.core.recipe import BEFORE, Recipe
 from quota.nn.checkpoint import Manifest
-from quota.nn.pictures import Pictures, picture_digests
+from quota.nn.pictures import Pictures, Shown, picture_digests
 
 METHOD = "flatquant"
 
@@ -212,7 +212,8 @@ def _decoder_block(job: Job, index: int) -> Block:
 
 def _pictures(job: Job, work: WorkFolder, item: int) -> Pictures:
     visual = torch.tensor(work.notes["ids"][item])[None] == job.source.arch.image_token_id
-    return Pictures.equal(visual, job.source.arch.visual_tokens, work.notes["digests"][item])
+    number = (visual.long().cumsum(-1) - 1) // job.source.arch.visual_tokens
+    return Pictures.of(number.masked_fill(~visual, -1), [Shown(digest) for digest in work.notes["digests"][item]])
 
 
 def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:

@@ -28,7 +28,7 @@ from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe, kept_tokens
 from quota.nn.attention import QuantAttention, Record
 from quota.nn.cache import Rows, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
-from quota.nn.pictures import Pictures, picture_digests
+from quota.nn.pictures import Pictures, Shown, picture_digests
 from quota.nn.recording import start_recording
 from quota.nn.scores import text_queries
 from quota.nn.select import Alive, choose
@@ -97,7 +97,7 @@ class Pruner:
         self.keep_signals = False
         self.cache_lengths: list[int] = []
         self._visual: Tensor | None = None
-        self._digests: list[str] | None = None
+        self._shown: list[Shown] | None = None
         self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in layers]
         self._restore = start_recording(self.text) if any(self._float_layers) else None
         self._handles: list[Any] = [
@@ -132,7 +132,7 @@ class Pruner:
 
     def _before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pixels = args[0] if args else kwargs["pixel_values"]
-        self._digests = picture_digests(pixels)
+        self._shown = [Shown(digest) for digest in picture_digests(pixels)]
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         visual, self._visual = self._visual, None
@@ -176,8 +176,9 @@ class Pruner:
             torch.zeros(batch, dtype=torch.int64, device=visual.device), start if bool(start.any()) else None,
         )  # fmt: skip
         self.kept, self.signals, self.cache_lengths = {}, {}, [tokens] * self.arch.layers
-        digests, self._digests = self._digests, None
-        pictures = Pictures.equal(stage.visual, self.arch.visual_tokens, digests)
+        shown, self._shown = self._shown, None
+        number = (stage.visual.long().cumsum(-1) - 1) // self.arch.visual_tokens
+        pictures = Pictures.of(number.masked_fill(~stage.visual, -1), shown)
         return Prefill(stage, self._plan(stage.visual), start.long(), tokens, pictures)
 
     def _plan(self, visual: Tensor) -> dict[int, Tensor]:
@@ -227,11 +228,11 @@ class Pruner:
             chosen = mask.gather(1, stage.index.clamp_max(mask.shape[1] - 1)) | (stage.index >= mask.shape[1])
         else:
             alive = Alive(
-                hidden, stage.visual, stage.text, stage.index, layer, prefill.pictures, prefill.record,
+                hidden, stage.visual.long() - 1, stage.text, stage.index, layer, prefill.pictures, prefill.record,
                 lambda: self._own_record(prefill, max(candidate, 0), layer, hidden, kwargs),
             )  # fmt: skip
             signals: dict[str, Tensor] = {}
-            chosen = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
+            chosen = choose(self.recipe, candidate, alive, prefill.keep[candidate][:, None], signals)
             prefill.record = None
             if self.keep_signals:
                 self.signals[candidate] = signals

@@ -25,12 +25,13 @@ _INDIFFERENT = ("maxmin",)  # policies that do not look at the score
 class Alive:
     """What a candidate chooses from; rows are padded on the left. [B, n] unless said otherwise.
 
-    hidden [B, n, d]: input of the candidate layer (merged embeddings at candidate -1). column: place in the prompt. record: attention of the
-    layer before, over the same n tokens. own_record: runs the candidate layer's attention on them and returns what it left.
+    hidden [B, n, d]: input of the candidate layer (merged embeddings at candidate -1). group int64: the set a visual token competes in, -1 for
+    text. text bool: text queries. column: place in the prompt. record: attention of the layer before, over the same n tokens. own_record: runs the
+    candidate layer's attention on them and returns what it left.
     """
 
     hidden: Tensor
-    visual: Tensor
+    group: Tensor
     text: Tensor
     column: Tensor
     layer: Any
@@ -38,30 +39,38 @@ class Alive:
     record: Record | None = None
     own_record: Callable[[], Record] | None = None
 
+    @property
+    def visual(self) -> Tensor:
+        return self.group >= 0
+
 
 def choose(recipe: Recipe, candidate: int, alive: Alive, keep: Tensor, signals: dict[str, Tensor] | None = None) -> Tensor:
-    """keep int64 [B] -> bool [B, n]: the visual tokens that stay at `candidate`, keep[b] of them or all where there are fewer.
+    """keep int64 [B, sets] -> bool [B, n]: the visual tokens that stay at `candidate`, keep[b, g] of each set g or all where there are fewer.
 
     signals: filled with the terms of the quota score, if given. Deterministic; a row's choice does not depend on the others.
     """
-    selection = recipe.selection_at(candidate)
-    if selection.policy in _INDIFFERENT or not int(keep.max()):
-        score = alive.hidden.new_zeros(alive.visual.shape, dtype=torch.float32)
+    selection, visual = recipe.selection_at(candidate), alive.visual
+    if selection.policy in _INDIFFERENT or not keep.numel() or not int(keep.max()):
+        score = alive.hidden.new_zeros(visual.shape, dtype=torch.float32)
     else:
         score = token_scores(recipe, selection, alive, signals)
-    if selection.policy == "topk":
-        return ops.token_select(score, alive.visual, keep)
-    chosen = torch.zeros_like(alive.visual)
-    for row in range(len(keep)):
-        columns = alive.visual[row].nonzero()[:, 0]
-        budget = min(int(keep[row]), len(columns))
-        if budget:
-            chosen[row, columns[torch.as_tensor(_row(selection, alive, row, columns, score[row, columns], budget), device=columns.device)]] = True
+    chosen = torch.zeros_like(visual)
+    for number, budgets in enumerate(keep.unbind(1)):
+        own = alive.group == number
+        if selection.policy == "topk":
+            chosen |= ops.token_select(score, own, budgets.contiguous())
+            continue
+        for row, budget in enumerate(budgets.tolist()):
+            columns = own[row].nonzero()[:, 0]
+            budget = min(budget, len(columns))
+            if budget:
+                places = _row(selection, alive, row, columns, score[row, columns], budget)
+                chosen[row, columns[torch.as_tensor(places, device=columns.device)]] = True
     return chosen
 
 
 def _row(selection: Selection, alive: Alive, row: int, columns: Tensor, score: Tensor, keep: int) -> list[int]:
-    """Indices into `columns`, the places of the row's visual tokens."""
+    """Indices into `columns`, the places of one set of the row's visual tokens."""
     if keep == len(columns):
         return list(range(keep))
     value = score.float().cpu().numpy()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
 from quota.nn import policies
-from quota.nn.pictures import Pictures, picture_digests
+from quota.nn.pictures import Pictures, Shown, picture_digests
 
 
 def points(n: int = 14, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -166,16 +166,19 @@ def test_random_scores_belong_to_the_picture() -> None:
 
 
 def test_pictures_know_their_places() -> None:
-    visual = torch.zeros(2, 12, dtype=torch.bool)
-    visual[0, 1:5] = visual[0, 6:10] = visual[1, 8:12] = True
-    p = Pictures.equal(visual, 4, ["a", "b", "c"])
-    assert p.number[0, 6:10].tolist() == [1] * 4 and p.place[0, 6:10].tolist() == [0, 1, 2, 3] and p.grids == [[(2, 2), (2, 2)], [(2, 2)]]
-    assert p.digests == [["a", "b"], ["c"]]
-    repeated = Pictures.equal(visual.repeat_interleave(2, 0), 4, ["a", "b", "c"])
+    picture = torch.full((2, 12), -1)
+    picture[0, 1:5], picture[0, 6:12], picture[1, 8:12] = 0, 1, 0
+    shown = [Shown("a"), Shown("b", (2, 3)), Shown("c")]
+    p = Pictures.of(picture, shown)
+    assert p.number[0, 6:10].tolist() == [1] * 4 and p.place[0, 6:12].tolist() == list(range(6)) and p.place[0, 1:5].tolist() == [0, 1, 2, 3]
+    assert p.grids == [[(2, 2), (2, 3)], [(2, 2)]] and p.digests == [["a", "b"], ["c"]]
+    repeated = Pictures.of(picture.repeat_interleave(2, 0), shown)
     assert repeated.digests == [["a", "b"], ["a", "b"], ["c"], ["c"]]
     with pytest.raises(UsageError, match="the prompt has 3 pictures, 2 were encoded"):
-        Pictures.equal(visual, 4, ["a", "b"])
-    assert Pictures.equal(visual, 5).grids[1] == [(1, 5)]
+        Pictures.of(picture, shown[:2])
+    unseen = Pictures.of(picture)
+    assert unseen.grids == [[(2, 2), (1, 6)], [(2, 2)]] and unseen.digests is None
+    assert Pictures.of(torch.full((2, 3), -1), []).grids == [[], []]
 
 
 def test_digests_do_not_depend_on_the_float_dtype() -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 from quota.core.errors import RecipeError, UsageError
 from quota.core.recipe import Recipe
 from quota.nn import quantize_rtn
+from quota.nn.pictures import Pictures
 from quota.nn.scores import text_queries
+from quota.nn.select import Alive, choose
 from quota.runtime.patch import patched
 from tests.models import IMAGE_TOKEN, llava_inputs, tiny_llava
 from tests.nn.recipes import final_states, greedy, recipe_for, single
@@ -167,7 +169,7 @@ def test_random_with_beams_and_without_pixels(models):
         model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
         assert torch.equal(handle.kept[-1], plain.repeat_interleave(2, 0))
         features = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        handle.pruner._digests = None
+        handle.pruner._shown = None
         with pytest.raises(UsageError, match="pixel_values: the random score"), torch.no_grad():
             model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], mm_encoder_outputs={"image": features})
 
@@ -295,6 +297,23 @@ def test_text_only_rows_and_two_pictures(model):
             last = METHODS[name]["candidates"][-1]
             one = METHODS[name]["keep"][-1] * V
             assert visual_kept(handle, batch)[last] == [0, one, 2 * one], name
+
+
+def test_sets_have_budgets_of_their_own() -> None:
+    """Two sets of one row, a policy each: what one keeps does not depend on the other's tokens."""
+    g = torch.Generator().manual_seed(0)
+    group = torch.tensor([[0] * 8 + [-1] + [1] * 8 + [-1]])
+    picture = Pictures.of(group)
+    ways = ({"policy": "maxmin", "score": "none"}, {"policy": "dpp", "score": "relevance"}, {"policy": "grid", "score": "none"}, {"score": "relevance"})
+    column = torch.arange(18)[None]
+    for selection in ways:
+        recipe = recipe_for(tiny_llava(), candidates=(-1,), keep=(0.5,), method="custom", selections=[selection])
+        hidden = torch.randn(1, 18, 12, generator=g)
+        other = hidden.clone()
+        other[:, 9:17] = torch.randn(1, 8, 12, generator=g)
+        kept = [choose(recipe, -1, Alive(x, group, column == 17, column, None, picture), torch.tensor([[3, 5]])) for x in (hidden, other)]
+        assert all([int((mask & (group == n)).sum()) for n in (0, 1)] == [3, 5] for mask in kept)
+        assert torch.equal(kept[0][:, :8], kept[1][:, :8])
 
 
 def test_recipes_that_cannot_work_say_so(models):
