@@ -96,8 +96,8 @@ def profile(
     if not all(figures.spread):
         raise SampleError("samples: expected at least one with a picture followed by text, got none; layers are chosen by attention to pictures")
     return Profile(
-        model=_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
-        regime=_regime(quant_model),
+        model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
+        regime=regime_of(quant_model),
         samples=len(samples),
         calibration_fingerprint=samples.fingerprint,
         tool_version=quota.__version__,
@@ -208,7 +208,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return list(submodule(model, find_arch(model).decoder_path).children())
 
 
-def _facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: list[int]) -> ModelFacts:
+def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: list[int]) -> ModelFacts:
+    """What recipes and the cost model need: sizes, and medians of the tokens per prompt."""
     sizes = decoder_sizes(model.config)
     text = model.config.text_config
     return ModelFacts(
@@ -219,7 +220,8 @@ def _facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: 
     )  # fmt: skip
 
 
-def _regime(model: nn.Module) -> str:
+def regime_of(model: nn.Module) -> str:
+    """The low-bit regime a quantized model runs in."""
     config = getattr(model.config, "quantization_config", None)
     found = config.get("regime") if isinstance(config, dict) else getattr(config, "regime", None)
     return found or "w4a4kv4"

@@ -132,8 +132,8 @@ def resolve_folder(model: str | Path) -> Path:
 class Stream:
     """Hidden states of all calibration items in one file: ragged rows packed as [total, width].
 
-    path: data file. lengths: rows of each item. positions, roles: int32 / int8 [total] (decoder stream; zeros elsewhere). images: per item the number of
-    pictures and of visual tokens before any drop (decoder stream).
+    path: data file. lengths: rows of each item. positions, roles, columns: int32 / int8 / int32 [total] (decoder stream; zeros elsewhere); columns are
+    places in the unpruned prompt. images: per item the number of pictures and of visual tokens before any drop (decoder stream).
     """
 
     def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool) -> None:
@@ -143,6 +143,7 @@ class Stream:
         self.data = np.memmap(path, dtype=dtype, mode="w+" if create else "r+", shape=(max(total, 1), width))
         self.positions = np.zeros(total, np.int32)
         self.roles = np.zeros(total, np.int8)
+        self.columns = np.zeros(total, np.int32)
         self.images: list[tuple[int, int]] = [(0, 0)] * len(self.lengths)
 
     def __len__(self) -> int:
@@ -183,7 +184,8 @@ class Stream:
         """A new stream file with this one's layout (positions and roles are copied when the lengths are the same)."""
         out = Stream(path, width or self.width, self.lengths if lengths is None else lengths, self.dtype, create=True)
         if lengths is None:
-            out.positions, out.roles, out.images = self.positions.copy(), self.roles.copy(), list(self.images)
+            out.positions, out.roles, out.columns = self.positions.copy(), self.roles.copy(), self.columns.copy()
+            out.images = list(self.images)
         return out
 
     def layout(self) -> dict[str, Any]:
@@ -191,7 +193,7 @@ class Stream:
         return {
             "file": self.path.name, "width": self.width, "dtype": self.dtype, "lengths": self.lengths,
             "positions": self.positions.tolist(), "roles": self.roles.tolist(),
-            "images": [list(pair) for pair in self.images],
+            "columns": self.columns.tolist(), "images": [list(pair) for pair in self.images],
         }  # fmt: skip
 
     @classmethod
@@ -200,6 +202,7 @@ class Stream:
         out = cls(folder / layout["file"], layout["width"], layout["lengths"], layout["dtype"], create=False)
         out.positions = np.asarray(layout["positions"], np.int32)
         out.roles = np.asarray(layout["roles"], np.int8)
+        out.columns = np.asarray(layout["columns"], np.int32)
         out.images = [(int(a), int(b)) for a, b in layout["images"]]
         return out
 
@@ -257,7 +260,7 @@ def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path:
             picture += count
         out.write(item, hidden)
         rows = out.rows(item)
-        out.positions[rows] = np.arange(len(sample))
+        out.positions[rows] = out.columns[rows] = np.arange(len(sample))
         out.roles[rows] = _roles(visual)
         out.images[item] = (count, count * arch.visual_tokens)
     return out

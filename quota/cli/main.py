@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run
+from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command("calibrate", rich_help_panel="Make")(calibrate.calibrate)
 app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
 app.command("run", rich_help_panel="Use")(run.run)
 app.command("eval", rich_help_panel="Use")(evaluate.evaluate)
+app.command("study", rich_help_panel="Look")(study.study)
 app.command("demo", rich_help_panel="Look")(demo.demo)
 app.add_typer(bench.app, name="bench", rich_help_panel="Look")
 

@@ -1,7 +1,8 @@
 """Key/value caches: packed 4-bit layers, and float layers that remember what was pruned before them.
 
 Layers of one cache may hold different numbers of tokens: pruning before decoder layer l leaves layer l's cache with exactly the tokens
-alive there. Layer 0 always holds the full length, which is what `get_seq_length()` reports to `generate`.
+alive there (`stored`). `generate` counts the prompt by layer 0's `get_seq_length()`: where tokens were dropped before layer 0, that layer
+adds the removed columns to what it reports, so prompts are still counted whole.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _GROWTH_TOKENS = 64
 
 class RowState:
     """Facts about each row of a cache layer, moved with the batch: `start` [B] int32 (first real slot; None = all rows start at 0) and
-    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned)."""
+    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned). `removed`: prompt columns that layer 0
+    never saw, the same for all rows; 0 in every other layer."""
 
     start: Tensor | None = None
     dropped: Tensor | None = None
+    removed: int = 0
 
     def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.start = None if self.start is None else move(self.start)
@@ -34,6 +37,7 @@ class RowState:
 
     def forget_rows(self) -> None:
         self.start = self.dropped = None
+        self.removed = 0
 
 
 class Rows(Protocol):
@@ -41,8 +45,10 @@ class Rows(Protocol):
 
     start: Tensor | None
     dropped: Tensor | None
+    removed: int
 
-    def get_seq_length(self) -> int: ...
+    @property
+    def stored(self) -> int: ...
 
 
 class Kv4Layer(RowState, CacheLayerMixin):
@@ -139,8 +145,12 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.append(key_states.float(), value_states.float())
         return self.dequantize_keys().to(key_states.dtype), self.dequantize_values().to(value_states.dtype)
 
-    def get_seq_length(self) -> int:
+    @property
+    def stored(self) -> int:
         return self.length
+
+    def get_seq_length(self) -> int:
+        return self.length + self.removed if self.length else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -181,6 +191,16 @@ class Kv4Layer(RowState, CacheLayerMixin):
 class PrunedLayer(RowState, DynamicLayer):
     """A float cache layer that remembers its row starts and how many tokens were pruned before it."""
 
+    @property
+    def stored(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.stored + self.removed if self.stored else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.stored + query_length, 0
+
     def reset(self) -> None:
         self.keys = self.values = None  # transformers before 5.21 would zero the tokens but keep their number
         self.is_initialized = False
@@ -210,6 +230,12 @@ class Kv4Cache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of all stored keys and values; layers that stayed float are counted as they are."""
         return sum(kv_bytes(self))
+
+
+def stored_tokens(cache: Cache) -> list[int]:
+    """Tokens in use per decoder layer."""
+    layers: list[Any] = cache.layers
+    return [layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers]
 
 
 def kv_bytes(cache: Cache) -> list[int]:
