@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from quota import ops
-from quota.nn.cache import Kv4Layer, kv4_layer
+from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
 from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
@@ -25,6 +25,11 @@ class Record:
     k: Tensor | ops.Kv | None = None
     lse: Tensor | None = None
     scaling: float = 1.0
+
+    def float_keys(self) -> Tensor:
+        """k as float32 [B, Hkv, T, D]; call it on a filled record."""
+        assert self.k is not None
+        return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
 
 
 class QuantAttention(Float32State):

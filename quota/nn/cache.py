@@ -113,8 +113,7 @@ class Kv4Layer(RowState, CacheLayerMixin):
         return self._dequantize(*self.value)
 
     def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        q, scale, zero = (t[:, :, : self.length] for t in (q, scale, zero))
-        return dequantize_kv(unpack_uint4(q, 2 * q.shape[-1]), scale, zero)
+        return dequantize_slots(*(t[:, :, : self.length] for t in (q, scale, zero)))
 
     def _reserve(self, tokens: int) -> None:
         capacity = self.buffers["k_q"].shape[2]
@@ -186,6 +185,11 @@ class Kv4Layer(RowState, CacheLayerMixin):
 
     def prefetch(self) -> None:
         self._move(lambda t: t.to(self.device, non_blocking=True))
+
+
+def dequantize_slots(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Packed codes uint8 [B, Hkv, T, D/2], scale and zero [B, Hkv, T] -> float32 [B, Hkv, T, D]."""
+    return dequantize_kv(unpack_uint4(q, 2 * q.shape[-1]), scale, zero)
 
 
 class PrunedLayer(RowState, DynamicLayer):

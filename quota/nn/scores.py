@@ -33,7 +33,7 @@ def token_signals(record: Record, hidden: Tensor, layer: Any, visual: Tensor, te
 
     record: attention of the layer before; hidden [B, S, hidden]: input of `layer`; visual, text [B, S] bool.
     """
-    q, k, lse = _tensors(record)
+    q, k, lse = _filled(record)
     inter, intra = ops.token_score(q, k, lse, text, visual, record.scaling)
     tokens = hidden[visual]
     signals = {"inter": inter, "intra": intra, "mag": _spread(row_norm(tokens), visual)}
@@ -42,7 +42,7 @@ def token_signals(record: Record, hidden: Tensor, layer: Any, visual: Tensor, te
     return signals
 
 
-def _tensors(record: Record) -> tuple[Tensor, Tensor, Tensor]:
+def _filled(record: Record) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:
     if record.q is None or record.k is None or record.lse is None:
         raise UsageError("attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was installed")
     return record.q, record.k, record.lse
@@ -72,7 +72,7 @@ def head_max_attention(record: Record, visual: Tensor, queries: Tensor) -> Tenso
 
 def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
     """queries [B, S]: whose attention. Softmax rows in float64, rounded once, so that the order of summation cannot show."""
-    q, k, lse = _tensors(record)
+    (q, _, lse), k = _filled(record), record.float_keys()
     out = q.new_zeros(visual.shape)
     for row in range(len(visual)):
         columns, asking = visual[row].nonzero()[:, 0], queries[row].nonzero()[:, 0]
