@@ -1,3 +1,4 @@
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own intrinsics
 #include <immintrin.h>
 
 #include <cstdint>

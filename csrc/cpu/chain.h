@@ -72,28 +72,33 @@ constexpr int64_t even_share(int64_t total, int64_t most) {
   return (total + tiles - 1) / tiles;
 }
 
-template <class V, int kRows, int kVectors>
-inline void chain_columns(const Chain& t, int64_t cols, int64_t k) {
-  if (cols >= kVectors * kLanes)
-    chain_tile<V, kRows, kVectors, false>(t, k, 0);
-  else
-    chain_tile<V, kRows, kVectors, true>(t, k, cols - (kVectors - 1) * kLanes);
+// All rows of a panel of at most 16 kVectors columns, which stays in the first-level cache meanwhile.
+template <class V, int kVectors, bool kTail>
+inline void chain_panel(Chain t, int64_t rows, int64_t k, int64_t last) {
+  static_assert(V::kChainRows <= 6);
+  const auto advance = [&](int64_t n) { rows -= n, t.a += n * t.a_row, t.c += n * t.c_row; };
+  if constexpr (kVectors <= 2 && V::kNarrowRows > V::kChainRows)  // few columns: more rows, so that enough chains run at once
+    for (; rows >= V::kNarrowRows; advance(V::kNarrowRows)) chain_tile<V, V::kNarrowRows, kVectors, kTail>(t, k, last);
+  while (rows > 0) {
+    const int64_t height = even_share(rows, V::kChainRows);
+    switch (height) {
+      case 6: chain_tile<V, 6, kVectors, kTail>(t, k, last); break;
+      case 5: chain_tile<V, 5, kVectors, kTail>(t, k, last); break;
+      case 4: chain_tile<V, 4, kVectors, kTail>(t, k, last); break;
+      case 3: chain_tile<V, 3, kVectors, kTail>(t, k, last); break;
+      case 2: chain_tile<V, 2, kVectors, kTail>(t, k, last); break;
+      default: chain_tile<V, 1, kVectors, kTail>(t, k, last);
+    }
+    advance(height);
+  }
 }
 
-template <class V, int kRows, int kMost>
-inline void chain_rows(Chain t, int64_t cols, int64_t k) {
-  static_assert(kMost <= 4);
-  while (cols > 0) {
-    const int64_t vectors = even_share((cols + kLanes - 1) / kLanes, kMost);
-    if (vectors == 1) chain_columns<V, kRows, 1>(t, cols, k);
-    if constexpr (kMost >= 2)
-      if (vectors == 2) chain_columns<V, kRows, 2>(t, cols, k);
-    if constexpr (kMost >= 3)
-      if (vectors == 3) chain_columns<V, kRows, 3>(t, cols, k);
-    if constexpr (kMost >= 4)
-      if (vectors == 4) chain_columns<V, kRows, 4>(t, cols, k);
-    cols -= vectors * kLanes, t.b += vectors * kLanes, t.c += vectors * kLanes;
-  }
+template <class V, int kVectors>
+inline void chain_columns(const Chain& t, int64_t rows, int64_t cols, int64_t k) {
+  if (cols >= kVectors * kLanes)
+    chain_panel<V, kVectors, false>(t, rows, k, 0);
+  else
+    chain_panel<V, kVectors, true>(t, rows, k, cols - (kVectors - 1) * kLanes);
 }
 
 constexpr int64_t kRowsWorthPacking = 16;
@@ -102,6 +107,7 @@ constexpr int64_t kRowsWorthPacking = 16;
 template <class V>
 inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
   constexpr int kMost = V::kChainVectors;
+  static_assert(kMost <= 4);
   const bool packs = t.b_row % kLanes != 0 && rows >= kRowsWorthPacking;  // loads that cross cache lines halve the rate
   const int64_t packed_row = packs ? round_up(cols, kLanes) : 0;
   const Scratch<float> packed(k * packed_row);
@@ -109,22 +115,16 @@ inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
     for (int64_t j = 0; j < k; ++j) __builtin_memcpy(packed + j * packed_row, t.b + j * t.b_row, static_cast<size_t>(cols) * sizeof(float));
     t.b = packed, t.b_row = packed_row;
   }
-  const auto advance = [&](int64_t n) { rows -= n, t.a += n * t.a_row, t.c += n * t.c_row; };
-  if constexpr (V::kNarrowRows > V::kChainRows)  // few columns: more rows, so that enough chains run at once
-    if (cols <= 2 * kLanes)
-      for (; rows >= V::kNarrowRows; advance(V::kNarrowRows)) chain_rows<V, V::kNarrowRows, 2>(t, cols, k);
-  static_assert(V::kChainRows <= 6);
-  while (rows > 0) {
-    const int64_t height = even_share(rows, V::kChainRows);
-    switch (height) {
-      case 6: chain_rows<V, 6, kMost>(t, cols, k); break;
-      case 5: chain_rows<V, 5, kMost>(t, cols, k); break;
-      case 4: chain_rows<V, 4, kMost>(t, cols, k); break;
-      case 3: chain_rows<V, 3, kMost>(t, cols, k); break;
-      case 2: chain_rows<V, 2, kMost>(t, cols, k); break;
-      default: chain_rows<V, 1, kMost>(t, cols, k);
-    }
-    advance(height);
+  while (cols > 0) {
+    const int64_t vectors = even_share((cols + kLanes - 1) / kLanes, kMost);
+    if (vectors == 1) chain_columns<V, 1>(t, rows, cols, k);
+    if constexpr (kMost >= 2)
+      if (vectors == 2) chain_columns<V, 2>(t, rows, cols, k);
+    if constexpr (kMost >= 3)
+      if (vectors == 3) chain_columns<V, 3>(t, rows, cols, k);
+    if constexpr (kMost >= 4)
+      if (vectors == 4) chain_columns<V, 4>(t, rows, cols, k);
+    cols -= vectors * kLanes, t.b += vectors * kLanes, t.c += vectors * kLanes;
   }
 }
 

@@ -1,5 +1,5 @@
-// The kernels, once, on sixteen lanes of `Vec`; each instruction set's source includes this after defining Vec. Everything is in an unnamed namespace and no standard template is instantiated here: a weak symbol compiled for one
-// instruction set must never serve another.
+// The kernels, once, on sixteen lanes of `Vec`; each instruction set's source includes this after defining Vec. Everything is in an unnamed
+// namespace and no standard template is instantiated here: a weak symbol compiled for one instruction set must never serve another.
 #pragma once
 
 #include "attention.h"

@@ -98,7 +98,9 @@ struct Vec {
     uint8_t u[64];
     int8_t s[64];
     std::memcpy(u, bytes.v, 64), std::memcpy(s, values.v, 64);
-    return map<I>([&](int i) { return acc.v[i] + u[4 * i] * s[4 * i] + u[4 * i + 1] * s[4 * i + 1] + u[4 * i + 2] * s[4 * i + 2] + u[4 * i + 3] * s[4 * i + 3]; });
+    I out = acc;
+    for (int i = 0; i < 64; ++i) out.v[i / 4] += u[i] * s[i];
+    return out;
   }
   static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
     for (int i = 0; i < 4; ++i)
@@ -114,7 +116,10 @@ struct Vec {
   }
   static void store_limbs(int8_t* p, int64_t stride, const I& x) {
     for (int i = 0; i < 16; ++i)
-      for (int limb = 0; limb < 3; ++limb) p[limb * stride + i] = static_cast<int8_t>((((static_cast<uint32_t>(x.v[i]) + 0x808080u) >> 8 * limb) & 255u) ^ 128u);
+      for (int limb = 0; limb < 3; ++limb) {
+        const uint32_t byte = (static_cast<uint32_t>(x.v[i]) + 0x808080u) >> 8 * limb & 255u;
+        p[limb * stride + i] = static_cast<int8_t>(byte ^ 128u);
+      }
   }
 
   // As in avx512vnni.cpp.
