@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "chain.h"
+#include "dense.h"
 #include "linear.h"
 #include "quantize.h"
 #include "quota/kernels.h"
@@ -14,7 +15,7 @@ namespace {
 
 template <class V>
 constexpr quota::Kernels table_of(const char* name) {
-  return {name, transform_rows<V>, quantize_rows<V>, unpack_rows<V>, linear_panel<V>, append_rows<V>, attention_tile<V>, score_columns<V>};
+  return {name, transform_rows<V>, quantize_rows<V>, unpack_rows<V>, linear_panel<V>, append_rows<V>, attention_tile<V>, score_columns<V>, float_linear_panel<V>};
 }
 
 }  // namespace

@@ -102,6 +102,14 @@ struct ScoreArgs {
 };
 constexpr int64_t kScoreColumns = 64;
 
+// y [M, N] = x [M, K] w^T in chain order; panels [ceil(N/64)][K][64] hold w transposed, zero past N.
+struct FloatLinearArgs {
+  const float* x;
+  const float* panels;
+  int64_t m, n, k;
+  float* y;
+};
+
 struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
@@ -111,6 +119,7 @@ struct Kernels {
   void (*append)(const AppendArgs&, int64_t row_begin, int64_t row_end);  // rows of [B, Hkv, T]
   void (*attention)(const AttentionArgs&, int64_t batch, int64_t kv_head, int64_t tile);
   void (*score)(const ScoreArgs&, const int64_t* queries, int64_t query_count, const int64_t* columns, int64_t column_count, float* out);
+  void (*float_linear)(const FloatLinearArgs&, int64_t panel);
 };
 
 // mask[i] = 1 for the `keep` largest scores among the eligible: NaN above every number, ties to the lower index.

@@ -1,0 +1,6 @@
+"""Serving many requests at once: a paged 4-bit cache by segment, continuous batching, deterministic sampling."""
+
+from quota.runtime.engine.engine import Engine, EngineConfig, QueueFull
+from quota.runtime.engine.request import Output, Prompt, Request, Sampling, TokenLogprob, Usage
+
+__all__ = ["Engine", "EngineConfig", "Output", "Prompt", "QueueFull", "Request", "Sampling", "TokenLogprob", "Usage"]
