@@ -35,8 +35,9 @@ class QueueFull(QuotaError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share more. step_tokens: most prefill rows per step, the bound on how long a decoding request waits for others. max_tokens: longest prompt
-    plus answer, None for the model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again.
+    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share more. step_tokens: most
+    prefill rows per step, the bound on how long a decoding request waits for others. max_tokens: longest prompt plus answer, None for the
+    model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again.
     """
 
     kv_bytes: int = 256 << 20
