@@ -48,13 +48,18 @@ class PageNames:
         self.places = places
         self._last = digest(segment.encode())
         self._names: list[bytes] = []
-        self._rows = prompt if chosen is None else _after_drop(prompt, *chosen)
-        self._extend()
+        rows = prompt if chosen is None else _after_drop(prompt, *chosen)
+        full = len(rows) // places * places
+        for first in range(0, full, places):
+            self._name(rows[first : first + places])
+        self._rest: list[list[int]] = rows[full:].tolist()
 
     def append(self, token: int) -> None:
         """A new word of the answer."""
-        self._rows = np.concatenate([self._rows, np.array([[token, 0, 0]], dtype=np.int64)])
-        self._extend()
+        self._rest.append([token, 0, 0])
+        if len(self._rest) == self.places:
+            self._name(np.array(self._rest, dtype=np.int64))
+            self._rest = []
 
     def __getitem__(self, page: int) -> bytes:
         return self._names[page]
@@ -63,12 +68,9 @@ class PageNames:
         """Pages that are full."""
         return len(self._names)
 
-    def _extend(self) -> None:
-        full = len(self._rows) // self.places
-        for page in range(full):
-            self._last = digest(self._last + self._rows[page * self.places : (page + 1) * self.places].tobytes())
-            self._names.append(self._last)
-        self._rows = self._rows[full * self.places :]
+    def _name(self, rows: Content) -> None:
+        self._last = digest(self._last + rows.tobytes())
+        self._names.append(self._last)
 
 
 def _after_drop(prompt: Content, first_visual: int, dropped: int, selecting: int, recipe: bytes) -> Content:

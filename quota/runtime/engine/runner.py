@@ -107,18 +107,20 @@ class _Slots:
 
     def __init__(self, batch: _Batch, segment: int, places: int) -> None:
         works = [flight.work for flight in batch.flights]
-        self.slot = torch.from_numpy(np.concatenate([_slots(f.work, segment, len(f.rows), places) for f in batch.flights], axis=1))
         singles = works[: batch.single]
-        lengths = [work.base[segment] + 1 for work in singles]
-        self.capacity = max(lengths, default=0)
-        self.length = torch.tensor(lengths, dtype=torch.int32)
-        self.start = self.capacity - self.length
-        width = -(-self.capacity // places)
-        table = np.full((len(self.slot), len(singles), width), -1, dtype=np.int32)
-        for row, (work, length) in enumerate(zip(singles, lengths, strict=True)):
-            pages = -(-length // places)
+        at = np.array([work.base[segment] for work in singles], dtype=np.int64)
+        self.capacity = int(at.max(initial=-1)) + 1
+        table = np.full((works[0].tables[segment].shape[0], len(singles), -(-self.capacity // places)), -1, dtype=np.int32)
+        for row, work in enumerate(singles):
+            pages = -(-(work.base[segment] + 1) // places)
             table[:, row, :pages] = work.tables[segment][:, :pages]
+        slot = table[:, np.arange(len(at)), at // places].astype(np.int64) * places + at % places
+        slot[:, at < [work.shared[segment] for work in singles]] = -1
+        others = [_slots(f.work, segment, len(f.rows), places) for f in batch.flights[batch.single :]]
+        self.slot = torch.from_numpy(np.concatenate([slot, *others], axis=1) if others else slot)
         self.table = torch.from_numpy(table)
+        self.length = torch.from_numpy((at + 1).astype(np.int32))
+        self.start = self.capacity - self.length
 
 
 def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
@@ -141,28 +143,33 @@ class Runner:
     def run(self, works: Sequence[Work]) -> list[Result]:
         """One result per work."""
         flights = [_Flight(work, x) for work, x in zip(works, self._inputs(works), strict=True)]
+        events = {layer for work in works for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))}
+        compact = any(work.compact for work in works)
         results: dict[int, Result] = {}
         batch: _Batch | None = None
         for layer, segment in enumerate(self._segment_of):
             if layer == self.segments.bounds[segment]:  # drops, entries and exits happen here only
+                if layer in events:
+                    batch = self._regroup(batch, [f for f in flights if f.work.enter <= layer < f.work.leave], layer)
                 if batch is not None:
-                    batch.give_back()
-                active = [f for f in flights if f.work.enter <= layer < f.work.leave]
-                if not active:
-                    batch = None
-                    continue
-                for flight in active:
-                    flight.choose(layer, self.family)
-                batch = _Batch(active)
-                slots = _Slots(batch, segment, self.storage.places)
-                positions = np.concatenate([flight.positions(segment) for flight in batch.flights])
-                rotary = self.family.rotary(torch.from_numpy(positions))
+                    slots = _Slots(batch, segment, self.storage.places)
+                    if layer in events or compact:
+                        positions = np.concatenate([flight.positions(segment) for flight in batch.flights])
+                        rotary = self.family.rotary(torch.from_numpy(positions))
             if batch is not None:
                 self._layer(layer, segment, batch, slots, rotary)
         if batch is not None:
             batch.give_back()
         self._logits(flights, results)
         return [results.get(id(f)) or Result(None, f.x, f.attended, f.kept) for f in flights]
+
+    def _regroup(self, batch: _Batch | None, active: list[_Flight], layer: int) -> _Batch | None:
+        """The batch that goes into `layer`, after what is dropped there."""
+        if batch is not None:
+            batch.give_back()
+        for flight in active:
+            flight.choose(layer, self.family)
+        return _Batch(active) if active else None
 
     def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
         counts = [0 if work.hidden is not None else len(work.ids) for work in works]

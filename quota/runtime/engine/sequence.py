@@ -133,10 +133,10 @@ class Sequence:
     def publish(self, pool: PagePool, places: int) -> None:
         """Offer the pages that are full and computed to others."""
         for segment, names in enumerate(self.names):
-            full = min(self.slots(segment, self.computed) // places, len(names))
+            full = self.slots(segment, self.computed) // places
             for page in range(self.published[segment], full):
                 pool.publish(self.pages[segment][page], names[page])
-            self.published[segment] = max(self.published[segment], full)
+                self.published[segment] = full
 
     def append(self, token: int) -> None:
         """A new token of the answer."""
