@@ -28,6 +28,7 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535)
     threads: int = Field(default=0, ge=0, description="compute threads, 0: all cores")
     kv_bytes: int = Field(default=256 << 20, ge=1)
+    feature_bytes: int = Field(default=256 << 20, ge=0, description="memory for encoded pictures that may be asked about again")
     page_tokens: int = Field(default=16, ge=1, le=4096)
     max_running: int = Field(default=64, ge=1)
     max_waiting: int = Field(default=256, ge=1)

@@ -49,7 +49,7 @@ class Service:
         recipes = load_recipes(settings)
         config = EngineConfig(
             settings.kv_bytes, settings.page_tokens, settings.max_running, settings.max_waiting, settings.step_tokens, settings.max_model_tokens,
-            prefix_cache=settings.prefix_cache,
+            settings.feature_bytes, settings.prefix_cache,
         )  # fmt: skip
         # the engine decodes on its own thread, and tokenizers do not like company
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None

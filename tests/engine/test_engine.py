@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -219,3 +220,36 @@ def test_unsuitable_models():
         Engine(model, config=EngineConfig(kv_bytes=100))
     with pytest.raises(UsageError, match="max_running"):
         EngineConfig(max_running=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_comings_and_goings(model, mixed, seed):
+    """Submissions, aborts and steps in random order on a small pool: accounts balance after every operation, and who ends, ends as alone."""
+    asks, alone = mixed
+    rng = random.Random(seed)
+    made = engine(model, pages=200, max_running=4, step_tokens=rng.choice((7, 30, 500)))
+    live: list[str] = []
+    ended: dict[str, str | None] = {}
+    left = [replace(ask, id=f"{ask.id}/{turn}") for turn in range(2) for ask in asks]
+    rng.shuffle(left)
+    while left or made.busy:
+        act = rng.random()
+        if left and act < 0.3:
+            live.append(left[-1].id)
+            made.submit(left.pop())
+        elif live and act < 0.34:
+            made.abort(live.pop(rng.randrange(len(live))))
+        else:
+            ended |= {output.id: output.reason for output in made.step() if output.reason}
+        made.check_integrity()
+    assert set(ended.values()) <= {"length", "abort"} and sum(reason == "length" for reason in ended.values()) > 6
+    whole = {id: seen for id, seen in made.seen.items() if ended[id] == "length"}
+    assert same(whole, {id: alone[id.split("/")[0]] for id in whole})
+
+
+def test_pictures_are_encoded_once(model, monkeypatch):
+    made, encoded = engine(model), []
+    encode = made.family.encode_image
+    monkeypatch.setattr(made.family, "encode_image", lambda image: encoded.append(1) or encode(image))
+    run(made, [asked(str(i), prompt(model, 3, picture(1), 4, picture(2), i + 1)) for i in range(3)])
+    assert len(encoded) == 2

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quota.arch import model_fingerprint
@@ -179,6 +180,7 @@ class Engine:
 
     # one step
 
+    @torch.no_grad()
     def step(self) -> list[Output]:
         """Advance every request that can; returns what each gained."""
         began = time.monotonic()
