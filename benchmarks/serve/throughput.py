@@ -31,11 +31,12 @@ TOKENS = 32
 
 
 def body(model: str, number: int, recipe: str | None) -> dict[str, Any]:
-    """Question `number`, always exactly the same; sampled hot, so that answers do not end early."""
+    """Question `number`, always exactly the same, answered with exactly TOKENS tokens."""
     rng = random.Random(number)
     messages = [user(QUESTIONS[number % len(QUESTIONS)], picture_bytes(rng, (400, 300)))]
     more = {} if recipe is None else {"recipe": recipe}
-    return {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 1.0, "seed": number, "stream": True, **more}
+    return {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 1.0, "seed": number, "stream": True, "ignore_eos": True,
+            "stream_options": {"include_usage": True}, **more}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -58,15 +59,19 @@ def server(checkpoint: str, recipe: str | None, threads: int) -> Iterator[str]:
 
 
 async def timed(http: httpx.AsyncClient, asked: dict[str, Any]) -> tuple[str, list[float]]:
-    """(text, seconds from the request to each piece of text)."""
-    began, text, times = time.perf_counter(), "", []
+    """(text, seconds from the request to each piece of text). RuntimeError when there were not exactly TOKENS tokens."""
+    began, text, times, tokens = time.perf_counter(), "", [], 0
     async with http.stream("POST", "/v1/chat/completions", json=asked) as response:
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                for choice in json.loads(line[6:])["choices"]:
+                event = json.loads(line[6:])
+                tokens = event.get("usage", {}).get("completion_tokens", tokens)
+                for choice in event["choices"]:
                     if choice["delta"].get("content"):
                         text += choice["delta"]["content"]
                         times.append(time.perf_counter() - began)
+    if tokens != TOKENS:
+        raise RuntimeError(f"expected {TOKENS} tokens, got {tokens}")
     return text, times
 
 
@@ -88,7 +93,7 @@ async def measure(url: str, clients: int, per_client: int, recipe: str | None) -
         began = time.perf_counter()
         await asyncio.gather(*(client(index) for index in range(clients)))
         seconds = time.perf_counter() - began
-    tokens = sum(len(times) for times in found)
+    tokens = TOKENS * len(found)
     first = sorted(times[0] for times in found if times)
     between = sorted(b - a for times in found for a, b in pairwise(times))
     return {

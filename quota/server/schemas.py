@@ -66,7 +66,8 @@ class ResponseFormat(_Body):
 
 
 class _Common(_Body):
-    """What both kinds of completion take. recipe: a name from the server's list, or "none"; keep: another final keep ratio for it."""
+    """What both kinds of completion take. Ours: recipe, a name from the server's list, or "none"; keep, another final keep ratio for it;
+    ignore_eos, go on after the end token (for measurements)."""
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -84,6 +85,7 @@ class _Common(_Body):
     user: str | None = None
     recipe: str | None = None
     keep: float | None = Field(default=None, gt=0, le=1)
+    ignore_eos: bool = False
 
     @field_validator("stop")
     @classmethod
@@ -100,7 +102,7 @@ class _Common(_Body):
     def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
         """Choice i of a seeded request draws with seed + i, so choices differ and each can be had again."""
         seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        return Sampling(max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stops, logprobs)
+        return Sampling(max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stops, logprobs, self.ignore_eos)
 
 
 class ChatRequest(_Common):
