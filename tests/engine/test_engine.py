@@ -249,7 +249,26 @@ def test_random_comings_and_goings(model, mixed, seed):
 
 def test_pictures_are_encoded_once(model, monkeypatch):
     made, encoded = engine(model), []
-    encode = made.family.encode_image
-    monkeypatch.setattr(made.family, "encode_image", lambda image: encoded.append(1) or encode(image))
+    encode = made.family.encode_images
+    monkeypatch.setattr(made.family, "encode_images", lambda images: encoded.extend(images) or encode(images))
     run(made, [asked(str(i), prompt(model, 3, picture(1), 4, picture(2), i + 1)) for i in range(3)])
     assert len(encoded) == 2
+
+
+def test_features_do_not_depend_on_company(model):
+    family, images = engine(model).family, [picture(i) for i in range(5)]
+    assert all(torch.equal(together, family.encode_images([image])[0]) for together, image in zip(family.encode_images(images), images, strict=True))
+
+
+def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
+    made = engine(model)
+    encode = made.family.encode_images
+
+    def fragile(images):
+        if any(torch.equal(image, picture(2)) for image in images):
+            raise RuntimeError("a picture that breaks the tower")
+        return encode(images)
+
+    monkeypatch.setattr(made.family, "encode_images", fragile)
+    outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
+    assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]

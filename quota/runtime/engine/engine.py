@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -198,21 +199,41 @@ class Engine:
         return outputs
 
     def _encode_pictures(self) -> None:
-        """Encode for the first in line; at most one picture a step that is not known yet, so that decoding goes on between pictures."""
-        for sequence in [*self.scheduler.running, *list(self.scheduler.waiting)[:1]]:
-            for number, (name, _) in enumerate(sequence.pictures):
-                if sequence.decoding or sequence.features[number] is not None:
-                    continue
-                known = self._features.get(name)
-                if known is None:
-                    self._guarded(sequence, self._encode, sequence, number)
-                    return
-                sequence.features[number] = known
+        """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that decoding goes on meanwhile."""
+        wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
+        rows = 0
+        room = self.config.max_running - len(self.scheduler.running)
+        for sequence in [*self.scheduler.running, *islice(self.scheduler.waiting, room)]:
+            if sequence.decoding:
+                continue
+            for number, (name, tokens) in enumerate(sequence.pictures):
+                if sequence.features[number] is None:
+                    sequence.features[number] = self._features.get(name)
+                if sequence.features[number] is None:
+                    rows += tokens if name not in wanted else 0
+                    if wanted and rows > self.config.step_tokens:
+                        return self._encode(wanted)
+                    wanted.setdefault(name, []).append((sequence, number))
+        return self._encode(wanted)
 
-    def _encode(self, sequence: Sequence, number: int) -> None:
-        features = self.family.encode_image(sequence.request.prompt.images[number])
-        self._features.put(sequence.pictures[number][0], features)
-        sequence.features[number] = features
+    def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
+        """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be encoded fail."""
+        images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
+        try:
+            found: dict[bytes, Tensor] = dict(zip(images, self.family.encode_images(list(images.values())), strict=True)) if images else {}
+        except Exception:
+            log.exception("%d pictures could not be encoded together; encoding them one by one", len(images))
+            found = {}
+            for name, image in images.items():
+                try:
+                    found[name] = self.family.encode_images([image])[0]
+                except Exception as error:
+                    for sequence, _ in wanted[name]:
+                        self._fail(sequence, error)
+        for name, features in found.items():
+            self._features.put(name, features)
+            for sequence, number in wanted[name]:
+                sequence.features[number] = features
 
     def _run(self, turns: list[Turn]) -> list[Result | None]:
         """All turns in one batch; after an exception each alone, so that only the request that causes it fails."""

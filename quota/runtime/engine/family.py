@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,8 +37,8 @@ class Family(Protocol):
     def image_tokens(self, image: Any) -> int:
         """Visual tokens of one picture."""
 
-    def encode_image(self, image: Any) -> Tensor:
-        """[image_tokens, d]; UsageError for a picture of another shape."""
+    def encode_images(self, images: Sequence[Any]) -> list[Tensor]:
+        """[image_tokens, d] of each picture; a picture's features do not depend on the others."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [M] -> [M, d]."""
@@ -96,10 +97,10 @@ class LlavaFamily:
             raise UsageError(f"image: expected pixels {list(self._image_shape)}, got {list(image.shape)}")
         return self._visual_tokens
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         weight = self.text.embed_tokens.weight
-        features = self.model.model.get_image_features(pixel_values=image[None].to(weight.dtype), return_dict=True).pooler_output
-        return features[0].to(weight.dtype)
+        features = self.model.model.get_image_features(pixel_values=torch.stack(list(images)).to(weight.dtype), return_dict=True).pooler_output
+        return [part.to(weight.dtype).clone() for part in features]
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.text.embed_tokens(ids)
