@@ -340,6 +340,95 @@ Tensor token_gather(Tensor x, Tensor index) {
   return y;
 }
 
+Tensor float_linear(Tensor x, Tensor panels, int64_t n) {
+  check(x, "x", ScalarType::Float, {kFree, kFree});
+  const int64_t m = x.size(0), k = x.size(1), count = (n + quota::kPanel - 1) / quota::kPanel;
+  check(panels, "panels", ScalarType::Float, {count, k, quota::kPanel});
+  Tensor y = make({m, n}, ScalarType::Float);
+  const quota::FloatLinearArgs args{floats(x), floats(panels), m, n, k, static_cast<float*>(y.mutable_data_ptr())};
+  const auto run = quota::kernels().float_linear;
+  parallel_for(0, count, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) run(args, panel);
+  });
+  return y;
+}
+
+// The pages of a 4-bit pool: q [U, Hkv, P, R] bytes, scale and zero [U, Hkv, P].
+struct Pages {
+  int64_t units, heads, places, row_bytes;
+};
+
+Pages pages_of(const Tensor& q, const Tensor& scale, const Tensor& zero) {
+  check(q, "pages_q", ScalarType::Byte, {kFree, kFree, kFree, kFree});
+  const Pages pages{q.size(0), q.size(1), q.size(2), q.size(3)};
+  check(scale, "pages_scale", ScalarType::Float, {pages.units, pages.heads, pages.places});
+  check(zero, "pages_zero", ScalarType::Float, {pages.units, pages.heads, pages.places});
+  return pages;
+}
+
+// Row m of a packed cache [1, Hkv, M, R] goes to place slot % P of unit slot / P; a negative slot is not stored.
+void kv4_page_write(Tensor pages_q, Tensor pages_scale, Tensor pages_zero, Tensor q, Tensor scale, Tensor zero, Tensor slot) {
+  const Pages pages = pages_of(pages_q, pages_scale, pages_zero);
+  check(slot, "slot", ScalarType::Long, {kFree});
+  const int64_t rows = slot.size(0), row_bytes = pages.row_bytes;
+  check(q, "q", ScalarType::Byte, {1, pages.heads, rows, row_bytes});
+  check(scale, "scale", ScalarType::Float, {1, pages.heads, rows});
+  check(zero, "zero", ScalarType::Float, {1, pages.heads, rows});
+  const auto* slots = static_cast<const int64_t*>(slot.const_data_ptr());
+  for (int64_t m = 0; m < rows; ++m) STD_TORCH_CHECK(slots[m] < pages.units * pages.places, "slot: expected below ", pages.units * pages.places, ", got ", slots[m]);
+  auto* to_q = static_cast<uint8_t*>(pages_q.mutable_data_ptr());
+  auto* to_scale = static_cast<float*>(pages_scale.mutable_data_ptr());
+  auto* to_zero = static_cast<float*>(pages_zero.mutable_data_ptr());
+  for (int64_t m = 0; m < rows; ++m) {
+    if (slots[m] < 0) continue;
+    for (int64_t h = 0; h < pages.heads; ++h) {
+      const int64_t to = (slots[m] / pages.places * pages.heads + h) * pages.places + slots[m] % pages.places, from = h * rows + m;
+      std::memcpy(to_q + to * row_bytes, bytes(q) + from * row_bytes, static_cast<size_t>(row_bytes));
+      to_scale[to] = floats(scale)[from], to_zero[to] = floats(zero)[from];
+    }
+  }
+}
+
+// The first length[b] slots of each table row, moved to the right end of `capacity` contiguous slots; zero before them.
+std::tuple<Tensor, Tensor, Tensor> kv4_page_read(Tensor pages_q, Tensor pages_scale, Tensor pages_zero, Tensor table, Tensor length, int64_t capacity) {
+  const Pages pages = pages_of(pages_q, pages_scale, pages_zero);
+  check(table, "table", ScalarType::Int, {kFree, kFree});
+  const int64_t batch = table.size(0), width = table.size(1), row_bytes = pages.row_bytes, heads = pages.heads;
+  check(length, "length", ScalarType::Int, {batch});
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t slots = ints(length)[b];
+    STD_TORCH_CHECK(slots >= 0 && slots <= capacity && slots <= width * pages.places, "length: expected at most ", capacity, " slots in ", width,
+                    " pages for row ", b, ", got ", slots);
+    for (int64_t i = 0; i * pages.places < slots; ++i) {
+      const int64_t unit = ints(table)[b * width + i];
+      STD_TORCH_CHECK(unit >= 0 && unit < pages.units, "table: expected 0 <= unit < ", pages.units, ", got ", unit);
+    }
+  }
+  Tensor q = make({batch, heads, capacity, row_bytes}, ScalarType::Byte), scale = make({batch, heads, capacity}, ScalarType::Float);
+  Tensor zero = make({batch, heads, capacity}, ScalarType::Float);
+  auto* to_q = static_cast<uint8_t*>(q.mutable_data_ptr());
+  auto* to_scale = static_cast<float*>(scale.mutable_data_ptr());
+  auto* to_zero = static_cast<float*>(zero.mutable_data_ptr());
+  parallel_for(0, batch * heads, grain(capacity * row_bytes / 4), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / heads, h = i % heads, slots = ints(length)[b], pad = capacity - slots;
+      const auto put = [&](auto* to, const auto* from, int64_t width_of_slot) {
+        const auto size = sizeof(*to) * static_cast<size_t>(width_of_slot);
+        auto* row = to + i * capacity * width_of_slot;
+        std::memset(row, 0, static_cast<size_t>(pad) * size);
+        for (int64_t j = 0; j < slots; j += pages.places) {
+          const int64_t count = slots - j < pages.places ? slots - j : pages.places, unit = ints(table)[b * width + j / pages.places];
+          std::memcpy(row + (pad + j) * width_of_slot, from + (unit * heads + h) * pages.places * width_of_slot, static_cast<size_t>(count) * size);
+        }
+      };
+      put(to_q, bytes(pages_q), row_bytes);
+      put(to_scale, floats(pages_scale), 1);
+      put(to_zero, floats(pages_zero), 1);
+    }
+  });
+  return {q, scale, zero};
+}
+
 bool use_isa(std::string name) { return quota::use(name.c_str()); }
 
 // The instruction sets this CPU can run, best first, comma-separated; the one in use is named by `isa`.
@@ -374,6 +463,11 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
       "-> (Tensor, Tensor)");
   m.def("token_select(Tensor score, Tensor eligible, Tensor keep) -> Tensor");
   m.def("token_gather(Tensor x, Tensor index) -> Tensor");
+  m.def("float_linear(Tensor x, Tensor panels, int n) -> Tensor");
+  m.def(
+      "kv4_page_write(Tensor(a!) pages_q, Tensor(b!) pages_scale, Tensor(c!) pages_zero, Tensor q, Tensor scale, Tensor zero, Tensor slot) -> ()");
+  m.def(
+      "kv4_page_read(Tensor pages_q, Tensor pages_scale, Tensor pages_zero, Tensor table, Tensor length, int capacity) -> (Tensor, Tensor, Tensor)");
   m.def("use_isa(str name) -> bool");
   m.def("isas() -> str");
   m.def("isa() -> str");
@@ -391,6 +485,9 @@ STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("token_score", TORCH_BOX(&token_score));
   m.impl("token_select", TORCH_BOX(&token_select));
   m.impl("token_gather", TORCH_BOX(&token_gather));
+  m.impl("float_linear", TORCH_BOX(&float_linear));
+  m.impl("kv4_page_write", TORCH_BOX(&kv4_page_write));
+  m.impl("kv4_page_read", TORCH_BOX(&kv4_page_read));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CompositeExplicitAutograd, m) {

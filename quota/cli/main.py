@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, study
+from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, serve, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.command("doctor", rich_help_panel="Look")(doctor.doctor)
 app.command("calibrate", rich_help_panel="Make")(calibrate.calibrate)
 app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
 app.command("run", rich_help_panel="Use")(run.run)
+app.command("serve", rich_help_panel="Use")(serve.serve)
 app.command("eval", rich_help_panel="Use")(evaluate.evaluate)
 app.command("study", rich_help_panel="Look")(study.study)
 app.command("demo", rich_help_panel="Look")(demo.demo)

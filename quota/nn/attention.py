@@ -60,6 +60,13 @@ class QuantAttention(Float32State):
     def forget(self) -> None:
         self._clips = None
 
+    @property
+    def clips(self) -> tuple[float, float]:
+        """Of k and of v."""
+        if self._clips is None:
+            self._clips = float(self.k_clip), float(self.v_clip)
+        return self._clips
+
     @without_grad
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
                 past_key_values: Cache | None = None, quota_record: Record | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
@@ -79,12 +86,10 @@ class QuantAttention(Float32State):
 
     def _append(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Kv4Layer) -> Tensor:
         """qkv [B, T, (H + 2 Hkv) D] float32 -> q [B, H, T, D], rotated and transformed; k and v go into `cache`."""
-        if self._clips is None:
-            self._clips = float(self.k_clip), float(self.v_clip)
         rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
         batch, tokens, _ = qkv.shape
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
-        return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), cache.key, cache.value, position, self._clips)
+        return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), cache.key, cache.value, position, self.clips)
 
 
 class QuantClipAttention(nn.Module):

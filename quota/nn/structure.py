@@ -11,6 +11,7 @@ from quota.arch import ArchSpec, find_arch, submodule
 from quota.core.errors import CheckpointError
 from quota.nn.attention import QuantAttention, QuantClipAttention
 from quota.nn.embedding import PatchEmbedding, Rotary
+from quota.nn.head import HeadLinear
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
 from quota.nn.norm import RmsNorm
@@ -73,6 +74,7 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
             _decoder_layer(build, model, arch, index)
         text.rotary_emb = Rotary(text.config, device=device)
         text.norm = RmsNorm.replacing(text.norm)
+        _replace(model, arch.lm_head_path, HeadLinear.replacing(model.get_submodule(arch.lm_head_path)))
     if "vision" in chosen:
         for index in range(arch.vision_layers_used):
             _vision_layer(build, model, arch, index)

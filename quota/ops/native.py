@@ -19,13 +19,17 @@ from quota.core.errors import UsageError
 from quota.core.pages import release_pages
 
 if TYPE_CHECKING:
+    from quota.ops.float_linear import FloatWeight
     from quota.ops.kv4_attention import Kv
     from quota.ops.w4a4_linear import PackedWeight
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
+_PANEL = 64
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
-_OPS = ("transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "kv4_append", "qkv_append", "kv4_attention", "token_score",
-        "token_select", "token_gather")  # fmt: skip
+_OPS = (
+    "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention", "kv4_page_write",
+    "kv4_page_read", "token_score", "token_select", "token_gather",
+)  # fmt: skip
 _PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
 
 
@@ -43,6 +47,9 @@ class _Bound:
     token_score: Any
     token_select: Any
     token_gather: Any
+    float_linear: Any
+    kv4_page_write: Any
+    kv4_page_read: Any
     isa: str = ""
 
 
@@ -163,3 +170,22 @@ def token_gather(x: Tensor, index: Tensor) -> Tensor:
         return x.new_empty(*index.shape, *x.shape[2:])
     rows = x.reshape(*x.shape[:2], width).contiguous().view(torch.uint8)  # bytes, whatever they mean
     return _bound.token_gather(rows, index.contiguous()).view(x.dtype).view(*index.shape, *x.shape[2:])
+
+
+def float_linear(x: Tensor, weight: FloatWeight) -> Tensor:
+    panels = weight.layouts.get("native")
+    if panels is None:
+        n, k = weight.w.shape
+        count = -(-n // _PANEL)
+        panels = weight.w.new_zeros(count * _PANEL, k, dtype=torch.float32)
+        panels[:n] = weight.w
+        panels = weight.layouts["native"] = panels.view(count, _PANEL, k).transpose(1, 2).contiguous()
+    return _bound.float_linear(x.contiguous(), panels, weight.w.shape[0])
+
+
+def kv4_page_write(pages: Kv, rows: Kv, slot: Tensor) -> None:
+    _bound.kv4_page_write(*pages, *(t.contiguous() for t in rows), slot.contiguous())
+
+
+def kv4_page_read(pages: Kv, table: Tensor, length: Tensor, capacity: int) -> Kv:
+    return _bound.kv4_page_read(*pages, table.contiguous(), length.contiguous(), capacity)

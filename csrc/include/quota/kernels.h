@@ -155,6 +155,14 @@ struct ScoreArgs {
   float scaling;
 };
 
+// y [M, N] = x [M, K] w^T in chain order; panels [ceil(N/64)][K][64] hold w transposed, zero past N.
+struct FloatLinearArgs {
+  const float* x;
+  const float* panels;
+  int64_t m, n, k;
+  float* y;
+};
+
 struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
@@ -165,6 +173,7 @@ struct Kernels {
   void (*attention)(const AttentionArgs&, int64_t batch, int64_t kv_head, int64_t tile);
   // Attention of one head that the queries give to each column, summed over them: out [columns.count].
   void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
+  void (*float_linear)(const FloatLinearArgs&, int64_t panel);
   Linear linear;
 };
 

@@ -1,0 +1,336 @@
+"""The engine: requests in, tokens out, step by step. Not thread-safe; `AsyncEngine` gives it a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.arch import model_fingerprint
+from quota.core.errors import QuotaError, UsageError
+from quota.core.recipe import Recipe
+from quota.runtime.engine.choice import check_choices
+from quota.runtime.engine.family import Family, family_of
+from quota.runtime.engine.plan import Segments, at_budget
+from quota.runtime.engine.pool import PagePool
+from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
+from quota.runtime.engine.runner import Result, Runner
+from quota.runtime.engine.sampling import Row, choose_token, logprobs
+from quota.runtime.engine.scheduler import Scheduler, Turn
+from quota.runtime.engine.sequence import Piece, Sequence
+from quota.runtime.engine.stats import Stats
+from quota.runtime.engine.storage import KvStorage, unit_bytes
+from quota.runtime.engine.text import Detokenizer
+
+log = logging.getLogger(__name__)
+
+
+class QueueFull(QuotaError):
+    """As many requests wait as the engine accepts."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share more. step_tokens: most
+    prefill rows per step, the bound on how long a decoding request waits for others. max_tokens: longest prompt plus answer, None for the
+    model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again.
+    """
+
+    kv_bytes: int = 256 << 20
+    page_tokens: int = 16
+    max_running: int = 64
+    max_waiting: int = 256
+    step_tokens: int = 512
+    max_tokens: int | None = None
+    feature_bytes: int = 256 << 20
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes", "page_tokens", "max_running", "max_waiting", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class _Features:
+    """Encoded pictures by content, least recently used first out."""
+
+    limit_bytes: int
+    kept: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
+    nbytes: int = 0
+
+    def get(self, name: bytes) -> Tensor | None:
+        found = self.kept.get(name)
+        if found is not None:
+            self.kept.move_to_end(name)
+        return found
+
+    def put(self, name: bytes, features: Tensor) -> None:
+        self.kept[name] = features
+        self.nbytes += features.numel() * features.element_size()
+        while self.nbytes > self.limit_bytes and len(self.kept) > 1:
+            _, old = self.kept.popitem(last=False)
+            self.nbytes -= old.numel() * old.element_size()
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    model: from `quota.load`, without a recipe installed. recipes: name -> Recipe; all their prune points become segment boundaries. default: the
+    name of the recipe for requests that ask for none in particular; None prunes nothing. tokenizer: for texts and stop texts; None reports ids.
+    """
+
+    def __init__(self, model: Any, *, tokenizer: Any = None, recipes: Mapping[str, Recipe] | None = None, default: str | None = None,
+                 config: EngineConfig | None = None) -> None:  # fmt: skip
+        self.config = config or EngineConfig()
+        self.family: Family = family_of(model)
+        self.tokenizer = tokenizer
+        self.recipes = dict(recipes or {})
+        if default is not None and default not in self.recipes:
+            raise UsageError(f"default: expected one of the recipes {sorted(self.recipes)}, got {default!r}")
+        identity = model_fingerprint(model)
+        for recipe in self.recipes.values():
+            recipe.check_model(identity, self.family.layers)
+            check_choices(recipe)
+        self.default = default
+        self.segments = Segments.between(self.family.layers, self.recipes.values())
+        places = self.config.page_tokens
+        units = self.config.kv_bytes // unit_bytes(places, self.family.kv_heads, self.family.head_dim)
+        if units < self.family.layers:
+            raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.family.layers} layers; give the pool more")
+        self.storage = KvStorage(units, places, self.family.kv_heads, self.family.head_dim)
+        self.pool = PagePool(units, [len(span) for span in self.segments.spans])
+        self.runner = Runner(self.family, self.storage, self.segments)
+        self.scheduler = Scheduler(self.pool, self.segments, places, self.config.max_running, self.config.step_tokens)
+        self.max_tokens = min(self.family.max_tokens, self.config.max_tokens or self.family.max_tokens)
+        self.stats = Stats(self.segments.names())
+        self.eos = _eos_tokens(model)
+        self._features = _Features(self.config.feature_bytes)
+        self._budgets: dict[tuple[str, float], Recipe] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._outputs: list[Output] = []
+        self._order = 0
+
+    # requests
+
+    def submit(self, request: Request) -> Sequence:
+        """Accept a request, or say why not: UsageError (impossible or inconsistent), QueueFull."""
+        if request.id in self._sequences:
+            raise UsageError(f"id: {request.id!r} is in use")
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFull(f"queue: {self.config.max_waiting} requests wait already")
+        sequence = Sequence(request, self._order, self.recipe_of(request), self.family, self.segments)
+        self._check_size(sequence)
+        if self.config.prefix_cache:
+            sequence.name_pages(self.config.page_tokens)
+        if self.tokenizer is not None:
+            sequence.detokenizer = Detokenizer(self.tokenizer)
+        self._order += 1
+        self._sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+        self.stats.accepted += 1
+        return sequence
+
+    def recipe_of(self, request: Request) -> Recipe | None:
+        """The recipe a request runs under."""
+        recipe = request.recipe
+        if recipe == "default":
+            recipe = self.default
+        name = recipe if isinstance(recipe, str) else None
+        if isinstance(recipe, str):
+            if recipe not in self.recipes:
+                raise UsageError(f"recipe: expected one of {sorted(self.recipes)}, got {recipe!r}")
+            recipe = self.recipes[recipe]
+        if request.keep is not None:
+            if recipe is None:
+                raise UsageError("keep: needs a recipe, and there is none")
+            key = (name or "", request.keep)
+            if name is None or key not in self._budgets:
+                made = at_budget(recipe, request.keep)
+                if name is None or len(self._budgets) > 1000:
+                    self._budgets.clear()
+                self._budgets[key] = made
+            recipe = self._budgets[key]
+        if recipe is not None:
+            check_choices(recipe)
+            self.segments.check(recipe)
+        return recipe
+
+    def _check_size(self, sequence: Sequence) -> None:
+        if sequence.prompt_tokens >= self.max_tokens:
+            raise UsageError(f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is {self.max_tokens} together")
+        longest = min(self.max_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
+        need = sequence.units(longest, self.config.page_tokens)
+        if need > self.pool.units:
+            raise UsageError(f"prompt: {longest} tokens need {need} units of the key/value pool, which has {self.pool.units}; ask for less or give it more")
+
+    def abort(self, id: str) -> None:
+        """Stop a request; its last output has the reason "abort". Unknown ids are ignored: it may just have ended."""
+        sequence = self._sequences.get(id)
+        if sequence is not None:
+            self._finish(sequence, "abort")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._sequences or self._outputs)
+
+    # one step
+
+    @torch.no_grad()
+    def step(self) -> list[Output]:
+        """Advance every request that can; returns what each gained."""
+        began = time.monotonic()
+        turns = self.scheduler.decodes()
+        self._encode_pictures()
+        turns += self.scheduler.prefills(self.config.step_tokens)
+        for turn in turns:
+            if turn.sequence.times.admitted is None:
+                turn.sequence.times.admitted = began
+        for turn, result in zip(turns, self._run(turns), strict=True):
+            if result is not None:
+                self._guarded(turn.sequence, self._commit, turn, result)
+        self.stats.observe_step(turns, time.monotonic() - began)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _encode_pictures(self) -> None:
+        """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that decoding goes on meanwhile."""
+        wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
+        rows = 0
+        room = self.config.max_running - len(self.scheduler.running)
+        for sequence in [*self.scheduler.running, *islice(self.scheduler.waiting, room)]:
+            if sequence.decoding:
+                continue
+            for number, (name, tokens) in enumerate(sequence.pictures):
+                if sequence.features[number] is None:
+                    sequence.features[number] = self._features.get(name)
+                if sequence.features[number] is None:
+                    rows += tokens if name not in wanted else 0
+                    if wanted and rows > self.config.step_tokens:
+                        return self._encode(wanted)
+                    wanted.setdefault(name, []).append((sequence, number))
+        return self._encode(wanted)
+
+    def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
+        """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be encoded fail."""
+        images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
+        try:
+            found: dict[bytes, Tensor] = dict(zip(images, self.family.encode_images(list(images.values())), strict=True)) if images else {}
+        except Exception:
+            log.exception("%d pictures could not be encoded together; encoding them one by one", len(images))
+            found = {}
+            for name, image in images.items():
+                try:
+                    found[name] = self.family.encode_images([image])[0]
+                except Exception as error:
+                    for sequence, _ in wanted[name]:
+                        self._fail(sequence, error)
+        for name, features in found.items():
+            self._features.put(name, features)
+            for sequence, number in wanted[name]:
+                sequence.features[number] = features
+
+    def _run(self, turns: list[Turn]) -> list[Result | None]:
+        """All turns in one batch; after an exception each alone, so that only the request that causes it fails."""
+        if not turns:
+            return []
+        try:
+            return list(self.runner.run([self._work(turn) for turn in turns]))
+        except Exception:
+            log.exception("a step of %d requests failed; running them one by one", len(turns))
+        results: list[Result | None] = []
+        for turn in turns:
+            try:
+                results += self.runner.run([self._work(turn)])
+            except Exception as error:
+                self._fail(turn.sequence, error)
+                results.append(None)
+        return results
+
+    def _work(self, turn: Turn) -> Any:
+        return turn.sequence.work(self.family, turn.begin, turn.end, turn.enter, turn.leave)
+
+    def _guarded(self, sequence: Sequence, function: Any, *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        log.error("request %s failed", sequence.request.id, exc_info=error)
+        self.stats.failed += 1
+        self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
+
+    def _commit(self, turn: Turn, result: Result) -> None:
+        sequence = turn.sequence
+        if result.logits is None:
+            assert result.hidden is not None
+            sequence.ahead.append(Piece(result.hidden, result.attended))
+            return
+        for layer, rows in result.kept.items():
+            sequence.kept[layer] = rows.numpy() + turn.begin
+        sequence.computed, sequence.ahead = turn.end, []
+        sequence.publish(self.pool, self.config.page_tokens)
+        if turn.end == len(sequence.tokens):
+            sequence.features = [None] * len(sequence.features)
+            self._choose(sequence, result.logits)
+
+    def _choose(self, sequence: Sequence, logits: Row) -> None:
+        """The next token of a request from its logits."""
+        sampling, place = sequence.request.sampling, len(sequence.answer)
+        token = choose_token(logits, sampling, sequence.seed, place)
+        report = () if sampling.logprobs is None else (self._report(logits, token, sampling.logprobs),)
+        ends = token in self.eos and not sampling.ignore_eos
+        sequence.append(token)
+        self.stats.observe_token(sequence.times)
+        text = "" if sequence.detokenizer is None else sequence.stops.push(sequence.detokenizer.push(token))
+        reason: FinishReason | None = None
+        if ends or sequence.stops.found:
+            reason = "stop"
+        elif place + 1 >= sampling.max_tokens or len(sequence.tokens) >= self.max_tokens:
+            reason = "length"
+        if reason is None:
+            self._outputs.append(Output(sequence.request.id, text, (token,), report))
+        else:
+            self._finish(sequence, reason, text, (token,), report)
+
+    def _report(self, logits: Row, token: int, top: int) -> TokenLogprob:
+        own, best = logprobs(logits, token, top)
+        return TokenLogprob(token, self._text(token), own, tuple((other, self._text(other), value) for other, value in best))
+
+    def _text(self, token: int) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = (),
+                report: tuple[TokenLogprob, ...] = (), error: str | None = None) -> None:  # fmt: skip
+        if self._sequences.pop(sequence.request.id, None) is None:
+            return
+        if reason in ("stop", "length") and sequence.detokenizer is not None:
+            text += sequence.stops.push(sequence.detokenizer.flush())
+            text += sequence.stops.flush()
+        self.scheduler.remove(sequence)
+        self.stats.finished[reason] += 1
+        self._outputs.append(Output(sequence.request.id, text, tokens, report, reason, sequence.usage(), error))
+
+    # for whoever watches
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every unit of the pool is accounted for."""
+        holders = [page for sequence in [*self.scheduler.running, *self.scheduler.waiting] for pages in sequence.pages for page in pages]
+        self.pool.check_integrity(holders)
+
+
+def _eos_tokens(model: Any) -> frozenset[int]:
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])

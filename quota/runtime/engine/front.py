@@ -1,0 +1,146 @@
+"""An engine on a thread of its own, awaited from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from quota.core.errors import QuotaError
+from quota.runtime.engine.engine import Engine
+from quota.runtime.engine.request import Output, Request
+
+log = logging.getLogger(__name__)
+
+
+class Closed(QuotaError):
+    """The engine takes no more requests."""
+
+
+class AsyncEngine:
+    """Requests from one event loop, steps on a worker thread. Everything the engine does happens on that thread.
+
+    observe: called there after every step and while idle requests leave, with the engine.
+    """
+
+    def __init__(self, engine: Engine, observe: Callable[[Engine], None] | None = None) -> None:
+        self.engine = engine
+        self._observe = observe
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Output]]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="quota-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the worker runs."""
+        return self._thread.is_alive()
+
+    @property
+    def active(self) -> int:
+        """Requests not answered to the end yet."""
+        return len(self._streams)
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run something on the worker, between two steps; its result or exception."""
+        if self._closed or not self.healthy:
+            raise Closed("engine: closed")
+        future: Future[Any] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._commands.put(command)
+        return await asyncio.wrap_future(future)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Output]:
+        """Outputs until the one with a reason. Leaving early aborts the request. Raises what `Engine.submit` raises."""
+        stream: asyncio.Queue[Output] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        submitted = False
+
+        def submit() -> None:
+            nonlocal submitted
+            self.engine.submit(request)
+            submitted = True
+            self._streams[request.id] = (loop, stream)
+
+        try:
+            await self.call(submit)
+            while True:
+                output = await stream.get()
+                yield output
+                if output.reason is not None:
+                    return
+        finally:
+            # a task that was cancelled inside `call` may have been submitted all the same
+            if submitted or not self._closed:
+                self._commands.put(lambda: self._abandon(request.id, stream))
+
+    def _abandon(self, id: str, stream: asyncio.Queue[Output]) -> None:
+        known = self._streams.get(id)
+        if known is not None and known[1] is stream:
+            del self._streams[id]
+            self.engine.abort(id)
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Abort what runs and end the worker."""
+        self._closed = True
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                while not self.engine.busy or not self._commands.empty():
+                    command = self._commands.get()
+                    if command is None:
+                        self._leave()
+                        return
+                    command()
+                self._deliver(self.engine.step())
+            except Exception:
+                log.exception("a step failed as a whole; its requests end")
+                self._fail_all()
+            if self._observe is not None:
+                self._observe(self.engine)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Output], Output]]] = {}
+        for output in outputs:
+            known = self._streams.get(output.id) if output.reason is None else self._streams.pop(output.id, None)
+            if known is not None:
+                batches.setdefault(known[0], []).append((known[1], output))
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the loop is gone, and with it whoever listened
+                log.warning("%d outputs have no listener any more", len(batch))
+
+    def _fail_all(self) -> None:
+        for id in list(self._streams):
+            self.engine.abort(id)
+        self._deliver([Output(id, reason="error", error="the engine's step failed") for id in list(self._streams)])
+
+    def _leave(self) -> None:
+        for id in list(self._streams):
+            self.engine.abort(id)
+        until = time.monotonic() + 1.0
+        while self.engine.busy and time.monotonic() < until:
+            self._deliver(self.engine.step())
+
+
+def _put_all(batch: list[tuple[asyncio.Queue[Output], Output]]) -> None:
+    for stream, output in batch:
+        stream.put_nowait(output)

@@ -1,0 +1,94 @@
+"""What a recipe will do to a prompt, known before prefill: which layers share a length, and how many visual tokens each keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from quota.allocate.solve import allocate, uniform
+from quota.core.errors import RecipeError, UsageError
+from quota.core.recipe import Recipe, kept_tokens, significant
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of decoder layers between the prune points of all recipes an engine serves: layers bounds[s] .. bounds[s + 1]."""
+
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def between(cls, layers: int, recipes: Iterable[Recipe]) -> Segments:
+        """Cut `layers` decoder layers at every candidate of every recipe."""
+        cuts = {candidate for recipe in recipes for candidate in recipe.candidates}
+        return cls(tuple(sorted({0, layers} | cuts)))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def layers(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def spans(self) -> list[range]:
+        """Decoder layers of each segment."""
+        return [range(a, b) for a, b in pairwise(self.bounds)]
+
+    def names(self) -> list[str]:
+        """"0-1", "2", ...: the layers of each segment, for people and metrics."""
+        return [str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in self.spans]
+
+    def check(self, recipe: Recipe) -> None:
+        """UsageError when the recipe drops inside a segment."""
+        inside = [c for c in recipe.candidates if c not in self.bounds]
+        if inside:
+            raise UsageError(f"recipe: prunes at layer {inside[0]}, where this engine has no segment boundary; give it the recipe when it is built")
+
+
+@dataclass(frozen=True)
+class DropPlan:
+    """keep: decoder layer -> visual tokens kept at its input, only where some are dropped; dropped: tokens missing per segment."""
+
+    keep: dict[int, int]
+    dropped: tuple[int, ...]
+
+    @property
+    def first_layer(self) -> int | None:
+        """The first layer that runs on fewer tokens."""
+        return min(self.keep, default=None)
+
+
+def plan_drops(recipe: Recipe | None, segments: Segments, visual: int, images: int) -> DropPlan:
+    """Equation (5) for a prompt with `visual` visual tokens in `images` pictures."""
+    keep: dict[int, int] = {}
+    if recipe is not None and visual:
+        reference = visual if recipe.reference == "per_image" else recipe.reference_tokens * images
+        alive = visual
+        for candidate, ratio in zip(recipe.candidates, recipe.keep, strict=True):
+            budget = kept_tokens(ratio, reference)
+            if budget < alive:
+                keep[candidate] = alive = budget
+    dropped, alive = [], visual
+    for span in segments.spans:
+        alive = keep.get(span[0], alive)
+        dropped.append(visual - alive)
+    return DropPlan(keep, tuple(dropped))
+
+
+def at_budget(recipe: Recipe, keep: float) -> Recipe:
+    """The same candidates and shares of the drop for another final keep ratio: equation (4) with R = 1 - keep.
+
+    A recipe without sensitivities has its own shares rescaled; one that drops nothing gets equal drops.
+    """
+    if isinstance(keep, bool) or not 0 < keep <= 1:
+        raise RecipeError(f"keep: expected a ratio above 0 and at most 1, got {keep}")
+    final = significant(float(keep))
+    if recipe.method == "quota" and recipe.sensitivities:
+        table = allocate(recipe.sensitivities, final, recipe.tau)
+    elif recipe.final_keep < 1:
+        table = [1 - (1 - ratio) * (1 - final) / (1 - recipe.final_keep) for ratio in recipe.keep]
+        table = [min(1.0, max(final, ratio)) for ratio in table[:-1]] + [final]
+    else:
+        table = uniform(len(recipe.candidates), final)
+    return Recipe.parse({**recipe.model_dump(mode="json"), "keep": table, "final_keep": final})

@@ -1,0 +1,131 @@
+"""The pages of the key/value pool: who holds which, which are shared, which may be evicted. No tensors here.
+
+A page holds P tokens of all layers of one segment. It is made of units, one per layer of its segment; a unit is P tokens of one layer. All
+units are alike, so memory that pruning frees in late segments serves whoever needs it. A page is filled from the front and never changed
+once full; only full pages get a key and are shared, so nothing is ever copied on write.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+from quota.core.errors import QuotaError
+
+
+class OutOfPages(QuotaError):
+    """The pool has fewer units than asked for, even after evicting every page that nobody holds."""
+
+
+class Page:
+    """Units of one page in layer order, the number of holders, and the key of its content once it is full and published."""
+
+    __slots__ = ("key", "refs", "segment", "units")
+
+    def __init__(self, segment: int, units: tuple[int, ...]) -> None:
+        self.segment, self.units, self.refs = segment, units, 1
+        self.key: bytes | None = None
+
+
+class PagePool:
+    """Allocates pages, counts their holders, and keeps published pages that nobody holds until their units are needed."""
+
+    def __init__(self, units: int, segment_layers: Iterable[int]) -> None:
+        if units < 1:
+            raise ValueError(f"units: expected at least one, got {units}")
+        self.units = units
+        self.segment_layers = tuple(segment_layers)
+        self.evictions = 0
+        self._free = list(range(units - 1, -1, -1))
+        self._published: dict[bytes, Page] = {}
+        self._idle: OrderedDict[bytes, Page] = OrderedDict()  # published, held by nobody; oldest first
+        self._idle_units = 0
+        self._held: Counter[int] = Counter()  # segment -> pages somebody holds
+
+    @property
+    def available(self) -> int:
+        """Units that `allocate` can hand out."""
+        return len(self._free) + self._idle_units
+
+    def held_pages(self) -> list[int]:
+        """Pages somebody holds, per segment."""
+        return [self._held[segment] for segment in range(len(self.segment_layers))]
+
+    def idle_pages(self) -> int:
+        """Published pages that nobody holds."""
+        return len(self._idle)
+
+    def allocate(self, segment: int) -> Page:
+        """A page of its own for the caller; OutOfPages when the pool cannot give one."""
+        need = self.segment_layers[segment]
+        if self.available < need:
+            raise OutOfPages(f"pool: a page of segment {segment} needs {need} units, {self.available} of {self.units} are available")
+        while len(self._free) < need:
+            self._evict()
+        units = tuple(self._free.pop() for _ in range(need))
+        self._held[segment] += 1
+        return Page(segment, units)
+
+    def acquire(self, key: bytes) -> Page | None:
+        """Share the published page with this content, or None."""
+        page = self._published.get(key)
+        if page is not None:
+            if page.refs == 0:
+                del self._idle[key]
+                self._idle_units -= len(page.units)
+                self._held[page.segment] += 1
+            page.refs += 1
+        return page
+
+    def publish(self, page: Page, key: bytes) -> None:
+        """Let others share this full page. Where another page has the same content already, this one stays private."""
+        if page.refs < 1:
+            raise ValueError("page: published by nobody")
+        if page.key is None and key not in self._published:
+            page.key = key
+            self._published[key] = page
+
+    def release(self, page: Page) -> None:
+        """Give one hold back. The last one frees the page, or leaves it idle when it is published."""
+        if page.refs < 1:
+            raise ValueError("page: released more often than held")
+        page.refs -= 1
+        if page.refs:
+            return
+        self._held[page.segment] -= 1
+        if page.key is None:
+            self._free.extend(page.units)
+        else:
+            self._idle[page.key] = page
+            self._idle_units += len(page.units)
+
+    def forget(self) -> None:
+        """Evict every idle page."""
+        while self._idle:
+            self._evict()
+
+    def _evict(self) -> None:
+        key, page = self._idle.popitem(last=False)
+        del self._published[key]
+        self._idle_units -= len(page.units)
+        self._free.extend(page.units)
+        self.evictions += 1
+
+    def check_integrity(self, holders: Iterable[Page]) -> None:
+        """AssertionError unless every unit is free, idle or held, exactly once, and holds equal `holders` (one entry per hold)."""
+        holders = list(holders)
+        counts = Counter(id(page) for page in holders)
+        pages = {id(page): page for page in holders} | {id(page): page for page in self._published.values()}
+        for number, page in pages.items():
+            assert page.refs == counts[number], f"page of units {page.units}: {page.refs} holds counted, {counts[number]} found"
+            assert len(page.units) == self.segment_layers[page.segment], f"page of units {page.units}: wrong size for segment {page.segment}"
+            assert (page.refs == 0) == (page.key is not None and self._idle.get(page.key) is page), f"page of units {page.units}: idle or held, not both"
+        for key, page in self._published.items():
+            assert page.key == key, "a published page has another key"
+        found = Counter(self._free)
+        for page in pages.values():
+            found.update(page.units)
+        assert found == Counter(range(self.units)), "units lost or given twice: " + str([u for u in range(self.units) if found[u] != 1][:8])
+        assert self._idle_units == sum(len(page.units) for page in self._idle.values()), "idle units miscounted"
+        held = Counter(page.segment for page in pages.values() if page.refs)
+        assert +self._held == held, f"held pages miscounted: {self._held} for {held}"

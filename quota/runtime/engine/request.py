@@ -1,0 +1,117 @@
+"""What a caller asks for and what it gets back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from quota.core.errors import UsageError
+from quota.core.recipe import Recipe
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_STOPS, MAX_LOGPROBS = 16, 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. temperature 0 is greedy; top_k 0 is no limit.
+
+    seed: None draws one. stop: texts that end the answer and are not part of it. logprobs: how many alternatives to report per token, None for no
+    report at all. ignore_eos: go on after the end token (for measurements). UsageError names a field that is out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _check(0 <= self.temperature <= 100, "temperature", "0 to 100", self.temperature)
+        _check(0 < self.top_p <= 1, "top_p", "above 0, at most 1", self.top_p)
+        _check(self.top_k >= 0, "top_k", "0 (no limit) or more", self.top_k)
+        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
+        _check(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", f"at most {MAX_STOPS} texts, none empty", self.stop)
+        _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}", self.logprobs)
+
+    def drawn_seed(self) -> int:
+        """The seed, or a fresh one."""
+        return int.from_bytes(os.urandom(8)) >> 1 if self.seed is None else self.seed
+
+
+def _check(good: bool, name: str, expected: str, found: object) -> None:
+    if not good:
+        raise UsageError(f"{name}: expected {expected}, got {found!r}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with one image token per visual token, and the pictures in order, as the model family's processor made them.
+
+    selection_tokens: the visual tokens are chosen by what this many leading tokens say; None is the whole prompt. A chat passes the length of
+    its prompt up to the first answer after the last picture, so that later turns keep the first selection.
+    """
+
+    ids: Sequence[int]
+    images: Sequence[Any] = ()
+    selection_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to make. recipe: a name the engine knows, a Recipe of its own with known prune points, or None for no pruning; the string
+    "default" is the engine's default. keep: another final keep ratio for that recipe."""
+
+    id: str
+    prompt: Prompt
+    sampling: Sampling = field(default_factory=Sampling)
+    recipe: Recipe | str | None = "default"
+    keep: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its text, its natural log-probability under the model's own distribution (temperature 1), and the likeliest alternatives."""
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of one request. visual_by_layer: visual tokens alive in each decoder layer; cached: prompt tokens whose keys and values were
+    reused instead of computed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    visual_tokens: int
+    visual_by_layer: tuple[int, ...]
+    cached_tokens: int
+    selection_tokens: int
+    preemptions: int
+
+    @property
+    def visual_kept(self) -> int:
+        """Visual tokens alive in the last layer."""
+        return self.visual_by_layer[-1] if self.visual_by_layer else 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step added to one request. The last one carries a reason and the usage; `error` says why it failed."""
+
+    id: str
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None

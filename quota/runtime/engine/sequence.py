@@ -1,0 +1,186 @@
+"""The state of one request inside the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quota.core.errors import UsageError
+from quota.core.recipe import Recipe
+from quota.runtime.engine.choice import Attended, Choice
+from quota.runtime.engine.family import Family
+from quota.runtime.engine.plan import Segments, plan_drops
+from quota.runtime.engine.pool import Page, PagePool
+from quota.runtime.engine.prefix import Content, PageNames, content_of, digest
+from quota.runtime.engine.request import Request, Usage
+from quota.runtime.engine.runner import Work
+from quota.runtime.engine.text import Detokenizer, StopWatch
+
+
+@dataclass
+class Piece:
+    """Rows of a prefill that wait before the first layer that drops."""
+
+    hidden: Tensor
+    attended: Attended | None
+
+
+@dataclass
+class Times:
+    """Seconds of time.monotonic: asked for, first admitted, first token, last token."""
+
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+class Sequence:
+    """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of the first `computed`
+    of them are in the pool."""
+
+    def __init__(self, request: Request, order: int, recipe: Recipe | None, family: Family, segments: Segments) -> None:
+        self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
+        self.tokens = [int(token) for token in request.prompt.ids]
+        self.prompt_tokens = len(self.tokens)
+        self.visual = np.array([token == family.image_token for token in self.tokens], dtype=bool)
+        self.pictures = [(family.image_digest(image), family.image_tokens(image)) for image in request.prompt.images]
+        self.features: list[Tensor | None] = [None] * len(self.pictures)
+        self.selecting = self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
+        self._check(family)
+        self.plan = plan_drops(recipe, segments, int(self.visual.sum()), len(self.pictures))
+        places = self.visual.nonzero()[0]
+        self.first_visual, self.last_visual = (int(places[0]), int(places[-1])) if len(places) else (self.prompt_tokens, -1)
+        self.names: list[PageNames] = []
+        self.pages: list[list[Page]] = [[] for _ in segments.spans]
+        self.tables = [np.zeros((len(span), 0), dtype=np.int32) for span in segments.spans]
+        self.shared = [0] * len(segments)
+        self.published = [0] * len(segments)
+        self.computed = self.cached = 0
+        self.ahead: list[Piece] = []
+        self.seed = request.sampling.drawn_seed()
+        self.preemptions = 0
+        self.times = Times()
+        self.detokenizer: Detokenizer | None = None
+        self.stops = StopWatch(request.sampling.stop)
+        self.kept: dict[int, np.ndarray] = {}  # layer -> prompt tokens alive from there on
+
+    def _check(self, family: Family) -> None:
+        visual = sum(tokens for _, tokens in self.pictures)
+        if not self.tokens:
+            raise UsageError("prompt: expected at least one token, got none")
+        if not all(0 <= token < family.vocabulary for token in self.tokens):
+            raise UsageError(f"prompt: expected token ids from 0 to {family.vocabulary - 1}")
+        if visual != int(self.visual.sum()):
+            raise UsageError(f"prompt: {len(self.pictures)} pictures have {visual} visual tokens, the prompt has {int(self.visual.sum())} image tokens")
+        if not 0 < self.selecting <= self.prompt_tokens or self.visual[self.selecting :].any():
+            raise UsageError(f"selection_tokens: expected a part of the prompt that holds every picture, got {self.selecting} of {self.prompt_tokens}")
+
+    def name_pages(self, places: int) -> None:
+        """Prepare the names under which pages can be shared."""
+        content: Content = content_of(self.tokens[: self.prompt_tokens], self.visual, self.pictures)
+        recipe = digest(self.recipe.dumps().encode()) if self.recipe is not None else b""
+        for name, dropped in zip(self.segments.names(), self.plan.dropped, strict=True):
+            chosen = (self.first_visual, dropped, self.selecting, recipe) if dropped else None
+            self.names.append(PageNames(name, places, content, chosen))
+
+    # counting
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def decoding(self) -> bool:
+        """Only the newest token is missing from the pool."""
+        return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_tokens
+
+    def slots(self, segment: int, tokens: int) -> int:
+        """Slots that the first `tokens` tokens take in a segment; tokens is outside the pictures of a pruned prompt."""
+        return tokens if tokens <= self.first_visual else tokens - self.plan.dropped[segment]
+
+    def units(self, tokens: int, places: int) -> int:
+        """Units of all segments for that many tokens."""
+        return sum(-(-self.slots(s, tokens) // places) * len(span) for s, span in enumerate(self.segments.spans))
+
+    def usage(self) -> Usage:
+        visual = int(self.visual.sum())
+        by_layer = tuple(visual - dropped for span, dropped in zip(self.segments.spans, self.plan.dropped, strict=True) for _ in span)
+        return Usage(self.prompt_tokens, len(self.answer), visual, by_layer, self.cached, self.selecting, self.preemptions)
+
+    # pages
+
+    def hold(self, segment: int, page: Page) -> None:
+        """Append a page to the block table of a segment."""
+        self.pages[segment].append(page)
+        self.tables[segment] = np.concatenate([self.tables[segment], np.array(page.units, dtype=np.int32)[:, None]], axis=1)
+
+    def release(self, pool: PagePool) -> None:
+        """Give every page back and forget all progress; the tokens stay."""
+        for segment, pages in enumerate(self.pages):
+            for page in reversed(pages):  # the end of a chain is evicted before its beginning
+                pool.release(page)
+            self.pages[segment] = []
+            self.tables[segment] = self.tables[segment][:, :0]
+            self.shared[segment] = self.published[segment] = 0
+        self.computed, self.ahead = 0, []
+
+    def publish(self, pool: PagePool, places: int) -> None:
+        """Offer the pages that are full and computed to others."""
+        for segment, names in enumerate(self.names):
+            full = self.slots(segment, self.computed) // places
+            for page in range(self.published[segment], full):
+                pool.publish(self.pages[segment][page], names[page])
+                self.published[segment] = full
+
+    def append(self, token: int) -> None:
+        """A new token of the answer."""
+        self.tokens.append(token)
+        for names in self.names:
+            names.append(token)
+
+    # work
+
+    def reusable(self, matched: list[int]) -> int:
+        """Tokens that need not be computed when the first matched[s] slots of each segment are there; the last token always is."""
+        most = len(self.tokens) - 1
+        if not self.plan.keep:
+            return min(*matched, most)
+        past = min(most, *(slots + dropped for slots, dropped in zip(matched, self.plan.dropped, strict=True)))
+        return past if past > self.last_visual else min(self.first_visual, most, *matched)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether tokens are still to be chosen."""
+        return bool(self.plan.keep) and self.computed <= self.first_visual
+
+    def work(self, family: Family, begin: int, end: int, enter: int, leave: int) -> Work:
+        """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to the first drop."""
+        choice = attended = None
+        hidden = self._embedded(family, begin, end)
+        if self.chooses and self.recipe is not None:
+            visual = torch.zeros(len(self.tokens), dtype=torch.bool)
+            visual[: self.prompt_tokens] = torch.from_numpy(self.visual)
+            choice = Choice.of_prompt(self.recipe, self.plan.keep, visual, self.selecting, begin)
+        if enter:
+            hidden = torch.cat([piece.hidden for piece in self.ahead])
+            attended = Attended.joined([piece.attended for piece in self.ahead if piece.attended is not None])
+        base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
+        compact = self.recipe is not None and self.recipe.position_policy == "compact"
+        return Work(self.tokens[begin:end], begin, base, tuple(self.shared), self.tables, enter, leave, hidden, choice, attended, compact)
+
+    def _embedded(self, family: Family, begin: int, end: int) -> Tensor | None:
+        """Hidden states of tokens begin .. end where some are visual; None where the ids say all."""
+        inside = self.visual[begin : min(end, self.prompt_tokens)]
+        if not inside.any():
+            return None
+        x = family.embed(torch.tensor(self.tokens[begin:end]))
+        seen = int(self.visual[:begin].sum())
+        features: Any = torch.cat([part for part in self.features if part is not None])
+        x[: len(inside)][torch.from_numpy(inside)] = features[seen : seen + int(inside.sum())]
+        return x

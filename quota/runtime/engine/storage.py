@@ -1,0 +1,39 @@
+"""The memory of the key/value pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quota import ops
+from quota.ops.kv4_attention import Kv
+
+
+def unit_bytes(places: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes of `places` tokens of one layer: two nibbles per channel, and scale and zero per head, for keys and for values."""
+    return 2 * places * kv_heads * (head_dim // 2 + 8)
+
+
+class KvStorage:
+    """Keys and values of U units of P places: q uint8 [U, Hkv, P, D/2], scale and zero float32 [U, Hkv, P] each."""
+
+    def __init__(self, units: int, places: int, kv_heads: int, head_dim: int) -> None:
+        self.units, self.places, self.head_dim = units, places, head_dim
+        self.unit_bytes = unit_bytes(places, kv_heads, head_dim)
+        self.keys, self.values = (
+            (torch.zeros(units, kv_heads, places, head_dim // 2, dtype=torch.uint8), *(torch.zeros(units, kv_heads, places) for _ in range(2)))
+            for _ in range(2)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.units * self.unit_bytes
+
+    def write(self, keys: Kv, values: Kv, slot: Tensor) -> None:
+        """Rows [1, Hkv, M, ...] to slot int64 [M] = unit * P + place; negative slots are not stored."""
+        ops.kv4_page_write(self.keys, keys, slot)
+        ops.kv4_page_write(self.values, values, slot)
+
+    def read(self, table: Tensor, length: Tensor, capacity: int) -> tuple[Kv, Kv]:
+        """table int32 [B, W], length int32 [B] -> contiguous caches [B, Hkv, capacity, ...], filled at the right end."""
+        return ops.kv4_page_read(self.keys, table, length, capacity), ops.kv4_page_read(self.values, table, length, capacity)

@@ -1,0 +1,70 @@
+"""Tokens to text as they come, and stop texts that never leak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "\ufffd"  # a tokenizer's answer to bytes that do not make a character yet
+
+
+class Detokenizer:
+    """Decodes one answer piece by piece: what `push` and `flush` return, joined, is `tokenizer.decode` of all tokens.
+
+    Tokens are decoded together with those before them, from the last place where the text was settled, because a tokenizer may join or space
+    a token by its neighbours.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._settled = 0  # tokens before it only give context
+        self._given = 0  # tokens whose text was returned
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; "" while a character is incomplete."""
+        self._tokens.append(token)
+        return self._read(final=False)
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        return self._read(final=True)
+
+    def _read(self, final: bool) -> str:
+        before, now = self._decode(self._tokens[self._settled : self._given]), self._decode(self._tokens[self._settled :])
+        if not final and (now.endswith(_REPLACEMENT) or not now.startswith(before)):
+            return ""
+        if now != before:  # a special token has no text and is no context
+            self._settled = self._given
+        self._given = len(self._tokens)
+        return now[len(before) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+
+
+class StopWatch:
+    """Passes text on, but never a part of a stop text: what may be the beginning of one is held back until it is certain."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.found = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Text that may be shown; after a stop text was seen, `found` is set and only what came before it is returned."""
+        if not self.stops or self.found:
+            return "" if self.found else text
+        self._held += text
+        at = min((i for i in (self._held.find(stop) for stop in self.stops) if i >= 0), default=-1)
+        if at >= 0:
+            self.found = True
+            return self._held[:at]
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, at an end that is no stop text."""
+        held, self._held = self._held, ""
+        return "" if self.found else held

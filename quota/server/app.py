@@ -1,0 +1,151 @@
+"""The application: routes, and what happens around every request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from quota.core.errors import QuotaError
+from quota.server.answers import Answer
+from quota.server.around import Around
+from quota.server.errors import ApiError, as_api_error, handle
+from quota.server.schemas import ChatRequest, CompletionRequest
+from quota.server.service import Service, Spoken
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def create_app(service: Service) -> FastAPI:
+    """Routes over one engine. Nothing about the interpreter or the schema is served: no docs pages."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.engine.close()
+
+    app = FastAPI(title="quota", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    for kind in (ApiError, QuotaError, HTTPException):
+        app.add_exception_handler(kind, handle)  # type: ignore[arg-type]
+    app.add_middleware(Around, service=service)
+    if service.settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+    _add_probes(app, service)
+    _add_completions(app, service)
+    return app
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        alive = service.engine.healthy
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        good = service.engine.healthy and not service.draining
+        return JSONResponse({"status": "ready" if good else "draining" if service.draining else "stopped"}, 200 if good else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.card()
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await _body(request, service, ChatRequest)
+        return await _answer(request, service, await service.chat(body), body.stream, bool(body.stream_options and body.stream_options.include_usage))
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        body = await _body(request, service, CompletionRequest)
+        return await _answer(request, service, await service.complete(body), body.stream, bool(body.stream_options and body.stream_options.include_usage))
+
+
+async def _body(request: Request, service: Service, kind: type[_Body]) -> _Body:
+    """The parsed body, within the limits of size and time."""
+    settings = service.settings
+    service.check_open()
+    declared = request.headers.get("content-length", "0")
+    too_large = ApiError(413, f"the body has more than {settings.max_body_bytes} bytes", code="request_too_large")
+    if declared.isdecimal() and int(declared) > settings.max_body_bytes:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > settings.max_body_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {settings.body_timeout_s:g} s", code="request_timeout") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client went away") from None
+    try:
+        return kind.model_validate_json(bytes(data))
+    except ValueError as error:
+        raise as_api_error(error) from None
+
+
+async def _answer(request: Request, service: Service, spoken: Spoken, stream: bool, with_usage: bool) -> Response:
+    answer = Answer(spoken.id, service.name, chat=spoken.chat, logprobs=spoken.logprobs, fingerprint=service.fingerprint)
+    if stream:
+        events = service.events(spoken, answer, with_usage)
+        opening = await anext(events)  # refusals and a full queue still get their own status
+        return _EventStream(opening, events)
+    collecting = asyncio.ensure_future(service.collect(spoken))
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([collecting, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            raise ApiError(499, "the client went away", code="client_closed_request")
+        return JSONResponse(answer.whole(collecting.result()))
+    finally:
+        for task in (collecting, leaving):
+            task.cancel()
+        await asyncio.gather(collecting, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events whose generator is closed, and its requests aborted, the moment the client is gone."""
+
+    def __init__(self, opening: str, events: AsyncGenerator[str]) -> None:
+        self._events = events
+        self._body = self._read(opening)
+        super().__init__(self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def _read(self, opening: str) -> AsyncGenerator[str]:
+        yield opening
+        async for event in self._events:
+            yield event
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            async with aclosing(self._events), aclosing(self._body):
+                await super().__call__(scope, receive, send)
+        except OSError:
+            pass  # the client went away in the middle

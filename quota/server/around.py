@@ -1,0 +1,70 @@
+"""What happens around every request: its id, the key, the count, one line of log, and an answer even to a fault."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quota.server.errors import ApiError, as_api_error
+from quota.server.service import Service
+
+log = logging.getLogger("quota.server")
+_ID = re.compile(r"[\w.-]{1,64}\Z", re.ASCII)
+_OPEN = {"/health", "/ready", "/metrics"}  # without a key: for probes and scrapers, which the operator keeps inside
+_KNOWN = _OPEN | {"/v1/models", "/v1/chat/completions", "/v1/completions"}  # other paths are one metric, so that a scan adds no labels
+
+
+class Around:
+    """ASGI middleware. It never buffers, so streams and disconnections pass through."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        self._keys = [key.encode() for key in service.settings.accepted_keys()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        id = given if _ID.match(given) else uuid.uuid4().hex
+        began, status = time.monotonic(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id
+            await send(message)
+
+        try:
+            if self._keys and scope["path"] not in _OPEN and not self._authorised(headers):
+                refusal = ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+                await refusal.response()(scope, receive, watched)
+            else:
+                await self.app(scope, receive, watched)
+        except Exception as error:
+            log.exception("request failed", extra={"request": id})
+            if not status:
+                await as_api_error(error).response()(scope, receive, watched)
+        finally:
+            self._record(scope, id, status, time.monotonic() - began)
+
+    def _authorised(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # every key is compared, each in constant time, so that the delay tells nothing
+        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _record(self, scope: Scope, id: str, status: int, seconds: float) -> None:
+        path = scope["path"] if scope["path"] in _KNOWN else "other"
+        self.service.metrics.http.labels(path, status).inc()
+        extra: dict[str, Any] = {"request": id, "method": scope["method"], "path": path, "status": status, "ms": round(1e3 * seconds, 1)}
+        log.info("answered", extra=extra)

@@ -1,0 +1,91 @@
+"""Settings of a server: command-line flags over environment (`QUOTA_SERVE_<NAME>`) over a TOML file over defaults."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quota.core.errors import UsageError
+
+PREFIX = "QUOTA_SERVE_"
+_LISTS = ("api_keys", "image_hosts", "cors_origins", "recipes")
+
+
+class Settings(BaseModel):
+    """Every field is a flag, a variable and a key of the file. Lists are comma-separated in variables."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(description="quantized checkpoint folder")
+    model_name: str | None = Field(default=None, description="name clients use; default: the folder's name")
+    recipes: tuple[str, ...] = Field(default=(), description="recipe files as name=path; the first is the default")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    threads: int = Field(default=0, ge=0, description="compute threads, 0: all cores")
+    kv_bytes: int = Field(default=256 << 20, ge=1)
+    feature_bytes: int = Field(default=256 << 20, ge=0, description="memory for encoded pictures that may be asked about again")
+    page_tokens: int = Field(default=16, ge=1, le=4096)
+    max_running: int = Field(default=64, ge=1)
+    max_waiting: int = Field(default=256, ge=1)
+    step_tokens: int = Field(default=512, ge=1)
+    max_model_tokens: int | None = Field(default=None, ge=2, description="longest prompt plus answer")
+    prefix_cache: bool = True
+    api_keys: tuple[str, ...] = Field(default=(), description="accepted bearer tokens; none: no authentication")
+    api_key_file: str | None = Field(default=None, description="file with one key per line")
+    cors_origins: tuple[str, ...] = Field(default=(), description="origins browsers may call from; none: no CORS headers")
+    max_body_bytes: int = Field(default=32 << 20, ge=1)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    max_images: int = Field(default=8, ge=0, description="pictures per request")
+    max_image_bytes: int = Field(default=20 << 20, ge=1)
+    max_image_pixels: int = Field(default=40_000_000, ge=1)
+    image_hosts: tuple[str, ...] = Field(default=(), description="hosts pictures may be fetched from; none: only data URLs")
+    image_timeout_s: float = Field(default=10.0, gt=0)
+    drain_s: float = Field(default=30.0, ge=0, description="how long a stopping server finishes what runs")
+    log_file: str | None = Field(default=None, description="JSON lines; default: standard error")
+
+    @property
+    def name(self) -> str:
+        return self.model_name or Path(self.checkpoint).resolve().name
+
+    def accepted_keys(self) -> tuple[str, ...]:
+        """All accepted keys. UsageError for an unreadable file."""
+        if self.api_key_file is None:
+            return self.api_keys
+        try:
+            lines = Path(self.api_key_file).read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"api_key_file: {self.api_key_file} cannot be read ({error})") from None
+        if not lines:
+            raise UsageError(f"api_key_file: {self.api_key_file} holds no key; an empty file would switch authentication off")
+        return (*self.api_keys, *lines)
+
+
+def settings(flags: Mapping[str, Any], file: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Combine the sources; None among the flags means not given. UsageError names the wrong or unknown field and where it came from."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read(Path(file)))
+    for name, value in (os.environ if environment is None else environment).items():
+        if name.startswith(PREFIX):
+            field = name.removeprefix(PREFIX).lower()
+            if field not in Settings.model_fields:
+                raise UsageError(f"{name}: no such setting; expected {PREFIX} and one of {', '.join(sorted(Settings.model_fields)).upper()}")
+            values[field] = tuple(filter(None, value.split(","))) if field in _LISTS else value
+    values.update({name: value for name, value in flags.items() if value is not None and value != () and value != []})
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--config: {path} cannot be read as TOML ({error})") from None

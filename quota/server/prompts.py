@@ -1,0 +1,95 @@
+"""From messages to what the engine runs: chat template, processor, pictures, and how much of the prompt chooses the visual tokens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from quota.core.errors import CheckpointError, UsageError
+from quota.runtime.engine import Prompt
+from quota.server.schemas import Message, TextPart
+
+log = logging.getLogger(__name__)
+
+
+class PromptBuilder:
+    """One processor behind a lock: fast tokenizers must not be used by two threads at once."""
+
+    def __init__(self, model: Any, image_tokens: int) -> None:
+        if model.processor is None:
+            raise CheckpointError("checkpoint: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
+        self.processor, self.image_tokens = model.processor, image_tokens
+        self.dtype = model.dtype
+        self.mark = str(getattr(self.processor, "image_token", "<image>"))
+        self._lock = threading.Lock()
+
+    def chat(self, messages: Sequence[Message], pictures: Sequence[Any]) -> Prompt:
+        """pictures: RGB, in the order of the messages' image parts. UsageError for text that contains the picture mark."""
+        for message in messages:
+            if any(self.mark in text for text in message.texts):
+                raise UsageError(f"messages: text must not contain {self.mark}; send pictures as image_url parts")
+        with self._lock:
+            text = self._render(messages)
+            inputs = self.processor(text=[text], images=list(pictures) or None, return_tensors="pt")
+            ids = inputs["input_ids"][0].tolist()
+            selection = self._first_selection(messages, ids) if pictures else None
+        pixels = inputs["pixel_values"].to(self.dtype) if pictures else torch.zeros(0)
+        return Prompt(ids, tuple(pixels), selection)
+
+    def text(self, prompt: str | list[int]) -> Prompt:
+        """A prompt without pictures; ids are taken as they are."""
+        if not isinstance(prompt, str):
+            return Prompt(prompt)
+        if self.mark in prompt:
+            raise UsageError(f"prompt: must not contain {self.mark}; use /v1/chat/completions for pictures")
+        with self._lock:
+            return Prompt(self.processor.tokenizer(prompt)["input_ids"])
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": _role(message), "content": _parts(message)} for message in messages]
+        if not getattr(self.processor, "chat_template", None):
+            return self._plain(turns)
+        try:
+            return str(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template may raise anything about roles and their order
+            raise UsageError(f"messages: the model's chat template refuses them ({error})") from None
+
+    def _plain(self, turns: list[dict[str, Any]]) -> str:
+        """LLaVA-1.5's own form, where a processor has no template."""
+        text = ""
+        for turn in turns:
+            marks = f"{self.mark}\n" * sum(part["type"] == "image" for part in turn["content"])
+            words = " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
+            text += words + " " if turn["role"] == "system" else f"{turn['role'].upper()}: {marks}{words} "
+        return text + "ASSISTANT:"
+
+    def _first_selection(self, messages: Sequence[Message], ids: list[int]) -> int | None:
+        """Tokens up to the first answer after the last picture; None when that is the whole prompt.
+
+        A later turn then prunes exactly as the first did, and reuses its keys and values. A template whose first turn is no prefix of the
+        whole (some rewrite earlier turns) chooses by the whole prompt instead.
+        """
+        last = max(i for i, message in enumerate(messages) if message.images)
+        answered = next((i for i in range(last + 1, len(messages)) if messages[i].role == "assistant"), None)
+        if answered is None:
+            return None
+        first = self._render(messages[:answered]).replace(self.mark, self.mark * self.image_tokens)
+        head = self.processor.tokenizer(first)["input_ids"]
+        if ids[: len(head)] == head:
+            return len(head)
+        log.warning("the chat template's first turn is no prefix of the chat: visual tokens are chosen by the whole prompt")
+        return None
+
+
+def _role(message: Message) -> str:
+    return "system" if message.role == "developer" else message.role
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    if isinstance(message.content, str):
+        return [{"type": "text", "text": message.content}]
+    return [{"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"} for part in message.content]

@@ -1,0 +1,213 @@
+"""Between HTTP and the engine: settings, prompts, choices, and what every request is checked for."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quota.arch import model_fingerprint
+from quota.core.errors import UsageError
+from quota.core.recipe import Recipe
+from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prompt, QueueFull, Request, Sampling, Usage
+from quota.server.answers import DONE, Answer, Choice, failure
+from quota.server.config import Settings
+from quota.server.errors import ApiError, as_api_error
+from quota.server.images import load_image
+from quota.server.metrics import Metrics
+from quota.server.prompts import PromptBuilder
+from quota.server.schemas import ChatRequest, CompletionRequest, Message
+
+log = logging.getLogger("quota.server")
+NO_RECIPE = "none"
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A request the engine can run: one engine request per choice."""
+
+    id: str
+    chat: bool
+    requests: tuple[Request, ...]
+    logprobs: bool
+
+
+class Service:
+    """One model, its engine and its counters."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.settings, self.name = settings, settings.name
+        recipes = load_recipes(settings)
+        config = EngineConfig(
+            settings.kv_bytes, settings.page_tokens, settings.max_running, settings.max_waiting, settings.step_tokens, settings.max_model_tokens,
+            settings.feature_bytes, settings.prefix_cache,
+        )  # fmt: skip
+        # the engine decodes on its own thread, and tokenizers do not like company
+        tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
+        engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
+        self.prompts = PromptBuilder(model, model.config.image_seq_length)
+        self.metrics = Metrics()
+        self.metrics.observe(engine)
+        self.recipes = sorted(recipes)
+        self.limit = engine.max_tokens
+        self.engine = AsyncEngine(engine, self.metrics.observe)
+        self.fingerprint = model_fingerprint(model)[:19]
+        self.created = int(time.time())
+        self.draining = False
+        self._preparing = 0
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-prepare")
+
+    def card(self) -> dict[str, Any]:
+        """The model's entry in /v1/models."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "quota", "max_model_len": self.limit, "recipes": self.recipes}
+
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(404, f"the model {name!r} does not exist here; this server has {self.name!r}", code="model_not_found", param="model")
+
+    def check_open(self) -> None:
+        """Refuse early: before a body is read, when the server stops or as much as it may hold is being prepared already."""
+        if self.draining or not self.engine.healthy:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if self._preparing >= self.settings.max_waiting:
+            raise QueueFull(f"queue: {self._preparing} requests are being prepared already")
+
+    async def chat(self, body: ChatRequest) -> Spoken:
+        """Decode pictures, render and tokenize, off the event loop."""
+        self.check_model(body.model)
+        urls = [url for message in body.messages for url in message.images]
+        if len(urls) > self.settings.max_images:
+            raise ApiError(400, f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}", code="too_many_images", param="messages")
+        prompt = await self._off_loop(self._chat_prompt, body.messages, urls)
+        return self._spoken("chatcmpl", [prompt], body, chat=True)
+
+    def _chat_prompt(self, messages: list[Message], urls: list[str]) -> Prompt:
+        return self.prompts.chat(messages, [load_image(url, self.settings) for url in urls])
+
+    async def complete(self, body: CompletionRequest) -> Spoken:
+        self.check_model(body.model)
+        if not 0 < len(body.prompts) <= self.settings.max_running:
+            raise ApiError(400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(body.prompts)}", param="prompt")
+        prompts = [await self._off_loop(self.prompts.text, prompt) for prompt in body.prompts]
+        return self._spoken("cmpl", prompts, body, chat=False)
+
+    async def _off_loop(self, function: Any, *args: Any) -> Any:
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoder, function, *args)
+        finally:
+            self._preparing -= 1
+
+    def _spoken(self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool) -> Spoken:
+        id = f"{kind}-{uuid.uuid4().hex}"
+        recipe = "default" if body.recipe is None else None if body.recipe == NO_RECIPE else body.recipe
+        for prompt in prompts:
+            if len(prompt.ids) >= self.limit:
+                where = "messages" if chat else "prompt"
+                raise ApiError(400, f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}", code="context_length_exceeded", param=where)
+        samplings: list[Sampling] = body.samplings()
+        requests = [Request(f"{id}-{i}", prompt, sampling, recipe, body.keep) for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))]
+        return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None)
+
+    async def outputs(self, spoken: Spoken) -> AsyncGenerator[tuple[int, Output]]:
+        """(choice, output) of all choices as they come. An error of one ends all."""
+        arrived: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
+
+        async def pump(index: int, request: Request) -> None:
+            try:
+                async with aclosing(self.engine.stream(request)) as stream:
+                    async for output in stream:
+                        arrived.put_nowait((index, output))
+            except Exception as error:
+                arrived.put_nowait((index, error))
+
+        pumps = [asyncio.ensure_future(pump(index, request)) for index, request in enumerate(spoken.requests)]
+        try:
+            open_choices = len(pumps)
+            while open_choices:
+                index, output = await arrived.get()
+                if isinstance(output, Exception):
+                    raise output
+                if output.reason in ("error", "abort"):
+                    raise ApiError(500, "the request failed inside the server", code="internal_error")
+                open_choices -= output.reason is not None
+                if output.usage is not None:
+                    self.metrics.observe_usage(output.usage)
+                yield index, output
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def collect(self, spoken: Spoken) -> list[Choice]:
+        """All choices, complete."""
+        choices = [Choice(index) for index in range(len(spoken.requests))]
+        async with aclosing(self.outputs(spoken)) as outputs:
+            async for index, output in outputs:
+                choices[index].add(output)
+        return choices
+
+    async def events(self, spoken: Spoken, answer: Answer, with_usage: bool) -> AsyncGenerator[str]:
+        """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be plain responses."""
+        usages: list[Usage] = []
+        lengths = [0] * len(spoken.requests)
+        opened = False
+        try:
+            async with aclosing(self.outputs(spoken)) as outputs:
+                async for index, output in outputs:
+                    event = answer.delta(index, output, lengths[index])
+                    if not opened:
+                        event = "".join(answer.opening(i) for i in range(len(lengths))) + event
+                        opened = True
+                    lengths[index] += len(output.text)
+                    usages += [output.usage] if output.usage is not None else []
+                    if event:
+                        yield event
+        except Exception as error:
+            if not opened:
+                raise
+            yield failure(as_api_error(error).body)
+            return
+        if with_usage:
+            yield answer.closing(usages)
+        yield DONE
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait for the running ones, at most `drain_s`."""
+        self.draining = True
+        until = time.monotonic() + self.settings.drain_s
+        while (self.engine.active or self._preparing) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        log.info("drained", extra={"unfinished": self.engine.active})
+
+
+def load_recipes(settings: Settings) -> dict[str, Recipe]:
+    """name=path entries; a bare path is named after its file."""
+    recipes: dict[str, Recipe] = {}
+    for entry in settings.recipes:
+        name, sep, path = entry.partition("=")
+        name, path = (name, path) if sep else (Path(entry).stem, entry)
+        if not name or name in recipes or name in (NO_RECIPE, "default"):
+            raise UsageError(f"recipes: expected name=path with a name of its own, got {entry!r}")
+        recipes[name] = Recipe.load(path)
+    return recipes
+
+
+def with_model(settings: Settings) -> Service:
+    """Load the checkpoint and build everything; CheckpointError, RecipeError and UsageError say what is wrong."""
+    import torch
+
+    from quota.runtime.load import load
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return Service(load(settings.checkpoint), settings)

@@ -1,0 +1,91 @@
+"""Prompts for tiny models, and driving an engine by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, Sampling
+from quota.runtime.engine.storage import unit_bytes
+from tests.models import IMAGE_TOKEN
+from tests.nn.recipes import recipe_for
+
+
+class Watched(Engine):
+    """Remembers the logits of every token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: dict[str, list[Any]] = {}
+
+    def _choose(self, sequence: Any, logits: Any) -> None:
+        self.seen.setdefault(sequence.request.id, []).append(logits.copy())
+        super()._choose(sequence, logits)
+
+
+def picture(seed: int, size: int = 56) -> Tensor:
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(model: Any, *parts: int | Tensor, seed: int = 0, selection: int | None = None) -> Prompt:
+    """parts: a number of random words, or a picture."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = [1]
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(3, 119, (part,), generator=generator).tolist()
+        else:
+            ids += [IMAGE_TOKEN] * model.config.image_seq_length
+    return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
+
+
+def recipes(model: Any) -> dict[str, Any]:
+    return {"pruned": recipe_for(model), "compact": recipe_for(model, position_policy="compact")}
+
+
+def engine(model: Any, pages: int = 2000, default: str | None = "pruned", tokenizer: Any = None, **config: Any) -> Watched:
+    """A pool of `pages` units."""
+    places = config.get("page_tokens", 4)
+    text = model.config.text_config
+    size = unit_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    options = EngineConfig(kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"})
+    return Watched(model, tokenizer=tokenizer, recipes=recipes(model), default=default, config=options)
+
+
+def run(engine: Engine, requests: Iterable[Request], check: bool = True, most: int = 2000) -> dict[str, list[Output]]:
+    """Submit all, step to the end; outputs per request."""
+    outputs: dict[str, list[Output]] = {}
+    for request in requests:
+        engine.submit(request)
+        outputs[request.id] = []
+    for _ in range(most):
+        if not engine.busy:
+            break
+        for output in engine.step():
+            outputs[output.id].append(output)
+        if check:
+            engine.check_integrity()
+    assert not engine.busy
+    return outputs
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def asked(id: str, prompt: Prompt, tokens: int = 6, recipe: Any = "default", keep: float | None = None, **sampling: Any) -> Request:
+    return Request(id, prompt, Sampling(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep)
+
+
+@torch.no_grad()
+def generated(model: Any, prompt: Prompt, tokens: int = 6) -> list[int]:
+    """What transformers' generate answers, greedy, exactly `tokens` tokens."""
+    ids = torch.tensor([list(prompt.ids)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.images:
+        inputs["pixel_values"] = torch.stack(list(prompt.images))
+    out = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=0, eos_token_id=None, pad_token_id=0, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()

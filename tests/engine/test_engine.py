@@ -1,0 +1,299 @@
+"""The engine against transformers' generate, and against itself under every kind of company."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quota.core.errors import UsageError
+from quota.core.recipe import Recipe
+from quota.nn import quantize_rtn
+from quota.runtime.engine import Engine, EngineConfig, Prompt, QueueFull
+from quota.runtime.patch import patched
+from tests.engine.asking import asked, engine, generated, picture, prompt, recipes, run, tokens
+from tests.models import IMAGE_TOKEN, tiny_llava
+from tests.nn.recipes import recipe_for
+
+
+def prompts(model):
+    a, b = picture(1), picture(2)
+    return {
+        "text": prompt(model, 9, seed=1), "one picture": prompt(model, 3, a, 5, seed=2), "no text after": prompt(model, 4, b, seed=3),
+        "two pictures": prompt(model, 2, a, 3, b, 6, seed=4), "picture first": prompt(model, b, 7, seed=5), "long": prompt(model, 40, a, 20, seed=6),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
+def test_agrees_with_generate(model, recipe):
+    cases = prompts(model)
+    want = {}
+    for name, case in cases.items():
+        if recipe is None:
+            want[name] = generated(model, case)
+        else:
+            with patched(model, recipes(model)[recipe]):
+                want[name] = generated(model, case)
+    alone = {name: tokens(run(engine(model, default=recipe), [asked(name, case)])[name]) for name, case in cases.items()}
+    assert alone == want
+    together = run(engine(model, default=recipe), [asked(name, case) for name, case in cases.items()])
+    assert {name: tokens(out) for name, out in together.items()} == want
+    pieces = run(engine(model, default=recipe, step_tokens=5), [asked(name, case) for name, case in cases.items()])
+    assert {name: tokens(out) for name, out in pieces.items()} == want
+
+
+def logits(model, requests, **options):
+    made = engine(model, **options)
+    run(made, requests)
+    return made
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(len(a[k]) == len(b[k]) and all((x == y).all() for x, y in zip(a[k], b[k], strict=True)) for k in a)
+
+
+@pytest.fixture(scope="module")
+def mixed(model):
+    """Requests of every kind, and the logits each has alone."""
+    cases = prompts(model)
+    asks = [asked(name, case, tokens=8) for name, case in cases.items()]
+    asks.append(asked("unpruned", cases["long"], tokens=8, recipe=None))
+    asks.append(asked("tighter", cases["long"], tokens=8, recipe="compact", keep=0.2))
+    asks.append(asked("sampled", cases["two pictures"], tokens=8, temperature=1.2, top_p=0.9, top_k=50, seed=7))
+    alone = {}
+    for ask in asks:
+        alone.update(logits(model, [ask]).seen)
+    return asks, alone
+
+
+def test_logits_do_not_depend_on_company(model, mixed):
+    asks, alone = mixed
+    assert same(logits(model, asks).seen, alone)
+    assert same(logits(model, asks[::-1], max_running=3, step_tokens=11).seen, alone)
+    assert same(logits(model, asks, page_tokens=7, prefix_cache=False).seen, alone)
+
+
+def test_logits_survive_preemption(model):
+    asks = [asked(name, case, tokens=30) for name, case in prompts(model).items()]
+    ample, tight = logits(model, asks), logits(model, asks, pages=175)
+    assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
+    assert same(tight.seen, ample.seen)
+    tight.pool.forget()
+    assert tight.pool.available == tight.pool.units
+
+
+def test_logits_do_not_depend_on_threads(model, mixed):
+    asks, alone = mixed
+    torch.set_num_threads(2)
+    try:
+        assert same(logits(model, asks).seen, alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_logits_do_not_depend_on_what_was_cached(model, mixed):
+    asks, alone = mixed
+    made = engine(model, default="pruned")
+    for round in range(3):
+        run(made, [replace(ask, id=f"{ask.id} {round}") for ask in asks])
+    assert same(made.seen, {f"{name} {round}": seen for round in range(3) for name, seen in alone.items()})
+    assert made.pool.idle_pages() > 0
+
+
+def test_reuse_is_counted(model):
+    made = engine(model)
+    case = prompt(model, 3, picture(1), 12)
+    first, again = (run(made, [asked(id, case)])[id][-1].usage for id in "ab")
+    assert first.cached_tokens == 0
+    assert again.cached_tokens > 3 + model.config.image_seq_length  # past the picture: nothing is chosen again
+    other = run(made, [asked("c", prompt(model, 3, picture(1), 12, seed=9), recipe="compact")])["c"][-1].usage
+    assert other.cached_tokens <= 4
+
+
+def test_chat_keeps_its_first_selection(model):
+    """A second turn, sent as a whole prompt, equals going on from the first turn's pruned cache."""
+    a = picture(1)
+    first = prompt(model, 3, a, 6, seed=2)
+    for recipe in ("pruned", "compact"):
+        with patched(model, recipes(model)[recipe]) as handle:
+            ids = torch.tensor([list(first.ids)])
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=a[None], max_new_tokens=5, eos_token_id=None, pad_token_id=0,
+                do_sample=False, return_dict_in_generate=True,
+            )  # fmt: skip
+            kept = {layer: mask[0].nonzero()[:, 0].tolist() for layer, mask in handle.kept.items()}
+            question = torch.tensor([[17, 33, 99, 41]])
+            second = torch.cat([out.sequences, question], 1)
+            more = model.generate(
+                input_ids=second, attention_mask=torch.ones_like(second), past_key_values=out.past_key_values, max_new_tokens=5, eos_token_id=None,
+                pad_token_id=0, do_sample=False,
+            )  # fmt: skip
+        whole = Prompt(second[0].tolist(), [a], len(first.ids))
+        for made in (engine(model, default=recipe), engine(model, default=recipe, step_tokens=9)):
+            assert tokens(run(made, [asked("first", first, tokens=5)])["first"]) == out.sequences[0, ids.shape[1] :].tolist()
+            sequence = made.submit(asked("second", whole, tokens=5))
+            answer = tokens([output for _ in range(60) if made.busy for output in made.step()])
+            assert answer == more[0, second.shape[1] :].tolist()
+            assert sequence.request.prompt.selection_tokens == len(first.ids)
+            if sequence.kept:  # not reused from the first turn
+                assert {layer: rows[rows < len(first.ids)].tolist() for layer, rows in sequence.kept.items()} == kept
+
+
+def test_pruning_gives_memory_back(model):
+    case = prompt(model, 3, picture(1), 5)
+    units = {}
+    for recipe in (None, "pruned"):
+        made = engine(model, default=recipe)
+        made.submit(asked("a", case))
+        while not made.scheduler.running or not made.scheduler.running[0].decoding:
+            made.step()
+        units[recipe] = made.pool.units - made.pool.available
+        made.abort("a")
+        made.step()
+        made.check_integrity()
+    text, visual, layers = 9, model.config.image_seq_length, 4
+    assert units[None] == layers * -(-(text + visual + 1) // 4)
+    assert units["pruned"] == sum(-(-(text + kept + 1) // 4) for kept in (16, 12, 8, 4))
+
+
+def test_usage(model):
+    usage = run(engine(model), [asked("a", prompt(model, 3, picture(1), 5))])["a"][-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.visual_tokens) == (25, 6, 16)
+    assert usage.visual_by_layer == (16, 12, 8, 4) and usage.visual_kept == 4 and usage.selection_tokens == 25
+
+
+def test_refusals(model):
+    made = engine(model, pages=40, max_waiting=1)
+    good = prompt(model, 4)
+    with pytest.raises(UsageError, match="pictures"):
+        made.submit(asked("a", Prompt([1, IMAGE_TOKEN, 3])))
+    with pytest.raises(UsageError, match="at least one token"):
+        made.submit(asked("a", Prompt([])))
+    with pytest.raises(UsageError, match="token ids"):
+        made.submit(asked("a", Prompt([1, 5000])))
+    with pytest.raises(UsageError, match="selection_tokens"):
+        made.submit(asked("a", prompt(model, 3, picture(1), 2, selection=9)))
+    with pytest.raises(UsageError, match="units"):
+        made.submit(asked("a", good, tokens=200))
+    with pytest.raises(UsageError, match="no room"):
+        made.submit(asked("a", prompt(model, 2048)))
+    with pytest.raises(UsageError, match="recipe"):
+        made.submit(asked("a", good, recipe="none such"))
+    with pytest.raises(UsageError, match="segment boundary"):
+        Engine(model).submit(asked("a", good, recipe=recipe_for(model)))
+    made.submit(asked("a", good))
+    with pytest.raises(UsageError, match="in use"):
+        made.submit(asked("a", good))
+    with pytest.raises(QueueFull):
+        made.submit(asked("b", good))
+    made.abort("a")
+    made.abort("nobody")
+    assert [output.reason for output in made.step()] == ["abort"]
+    made.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "selection", [{"score": "last_token"}, {"score": "cross_self"}, {"score": "text", "policy": "mmr"}, {"score": "none", "policy": "maxmin"}]
+)
+def test_published_selections_agree_with_generate(model, selection):
+    recipe = Recipe.parse({**recipe_for(model).model_dump(mode="json"), "method": "custom", "selections": [selection]})
+    text = prompt(model, 3, picture(1), 5)
+    found = tokens(run(engine(model), [asked("a", text, recipe=recipe)])["a"])
+    with patched(model, recipe):
+        assert found == generated(model, text)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ({"selections": [{"score": "own_last_token"}]}, "own_last_token"),
+    ({"selections": [{"score": "none", "policy": "grid"}]}, "grid"),
+    ({"candidates": [-1, 2, 3], "selections": [{"score": "none", "policy": "maxmin"}]}, "candidate -1"),
+])  # fmt: skip
+def test_selections_the_engine_lacks_are_refused(model, change, match):
+    recipe = Recipe.parse({**recipe_for(model).model_dump(mode="json"), "method": "custom", "sensitivities": [], **change})
+    with pytest.raises(UsageError, match=match):
+        engine(model).submit(asked("a", prompt(model, 3, picture(1), 5), recipe=recipe))
+    with pytest.raises(UsageError, match=match):
+        Engine(model, recipes={"r": recipe})
+
+
+def test_only_the_request_that_fails_fails(model, monkeypatch):
+    asks = [asked(name, case) for name, case in prompts(model).items()]
+    want = {name: tokens(out) for name, out in run(engine(model), asks).items()}
+    made = engine(model)
+    run_works = made.runner.run
+
+    def fragile(works):
+        if any(len(work.ids) == 10 and work.ids[1:3] == asks[0].prompt.ids[1:3] for work in works):
+            raise RuntimeError("a fault inside the step")
+        return run_works(works)
+
+    monkeypatch.setattr(made.runner, "run", fragile)
+    outputs = run(made, asks)
+    assert outputs["text"][-1].reason == "error" and "a fault inside" in outputs["text"][-1].error
+    assert {name: tokens(out) for name, out in outputs.items() if name != "text"} == {name: found for name, found in want.items() if name != "text"}
+
+
+def test_unsuitable_models():
+    with pytest.raises(UsageError, match="calibrate"):
+        Engine(tiny_llava())
+    model = quantize_rtn(tiny_llava())
+    with patched(model, recipe_for(model)), pytest.raises(UsageError, match="installed"):
+        Engine(model)
+    with pytest.raises(UsageError, match="kv_bytes"):
+        Engine(model, config=EngineConfig(kv_bytes=100))
+    with pytest.raises(UsageError, match="max_running"):
+        EngineConfig(max_running=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_comings_and_goings(model, mixed, seed):
+    """Submissions, aborts and steps in random order on a small pool: accounts balance after every operation, and who ends, ends as alone."""
+    asks, alone = mixed
+    rng = random.Random(seed)
+    made = engine(model, pages=200, max_running=4, step_tokens=rng.choice((7, 30, 500)))
+    live: list[str] = []
+    ended: dict[str, str | None] = {}
+    left = [replace(ask, id=f"{ask.id}/{turn}") for turn in range(2) for ask in asks]
+    rng.shuffle(left)
+    while left or made.busy:
+        act = rng.random()
+        if left and act < 0.3:
+            live.append(left[-1].id)
+            made.submit(left.pop())
+        elif live and act < 0.34:
+            made.abort(live.pop(rng.randrange(len(live))))
+        else:
+            ended |= {output.id: output.reason for output in made.step() if output.reason}
+        made.check_integrity()
+    assert set(ended.values()) <= {"length", "abort"} and sum(reason == "length" for reason in ended.values()) > 6
+    whole = {id: seen for id, seen in made.seen.items() if ended[id] == "length"}
+    assert same(whole, {id: alone[id.split("/")[0]] for id in whole})
+
+
+def test_pictures_are_encoded_once(model, monkeypatch):
+    made, encoded = engine(model), []
+    encode = made.family.encode_images
+    monkeypatch.setattr(made.family, "encode_images", lambda images: encoded.extend(images) or encode(images))
+    run(made, [asked(str(i), prompt(model, 3, picture(1), 4, picture(2), i + 1)) for i in range(3)])
+    assert len(encoded) == 2
+
+
+def test_features_do_not_depend_on_company(model):
+    family, images = engine(model).family, [picture(i) for i in range(5)]
+    assert all(torch.equal(together, family.encode_images([image])[0]) for together, image in zip(family.encode_images(images), images, strict=True))
+
+
+def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
+    made = engine(model)
+    encode = made.family.encode_images
+
+    def fragile(images):
+        if any(torch.equal(image, picture(2)) for image in images):
+            raise RuntimeError("a picture that breaks the tower")
+        return encode(images)
+
+    monkeypatch.setattr(made.family, "encode_images", fragile)
+    outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
+    assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]

@@ -1,0 +1,135 @@
+"""Random operation sequences against a plain dictionary, and plans against the pruner's rule."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from quota.core.errors import RecipeError, UsageError
+from quota.runtime.engine.plan import DropPlan, Segments, at_budget, plan_drops
+from quota.runtime.engine.pool import OutOfPages, PagePool
+from tests.models import tiny_llava
+from tests.nn.recipes import recipe_for
+
+UNITS, LAYERS = 13, (1, 2, 3)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The model: which units each hold covers, and for each key the units that hold its content until they are given to someone else."""
+
+    holds = Bundle("holds")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(UNITS, LAYERS)
+        self.pages: list = []
+        self.content: dict[bytes, tuple[int, ...]] = {}
+
+    def _taken(self) -> set[int]:
+        return {unit for page in self.pages for unit in page.units}
+
+    @rule(target=holds, segment=st.integers(0, len(LAYERS) - 1))
+    def allocate(self, segment):
+        taken = self._taken()
+        if UNITS - len(taken) < LAYERS[segment]:
+            with pytest.raises(OutOfPages):
+                self.pool.allocate(segment)
+            return None
+        page = self.pool.allocate(segment)
+        assert len(page.units) == LAYERS[segment] and not taken & set(page.units)
+        self.content = {key: units for key, units in self.content.items() if not set(units) & set(page.units)}
+        self.pages.append(page)
+        return page
+
+    @rule(page=holds, key=st.integers(0, 5))
+    def publish(self, page, key):
+        if page is None or page not in self.pages:
+            return
+        name = bytes([key])
+        if page.key is None and name not in self.content:
+            self.content[name] = page.units
+        self.pool.publish(page, name)
+
+    @rule(target=holds, key=st.integers(0, 5))
+    def acquire(self, key):
+        page = self.pool.acquire(bytes([key]))
+        assert (page is None) == (bytes([key]) not in self.content)
+        if page is not None:
+            assert page.units == self.content[bytes([key])]
+            self.pages.append(page)
+        return page
+
+    @rule(page=consumes(holds))
+    def release(self, page):
+        if page is not None:
+            self.pages.remove(page)
+            self.pool.release(page)
+
+    @rule()
+    def forget(self):
+        self.pool.forget()
+        taken = self._taken()
+        self.content = {key: units for key, units in self.content.items() if set(units) & taken}
+
+    @invariant()
+    def nothing_is_lost(self):
+        self.pool.check_integrity(self.pages)
+        assert self.pool.available == UNITS - len(self._taken())
+        held = {id(page): page for page in self.pages}.values()
+        assert self.pool.held_pages() == [sum(page.segment == s for page in held) for s in range(len(LAYERS))]
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_misuse_is_noticed():
+    pool = PagePool(4, (1,))
+    page = pool.allocate(0)
+    pool.check_integrity([page])
+    with pytest.raises(AssertionError):
+        pool.check_integrity([])
+    pool.release(page)
+    with pytest.raises(ValueError, match="more often"):
+        pool.release(page)
+    with pytest.raises(ValueError, match="nobody"):
+        pool.publish(page, b"x")
+    with pytest.raises(ValueError, match="units"):
+        PagePool(0, (1,))
+    pool._free.append(3)
+    with pytest.raises(AssertionError, match="twice"):
+        pool.check_integrity([])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava()
+
+
+def test_segments_and_plans(model):
+    recipe = recipe_for(model)
+    segments = Segments.between(4, [recipe, recipe_for(model, (2,), (0.1,))])
+    assert segments.bounds == (0, 1, 2, 3, 4) and segments.names() == ["0", "1", "2", "3"]
+    assert Segments.between(4, [recipe_for(model, (2,), (0.1,))]).names() == ["0-1", "2-3"]
+    assert plan_drops(recipe, segments, 16, 1) == DropPlan({1: 12, 2: 8, 3: 4}, (0, 4, 8, 12))
+    assert plan_drops(recipe, segments, 32, 2) == DropPlan({1: 24, 2: 16, 3: 8}, (0, 8, 16, 24))
+    assert plan_drops(recipe, segments, 0, 0) == plan_drops(None, segments, 16, 1) == DropPlan({}, (0, 0, 0, 0))
+    assert plan_drops(recipe_for(model, (2,), (0.1,)), segments, 16, 1) == DropPlan({2: 2}, (0, 0, 14, 14))
+    with pytest.raises(UsageError, match="layer 2"):
+        Segments.between(4, []).check(recipe_for(model, (2,), (0.1,)))
+
+
+def test_budgets_share_the_drop_alike(model):
+    recipe = recipe_for(model, keep=(0.8, 0.7, 0.5))
+    assert at_budget(recipe, 0.5) == recipe
+    tighter = at_budget(recipe, 0.25)
+    assert tighter.keep == (0.7, 0.55, 0.25) and tighter.final_keep == 0.25
+    assert at_budget(recipe, 1.0).keep == (1.0, 1.0, 1.0)
+    assert at_budget(recipe_for(model, keep=(1.0, 1.0, 1.0)), 0.25).keep == (0.75, 0.5, 0.25)
+    profiled = recipe_for(model, keep=(0.8, 0.7, 0.5), sensitivities=[0.1, 0.2, 0.3])
+    assert at_budget(profiled, 0.4).final_keep == 0.4 and at_budget(profiled, 0.4).keep[0] < at_budget(profiled, 0.6).keep[0]
+    for wrong in (0, 1.1, True, -1):
+        with pytest.raises(RecipeError, match="keep"):
+            at_budget(recipe, wrong)

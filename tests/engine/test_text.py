@@ -1,0 +1,108 @@
+"""Text that comes in pieces, stop texts, sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quota.core.errors import UsageError
+from quota.runtime.engine.prefix import PageNames, content_of
+from quota.runtime.engine.request import Sampling
+from quota.runtime.engine.sampling import choose_token, logprobs, uniform
+from quota.runtime.engine.text import Detokenizer, StopWatch
+from quota.scenes.model import build_tokenizer
+from tests.engine.tokenizers import byte_tokenizer
+
+TOKENIZERS = [build_tokenizer(), byte_tokenizer()]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["words", "bytes"])
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_pieces_join_to_the_whole(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in ids]
+    assert "".join([*pieces, detokenizer.flush()]) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_characters_come_whole():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a é 🙂 b", add_special_tokens=False)["input_ids"]
+    detokenizer = Detokenizer(tokenizer)
+    assert all("\ufffd" not in detokenizer.push(token) for token in ids)
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_texts_never_leak(pieces, stops):
+    watch, whole = StopWatch(stops), "".join(pieces)
+    shown = ""
+    for piece in pieces:
+        shown += watch.push(piece)
+        assert whole.startswith(shown)
+    shown += watch.flush()
+    found = [whole.find(stop) for stop in stops if stop in whole]
+    assert watch.found == bool(found)
+    assert not any(stop in shown for stop in stops)
+    assert shown == whole if not found else whole.startswith(shown)
+
+
+def test_text_before_a_stop_is_complete():
+    watch = StopWatch(["</end>"])
+    assert [watch.push(t) for t in ("x <", "/en", "q </", "end> y")] == ["x ", "", "</enq ", ""]
+    assert watch.found and watch.flush() == ""
+
+
+def test_greedy_and_limits():
+    x = np.array([0.0, 3.0, 3.0, 1.0], dtype=np.float32)
+    assert choose_token(x, Sampling(), 0, 0) == 1
+    drawn = {choose_token(x, Sampling(temperature=1.0, top_k=2), 5, place) for place in range(50)}
+    assert drawn == {1, 2}
+    assert {choose_token(x, Sampling(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
+    assert choose_token(np.array([1e4, -1e4], dtype=np.float32), Sampling(temperature=1e-3), 5, 0) == 0
+
+
+def test_samples_follow_the_distribution():
+    x = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
+    counts = np.bincount([choose_token(x, Sampling(temperature=1.0), 11, place) for place in range(20_000)], minlength=4) / 20_000
+    assert np.abs(counts - [0.1, 0.2, 0.3, 0.4]).max() < 0.015
+    cut = np.bincount([choose_token(x, Sampling(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)], minlength=4) / 20_000
+    assert np.abs(cut - [0, 0, 3 / 7, 4 / 7]).max() < 0.015
+    assert all(0 <= uniform(seed, place) < 1 for seed in range(50) for place in range(50))
+
+
+def test_logprobs_sum_to_one():
+    x = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    own, top = logprobs(x, 3, 50)
+    assert abs(sum(np.exp(value) for _, value in top) - 1) < 1e-9 and dict(top)[3] == own
+    assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}, {"logprobs": 21}, {"seed": 2**63}])
+def test_sampling_out_of_range(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_names_of_pages():
+    """Equal content, equal names; the first difference changes every name from there on; what was dropped depends on recipe and question."""
+    visual = np.array([False, False, True, True, True, True, False, False, False])
+    ids, picture = [1, 2, 9, 9, 9, 9, 3, 4, 5], [(b"p" * 16, 4)]
+
+    def names(ids=ids, picture=picture, chosen=None):
+        made = PageNames("0", 2, content_of(ids, visual, picture), chosen)
+        return [made[i] for i in range(len(made))]
+
+    base = names()
+    assert len(base) == 4 and names() == base
+    other = names(picture=[(b"q" * 16, 4)])
+    assert other[0] == base[0] and all(a != b for a, b in zip(other[1:], base[1:], strict=True))
+    dropped = names(chosen=(2, 2, 8, b"recipe"))
+    assert len(dropped) == 3 and dropped[0] == base[0] and not set(dropped[1:]) & set(base)
+    for changed in (names(chosen=(2, 2, 8, b"another")), names(ids=[1, 2, 9, 9, 9, 9, 3, 7, 5], chosen=(2, 2, 8, b"recipe"))):
+        assert changed[0] == base[0] and not set(changed[1:]) & set(dropped)
+    grown = PageNames("0", 2, content_of(ids, visual, picture), None)
+    grown.append(6)
+    assert len(grown) == 5 and grown[3] == base[3]

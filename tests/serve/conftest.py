@@ -1,0 +1,113 @@
+"""A tiny quantized model with the embedded benchmark's processor behind a real server on the loopback interface."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from quota.nn import quantize_rtn
+from quota.scenes.model import build_config, build_model, build_processor
+from quota.server.app import create_app
+from quota.server.config import Settings
+from quota.server.service import Service
+from tests.nn.recipes import recipe_for
+
+SIZE = 56
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """16 visual tokens, 4 layers; weights large enough that answers differ."""
+    made = build_model(build_config(SIZE, width=64, layers=4), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim >= 2:
+                std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    made = quantize_rtn(made.eval())
+    made.processor = build_processor(SIZE)
+    return made
+
+
+@pytest.fixture(scope="session")
+def recipe_file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipes") / "quota.json"
+    recipe_for(model).save(path)
+    return str(path)
+
+
+@dataclass
+class Running:
+    """A served model: its address, the service behind it and an official client."""
+
+    url: str
+    service: Service
+    client: openai.OpenAI
+
+    def idle(self, seconds: float = 10.0) -> None:
+        """Wait until nothing runs; then the pool must be whole."""
+        until = time.monotonic() + seconds
+        while (self.service.engine.active or self.service.engine.engine.busy) and time.monotonic() < until:
+            time.sleep(0.02)
+        engine = self.service.engine.engine
+        assert not engine.busy
+        engine.check_integrity()
+        assert engine.pool.available == engine.pool.units
+
+
+class Host:
+    """uvicorn on a thread."""
+
+    def __init__(self, service: Service) -> None:
+        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_config=None, access_log=False))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
+        self.thread.start()
+        until = time.monotonic() + 20
+        while not self.server.started and time.monotonic() < until:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.running = Running(f"http://127.0.0.1:{port}", service, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0))
+
+    def stop(self) -> None:
+        self.running.client.close()
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def serving(model: Any, recipe_file: str) -> Iterator[Any]:
+    """settings -> Running; all are stopped at the end."""
+    hosts: list[Host] = []
+
+    def start(**options: Any) -> Running:
+        defaults = {"checkpoint": "tiny", "recipes": (f"pruned={recipe_file}",), "kv_bytes": 4 << 20, "page_tokens": 4}
+        host = Host(Service(model, Settings(**{**defaults, **options})))
+        hosts.append(host)
+        return host.running
+
+    yield start
+    for host in hosts:
+        host.stop()
+
+
+@pytest.fixture(scope="session")
+def server(serving: Any) -> Running:
+    return serving()

@@ -1,0 +1,171 @@
+"""The official client against our server."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+import torch
+
+from quota.runtime.patch import patched
+from tests.nn.recipes import recipe_for
+from tests.serve.pictures import noise, user
+
+
+def ask(server, *messages, **options):
+    return server.client.chat.completions.create(model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options})
+
+
+def generated(model, text, pictures, tokens=8):
+    inputs = model.processor(text=[text], images=pictures or None, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return model.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_models(server):
+    listed = server.client.models.list().data
+    assert [model.id for model in listed] == ["tiny"] and server.client.models.retrieve("tiny").object == "model"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        server.client.models.retrieve("gpt-4")
+
+
+def test_answers_are_those_of_generate(server, model):
+    picture = noise(seed=1)
+    want = generated(model, "USER: <image>\nwhat color is the star ? ASSISTANT:", [picture])
+    with patched(model, recipe_for(model)):
+        pruned = generated(model, "USER: <image>\nwhat color is the star ? ASSISTANT:", [picture])
+    question = user("what color is the star ?", picture)
+    answer = ask(server, question)
+    assert answer.choices[0].message.content == pruned
+    assert ask(server, question, extra_body={"recipe": "none"}).choices[0].message.content == want
+    assert ask(server, user("where is it ?")).choices[0].message.content == generated(model, "USER: where is it ? ASSISTANT:", [])
+    usage = answer.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.quota["visual_tokens"] == 16 and usage.quota["visual_tokens_kept"] == 4 and usage.quota["selection"] == "prompt"
+    assert ask(server, question, extra_body={"keep": 0.5}).usage.quota["visual_tokens_kept"] == 8
+    server.idle()
+
+
+def test_stream_equals_whole(server):
+    messages = [{"role": "system", "content": "describe ."}, user("which shape ?", noise(seed=2), noise(seed=3))]
+    options = {"n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = ask(server, *messages, **options)
+    texts, reasons, entries, usage = [""] * 3, [None] * 3, [[], [], []], None
+    for chunk in ask(server, *messages, stream=True, stream_options={"include_usage": True}, **options):
+        assert chunk.object == "chat.completion.chunk"
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+            entries[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert texts == [choice.message.content for choice in whole.choices] and len(set(texts)) > 1
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert [[e.logprob for e in one] for one in entries] == [[e.logprob for e in choice.logprobs.content] for choice in whole.choices]
+    assert all(len(e.top_logprobs) == 2 for e in entries[0])
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_stop_texts_and_limits(server):
+    question = user("describe the picture .", noise(seed=4))
+    full = ask(server, question, max_tokens=20, temperature=1.0, seed=3)
+    words = full.choices[0].message.content.split(" ")
+    assert len(words) > 4
+    cut = ask(server, question, max_tokens=20, temperature=1.0, seed=3, stop=[" " + words[3]])
+    assert cut.choices[0].message.content == full.choices[0].message.content.split(" " + words[3])[0]
+    assert cut.choices[0].finish_reason == "stop"
+    short = ask(server, question, max_completion_tokens=2, temperature=1.0, seed=3)
+    assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
+
+
+def test_second_turn_keeps_the_first_selection(server):
+    first = user("what color is the star ?", noise(seed=5))
+    answer = ask(server, first)
+    chat = [first, {"role": "assistant", "content": answer.choices[0].message.content}, user("and where is it ?")]
+    usage = ask(server, *chat).usage
+    assert usage.quota["selection"] == "first_turn" and usage.quota["selection_tokens"] == answer.usage.prompt_tokens
+    assert usage.quota["visual_tokens_kept"] == 4
+
+
+def test_plain_completions(server, model):
+    answer = server.client.completions.create(model="tiny", prompt=["USER : yes ?", "where ?"], max_tokens=5, temperature=0, logprobs=2)
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.choices[0].text == generated(model, "USER : yes ?", [], 5)
+    report = answer.choices[1].logprobs
+    assert len(report.tokens) == len(report.token_logprobs) == len(report.text_offset) == len(report.top_logprobs) <= 5
+    assert server.client.completions.create(model="tiny", prompt=[1, 9, 12], max_tokens=5).usage.prompt_tokens == 3
+    pieces = server.client.completions.create(model="tiny", prompt="USER : yes ?", max_tokens=5, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in pieces) == answer.choices[0].text
+
+
+def test_probes_ids_and_metrics(server):
+    with httpx.Client(base_url=server.url) as http:
+        assert http.get("/health").json() == {"status": "ok"} and http.get("/ready").status_code == 200
+        assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+        assert len(http.get("/health", headers={"x-request-id": "no such id!"}).headers["x-request-id"]) == 32
+        text = http.get("/metrics").text
+    for name in ("time_to_first_token_seconds_count", "inter_token_seconds_count", 'kv_pages{layers="0"}', "kept_token_ratio 0.25", "generated_tokens_total"):
+        assert f"quota_{name}" in text
+    assert 'path="/health"' in text
+
+
+WRONG = [
+    ({"messages": []}, "messages"),
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "warm"}, "temperature"),
+    ({"n": 9}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"presence_penalty": 1.0}, "presence_penalty"),
+    ({"keeep": 0.5}, "keeep"),
+    ({"tools": []}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"top_logprobs": 3}, None),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"recipe": "unknown"}, "recipe"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": "look: <image>"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "star " * 5000}]}, "messages"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, "messages.0"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), WRONG)
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_requests(server, change, param, stream):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}], "stream": stream, **change}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error" and error["param"] == param and error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_other_refusals(server, serving):
+    post = f"{server.url}/v1/chat/completions"
+    for body in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model": 1e999999}'):
+        answer = httpx.post(post, content=body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"], body[:10]
+    good = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}]}
+    assert httpx.post(post, json={**good, "model": "gpt-4"}).json()["error"]["code"] == "model_not_found"
+    assert httpx.get(f"{server.url}/v2/none").json()["error"]["code"] == "unknown_url"
+    assert httpx.get(post).status_code == 405 and httpx.get(post).json()["error"]["message"]
+    for path in ("/docs", "/openapi.json", "/redoc"):
+        assert httpx.get(server.url + path).status_code == 404
+    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/health", headers={"origin": "http://evil.example"}).headers
+
+    locked = serving(api_keys=("secret",), max_body_bytes=2000, cors_origins=("http://good.example",), max_images=1)
+    assert httpx.get(f"{locked.url}/v1/models").status_code == 401 and httpx.get(f"{locked.url}/health").status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        locked.client.models.list()
+    key = locked.client.with_options(api_key="secret")
+    assert key.models.list().data
+    headers = {"authorization": "Bearer secret"}
+    assert httpx.post(f"{locked.url}/v1/chat/completions", content=b"x" * 3000, headers=headers).status_code == 413
+
+    def pieces():
+        yield from (b"x" * 500 for _ in range(10))
+
+    assert httpx.post(f"{locked.url}/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
+    small = noise(4, 4)
+    with pytest.raises(openai.BadRequestError, match="limit is 1"):
+        key.chat.completions.create(model="tiny", messages=[user("x", small, small)])
+    allowed = httpx.get(f"{locked.url}/health", headers={"origin": "http://good.example"})
+    assert allowed.headers["access-control-allow-origin"] == "http://good.example"

@@ -1,0 +1,299 @@
+"""What must not break the server: clients that leave, a full queue, a pool that runs out, a fault inside a step, a full disk, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from quota.core.errors import UsageError
+from quota.server.config import settings
+from quota.server.logs import CountingHandler
+from tests.serve.pictures import noise, user
+
+LONG = {"temperature": 1.0, "seed": 1, "max_tokens": 2000, "stop": None}
+
+
+def ask(server, *messages, **options):
+    return server.client.chat.completions.create(model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options})
+
+
+def endless(model_name="tiny"):
+    """A body whose answer takes long: eos is rare under a random model at high temperature, but may come, so several choices are asked for."""
+    return {"model": model_name, "messages": [user("describe the picture .", noise(seed=9))], "max_tokens": 3000, "temperature": 2.0, "n": 8, "seed": 3}
+
+
+def running(server) -> int:
+    return server.service.engine.active
+
+
+def wait_for(condition, seconds=20.0):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_pages(server, stream):
+    body = json.dumps({**endless(), "stream": stream}).encode()
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port)) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_for(lambda: running(server) > 0 and server.service.engine.engine.stats.batch > 0)
+    server.idle()
+
+
+def test_full_queue(serving):
+    server = serving(max_waiting=2, max_running=1)
+    engine = server.service.engine.engine
+    with httpx.Client(timeout=60) as http, http.stream("POST", f"{server.url}/v1/chat/completions", json={**endless(), "n": 1, "stream": True}) as first:
+        next(first.iter_lines())
+        statuses = []
+        with ThreadPoolExecutor(6) as threads:
+            quick = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}], "max_tokens": 2}
+            asked = [threads.submit(httpx.post, f"{server.url}/v1/chat/completions", json=quick, timeout=60) for _ in range(6)]
+            wait_for(lambda: sum(one.done() for one in asked) >= 4 or not engine.scheduler.running)
+            first.close()
+            statuses = [one.result() for one in asked]
+    refused = [answer for answer in statuses if answer.status_code == 429]
+    assert all(answer.status_code in (200, 429) for answer in statuses) and refused
+    assert refused[0].json()["error"]["code"] == "queue_full" and refused[0].headers["retry-after"]
+    server.idle()
+
+
+def test_out_of_pages_is_survived(serving):
+    """A pool for about two of eight requests: all end, as they end alone."""
+    roomy, tight = serving(), serving(kv_bytes=50 << 10)
+    questions = [user("describe the picture .", noise(seed=i)) for i in range(8)]
+    options = {"max_tokens": 60, "temperature": 1.0, "seed": 4}
+    want = [ask(roomy, question, **options).choices[0].message.content for question in questions]
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(lambda question: ask(tight, question, **options).choices[0].message.content, questions))
+    assert got == want
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(tight, questions[0], max_tokens=2000)
+    assert caught.value.code == "context_length_exceeded"
+    tight.idle()
+    assert tight.service.engine.engine.scheduler.preemptions > 0
+
+
+def test_a_fault_in_a_step_fails_one_request(serving, monkeypatch):
+    server = serving()
+    runner = server.service.engine.engine.runner
+    run = runner.run
+
+    def fragile(works):
+        if any(len(work.ids) == 13 for work in works):
+            raise RuntimeError("a fault inside a step")
+        return run(works)
+
+    monkeypatch.setattr(runner, "run", fragile)
+    with ThreadPoolExecutor(5) as threads:
+        good = [threads.submit(ask, server, user("describe the picture .", noise(seed=i)), max_tokens=30, temperature=1.0, seed=1) for i in range(4)]
+        bad = threads.submit(server.client.completions.create, model="tiny", prompt=list(range(5, 18)), max_tokens=3)
+        assert all(one.result().choices[0].message.content for one in good)
+        with pytest.raises(openai.InternalServerError) as caught:
+            bad.result()
+    assert "a fault" not in str(caught.value)
+    server.idle()
+
+
+def test_a_fault_of_the_whole_step_is_survived(serving, monkeypatch):
+    server = serving()
+    engine = server.service.engine.engine
+    plan, left = engine.scheduler.decodes, [1]
+
+    def broken():
+        if engine.scheduler.running and left:
+            left.pop()
+            raise RuntimeError("planning failed")
+        return plan()
+
+    monkeypatch.setattr(engine.scheduler, "decodes", broken)
+    with pytest.raises(openai.InternalServerError):
+        ask(server, user("describe the picture ."), max_tokens=20, temperature=1.0, seed=1)
+    assert ask(server, user("describe the picture .")).choices
+    server.idle()
+
+
+def test_a_full_disk_loses_log_lines_and_nothing_else(server):
+    handler = CountingHandler("/dev/full")
+    logger = logging.getLogger("quota.server")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        assert ask(server, user("yes ?")).choices
+        wait_for(lambda: handler.lost > 0)
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_logs_are_json_without_contents(server, tmp_path):
+    handler = CountingHandler(str(tmp_path / "log"))
+    logger = logging.getLogger("quota.server")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        ask(server, user("what color is the star ?"))
+        wait_for(lambda: (tmp_path / "log").stat().st_size > 0)
+    finally:
+        logger.removeHandler(handler)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines[0]["status"] == 200 and lines[0]["path"] == "/v1/chat/completions" and "star" not in json.dumps(lines)
+
+
+def test_slow_bodies_are_cut_off(serving):
+    server = serving(body_timeout_s=0.5)
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port), timeout=10) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert b" 408 " in raw.recv(4096).split(b"\r\n")[0]
+
+
+def test_settings(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text('checkpoint = "a"\nport = 1\nmax_images = 3\n')
+    made = settings({"port": 3, "host": None}, file, {"QUOTA_SERVE_PORT": "2", "QUOTA_SERVE_API_KEYS": "x,y", "OTHER": "1"})
+    assert (made.checkpoint, made.port, made.max_images, made.api_keys) == ("a", 3, 3, ("x", "y"))
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\ntwo\n")
+    assert settings({"checkpoint": "a", "api_key_file": str(keys)}, None, {}).accepted_keys() == ("one", "two")
+    keys.write_text("\n")
+    for wrong, match in (
+        (lambda: settings({"checkpoint": "a", "api_key_file": str(keys)}, None, {}).accepted_keys(), "holds no key"),
+        (lambda: settings({"checkpoint": "a", "api_key_file": str(tmp_path / "none")}, None, {}).accepted_keys(), "cannot be read"),
+        (lambda: settings({}, None, {}), "checkpoint"),
+        (lambda: settings({"checkpoint": "a"}, None, {"QUOTA_SERVE_PROT": "1"}), "QUOTA_SERVE_PROT"),
+        (lambda: settings({"checkpoint": "a", "port": 70000}, None, {}), "port"),
+        (lambda: settings({}, tmp_path / "none.toml", {}), "cannot be read"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            wrong()
+
+
+# a server as a process
+
+
+@pytest.fixture(scope="module")
+def folder(model, recipe_file, tmp_path_factory):
+    from quota.arch import model_fingerprint
+    from quota.nn import Manifest, save_checkpoint
+
+    path = tmp_path_factory.mktemp("served") / "tiny"
+    save_checkpoint(model, path, Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor)
+    return path
+
+
+class Process:
+    """`quota serve` in a process of its own."""
+
+    def __init__(self, folder: Path, recipe_file: str, log: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "quota.cli.main", "serve", str(folder), "--recipe", f"q={recipe_file}", "--port", str(self.port), "--threads", "1"]
+        self.log = log.open("wb")
+        self.process = subprocess.Popen([*command, "--kv-memory", "4M"], stderr=self.log, stdout=self.log, env=os.environ)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self) -> None:
+        def ready() -> bool:
+            try:
+                return httpx.get(f"{self.url}/ready").status_code == 200
+            except httpx.TransportError:
+                return self.process.poll() is not None
+
+        wait_for(ready, 120)
+        assert self.process.poll() is None
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        self.log.close()
+
+
+@pytest.fixture
+def process(folder, recipe_file, tmp_path):
+    made = Process(folder, recipe_file, tmp_path / "log")
+    made.wait_until_ready()
+    yield made
+    made.stop()
+
+
+@pytest.mark.slow
+def test_sigterm_drains(process):
+    """Running streams end well, new requests are refused, the process leaves with status 0."""
+    got: list[str] = []
+
+    def listen() -> None:
+        with httpx.stream("POST", f"{process.url}/v1/chat/completions", json={**endless(), "max_tokens": 300, "stream": True}, timeout=60) as answer:
+            got.extend(line for line in answer.iter_lines() if line)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    wait_for(lambda: len(got) > 5)
+    process.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    if thread.is_alive():
+        assert httpx.get(f"{process.url}/ready").status_code == 503
+        refused = httpx.post(f"{process.url}/v1/chat/completions", json=endless())
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    thread.join(60)
+    assert got[-1] == "data: [DONE]"
+    assert process.process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_sigkill_leaves_nothing_behind(process, folder, recipe_file, tmp_path):
+    """Killed under load, a new process on the same files serves the same answers."""
+    question = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
+    before = httpx.post(f"{process.url}/v1/chat/completions", json=question, timeout=60).json()["choices"]
+    with ThreadPoolExecutor(4) as threads:
+        load = [threads.submit(httpx.post, f"{process.url}/v1/chat/completions", json=endless(), timeout=60) for _ in range(4)]
+        time.sleep(0.5)
+        process.process.kill()
+        assert all(isinstance(one.exception(30), httpx.TransportError) for one in load)
+    again = Process(folder, recipe_file, tmp_path / "again")
+    try:
+        again.wait_until_ready()
+        assert httpx.post(f"{again.url}/v1/chat/completions", json=question, timeout=60).json()["choices"] == before
+    finally:
+        again.stop()
+
+
+def test_a_public_address_needs_keys(folder):
+    from quota.server.run import serve
+
+    with pytest.raises(UsageError, match="API keys"):
+        serve(settings({"checkpoint": str(folder), "host": "0.0.0.0"}, None, {}))
+
+
+def test_the_worker_ends_its_streams_when_it_closes(model):
+    from quota.runtime.engine import AsyncEngine, Closed, Engine, Prompt, Request, Sampling
+
+    async def scenario() -> list[str | None]:
+        engine = AsyncEngine(Engine(model))
+        stream = engine.stream(Request("a", Prompt([1, 5, 9]), Sampling(max_tokens=3000, ignore_eos=True)))
+        first = await anext(stream)
+        closing = asyncio.ensure_future(engine.close())
+        reasons = [output.reason async for output in stream]
+        await closing
+        with pytest.raises(Closed):
+            await anext(engine.stream(Request("b", Prompt([1]))))
+        assert not engine.healthy and first.reason is None
+        return reasons
+
+    assert asyncio.run(scenario())[-1] == "abort"
