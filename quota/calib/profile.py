@@ -18,7 +18,7 @@ import quota
 from quota.allocate.compute import decoder_sizes, vision_macs
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
-from quota.arch.llava import find_arch, model_fingerprint, submodule
+from quota.arch import find_arch, model_fingerprint, submodule
 from quota.calib.samples import Samples, encode
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.recipe import ModelFacts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch.llava import find_arch
+from quota.arch import find_arch
 from quota.core.errors import CheckpointError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch.llava import find_arch
+from quota.arch import find_arch
 from quota.eval.questions import Question
 from quota.nn.cache import kv_bytes
 
