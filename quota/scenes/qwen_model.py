@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from quota.arch.processing import ImageProcessor
 from quota.scenes.vocabulary import QWEN_PATCH_SIZE, QWEN_SCENE_PX, QWEN_SPECIAL_TOKENS, QWEN_TOKEN_PX, QWEN_WINDOW_PX, QWEN_WORDS
 
-WIDTH, LAYERS = 256, 8
+WIDTH, LAYERS = 192, 8
 _IDS = {word: i for i, word in enumerate(QWEN_WORDS)}
 
 
@@ -35,19 +35,19 @@ def build_processor() -> ImageProcessor:
 
 
 def build_config(width: int = WIDTH, layers: int = LAYERS) -> Qwen2_5_VLConfig:
-    """About 7 M parameters: four tower blocks (the second and fourth attend to everything), two query heads per KV head of 64, tied embeddings.
+    """About 4 M parameters: four tower blocks (the second and fourth attend to everything), three query heads per KV head of 64, tied embeddings.
 
     The rotary base is small because pictures have at most 16 x 16 tokens: with the published base a column of tokens would hardly turn.
     """
-    if width % 128:
-        raise ValueError(f"width: expected a multiple of 128 (pairs of heads of 64), got {width}")
+    if width % 192:
+        raise ValueError(f"width: expected a multiple of 192 (groups of three heads of 64), got {width}")
     vision = {
         "depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 320, "patch_size": QWEN_PATCH_SIZE, "window_size": QWEN_WINDOW_PX,
         "fullatt_block_indexes": [1, 3], "out_hidden_size": width, "hidden_act": "silu",
     }  # fmt: skip
     text = {
-        "vocab_size": len(QWEN_WORDS), "hidden_size": width, "intermediate_size": 5 * width // 2, "num_hidden_layers": layers,
-        "num_attention_heads": width // 64, "num_key_value_heads": width // 128, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "vocab_size": len(QWEN_WORDS), "hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers,
+        "num_attention_heads": width // 64, "num_key_value_heads": width // 192, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 14, 14]},
         "pad_token_id": _IDS["<|endoftext|>"], "bos_token_id": None, "eos_token_id": _IDS["<|im_end|>"],
     }  # fmt: skip

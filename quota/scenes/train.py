@@ -319,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for training.pt (to resume) and checkpoint/ (the result)")
     parser.add_argument("--family", choices=("llava", "qwen2_5_vl"), default="llava")
-    parser.add_argument("--width", type=int, default=0, help="width of the language model (default: 192 for llava, 256 for qwen2_5_vl)")
+    parser.add_argument("--width", type=int, default=0, help="width of the language model (default: 192)")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

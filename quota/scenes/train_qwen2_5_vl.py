@@ -45,10 +45,10 @@ class MixedStage(Stage):
 _SEEN = ((k.CONVERSATION, 0.4), ("scene_text", 0.2), ("document", 0.2), ("chart", 0.2))
 _ALL = ((k.CONVERSATION, 0.45), (k.TEXT, 0.1), ("scene_text", 0.15), ("document", 0.15), ("chart", 0.15))
 SCHEDULE = (
-    MixedStage("dense", 1400, 160, 16, 2e-3, dense_weight=1.0, language=False, mix=_SEEN),
-    MixedStage("caption", 1600, 160, 16, 1.5e-3, dense_weight=0.3, mix=_SEEN),
-    MixedStage("questions", 2200, 160, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1, mix=_ALL),
-    MixedStage("questions-320", 1800, 320, 12, 1e-3, questions_per_task=4, caption_share=0.3, dense_weight=0.2, hard_tasks=True, mix=_ALL),
+    MixedStage("dense", 1200, 160, 16, 2e-3, dense_weight=1.0, language=False, mix=_SEEN),
+    MixedStage("caption", 1500, 160, 16, 1.5e-3, dense_weight=0.3, mix=_SEEN),
+    MixedStage("questions", 1900, 160, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1, mix=_ALL),
+    MixedStage("questions-320", 1200, 320, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.2, hard_tasks=True, mix=_ALL),
 )
 
 

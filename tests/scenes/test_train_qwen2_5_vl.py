@@ -18,7 +18,7 @@ TINY = q.MixedStage("tiny", 2, 160, 2, 1e-3, questions_per_task=1, caption_share
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(build_config(width=128, layers=2)).eval()
+    return build_model(build_config(width=192, layers=2)).eval()
 
 
 @pytest.mark.parametrize(("kind", "size"), [("chart", (240, 160)), (k.CONVERSATION, (160, 160))])
@@ -42,7 +42,7 @@ def test_packed_segments_equal_separate_questions(model, kind, size):
     kept = []
     hook = model.model.language_model.register_forward_hook(lambda m, a, out: kept.append(out.last_hidden_state))
     with torch.no_grad():
-        q.forward(model, q.DenseHead(128), batch, stage, amp=False)
+        q.forward(model, q.DenseHead(192), batch, stage, amp=False)
     hook.remove()
     packed, row = model.lm_head(kept[0][0, -batch["ids"].shape[1] :]), batch["segment"][0]
     picture = None if kind == k.TEXT else q._picture(kind, 3, size)
@@ -59,7 +59,7 @@ def test_packed_segments_equal_separate_questions(model, kind, size):
 
 def test_a_few_steps_of_every_stage(tmp_path):
     schedule = tuple(replace(stage, steps=1, batch=2) for stage in q.SCHEDULE)
-    t.train(tmp_path, width=128, layers=2, seed=0, device="cpu", amp=False, schedule=schedule, family="qwen2_5_vl")
+    t.train(tmp_path, width=192, layers=2, seed=0, device="cpu", amp=False, schedule=schedule, family="qwen2_5_vl")
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
     assert (tmp_path / "checkpoint" / "processor_config.json").is_file()
 
