@@ -56,6 +56,12 @@ inline void dequantize_transposed(const Kv4Head& kv, int64_t first, int64_t coun
   }
 }
 
+// The float channels of `count` slots, transposed below the packed ones: from [count][extra], out [extra][64] padded as above.
+inline void transpose_shared(const float* from, int64_t count, int64_t extra, float* out) {
+  for (int64_t e = 0; e < extra; ++e)
+    for (int64_t j = 0; j < round_up(count, kLanes); ++j) out[e * kKeyBlock + j] = j < count ? from[j * extra + e] : 0.0f;
+}
+
 // Slots first .. first + count as floats: out [count][ld], ld a multiple of 16; columns past D are not meaningful.
 template <class V>
 inline void dequantize_rows(const Kv4Head& kv, int64_t first, int64_t count, int64_t dim, float* out, int64_t ld) {
@@ -110,7 +116,7 @@ inline float softmax_weights(float* row, int64_t count, float scaling, float& la
 // Query rows tile * 64 .. of one (batch, KV head); row i is query i / group of head kv_head * group + i % group.
 template <class V>
 void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t tile) {
-  const int64_t group = args.heads / args.kv_heads, d = args.dim, ld = round_up(d, kLanes), row_bytes = d / 2;
+  const int64_t group = args.heads / args.kv_heads, d = args.dim, ld = round_up(d, kLanes), row_bytes = d / 2, wide = d + args.extra;
   const int64_t first_row = tile * quota::kQueryTile;
   const int64_t rows = args.tokens * group - first_row < quota::kQueryTile ? args.tokens * group - first_row : quota::kQueryTile;
   const int64_t start = args.start[batch];
@@ -119,9 +125,10 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
   const auto seen_by = [&](int64_t i) { return args.length - args.tokens + query_of(i) + 1 - start; };  // number of slots
   const int64_t seen = seen_by(rows - 1) > 0 ? seen_by(rows - 1) : 0, width = round_up(seen, kKeyBlock);
 
-  const Scratch<float> queries(rows * d), weights(rows * width), block(kKeyBlock * ld), acc(rows * ld);
+  const Scratch<float> queries(rows * wide), weights(rows * width), block(kKeyBlock * (ld > wide ? ld : wide)), acc(rows * ld);
   for (int64_t i = 0; i < rows; ++i)
-    __builtin_memcpy(queries + i * d, args.q + ((batch * args.heads + head_index(i)) * args.tokens + query_of(i)) * d, static_cast<size_t>(d) * sizeof(float));
+    __builtin_memcpy(queries + i * wide, args.q + ((batch * args.heads + head_index(i)) * args.tokens + query_of(i)) * wide,
+                     static_cast<size_t>(wide) * sizeof(float));
   __builtin_memset(acc.data, 0, static_cast<size_t>(rows * ld) * sizeof(float));
 
   const Kv4Head keys = head_of(args.k, batch, kv_head, start, row_bytes), values = head_of(args.v, batch, kv_head, start, row_bytes);
@@ -130,7 +137,8 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
     const int64_t count = seen - j < kKeyBlock ? seen - j : kKeyBlock;
     while (seen_by(from) <= j) ++from;
     dequantize_transposed<V>(keys, j, count, d, block);
-    chain_matmul<V>({queries + from * d, d, 1, block, kKeyBlock, weights + from * width + j, width}, rows - from, round_up(count, kLanes), d);
+    if (args.extra) transpose_shared(args.shared + (batch * args.shared_slots + start + j) * args.extra, count, args.extra, block + d * kKeyBlock);
+    chain_matmul<V>({queries + from * wide, wide, 1, block, kKeyBlock, weights + from * width + j, width}, rows - from, round_up(count, kLanes), wide);
   }
 
   float sums[quota::kQueryTile];

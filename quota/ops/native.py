@@ -125,8 +125,8 @@ def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tens
     _bound.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
 
 
-def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_attention(q.contiguous(), *k, *v, length, start.contiguous(), scaling)
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _bound.kv4_attention(q.contiguous(), *k, *v, length, start.contiguous(), scaling, _dense(shared))
 
 
 def token_score(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

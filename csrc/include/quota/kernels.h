@@ -80,14 +80,16 @@ struct AppendArgs {
   float clip;
 };
 
-// q [B, H, T, D] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] .. length - T + t.
+// q [B, H, T, D + E] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] .. length - T + t.
+// `shared` [B, shared_slots >= length, E]: float key channels that all heads of a slot have in common, continuing the chain after the D packed ones.
 struct AttentionArgs {
   const float* q;
   Kv4<const uint8_t, const float> k, v;
   const int32_t* start;
+  const float* shared;
   float* out;
   float* lse;
-  int64_t heads, kv_heads, tokens, dim, length;
+  int64_t heads, kv_heads, tokens, dim, extra, shared_slots, length;
   float scaling;
 };
 constexpr int64_t kQueryTile = 64;  // query rows (queries times heads of one KV head) per attention task
