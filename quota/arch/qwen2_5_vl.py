@@ -83,7 +83,10 @@ def geometry_of(vision: Any, grid: tuple[int, int, int]) -> TowerGeometry:
 
 
 def axial_rotary(places: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
-    """places [n, 2] -> cos, sin [n, D] float32 of the tower's rotary embedding, rounded once from float64: rows turn a quarter of the channels, columns the next."""
+    """places [n, 2] -> cos, sin [n, D] float32 of the tower's rotary embedding, rounded once from float64.
+
+    Rows turn the first quarter of the channels, columns the second, and both again in the upper half.
+    """
     dim = vision.hidden_size // vision.num_heads
     theta = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
     frequency = 1.0 / (theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2)))

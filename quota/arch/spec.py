@@ -98,7 +98,7 @@ def head_dim(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def text_sizes(text: Any) -> dict[str, int]:
+def text_sizes(text: Any) -> dict[str, Any]:
     """The ArchSpec fields that every language model's configuration answers alike."""
     return {
         "layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size,

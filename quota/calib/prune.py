@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quota import ops
 from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
-from quota.core.recipe import Recipe, kept_tokens
+from quota.core.recipe import Recipe
 from quota.nn.attention import Record
+from quota.nn.budget import plan_budgets, select
 from quota.nn.recording import causal_lse
 from quota.nn.scores import combine, token_signals
 
@@ -25,7 +25,7 @@ def keep_masks(recipe: Recipe, layer: int, pair: tuple[Block, Block], stream: St
     """
     before, after = pair
     ratio = dict(zip(recipe.candidates, recipe.keep, strict=True))[layer]
-    attention: Any = before.layer.get_submodule("self_attn")
+    attention = before.attention
     masks = []
     for item in range(len(stream)):
         roles = torch.from_numpy(stream.roles[stream.rows(item)].copy())[None].to(device)
@@ -37,20 +37,23 @@ def keep_masks(recipe: Recipe, layer: int, pair: tuple[Block, Block], stream: St
         record, hidden = _recorded(before, attention, batch)
         signals = token_signals(record, hidden, after.layer, visual, _queries(roles), quant=recipe.weights.quant > 0)
         score = combine(signals, visual, recipe.weights, recipe.percentiles)
-        budget = torch.tensor([_budget(recipe, ratio, stream, item)], device=device)
-        keep = ops.token_select(score, visual, budget) | ~visual
+        picture = torch.from_numpy(stream.picture[stream.rows(item)].astype(np.int64))[None].to(device).masked_fill(~visual, -1)
+        keep = select(score, *plan_budgets(recipe, ratio, picture, [stream.images[item]])) | ~visual
         masks.append(keep[0].cpu().numpy())
     return masks
 
 
 def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Stream) -> Stream:
     """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if `compact`."""
+    if stream.positions.ndim > 1:
+        target.positions = np.zeros((len(target.positions), 3), np.int32)
     for item, mask in enumerate(masks):
         rows, kept = stream.rows(item), target.rows(item)
         target.write(item, stream.read(item)[torch.from_numpy(mask)])
         positions = stream.positions[rows][mask]
-        target.positions[kept] = np.arange(len(positions)) if compact else positions
-        target.roles[kept] = stream.roles[rows][mask]
+        numbers = np.arange(len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
+        target.positions[kept] = numbers if compact else positions
+        target.roles[kept], target.picture[kept] = stream.roles[rows][mask], stream.picture[rows][mask]
     target.images = list(stream.images)
     return target
 
@@ -74,9 +77,3 @@ def _queries(roles: Tensor) -> Tensor:
         text = text.clone()
         text[:, -1] = True
     return text
-
-
-def _budget(recipe: Recipe, ratio: float, stream: Stream, item: int) -> int:
-    """Equation (5) for one item: recorded tokens per picture, or the prompt's own count before any drop."""
-    count, own = stream.images[item]
-    return kept_tokens(ratio, own if recipe.reference == "per_image" else recipe.reference_tokens * count)

@@ -15,9 +15,9 @@ the cosines and sines of position j: per pair of channels (f, f') of the rotated
     q . R_j b = sum_f  (q_f b_f + q_f' b_f') cos_jf  +  (q_f' b_f - q_f b_f') sin_jf.
 
 So a query brings D more channels (its coefficients) and a key D more (its cosines and sines), which are the same for all heads and, between two
-prune points, for all layers: one float32 table [B, slots, D] per segment instead of anything per layer and head. The kernel continues the chain of each score over
-them: D more multiply-adds per score, whatever was pruned (the table is filled with the positions that are really there, gapped or compact), and equal bits for
-any batch, padding, or cut between prefill and decode. Nothing is thresholded: every layer with a key bias goes this way.
+prune points, for all layers: one float32 table [B, slots, D] per segment instead of anything per layer and head. The kernel continues the chain of
+each score over them: D more multiply-adds per score, whatever was pruned (the table is filled with the positions that are really there, gapped or
+compact), and equal bits for any batch, padding, or cut between prefill and decode. Nothing is thresholded: every layer with a key bias goes this way.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class QuantWindowAttention(nn.Module):
         for size in sorted(set(sizes)):
             first = torch.tensor([int(at) for at, length in zip(cu_seqlens[:-1], sizes, strict=True) if length == size], device=v.device)
             rows = first[:, None] + torch.arange(size, device=v.device)  # [windows, size]
-            out[rows] = F.scaled_dot_product_attention(*(t[rows].transpose(1, 2).contiguous() for t in (q, k, v))).transpose(1, 2)
+            inside: Any = [t[rows].transpose(1, 2).contiguous() for t in (q, k, v)]
+            out[rows] = F.scaled_dot_product_attention(*inside).transpose(1, 2)
         return self.proj(out.reshape(n, hidden)).to(hidden_states.dtype)
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from quota.arch.processing import ImageProcessor
-from quota.scenes.vocabulary import QWEN_PATCH_SIZE, QWEN_SCENE_PX, QWEN_SPECIAL_TOKENS, QWEN_TOKEN_PX, QWEN_WINDOW_PX, QWEN_WORDS
+from quota.scenes.vocabulary import QWEN_PATCH_SIZE, QWEN_SPECIAL_TOKENS, QWEN_WINDOW_PX, QWEN_WORDS
 
 WIDTH, LAYERS = 192, 8
 _IDS = {word: i for i, word in enumerate(QWEN_WORDS)}
@@ -26,11 +26,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build_processor() -> ImageProcessor:
-    """Pictures from 4 tokens to those of 320 x 320 px keep their size (rounded to whole tokens); larger ones are reduced."""
-    image_processor = Qwen2VLImageProcessorPil(
-        patch_size=QWEN_PATCH_SIZE, merge_size=2, size={"shortest_edge": 4 * QWEN_TOKEN_PX**2, "longest_edge": QWEN_SCENE_PX**2}
-    )
+def build_processor(patch_px: int = QWEN_PATCH_SIZE) -> ImageProcessor:
+    """Pictures from 4 visual tokens to 16 x 16 keep their size (rounded to whole tokens); larger ones are reduced."""
+    token = (2 * patch_px) ** 2
+    image_processor = Qwen2VLImageProcessorPil(patch_size=patch_px, merge_size=2, size={"shortest_edge": 4 * token, "longest_edge": 256 * token})
     return ImageProcessor(image_processor=image_processor, tokenizer=build_tokenizer())
 
 
@@ -51,7 +50,7 @@ def build_config(width: int = WIDTH, layers: int = LAYERS) -> Qwen2_5_VLConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 14, 14]},
         "pad_token_id": _IDS["<|endoftext|>"], "bos_token_id": None, "eos_token_id": _IDS["<|im_end|>"],
     }  # fmt: skip
-    ids = {f"{name}_token_id": _IDS[f"<|{word}|>"] for name, word in
+    ids: Any = {f"{name}_token_id": _IDS[f"<|{word}|>"] for name, word in
            (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}  # fmt: skip
     return Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **ids)
 

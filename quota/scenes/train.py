@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,7 @@ class Family:
     layers: int
     build: Callable[[Any, int, int, int], Any]  # stage, width, layers, seed -> model
     head: Callable[[int], nn.Module]  # width -> the dense head
-    batches: Callable[[Any, int], Iterable[dict[str, Any]]]
+    batches: Callable[[Any, int], IterableDataset]
     forward: Callable[..., tuple[Tensor, dict[str, float]]]  # model, head, batch, stage, amp -> loss, figures
     resize: Callable[[Any, Any, int, int], Any]  # model, stage, width, layers -> the model for that stage
     save: Callable[[Any, Path], None]

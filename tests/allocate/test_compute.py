@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from quota.allocate.compute import DecoderSizes, cost, decoder_sizes, kv_token_bytes, layer_macs
-from quota.arch import vision_macs
 from quota.allocate.solve import uniform
+from quota.arch.llava import vision_macs
 from quota.core.recipe import kept_tokens
 
 SMALL = DecoderSizes(layers=2, hidden_size=8, kv_size=4, intermediate_size=16)
@@ -64,4 +64,4 @@ def test_sizes_from_a_config() -> None:
     assert decoder_sizes(config) == DecoderSizes(8, 192, 192, 512)
     n, h, m = 5, 8, 16
     block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
-    assert vision_macs(config, 4) == 4 * 3 * 196 * h + 2 * block + 4 * (h * 192 + 192 * 192)
+    assert vision_macs(config) == 4 * 3 * 196 * h + 2 * block + 4 * (h * 192 + 192 * 192)

@@ -10,7 +10,6 @@ from quota.arch import find_arch, model_fingerprint, submodule
 from quota.core.errors import CheckpointError
 from tests.models import tiny_llava
 
-
 ARCH = find_arch(tiny_llava())
 
 

@@ -13,7 +13,6 @@ from quota.arch import find_arch, model_fingerprint
 from quota.core.recipe import Recipe
 from tests.models import QWEN_IDS
 
-
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 
 
