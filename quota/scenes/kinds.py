@@ -71,14 +71,33 @@ class Example:
     request: str
 
 
-def example(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None, purpose: str = "questions") -> Example:
-    """Example `index` of a split. purpose: seeds the choice of questions, so that training and calibration ask differently of one page."""
+def picture(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None) -> Image.Image:
+    """The picture of page `index`; ValueError for text, which has none."""
+    if kind == CONVERSATION:
+        return g.draw(g.scene(split, index, (size_px or (QWEN_SCENE_PX,))[0]))
+    draw = PAGES[kind].draw
+    if draw is None:
+        raise ValueError(f"kind: {kind} has no pictures")
+    return draw(page(kind, split, index, size_px))
+
+
+def questions(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None) -> list[g.Question]:
+    """One question per task of page `index` (fewer where the page allows none)."""
+    if kind == CONVERSATION:
+        return g.questions(g.scene(split, index, (size_px or (QWEN_SCENE_PX,))[0]))
+    found = page(kind, split, index, size_px)
+    return PAGES[kind].questions(found, found.seed("questions"))
+
+
+def example(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None) -> Example:
+    """Example `index` of a split."""
+    drawn = None if kind == TEXT else picture(kind, split, index, size_px)
+    asked = questions(kind, split, index, size_px)
     if kind == CONVERSATION:
         s = g.scene(split, index, (size_px or (QWEN_SCENE_PX,))[0])
-        return Example(kind, g.draw(s), g.questions(s, rng=s.seed(purpose)), g.caption(s, s.seed("caption")), CAPTION_REQUEST)
-    found, rule = page(kind, split, index, size_px), PAGES[kind]
-    caption = rule.caption(found, found.seed("caption")) if rule.caption else None
-    return Example(kind, rule.draw(found) if rule.draw else None, rule.questions(found, found.seed(purpose)), caption, READ_REQUEST)
+        return Example(kind, drawn, asked, g.caption(s, s.seed("caption")), CAPTION_REQUEST)
+    found, caption = page(kind, split, index, size_px), PAGES[kind].caption
+    return Example(kind, drawn, asked, caption(found, found.seed("caption")) if caption else None, READ_REQUEST)
 
 
 def dense_labels(kind: str, split: str, index: int, size_px: tuple[int, int], token_px: int = QWEN_TOKEN_PX) -> Labels:

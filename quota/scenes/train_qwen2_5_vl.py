@@ -83,7 +83,7 @@ def collate(kind: str, size_px: tuple[int, int], first: int, stage: MixedStage) 
     batch: dict[str, Any] = {"kind": kind}
     indices = range(first, first + stage.batch)
     if kind != k.TEXT:
-        batch["pixels"] = torch.from_numpy(np.stack([np.asarray(_picture(kind, i, size_px)) for i in indices]))
+        batch["pixels"] = torch.from_numpy(np.stack([np.asarray(k.picture(kind, "train", i, size_px)) for i in indices]))
         seen = [k.dense_labels(kind, "train", i, size_px) for i in indices]
         for number, name in enumerate(("shape", "color", "word")):
             batch[name] = torch.from_numpy(np.stack([row[number] for row in seen]))
@@ -102,14 +102,6 @@ def collate(kind: str, size_px: tuple[int, int], first: int, stage: MixedStage) 
     for number, name in enumerate(("ids", "labels", "segment", "positions")):
         batch[name] = packed[..., number].contiguous()
     return batch
-
-
-def _picture(kind: str, index: int, size_px: tuple[int, int]) -> Any:
-    if kind == k.CONVERSATION:
-        return g.draw(g.scene("train", index, size_px[0]))
-    draw = k.PAGES[kind].draw
-    assert draw is not None
-    return draw(k.page(kind, "train", index, size_px))
 
 
 def segments_of(kind: str, index: int, size_px: tuple[int, int], stage: MixedStage) -> list[tuple[list[int], list[int]]]:
