@@ -56,10 +56,12 @@ inline void dequantize_transposed(const Kv4Head& kv, int64_t first, int64_t coun
   }
 }
 
-// The float channels of `count` slots, transposed below the packed ones: from [count][extra], out [extra][64] padded as above.
-inline void transpose_shared(const float* from, int64_t count, int64_t extra, float* out) {
-  for (int64_t e = 0; e < extra; ++e)
-    for (int64_t j = 0; j < round_up(count, kLanes); ++j) out[e * kKeyBlock + j] = j < count ? from[j * extra + e] : 0.0f;
+// The float channels of `count` slots below the packed ones: from [extra][slots], out [extra][64] padded as above.
+inline void copy_shared(const float* from, int64_t slots, int64_t count, int64_t extra, float* out) {
+  for (int64_t e = 0; e < extra; ++e) {
+    __builtin_memcpy(out + e * kKeyBlock, from + e * slots, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t j = count; j < round_up(count, kLanes); ++j) out[e * kKeyBlock + j] = 0.0f;
+  }
 }
 
 // Slots first .. first + count as floats: out [count][ld], ld a multiple of 16; columns past D are not meaningful.
@@ -137,7 +139,7 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
     const int64_t count = seen - j < kKeyBlock ? seen - j : kKeyBlock;
     while (seen_by(from) <= j) ++from;
     dequantize_transposed<V>(keys, j, count, d, block);
-    if (args.extra) transpose_shared(args.shared + (batch * args.shared_slots + start + j) * args.extra, count, args.extra, block + d * kKeyBlock);
+    if (args.extra) copy_shared(args.shared + batch * args.extra * args.shared_slots + start + j, args.shared_slots, count, args.extra, block + d * kKeyBlock);
     chain_matmul<V>({queries + from * wide, wide, 1, block, kKeyBlock, weights + from * width + j, width}, rows - from, round_up(count, kLanes), wide);
   }
 

@@ -162,9 +162,9 @@ std::tuple<Tensor, Tensor> kv4_attention(
     Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, Tensor start, double scaling,
     MaybeTensor shared) {
   check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
-  const int64_t extra = shared && shared->dim() == 3 ? shared->size(2) : 0;
+  const int64_t extra = shared && shared->dim() == 3 ? shared->size(1) : 0;
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3) - extra, kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0;
-  const int64_t slots = shared && shared->dim() == 3 ? shared->size(1) : 0;
+  const int64_t slots = shared && shared->dim() == 3 ? shared->size(2) : 0;
   if (shared) check(*shared, "shared", ScalarType::Float, {batch, kFree, kFree});
   STD_TORCH_CHECK(!shared || slots >= length, "shared: expected at least ", length, " slots, got ", slots);
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [B, Hkv, C, D/2] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);

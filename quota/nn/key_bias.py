@@ -15,7 +15,7 @@ the cosines and sines of position j: per pair of channels (f, f') of the rotated
     q . R_j b = sum_f  (q_f b_f + q_f' b_f') cos_jf  +  (q_f' b_f - q_f b_f') sin_jf.
 
 So a query brings D more channels (its coefficients) and a key D more (its cosines and sines), which are the same for all heads and, between two
-prune points, for all layers: one float32 table [B, slots, D] per segment instead of anything per layer and head. The kernel continues the chain of
+prune points, for all layers: one float32 table [B, D, slots] per segment instead of anything per layer and head. The kernel continues the chain of
 each score over them: D more multiply-adds per score, whatever was pruned (the table is filled with the positions that are really there, gapped or
 compact), and equal bits for any batch, padding, or cut between prefill and decode. Nothing is thresholded: every layer with a key bias goes this way.
 """
@@ -40,7 +40,7 @@ _GROWTH_TOKENS = 64
 
 
 class AngleTable:
-    """Cosines and sines of the cached positions, float32 [B, slots, D] (cosines first), shared by the layers of a segment; `length` slots are filled."""
+    """Cosines and sines of the cached positions, float32 [B, D, slots] (cosines first), shared by the layers of a segment; `length` slots are filled."""
 
     def __init__(self) -> None:
         self.slots: Tensor | None = None
@@ -48,24 +48,25 @@ class AngleTable:
         self.source: Tensor | None = None  # the cosines appended last: layers that are given the same tensor have the same positions
 
     def append(self, cos: Tensor, angles: Tensor, at: int) -> None:
-        """angles [B, T, D] of the slots from `at` on; a slot another layer of the segment has filled already is left alone."""
-        if self.length == at + angles.shape[1]:
+        """angles [B, D, T] of the slots from `at` on; a slot another layer of the segment has filled already is left alone."""
+        tokens = angles.shape[2]
+        if self.length == at + tokens:
             return
         if self.length != at:
             raise RuntimeError(f"angles: expected {at} filled slots, found {self.length}")
         self._reserve(angles, at)
         assert self.slots is not None
-        self.slots[:, at : at + angles.shape[1]] = angles
-        self.length, self.source = at + angles.shape[1], cos
+        self.slots[..., at : at + tokens] = angles
+        self.length, self.source = at + tokens, cos
 
     def _reserve(self, angles: Tensor, at: int) -> None:
-        batch, tokens, dim = angles.shape
-        capacity = 0 if self.slots is None else self.slots.shape[1]
+        batch, dim, tokens = angles.shape
+        capacity = 0 if self.slots is None else self.slots.shape[2]
         if self.slots is not None and at + tokens <= capacity:
             return
-        new = angles.new_zeros(batch, -(-max(at + tokens, capacity + capacity // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS, dim)
+        new = angles.new_zeros(batch, dim, -(-max(at + tokens, capacity + capacity // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS)
         if self.slots is not None:
-            new[:, :at] = self.slots[:, :at]
+            new[..., :at] = self.slots[..., :at]
         self.slots = new
 
     def crop(self, length: int) -> None:
@@ -80,7 +81,7 @@ class AngleTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the filled slots."""
-        return 0 if self.slots is None else self.slots[:, : self.length].numel() * self.slots.element_size()
+        return 0 if self.slots is None else self.slots[..., : self.length].numel() * self.slots.element_size()
 
 
 class BiasedKv4Layer(Kv4Layer):
@@ -95,7 +96,7 @@ class BiasedKv4Layer(Kv4Layer):
         """Fill the table for the tokens about to be appended; at the start of a prompt the table of the layer before is shared where it fits."""
         if self.angles is None or self.length == 0:
             near = getattr(neighbour, "angles", None)
-            self.owns_angles = near is None or near.source is not cos or near.length != angles.shape[1]
+            self.owns_angles = near is None or near.source is not cos or near.length != angles.shape[2]
             self.angles = AngleTable() if self.owns_angles else near
         assert self.angles is not None
         self.angles.append(cos, angles, self.length)
@@ -162,7 +163,7 @@ class QuantBiasedAttention(QuantAttention):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         half = self.head_dim // 2
-        angles = torch.cat([cos[..., :half], sin[..., :half]], -1).expand(batch, -1, -1)
+        angles = torch.cat([cos[..., :half], sin[..., :half]], -1).transpose(1, 2).expand(batch, -1, -1)
         neighbour = past_key_values.layers[self.layer_idx - 1] if past_key_values is not None and self.layer_idx else None
         table = cache.place(position_embeddings[0], angles, neighbour)
         wide = torch.cat([_transform(q, self.q_transform), bias_coefficients(q, self.k_bias)], -1)
@@ -171,7 +172,7 @@ class QuantBiasedAttention(QuantAttention):
         out, lse = ops.kv4_attention(wide, cache.key, cache.value, cache.length, start, self.scaling, table.slots)
         if quota_record is not None:
             assert table.slots is not None
-            turned = table.slots[:, None, : cache.length].expand(-1, self.kv_heads, -1, -1)
+            turned = table.slots[:, None, :, : cache.length].transpose(-1, -2).expand(-1, self.kv_heads, -1, -1)
             quota_record.q, quota_record.k = wide, torch.cat([cache.dequantize_keys(), turned], -1)
             quota_record.lse, quota_record.scaling = lse, self.scaling
         return self.o_proj(out.reshape(batch, tokens, -1)).to(hidden_states.dtype), None

@@ -24,7 +24,7 @@ def kv4_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot) -> (out float32 [B, T, H, D], lse [B, H, T]).
 
-    shared float32 [B, C >= length, E]: more key channels, not quantized and common to all heads; q is then [B, H, T, D + E].
+    shared float32 [B, E, C >= length]: more key channels, not quantized and common to all heads; q is then [B, H, T, D + E].
 
     Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
     Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads.
@@ -33,7 +33,7 @@ def kv4_attention_ref(
     d = 2 * k[0].shape[-1]
     keys, values = (dequantized(kv, length, d).double().repeat_interleave(h // kv[0].shape[1], 1) for kv in (k, v))
     if shared is not None:
-        keys = torch.cat([keys, shared[:, None, :length].double().expand(-1, h, -1, -1)], -1)
+        keys = torch.cat([keys, shared[:, None, :, :length].transpose(-1, -2).double().expand(-1, h, -1, -1)], -1)
     score = q.double() @ keys.transpose(-1, -2) * scaling
     slot = torch.arange(length)
     seen = (slot[None, None, :] >= start[:, None, None]) & (slot[None, None, :] <= slot[length - t :][None, :, None])

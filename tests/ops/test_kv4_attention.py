@@ -87,8 +87,8 @@ def shared_case() -> tuple:
     """22 packed and 10 shared float channels of a grouped, padded batch."""
     q, k, v, s, start, scaling = case(2, 4, 2, 40, 75, 22)
     g = torch.Generator().manual_seed(9)
-    shared = torch.randn(2, s + 3, 10, generator=g)
-    shared[:, s:] = float("nan")
+    shared = torch.randn(2, 10, s + 3, generator=g)
+    shared[..., s:] = float("nan")
     return torch.cat([q, 50 * torch.randn(2, 4, 40, 10, generator=g)], -1), k, v, s, start, scaling, shared
 
 
@@ -101,7 +101,7 @@ def test_shared_channels_continue_the_packed_ones(isa: str) -> None:
     plain = native.kv4_attention(q[..., :22], k, v, s, start, scaling)[0]
     assert relative(plain, want) > 0.1  # they matter
     silent = torch.cat([q[..., :22], torch.zeros_like(q[..., 22:])], -1)
-    assert torch.equal(native.kv4_attention(silent, k, v, s, start, scaling, shared[:, :s])[0], plain)  # a chain may go on with zeros
+    assert torch.equal(native.kv4_attention(silent, k, v, s, start, scaling, shared[..., :s])[0], plain)  # a chain may go on with zeros
 
 
 def test_shared_channels_are_exact_in_every_way_of_running(threads: Callable[[int], None]) -> None:

@@ -81,7 +81,7 @@ struct AppendArgs {
 };
 
 // q [B, H, T, D + E] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] .. length - T + t.
-// `shared` [B, shared_slots >= length, E]: float key channels that all heads of a slot have in common, continuing the chain after the D packed ones.
+// `shared` [B, E, shared_slots >= length]: float key channels that all heads of a slot have in common, continuing the chain after the D packed ones.
 struct AttentionArgs {
   const float* q;
   Kv4<const uint8_t, const float> k, v;
