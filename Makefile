@@ -6,12 +6,14 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint venv schema clean help
+.PHONY: demo test lint sanitize bench venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
+	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
 
@@ -44,6 +46,24 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# A copy of the package with its own library. The sanitizer's runtime has to be in the process before python is; python itself leaks.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(STAMP)
+	rm -rf build/sanitize
+	QUOTA_BUILD=cpu CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest -q -o pythonpath="build/sanitize/lib ." tests/ops $(PYTEST_ARGS)
+
+# peers are for this target only, so they are installed here and nowhere else
+.venv/.peers: $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt openvino onnx onnxruntime
+	@touch $@
+
+bench: .venv/.peers
+	$(BIN)/quota bench ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
+	$(BIN)/quota bench tables
 
 schema: $(STAMP)
 	$(BIN)/python -m quota.core.recipe

@@ -27,8 +27,11 @@ FLAGS = [
     "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-g0",
 ]  # fmt: skip
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2"]
 X86_FLAGS = {
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "avx512vnni": AVX512,
+    "avxvnni": ["-mavxvnni", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -77,6 +80,8 @@ class NativeBuild(build_ext):
         torch = torch_folder()
         compiler = self.compiler
         macros = [("QUOTA_X86", "1")] if IS_X86 else []
+        # No path of the building machine in messages; the later option wins, and torch may live inside the repository.
+        common = [*FLAGS, f"-ffile-prefix-map={ROOT}=quota", f"-ffile-prefix-map={torch.parent}="]
 
         def one(item: tuple[str, list[str]]) -> list[str]:
             source, flags = item
@@ -85,7 +90,7 @@ class NativeBuild(build_ext):
             if source.startswith("csrc/torch"):
                 include.append(str(torch / "include"))
                 own_macros.append(("TORCH_TARGET_VERSION", "0x020b000000000000"))
-            return compiler.compile([source], output_dir=self.build_temp, macros=own_macros, include_dirs=include, extra_postargs=FLAGS + flags)
+            return compiler.compile([source], output_dir=self.build_temp, macros=own_macros, include_dirs=include, extra_postargs=common + flags)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(one, sources().items()) for name in names]

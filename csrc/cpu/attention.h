@@ -1,172 +1,182 @@
-// kv4_attention: blocks of keys and values are dequantized once per tile of query rows.
+// kv4_attention: one pass over blocks of 64 slots for a tile of query rows, on integer dot products (codes.h).
 //
-// A row's result depends on its own query and on the slots start .. its last one: scores are chains over d, the maximum has no order, the
-// sum of exponentials runs in sixteen lanes counted from `start`, the output is a chain over slots. Slots after a row's last have weight zero.
+// A row's result depends on its own query and on the slots start .. its last one, taken in blocks of 64 counted from `start`: a block's scores
+// are exact integers times scales; the running maximum is updated and what was summed before is multiplied by e^(old - new); sixteen lanes sum
+// the exponentials and exponentials times middles (codes.h); exponentials times scales become fixed point, so the block's part of the output is exact
+// integers again, added by one fused multiply-add per dim.
 #pragma once
 
 #include <cstdint>
 
-#include "chain.h"
+#include "codes.h"
+#include "elementwise.h"
 #include "quota/kernels.h"
 
 namespace {
 
-constexpr int64_t kKeyBlock = 64;
+// Lanes of vector v that hold slots before `count`.
+inline int64_t lanes_of(int64_t count, int64_t v) {
+  const int64_t left = count - v * kLanes;
+  return left < 0 ? 0 : left < kLanes ? left : kLanes;
+}
 
-struct Kv4Head {  // one (batch, KV head) from its first visible slot on
-  const uint8_t* q;
-  const float* scale;
-  const float* zero;
+// What a row has summed so far.
+struct RowState {
+  float best;
+  float total[kLanes], middles[kLanes];
 };
 
-inline Kv4Head head_of(const quota::Kv4<const uint8_t, const float>& kv, int64_t b, int64_t h, int64_t start, int64_t row_bytes) {
-  return {kv.q + b * kv.q_batch + h * kv.q_head + start * row_bytes, kv.scale + b * kv.scale_batch + h * kv.scale_head + start,
-          kv.zero + b * kv.zero_batch + h * kv.zero_head + start};
+inline void load_scales(const Kv4Head& kv, int64_t first, int64_t count, BlockScales& block) {
+  for (int64_t i = 0; i < kSlots; ++i) block.set(i, i < count ? kv.scale[first + i] : 0.0f, i < count ? kv.zero[first + i] : 0.0f);
 }
 
-// Slots first .. first + count as floats, transposed: out [D][64]; columns past count (up to a multiple of 16) are zero.
-template <class V>
-inline void dequantize_transposed(const Kv4Head& kv, int64_t first, int64_t count, int64_t dim, float* out) {
-  const int64_t row_bytes = dim / 2;
-  alignas(16) static constexpr uint8_t nothing[16] = {};
-  alignas(16) uint8_t edge[16][16], columns[16][16];
-  const auto low = V::iset1(15);
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t lanes = count - j < kLanes ? count - j : kLanes;
-    const auto scale = V::load(kv.scale + first + j, lanes), zero = V::load(kv.zero + first + j, lanes);
-    for (int64_t byte = 0; byte < row_bytes; byte += 16) {
-      const int64_t bytes = row_bytes - byte < 16 ? row_bytes - byte : 16;
-      const uint8_t* rows[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        rows[i] = i < lanes ? kv.q + (first + j + i) * row_bytes + byte : nothing;
-        if (bytes < 16) {
-          __builtin_memset(edge[i], 0, 16);
-          if (i < lanes) __builtin_memcpy(edge[i], rows[i], static_cast<size_t>(bytes));
-          rows[i] = edge[i];
-        }
-      }
-      transpose_bytes(rows, columns);
-      for (int64_t i = 0; i < bytes; ++i) {
-        const auto pair = V::bytes(columns[i]);
-        float* to = out + 2 * (byte + i) * kKeyBlock + j;
-        V::store(to, V::add(V::mul(V::to_float(V::iand(pair, low)), scale), zero));
-        V::store(to + kKeyBlock, V::add(V::mul(V::to_float(V::shift_right_4(pair)), scale), zero));
-      }
-    }
+// One row on its way through a block. The steps below each take all rows at hand before the next one starts: within a row every step waits
+// for the one before, and only other rows can fill that time.
+struct RowBlock {
+  alignas(64) float x[kSlots];  // scores, then weights
+  float correction;
+  LimbRow weights;
+};
+
+// Scores of the channels that are not packed (AttentionArgs::shared), one block of slots at a time: chains over the channels.
+struct SharedScores {
+  int64_t extra, stride;
+  const float* keys;        // from slot `start` on
+  Scratch<float> queries;   // [rows][extra]
+  Scratch<float> products;  // [rows][64]
+
+  SharedScores(const quota::AttentionArgs& args, int64_t batch, int64_t start, int64_t rows)
+      : extra(args.extra), stride(args.shared_slots), keys(args.shared ? args.shared + batch * extra * stride + start : nullptr), queries(rows * extra),
+        products(extra ? rows * kSlots : 0) {
+    if (extra) __builtin_memset(products.data, 0, static_cast<size_t>(rows * kSlots) * sizeof(float));
   }
-}
+  void set(int64_t i, const float* q) const { __builtin_memcpy(queries + i * extra, q, static_cast<size_t>(extra) * sizeof(float)); }
+  const float* row(int64_t i) const { return extra ? products + i * kSlots : nullptr; }
 
-// The float channels of `count` slots below the packed ones: from [extra][slots], out [extra][64] padded as above.
-inline void copy_shared(const float* from, int64_t slots, int64_t count, int64_t extra, float* out) {
-  for (int64_t e = 0; e < extra; ++e) {
-    __builtin_memcpy(out + e * kKeyBlock, from + e * slots, static_cast<size_t>(count) * sizeof(float));
-    for (int64_t j = count; j < round_up(count, kLanes); ++j) out[e * kKeyBlock + j] = 0.0f;
+  template <class V>
+  void score(int64_t from, int64_t rows, int64_t slot, int64_t count) const {
+    if (extra) chain_matmul<V>({queries + from * extra, extra, 1, keys + slot, stride, products + from * kSlots, kSlots}, rows - from, count, extra);
   }
-}
+};
 
-// Slots first .. first + count as floats: out [count][ld], ld a multiple of 16; columns past D are not meaningful.
+// Sums [3][64], and products [64] of shared channels or null -> scores, -inf where the row does not see the slot (it sees `seen` of the block),
+// and the row's new maximum. `correction` is what the row's sums up to now have to be multiplied by.
 template <class V>
-inline void dequantize_rows(const Kv4Head& kv, int64_t first, int64_t count, int64_t dim, float* out, int64_t ld) {
-  const int64_t row_bytes = dim / 2;
-  uint8_t nibbles[16];
-  for (int64_t j = 0; j < count; ++j) {
-    const auto scale = V::set1(kv.scale[first + j]), zero = V::set1(kv.zero[first + j]);
-    const uint8_t* row = kv.q + (first + j) * row_bytes;
-    for (int64_t byte = 0; byte < row_bytes; byte += 8) {
-      if (byte + 8 <= row_bytes) {
-        split_nibbles(row + byte, nibbles);
-      } else {
-        uint8_t edge[8] = {};
-        __builtin_memcpy(edge, row + byte, static_cast<size_t>(row_bytes - byte));
-        split_nibbles(edge, nibbles);
-      }
-      V::store(out + j * ld + 2 * byte, V::add(V::mul(V::to_float(V::bytes(nibbles)), scale), zero));
-    }
-  }
-}
-
-// Scores in place -> exp(score * scaling - max), zero from `count` to the end of its key block. Returns the sum; `largest` is the maximum.
-template <class V>
-inline float softmax_weights(float* row, int64_t count, float scaling, float& largest) {
-  const auto factor = V::set1(scaling), lowest = V::set1(-__builtin_inff());
-  auto best = lowest;
-  const int64_t full = count / kLanes * kLanes;
-  for (int64_t j = 0; j < count; j += kLanes) {
-    auto s = V::mul(V::load(row + j), factor);
-    if (j == full) s = V::first(s, count - full, lowest);
-    V::store(row + j, s);
+inline void score_block(const int32_t* sums, const BlockScales& keys, const float* shared, int64_t seen, const LimbRow& query, float scaling, RowState& row,
+                        RowBlock& block) {
+  const float factor = query.unit * scaling;
+  auto best = V::set1(row.best);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    auto s = score_lanes<V>(sums, keys, v * kLanes, query, factor);
+    if (shared) s = V::add(s, V::mul(V::load(shared + v * kLanes), V::set1(scaling)));
+    if (seen < kSlots) s = V::first(s, lanes_of(seen, v), V::set1(-__builtin_inff()));
+    V::store(block.x + v * kLanes, s);
     best = V::max(best, s);
   }
-  float lanes[kLanes];
-  V::store(lanes, best);
-  largest = lanes[0];
-  for (int i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  auto total = V::zero();
-  const auto top = V::set1(largest);
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const auto p = exponential<V>(V::sub(V::load(row + j), top));  // masked lanes: exp(-inf) = 0
-    V::store(row + j, p);
-    total = V::add(total, p);
+  const float largest = V::largest(best);
+  block.correction = 1.0f;
+  if (largest != row.best) {
+    float lanes[kLanes];
+    V::store(lanes, exponential<V>(V::set1(row.best - largest)));
+    block.correction = lanes[0];
+    row.best = largest;
   }
-  for (int64_t j = round_up(count, kLanes); j < round_up(count, kKeyBlock); j += kLanes) V::store(row + j, V::zero());
-  V::store(lanes, total);
-  float sum = 0.0f;
-  for (float lane : lanes) sum += lane;
-  return sum;
+}
+
+// Scores -> weights e^(score - maximum) * scale, and the sums of the row.
+template <class V>
+inline void weigh_block(const BlockScales& values, int64_t seen, RowState& row, RowBlock& block) {
+  const auto top = V::set1(row.best), correction = V::set1(block.correction);
+  auto total = V::mul(V::load(row.total), correction), middles = V::mul(V::load(row.middles), correction);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    float* x = block.x + v * kLanes;
+    const int64_t lanes = lanes_of(seen, v);  // what a row does not see must not reach it, not even as 0 * NaN
+    const auto p = exponential<V>(V::sub(V::load(x), top));  // unseen lanes: e^-inf = 0
+    total = V::add(total, p);
+    middles = V::fma(p, V::load(values.middle + v * kLanes, lanes), middles);
+    V::store(x, V::mul(p, V::load(values.scale + v * kLanes, lanes)));
+  }
+  V::store(row.total, total), V::store(row.middles, middles);
+}
+
+// acc [64] = acc * correction + sums [3][64] * unit.
+template <class V>
+inline void add_block(const int32_t* sums, const RowBlock& block, float* acc) {
+  const auto old = V::set1(block.correction), scale = V::set1(block.weights.unit);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    float* at = acc + v * kLanes;
+    V::store(at, V::fma(centred<V>(sums + v * kLanes, block.weights), scale, V::mul(V::load(at), old)));
+  }
 }
 
 // Query rows tile * 64 .. of one (batch, KV head); row i is query i / group of head kv_head * group + i % group.
-template <class V>
+template <class V, class Dot>
 void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t tile) {
-  const int64_t group = args.heads / args.kv_heads, d = args.dim, ld = round_up(d, kLanes), row_bytes = d / 2, wide = d + args.extra;
+  const int64_t group = args.heads / args.kv_heads, d = args.dim, wide = d + args.extra, padded = round_up(d, kDims), row_bytes = d / 2;
   const int64_t first_row = tile * quota::kQueryTile;
   const int64_t rows = args.tokens * group - first_row < quota::kQueryTile ? args.tokens * group - first_row : quota::kQueryTile;
-  const int64_t start = args.start[batch];
+  const int64_t start = args.start ? args.start[batch] : 0;
   const auto query_of = [&](int64_t i) { return (first_row + i) / group; };
   const auto head_index = [&](int64_t i) { return kv_head * group + (first_row + i) % group; };
+  const auto flat_row = [&](int64_t i) { return (batch * args.heads + head_index(i)) * args.tokens + query_of(i); };
   const auto seen_by = [&](int64_t i) { return args.length - args.tokens + query_of(i) + 1 - start; };  // number of slots
-  const int64_t seen = seen_by(rows - 1) > 0 ? seen_by(rows - 1) : 0, width = round_up(seen, kKeyBlock);
+  const int64_t seen = seen_by(rows - 1) > 0 ? seen_by(rows - 1) : 0;
 
-  const Scratch<float> queries(rows * wide), weights(rows * width), block(kKeyBlock * (ld > wide ? ld : wide)), acc(rows * ld);
-  for (int64_t i = 0; i < rows; ++i)
-    __builtin_memcpy(queries + i * wide, args.q + ((batch * args.heads + head_index(i)) * args.tokens + query_of(i)) * wide,
-                     static_cast<size_t>(wide) * sizeof(float));
-  __builtin_memset(acc.data, 0, static_cast<size_t>(rows * ld) * sizeof(float));
-
-  const Kv4Head keys = head_of(args.k, batch, kv_head, start, row_bytes), values = head_of(args.v, batch, kv_head, start, row_bytes);
-  int64_t from = 0;  // rows before it see nothing of the block
-  for (int64_t j = 0; j < seen; j += kKeyBlock) {
-    const int64_t count = seen - j < kKeyBlock ? seen - j : kKeyBlock;
-    while (seen_by(from) <= j) ++from;
-    dequantize_transposed<V>(keys, j, count, d, block);
-    if (args.extra) copy_shared(args.shared + batch * args.extra * args.shared_slots + start + j, args.shared_slots, count, args.extra, block + d * kKeyBlock);
-    chain_matmul<V>({queries + from * wide, wide, 1, block, kKeyBlock, weights + from * width + j, width}, rows - from, round_up(count, kLanes), wide);
-  }
-
-  float sums[quota::kQueryTile];
+  const QueryRows queries(rows, d);
+  const SharedScores shared(args, batch, start, rows);
+  const Scratch<float> acc(rows * padded);
+  const Scratch<RowState> states(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    float* lse = args.lse + (batch * args.heads + head_index(i)) * args.tokens + query_of(i);
-    if (seen_by(i) <= 0) {
-      sums[i] = 1.0f, *lse = -__builtin_inff();
-      continue;
-    }
-    float largest;
-    sums[i] = softmax_weights<V>(weights + i * width, seen_by(i), args.scaling, largest);
-    *lse = largest + __builtin_logf(sums[i]);
+    const float* q = args.q + flat_row(i) * wide;
+    queries.set<V>(i, q), shared.set(i, q + d);
+    states[i] = {-__builtin_inff(), {}, {}};
   }
+  __builtin_memset(acc.data, 0, static_cast<size_t>(rows * padded) * sizeof(float));
 
-  from = 0;
-  for (int64_t j = 0; j < seen; j += kKeyBlock) {
-    const int64_t count = seen - j < kKeyBlock ? seen - j : kKeyBlock;
+  const Scratch<uint8_t> keys(kSlots * padded), values(kSlots * padded), staging(kSlots * padded / 2);
+  const Kv4Head k = head_of(args.k, batch, kv_head, start, row_bytes), v = head_of(args.v, batch, kv_head, start, row_bytes);
+  BlockScales scales[2];  // of keys and of values
+  RowBlock block[Dot::kRows];
+  alignas(64) int32_t sums[Dot::kRows * kLimbs * kSlots];
+  alignas(64) int8_t limbs[Dot::kRows * kLimbs * kSlots];
+  int64_t from = 0;  // rows before it see nothing of the block
+  for (int64_t j = 0; j < seen; j += kSlots) {
+    const int64_t count = seen - j < kSlots ? seen - j : kSlots;
     while (seen_by(from) <= j) ++from;
-    dequantize_rows<V>(values, j, count, d, block, ld);
-    chain_matmul<V, true>({weights + from * width + j, width, 1, block, ld, acc + from * ld, ld}, rows - from, d, count);
+    key_panel<V>(whole_rows(k.q + j * row_bytes, count, row_bytes, padded, staging), padded, keys);
+    value_panels<V>(whole_rows(v.q + j * row_bytes, count, row_bytes, padded, staging), padded, values);
+    load_scales(k, j, count, scales[0]), load_scales(v, j, count, scales[1]);
+    shared.score<V>(from, rows, j, count);
+    for (int64_t i = from; i < rows; i += Dot::kRows) {
+      const int64_t some = rows - i < Dot::kRows ? rows - i : Dot::kRows;
+      Dot::run(some, queries.row(i), padded, keys, padded / 4, sums);
+      const auto seen_of = [&](int64_t r) { return seen_by(i + r) - j < kSlots ? seen_by(i + r) - j : kSlots; };
+      for (int64_t r = 0; r < some; ++r)
+        score_block<V>(sums + r * kLimbs * kSlots, scales[0], shared.row(i + r), seen_of(r), queries.rows[i + r], args.scaling, states[i + r], block[r]);
+      for (int64_t r = 0; r < some; ++r) weigh_block<V>(scales[1], seen_of(r), states[i + r], block[r]);
+      for (int64_t r = 0; r < some; ++r) block[r].weights = to_limbs<V>(block[r].x, kSlots, limbs + r * kLimbs * kSlots, kSlots);
+      for (int64_t column = 0; column < padded; column += kDims) {
+        Dot::run(some, limbs, kSlots, values + column * kSlots, kSlots / 4, sums);
+        for (int64_t r = 0; r < some; ++r) add_block<V>(sums + r * kLimbs * kSlots, block[r], acc + (i + r) * padded + column);
+      }
+    }
   }
 
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool blind = seen_by(i) <= 0;
+    const float total = blind ? 1.0f : sum_of_lanes<V>(V::load(states[i].total));
+    args.lse[flat_row(i)] = blind ? -__builtin_inff() : states[i].best + __builtin_logf(total);
+    const auto offset = V::set1(sum_of_lanes<V>(V::load(states[i].middles))), divisor = V::set1(total);
+    for (float* x = acc + i * padded; x < acc + (i + 1) * padded; x += kLanes) V::store(x, V::div(V::add(V::load(x), offset), divisor));
+  }
+  const Scratch<int32_t> column_of(padded);
+  for (int64_t c = 0; c < padded; ++c) column_of[value_dim(c, padded)] = static_cast<int32_t>(c);
   for (int64_t i = 0; i < rows; ++i) {
     float* out = args.out + ((batch * args.tokens + query_of(i)) * args.heads + head_index(i)) * d;
-    const auto sum = V::set1(sums[i]);
-    for (int64_t v = 0; v < d; v += kLanes) V::store(out + v, V::div(V::load(acc + i * ld + v), sum), d - v < kLanes ? d - v : kLanes);
+    for (int64_t c = 0; c < d; ++c) out[c] = acc[i * padded + column_of[c]];
   }
 }
 

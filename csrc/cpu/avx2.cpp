@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dot_ymm.h"
+
 namespace {
 
 // Sixteen lanes in two registers.
@@ -13,7 +15,7 @@ struct Vec {
   struct I {
     __m256i a, b;
   };
-  static constexpr int kChainRows = 6, kChainVectors = 1, kNarrowRows = 6;  // 12 accumulators of 16 registers
+  static constexpr int kChainRows = 6, kChainVectors = 1, kNarrowRows = 6, kDotVectors = 1;  // 12 accumulators of 16 registers
 
   static __m256i mask(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -30,6 +32,7 @@ struct Vec {
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
   static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F accumulate(F acc, F x, F y) { return fma(x, y, acc); }
   static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
   static __m256 round(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -54,55 +57,85 @@ struct Vec {
   static F from_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
   static F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-  static I bytes(const uint8_t* p) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
-  }
   static __m128i to_16(__m256i x) { return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)); }
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(to_16(x.a), to_16(x.b))); }
 
-  // As in avx512vnni.cpp. vpmaddubsw gives pairs of at most 240 in magnitude, so 128 groups fit in int16 before they are widened.
+  static float largest(F x) {
+    const __m256 y = _mm256_max_ps(x.a, x.b);
+    __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    z = _mm_max_ps(z, _mm_movehl_ps(z, z));
+    return _mm_cvtss_f32(_mm_max_ss(z, _mm_shuffle_ps(z, z, 1)));
+  }
+  static int32_t largest(I x) {
+    const __m256i y = _mm256_max_epi32(x.a, x.b);
+    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+  }
+  static int32_t sum(I x) {
+    const __m256i y = _mm256_add_epi32(x.a, x.b);
+    __m128i z = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_add_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+  }
+
+  // As in avx512vnni.cpp, from here on.
+  static I load_block(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
+  static I load_half_block(const uint8_t* p) { return {load256(p), _mm256_setzero_si256()}; }
+  static void store_block(uint8_t* p, I x) { store256(p, x.a), store256(p + 32, x.b); }
+  static I low_halves(I x, I y) { return {x.a, y.a}; }
+  static __m256i dot4(__m256i acc, __m256i bytes, __m256i values) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, values), _mm256_set1_epi16(1)));
+  }
+  static I dot4(I acc, I bytes, I values) { return {dot4(acc.a, bytes.a, values.a), dot4(acc.b, bytes.b, values.b)}; }
+  static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
+    const auto half = [&](const uint8_t* q, __m256i(&to)[4]) {  // eight rows
+      __m256i x[4];
+      for (int j = 0; j < 4; ++j)
+        x[j] = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(q + (j + 4) * stride), reinterpret_cast<const __m128i*>(q + j * stride));
+      const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+      const __m256i c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+      to[0] = _mm256_unpacklo_epi64(a, c), to[1] = _mm256_unpackhi_epi64(a, c);
+      to[2] = _mm256_unpacklo_epi64(b, d), to[3] = _mm256_unpackhi_epi64(b, d);
+    };
+    __m256i first[4], second[4];
+    half(p, first), half(p + 8 * stride, second);
+    for (int i = 0; i < 4; ++i) out[i] = {first[i], second[i]};
+  }
+  static void interleave_bytes(I (&x)[4]) {
+    const auto half = [&](__m256i I::*part) {
+      const __m256i a = _mm256_unpacklo_epi8(x[0].*part, x[1].*part), b = _mm256_unpackhi_epi8(x[0].*part, x[1].*part);
+      const __m256i c = _mm256_unpacklo_epi8(x[2].*part, x[3].*part), d = _mm256_unpackhi_epi8(x[2].*part, x[3].*part);
+      x[0].*part = _mm256_unpacklo_epi16(a, c), x[1].*part = _mm256_unpackhi_epi16(a, c);
+      x[2].*part = _mm256_unpacklo_epi16(b, d), x[3].*part = _mm256_unpackhi_epi16(b, d);
+    };
+    half(&I::a), half(&I::b);
+  }
+  static void store_limbs(int8_t* p, int64_t stride, I x) {
+    const I bias = iset1(0x808080), sum = iadd(x, bias);
+    const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i a = _mm256_shuffle_epi8(_mm256_xor_si256(sum.a, bias.a), gather), b = _mm256_shuffle_epi8(_mm256_xor_si256(sum.b, bias.b), gather);
+    const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);  // bytes 0 and 1, then 2 and 3, of lanes 0-3 8-11 | 4-7 12-15
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i first = _mm256_permutevar8x32_epi32(low, order), third = _mm256_permutevar8x32_epi32(high, order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(first));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + stride), _mm256_extracti128_si256(first, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * stride), _mm256_castsi256_si128(third));
+  }
+
+  // vpmaddubsw adds two products of at most 120 in magnitude, so 128 groups fit in int16 before they are widened.
+  struct Mac {
+    static __m256i add(__m256i sum, __m256i x, __m256i z) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, z)); }
+    static __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  };
   template <int kRows, bool kPacked, bool kContinue>
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int64_t i = 0; i < kRows * 64 && !kContinue; ++i) out[i] = 0;
-    for (int64_t begin = 0; begin < groups; begin += 128) {
-      const int64_t end = begin + 128 < groups ? begin + 128 : groups;
-      for (int v = 0; v < 4; ++v) {  // 16 columns
-        __m256i acc[kRows][2];
-        for (auto& row : acc) row[0] = row[1] = _mm256_setzero_si256();
-        for (int64_t group = begin; group < end; ++group) {
-          __m256i x, y;
-          if constexpr (kPacked) {
-            const uint8_t* p = w + group * 128 + v / 2 * 64;
-            x = load256(p), y = load256(p + 32);
-            if (v & 1) x = _mm256_srli_epi16(x, 4), y = _mm256_srli_epi16(y, 4);
-            x = _mm256_and_si256(x, low), y = _mm256_and_si256(y, low);
-          } else {
-            x = load256(w + group * 256 + v * 64), y = load256(w + group * 256 + v * 64 + 32);
-          }
-#pragma GCC unroll 6
-          for (int row = 0; row < kRows; ++row) {
-            int32_t four;
-            std::memcpy(&four, a + row * lda + group * 4, 4);
-            const __m256i z = _mm256_set1_epi32(four);
-            acc[row][0] = _mm256_add_epi16(acc[row][0], _mm256_maddubs_epi16(x, z));
-            acc[row][1] = _mm256_add_epi16(acc[row][1], _mm256_maddubs_epi16(y, z));
-          }
-        }
-        for (int row = 0; row < kRows; ++row)
-          for (int half = 0; half < 2; ++half) {
-            int32_t* sum = out + row * 64 + v * 16 + half * 8;
-            store256(sum, _mm256_add_epi32(load256(sum), _mm256_madd_epi16(acc[row][half], ones)));
-          }
-      }
-    }
+    dot_ymm<Mac, kRows, kPacked, kContinue>(w, a, lda, groups, out);
   }
 };
 
 }  // namespace
 
-#include "bytes_x86.h"
 #include "kernels_of.h"
 
 namespace quota {

@@ -9,7 +9,7 @@ namespace {
 struct Vec {
   using F = __m512;
   using I = __m512i;
-  static constexpr int kChainRows = 6, kChainVectors = 4, kNarrowRows = 12;  // 24 accumulators of 32 registers
+  static constexpr int kChainRows = 6, kChainVectors = 4, kNarrowRows = 12, kDotVectors = 4;  // 24 accumulators of 32 registers
 
   static __mmask16 first_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F zero() { return _mm512_setzero_ps(); }
@@ -43,8 +43,55 @@ struct Vec {
   static F from_bits(I x) { return _mm512_castsi512_ps(x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static I to_int(F x) { return _mm512_cvtps_epi32(x); }
-  static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  static int32_t largest(I x) { return _mm512_reduce_max_epi32(x); }
+  static int32_t sum(I x) { return _mm512_reduce_add_epi32(x); }
+
+  // 64 bytes; the first 32 and zeros; the first halves of two.
+  static I load_block(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I load_half_block(const uint8_t* p) { return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store_block(uint8_t* p, I x) { _mm512_storeu_si512(p, x); }
+  static I low_halves(I x, I y) { return _mm512_inserti64x4(x, _mm512_castsi512_si256(y), 1); }
+  // Accumulating steps of the inner loops, in assembly: from the intrinsics GCC 12 copies accumulators from register to register, which halves
+  // the rate. The second one adds to each lane its four unsigned bytes times four signed ones.
+  static F accumulate(F acc, F x, F y) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
+    return acc;
+  }
+  static I dot4(I acc, I bytes, I values) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(bytes), "v"(values));
+    return acc;
+  }
+
+  // out[i] lane j = four bytes 4i .. of row j, for sixteen rows of sixteen bytes.
+  static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
+    const auto row = [&](int64_t j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * stride)); };
+    I x[4];
+    for (int j = 0; j < 4; ++j) {
+      x[j] = _mm512_inserti32x4(_mm512_castsi128_si512(row(j)), row(j + 4), 1);
+      x[j] = _mm512_inserti32x4(_mm512_inserti32x4(x[j], row(j + 8), 2), row(j + 12), 3);
+    }
+    const I a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    const I c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    out[0] = _mm512_unpacklo_epi64(a, c), out[1] = _mm512_unpackhi_epi64(a, c);
+    out[2] = _mm512_unpacklo_epi64(b, d), out[3] = _mm512_unpackhi_epi64(b, d);
+  }
+
+  // x[i] lane j = bytes 16 (j / 4) + 4i + j % 4 of the four blocks.
+  static void interleave_bytes(I (&x)[4]) {
+    const I a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+    const I c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+    x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);
+    x[2] = _mm512_unpacklo_epi16(b, d), x[3] = _mm512_unpackhi_epi16(b, d);
+  }
+
+  // Each lane (at most 8355711 in magnitude) as three signed bytes: adding 128 to each makes them unsigned, which is how bytes carry.
+  static void store_limbs(int8_t* p, int64_t stride, I x) {
+    const I bias = iset1(0x808080), u = _mm512_xor_si512(iadd(x, bias), bias);
+    store_bytes(p, u), store_bytes(p + stride, _mm512_srli_epi32(u, 8)), store_bytes(p + 2 * stride, _mm512_srli_epi32(u, 16));
+  }
 
   // out[row][64] += sum over k of a[row][k] * (w + 8)[k][64]; from zero unless kContinue. `w`: 128 packed or 256 unpacked bytes per group of
   // four k. Groups are even in number.
@@ -52,8 +99,10 @@ struct Vec {
   static void dot(const uint8_t* w, const int8_t* a, int64_t lda, int64_t groups, int32_t* out) {
     constexpr int kParts = kRows == 1 ? 2 : 1;  // a single row alternates between two sets of accumulators to hide latency
     const I low = _mm512_set1_epi8(15);
-    I acc[kParts * kRows][4];
+    I acc[kParts * kRows][4];  // every loop over it is unrolled, else it lives in memory
+#pragma GCC unroll 6
     for (int row = 0; row < kParts * kRows; ++row)
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[row][v] = kContinue && row < kRows ? iload(out + row * 64 + v * 16) : izero();
     for (int64_t group = 0; group < groups; group += kParts) {
 #pragma GCC unroll 2
@@ -76,18 +125,22 @@ struct Vec {
           std::memcpy(&four, a + row * lda + (group + part) * 4, 4);
           const I x = iset1(four);
 #pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) acc[part * kRows + row][v] = _mm512_dpbusd_epi32(acc[part * kRows + row][v], column[v], x);
+          for (int v = 0; v < 4; ++v) {
+            acc[part * kRows + row][v] = _mm512_dpbusd_epi32(acc[part * kRows + row][v], column[v], x);
+            asm("" : "+v"(acc[part * kRows + row][v]));  // g++ 12 copies every sum to the stack in every turn otherwise
+          }
         }
       }
     }
+#pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) istore(out + row * 64 + v * 16, kParts == 2 ? iadd(acc[row][v], acc[kRows + row][v]) : acc[row][v]);
   }
 };
 
 }  // namespace
 
-#include "bytes_x86.h"
 #include "kernels_of.h"
 
 namespace quota {

@@ -33,15 +33,15 @@ struct Chain {
   int64_t c_row;
 };
 
-// One tile of kRows x (16 kVectors) outputs; with kTail the last vector has `last` lanes. kContinue: chains go on from C instead of zero.
-template <class V, int kRows, int kVectors, bool kTail, bool kContinue>
+// One tile of kRows x (16 kVectors) outputs; with kTail the last vector has `last` lanes.
+template <class V, int kRows, int kVectors, bool kTail>
 inline void chain_tile(const Chain& t, int64_t k, int64_t last) {
   typename V::F acc[kRows][kVectors];
   const auto read = [&](const float* p, int v) { return kTail && v == kVectors - 1 ? V::load(p + v * kLanes, last) : V::load(p + v * kLanes); };
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 12
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = kContinue ? read(t.c + i * t.c_row, v) : V::zero();
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = V::zero();
   for (int64_t j = 0; j < k; ++j) {
     typename V::F column[kVectors];
 #pragma GCC unroll 12
@@ -50,7 +50,7 @@ inline void chain_tile(const Chain& t, int64_t k, int64_t last) {
     for (int i = 0; i < kRows; ++i) {
       const auto x = V::set1(t.a[i * t.a_row + j * t.a_step]);
 #pragma GCC unroll 12
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = V::fma(x, column[v], acc[i][v]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = V::accumulate(acc[i][v], x, column[v]);
     }
   }
 #pragma GCC unroll 12
@@ -65,49 +65,67 @@ inline void chain_tile(const Chain& t, int64_t k, int64_t last) {
     }
 }
 
-template <class V, int kRows, bool kContinue, bool kNarrow = false>
+// The even share of `total` that a tile of at most `most` takes: 10 vectors go as 4 + 3 + 3 and 14 rows as 5 + 5 + 4, so that no tile is
+// left with too few chains to hide the latency of an addition.
+constexpr int64_t even_share(int64_t total, int64_t most) {
+  const int64_t tiles = (total + most - 1) / most;
+  return (total + tiles - 1) / tiles;
+}
+
+template <class V, int kRows, int kVectors>
+inline void chain_columns(const Chain& t, int64_t cols, int64_t k) {
+  if (cols >= kVectors * kLanes)
+    chain_tile<V, kRows, kVectors, false>(t, k, 0);
+  else
+    chain_tile<V, kRows, kVectors, true>(t, k, cols - (kVectors - 1) * kLanes);
+}
+
+template <class V, int kRows, int kMost>
 inline void chain_rows(Chain t, int64_t cols, int64_t k) {
-  constexpr int kVectors = kNarrow && V::kChainVectors > 2 ? 2 : V::kChainVectors;
-  for (; cols >= kVectors * kLanes; cols -= kVectors * kLanes, t.b += kVectors * kLanes, t.c += kVectors * kLanes)
-    chain_tile<V, kRows, kVectors, false, kContinue>(t, k, 0);
-  if constexpr (kVectors > 2)
-    for (; cols >= 2 * kLanes; cols -= 2 * kLanes, t.b += 2 * kLanes, t.c += 2 * kLanes) chain_tile<V, kRows, 2, false, kContinue>(t, k, 0);
-  if constexpr (kVectors > 1)
-    for (; cols >= kLanes; cols -= kLanes, t.b += kLanes, t.c += kLanes) chain_tile<V, kRows, 1, false, kContinue>(t, k, 0);
-  if (cols > 0) chain_tile<V, kRows, 1, true, kContinue>(t, k, cols);
+  static_assert(kMost <= 4);
+  while (cols > 0) {
+    const int64_t vectors = even_share((cols + kLanes - 1) / kLanes, kMost);
+    if (vectors == 1) chain_columns<V, kRows, 1>(t, cols, k);
+    if constexpr (kMost >= 2)
+      if (vectors == 2) chain_columns<V, kRows, 2>(t, cols, k);
+    if constexpr (kMost >= 3)
+      if (vectors == 3) chain_columns<V, kRows, 3>(t, cols, k);
+    if constexpr (kMost >= 4)
+      if (vectors == 4) chain_columns<V, kRows, 4>(t, cols, k);
+    cols -= vectors * kLanes, t.b += vectors * kLanes, t.c += vectors * kLanes;
+  }
 }
 
-// C = A B (kContinue: C += A B) in chain order.
-template <class V, bool kContinue = false>
-inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
-  constexpr int kRows = V::kChainRows;
-  const auto advance = [&](int64_t n) { rows -= n, t.a += n * t.a_row, t.c += n * t.c_row; };
-  if constexpr (V::kNarrowRows > kRows)  // few columns: more rows, so that enough chains run at once to hide latency
-    if (cols < V::kChainVectors * kLanes)
-      for (; rows >= V::kNarrowRows; advance(V::kNarrowRows)) chain_rows<V, V::kNarrowRows, kContinue, true>(t, cols, k);
-  for (; rows >= kRows; advance(kRows)) chain_rows<V, kRows, kContinue>(t, cols, k);
-  if (rows >= 4) chain_rows<V, 4, kContinue>(t, cols, k), advance(4);
-  if (rows >= 2) chain_rows<V, 2, kContinue>(t, cols, k), advance(2);
-  if (rows >= 1) chain_rows<V, 1, kContinue>(t, cols, k);
-}
+constexpr int64_t kRowsWorthPacking = 16;
 
-// e^x by additions and multiplications alone, so that every instruction set agrees; relative error about 1e-7.
-// Zero below -87, clamped above 88, NaN stays NaN. Coefficients: Cephes expf.
+// C = A B in chain order.
 template <class V>
-inline typename V::F exponential(typename V::F x) {
-  const auto bounded = V::max(V::set1(-87.0f), V::min(V::set1(88.0f), x));  // the second operand survives when one is NaN
-  const auto n = V::round(V::mul(bounded, V::set1(1.44269504088896341f)));
-  auto r = V::fma(n, V::set1(-0.693359375f), bounded);
-  r = V::fma(n, V::set1(2.12194440e-4f), r);
-  auto p = V::set1(1.9875691500e-4f);
-  p = V::fma(p, r, V::set1(1.3981999507e-3f));
-  p = V::fma(p, r, V::set1(8.3334519073e-3f));
-  p = V::fma(p, r, V::set1(4.1665795894e-2f));
-  p = V::fma(p, r, V::set1(1.6666665459e-1f));
-  p = V::fma(p, r, V::set1(5.0000001201e-1f));
-  p = V::add(V::fma(p, V::mul(r, r), r), V::set1(1.0f));
-  const auto power = V::from_bits(V::shift_left_23(V::iadd(V::to_int(n), V::iset1(127))));
-  return V::less(x, V::set1(-87.0f), V::zero(), V::mul(p, power));
+inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
+  constexpr int kMost = V::kChainVectors;
+  const bool packs = t.b_row % kLanes != 0 && rows >= kRowsWorthPacking;  // loads that cross cache lines halve the rate
+  const int64_t packed_row = packs ? round_up(cols, kLanes) : 0;
+  const Scratch<float> packed(k * packed_row);
+  if (packs) {
+    for (int64_t j = 0; j < k; ++j) __builtin_memcpy(packed + j * packed_row, t.b + j * t.b_row, static_cast<size_t>(cols) * sizeof(float));
+    t.b = packed, t.b_row = packed_row;
+  }
+  const auto advance = [&](int64_t n) { rows -= n, t.a += n * t.a_row, t.c += n * t.c_row; };
+  if constexpr (V::kNarrowRows > V::kChainRows)  // few columns: more rows, so that enough chains run at once
+    if (cols <= 2 * kLanes)
+      for (; rows >= V::kNarrowRows; advance(V::kNarrowRows)) chain_rows<V, V::kNarrowRows, 2>(t, cols, k);
+  static_assert(V::kChainRows <= 6);
+  while (rows > 0) {
+    const int64_t height = even_share(rows, V::kChainRows);
+    switch (height) {
+      case 6: chain_rows<V, 6, kMost>(t, cols, k); break;
+      case 5: chain_rows<V, 5, kMost>(t, cols, k); break;
+      case 4: chain_rows<V, 4, kMost>(t, cols, k); break;
+      case 3: chain_rows<V, 3, kMost>(t, cols, k); break;
+      case 2: chain_rows<V, 2, kMost>(t, cols, k); break;
+      default: chain_rows<V, 1, kMost>(t, cols, k);
+    }
+    advance(height);
+  }
 }
 
 }  // namespace

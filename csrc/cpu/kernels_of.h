@@ -1,10 +1,11 @@
-// The kernels, once, on sixteen lanes of `Vec`; each instruction set's source includes this after defining Vec, split_nibbles and
-// transpose_bytes. Everything is in an unnamed namespace and no standard template is instantiated here: a weak symbol compiled for one
+// The kernels, once, on sixteen lanes of `Vec`; each instruction set's source includes this after defining Vec. Everything is in an unnamed namespace and no standard template is instantiated here: a weak symbol compiled for one
 // instruction set must never serve another.
 #pragma once
 
 #include "attention.h"
 #include "chain.h"
+#include "elementwise.h"
+#include "heads.h"
 #include "linear.h"
 #include "quantize.h"
 #include "quota/kernels.h"
@@ -14,7 +15,8 @@ namespace {
 
 template <class V>
 constexpr quota::Kernels table_of(const char* name) {
-  return {name, transform_rows<V>, quantize_rows<V>, unpack_rows<V>, linear_panel<V>, append_rows<V>, attention_tile<V>, score_columns<V>};
+  return {name, transform_rows<V>, quantize_rows<V>, append_rows<V>, rms_norm_rows<V>, heads_range<V>, attention_tile<V, VectorDot<V>>,
+          score_head<V, VectorDot<V>>, linear_of<V, finish<V>>()};
 }
 
 }  // namespace

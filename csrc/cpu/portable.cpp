@@ -11,7 +11,7 @@ struct Vec {
   struct I {
     int32_t v[16];
   };
-  static constexpr int kChainRows = 4, kChainVectors = 1, kNarrowRows = 4;
+  static constexpr int kChainRows = 4, kChainVectors = 1, kNarrowRows = 4, kDotVectors = 1;
 
   template <class Out, class Fn>
   static Out map(Fn fn) {
@@ -31,6 +31,7 @@ struct Vec {
   static F mul(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] * b.v[i]; }); }
   static F div(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] / b.v[i]; }); }
   static F fma(const F& a, const F& b, const F& c) { return map<F>([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); }); }
+  static F accumulate(const F& acc, const F& x, const F& y) { return fma(x, y, acc); }
   static F max(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }  // NaN: b, as maxps
   static F min(const F& a, const F& b) { return map<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
   static F round(const F& x) { return map<F>([&](int i) { return __builtin_nearbyintf(x.v[i]); }); }
@@ -41,7 +42,9 @@ struct Vec {
   static I izero() { return iset1(0); }
   static I iload(const int32_t* p) { return map<I>([=](int i) { return p[i]; }); }
   static void istore(int32_t* p, const I& x) { std::memcpy(p, x.v, sizeof x.v); }
-  static I iadd(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] + b.v[i]; }); }
+  static I iadd(const I& a, const I& b) {  // wraps
+    return map<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
+  }
   static I isub(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] - b.v[i]; }); }
   static I imul(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] * b.v[i]; }); }
   static I imax(const I& a, const I& b) { return map<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
@@ -59,12 +62,59 @@ struct Vec {
     return out;
   }
   static F to_float(const I& x) { return map<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
-  static I to_int(const F& x) {  // not a number, or too large: the smallest integer, as cvtps2dq
-    return map<I>([&](int i) { return x.v[i] > -2147483648.0f && x.v[i] < 2147483648.0f ? static_cast<int32_t>(x.v[i]) : INT32_MIN; });
+  static I to_int(const F& x) {  // to nearest; not a number, or too large: the smallest integer, as cvtps2dq
+    return map<I>([&](int i) { return x.v[i] > -2147483648.0f && x.v[i] < 2147483648.0f ? static_cast<int32_t>(__builtin_nearbyintf(x.v[i])) : INT32_MIN; });
   }
-  static I bytes(const uint8_t* p) { return map<I>([=](int i) { return p[i]; }); }
   static void store_bytes(int8_t* p, const I& x) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]);
+  }
+
+  template <class T>
+  static auto largest(const T& x) {
+    auto best = x.v[0];
+    for (int i = 1; i < 16; ++i) best = x.v[i] > best ? x.v[i] : best;
+    return best;
+  }
+  static int32_t sum(const I& x) {
+    uint32_t total = 0;
+    for (int32_t v : x.v) total += static_cast<uint32_t>(v);
+    return static_cast<int32_t>(total);
+  }
+
+  // As in avx512vnni.cpp, from here on. Bytes of a lane are in the order of memory.
+  static I load_block(const uint8_t* p) {
+    I out;
+    std::memcpy(out.v, p, 64);
+    return out;
+  }
+  static I load_half_block(const uint8_t* p) {
+    I out = izero();
+    std::memcpy(out.v, p, 32);
+    return out;
+  }
+  static void store_block(uint8_t* p, const I& x) { std::memcpy(p, x.v, 64); }
+  static I low_halves(const I& x, const I& y) { return map<I>([&](int i) { return i < 8 ? x.v[i] : y.v[i - 8]; }); }
+  static I dot4(const I& acc, const I& bytes, const I& values) {
+    uint8_t u[64];
+    int8_t s[64];
+    std::memcpy(u, bytes.v, 64), std::memcpy(s, values.v, 64);
+    return map<I>([&](int i) { return acc.v[i] + u[4 * i] * s[4 * i] + u[4 * i + 1] * s[4 * i + 1] + u[4 * i + 2] * s[4 * i + 2] + u[4 * i + 3] * s[4 * i + 3]; });
+  }
+  static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 16; ++j) std::memcpy(&out[i].v[j], p + j * stride + 4 * i, 4);
+  }
+  static void interleave_bytes(I (&x)[4]) {
+    uint8_t in[4][64], out[4][64];
+    for (int row = 0; row < 4; ++row) std::memcpy(in[row], x[row].v, 64);
+    for (int i = 0; i < 4; ++i)
+      for (int lane = 0; lane < 16; ++lane)
+        for (int row = 0; row < 4; ++row) out[i][4 * lane + row] = in[row][lane / 4 * 16 + 4 * i + lane % 4];
+    for (int i = 0; i < 4; ++i) std::memcpy(x[i].v, out[i], 64);
+  }
+  static void store_limbs(int8_t* p, int64_t stride, const I& x) {
+    for (int i = 0; i < 16; ++i)
+      for (int limb = 0; limb < 3; ++limb) p[limb * stride + i] = static_cast<int8_t>((((static_cast<uint32_t>(x.v[i]) + 0x808080u) >> 8 * limb) & 255u) ^ 128u);
   }
 
   // As in avx512vnni.cpp.
@@ -88,15 +138,6 @@ struct Vec {
       }
   }
 };
-
-inline void split_nibbles(const uint8_t* packed, uint8_t* out) {
-  for (int i = 0; i < 8; ++i) out[2 * i] = packed[i] & 15, out[2 * i + 1] = packed[i] >> 4;
-}
-
-inline void transpose_bytes(const uint8_t* const* rows, uint8_t (*out)[16]) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) out[i][j] = rows[j][i];
-}
 
 }  // namespace
 

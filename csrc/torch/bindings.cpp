@@ -23,21 +23,32 @@ constexpr int64_t kFree = -1;  // a size that is not checked
 
 std::string shape_text(std::initializer_list<int64_t> sizes) {
   std::string text = "[";
-  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + (size == kFree ? std::string("any") : std::to_string(size));
+  for (int64_t size : sizes) {
+    if (text.size() > 1) text += ", ";
+    text += size == kFree ? "any" : std::to_string(size);
+  }
   return text + "]";
 }
 
-void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> sizes, bool contiguous = true) {
-  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
-  std::string got = "[";
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) {
-    got += (i ? ", " : "") + std::to_string(t.size(i));
-    if (fits) {
-      const int64_t want = sizes.begin()[i];
-      fits = want == kFree || want == t.size(i);
-    }
+    if (i) text += ", ";
+    text += std::to_string(t.size(i));
   }
-  STD_TORCH_CHECK(fits, name, ": expected shape ", shape_text(sizes), ", got ", got, "]");
+  return text + "]";
+}
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t i = 0;
+  for (int64_t size : sizes)
+    if (t.size(i++) != size && size != kFree) return false;
+  return true;
+}
+
+void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> sizes, bool contiguous = true) {
+  STD_TORCH_CHECK(has_shape(t, sizes), name, ": expected shape ", shape_text(sizes), ", got ", shape_text(t));
   STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected dtype ", torch::headeronly::toString(type), ", got ", torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(!contiguous || t.is_contiguous(), name, ": expected a contiguous tensor");
 }
@@ -48,12 +59,13 @@ const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_
 const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Rows per piece of parallel work: about 16 thousand multiply-adds, the cost of waking a thread.
 int64_t grain(int64_t work_per_row) { return 1 + (1 << 14) / (work_per_row + 1); }
 
-quota::TransformArgs transform_args(const Tensor& x, const MaybeTensor& left, const MaybeTensor& right) {
-  check(x, "x", ScalarType::Float, {kFree, kFree});
-  const int64_t k = x.size(1);
+// x [M, width] whose rows give k features.
+quota::TransformArgs transform_args(const Tensor& x, int64_t k, const MaybeTensor& left, const MaybeTensor& right) {
   int64_t l = 1;
   if (left) {
     l = left->size(0);
@@ -69,7 +81,8 @@ quota::TransformArgs transform_args(const Tensor& x, const MaybeTensor& left, co
 int64_t transform_work(const quota::TransformArgs& t) { return t.l * t.r * ((t.left ? t.l : 0) + (t.right ? t.r : 0) + 1); }
 
 Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
-  auto args = transform_args(x, left, right);
+  check(x, "x", ScalarType::Float, {kFree, kFree});
+  auto args = transform_args(x, x.size(1), left, right);
   if (!left && !right) return x;
   Tensor y = make({x.size(0), x.size(1)}, ScalarType::Float);
   args.y = static_cast<float*>(y.mutable_data_ptr());
@@ -78,13 +91,32 @@ Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip) {
-  const auto transform = transform_args(x, left, right);
-  Tensor q = make({x.size(0), (x.size(1) + 1) / 2}, ScalarType::Byte), scale = make({x.size(0)}, ScalarType::Float);
-  const quota::QuantizeArgs args{transform, static_cast<float>(clip), static_cast<uint8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr())};
+constexpr int64_t kPrologueWork = 16;  // multiply-adds per value
+
+std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip, int64_t prologue) {
+  check(x, "x", ScalarType::Float, {kFree, kFree});
+  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kQuickGelu), "prologue: unknown number ", prologue);
+  const auto first = static_cast<quota::Prologue>(prologue);
+  const int64_t m = x.size(0), k = first == quota::Prologue::kSiluMul ? x.size(1) / 2 : x.size(1);
+  STD_TORCH_CHECK(first != quota::Prologue::kSiluMul || 2 * k == x.size(1), "x: expected gate and up halves of one size, got ", x.size(1), " features");
+  const auto transform = transform_args(x, k, left, right);
+  Tensor q = make({m, (k + 1) / 2}, ScalarType::Byte), scale = make({m}, ScalarType::Float);
+  const quota::QuantizeArgs args{
+      transform, static_cast<float>(clip), static_cast<uint8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()), first};
   const auto run = quota::kernels().quantize_act;
-  parallel_for(0, x.size(0), grain(transform_work(transform)), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  const int64_t work = transform_work(transform) + (first == quota::Prologue::kNone ? 0 : kPrologueWork * k);
+  parallel_for(0, m, grain(work), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {q, scale};
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  check(x, "x", ScalarType::Float, {kFree, kFree});
+  check(weight, "weight", ScalarType::Float, {x.size(1)});
+  Tensor y = make({x.size(0), x.size(1)}, ScalarType::Float);
+  const quota::NormArgs args{floats(x), floats(weight), x.size(1), static_cast<float>(eps), static_cast<float*>(y.mutable_data_ptr())};
+  const auto run = quota::kernels().rms_norm;
+  parallel_for(0, x.size(0), grain(2 * x.size(1)), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return y;
 }
 
 std::tuple<Tensor, Tensor> w4a4_pack(Tensor w_q, int64_t k) {
@@ -109,24 +141,27 @@ Tensor w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Te
   Tensor y = make({m, n}, ScalarType::Float);
   if (m == 0 || n == 0) return y;
 
-  const auto& table = quota::kernels();
-  Tensor a = make({m, lda}, ScalarType::Char), row_sum = make({m}, ScalarType::Int);
-  const quota::UnpackArgs unpack{bytes(x_q), k, static_cast<int8_t*>(a.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())};
-  parallel_for(0, m, grain(k / 8), [&](int64_t begin, int64_t end) { table.unpack_act(unpack, begin, end); });
-
-  const quota::LinearArgs args{
-      unpack.a, unpack.row_sum, floats(x_scale), x_zero ? ints(*x_zero) : nullptr, bytes(blocks), ints(col_sum), floats(w_scale),
+  quota::LinearArgs args{
+      bytes(x_q), nullptr, nullptr, floats(x_scale), x_zero ? ints(*x_zero) : nullptr, bytes(blocks), ints(col_sum), floats(w_scale),
       bias ? floats(*bias) : nullptr, static_cast<float*>(y.mutable_data_ptr()), m, n, k};
-  // Pieces of work: a panel times a share of the rows, enough of them to occupy the threads but no share so short that unpacking dominates.
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t shares = (4 * threads + panels - 1) / panels;
-  if (shares > m / 96) shares = m / 96;
-  if (shares < 1) shares = 1;
-  const int64_t share_rows = ((m + shares - 1) / shares + 5) / 6 * 6;
-  parallel_for(0, panels * shares, grain((m + shares - 1) / shares * k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % shares * share_rows, last = first + share_rows < m ? first + share_rows : m;
-      if (first < last) table.linear(args, i / shares, first, last);
+  const quota::Linear& linear = quota::kernels().linear;
+  if (m <= linear.few) {
+    parallel_for(0, panels, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) { linear.few_rows(args, begin, end); });
+    return y;
+  }
+  Tensor a = make({round_up(m, linear.multiple), lda}, ScalarType::Char), row_sum = make({m}, ScalarType::Int);
+  const quota::UnpackArgs unpack{args.x_q, k, static_cast<int8_t*>(a.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())};
+  parallel_for(0, m, grain(k / 8), [&](int64_t begin, int64_t end) { linear.unpack(unpack, begin, end); });
+  args.a = unpack.a, args.row_sum = unpack.row_sum;
+
+  const int64_t row_blocks = quota::row_blocks(linear, m, panels, torch::stable::get_num_threads());
+  const int64_t block = round_up((m + row_blocks - 1) / row_blocks, linear.multiple);
+  // Work in the order of row blocks, then panels: each thread's share is a run of panels of one block, perhaps the end of it and the next one's begin.
+  parallel_for(0, row_blocks * panels, grain(block * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / panels * block, panel = begin % panels, count = panels - panel < end - begin ? panels - panel : end - begin;
+      if (row < m) linear.multiply(args, {panel, panel + count, row, row + block < m ? row + block : m});
+      begin += count;
     }
   });
   return y;
@@ -158,8 +193,37 @@ void kv4_append(Tensor cache_q, Tensor cache_scale, Tensor cache_zero, Tensor x,
   parallel_for(0, batch * heads * tokens, grain(4 * dim), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
+Tensor qkv_append(
+    Tensor qkv, MaybeTensor cos, MaybeTensor sin, MaybeTensor q_transform, MaybeTensor k_transform, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q,
+    Tensor v_scale, Tensor v_zero, int64_t position, double k_clip, double v_clip) {
+  check(qkv, "qkv", ScalarType::Float, {kFree, kFree, kFree});
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0, dim = k_q.dim() == 4 ? 2 * k_q.size(3) : 0;
+  STD_TORCH_CHECK(dim > 0 && qkv.size(2) % dim == 0, "qkv: expected heads of ", dim, " values, got ", qkv.size(2), " features");
+  const int64_t all = qkv.size(2) / dim, heads = all - 2 * kv_heads;
+  STD_TORCH_CHECK(kv_heads > 0 && heads > 0, "qkv: expected heads of q and twice the ", kv_heads, " of the cache, got ", all);
+  const auto k = kv4<uint8_t, float>(k_q, k_scale, k_zero, batch, kv_heads, dim, "k"), v = kv4<uint8_t, float>(v_q, v_scale, v_zero, batch, kv_heads, dim, "v");
+  STD_TORCH_CHECK(position >= 0 && position + tokens <= k_q.size(2) && position + tokens <= v_q.size(2), "qkv_append: expected room for slots ", position,
+                  "..", position + tokens, ", the cache holds ", k_q.size(2));
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
+  if (cos) {
+    STD_TORCH_CHECK(cos->dim() == 3 && (cos->size(0) == 1 || cos->size(0) == batch), "cos: expected a batch of 1 or ", batch);
+    check(*cos, "cos", ScalarType::Float, {kFree, tokens, dim});
+    check(*sin, "sin", ScalarType::Float, {cos->size(0), tokens, dim});
+  }
+  if (q_transform) check(*q_transform, "q_transform", ScalarType::Float, {dim, dim});
+  if (k_transform) check(*k_transform, "k_transform", ScalarType::Float, {dim, dim});
+  Tensor q = make({batch, heads, tokens, dim}, ScalarType::Float);
+  const auto maybe = [](const MaybeTensor& t) { return t ? floats(*t) : nullptr; };
+  const quota::HeadsArgs args{
+      floats(qkv), maybe(cos), maybe(sin), maybe(q_transform), maybe(k_transform), static_cast<float*>(q.mutable_data_ptr()), k, v,
+      cos && cos->size(0) > 1 ? tokens * dim : 0, heads, kv_heads, tokens, dim, position, static_cast<float>(k_clip), static_cast<float>(v_clip)};
+  const auto run = quota::kernels().heads;
+  parallel_for(0, batch * tokens * all, grain(dim * dim), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return q;
+}
+
 std::tuple<Tensor, Tensor> kv4_attention(
-    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, Tensor start, double scaling,
+    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, MaybeTensor start, double scaling,
     MaybeTensor shared) {
   check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
   const int64_t extra = shared && shared->dim() == 3 ? shared->size(1) : 0;
@@ -170,13 +234,13 @@ std::tuple<Tensor, Tensor> kv4_attention(
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [B, Hkv, C, D/2] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
   const auto k = kv4<const uint8_t, const float>(k_q, k_scale, k_zero, batch, kv_heads, dim, "k");
   const auto v = kv4<const uint8_t, const float>(v_q, v_scale, v_zero, batch, kv_heads, dim, "v");
-  check(start, "start", ScalarType::Int, {batch});
+  if (start) check(*start, "start", ScalarType::Int, {batch});
   STD_TORCH_CHECK(tokens <= length && length <= k_q.size(2) && length <= v_q.size(2), "length: expected at least the ", tokens,
                   " new tokens and at most the cache's ", k_q.size(2), " slots, got ", length);
-  for (int64_t b = 0; b < batch; ++b) STD_TORCH_CHECK(ints(start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(start)[b]);
+  for (int64_t b = 0; start && b < batch; ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
   Tensor out = make({batch, tokens, heads, dim}, ScalarType::Float), lse = make({batch, heads, tokens}, ScalarType::Float);
   const quota::AttentionArgs args{
-      floats(q), k, v, ints(start), shared ? floats(*shared) : nullptr, static_cast<float*>(out.mutable_data_ptr()),
+      floats(q), k, v, start ? ints(*start) : nullptr, shared ? floats(*shared) : nullptr, static_cast<float*>(out.mutable_data_ptr()),
       static_cast<float*>(lse.mutable_data_ptr()), heads, kv_heads, tokens, dim, extra, slots, length, static_cast<float>(scaling)};
   const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
   const auto run = quota::kernels().attention;
@@ -190,44 +254,64 @@ std::tuple<Tensor, Tensor> kv4_attention(
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> token_score(Tensor q, Tensor k, Tensor lse, Tensor text, Tensor visual, double scaling) {
+// The true slots of one row of a mask [B, S].
+std::vector<int64_t> slots_of(const Tensor& mask, int64_t row) {
+  std::vector<int64_t> found;
+  for (int64_t i = 0; i < mask.size(1); ++i)
+    if (bytes(mask)[row * mask.size(1) + i]) found.push_back(i);
+  return found;
+}
+
+// Keys are floats `k`, or codes with scales and zeros.
+std::tuple<Tensor, Tensor> token_score(
+    Tensor q, MaybeTensor k, MaybeTensor k_q, MaybeTensor k_scale, MaybeTensor k_zero, Tensor lse, Tensor text, Tensor visual, double scaling) {
   check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
-  const int64_t batch = q.size(0), heads = q.size(1), slots = q.size(2), dim = q.size(3), kv_heads = k.dim() == 4 ? k.size(1) : 0;
+  const int64_t batch = q.size(0), heads = q.size(1), slots = q.size(2), dim = q.size(3);
+  STD_TORCH_CHECK(k.has_value() != (k_q && k_scale && k_zero), "k: expected floats or codes with scales and zeros");
+  const Tensor& keys = k ? *k : *k_q;
+  const int64_t kv_heads = keys.dim() == 4 ? keys.size(1) : 0;
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [B, Hkv, S, D] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
-  check(k, "k", ScalarType::Float, {batch, kv_heads, slots, dim});
+  quota::ScoreArgs common{nullptr, nullptr, {}, nullptr, heads, kv_heads, slots, dim, static_cast<float>(scaling)};
+  if (k) {
+    check(*k, "k", ScalarType::Float, {batch, kv_heads, slots, dim});
+  } else {
+    common.packed = kv4<const uint8_t, const float>(*k_q, *k_scale, *k_zero, batch, kv_heads, dim, "k");
+    STD_TORCH_CHECK(k_q->size(2) == slots, "k: expected ", slots, " slots, got ", k_q->size(2));
+  }
   check(lse, "lse", ScalarType::Float, {batch, heads, slots});
   check(text, "text", ScalarType::Bool, {batch, slots});
   check(visual, "visual", ScalarType::Bool, {batch, slots});
   Tensor inter = make({batch, slots}, ScalarType::Float), intra = make({batch, slots}, ScalarType::Float);
   float* outs[2] = {static_cast<float*>(inter.mutable_data_ptr()), static_cast<float*>(intra.mutable_data_ptr())};
-  for (float* out : outs)
-    for (int64_t i = 0; i < batch * slots; ++i) out[i] = 0.0f;
+  std::vector<float> sums(2 * batch * heads * slots);  // [2, B, H, number of columns]
+  std::vector<std::vector<int64_t>> queries[2];
+  for (int64_t b = 0; b < batch; ++b) queries[0].push_back(slots_of(text, b)), queries[1].push_back(slots_of(visual, b));
+  const auto tokens = [&](int set, int64_t b) { return quota::Tokens{queries[set][b].data(), static_cast<int64_t>(queries[set][b].size())}; };
 
-  struct Piece {
-    int64_t batch, column;
-  };
-  std::vector<std::vector<int64_t>> texts(batch), visuals(batch);
-  std::vector<Piece> pieces;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < slots; ++i) {
-      if (bytes(text)[b * slots + i]) texts[b].push_back(i);
-      if (bytes(visual)[b * slots + i]) visuals[b].push_back(i);
-    }
-    for (size_t c = 0; c < visuals[b].size(); c += quota::kScoreColumns) pieces.push_back({b, static_cast<int64_t>(c)});
-  }
   const auto run = quota::kernels().score;
-  parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const auto [b, column] = pieces[i];
-      const auto& columns = visuals[b];
-      const int64_t left = static_cast<int64_t>(columns.size()) - column, count = left < quota::kScoreColumns ? left : quota::kScoreColumns;
-      const quota::ScoreArgs args{
-          floats(q) + b * heads * slots * dim, floats(k) + b * kv_heads * slots * dim, floats(lse) + b * heads * slots,
-          heads, kv_heads, slots, dim, static_cast<float>(scaling)};
-      run(args, texts[b].data(), static_cast<int64_t>(texts[b].size()), columns.data() + column, count, outs[0] + b * slots);
-      run(args, columns.data(), static_cast<int64_t>(columns.size()), columns.data() + column, count, outs[1] + b * slots);
+      const int64_t b = i / heads;
+      auto args = common;
+      args.q = floats(q) + b * heads * slots * dim, args.lse = floats(lse) + b * heads * slots;
+      if (k)
+        args.k = floats(*k) + b * kv_heads * slots * dim;
+      else
+        args.packed.q += b * args.packed.q_batch, args.packed.scale += b * args.packed.scale_batch, args.packed.zero += b * args.packed.zero_batch;
+      for (int set = 0; set < 2; ++set) run(args, i % heads, tokens(set, b), tokens(1, b), sums.data() + (set * batch * heads + i) * slots);
     }
   });
+  for (int set = 0; set < 2; ++set)
+    for (int64_t b = 0; b < batch; ++b) {
+      const auto columns = tokens(1, b);
+      const float terms = static_cast<float>(queries[set][b].empty() ? 1 : heads * tokens(set, b).count);
+      for (int64_t i = 0; i < slots; ++i) outs[set][b * slots + i] = 0.0f;
+      for (int64_t c = 0; c < columns.count; ++c) {
+        float total = 0.0f;  // heads in ascending order
+        for (int64_t h = 0; h < heads; ++h) total += sums[((set * batch + b) * heads + h) * slots + c];
+        outs[set][b * slots + columns.at[c]] = total / terms;
+      }
+    }
   return {inter, intra};
 }
 
@@ -266,7 +350,10 @@ bool use_isa(std::string name) { return quota::use(name.c_str()); }
 // The instruction sets this CPU can run, best first, comma-separated; the one in use is named by `isa`.
 std::string isas() {
   std::string names;
-  for (int i = 0; const auto* table = quota::supported(i); ++i) names += (i ? "," : "") + std::string(table->name);
+  for (int i = 0; const auto* table = quota::supported(i); ++i) {
+    if (i) names += ",";
+    names += table->name;
+  }
   return names;
 }
 
@@ -276,14 +363,20 @@ std::string isa() { return quota::kernels().name; }
 
 STABLE_TORCH_LIBRARY(quota_cpu, m) {
   m.def("transform(Tensor x, Tensor? left, Tensor? right) -> Tensor");
-  m.def("quantize_act(Tensor x, Tensor? left, Tensor? right, float clip) -> (Tensor, Tensor)");
+  m.def("quantize_act(Tensor x, Tensor? left, Tensor? right, float clip, int prologue) -> (Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("w4a4_pack(Tensor w_q, int k) -> (Tensor, Tensor)");
   m.def("w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Tensor w_scale, int k, Tensor? bias, Tensor? x_zero) -> Tensor");
   m.def("kv4_append(Tensor(a!) cache_q, Tensor(b!) cache_scale, Tensor(c!) cache_zero, Tensor x, int position, float clip) -> ()");
   m.def(
-      "kv4_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int length, Tensor start, "
+      "kv4_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int length, Tensor? start, "
       "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
-  m.def("token_score(Tensor q, Tensor k, Tensor lse, Tensor text, Tensor visual, float scaling) -> (Tensor, Tensor)");
+  m.def(
+      "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
+      "Tensor(d!) v_q, Tensor(e!) v_scale, Tensor(f!) v_zero, int position, float k_clip, float v_clip) -> Tensor");
+  m.def(
+      "token_score(Tensor q, Tensor? k, Tensor? k_q, Tensor? k_scale, Tensor? k_zero, Tensor lse, Tensor text, Tensor visual, float scaling) "
+      "-> (Tensor, Tensor)");
   m.def("token_select(Tensor score, Tensor eligible, Tensor keep) -> Tensor");
   m.def("token_gather(Tensor x, Tensor index) -> Tensor");
   m.def("use_isa(str name) -> bool");
@@ -294,6 +387,8 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("quantize_act", TORCH_BOX(&quantize_act));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("qkv_append", TORCH_BOX(&qkv_append));
   m.impl("w4a4_pack", TORCH_BOX(&w4a4_pack));
   m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
   m.impl("kv4_append", TORCH_BOX(&kv4_append));

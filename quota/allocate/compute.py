@@ -1,6 +1,10 @@
 """Equations (10) to (13): multiply-accumulates of a pruned forward pass, its ratio to the unpruned one, and KV bytes.
 
 Counts are multiply-accumulates of one prefill, whatever the bit width; they are not a speed-up.
+
+Of the published ratios, those of schedules with fixed layers and ratios follow from these equations on visual tokens alone (FastV, PyramidDrop,
+VTW, everything before the language model; `tests/allocate/test_compute.py` has the figures). QUOTA's own 40.89 % and 55.80 % do not: they depend
+on sensitivities that were not published.
 """
 
 from __future__ import annotations

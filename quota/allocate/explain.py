@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quota.allocate.compute import Cost, DecoderSizes, cost
-from quota.core.recipe import Recipe
+from quota.core.recipe import BEFORE, Recipe, Selection
 
 
 def layer_rows(recipe: Recipe) -> list[dict[str, Any]]:
@@ -15,7 +15,7 @@ def layer_rows(recipe: Recipe) -> list[dict[str, Any]]:
     for layer in range(recipe.model.layers):
         keep = recipe.keep_at(layer)
         rows.append({
-            "layer": layer, "candidate": layer in recipe.candidates, "keep": keep, "tokens": recipe.tokens_at(layer),
+            "layer": layer, "candidate": (layer or BEFORE) in recipe.candidates, "keep": keep, "tokens": recipe.tokens_at(layer),
             "drop": round(alive - keep, 6), "sensitivity": known.get(layer),
         })  # fmt: skip
         alive = keep
@@ -47,7 +47,8 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "text_tokens": recipe.model.text_tokens,
         "kv_bytes": None if spent is None else spent.kv_bytes,
         "kv_bytes_unpruned": None if spent is None else spent.kv_bytes_unpruned,
-        "position_policy": recipe.position_policy, "weights": recipe.weights.model_dump(), "provenance": recipe.provenance.model_dump(),
+        "position_policy": recipe.position_policy, "weights": recipe.weights.model_dump(),
+        "selections": [selection.model_dump() for selection in recipe.selections], "seed": recipe.seed, "provenance": recipe.provenance.model_dump(),
     }  # fmt: skip
 
 
@@ -59,10 +60,9 @@ def explain(recipe: Recipe) -> dict[str, Any]:
 def explain_text(recipe: Recipe) -> str:
     """The same for people: a few sentences and one line per layer with a bar of the tokens alive."""
     f = facts(recipe)
-    how = "in proportion to how little quantization disturbs each layer" if recipe.method == "quota" else "by the same share at every candidate layer"
     lines = [
         f"{f['method']} recipe for {f['architecture']} ({f['fingerprint'][:19]}), regime {f['regime']}",
-        f"Layers {compact_layers(recipe.candidates)} drop visual tokens {how}" + (f" (tau {f['tau']:g})." if recipe.method == "quota" else "."),
+        _where(recipe),
         f"Of {f['reference_tokens']} visual tokens per picture {f['final_tokens']} ({f['final_keep']:.4g}) reach the end; "
         f"{f['average_visual_tokens']:.1f} on average over {recipe.model.layers} layers.",
     ]
@@ -73,15 +73,61 @@ def explain_text(recipe: Recipe) -> str:
             + (f" at {f['text_tokens']} text tokens" if f["text_tokens"] else " for the visual tokens")
             + f"; 4-bit KV cache {f['kv_bytes'] / 1e3:.1f} kB instead of {f['kv_bytes_unpruned'] / 1e3:.1f} kB."
         )
-    ranking = ", ".join(f"{weight:.3g} {name}" for name, weight in f["weights"].items() if weight)
-    lines += [f"Tokens are ranked by {ranking}; positions: {f['position_policy']}.", ""]
+    lines += [*_choices(recipe), f"Positions: {f['position_policy']}.", *(f"Search: {found}." for found in recipe.provenance.search), ""]
     lines.append(f"{'layer':>5}  {'tokens':>6}  {'keep':>6}  {'drop':>6}  {'sensitivity':>11}")
     for row in layer_rows(recipe):
         drop = f"{row['drop']:.4f}" if row["candidate"] else ""
         s = "" if row["sensitivity"] is None else f"{row['sensitivity']:.4g}"
-        bar = "█" * max(1, round(24 * row["keep"]))
+        bar = "█" * max(1, round(24 * row["keep"])) if row["keep"] else ""
         lines.append(f"{row['layer']:>5}  {row['tokens']:>6}  {row['keep']:>6.4f}  {drop:>6}  {s:>11}  {bar}")
     return "\n".join(lines)
+
+
+def _where(recipe: Recipe) -> str:
+    inside = [c for c in recipe.candidates if c != BEFORE]
+    if len(inside) == len(recipe.candidates):
+        place = f"Layers {compact_layers(inside)} drop visual tokens"
+    else:
+        place = "Visual tokens are dropped before the language model" + (f" and at layers {compact_layers(inside)}" if inside else "")
+    if recipe.method == "quota":
+        return f"{place} in proportion to how little quantization disturbs each layer (tau {recipe.tau:g})."
+    return f"{place} by the same share at every candidate layer." if recipe.method == "uniform" else f"{place}."
+
+
+def _choices(recipe: Recipe) -> list[str]:
+    """One sentence per way of choosing, with the candidates that choose so."""
+    groups: dict[Selection, list[int]] = {}
+    for candidate in recipe.candidates:
+        groups.setdefault(recipe.selection_at(candidate), []).append(candidate)
+    out = []
+    for selection, candidates in groups.items():
+        at = "" if len(groups) == 1 else f"At {compact_layers(candidates)}: "
+        out.append(f"{at}{_sentence(recipe, selection)}.")
+    return out
+
+
+def _sentence(recipe: Recipe, selection: Selection) -> str:
+    by = _SCORES[selection.score]
+    if selection.score == "quota":
+        by = ", ".join(f"{weight:.3g} {name}" for name, weight in recipe.weights.model_dump().items() if weight)
+    if selection.policy == "maxmin":
+        return "Tokens are chosen greedily, each the least similar to those already kept"
+    if selection.policy == "grid":
+        rest = "" if selection.grid_share == 1 else f"; the rest is ranked by {by}"
+        return f"{selection.grid_share:.0%} of the kept tokens are spread evenly over the picture{rest}"
+    if selection.policy == "mmr":
+        return f"Tokens are chosen greedily by {selection.mmr_score:g} x score - {1 - selection.mmr_score:g} x cosine to those kept; score: {by}"
+    if selection.policy == "dpp":
+        return f"Tokens are chosen greedily to maximise a determinant of score x cosine x score; score: {by}"
+    return "No visual token stays" if recipe.final_keep == 0 else f"Tokens are ranked by {by}"
+
+
+_SCORES = {
+    "quota": "", "text": "attention from the text in the layer before", "last_token": "attention from the last token in the layer before",
+    "own_last_token": "attention from the last token under the layer's own projections",
+    "cross_self": "attention from text times attention from visual tokens, largest head each", "relevance": "mean cosine to the question's word embeddings",
+    "random": "a hash of seed, picture and place", "none": "place alone",
+}  # fmt: skip
 
 
 def compact_layers(layers: tuple[int, ...] | list[int]) -> str:

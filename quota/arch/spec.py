@@ -31,7 +31,7 @@ class ArchSpec:
 
     Paths are relative to the conditional-generation model. `vision_layers_used` counts the encoder layers that feed the projector; the others
     (LLaVA drops the output of CLIP's last layer) are never quantized. `visual_tokens` of one picture; None where it follows the picture's size.
-    `norms`: names, inside blocks, of what stays float there. `dims`: the vision sizes that are part of the fingerprint.
+    `merge` x `merge` patches make one of them. `dims`: the vision sizes that are part of the fingerprint.
     """
 
     name: str
@@ -56,6 +56,7 @@ class ArchSpec:
     encoder_path: str
     projector_path: str
     drops_cls: bool = False
+    merge: int = 1
     model_path: str = "model"
     text_path: str = "model.language_model"
     decoder_path: str = "model.language_model.layers"

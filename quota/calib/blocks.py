@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from quota.calib.families import NORMS, PLANS, Grid, GroupPlan, attention_name, run_windows
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup
-from quota.nn.embedding import apply_rotary
+from quota.ops.qkv_append import apply_rotary
 from quota.quant.transform import decompose
 
 ATTENTION = "quota_calibration"

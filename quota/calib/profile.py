@@ -87,7 +87,7 @@ def profile(
     was_training = float_model.training, quant_model.training
     float_model.eval(), quant_model.eval()
     try:
-        with _progress(progress) as tell, torch.inference_mode():
+        with _one_thread(), _progress(progress) as tell, torch.inference_mode():
             for done, sample in enumerate(samples, start=1):
                 figures.add(float_model, quant_model, encode(processor, sample))
                 tell(done, len(samples))
@@ -96,8 +96,8 @@ def profile(
     if not all(figures.spread):
         raise SampleError("samples: expected at least one with a picture followed by text, got none; layers are chosen by attention to pictures")
     return Profile(
-        model=_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
-        regime=_regime(quant_model),
+        model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
+        regime=regime_of(quant_model),
         samples=len(samples),
         calibration_fingerprint=samples.fingerprint,
         tool_version=quota.__version__,
@@ -179,6 +179,17 @@ def _hooked(hooks: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None
 
 
 @contextmanager
+def _one_thread() -> Iterator[None]:
+    """Float matrix products sum in an order that depends on the number of threads, and the recipe's bytes must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def _progress(show: bool | Callable[[int, int], None]) -> Iterator[Callable[[int, int], None]]:
     """The callback itself, a bar on stderr for True, nothing for False."""
     if callable(show):
@@ -197,7 +208,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return list(submodule(model, find_arch(model).decoder_path).children())
 
 
-def _facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: list[int]) -> ModelFacts:
+def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: list[int]) -> ModelFacts:
+    """What recipes and the cost model need: sizes, and medians of the tokens per prompt."""
     sizes = decoder_sizes(model.config)
     text = model.config.text_config
     return ModelFacts(
@@ -208,7 +220,8 @@ def _facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: 
     )  # fmt: skip
 
 
-def _regime(model: nn.Module) -> str:
+def regime_of(model: nn.Module) -> str:
+    """The low-bit regime a quantized model runs in."""
     config = getattr(model.config, "quantization_config", None)
     found = config.get("regime") if isinstance(config, dict) else getattr(config, "regime", None)
     return found or "w4a4kv4"

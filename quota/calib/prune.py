@@ -1,7 +1,10 @@
-"""The pruned calibration graph: the float model's own scores decide which visual tokens the decoder's stream loses at a candidate layer."""
+"""The pruned calibration graph: the float model's own choice decides which visual tokens the decoder's stream loses at a candidate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,20 +15,24 @@ from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
 from quota.core.recipe import Recipe
 from quota.nn.attention import Record
-from quota.nn.budget import plan_budgets, select
+from quota.nn.budget import plan_budgets
+from quota.nn.pictures import Pictures
 from quota.nn.recording import causal_lse
-from quota.nn.scores import combine, token_signals
+from quota.nn.select import Alive, choose
 
 
 @torch.no_grad()
-def keep_masks(recipe: Recipe, layer: int, pair: tuple[Block, Block], stream: Stream, device: str) -> list[np.ndarray]:
-    """Per item of `stream` (the input of decoder layer `layer - 1`): bool [length], False where `layer` drops the token.
+def keep_masks(
+    recipe: Recipe, candidate: int, pair: tuple[Block | None, Block], stream: Stream, pictures: Callable[[int], Pictures], device: str
+) -> list[np.ndarray]:
+    """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
-    pair: the float blocks of layers `layer - 1` and `layer`. Text always stays. Items run one at a time, so the choice does not depend on batching.
+    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; before the language model there is no first one
+    and `stream` is the input of layer 0. pictures: of one item, on the columns of its prompt. Text always stays. Items run one at a time, so
+    the choice does not depend on batching.
     """
     before, after = pair
-    ratio = dict(zip(recipe.candidates, recipe.keep, strict=True))[layer]
-    attention = before.attention
+    ratio = dict(zip(recipe.candidates, recipe.keep, strict=True))[candidate]
     masks = []
     for item in range(len(stream)):
         roles = torch.from_numpy(stream.roles[stream.rows(item)].copy())[None].to(device)
@@ -34,12 +41,16 @@ def keep_masks(recipe: Recipe, layer: int, pair: tuple[Block, Block], stream: St
             masks.append(np.ones(stream.lengths[item], bool))
             continue
         batch = stream.batch([item], device)
-        record, hidden = _recorded(before, attention, batch)
-        signals = token_signals(record, hidden, after.layer, visual, _queries(roles), quant=recipe.weights.quant > 0)
-        score = combine(signals, visual, recipe.weights, recipe.percentiles)
-        picture = torch.from_numpy(stream.picture[stream.rows(item)].astype(np.int64))[None].to(device).masked_fill(~visual, -1)
-        keep = select(score, *plan_budgets(recipe, ratio, picture, [stream.images[item]])) | ~visual
-        masks.append(keep[0].cpu().numpy())
+        record = None
+        if before is not None:
+            record, hidden = _recorded(before, batch)
+            batch = replace(batch, hidden=hidden)
+        column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
+        shown = pictures(item)
+        picture = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
+        group, budget = plan_budgets(recipe, ratio, picture, [stream.images[item]])
+        alive = Alive(batch.hidden, group, _queries(roles), column.to(device), after.layer, shown, record, partial(_record, after, batch))
+        masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
     return masks
 
 
@@ -53,20 +64,27 @@ def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Strea
         positions = stream.positions[rows][mask]
         numbers = np.arange(len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
         target.positions[kept] = numbers if compact else positions
-        target.roles[kept], target.picture[kept] = stream.roles[rows][mask], stream.picture[rows][mask]
+        target.roles[kept], target.columns[kept] = stream.roles[rows][mask], stream.columns[rows][mask]
     target.images = list(stream.images)
     return target
 
 
-def _recorded(before: Block, attention: Any, batch: Batch) -> tuple[Record, Tensor]:
+def _record(block: Block, batch: Batch) -> Record:
+    return _recorded(block, batch)[0]
+
+
+def _recorded(block: Block, batch: Batch) -> tuple[Record, Tensor]:
+    """What the block's attention left, and the block's output."""
+    attention: Any = block.layer.get_submodule("self_attn")
     attention.quota_trace = []
     try:
-        hidden = before(batch)
+        hidden = block(batch)
         (query, key), record = attention.quota_trace[0], Record()
     finally:
         del attention.quota_trace
-    record.q, record.k, record.scaling = query.float().contiguous(), key.float().contiguous(), float(attention.scaling)
-    record.lse = causal_lse(record.q, record.k, None, record.scaling)
+    query, key = query.float().contiguous(), key.float().contiguous()
+    record.q, record.k, record.scaling = query, key, float(attention.scaling)
+    record.lse = causal_lse(query, key, None, record.scaling)
     return record, hidden
 
 

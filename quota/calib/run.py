@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -27,8 +28,9 @@ from quota.calib.settings import MODULES, REGIMES, Settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
 from quota.calib.work import WorkFolder
 from quota.core.errors import SampleError, UsageError
-from quota.core.recipe import Recipe
+from quota.core.recipe import BEFORE, Recipe
 from quota.nn.checkpoint import Manifest
+from quota.nn.pictures import Pictures, Shown, shown_pictures
 
 METHOD = "flatquant"
 
@@ -140,6 +142,9 @@ class Job:
             return
         yield Step("text", arch.embed_path)
         candidates = self.recipe.candidates if self.recipe else ()
+        if BEFORE in candidates:
+            yield Step("score", arch.decoder_layer(0), BEFORE)
+            yield Step("gather", arch.decoder_layer(0), BEFORE)
         for index in range(arch.layers):
             if index in candidates:
                 yield Step("gather", arch.decoder_layer(index), index)
@@ -195,12 +200,22 @@ def _run_step(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, St
     if step.kind == "images":
         return {"float": _embed_images(job, work)}
     if step.kind == "score":
-        pair = [job.source.block("decoder", job.source.arch.decoder_layer(step.index + shift), job.settings.device) for shift in (-1, 0)]
         assert job.recipe is not None
-        masks = prune.keep_masks(job.recipe, step.index, (pair[0], pair[1]), work.streams["float"], job.settings.device)
+        before = None if step.index == BEFORE else _decoder_block(job, step.index - 1)
+        pair = (before, _decoder_block(job, max(step.index, 0)))
+        masks = prune.keep_masks(job.recipe, step.index, pair, work.streams["float"], partial(_pictures, job, work), job.settings.device)
         work.notes["keep"] = [mask.astype(int).tolist() for mask in masks]
         return work.streams
     return {name: _reshape(job, work, step, name) for name in work.streams}
+
+
+def _decoder_block(job: Job, index: int) -> Block:
+    return job.source.block("decoder", job.source.arch.decoder_layer(index), job.settings.device)
+
+
+def _pictures(job: Job, work: WorkFolder, item: int) -> Pictures:
+    shown = [Shown(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
+    return Pictures.of(job.source.arch.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
 
 
 def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
@@ -219,16 +234,19 @@ def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
 def _embed_images(job: Job, work: WorkFolder) -> Stream:
     ids: list[list[int]] = []
     grids = _grids(job)
+    shown: list[list[tuple[str, tuple[int, int] | None]]] = []
 
     def pixels() -> Iterator[torch.Tensor]:
         for sample in job.samples:
             encoded = encode(job.processor, sample, answer=True)
             ids.append(encoded["input_ids"][0].tolist())
+            pictures = shown_pictures(encoded["pixel_values"], encoded.get("image_grid_thw"), job.source.arch.merge) if "pixel_values" in encoded else []
+            shown.append([(picture.digest, picture.grid) for picture in pictures])
             if "pixel_values" in encoded:
                 yield encoded["pixel_values"]
 
     stream = embed_images(job.source, pixels(), grids, work.stream_path("float"), job.settings.stream_dtype)
-    work.notes["ids"], work.notes["grids"] = ids, [grid for grid in grids if grid is not None]
+    work.notes["ids"], work.notes["grids"], work.notes["shown"] = ids, [grid for grid in grids if grid is not None], shown
     return stream
 
 

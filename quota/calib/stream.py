@@ -129,9 +129,9 @@ def resolve_folder(model: str | Path) -> Path:
 class Stream:
     """Hidden states of all calibration items in one file: ragged rows packed as [total, width].
 
-    path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8 [total], picture int16 [total] (which of the
-    item's pictures a visual token belongs to): decoder stream, zeros elsewhere. images: per item the visual tokens of each picture before any drop (decoder
-    stream). grids: per item the picture's patch grid (tower streams of dynamic resolution, else empty).
+    path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8 [total], columns int32 [total] (places in the
+    unpruned prompt): decoder stream, zeros elsewhere. images: per item the visual tokens of each picture before any drop (decoder stream). grids: per item the
+    picture's patch grid (tower streams of dynamic resolution, else empty).
     """
 
     def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool) -> None:
@@ -141,7 +141,7 @@ class Stream:
         self.data = np.memmap(path, dtype=dtype, mode="w+" if create else "r+", shape=(max(total, 1), width))
         self.positions = np.zeros(total, np.int32)
         self.roles = np.zeros(total, np.int8)
-        self.picture = np.zeros(total, np.int16)
+        self.columns = np.zeros(total, np.int32)
         self.images: list[tuple[int, ...]] = [()] * len(self.lengths)
         self.grids: list[Grid] = []
 
@@ -184,15 +184,15 @@ class Stream:
         """A new stream file with this one's layout (positions and roles are copied when the lengths are the same)."""
         out = Stream(path, width or self.width, self.lengths if lengths is None else lengths, self.dtype, create=True)
         if lengths is None:
-            out.positions, out.roles, out.picture, out.images = self.positions.copy(), self.roles.copy(), self.picture.copy(), list(self.images)
-            out.grids = list(self.grids)
+            out.positions, out.roles, out.columns = self.positions.copy(), self.roles.copy(), self.columns.copy()
+            out.images, out.grids = list(self.images), list(self.grids)
         return out
 
     def layout(self) -> dict[str, Any]:
         """JSON-able description, enough for `reopen`."""
         return {
             "file": self.path.name, "width": self.width, "dtype": self.dtype, "lengths": self.lengths,
-            "positions": self.positions.tolist(), "roles": self.roles.tolist(), "picture": self.picture.tolist(),
+            "positions": self.positions.tolist(), "roles": self.roles.tolist(), "columns": self.columns.tolist(),
             "images": [list(counts) for counts in self.images], "grids": [list(grid) for grid in self.grids],
         }  # fmt: skip
 
@@ -202,7 +202,7 @@ class Stream:
         out = cls(folder / layout["file"], layout["width"], layout["lengths"], layout["dtype"], create=False)
         out.positions = np.asarray(layout["positions"], np.int32)
         out.roles = np.asarray(layout["roles"], np.int8)
-        out.picture = np.asarray(layout["picture"], np.int16)
+        out.columns = np.asarray(layout["columns"], np.int32)
         out.images = [tuple(counts) for counts in layout["images"]]
         out.grids = [(frames, rows, columns) for frames, rows, columns in layout["grids"]]
         return out
@@ -264,7 +264,7 @@ def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path:
         out.write(item, hidden)
         rows = out.rows(item)
         out.positions[rows] = decoder_positions(arch, source.skeleton, sample, [grids[i] for i in own] if grids else []).numpy()
-        out.roles[rows], out.picture[rows], out.images[item] = _roles(number >= 0), number.numpy(), counts
+        out.roles[rows], out.columns[rows], out.images[item] = _roles(number >= 0), np.arange(len(sample)), counts
         first += len(own)
     return out
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import calibrate, demo, doctor, evaluate, recipe, run, samples
+from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, samples, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -42,7 +42,9 @@ app.add_typer(samples.app, name="samples", rich_help_panel="Make")
 app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
 app.command("run", rich_help_panel="Use")(run.run)
 app.command("eval", rich_help_panel="Use")(evaluate.evaluate)
+app.command("study", rich_help_panel="Look")(study.study)
 app.command("demo", rich_help_panel="Look")(demo.demo)
+app.add_typer(bench.app, name="bench", rich_help_panel="Look")
 
 if __name__ == "__main__":
     app()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quota.allocate.methods import METHODS, methods_help
 from quota.cli.shell import (
     BuildByDefaultGroup,
     JsonOption,
@@ -19,7 +20,6 @@ from quota.cli.shell import (
 )  # fmt: skip
 from quota.core.errors import RecipeError, UsageError
 
-METHODS = ("quota", "uniform")
 REFERENCES = ("recorded", "per_image")
 POLICIES = ("original", "compact")
 
@@ -44,55 +44,86 @@ def about() -> None:
     """
 
 
-@app.command("build")
+_BUILD_HELP = f"""Measure what a method needs, then plan the drops (this is what `quota recipe CHECKPOINT ...` runs).
+
+`quota` and `uniform` profile the float `--model` beside the quantized CHECKPOINT. The published methods need CHECKPOINT alone, quantized or
+float. With `--compute` the keep ratio is found that costs as much, so that methods can be compared at equal work.
+
+**Methods**
+
+{methods_help()}
+
+**Examples**
+
+    quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.3 --out recipe.json
+
+    quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.2 --layers 2-6 --tau 0.5 --out recipe.json
+
+    quota recipe ./float --method fastv --samples samples.json --keep 0.5 --out fastv.json
+
+    quota recipe demo-out/quantized --method divprune --compute 0.4 --samples samples.json --out divprune.json
+"""
+
+
+@app.command("build", help=_BUILD_HELP)
 def build(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Quantized checkpoint made by `quota calibrate`.")],
-    model: Annotated[str, typer.Option("--model", help="The float model it was made from.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint the recipe is for: made by `quota calibrate`, or float.")],
     samples: Annotated[Path, typer.Option("--samples", help="Calibration samples, the same file as for `quota calibrate`.")],
     out: Annotated[Path, typer.Option("--out", help="Recipe file to write.")],
-    keep: Annotated[float, typer.Option("--keep", help="Share of visual tokens alive after the last pruning layer, above 0 and at most 1.")] = 0.3,
-    layers: Annotated[str | None, typer.Option("--layers", help="Pruning layers such as 2-6 or 2,4,6. Default: chosen from the profile.")] = None,
-    tau: Annotated[float, typer.Option("--tau", help="Softmax temperature: small spends the drops on the least sensitive layers.")] = 1.0,
-    method: Annotated[str, typer.Option("--method", help="quota: by sensitivity; uniform: equal drops, no quantization term in the score.")] = "quota",
+    model: Annotated[str | None, typer.Option("--model", help="The float model CHECKPOINT was made from (methods quota and uniform).")] = None,
+    method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}; see above.")] = "quota",
+    keep: Annotated[float | None, typer.Option("--keep", help="Share of visual tokens, above 0 and at most 1. Default: the method's.")] = None,
+    compute: Annotated[float | None, typer.Option("--compute", help="Instead of --keep: language-model compute against unpruned, text included.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Pruning layers such as 2-6 or 2,4,6. Default: the method's.")] = None,
+    tau: Annotated[float, typer.Option("--tau", help="quota: softmax temperature; small spends the drops on the least sensitive layers.")] = 1.0,
+    threshold: Annotated[float, typer.Option("--threshold", help="vtw: largest mean KL divergence, in nats, that counts as unchanged.")] = 0.003,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="random: which tokens.")] = 0,
     reference: Annotated[str, typer.Option("--reference", help="recorded: budgets count the model's picture size; per_image: each prompt's own.")] = "recorded",
     position_policy: Annotated[str, typer.Option("--position-policy", help="original: kept tokens keep their positions; compact: renumbered.")] = "original",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also write the layer profile as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Profile a float model and its quantized checkpoint, then allocate the drops (this is what `quota recipe CHECKPOINT ...` runs).
-
-    **Examples**
-
-        quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.3 --out recipe.json
-
-        quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.2 --layers 2-6 --tau 0.5 --out recipe.json
-    """
     from quota.allocate.candidates import parse_layers
 
-    check_keep(keep)
+    for option, value, allowed in (
+        ("--method", method, tuple(METHODS)), ("--reference", reference, REFERENCES), ("--position-policy", position_policy, POLICIES),
+    ):  # fmt: skip
+        if value not in allowed:
+            raise UsageError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
+    if keep is not None:
+        check_keep(keep)
+    if compute is not None and (keep is not None or not 0 < compute <= 1 or method == "vtw"):
+        raise UsageError(f"--compute: expected a share above 0 and at most 1, without --keep and not with vtw, got {compute:g}")
     if layers is not None:
         parse_layers(layers, 1_000_000)  # the spelling; the model's own number of layers is checked when it is known
     if not tau > 0:
         raise UsageError(f"--tau: expected a temperature above 0, got {tau:g}")
-    for option, value, allowed in (("--method", method, METHODS), ("--reference", reference, REFERENCES), ("--position-policy", position_policy, POLICIES)):
-        if value not in allowed:
-            raise UsageError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
+    profiled = METHODS[method].needs == "profile"
+    if profiled and model is None:
+        raise UsageError(f"--model: method {method} measures the float model beside the quantized one; give the folder or hub name")
+    if plot is not None and not profiled:
+        raise UsageError(f"--plot: {method} profiles no layers; leave it out")
     check_checkpoint(checkpoint)
-    check_checkpoint(model, "--model")
+    if model is not None:
+        check_checkpoint(model, "--model")
     check_output(out)
     if plot is not None:
         check_output(plot, "--plot")
 
     from quota.allocate.explain import explain_text
-    from quota.eval.profiling import allocate, profile_models
+    from quota.eval import profiling
 
-    profile = profile_models(model, checkpoint, samples, quiet=json)
-    recipe = allocate(profile, keep=keep, layers=layers, tau=tau, method=method, reference=reference, position_policy=position_policy)
+    how = profiling.Asked(method, keep, compute, layers, tau, reference, position_policy)
+    if profiled:
+        profile = profiling.profile_models(str(model), checkpoint, samples, quiet=json)
+        recipe = how.from_profile(profile)
+        if plot is not None:
+            from quota.report.plots import save_profile_plot
+
+            save_profile_plot(plot, profile, recipe)
+    else:
+        recipe = how.from_checkpoint(checkpoint, samples, seed=seed, threshold=threshold, quiet=json)
     recipe.save(out)
-    if plot is not None:
-        from quota.report.plots import save_profile_plot
-
-        save_profile_plot(plot, profile, recipe)
     if json:
         print_json(recipe.model_dump(mode="json"))
         return

@@ -6,7 +6,7 @@ import os
 
 from quota.core.errors import UsageError
 
-CPU_ISAS = ("avx512vnni", "avx2", "portable")
+CPU_ISAS = ("amx", "avx512vnni", "avxvnni", "avx2", "portable")
 
 
 def forced_implementations() -> dict[str, str]:

@@ -21,6 +21,7 @@ from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
 
 SCHEMA_VERSION = 1
+BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
 SCHEMA_PATH = Path("recipes/recipe.schema.json")
 
 
@@ -34,11 +35,30 @@ def kept_tokens(ratio: float, tokens: int) -> int:
     return math.ceil(Fraction(repr(float(ratio))) * tokens)
 
 
-Int = Annotated[int, Field(strict=True)]
+def keep_of(count: int, tokens: int) -> float:
+    """The ratio, 6 significant digits, for which `kept_tokens(ratio, tokens)` is exactly `count` (0 .. tokens; tokens below 200 000)."""
+    ratio = significant(count / tokens)
+    return ratio if kept_tokens(ratio, tokens) == count else significant((count - 0.5) / tokens)
+
+
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(significant)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False), AfterValidator(significant)]
 Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(significant)]
+Kept = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), AfterValidator(significant)]
+
+
+def _not_zero(layer: int) -> int:
+    if layer == 0:
+        raise ValueError("expected -1 (before the language model) or a decoder layer from 1 on: what enters layer 0 is candidate -1")
+    return layer
+
+
+Candidate = Annotated[int, Field(strict=True, ge=BEFORE, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
+Method = Literal["quota", "uniform", "fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune", "custom"]
+Score = Literal["quota", "text", "last_token", "own_last_token", "cross_self", "relevance", "random", "none"]
+Policy = Literal["topk", "mmr", "maxmin", "dpp", "grid"]
+ATTENTION_SCORES: frozenset[str] = frozenset({"quota", "text", "last_token", "cross_self"})  # they read the attention of the layer before
 
 
 class _Part(BaseModel):
@@ -66,11 +86,11 @@ class ScoreWeights(_Part):
     inter: Weight = Field(default=0.45, description="attention from the text after the image")
     mag: Weight = Field(default=0.25, description="norm of the hidden state")
     intra: Weight = Field(default=0.10, description="attention from visual tokens")
-    quant: Weight = Field(default=0.20, description="error of the deployed activation quantizer: the low-bit risk")
+    quant: Number = Field(default=0.20, description="error of the deployed activation quantizer: the low-bit risk; below 0 prefers tokens that quantize well")
 
     @model_validator(mode="after")
     def _some_signal(self) -> ScoreWeights:
-        if self.inter + self.mag + self.intra + self.quant <= 0:
+        if self.inter + self.mag + self.intra + abs(self.quant) <= 0:
             raise ValueError("at least one weight must be greater than 0")
         return self
 
@@ -79,7 +99,7 @@ class ScoreWeights(_Part):
         total = self.inter + self.mag + self.intra
         if total <= 0:
             raise RecipeError("weights: expected a weight other than quant above 0 to drop the quant term; give inter, mag or intra a weight")
-        factor = (total + self.quant) / total
+        factor = (total + max(self.quant, 0.0)) / total
         return ScoreWeights(inter=self.inter * factor, mag=self.mag * factor, intra=self.intra * factor, quant=0.0)
 
 
@@ -96,6 +116,38 @@ class Percentiles(_Part):
         return self
 
 
+class Selection(_Part):
+    """How a candidate chooses: a score per visual token, and a policy that turns scores into a set of the size of the budget.
+
+    Every policy is deterministic and ties go to the lower index.
+    """
+
+    score: Score = Field(
+        default="quota",
+        description=(
+            "quota: equation (8); text: mean attention of the text after the image in the layer before; last_token: attention of the last prompt token "
+            "in the layer before (FastV); own_last_token: the same under the candidate's own projections (PyramidDrop); cross_self: largest head of the "
+            "attention from text times that from visual tokens (FitPrune); relevance: mean cosine to the word embeddings after the image; "
+            "random: a hash of seed, picture and place; none: zeros"
+        ),
+    )
+    policy: Policy = Field(
+        default="topk",
+        description=(
+            "topk: the largest scores; mmr: greedy, score against the cosine to what is already kept; maxmin: greedy, farthest in cosine from what is "
+            "already kept (DivPrune, no score); dpp: greedy maximum of the determinant of score x cosine x score (CDPruner); grid: a part of the budget "
+            "spread evenly over the picture, the rest by score"
+        ),
+    )
+    mmr_score: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), AfterValidator(significant)] = Field(
+        default=0.5, description="mmr: lambda, the weight of the score; the cosine has 1 - lambda"
+    )
+    grid_share: Share = Field(default=1.0, description="grid: share of the budget that is spread evenly")
+
+
+DEFAULT_SELECTION = Selection()
+
+
 class Provenance(_Part):
     """Where the numbers came from. Everything is null in a recipe written by hand."""
 
@@ -104,21 +156,26 @@ class Provenance(_Part):
     tool_version: str | None = None
     samples: Positive | None = Field(default=None, description="number of profiled samples")
     layer_rule: str | None = Field(default=None, description='how the candidates were chosen: "auto" or the --layers text')
+    search: tuple[str, ...] = Field(default=(), description="what the method's own search found, one sentence each")
 
 
 class Recipe(_Part):
     """One pruning plan. `keep[i]` is the share of the reference visual tokens alive from decoder layer `candidates[i]` on.
 
+    Candidate -1 drops before the language model; decoder layer 0 then runs on what is left.
+
     Immutable; sequences are tuples. Build one with `Recipe.parse` or `Recipe.load`, which raise RecipeError naming the field.
     """
 
     schema_version: Literal[1] = 1
-    method: Literal["quota", "uniform"] = Field(description="quota: drops follow the sensitivities; uniform: equal drops")
+    method: Method = Field(description="quota: drops follow the sensitivities; uniform: equal drops; custom: written by hand; else a published method")
     regime: str = Field(min_length=1, description="low-bit regime the recipe was made for, for example w4a4kv4")
     model: ModelFacts
-    candidates: tuple[Positive, ...] = Field(min_length=1, description="decoder layers that drop tokens at their input, ascending, never 0")
-    keep: tuple[Share, ...] = Field(min_length=1, description="share of the reference tokens kept per candidate, non-increasing")
-    final_keep: Share = Field(description="r_min: the last entry of keep")
+    candidates: tuple[Candidate, ...] = Field(
+        min_length=1, description="decoder layers that drop tokens at their input, ascending; -1 is before the language model, 0 does not exist"
+    )
+    keep: tuple[Kept, ...] = Field(min_length=1, description="share of the reference tokens kept per candidate, non-increasing; 0 only for vtw")
+    final_keep: Kept = Field(description="r_min: the last entry of keep")
     tau: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(significant)] = Field(
         default=1.0, description="softmax temperature of equation (3)"
     )
@@ -126,6 +183,10 @@ class Recipe(_Part):
         default="recorded", description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens"
     )
     reference_tokens: Positive = Field(description="V_ref: visual tokens of one picture that keep refers to")
+    selections: tuple[Selection, ...] = Field(
+        default=(), description="how each candidate chooses; empty: all by the quota score and topk; one entry: all by that one"
+    )
+    seed: Annotated[int, Field(strict=True, ge=0)] = Field(default=0, description="of the random score")
     weights: ScoreWeights = Field(default_factory=ScoreWeights)
     percentiles: Percentiles = Field(default_factory=Percentiles)
     position_policy: Literal["original", "compact"] = Field(
@@ -159,6 +220,13 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if len(self.selections) not in (0, 1, len(self.candidates)):
+            raise ValueError(f"selections: expected none, one for all, or one per candidate ({len(self.candidates)}), got {len(self.selections)}")
+        if self.method != "vtw" and 0 in self.keep:
+            raise ValueError(f"keep: expected ratios greater than 0, entry {self.keep.index(0)} is 0: only method vtw withdraws every visual token")
+        first = self.selection_at(self.candidates[0])
+        if self.candidates[0] == BEFORE and first.score in (ATTENTION_SCORES | {"own_last_token"}):
+            raise ValueError(f"selections: candidate -1 runs before any attention: expected score relevance, random or none, got {first.score!r}")
         if len(self.keep) != len(self.candidates):
             raise ValueError(f"keep: expected one ratio per candidate layer ({len(self.candidates)}), got {len(self.keep)}")
         if self.sensitivities and len(self.sensitivities) != len(self.candidates):
@@ -203,6 +271,12 @@ class Recipe(_Part):
     def save(self, path: str | Path) -> None:
         """Write atomically: a reader sees the old file or the new one, never a part."""
         atomic_write_text(Path(path), self.dumps())
+
+    def selection_at(self, candidate: int) -> Selection:
+        """How this candidate chooses."""
+        if len(self.selections) > 1:
+            return self.selections[self.candidates.index(candidate)]
+        return self.selections[0] if self.selections else DEFAULT_SELECTION
 
     def keep_at(self, layer: int) -> float:
         """Share of the reference visual tokens alive inside decoder layer `layer` (0-based); 1.0 before the first candidate."""

@@ -6,18 +6,17 @@ With a folder, its report and pictures are copied to docs/demo first; the figure
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.statistics import Interval
+from quota.report.blocks import fill
 
 README = Path("README.md")
 KEPT = Path("docs/demo")
@@ -74,17 +73,6 @@ def fields_block() -> str:
         for name, info in model.model_fields.items():
             lines.append(f"| {where} | `{name}` | {(info.description or '').replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
-
-
-def fill(text: str, blocks: dict[str, str]) -> str:
-    """Replace what stands between `<!-- generated:NAME ... -->` and `<!-- end:NAME -->`; UsageError when a block is missing."""
-    for name, content in blocks.items():
-        pattern = re.compile(rf"(<!-- generated:{name}[^>]*-->\n).*?(<!-- end:{name} -->)", re.DOTALL)
-        found = pattern.search(text)
-        if not found:
-            raise UsageError(f"README.md: no block generated:{name}")
-        text = f"{text[: found.start()]}{found[1]}{content}\n{found[2]}{text[found.end() :]}"
-    return text
 
 
 def blocks(kept: Path = KEPT) -> dict[str, str]:

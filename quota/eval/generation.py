@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quota.arch import find_arch
 from quota.eval.questions import Question
-from quota.nn.cache import kv_bytes
+from quota.nn.cache import kv_bytes, stored_tokens
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
 
@@ -87,7 +87,7 @@ def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_
     cache = out.past_key_values
     return Generated(
         new_ids=out.sequences[:, inputs["input_ids"].shape[1] :], prefill_ms=clock.prefill_ms, decode_ms=clock.decode_ms,
-        cache_tokens=[int(layer.get_seq_length()) for layer in cache.layers], cache_bytes=sum(kv_bytes(cache)),
+        cache_tokens=stored_tokens(cache), cache_bytes=sum(kv_bytes(cache)),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from quota.core.errors import QuotaError
 
-_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8")
+_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 
 
 def cpu() -> dict[str, Any]:

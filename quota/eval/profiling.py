@@ -1,10 +1,15 @@
-"""From two checkpoints and samples to a profile, and from a profile to a recipe."""
+"""From checkpoints and samples to a profile or a baseline's evidence, and from those to a recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quota.allocate.baselines import VTW_THRESHOLD, Basis, Evidence, at_compute, build_baseline
+from quota.allocate.methods import METHODS
+from quota.core.recipe import Provenance, Recipe
 from quota.eval.asking import load_model
 
 
@@ -27,3 +32,83 @@ def allocate(
     from quota.allocate.recipe_builder import build_recipe
 
     return build_recipe(profile, keep=keep, layers=layers, tau=tau, method=method, reference=reference, position_policy=position_policy)
+
+
+SEARCH_SAMPLES = 20  # VTW's published number
+
+
+def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> Basis:
+    """What every baseline recipe of this loaded model shares. fields: reference, position_policy, seed."""
+    import quota
+    from quota.calib.evidence import measured_facts
+    from quota.calib.profile import regime_of
+    from quota.nn.structure import quantized_linears
+
+    source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=quota.__version__, samples=len(samples))
+    regime = regime_of(model) if quantized_linears(model) else "float"
+    return Basis(measured_facts(model, processor, samples), regime, source, **fields)
+
+
+def measure_evidence(method: str, model: Any, processor: Any, samples: Any, *, threshold: float = VTW_THRESHOLD, quiet: bool = False) -> Evidence:
+    """What the method's own search reads, measured on a loaded model; empty for methods that search nothing."""
+    from quota.calib.evidence import attention_statistics, withdrawal_divergence
+    from quota.eval.compare import bars
+
+    needs = METHODS[method].needs
+    if needs not in ("withdrawal", "attention"):
+        return Evidence()
+    with bars(quiet) as progress:
+        task = progress.add_task(f"{METHODS[method].title}: search", total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if needs == "attention":
+            return Evidence(attention=attention_statistics(model, processor, samples, tell))
+        few = samples.first(SEARCH_SAMPLES)
+        return Evidence(withdrawal=withdrawal_divergence(model, processor, few, tell), samples=len(few), threshold=threshold)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A recipe as it was asked for. keep None is the method's default; `compute` instead finds the keep that costs as much."""
+
+    method: str
+    keep: float | None = None
+    compute: float | None = None
+    layers: str | None = None
+    tau: float = 1.0
+    reference: str = "recorded"
+    position_policy: str = "original"
+
+    def from_profile(self, profile: Any) -> Recipe:
+        """By method quota or uniform."""
+
+        def build(keep: float) -> Recipe:
+            return allocate(
+                profile, keep=keep, layers=self.layers, tau=self.tau, method=self.method, reference=self.reference, position_policy=self.position_policy
+            )
+
+        return self._matched(build, profile.model.visual_tokens)
+
+    def from_basis(self, basis: Basis, evidence: Evidence) -> Recipe:
+        """By a published method."""
+        if self.method == "vtw":
+            return build_baseline(basis, self.method, None, self.layers, evidence)
+        return self._matched(lambda keep: build_baseline(basis, self.method, keep, self.layers, evidence), basis.model.visual_tokens)
+
+    def from_checkpoint(self, checkpoint: str, samples: Path, *, seed: int = 0, threshold: float = VTW_THRESHOLD, quiet: bool = False) -> Recipe:
+        """By a published method for a checkpoint, float or quantized."""
+        from quota.calib.samples import Samples
+
+        loaded = Samples.load(samples)
+        model, processor = load_model(checkpoint)
+        searched = self.method if self.layers is None else "fastv"  # a given layer is not searched for
+        evidence = measure_evidence(searched, model, processor, loaded, threshold=threshold, quiet=quiet)
+        basis = basis_of(model, processor, loaded, reference=self.reference, position_policy=self.position_policy, seed=seed)
+        return self.from_basis(basis, evidence)
+
+    def _matched(self, build: Callable[[float], Recipe], tokens: int) -> Recipe:
+        if self.compute is not None:
+            return at_compute(build, self.compute, tokens)
+        return build(METHODS[self.method].keep if self.keep is None else self.keep)

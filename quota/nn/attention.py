@@ -11,20 +11,25 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from quota import ops
-from quota.nn.cache import Kv4Layer, kv4_layer
-from quota.nn.embedding import apply_rotary
-from quota.nn.linear import Float32State, QuantLinear
+from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
+from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 
 @dataclass
 class Record:
-    """What one attention leaves for scoring tokens: q [B, H, T, D], k [B, Hkv, T, D] and lse [B, H, T], float32, as deployed."""
+    """What one attention leaves for scoring tokens, as deployed: q [B, H, T, D] and lse [B, H, T] float32, and k [B, Hkv, T, D] float32 or
+    its T packed slots of the cache."""
 
     q: Tensor | None = None
-    k: Tensor | None = None
+    k: Tensor | ops.Kv | None = None
     lse: Tensor | None = None
     scaling: float = 1.0
+
+    def float_keys(self) -> Tensor:
+        """k as float32 [B, Hkv, T, D]; call it on a filled record."""
+        assert self.k is not None
+        return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
 
 
 class QuantAttention(Float32State):
@@ -50,39 +55,39 @@ class QuantAttention(Float32State):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
         self.register_buffer("k_clip", torch.ones((), **float32))
         self.register_buffer("v_clip", torch.ones((), **float32))
+        self._clips: tuple[float, float] | None = None
 
-    @torch.no_grad()
+    def forget(self) -> None:
+        self._clips = None
+
+    @without_grad
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
                 past_key_values: Cache | None = None, quota_record: Record | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
         """hidden_states [B, T, hidden]; position_embeddings cos, sin [B or 1, T, D]; attention_mask as transformers makes it, or
         [B, S] bool, or None (no padding, or the rows the cache layer remembers) -> (output, None)."""
         batch, tokens, _ = hidden_states.shape
-        q, k, v = self._project(hidden_states.float(), position_embeddings)
+        qkv = self.qkv_proj(as_float32(hidden_states))
         cache = Kv4Layer() if past_key_values is None else kv4_layer(past_key_values, self.layer_idx)
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
-        cache.append(k, v, float(self.k_clip), float(self.v_clip))
-        start = torch.zeros(batch, dtype=torch.int32, device=q.device) if cache.start is None else cache.start
-        out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, start, self.scaling)
+        q = self._append(qkv, position_embeddings, cache)
+        out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
         if quota_record is not None:
-            quota_record.q, quota_record.k, quota_record.lse, quota_record.scaling = q, cache.dequantize_keys(), lse, self.scaling
-        return self.o_proj(out.reshape(batch, tokens, -1)).to(hidden_states.dtype), None
+            quota_record.q, quota_record.k, quota_record.lse, quota_record.scaling = q, cache.filled_key, lse, self.scaling
+        return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
-    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, hidden] float32 -> q [B, H, T, D], k, v [B, Hkv, T, D], rotated and transformed."""
-        heads = self.qkv_proj(x).view(*x.shape[:2], self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        if position_embeddings is not None:
-            cos, sin = (t.float() for t in position_embeddings)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        return _transform(q, self.q_transform), _transform(k, self.k_transform), v.contiguous()
+    def _append(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Kv4Layer) -> Tensor:
+        """qkv [B, T, (H + 2 Hkv) D] float32 -> q [B, H, T, D], rotated and transformed (see below); k and v go into `cache`."""
+        if self._clips is None:
+            self._clips = float(self.k_clip), float(self.v_clip)
+        rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
+        batch, tokens, _ = qkv.shape
+        position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
+        return ops.qkv_append(qkv, rotary, self._appended_transforms(), cache.key, cache.value, position, self._clips)
 
-
-def _transform(x: Tensor, matrix: Tensor | None) -> Tensor:
-    if matrix is None:
-        return x.contiguous()
-    return ops.transform(x.reshape(-1, x.shape[-1]).contiguous(), None, matrix).view(x.shape)
+    def _appended_transforms(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.q_transform, self.k_transform
 
 
 class QuantClipAttention(nn.Module):
@@ -93,7 +98,7 @@ class QuantClipAttention(nn.Module):
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
         batch, tokens, hidden = hidden_states.shape

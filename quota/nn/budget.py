@@ -1,4 +1,4 @@
-"""How many visual tokens each picture keeps at a layer, and keeping them.
+"""How many visual tokens each picture keeps at a layer.
 
 `reference: recorded` counts V_ref tokens per picture of the prompt, and the pictures of a prompt compete for the sum. `reference: per_image` gives
 every picture ceil(r_l * V) of its own V and chooses inside it: a picture of dynamic resolution keeps the same share however large its neighbours
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quota import ops
 from quota.core.recipe import Recipe, kept_tokens
 
 
@@ -37,11 +36,3 @@ def picture_sizes(picture: Tensor) -> list[list[int]]:
 def set_sizes(group: Tensor, sets: int) -> Tensor:
     """group [B, S] -> [B, sets] int64, the tokens of each set."""
     return torch.stack([(group == number).sum(-1) for number in range(sets)], -1) if sets else group.new_zeros(len(group), 0)
-
-
-def select(score: Tensor, group: Tensor, budget: Tensor) -> Tensor:
-    """bool [B, S]: the `budget[b, g]` largest scores of each set g of row b, ties to the lower index; all of a set that has no more."""
-    kept = torch.zeros_like(group, dtype=torch.bool)
-    for number, keep in enumerate(budget.unbind(1)):
-        kept |= ops.token_select(score, group == number, keep.contiguous())
-    return kept

@@ -1,7 +1,8 @@
 """Key/value caches: packed 4-bit layers, and float layers that remember what was pruned before them.
 
 Layers of one cache may hold different numbers of tokens: pruning before decoder layer l leaves layer l's cache with exactly the tokens
-alive there. Layer 0 always holds the full length, which is what `get_seq_length()` reports to `generate`.
+alive there (`stored`). `generate` counts the prompt by layer 0's `get_seq_length()`: where tokens were dropped before layer 0, that layer
+adds the removed columns to what it reports, so prompts are still counted whole.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _GROWTH_TOKENS = 64
 
 class RowState:
     """Facts about each row of a cache layer, moved with the batch: `start` [B] int32 (first real slot; None = all rows start at 0) and
-    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned)."""
+    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned). `removed`: prompt columns that layer 0
+    never saw, the same for all rows; 0 in every other layer."""
 
     start: Tensor | None = None
     dropped: Tensor | None = None
+    removed: int = 0
 
     def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.start = None if self.start is None else move(self.start)
@@ -34,6 +37,7 @@ class RowState:
 
     def forget_rows(self) -> None:
         self.start = self.dropped = None
+        self.removed = 0
 
 
 class Rows(Protocol):
@@ -41,8 +45,10 @@ class Rows(Protocol):
 
     start: Tensor | None
     dropped: Tensor | None
+    removed: int
 
-    def get_seq_length(self) -> int: ...
+    @property
+    def stored(self) -> int: ...
 
 
 class Kv4Layer(RowState, CacheLayerMixin):
@@ -61,12 +67,12 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.length = 0
 
     @property
-    def key(self) -> tuple[Tensor, Tensor, Tensor]:
+    def key(self) -> ops.Kv:
         """(packed, scale, zero) of all C slots."""
         return self.buffers["k_q"], self.buffers["k_scale"], self.buffers["k_zero"]
 
     @property
-    def value(self) -> tuple[Tensor, Tensor, Tensor]:
+    def value(self) -> ops.Kv:
         """As `key`."""
         return self.buffers["v_q"], self.buffers["v_scale"], self.buffers["v_zero"]
 
@@ -77,15 +83,26 @@ class Kv4Layer(RowState, CacheLayerMixin):
 
     def append(self, key: Tensor, value: Tensor, key_clip: float = 1.0, value_clip: float = 1.0) -> None:
         """key, value [B, Hkv, T, D] float32: quantize into the next T slots."""
+        batch, heads, tokens, dim = key.shape
+        position = self.grow(batch, heads, tokens, dim, key)
+        ops.kv4_append(*self.key, key.contiguous(), position, key_clip)
+        ops.kv4_append(*self.value, value.contiguous(), position, value_clip)
+
+    def grow(self, batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> int:
+        """Make room for `tokens` more slots, which the caller fills; returns the first one. `like`: a tensor of the model's dtype and device."""
         if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        batch, _, tokens, _ = key.shape
+            self._initialize(batch, heads, dim, like)
         if batch != self.buffers["k_q"].shape[0]:
             raise UsageError(f"past_key_values: holds a batch of {self.buffers['k_q'].shape[0]}, got {batch} rows; start from an empty cache")
         self._reserve(self.length + tokens)
-        ops.kv4_append(*self.key, key.contiguous(), self.length, key_clip)
-        ops.kv4_append(*self.value, value.contiguous(), self.length, value_clip)
-        self.length += tokens
+        position, self.length = self.length, self.length + tokens
+        return position
+
+    @property
+    def filled_key(self) -> ops.Kv:
+        """As `key`, the filled slots."""
+        q, scale, zero = (t[:, :, : self.length] for t in self.key)
+        return q, scale, zero
 
     def dequantize_keys(self) -> Tensor:
         """[B, Hkv, length, D] float32."""
@@ -96,8 +113,7 @@ class Kv4Layer(RowState, CacheLayerMixin):
         return self._dequantize(*self.value)
 
     def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        q, scale, zero = (t[:, :, : self.length] for t in (q, scale, zero))
-        return dequantize_kv(unpack_uint4(q, 2 * q.shape[-1]), scale, zero)
+        return dequantize_slots(*(t[:, :, : self.length] for t in (q, scale, zero)))
 
     def _reserve(self, tokens: int) -> None:
         capacity = self.buffers["k_q"].shape[2]
@@ -111,13 +127,16 @@ class Kv4Layer(RowState, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, dim = key_states.shape
+        self._initialize(batch, heads, dim, key_states)
+
+    def _initialize(self, batch: int, heads: int, dim: int, like: Tensor) -> None:
         if dim % 2:
             raise UsageError(f"head_dim: expected an even number for the packed 4-bit cache, got {dim}")
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = like.dtype, like.device
         for name in self.FIELDS:
             packed = name.endswith("_q")
             shape = (batch, heads, 0, dim // 2) if packed else (batch, heads, 0)
-            self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=key_states.device)
+            self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=like.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -125,8 +144,12 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.append(key_states.float(), value_states.float())
         return self.dequantize_keys().to(key_states.dtype), self.dequantize_values().to(value_states.dtype)
 
-    def get_seq_length(self) -> int:
+    @property
+    def stored(self) -> int:
         return self.length
+
+    def get_seq_length(self) -> int:
+        return self.length + self.removed if self.length else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -164,8 +187,23 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self._move(lambda t: t.to(self.device, non_blocking=True))
 
 
+def dequantize_slots(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Packed codes uint8 [B, Hkv, T, D/2], scale and zero [B, Hkv, T] -> float32 [B, Hkv, T, D]."""
+    return dequantize_kv(unpack_uint4(q, 2 * q.shape[-1]), scale, zero)
+
+
 class PrunedLayer(RowState, DynamicLayer):
     """A float cache layer that remembers its row starts and how many tokens were pruned before it."""
+
+    @property
+    def stored(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.stored + self.removed if self.stored else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.stored + query_length, 0
 
     def reset(self) -> None:
         self.keys = self.values = None  # transformers before 5.21 would zero the tokens but keep their number
@@ -196,6 +234,12 @@ class Kv4Cache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of all stored keys and values; layers that stayed float are counted as they are."""
         return sum(kv_bytes(self))
+
+
+def stored_tokens(cache: Cache) -> list[int]:
+    """Tokens in use per decoder layer."""
+    layers: list[Any] = cache.layers
+    return [layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers]
 
 
 def kv_bytes(cache: Cache) -> list[int]:

@@ -46,10 +46,3 @@ class PatchEmbedding(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super(PatchEmbedding, self).forward(image[None]) for image in x]) if len(x) else super().forward(x)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, T, D]; cos, sin [B or 1, T, D] -> rotated x, as LLaMA pairs channels (i, i + D/2)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cos[:, None] + turned * sin[:, None]

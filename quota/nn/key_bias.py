@@ -15,8 +15,8 @@ the cosines and sines of position j: per pair of channels (f, f') of the rotated
     q . R_j b = sum_f  (q_f b_f + q_f' b_f') cos_jf  +  (q_f' b_f - q_f b_f') sin_jf.
 
 So a query brings D more channels (its coefficients) and a key D more (its cosines and sines), which are the same for all heads and, between two
-prune points, for all layers: one float32 table [B, D, slots] per segment instead of anything per layer and head. The kernel continues the chain of
-each score over them: D more multiply-adds per score, whatever was pruned (the table is filled with the positions that are really there, gapped or
+prune points, for all layers: one float32 table [B, D, slots] per segment instead of anything per layer and head. The kernel adds one chain over
+them to each score: D more multiply-adds per score, whatever was pruned (the table is filled with the positions that are really there, gapped or
 compact), and equal bits for any batch, padding, or cut between prefill and decode. Nothing is thresholded: every layer with a key bias goes this way.
 """
 
@@ -32,8 +32,7 @@ from transformers.cache_utils import Cache
 from quota import ops
 from quota.nn.attention import QuantAttention, Record
 from quota.nn.cache import Kv4Layer, kv4_layer
-from quota.nn.embedding import apply_rotary
-from quota.nn.linear import QuantLinear
+from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 _GROWTH_TOKENS = 64
@@ -127,7 +126,7 @@ def biased_layer(cache: Cache, index: int) -> BiasedKv4Layer:
     layer = kv4_layer(cache, index)
     if not isinstance(layer, BiasedKv4Layer):
         new = BiasedKv4Layer()
-        new.start, new.dropped = layer.start, layer.dropped
+        new.start, new.dropped, new.removed = layer.start, layer.dropped, layer.removed
         cache.layers[index] = layer = new
     return layer
 
@@ -148,37 +147,37 @@ class QuantBiasedAttention(QuantAttention):
         super().__init__(qkv_proj, o_proj, **sizes)
         self.register_buffer("k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=qkv_proj.w_q.device))
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
                 past_key_values: Cache | None = None, quota_record: Record | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
         """As QuantAttention.forward; position_embeddings are required."""
         assert position_embeddings is not None
         batch, tokens, _ = hidden_states.shape
-        cos, sin = (t.float() for t in position_embeddings)
+        cos, sin = as_float32(position_embeddings[0]), as_float32(position_embeddings[1])
+        qkv = self.qkv_proj(as_float32(hidden_states))
         cache = BiasedKv4Layer() if past_key_values is None else biased_layer(past_key_values, self.layer_idx)
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
-        heads = self.qkv_proj(hidden_states.float()).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         half = self.head_dim // 2
         angles = torch.cat([cos[..., :half], sin[..., :half]], -1).transpose(1, 2).expand(batch, -1, -1)
         neighbour = past_key_values.layers[self.layer_idx - 1] if past_key_values is not None and self.layer_idx else None
         table = cache.place(position_embeddings[0], angles, neighbour)
+        q = self._append(qkv, (cos, sin), cache)
         wide = torch.cat([_transform(q, self.q_transform), bias_coefficients(q, self.k_bias)], -1)
-        cache.append(_transform(k, self.k_transform), v.contiguous(), float(self.k_clip), float(self.v_clip))
-        start = torch.zeros(batch, dtype=torch.int32, device=q.device) if cache.start is None else cache.start
-        out, lse = ops.kv4_attention(wide, cache.key, cache.value, cache.length, start, self.scaling, table.slots)
+        out, lse = ops.kv4_attention(wide, cache.key, cache.value, cache.length, cache.start, self.scaling, table.slots)
         if quota_record is not None:
             assert table.slots is not None
             turned = table.slots[:, None, :, : cache.length].transpose(-1, -2).expand(-1, self.kv_heads, -1, -1)
             quota_record.q, quota_record.k = wide, torch.cat([cache.dequantize_keys(), turned], -1)
             quota_record.lse, quota_record.scaling = lse, self.scaling
-        return self.o_proj(out.reshape(batch, tokens, -1)).to(hidden_states.dtype), None
+        return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
+
+    def _appended_transforms(self) -> tuple[Tensor | None, Tensor | None]:
+        return None, self.k_transform  # the coefficients of the bias need q as the rotary embedding left it
 
 
 def _transform(x: Tensor, matrix: Tensor | None) -> Tensor:
     if matrix is None:
-        return x.contiguous()
+        return x
     return ops.transform(x.reshape(-1, x.shape[-1]).contiguous(), None, matrix).view(x.shape)

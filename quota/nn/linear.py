@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quota import ops
 from quota.quant.pack import unpack_int4
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.no_grad()` that costs nothing where gradients are off already: a decode step passes eight of these per layer."""
+    guarded = torch.no_grad()(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return guarded(*args, **kwargs) if torch.is_grad_enabled() else function(*args, **kwargs)
+
+    return call
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """`x.float()`, without a call into torch where there is nothing to do."""
+    return x if x.dtype == torch.float32 else x.float()
+
+
+def as_dtype_of(y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype of x, as `as_float32`."""
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class Float32State(nn.Module):
@@ -63,13 +88,13 @@ class QuantLinear(Float32State):
         self.register_buffer("w_scale", torch.zeros(out_features, **float32))
         self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
         self._packed: ops.PackedWeight | None = None
-        self._clip_value: float | None = None
+        self._clip: float | None = None
 
     def forget(self) -> None:
-        self._packed, self._clip_value = None, None
+        self._packed, self._clip = None, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_clip_value": None}  # copies repack for themselves
+        return {**self.__dict__, "_packed": None, "_clip": None}  # copies repack for themselves
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -85,21 +110,25 @@ class QuantLinear(Float32State):
             self._packed = ops.PackedWeight(self.w_q, self.w_scale, self.in_features)
         return self._packed
 
-    def _clip(self) -> float:
-        if self._clip_value is None:
-            self._clip_value = float(self.clip)
-        return self._clip_value
+    @without_grad
+    def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
+        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is int32 or float32.
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is int32 or float32."""
-        x_q, x_scale = ops.quantize_act(self._rows(x), self.left, self.right, self._clip())
-        return ops.w4a4_linear(x_q, x_scale, self.packed, self.bias).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        prologue: an activation that `ops.quantize_act` applies to x first; "silu_mul" takes x [..., 2K].
+        """
+        rows = as_float32(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
+        y = ops.w4a4_linear(*self._quantize(rows, prologue), self.packed, self.bias)
+        return as_dtype_of(y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features), x)
+
+    def _quantize(self, rows: Tensor, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+        if self._clip is None:
+            self._clip = float(self.clip)
+        return ops.quantize_act(rows, self.left, self.right, self._clip, prologue)
 
     @torch.no_grad()
     def dequantized_forward(self, x: Tensor) -> Tensor:
         """The same value from dequantized float64 operands: what `forward` must equal up to float32 rounding."""
-        x_q, x_scale = ops.quantize_act(self._rows(x), self.left, self.right, self._clip())
+        x_q, x_scale = self._quantize(self._rows(x))
         u = unpack_int4(x_q, self.in_features).double() * x_scale.double()[:, None]
         y = u @ self.dequantized_weight().double().T
         if self.bias is not None:
@@ -115,7 +144,7 @@ class QuantLinear(Float32State):
         """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation quantizer."""
         rows = self._rows(x)
         u = ops.transform(rows, self.left, self.right)
-        x_q, x_scale = ops.quantize_act(rows, self.left, self.right, self._clip())
+        x_q, x_scale = self._quantize(rows)
         return row_norm(u - unpack_int4(x_q, self.in_features).float() * x_scale[:, None]).view(x.shape[:-1])
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Pruning visual tokens between decoder layers with forward pre-hooks; the model's own forwards stay as they are.
 
-Before each candidate layer the visual tokens are ranked by what the layer before attended to, and only the kept ones go on: hidden
-states, rotary positions, masks and the layer caches all follow. Candidates are >= 1, so layer 0 always caches the whole prompt and
-`generate`'s bookkeeping stays right. Tokens are dropped at prefill only.
+Before each candidate layer the recipe's selection chooses among the visual tokens alive, and only the kept ones go on: hidden states,
+rotary positions, masks and the layer caches all follow. Tokens are dropped at prefill only.
+
+Candidate -1 chooses among the merged embeddings, before layer 0 sees them. Layer 0's cache then holds the kept tokens and still reports the
+whole prompt's length, by which `generate` and the text model count positions.
 
 Positions. "original": kept tokens keep the prompt's rotary positions and decoding continues the unpruned counter. "compact": inside each
 layer the alive tokens are renumbered without gaps from the row's first position, and decoding at a layer continues from that layer's own
@@ -23,13 +25,15 @@ from transformers.masking_utils import create_causal_mask
 from quota import ops
 from quota.arch import find_arch, submodule
 from quota.core.errors import UsageError
-from quota.core.recipe import Recipe
+from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe, Selection
 from quota.nn.attention import QuantAttention, Record
-from quota.nn.budget import picture_sizes, plan_budgets, select, set_sizes
+from quota.nn.budget import picture_sizes, plan_budgets, set_sizes
 from quota.nn.cache import Rows, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
+from quota.nn.pictures import Pictures, Shown, shown_pictures
 from quota.nn.recording import start_recording
-from quota.nn.scores import combine, text_queries, token_signals
+from quota.nn.scores import text_queries
+from quota.nn.select import Alive, choose
 
 
 @dataclass
@@ -58,8 +62,26 @@ class Prefill:
     stage: Stage
     keep: dict[int, Tensor]
     first_column: Tensor  # int64 [B], the prompt's first real token
+    tokens: int  # columns of the prompt
+    pictures: Pictures
     pruned: bool = False
     record: Record | None = None
+
+
+@dataclass
+class Lengths:
+    """The cache as mask making sees it: one layer's own length, whatever it reports to `generate`."""
+
+    stored: int
+    is_compileable: bool = False
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.stored
+
+    get_seq_length = get_query_offset
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.stored + query_length, 0
 
 
 class Pruner:
@@ -81,6 +103,7 @@ class Pruner:
         self.keep_signals = False
         self.cache_lengths: list[int] = []
         self._picture: Tensor | None = None
+        self._shown: list[Shown] | None = None
         self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in layers]
         self._restore = start_recording(self.text) if any(self._float_layers) else None
         self._handles: list[Any] = [
@@ -88,6 +111,9 @@ class Pruner:
             model.get_submodule(self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
             self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
         ]
+        if forced is None and any(_asks_for_pictures(recipe.selection_at(c)) for c in recipe.candidates):
+            vision = submodule(model, self.arch.vision_path)
+            self._handles.append(vision.register_forward_pre_hook(self._before_vision, with_kwargs=True))
         for number, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True))
 
@@ -109,6 +135,10 @@ class Pruner:
     def _before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._picture = None if ids is None else self.arch.image_index(ids)
+
+    def _before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
+        self._shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.arch.merge)
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         picture, self._picture = self._picture, None
@@ -147,13 +177,15 @@ class Pruner:
             raise UsageError("past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset")
         valid = torch.ones_like(picture, dtype=torch.bool) if mask is None else mask.bool()
         start = row_start(valid)
-        group, keep = self._plan(picture.masked_fill(~valid, -1))
+        real = picture.masked_fill(~valid, -1)
+        group, keep = self._plan(real)
         stage = Stage(
             torch.arange(tokens, device=picture.device).expand(batch, -1), valid, group, text_queries(picture >= 0, valid),
             torch.zeros(batch, dtype=torch.int64, device=picture.device), start if bool(start.any()) else None,
         )  # fmt: skip
         self.kept, self.signals, self.cache_lengths = {}, {}, [tokens] * self.arch.layers
-        return Prefill(stage, keep, start.long())
+        shown, self._shown = self._shown, None
+        return Prefill(stage, keep, start.long(), tokens, Pictures.of(real, shown))
 
     def _plan(self, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than its budget."""
@@ -171,39 +203,44 @@ class Pruner:
         return group, plan
 
     def _before_layer(self, number: int) -> Any:
+        candidate = BEFORE if number == 0 else number
+        asked = number + 1 in self.ratios and self.forced is None and self.recipe.selection_at(number + 1).score in ATTENTION_SCORES
+
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             prefill: Prefill | None = kwargs.pop("quota_prefill", None)
             if prefill is None:
                 return self._decode(number, args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
-            if number in prefill.keep:
-                hidden = self._drop(prefill, number, layer, hidden)
-            if number in self.ratios:
+            if candidate in prefill.keep:
+                hidden = self._drop(prefill, candidate, layer, hidden, kwargs)
+            if candidate in self.ratios:
                 stage = prefill.stage
-                self.kept[number] = torch.zeros_like(stage.valid[:, :1]).repeat(1, self.cache_lengths[0]).scatter(1, stage.index, stage.valid)
+                self.kept[candidate] = torch.zeros_like(stage.valid[:, :1]).repeat(1, prefill.tokens).scatter(1, stage.index, stage.valid)
             self.cache_lengths[number] = hidden.shape[1]
             if prefill.pruned:
                 self._align(prefill, number, hidden, kwargs)
-            if number + 1 in prefill.keep and self.forced is None:
+            if asked and number + 1 in prefill.keep:
                 prefill.record = kwargs["quota_record"] = Record()
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
 
-    def _drop(self, prefill: Prefill, number: int, layer: Any, hidden: Tensor) -> Tensor:
+    def _drop(self, prefill: Prefill, candidate: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """hidden [B, n, d] -> the kept tokens' [B, n', d]; `prefill` enters its next stage."""
         stage = prefill.stage
         if self.forced is not None:
-            mask = self.forced[number].to(hidden.device)
+            mask = self.forced[candidate].to(hidden.device)
             chosen = mask.gather(1, stage.index.clamp_max(mask.shape[1] - 1)) | (stage.index >= mask.shape[1])
         else:
-            assert prefill.record is not None
-            signals = token_signals(prefill.record, hidden, layer, stage.visual, stage.text, quant=self.recipe.weights.quant > 0)
+            alive = Alive(
+                hidden, stage.group, stage.text, stage.index, layer, prefill.pictures, prefill.record,
+                lambda: self._own_record(prefill, max(candidate, 0), layer, hidden, kwargs),
+            )  # fmt: skip
+            signals: dict[str, Tensor] = {}
+            chosen = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
             prefill.record = None
             if self.keep_signals:
-                self.signals[number] = signals
-            score = combine(signals, stage.visual, self.recipe.weights, self.recipe.percentiles)
-            chosen = select(score, stage.group, prefill.keep[number])
+                self.signals[candidate] = signals
         keep = stage.valid & (chosen | ~stage.visual)
         if torch.equal(keep, stage.valid):
             return hidden
@@ -215,23 +252,36 @@ class Pruner:
         prefill.pruned = True
         return ops.token_gather(hidden, order)
 
+    def _own_record(self, prefill: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Record:
+        """What the attention of layer `number` itself makes of its input, without touching the cache."""
+        record = Record()
+        inputs = {"attention_mask": kwargs["attention_mask"], "position_embeddings": kwargs["position_embeddings"]}
+        if prefill.pruned:
+            inputs = self._inputs(prefill, number, hidden, kwargs)
+        layer.self_attn(layer.input_layernorm(hidden), past_key_values=None, quota_record=record, **inputs)
+        return record
+
     def _align(self, prefill: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give a layer after a drop the rotary embedding, mask and cache layer of its own tokens."""
         stage, cache = prefill.stage, kwargs.get("past_key_values")
-        if stage.rotary is None:
-            stage.rotary = self._rotary(stage, prefill.first_column, hidden, kwargs)
         if cache is not None:
             rows = self._cache_layer(cache, number)
             rows.start, rows.dropped = stage.start, stage.dropped
-        if not self._float_layers[number]:
-            mask = None if stage.start is None else stage.valid
-        else:
-            if not stage.mask_made:
-                stage.mask = self._float_mask(hidden, None if stage.start is None else stage.valid, cache, number)
-                stage.mask_made = True
-            mask = stage.mask
+            rows.removed = prefill.tokens - hidden.shape[1] if number == 0 else 0
         # position ids with gaps would be read as packed sequences, so no layer sees them
-        kwargs.update(attention_mask=mask, position_embeddings=stage.rotary, position_ids=None)
+        kwargs.update(self._inputs(prefill, number, hidden, kwargs), position_ids=None)
+
+    def _inputs(self, prefill: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Mask and rotary embedding of the stage's tokens for layer `number`."""
+        stage = prefill.stage
+        if stage.rotary is None:
+            stage.rotary = self._rotary(stage, prefill.first_column, hidden, kwargs)
+        valid = None if stage.start is None else stage.valid
+        if not self._float_layers[number]:
+            return {"attention_mask": valid, "position_embeddings": stage.rotary}
+        if not stage.mask_made:
+            stage.mask, stage.mask_made = self._float_mask(hidden, valid, 0), True
+        return {"attention_mask": stage.mask, "position_embeddings": stage.rotary}
 
     def _rotary(self, stage: Stage, first_column: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.recipe.position_policy == "compact":
@@ -249,7 +299,7 @@ class Pruner:
         if self.recipe.position_policy == "compact":
             positions = kwargs.get("position_ids")
             if positions is None:  # M-RoPE without generate: the next number of this layer's own row
-                started = rows.get_seq_length() - (0 if rows.start is None else rows.start.long()[:, None])
+                started = rows.stored - (0 if rows.start is None else rows.start.long()[:, None])
                 positions = started + torch.arange(hidden.shape[1], device=hidden.device)
             else:
                 positions = positions - rows.dropped[:, None]
@@ -257,18 +307,25 @@ class Pruner:
             kwargs["position_embeddings"] = self.text.rotary_emb(hidden, position_ids=positions)
         mask = None
         if self._float_layers[number] and (rows.start is not None or hidden.shape[1] > 1):
-            valid = None if rows.start is None else real_columns(rows.start, rows.get_seq_length() + hidden.shape[1])
-            mask = self._float_mask(hidden, valid, cache, number)
+            valid = None if rows.start is None else real_columns(rows.start, rows.stored + hidden.shape[1])
+            mask = self._float_mask(hidden, valid, rows.stored)
         kwargs.update(attention_mask=mask, position_ids=None)
         return args, kwargs
 
-    def _float_mask(self, hidden: Tensor, valid: Tensor | None, cache: Any, number: int) -> Any:
+    def _float_mask(self, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
+        """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend wants."""
+        lengths: Any = Lengths(stored)
         return create_causal_mask(
-            config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache, position_ids=None, layer_idx=number
+            config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=lengths, position_ids=None, layer_idx=0
         )
 
     def _cache_layer(self, cache: Any, number: int) -> Rows:
         return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)
+
+
+def _asks_for_pictures(selection: Selection) -> bool:
+    """Whether a selection looks at the pictures themselves: at their content, or at where in them a token lies."""
+    return selection.score == "random" or selection.policy == "grid"
 
 
 def _first_position(positions: Tensor | None, first_column: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ def _recording(base: str) -> Any:
                   **kwargs: Any) -> Any:  # fmt: skip
         if quota_record is not None:
             scaling = kwargs.get("scaling") or module.scaling
-            quota_record.q, quota_record.k, quota_record.scaling = query.float().contiguous(), key.float().contiguous(), scaling
-            quota_record.lse = causal_lse(quota_record.q, quota_record.k, attention_mask, scaling)
+            q, k = query.float().contiguous(), key.float().contiguous()
+            quota_record.q, quota_record.k, quota_record.scaling = q, k, scaling
+            quota_record.lse = causal_lse(q, k, attention_mask, scaling)
         deployed = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
         return deployed(module, query, key, value, attention_mask, **kwargs)
 

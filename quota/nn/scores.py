@@ -1,8 +1,8 @@
-"""Which visual tokens matter: equations (6) to (9) on what the deployed layer computed anyway."""
+"""Which visual tokens matter: equations (6) to (9), and published attention scores, on what the deployed layer computed anyway."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from quota.nn.linear import row_norm
 from quota.quant.affine import dequantize_symmetric, quantize_symmetric
 
 _EPS = 1e-12
+_ROWS_AT_ONCE = 128
 
 
 def text_queries(visual: Tensor, valid: Tensor) -> Tensor:
@@ -32,14 +33,58 @@ def token_signals(record: Record, hidden: Tensor, layer: Any, visual: Tensor, te
 
     record: attention of the layer before; hidden [B, S, hidden]: input of `layer`; visual, text [B, S] bool.
     """
-    if record.q is None or record.k is None or record.lse is None:
-        raise UsageError("attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was installed")
-    inter, intra = ops.token_score(record.q, record.k, record.lse, text, visual, record.scaling)
+    q, k, lse = _filled(record)
+    inter, intra = ops.token_score(q, k, lse, text, visual, record.scaling)
     tokens = hidden[visual]
     signals = {"inter": inter, "intra": intra, "mag": _spread(row_norm(tokens), visual)}
     if quant:
         signals["quant"] = _spread(quant_risk(layer, tokens), visual)
     return signals
+
+
+def _filled(record: Record) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:
+    if record.q is None or record.k is None or record.lse is None:
+        raise UsageError("attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was installed")
+    return record.q, record.k, record.lse
+
+
+def text_attention(record: Record, visual: Tensor, text: Tensor) -> Tensor:
+    """Attention of the text queries to each visual token, mean over heads and queries: float32 [B, S], 0 where not visual."""
+    return _column_mean(record, visual, text, torch.mean)
+
+
+def last_token_attention(record: Record, visual: Tensor) -> Tensor:
+    """The same for the last token of each row: what FastV's and PyramidDrop's code rank by."""
+    last = torch.zeros_like(visual)
+    last[:, -1] = True
+    return _column_mean(record, visual, last, torch.mean)
+
+
+def cross_self(record: Record, visual: Tensor, text: Tensor) -> Tensor:
+    """FitPrune: of the largest head, mean attention from text queries times mean attention from visual queries. float32 [B, S]."""
+    return head_max_attention(record, visual, text) * head_max_attention(record, visual, visual)
+
+
+def head_max_attention(record: Record, visual: Tensor, queries: Tensor) -> Tensor:
+    """Attention of the largest head, mean over `queries` [B, S]: float32 [B, S], 0 where not visual."""
+    return _column_mean(record, visual, queries, torch.amax)
+
+
+def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
+    """queries [B, S]: whose attention. Softmax rows in float64, rounded once, so that the order of summation cannot show."""
+    (q, _, lse), k = _filled(record), record.float_keys()
+    out = q.new_zeros(visual.shape)
+    for row in range(len(visual)):
+        columns, asking = visual[row].nonzero()[:, 0], queries[row].nonzero()[:, 0]
+        if not len(columns) or not len(asking):
+            continue
+        keys = k[row, :, columns].double().repeat_interleave(q.shape[1] // k.shape[1], 0)
+        total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
+        for block in asking.split(_ROWS_AT_ONCE):
+            p = torch.exp(q[row, :, block].double() @ keys.transpose(-1, -2) * record.scaling - lse[row, :, block, None].double())
+            total += over_heads(p * (columns[None, :] <= block[:, None]), 0).sum(0)
+        out[row, columns] = (total / len(asking)).float()
+    return out
 
 
 def quant_risk(layer: Any, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
+from quota.nn.norm import RmsNorm
 from quota.nn.qwen2_5_vl import MultimodalRotary, PictureByPicture, QuantWindowAttention, RoundedGelu
 from quota.quant.transform import decompose
 
@@ -74,6 +75,7 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
         for index in range(arch.layers):
             _decoder_layer(build, model, arch, index)
         text.rotary_emb = (Rotary if llava else MultimodalRotary)(text.config, device=device)
+        text.norm = RmsNorm.replacing(text.norm)
     if "vision" in chosen:
         for index in range(arch.vision_layers_used):
             (_clip_layer if llava else _window_layer)(build, model, arch, index)
@@ -91,6 +93,8 @@ def _decoder_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> N
     path = arch.decoder_layer(index)
     layer: Any = submodule(model, path)
     attention, mlp = layer.self_attn, layer.mlp
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
     attended, rows = arch.heads * arch.head_dim, (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     at = f"{path}.self_attn"
     apart = attention.k_proj.bias is not None and build.has(f"{at}.k_bias")

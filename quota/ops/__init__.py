@@ -1,8 +1,10 @@
-"""The seven ops. Each module holds the contract (docstring), the reference that defines it, and the table of implementations."""
+"""The nine ops. Each module holds the contract (docstring), the reference that defines it, and the table of implementations."""
 
 from quota.ops.kv4_append import kv4_append
-from quota.ops.kv4_attention import kv4_attention
+from quota.ops.kv4_attention import Kv, kv4_attention
+from quota.ops.qkv_append import qkv_append
 from quota.ops.quantize_act import quantize_act
+from quota.ops.rms_norm import rms_norm
 from quota.ops.token_gather import token_gather
 from quota.ops.token_score import token_score
 from quota.ops.token_select import token_select
@@ -10,5 +12,6 @@ from quota.ops.transform import transform
 from quota.ops.w4a4_linear import PackedWeight, w4a4_linear
 
 __all__ = [
-    "PackedWeight", "kv4_append", "kv4_attention", "quantize_act", "token_gather", "token_score", "token_select", "transform", "w4a4_linear",
+    "Kv", "PackedWeight", "kv4_append", "kv4_attention", "qkv_append", "quantize_act", "rms_norm", "token_gather", "token_score", "token_select", "transform",
+    "w4a4_linear",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quota.core.env import forced_cpu_isa
 from quota.core.errors import UsageError
+from quota.core.pages import release_pages
 
 if TYPE_CHECKING:
     from quota.ops.kv4_attention import Kv
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
-_OPS = ("transform", "quantize_act", "w4a4_pack", "w4a4_linear", "kv4_append", "kv4_attention", "token_score", "token_select", "token_gather")
+_OPS = ("transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "kv4_append", "qkv_append", "kv4_attention", "token_score",
+        "token_select", "token_gather")  # fmt: skip
+_PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
 
 
 class _Bound:
@@ -31,9 +34,11 @@ class _Bound:
 
     transform: Any
     quantize_act: Any
+    rms_norm: Any
     w4a4_pack: Any
     w4a4_linear: Any
     kv4_append: Any
+    qkv_append: Any
     kv4_attention: Any
     token_score: Any
     token_select: Any
@@ -99,6 +104,7 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("native")
     if layout is None:
         layout = weight.layouts["native"] = tuple(_bound.w4a4_pack(weight.w_q, weight.k))
+        release_pages(weight.w_q.data_ptr(), weight.w_q.numel())  # from here on it is read only to be saved: no second copy in memory
     return layout
 
 
@@ -112,8 +118,15 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float) -> tuple[Tensor, Tensor]:
-    return _bound.quantize_act(x.contiguous(), _dense(left), _dense(right), clip)
+def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+    number = _PROLOGUES.get(prologue)
+    if number is None:
+        raise ValueError(f"prologue: expected one of {', '.join(filter(None, _PROLOGUES))}, got {prologue!r}")
+    return _bound.quantize_act(x.contiguous(), _dense(left), _dense(right), clip, number)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _bound.rms_norm(x.contiguous(), weight.contiguous(), eps)
 
 
 def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
@@ -125,12 +138,21 @@ def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tens
     _bound.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
 
 
-def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_attention(q.contiguous(), *k, *v, length, start.contiguous(), scaling, _dense(shared))
+def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
+               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+    cos, sin = (None, None) if rotary is None else rotary
+    return _bound.qkv_append(qkv.contiguous(), _dense(cos), _dense(sin), *map(_dense, transforms), *k, *v, position, *clips)
 
 
-def token_score(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    return _bound.token_score(q.contiguous(), k.contiguous(), lse.contiguous(), text.contiguous(), visual.contiguous(), scaling)
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _bound.kv4_attention(q.contiguous(), *k, *v, length, _dense(start), scaling, _dense(shared))
+
+
+def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    keys = (k.contiguous(), None, None, None) if isinstance(k, Tensor) else (None, *k)
+    return _bound.token_score(q.contiguous(), *keys, lse.contiguous(), text.contiguous(), visual.contiguous(), scaling)
 
 
 def token_select(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:

@@ -7,18 +7,21 @@ from torch import Tensor
 
 from quota.core.registry import Op
 from quota.ops import native
+from quota.ops.kv4_attention import Kv, dequantized
 
 _ROWS_AT_ONCE = 128
 
 
-def token_score_ref(q: Tensor, k: Tensor, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """q float32 [B, H, S, D], k float32 [B, Hkv, S, D], lse float32 [B, H, S]; text and visual bool [B, S] -> (inter, intra) float32 [B, S].
+def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """q float32 [B, H, S, D], k float32 [B, Hkv, S, D] or S packed slots of a cache, lse float32 [B, H, S]; text and visual bool [B, S]
+    -> (inter, intra) float32 [B, S].
 
     inter_i = mean over heads and text queries of A[h, t, i]; intra_i the same over visual queries; 0 where i is not visual, and where there
     are no queries. A[h, t, i] = exp(q_t . k_i * scaling - lse_t) for i <= t (method.md, equation 6).
-    Exactness: float stage, relative RMS; bits independent of batch and threads.
+    Exactness: float stage, relative RMS; bits independent of batch, threads and instruction set.
     """
-    b, h, s, _ = q.shape
+    b, h, s, d = q.shape
+    k = k if isinstance(k, Tensor) else dequantized(k, s, d)
     inter, intra = q.new_zeros(b, s), q.new_zeros(b, s)
     for row in range(b):
         columns = visual[row].nonzero()[:, 0]

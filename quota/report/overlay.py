@@ -85,8 +85,8 @@ def save_overlay(
         sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
         for i, (layer, per_picture) in enumerate(masks.items(), start=1):
             mask = per_picture[number]
-            alive = int(mask.sum())
-            axes = sheet.panel(row + i // columns, i % columns, dim_dropped(view, mask), f"layer {layer}", f"{alive} kept, {alive / mask.size:.0%}")
+            alive, place = int(mask.sum()), f"layer {layer}" if layer >= 0 else "before layer 0"
+            axes = sheet.panel(row + i // columns, i % columns, dim_dropped(view, mask), place, f"{alive} kept, {alive / mask.size:.0%}")
             _outline(axes, mask, view.width)
             _gauge(axes, alive / mask.size)
     save_figure(sheet.figure, path)

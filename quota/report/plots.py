@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from quota.allocate.explain import compact_layers, facts, layer_rows
+from quota.allocate.methods import METHODS
 from quota.allocate.profile import Profile
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe
@@ -64,7 +65,8 @@ def save_recipe_plot(path: str | Path, recipe: Recipe) -> None:
     axes.set_ylabel("visual tokens alive", fontsize=9.5)
     _layer_axis(axes, layers, ())
     spent = "" if f["compute_ratio_language"] is None else f"  ·  {f['compute_ratio_language']:.0%} of the language model's prefill compute"
-    title = f"{'QUOTA' if recipe.method == 'quota' else 'Uniform'} recipe: {total} to {f['final_tokens']} visual tokens"
+    name = METHODS[recipe.method].title if recipe.method in METHODS else "Custom"
+    title = f"{name} recipe: {total} to {f['final_tokens']} visual tokens"
     heading(figure, left, title, f"{f['average_visual_tokens']:.0f} on average over {layers} layers{spent}")
     place = left
     for color, text in ((ORANGE, "layer that drops tokens"), (PEACH, "dropped at its input"), (BLUE, "other layers")):

@@ -126,3 +126,15 @@ def test_another_model_is_refused(model: nn.Module, processor: object, samples: 
     other = build_model(build_config(56, width=64, layers=4), seed=1)
     with pytest.raises(CheckpointError, match="model: the quantized checkpoint was made from"):
         profile(model, other, processor, samples)
+
+
+def test_the_number_of_threads_cannot_show(model: nn.Module, processor: object, samples: Samples) -> None:
+    before, found, inside = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(profile(model, rounded(model, 7), processor, samples, lambda *_: inside.append(torch.get_num_threads())).dumps())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] and set(inside) == {1}

@@ -108,7 +108,7 @@ def test_streamed_blocks_reproduce_the_model(source, tmp_path):
             current = following
     assert current.images == [(16,), (), (6,)]
     reopened = streaming.Stream.reopen(tmp_path, json.loads(json.dumps(current.layout())))
-    assert reopened.images == current.images and (reopened.positions == current.positions).all() and (reopened.picture == current.picture).all()
+    assert reopened.images == current.images and (reopened.positions == current.positions).all() and (reopened.columns == current.columns).all()
 
 
 def test_report_and_checkpoint(finished):
@@ -169,13 +169,17 @@ def test_resumes_after_a_kill(finished, folder, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("reference", ["per_image", "recorded"])
-def test_pruned_graph(source, folder, tmp_path, reference):
+BEFORE_LAYERS = {"candidates": [-1, 2], "selections": [{"score": "none", "policy": "grid"}, {"score": "text", "policy": "mmr"}], "method": "custom"}
+
+
+@pytest.mark.parametrize(("reference", "plan"), [("per_image", {}), ("recorded", {}), ("per_image", BEFORE_LAYERS), ("recorded", BEFORE_LAYERS)])
+def test_pruned_graph(source, folder, tmp_path, reference, plan):
     """Prune-then-quantize keeps each picture's own share, and the tokens the float model keeps when it runs under the same recipe."""
     model = load(folder)
     facts = {"architecture": "Qwen2_5_VLForConditionalGeneration", "fingerprint": source.fingerprint, "layers": 4, "visual_tokens": 12}
     recipe = Recipe.parse({"method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": [1, 3], "keep": [0.6, 0.3], "final_keep": 0.3,
-                           "reference": reference, "reference_tokens": 12})  # fmt: skip
+                           "reference": reference, "reference_tokens": 12, **plan})  # fmt: skip
+    first, last = recipe.candidates
     samples, found = mixed_samples(), []
     real = run.prune.keep_masks
 
@@ -192,9 +196,9 @@ def test_pruned_graph(source, folder, tmp_path, reference):
         for item, sample in enumerate(samples):
             inputs = encode(model.processor, sample, answer=True)
             model(**inputs)
-            alive = handle.kept[1][0]
+            alive = handle.kept[first][0]
             assert torch.equal(torch.from_numpy(found[0][item]), alive)
-            assert torch.equal(torch.from_numpy(found[1][item]), handle.kept[3][0][alive])
+            assert torch.equal(torch.from_numpy(found[1][item]), handle.kept[last][0][alive])
 
 
 def test_profile_of_mixed_sizes(folder, finished):

@@ -220,15 +220,28 @@ def test_pruned_graph_changes_only_later_decoder_layers(folder, finished, tmp_pa
     assert len(report.blocks) == 7
 
 
-@pytest.mark.parametrize("policy", ["original", "compact"])
-def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, policy):
+def selected(*selections, candidates=(1, 2), keep=(0.75, 0.5), method="custom", **fields):
+    return dict(method=method, candidates=list(candidates), keep=list(keep), final_keep=keep[-1], selections=list(selections), **fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"position_policy": "compact"}, selected({"score": "last_token"}), selected({"score": "own_last_token"}, position_policy="compact"),
+        selected({"score": "random"}), selected({"score": "none", "policy": "maxmin"}, candidates=(-1,), keep=(0.25,)),
+        selected({"score": "relevance", "policy": "dpp"}, {"policy": "grid", "grid_share": 0.5}, candidates=(-1, 2), keep=(0.5, 0.25)),
+        selected({"score": "none"}, candidates=(2,), keep=(0.0,), method="vtw"),
+    ],
+    ids=["original", "compact", "fastv", "pyramiddrop", "random", "divprune", "mixed", "vtw"],
+)  # fmt: skip
+def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states agree."""
     from quota.calib.stream import FloatSource
     from quota.calib.work import WorkFolder
     from quota.nn.pruner import Pruner
 
     source, samples = FloatSource(folder), picture_samples(3)
-    recipe = recipe_for(source, position_policy=policy)
+    recipe = recipe_for(source, **changes)
     job = run.Job(source, samples, tmp_path / "out", {"recipe": recipe, "progress": False, "settings": QUICK, "steps": 0})
     work = WorkFolder(tmp_path / "work", "key", False)
     for step in job.steps[:-1]:
@@ -243,8 +256,9 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, policy):
     for item, sample in enumerate(samples):
         with torch.no_grad():
             model(**encode(job.processor, sample, answer=True))
-        kept = pruner.kept[2][0]
-        if policy == "original":
+        kept = pruner.kept[recipe.candidates[-1]][0]
+        assert int(kept.sum()) < len(kept)
+        if recipe.position_policy == "original":
             assert stream.positions[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
         assert stream.lengths[item] == int(kept.sum())
         torch.testing.assert_close(stream.read(item), seen[item][0], rtol=1e-4, atol=1e-4)

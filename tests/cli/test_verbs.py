@@ -14,7 +14,11 @@ from typer.testing import CliRunner
 from quota.cli.main import app
 
 _RECIPE_VERBS = ("build", "explain", "validate", "diff")
-VERBS = (["doctor"], ["calibrate"], ["recipe"], *(["recipe", verb] for verb in _RECIPE_VERBS), ["run"], ["eval"], ["demo"])
+_BENCH_VERBS = ("ops", "model", "ceiling", "tables")
+VERBS = (
+    ["doctor"], ["calibrate"], ["recipe"], *(["recipe", verb] for verb in _RECIPE_VERBS), ["run"], ["eval"], ["study"], ["demo"],
+    *(["bench", verb] for verb in _BENCH_VERBS),
+)  # fmt: skip
 RECIPE: dict[str, Any] = {
     "schema_version": 1, "method": "quota", "regime": "w4a4kv4",
     "model": {"architecture": "LlavaForConditionalGeneration", "fingerprint": "sha256:00", "layers": 8, "visual_tokens": 576},
@@ -92,6 +96,10 @@ def test_choices_are_listed(tmp_path: Path) -> None:
     base = ["recipe", "ckpt", "--model", "m", "--samples", "s.json", "--out", tmp_path / "r.json"]
     fails(quota(*base, "--tau", "0"), "--tau", "0")
     fails(quota(*base, "--method", "best"), "--method", "quota, uniform", "best")
+    fails(quota(*base, "--compute", "0.4", "--keep", "0.3"), "--compute", "without --keep")
+    fails(quota(*base, "--method", "vtw", "--compute", "0.4"), "--compute", "not with vtw")
+    fails(quota(*base, "--method", "fastv", "--plot", tmp_path / "p.png"), "--plot", "fastv")
+    fails(quota("recipe", "ckpt", "--samples", "s.json", "--out", tmp_path / "r.json"), "--model", "quota")
     fails(quota(*base, "--position-policy", "none"), "--position-policy", "original, compact")
     made = ["calibrate", "m", "--samples", "s.json", "--out", tmp_path / "q"]
     fails(quota(*made, "--regime", "w2a2"), "--regime", "w4a4kv4", "w2a2")

@@ -24,5 +24,5 @@ def test_forced_cpu_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUOTA_CPU_ISA", "avx2")
     assert forced_cpu_isa() == "avx2"
     monkeypatch.setenv("QUOTA_CPU_ISA", "avx1024")
-    with pytest.raises(UsageError, match="avx512vnni, avx2, portable"):
+    with pytest.raises(UsageError, match="amx, avx512vnni, avxvnni, avx2, portable"):
         forced_cpu_isa()

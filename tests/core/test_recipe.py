@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quota.core.errors import RecipeError
-from quota.core.recipe import Recipe, ScoreWeights, kept_tokens, schema_text, significant
+from quota.core.recipe import DEFAULT_SELECTION, Recipe, ScoreWeights, kept_tokens, schema_text, significant
 
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
@@ -68,14 +68,21 @@ def test_kept_tokens_bounds(ratio: float, tokens: int) -> None:
         ({"keep": [0.8, 0.3]}, "keep: expected one ratio per candidate"),
         ({"keep": [0.8, 0.5, 0.31]}, "keep: expected the last ratio to equal final_keep 0.3, got 0.31"),
         ({"keep": [1.2, 0.55, 0.3]}, r"keep\[0\]: .*less than or equal to 1, got 1.2"),
-        ({"keep": [0.8, 0.55, 0], "final_keep": 0}, r"keep\[2\]: .*greater than 0, got 0"),
+        ({"keep": [0.8, 0.55, 0], "final_keep": 0}, r"keep: expected ratios greater than 0, entry 2 is 0: only method vtw"),
         ({"keep": ["0.8", 0.55, 0.3]}, r"keep\[0\]: .*got '0.8'"),
         ({"final_keep": True}, "final_keep: .*got True"),
         ({"candidates": [2, 2, 5]}, "candidates: .*entry 1 is 2 after 2"),
-        ({"candidates": [0, 2, 5]}, r"candidates\[0\]: .*greater than or equal to 1, got 0"),
+        ({"candidates": [0, 2, 5]}, r"candidates\[0\]: expected -1 .* or a decoder layer from 1 on.*, got 0"),
         ({"candidates": [2, 3, 8]}, "candidates: expected layers below model.layers 8, got 8"),
         ({"candidates": []}, "candidates: "),
         ({"sensitivities": [0.1]}, "sensitivities: expected none or one per candidate"),
+        ({"selections": [{}, {}]}, r"selections: expected none, one for all, or one per candidate \(3\), got 2"),
+        ({"selections": [{"score": "best"}]}, r"selections\[0\]\.score: .*got 'best'"),
+        ({"selections": [{"mmr_score": 1.5}]}, r"selections\[0\]\.mmr_score: .*got 1\.5"),
+        ({"candidates": [-1, 3, 5]}, "candidate -1 runs before any attention: .*got 'quota'"),
+        ({"candidates": [-2, 3, 5]}, r"candidates\[0\]: .*greater than or equal to -1, got -2"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
+        ({"method": "best"}, "method: .*'quota', 'uniform', 'fastv'.*got 'best'"),
         ({"tau": 0.0}, "tau: .*greater than 0, got 0.0"),
         ({"reference": "file"}, "reference: .*'recorded' or 'per_image'.*got 'file'"),
         ({"position_policy": "kept"}, "position_policy: .*got 'kept'"),
@@ -91,6 +98,28 @@ def test_kept_tokens_bounds(ratio: float, tokens: int) -> None:
 def test_errors_name_the_field(changes: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(data(**changes))
+
+
+def test_selections_per_candidate(tmp_path: Path) -> None:
+    plain = Recipe.parse(data())
+    assert plain.selections == () and plain.selection_at(3) == DEFAULT_SELECTION
+    one = Recipe.parse(data(method="custom", selections=[{"policy": "mmr", "mmr_score": 0.7}]))
+    assert {one.selection_at(c).mmr_score for c in one.candidates} == {0.7}
+    staged = Recipe.parse(data(method="custom", candidates=[-1, 3, 5], selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}]))
+    assert [staged.selection_at(c).score for c in staged.candidates] == ["none", "quota", "last_token"]
+    assert [staged.keep_at(i) for i in (0, 2, 3, 7)] == [0.8, 0.8, 0.55, 0.3]
+    staged.save(tmp_path / "r.json")
+    assert Recipe.load(tmp_path / "r.json") == staged
+
+
+def test_only_vtw_may_keep_nothing() -> None:
+    withdrawn = Recipe.parse(data(method="vtw", candidates=[5], keep=[0.0], final_keep=0.0, selections=[{"score": "none"}], sensitivities=[]))
+    assert withdrawn.tokens_at(4) == 576 and withdrawn.tokens_at(5) == 0
+
+
+def test_a_negative_weight_is_for_the_quantization_term_alone() -> None:
+    assert ScoreWeights(quant=-0.2).without_quant().inter == pytest.approx(0.45)
+    assert Recipe.parse(data(weights={"quant": -0.2})).weights.quant == -0.2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quota.core.recipe import kept_tokens
 from quota.nn import quantize_rtn
+from quota.nn.policies import even_sites
 from quota.runtime.patch import patched
 from tests.models import IMAGE_TOKEN, qwen_inputs, tiny_qwen
 from tests.nn.recipes import final_states, greedy, recipe_for, single
@@ -78,6 +79,55 @@ def test_generation_equals_recomputation(model, policy):
             logits, got = recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"), out.scores[step][row]
             finite = got.isfinite()
             torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=2e-4)
+
+
+SELECTIONS = {
+    "maxmin": ((-1,), (0.25,), [{"score": "none", "policy": "maxmin"}]),
+    "grid": ((-1, 2), (0.75, 0.25), [{"score": "none", "policy": "grid"}, {"policy": "grid", "grid_share": 0.5}]),
+    "random": ((-1, 2), (0.5, 0.25), [{"score": "random"}]),
+    "last_token": ((1, 2), (0.5, 0.25), [{"score": "last_token"}, {"score": "own_last_token"}]),
+    "cross_self": ((-1, 1, 2), (0.75, 0.5, 0.25), [{"score": "none", "policy": "maxmin"}, {"score": "cross_self"}, {"score": "text", "policy": "mmr"}]),
+}
+
+
+@pytest.mark.parametrize("policy", ["original", "compact"])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_every_selection_decodes_as_recomputed(model, name, policy):
+    """Also before layer 0, where the cache holds less than the prompt: exact budgets per picture, decoding as recomputed, rows alone as in the batch."""
+    candidates, keep, selections = SELECTIONS[name]
+    inputs, table = qwen_inputs(model, rows=MIXED), model.get_input_embeddings()
+    ids = inputs["input_ids"]
+    plan = recipe(model, method="custom", candidates=candidates, keep=keep, selections=selections, position_policy=policy)
+    with patched(model, plan) as handle:
+        out = greedy(model, inputs, tokens=3)
+        kept, lengths = dict(handle.kept), list(handle.cache_lengths)
+        for row in range(len(MIXED)):
+            greedy(model, single(inputs, row), tokens=1)
+            assert all(torch.equal(kept[layer][row, inputs["attention_mask"][row].bool()], mask[0]) for layer, mask in handle.kept.items()), row
+    prompt = ids.shape[1]
+    assert [layer.stored for layer in out.past_key_values.layers if hasattr(layer, "stored")][-2:] == [n + 2 for n in lengths[-2:]]
+    assert out.past_key_values.get_seq_length() == prompt + 2, "generate counts the whole prompt"
+    for row, counts in enumerate([[16], [6], [], [4, 12]]):
+        for layer, ratio in zip(candidates, keep, strict=True):
+            assert [int(p.sum()) for p in kept[layer][row, ids[row] == IMAGE_TOKEN].split(counts)] == [kept_tokens(ratio, v) for v in counts], (layer, row)
+        embeds, positions = prompt_of(model, single(inputs, row))
+        own = {max(layer, 0): mask[row, inputs["attention_mask"][row].bool()] for layer, mask in kept.items()}
+        for step in range(3):
+            fed = table(out.sequences[row, prompt : prompt + step])
+            logits, got = recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"), out.scores[step][row]
+            finite = got.isfinite()
+            torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=2e-4)
+
+
+def test_grid_spreads_over_the_pictures_own_shape(models):
+    """A picture of 2 x 3 tokens keeps two places, one in each row; asked as a single row of six it would keep others."""
+    model = models["quantized"]
+    inputs = qwen_inputs(model, rows=((2, ((4, 6),), 3),))
+    plan = recipe(model, method="custom", candidates=(-1,), keep=(2 / 6,), selections=[{"score": "none", "policy": "grid", "grid_share": 1.0}])
+    with patched(model, plan) as handle, torch.no_grad():
+        model(**inputs)
+    places = handle.kept[-1][0][inputs["input_ids"][0] == IMAGE_TOKEN].nonzero()[:, 0].tolist()
+    assert places == [r * 3 + c for r, c in even_sites(2, 3, 2)] != [c for _, c in even_sites(1, 6, 2)]
 
 
 def test_restarted_positions_would_be_noticed(models):

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from quota.arch import model_fingerprint
 from quota.nn import QuantAttention, quantize_rtn, quantize_structure, quantized_linears, quantized_modules
 from quota.nn.cache import kv_bytes
-from quota.nn.embedding import apply_rotary
 from quota.nn.key_bias import BiasedKv4Layer, QuantBiasedAttention, bias_coefficients
 from quota.nn.qwen2_5_vl import MultimodalRotary
+from quota.ops.qkv_append import apply_rotary
 from tests.models import qwen_inputs, tiny_qwen
 from tests.nn.recipes import final_states, greedy, single
 

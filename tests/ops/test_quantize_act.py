@@ -25,6 +25,24 @@ def test_native_equals_reference_bit_for_bit(isa: str, m: int, l: int, r: int, c
         assert same(native.quantize_act(x, a, b, clip), quantize_act_ref(x, a, b, clip))
 
 
+@pytest.mark.parametrize(("m", "l", "r"), SHAPES)
+def test_prologues_equal_the_reference_bit_for_bit(isa: str, m: int, l: int, r: int) -> None:
+    g = torch.Generator().manual_seed(m + r)
+    x, left, right = (torch.randn(*s, generator=g) for s in ((m, 2 * l * r), (l, l), (r, r)))
+    x[0, 0], x[0, -1] = -95.0, 95.0
+    for a, b in ((left, right), (None, None)):
+        assert same(native.quantize_act(x, a, b, 0.9, "silu_mul"), quantize_act_ref(x, a, b, 0.9, "silu_mul"))
+        half = x[:, : l * r]
+        assert same(native.quantize_act(half, a, b, 0.9, "quick_gelu"), quantize_act_ref(half, a, b, 0.9, "quick_gelu"))
+
+
+def test_wrong_prologues_are_refused(isa: str) -> None:
+    with pytest.raises(ValueError, match="prologue: expected one of silu_mul, quick_gelu, got 'relu'"):
+        native.quantize_act(torch.zeros(1, 4), None, None, 1.0, "relu")
+    with pytest.raises(RuntimeError, match="halves of one size, got 5"):
+        native.quantize_act(torch.zeros(1, 5), None, None, 1.0, "silu_mul")
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
 def test_any_finite_row(isa: str, values: list[float]) -> None:

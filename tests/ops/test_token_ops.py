@@ -10,6 +10,7 @@ from quota.ops import native
 from quota.ops.token_gather import token_gather_ref
 from quota.ops.token_score import token_score_ref
 from quota.ops.token_select import token_select_ref
+from tests.ops.kv import cache
 
 IMPLEMENTATIONS = ["ref", "native"]
 
@@ -41,17 +42,33 @@ def test_scores_are_close_to_the_float64_reference(isa: str, shape: tuple[int, .
         assert (got - want).abs().max() <= 1e-6 * want.abs().max() and not got[~args[4]].any()
 
 
-def test_scores_do_not_depend_on_batch_threads_or_instruction_set(threads: Callable[[int], None]) -> None:
-    args = case(3, 4, 2, 140, 18)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 9, 2), (2, 4, 2, 40, 16), (3, 3, 3, 150, 20), (1, 2, 1, 150, 130)])
+def test_scores_of_packed_keys_are_close_to_the_float64_reference(isa: str, shape: tuple[int, ...]) -> None:
+    q, k, lse, *rest = case(*shape)
+    packed = cache(k, shape[3])
+    for got, want in zip(native.token_score(q, packed, lse, *rest), token_score_ref(q, packed, lse, *rest), strict=True):
+        assert (got - want).abs().max() <= 1e-6 * want.abs().max() and not got[~rest[1]].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_scores_do_not_depend_on_batch_threads_or_instruction_set(threads: Callable[[int], None], packed: bool) -> None:
+    args = list(case(3, 4, 2, 140, 18))
+    if packed:
+        args[1] = cache(args[1], 140)
     results = []
     for name in native.supported_isas() or pytest.skip("the native library is not built"):
         native.set_isa(name)
         for n in (1, 3):
             threads(n)
             results.append(native.token_score(*args))
-    results.append(tuple(torch.cat(parts) for parts in zip(*(native.token_score(*(x[i : i + 1] for x in args[:5]), args[5]) for i in range(3)), strict=True)))
+    alone = [native.token_score(*(_row(x, i) for x in args[:5]), args[5]) for i in range(3)]
+    results.append(tuple(torch.cat(parts) for parts in zip(*alone, strict=True)))
     native.set_isa(None)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def _row(x: torch.Tensor | tuple, i: int) -> torch.Tensor | tuple:
+    return x[i : i + 1] if isinstance(x, torch.Tensor) else tuple(t[i : i + 1] for t in x)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

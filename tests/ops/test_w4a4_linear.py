@@ -19,12 +19,38 @@ def case(m: int, k: int, n: int, extreme: bool = False) -> tuple[torch.Tensor, t
     return pack_int4(x), torch.rand(m, generator=g) + 0.01, weight, torch.randn(n, generator=g), torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
-def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int) -> None:
+def assert_exact(m: int, k: int, n: int) -> None:
     x, scale, weight, bias, zero = case(m, k, n)
     for b in (None, bias):
         for z in (None, zero):
-            assert torch.equal(native.w4a4_linear(x, scale, weight, b, z), w4a4_linear_ref(x, scale, weight, b, z))
+            assert torch.equal(native.w4a4_linear(x, scale, weight, b, z), w4a4_linear_ref(x, scale, weight, b, z)), f"M={m} K={k} N={n}"
+
+
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int) -> None:
+    assert_exact(m, k, n)
+
+
+# Around every block size of a kernel: rows of a tile (6, 16, 32), of a task (320, 480), columns of a register, a tile and a panel.
+@pytest.mark.parametrize("m", [1, 4, 5, 6, 7, 12, 13, 16, 17, 31, 33, 48, 49, 320, 321, 481, 1000])
+@pytest.mark.parametrize("n", [1, 15, 17, 63, 64, 65])
+def test_row_and_column_tails(isa: str, m: int, n: int) -> None:
+    assert_exact(m, 68, n)
+
+
+# A step of 64, blocks of 512, the widths of the 7B models.
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 63, 64, 65, 127, 511, 512, 513, 1027, 4096, 11008])
+@pytest.mark.parametrize("m", [1, 5, 33])
+def test_k_tails(isa: str, m: int, k: int) -> None:
+    assert_exact(m, k, 66)
+
+
+def test_activations_larger_than_the_cache(isa: str) -> None:
+    assert_exact(352, 3200, 330)  # 1.1 MB: several panels share a pass over them, the last group is not full
+
+
+def test_very_many_rows(isa: str) -> None:
+    assert_exact(40_001, 8, 3)
 
 
 def test_largest_sums_do_not_saturate(isa: str) -> None:
@@ -34,13 +60,14 @@ def test_largest_sums_do_not_saturate(isa: str) -> None:
 
 
 def test_result_does_not_depend_on_batch_or_threads(isa: str, threads: Callable[[int], None]) -> None:
-    x, scale, weight, bias, _ = case(200, 72, 200)
+    x, scale, weight, bias, _ = case(700, 1100, 200)
     threads(1)
     one = native.w4a4_linear(x, scale, weight, bias)
     assert torch.equal(one, w4a4_linear_ref(x, scale, weight, bias))
-    threads(3)
-    assert torch.equal(native.w4a4_linear(x, scale, weight, bias), one)
-    for rows in (slice(0, 1), slice(5, 9), slice(100, 117)):
+    for count in (2, 3, 7):
+        threads(count)
+        assert torch.equal(native.w4a4_linear(x, scale, weight, bias), one)
+    for rows in (slice(0, 1), slice(5, 9), slice(100, 117), slice(300, 340), slice(0, 699)):
         assert torch.equal(native.w4a4_linear(x[rows], scale[rows], weight, bias), one[rows])
 
 

@@ -1,7 +1,8 @@
 // CPU kernels, free of torch: raw pointers and sizes. One table of functions per instruction set, chosen by CPUID or by name.
 //
-// Every float result is defined by its inputs alone: each dot product is an ascending chain of fused multiply-adds from zero, every other
-// step is one IEEE operation. So results do not depend on batch, threads, tiling or instruction set.
+// Every float result is defined by its inputs alone. A dot product is an ascending chain of fused multiply-adds from zero (transforms), or an
+// exact integer (linear, attention); every other step is one IEEE operation in a stated order. So results do not depend on batch, threads,
+// tiling or instruction set.
 // All arrays are row-major float32 unless said otherwise; sizes count elements.
 #pragma once
 
@@ -11,9 +12,10 @@ namespace quota {
 
 constexpr int64_t kPanel = 64;  // weight columns per block
 constexpr int64_t kGroup = 4;   // k values that one int8 dot-product instruction takes
+constexpr int64_t kStep = 64;   // k values of a matrix-extension tile; every k is padded to whole steps
 
-// Bytes of one row of unpacked activations: k rounded up to two groups.
-constexpr int64_t padded_k(int64_t k) { return (k + 2 * kGroup - 1) / (2 * kGroup) * (2 * kGroup); }
+// k rounded up to whole steps: bytes of one row of unpacked activations.
+constexpr int64_t padded_k(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
 
 // Y = left^T X right on each row of x viewed as [l, r]. left [l, l] and right [r, r]; null is the identity.
 struct TransformArgs {
@@ -24,15 +26,28 @@ struct TransformArgs {
   float* y;
 };
 
-// Transform, then symmetric int4 per row: q [M, ceil(K/2)] two's complement nibbles, scale [M]. `transform.y` is not used.
+// What happens to a row before its transform: nothing; silu(gate) * up on rows of 2 K values, gate first; x * sigmoid(1.702 x).
+enum class Prologue : int64_t { kNone, kSiluMul, kQuickGelu };
+
+// Prologue, transform, then symmetric int4 per row: q [M, ceil(K/2)] two's complement nibbles, scale [M]. `transform.y` is not used.
 struct QuantizeArgs {
   TransformArgs transform;
   float clip;
   uint8_t* q;
   float* scale;
+  Prologue prologue;
 };
 
-// Packed activations [M, ceil(K/2)] -> int8 [M, padded_k(K)] and the sum of each row.
+// y [M, K] = (x / sqrt(mean(x^2) + eps)) * weight [K].
+struct NormArgs {
+  const float* x;
+  const float* weight;
+  int64_t k;
+  float eps;
+  float* y;
+};
+
+// Packed activations [M, ceil(K/2)] -> int8 in the order that `multiply` wants, and the sum of each row.
 struct UnpackArgs {
   const uint8_t* x_q;
   int64_t k;
@@ -50,7 +65,9 @@ struct PackArgs {
 };
 
 // y [M, N] = (float(sum a w - x_zero * col_sum) * w_scale) * x_scale (+ bias). bias and x_zero may be null.
+// `multiply` reads a and row_sum, which `unpack` wrote; `few_rows` reads x_q instead.
 struct LinearArgs {
+  const uint8_t* x_q;
   const int8_t* a;
   const int32_t* row_sum;
   const float* x_scale;
@@ -61,6 +78,22 @@ struct LinearArgs {
   const float* bias;
   float* y;
   int64_t m, n, k;
+};
+
+// The outputs of one task: panels of columns times rows.
+struct LinearTask {
+  int64_t panel_begin, panel_end, row_begin, row_end;
+};
+
+// One instruction set's way to w4a4_linear. Up to `few` rows go to `few_rows`; more are unpacked first, into a workspace of whole `multiple`s of
+// rows, and then multiplied in tasks of about `block` rows (the activations that its caches hold) at most.
+struct Linear {
+  int64_t few, multiple, block;
+  void (*unpack)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
+  void (*few_rows)(const LinearArgs&, int64_t panel_begin, int64_t panel_end);
+  void (*multiply)(const LinearArgs&, const LinearTask&);
+  // Scales and bias: sums [rows][64] of a times (w + 8) -> outputs of one panel.
+  void (*finish)(const LinearArgs&, const int32_t* sums, int64_t panel, int64_t row, int64_t rows);
 };
 
 // A 4-bit cache: q uint8 [B, Hkv, C, D/2], scale and zero [B, Hkv, C], with the strides of batch and head.
@@ -80,8 +113,23 @@ struct AppendArgs {
   float clip;
 };
 
-// q [B, H, T, D + E] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] .. length - T + t.
-// `shared` [B, E, shared_slots >= length]: float key channels that all heads of a slot have in common, continuing the chain after the D packed ones.
+// qkv [B, T, H + 2 Hkv, D] -> q [B, H, T, D], and k, v quantized into slots position .. position + T. Heads of q and k are turned by cos, sin
+// [B or 1, T, D] (batch stride `rotary_batch`; null: not turned), then multiplied by their transform [D, D] (null: the identity).
+struct HeadsArgs {
+  const float* qkv;
+  const float* cos;
+  const float* sin;
+  const float* q_transform;
+  const float* k_transform;
+  float* q;
+  Kv4<uint8_t, float> k, v;
+  int64_t rotary_batch, heads, kv_heads, tokens, dim, position;
+  float k_clip, v_clip;
+};
+
+// q [B, H, T, D + E] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] (0 where null) .. length - T + t.
+// `shared` [B, E, shared_slots >= length] (null: E = 0): float key channels that all heads of a slot have in common. A score is that of the D packed
+// channels plus the chain over the E shared ones.
 struct AttentionArgs {
   const float* q;
   Kv4<const uint8_t, const float> k, v;
@@ -94,29 +142,40 @@ struct AttentionArgs {
 };
 constexpr int64_t kQueryTile = 64;  // query rows (queries times heads of one KV head) per attention task
 
-// Attention that `queries` (ascending) of one batch row give to `columns` (ascending, at most 64), mean over heads and queries.
+// Slots of one batch row, ascending.
+struct Tokens {
+  const int64_t* at;
+  int64_t count;
+};
+
+// Of one batch row: q [H, S, D]; keys [Hkv, S, D] as floats `k`, or where that is null `packed`; lse [H, S].
 struct ScoreArgs {
-  const float* q;    // [H, S, D] of the batch row
-  const float* k;    // [Hkv, S, D]
-  const float* lse;  // [H, S]
+  const float* q;
+  const float* k;
+  Kv4<const uint8_t, const float> packed;
+  const float* lse;
   int64_t heads, kv_heads, slots, dim;
   float scaling;
 };
-constexpr int64_t kScoreColumns = 64;
 
 struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
   void (*quantize_act)(const QuantizeArgs&, int64_t row_begin, int64_t row_end);
-  void (*unpack_act)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
-  void (*linear)(const LinearArgs&, int64_t panel, int64_t row_begin, int64_t row_end);
   void (*append)(const AppendArgs&, int64_t row_begin, int64_t row_end);  // rows of [B, Hkv, T]
+  void (*rms_norm)(const NormArgs&, int64_t row_begin, int64_t row_end);
+  void (*heads)(const HeadsArgs&, int64_t begin, int64_t end);  // heads of [B, T, H + 2 Hkv]
   void (*attention)(const AttentionArgs&, int64_t batch, int64_t kv_head, int64_t tile);
-  void (*score)(const ScoreArgs&, const int64_t* queries, int64_t query_count, const int64_t* columns, int64_t column_count, float* out);
+  // Attention of one head that the queries give to each column, summed over them: out [columns.count].
+  void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
+  Linear linear;
 };
 
 // mask[i] = 1 for the `keep` largest scores among the eligible: NaN above every number, ties to the lower index.
 void select_tokens(const float* score, const uint8_t* eligible, int64_t count, int64_t keep, uint8_t* mask);
+
+// How many blocks to cut m rows into: as the caches like it, more where panels alone cannot occupy the threads.
+int64_t row_blocks(const Linear&, int64_t m, int64_t panels, int64_t threads);
 
 void pack_weight(const PackArgs&, int64_t panel_begin, int64_t panel_end);
 

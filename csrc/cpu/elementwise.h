@@ -1,0 +1,82 @@
+// Functions of single values and rows by additions, multiplications, divisions and square roots alone, so that every instruction set agrees.
+#pragma once
+
+#include <cstdint>
+
+#include "chain.h"
+#include "quota/kernels.h"
+
+namespace {
+
+// e^x; relative error about 1e-7.
+// Zero below -87, clamped above 88, NaN stays NaN. Coefficients: Cephes expf.
+template <class V>
+inline typename V::F exponential(typename V::F x) {
+  const auto bounded = V::max(V::set1(-87.0f), V::min(V::set1(88.0f), x));  // the second operand survives when one is NaN
+  const auto n = V::round(V::mul(bounded, V::set1(1.44269504088896341f)));
+  auto r = V::fma(n, V::set1(-0.693359375f), bounded);
+  r = V::fma(n, V::set1(2.12194440e-4f), r);
+  auto p = V::set1(1.9875691500e-4f);
+  p = V::fma(p, r, V::set1(1.3981999507e-3f));
+  p = V::fma(p, r, V::set1(8.3334519073e-3f));
+  p = V::fma(p, r, V::set1(4.1665795894e-2f));
+  p = V::fma(p, r, V::set1(1.6666665459e-1f));
+  p = V::fma(p, r, V::set1(5.0000001201e-1f));
+  p = V::add(V::fma(p, V::mul(r, r), r), V::set1(1.0f));
+  const auto power = V::from_bits(V::shift_left_23(V::iadd(V::to_int(n), V::iset1(127))));
+  return V::less(x, V::set1(-87.0f), V::zero(), V::mul(p, power));
+}
+
+// x / (1 + e^(-slope x)): SiLU for slope 1, CLIP's approximate GELU for slope 1.702.
+template <class V>
+inline typename V::F gated_by_sigmoid(typename V::F x, float slope) {
+  return V::div(x, V::add(V::set1(1.0f), exponential<V>(V::mul(V::set1(-slope), x))));
+}
+
+inline float bits_to_float(int32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The sixteen lanes added in ascending order.
+template <class V>
+inline float sum_of_lanes(typename V::F x) {
+  float lanes[kLanes], sum = 0.0f;
+  V::store(lanes, x);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+// One row through a prologue other than none: x (two halves of k when gated) -> y [k].
+template <class V>
+inline void apply_prologue(quota::Prologue prologue, const float* x, int64_t k, float* y) {
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const int64_t n = k - i < kLanes ? k - i : kLanes;
+    const auto v = V::load(x + i, n);
+    const auto out = prologue == quota::Prologue::kSiluMul ? V::mul(gated_by_sigmoid<V>(v, 1.0f), V::load(x + k + i, n)) : gated_by_sigmoid<V>(v, 1.702f);
+    V::store(y + i, out, n);
+  }
+}
+
+// y = (x / sqrt(mean(x^2) + eps)) * weight; the squares are summed in sixteen chains, lane i taking i, i + 16, ...
+template <class V>
+void rms_norm_rows(const quota::NormArgs& args, int64_t begin, int64_t end) {
+  const int64_t k = args.k;
+  for (int64_t m = begin; m < end; ++m) {
+    const float* x = args.x + m * k;
+    float* y = args.y + m * k;
+    auto squares = V::zero();
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const auto v = V::load(x + i, k - i < kLanes ? k - i : kLanes);
+      squares = V::fma(v, v, squares);
+    }
+    const auto factor = V::set1(1.0f / __builtin_sqrtf(sum_of_lanes<V>(squares) / static_cast<float>(k) + args.eps));
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const int64_t n = k - i < kLanes ? k - i : kLanes;
+      V::store(y + i, V::mul(V::mul(V::load(x + i, n), factor), V::load(args.weight + i, n)), n);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,65 @@
+"""The model configurations that `quota bench model` makes with synthetic weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from quota.core.errors import UsageError
+
+VISUAL_TOKENS = 576  # 336 pixels in patches of 14
+
+
+def llava_7b() -> LlavaConfig:
+    """LLaVA-1.5-7B: CLIP-L/14 at 336 pixels, Vicuna-7B."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768
+    )
+    text = LlamaConfig(
+        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+        max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=32001, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _llava(vision, text, image_token=32000)
+
+
+def llama_135m() -> LlavaConfig:
+    """A 135M-class LLaMA (30 layers of 576) behind a CLIP-B-sized tower: many small ops, so overhead per op decides."""
+    vision = CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=336, patch_size=14, projection_dim=512
+    )
+    text = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _llava(vision, text, image_token=49151)
+
+
+def embedded() -> LlavaConfig:
+    """The embedded model's sizes."""
+    from quota.scenes.model import build_config
+
+    return build_config()
+
+
+def _llava(vision: CLIPVisionConfig, text: LlamaConfig, image_token: int) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_seq_length=VISUAL_TOKENS, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+ARCHS: dict[str, Callable[[], LlavaConfig]] = {"llava-1.5-7b": llava_7b, "135m": llama_135m, "embedded": embedded}
+
+
+def config_of(arch: str, layers: int | None = None) -> Any:
+    """The configuration of `arch`, cut to its first `layers` decoder layers."""
+    if arch not in ARCHS:
+        raise UsageError(f"--arch: expected one of {', '.join(ARCHS)}; got {arch!r}")
+    config: Any = ARCHS[arch]()
+    if layers is not None:
+        if not 1 <= layers <= config.text_config.num_hidden_layers:
+            raise UsageError(f"--layers: expected 1 to {config.text_config.num_hidden_layers} for {arch}, got {layers}")
+        config.text_config.num_hidden_layers = layers
+    return config

@@ -1,0 +1,196 @@
+"""A whole model: the quantized one with and without pruning, and transformers' float model, each in a process of its own.
+
+Every process prints one JSON document. A request is a picture of 576 visual tokens with 64 text tokens, answered with 32 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from quota.bench import machine, rows
+from quota.core.errors import QuotaError
+
+OP = "model"
+TEXT_TOKENS, NEW_TOKENS = 64, 32
+_LEADING_TEXT = 16  # of the text tokens, how many stand before the picture
+_REQUESTS = 3
+_FLOAT_SHARE = 0.55  # of the memory that is free, how much float weights may take
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process. keep None: unpruned. float_dtype: transformers' own model, no checkpoint. layers None: all."""
+
+    arch: str
+    checkpoint: str | None = None
+    keep: float | None = None
+    float_dtype: str | None = None
+    layers: int | None = None
+    threads: int = 1
+    requests: int = _REQUESTS
+
+    @property
+    def name(self) -> str:
+        if self.float_dtype:
+            return f"transformers {self.float_dtype}"
+        return "quota" if self.keep is None else f"quota, keep {self.keep:g}"
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Run a job in a fresh process and return what it measured. QuotaError with the last line it said when it failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "quota.bench.model", json.dumps(asdict(job))], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
+    )  # fmt: skip
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise QuotaError(f"{job.name}: its process ended with status {done.returncode}: {said[-1] if said else 'killed, perhaps for memory'}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def row(job: Job, found: dict[str, Any], checkpoint_bytes: int | None) -> dict[str, Any]:
+    """The row of results of a finished job."""
+    return {
+        **rows.stamp(job.threads), "op": OP, "shape": job.arch, "size": {"visual": found["visual_tokens"], "text": TEXT_TOKENS, "new": NEW_TOKENS},
+        "weights": "resident", "implementation": job.name, "ours": job.float_dtype is None, "checkpoint_bytes": checkpoint_bytes, **found,
+    }  # fmt: skip
+
+
+def float_layers(arch: str, dtype: str) -> int:
+    """How many decoder layers of the float model fit in the free memory."""
+    from quota.bench.archs import config_of
+
+    config = config_of(arch)
+    text, size = config.text_config, 4 if dtype == "float32" else 2
+    layer = size * text.hidden_size * (2 * text.hidden_size + 2 * text.num_key_value_heads * text.head_dim + 3 * text.intermediate_size)
+    fixed = size * (2 * text.vocab_size * text.hidden_size) + 2 * 10**9
+    return max(2, min(text.num_hidden_layers, int((_FLOAT_SHARE * machine.free_bytes() - fixed) / layer)))
+
+
+# -- inside the process ------------------------------------------------------------------------------------------------------
+
+
+def recipe_for(model: Any, keep: float) -> Any:
+    """Equal drops at layers 2 to 8, where LLaVA-1.5-7B is published to prune, down to `keep`."""
+    from quota.arch import model_fingerprint
+    from quota.bench.archs import VISUAL_TOKENS
+    from quota.core.recipe import ModelFacts, Recipe
+
+    layers = model.config.text_config.num_hidden_layers
+    candidates = tuple(range(2, min(9, layers)))
+    ratios = [round(1 - (1 - keep) * (i + 1) / len(candidates), 6) for i in range(len(candidates) - 1)] + [keep]
+    facts = ModelFacts(architecture="LlavaForConditionalGeneration", fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
+    return Recipe(
+        method="uniform", regime="w4a4kv4", model=facts, candidates=candidates, keep=tuple(ratios), final_keep=keep, reference_tokens=VISUAL_TOKENS
+    )
+
+
+def request(model: Any) -> dict[str, Any]:
+    """Random pixels and token ids: text, picture, text."""
+    import torch
+
+    from quota.arch import find_arch
+
+    arch, generator = find_arch(model), torch.Generator().manual_seed(0)
+    text = torch.randint(3, min(30000, arch.image_token_id), (1, TEXT_TOKENS), generator=generator)
+    assert arch.visual_tokens is not None, "archs.py has models of fixed resolution only"
+    picture = torch.full((1, arch.visual_tokens), arch.image_token_id)
+    ids = torch.cat([text[:, :_LEADING_TEXT], picture, text[:, _LEADING_TEXT:]], 1)
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def float_model(job: Job) -> Any:
+    """transformers' model of `job.layers` decoder layers; every layer holds the same random numbers, in memory of its own."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from quota.bench.archs import config_of
+
+    config, dtype = config_of(job.arch, job.layers), getattr(torch, job.float_dtype or "float32")
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    model = model.to_empty(device="cpu")
+    first: dict[str, Any] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        if tensor.dtype == torch.int64:
+            tensor.copy_(torch.arange(tensor.shape[-1]).expand(tensor.shape))
+        elif kind in first:
+            tensor.data.copy_(first[kind])
+        else:
+            first[kind] = tensor.data.fill_(1) if tensor.ndim == 1 else tensor.data.normal_(0, 0.02)
+    text = model.model.language_model
+    text.rotary_emb = type(text.rotary_emb)(config=config.text_config)
+    return model.eval().requires_grad_(False)
+
+
+class _Clock:
+    """A stopping criterion that never stops: `generate` calls it once after every new token."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.cpu_s = [time.perf_counter()], [time.process_time()]
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        self.wall_s.append(time.perf_counter())
+        self.cpu_s.append(time.process_time())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def answer(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, float], Any]:
+    """One request -> (milliseconds to the first token and per later token, wall and CPU time; its cache)."""
+    clock = _Clock()
+    out = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=[clock], return_dict_in_generate=True
+    )
+    spent = {}
+    for name, at in (("", clock.wall_s), ("cpu_", clock.cpu_s)):
+        spent[f"ttft_{name}ms"] = 1e3 * (at[1] - at[0])
+        spent[f"decode_{name}ms"] = 1e3 * (at[-1] - at[1]) / (NEW_TOKENS - 1)
+    return spent, out.past_key_values
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Load or make the model, answer one request to warm up and `requests` to measure."""
+    import torch
+
+    from quota.nn.cache import kv_bytes
+    from quota.runtime.load import load
+
+    torch.set_num_threads(job.threads)
+    began = time.perf_counter()
+    model = load(job.checkpoint, dtype=torch.bfloat16, verify=False) if job.checkpoint else float_model(job)
+    if job.keep is not None:
+        from quota.runtime.patch import patched
+
+        patched(model, recipe_for(model, job.keep))
+    load_s, inputs = time.perf_counter() - began, request(model)
+    first, cache = answer(model, inputs)
+    made = [answer(model, inputs)[0] for _ in range(job.requests)]
+    held, tokens = kv_bytes(cache), [int(layer.get_seq_length()) for layer in cache.layers]
+    return {
+        "layers": model.config.text_config.num_hidden_layers, "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+        "load_s": round(load_s, 2), "first_ttft_ms": round(first["ttft_ms"], 1), "requests": job.requests,
+        **{name: round(median(spent[name] for spent in made), 3) for name in first},
+        "kv_bytes": sum(held), "kv_bytes_per_layer": round(sum(held) / len(held)), "cache_tokens": tokens, **machine.memory(),
+    }  # fmt: skip
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of every file of a checkpoint folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_job(Job(**json.loads(sys.argv[1])))))

@@ -1,0 +1,90 @@
+"""Other engines' linear layers behind one protocol. Each is an optional package; one that is absent says how to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quota.bench.shapes import Linear
+
+
+class Peer(Protocol):
+    """An engine's linear layer, prepared for a shape once and fed batches of rows.
+
+    takes: "codes" when its input is already quantized (compared with `w4a4_linear` alone), "floats" when a call includes whatever the
+    engine does to its input (compared with `quantize_act` + `w4a4_linear`). unit: the arithmetic it is held against. tolerance: relative
+    error it may have against float64 arithmetic on its own quantized weights; it covers its own rounding of activations and no more.
+    """
+
+    name: str
+    takes: str
+    unit: str
+    tolerance: float
+    weight_bytes: int
+
+    def why_not(self) -> str | None:
+        """None when it can run here, else the reason and the remedy."""
+
+    def prepare(self, shape: Linear, threads: int) -> None:
+        """Make the weight of `shape` (`weight(shape)`) ready in the engine's own layout."""
+
+    def feed(self, x: Tensor) -> None:
+        """x float32 [M, K]: the input of the following runs."""
+
+    def run(self) -> None:
+        """One call."""
+
+    def result(self) -> Tensor:
+        """float32 [M, N] of the last run."""
+
+    def expected(self, rows: slice, columns: slice) -> Tensor:
+        """float64 [rows, columns] from the operands the engine was given, after its own quantization of the weight."""
+
+
+def weight(shape: Linear) -> Tensor:
+    """float32 [N, K], the same in every process: normal, like a trained projection."""
+    return torch.randn(shape.n, shape.k, generator=torch.Generator().manual_seed(shape.n * 31 + shape.k)) * 0.02
+
+
+def activations(shape: Linear, m: int) -> Tensor:
+    """float32 [M, K], the same in every process."""
+    return torch.randn(m, shape.k, generator=torch.Generator().manual_seed(m))
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """||y - expected|| / ||expected||"""
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def gate(peer: Peer, shape: Linear, m: int) -> str | None:
+    """Run once and compare a sample of the result: None when it agrees, else what was wrong."""
+    rows, columns = slice(0, min(m, 8)), slice(0, min(shape.n, 512))
+    peer.run()
+    error = relative_error(peer.result()[rows, columns], peer.expected(rows, columns))
+    return None if error <= peer.tolerance else f"wrong result: relative error {error:.2e}, expected at most {peer.tolerance:.0e}"
+
+
+def every_peer() -> dict[str, Callable[[], Peer]]:
+    """Name -> maker, in the order tables show them."""
+    from quota.bench.peers.ggml import GgmlQ4
+    from quota.bench.peers.onednn import OneDnnInt8
+    from quota.bench.peers.onnxruntime import MatMulNBits
+    from quota.bench.peers.openvino import OpenVinoInt4
+    from quota.bench.peers.torch_float import TorchFloat
+    from quota.bench.peers.worker import ChildPeer
+
+    return {
+        "onednn-w8a8": OneDnnInt8,
+        "onednn-w8a8-vnni": lambda: ChildPeer("onednn-w8a8-vnni", OneDnnInt8(), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, unit="vpdpbusd"),
+        "openvino-i4": lambda: OpenVinoInt4("f32"),
+        "openvino-i4-bf16": lambda: OpenVinoInt4("bf16"),
+        "ort-nbits-128": lambda: MatMulNBits(128),
+        "ort-nbits-32": lambda: MatMulNBits(32),
+        "ggml-q4_0": lambda: GgmlQ4(amx=False),
+        "ggml-q4_0-amx": lambda: ChildPeer("ggml-q4_0-amx", GgmlQ4(amx=True), {}, unit="tdpbusd"),
+        "torch-fp32": lambda: TorchFloat(torch.float32),
+        "torch-bf16": lambda: TorchFloat(torch.bfloat16),
+    }

@@ -1,0 +1,69 @@
+"""OpenVINO: int4 weights per output channel, activations quantized on the fly in groups of 128."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quota.bench import machine
+from quota.bench.peers import weight
+from quota.bench.peers.quantizers import int8_unit, symmetric_blocks
+from quota.bench.shapes import Linear
+
+_GROUP = 128
+
+
+class OpenVinoInt4:
+    """A compressed MatMul compiled for the CPU. precision: inference precision hint, "f32" or "bf16" (OpenVINO's default on AMX machines)."""
+
+    takes = "floats"
+    tolerance = 2e-2  # 8-bit activations in groups of 128, and bfloat16 outputs
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+        self.name = "openvino-i4" if precision == "f32" else "openvino-i4-bf16"
+        self.unit = int8_unit(machine.cpu()["features"])
+
+    def why_not(self) -> str | None:
+        if importlib.util.find_spec("openvino") is None:
+            return "openvino is not installed; pip install 'quota[bench]'"
+        if self.precision == "bf16" and "avx512_bf16" not in machine.cpu()["features"]:
+            return "this CPU has no bfloat16"
+        return None
+
+    def prepare(self, shape: Linear, threads: int) -> None:
+        import openvino as ov
+        from openvino import opset13
+
+        self.codes, self.scale = symmetric_blocks(weight(shape), shape.k, 4)
+        nibbles = (self.codes.numpy().reshape(-1) & 15).astype(np.uint8)
+        self.packed = nibbles[0::2] | (nibbles[1::2] << 4)  # kept: OpenVINO reads it in place
+        constant = opset13.constant(ov.Tensor(self.packed, [shape.n, shape.k], ov.Type.i4))
+        scaled = opset13.multiply(opset13.convert(constant, "f32"), opset13.constant(self.scale.numpy()))
+        x = opset13.parameter([-1, shape.k], np.float32)
+        model = ov.Model([opset13.matmul(x, scaled, False, True)], [x])
+        settings: dict[str, Any] = {
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_GROUP), "INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False, "PERFORMANCE_HINT": "LATENCY",
+        }  # fmt: skip
+        self.request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+        self.weight_bytes = shape.n * shape.k // 2
+
+    def feed(self, x: Tensor) -> None:
+        import openvino as ov
+
+        self.x = x
+        self.request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
+
+    def run(self) -> None:
+        self.request.infer()
+
+    def result(self) -> Tensor:
+        return torch.from_numpy(np.array(self.request.get_output_tensor().data))
+
+    def expected(self, rows: slice, columns: slice) -> Tensor:
+        return self.x[rows].double() @ (self.codes[columns].double() * self.scale[columns].double()).T

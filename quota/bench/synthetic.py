@@ -1,0 +1,84 @@
+"""A full-size quantized checkpoint with random weights, made a block at a time: its size on disk, memory and speed are a real model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from quota.arch import find_arch, fingerprint
+from quota.nn.checkpoint import CheckpointWriter, Manifest
+from quota.nn.linear import QuantLinear
+from quota.nn.structure import MODULES, quantize_structure
+from quota.quant.affine import quantize_weight
+from quota.quant.transform import apply_kronecker, hadamard
+
+FLOAT = torch.bfloat16  # of what is not quantized: embeddings, norms, head, patch embedding, unused vision layers
+_REGIME, _SHARD_BYTES = "w4a4kv4", 1024**3
+_NUMBERS_AT_ONCE = 1 << 24  # of a weight, so that memory does not grow with the layer
+
+
+def make_checkpoint(config: Any, folder: Path, progress: Callable[[int, int], None] | None = None, seed: int = 0) -> Path:
+    """Write a quantized checkpoint of `config` with weights drawn from `seed`; returns `folder`. progress(done, all) counts tensors.
+
+    Weights are normal with variance 1 / K (and 1 / (2 layers) of that into the residual stream), so that activations keep a size.
+    """
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=FLOAT)
+    quantize_structure(model, MODULES)
+    text = config.text_config
+    embed = _normal(seed, text.vocab_size, text.hidden_size, std=0.02).to(FLOAT)
+    manifest = Manifest(_REGIME, MODULES, fingerprint(config, embed), calibration={"method": "synthetic weights, round to nearest", "seed": seed})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    groups = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    names = [name for name in model.state_dict() if name.rpartition(".")[0] not in groups]
+    with CheckpointWriter(folder, manifest, max_shard_bytes=_SHARD_BYTES) as writer:
+        writer.add_config(config)
+        for number, (name, tensor) in enumerate(_floats(model, names, embed, seed), start=1):
+            writer.add({name: tensor})
+            if progress:
+                progress(number, len(names) + len(groups))
+        for number, (path, group) in enumerate(groups.items(), start=len(names) + 1):
+            residual = path.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
+            std = (group.in_features * (2 * text.num_hidden_layers if residual else 1)) ** -0.5
+            writer.add({f"{path}.{name}": tensor for name, tensor in _group(group, std, seed + number).items()})
+            if progress:
+                progress(number, len(names) + len(groups))
+    return folder
+
+
+def _floats(model: Any, names: list[str], embed: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
+    shapes, head = model.state_dict(), find_arch(model).head_dim
+    for number, name in enumerate(names):
+        meta = shapes[name]
+        if name.endswith("embed_tokens.weight"):
+            yield name, embed
+        elif name.endswith(("q_transform", "k_transform")):
+            yield name, hadamard(head).float()
+        elif name.endswith("_clip"):
+            yield name, torch.ones(())
+        elif meta.ndim == 1:  # norm weights, biases, the class token
+            yield name, torch.ones(meta.shape, dtype=FLOAT) if "norm" in name and name.endswith("weight") else torch.zeros(meta.shape, dtype=FLOAT)
+        else:
+            yield name, _normal(seed - 1 - number, *meta.shape, std=0.02).to(FLOAT)
+
+
+def _group(group: QuantLinear, std: float, seed: int) -> dict[str, Tensor]:
+    """The tensors of one projection group, its weight quantized some rows at a time. Hadamard factors are orthogonal: W' = W P."""
+    k, n = group.in_features, group.out_features
+    factors = {name: hadamard(f.shape[0]).float() for name in ("left", "right") if (f := getattr(group, name)) is not None}
+    generator, step = torch.Generator().manual_seed(seed), max(1, _NUMBERS_AT_ONCE // k)
+    parts = []
+    for first in range(0, n, step):
+        w = torch.randn(min(step, n - first), k, generator=generator).mul_(std)
+        parts.append(quantize_weight(apply_kronecker(w, factors.get("left"), factors.get("right"))))
+    tensors = {**factors, "clip": torch.ones(()), "w_q": torch.cat([q for q, _ in parts]), "w_scale": torch.cat([s for _, s in parts])}
+    return tensors if group.bias is None else {**tensors, "bias": torch.zeros(n)}
+
+
+def _normal(seed: int, *shape: int, std: float) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed % (1 << 32))).mul_(std)

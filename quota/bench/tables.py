@@ -1,0 +1,124 @@
+"""Markdown tables from rows of results: benchmarks/README.md and one block of the root README. `quota bench tables`"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quota.bench import rows
+from quota.core.files import atomic_write_text
+from quota.report.blocks import fill
+from quota.report.table import byte_size, markdown_table, milliseconds
+
+RESULTS, PAGE, README = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("README.md")
+_NOTHING = "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
+_README_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
+_README_ROWS = (1, 16, 173, 640)
+_OPS = ("w4a4_linear", "quantize_act", "kv4_attention", "kv4_append", "token_score")
+Row = dict[str, Any]
+
+
+def blocks(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
+    """File -> block name -> text."""
+    ops = rows.newest(rows.read(results / "ops.jsonl"))
+    models = rows.newest(rows.read(results / "model.jsonl"))
+    page = {op: op_block([r for r in ops if r["op"] == op]) for op in _OPS} | {"model": model_block(models)}
+    return {PAGE: page, README: {"benchmarks": readme_block(ops, models)}}
+
+
+def write(root: Path = Path()) -> list[Path]:
+    """Fill every file's blocks; returns the files."""
+    made = blocks(root / RESULTS)
+    for path, texts in made.items():
+        atomic_write_text(root / path, fill((root / path).read_text(encoding="utf-8"), texts, str(path)))
+    return list(made)
+
+
+def op_block(found: Sequence[Row]) -> str:
+    """One table per machine, thread count and state of the caches."""
+    if not found:
+        return _NOTHING
+    parts = []
+    for group in _groups(found, ("cpu", "threads", "weights")):
+        parts += [_where(group), "", _ops_table(group)]
+    return "\n".join(parts).rstrip()
+
+
+def readme_block(ops: Sequence[Row], models: Sequence[Row]) -> str:
+    """The few rows that say most: two projections of LLaVA-1.5-7B, one thread; the whole model."""
+    linear = [
+        r for r in ops if r["op"] == "w4a4_linear" and r["shape"] in _README_SHAPES and r["size"]["m"] in _README_ROWS
+        and r["threads"] == 1 and r["weights"] == "resident" and (not r["ours"] or r["isa"] == _best(ops))
+    ]  # fmt: skip
+    text = op_block(linear)
+    return text if not models else f"{text}\n\n{model_block([m for m in models if m['threads'] == 1] or models)}"
+
+
+def _best(found: Sequence[Row]) -> str | None:
+    """The instruction set of ours with the most operations per second."""
+    own = [r for r in found if r["ours"] and r["op"] == "w4a4_linear"]
+    return max(own, key=lambda r: r["gops"])["isa"] if own else None
+
+
+def _groups(found: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for r in found:
+        groups.setdefault(tuple(r[name] for name in names), []).append(r)
+    return list(groups.values())
+
+
+def _where(group: Sequence[Row]) -> str:
+    r, loads = group[0], [g["load"] for g in group]
+    commits = ", ".join(dict.fromkeys(f"{g['commit']}{' (changed)' if g['dirty'] else ''}" for g in group))
+    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items() if name not in ("python", "transformers"))
+    caches = ", caches emptied before every call" if r["weights"] == "cold" else ""
+    judged = "CPU time" if r["threads"] == 1 else "wall time"
+    return (
+        f"{r['cpu']} ({', '.join(r['features'])}), {r['threads']} thread{'s' * (r['threads'] > 1)}, {judged}{caches}; "
+        f"load average {min(loads):g} to {max(loads):g}; {versions}; commit {commits}."
+    )
+
+
+def _ops_table(group: Sequence[Row]) -> str:
+    own = [r for r in group if r["ours"]]
+    peers = list(dict.fromkeys(name for r in own for name in r["ratios"]))
+    keys = list(own[0]["size"]) if own else []
+    lines = []
+    for r in own:
+        cells = [r["shape"], *(r["size"][k] for k in keys), r["implementation"], r["isa"], milliseconds(_judged(r)), f"{r['gops']:.0f}"]
+        cells.append(f"{r['percent_of_roofline']:.0f} % {r['bound']}" if "percent_of_roofline" in r else "")
+        lines.append([*cells, *(_ratio(r["ratios"].get(p)) for p in peers)])
+    return markdown_table(["shape", *(k.upper() for k in keys), "ours", "isa", "time", "GOPS", "of roofline", *(f"× {p}" for p in peers)], lines)
+
+
+def _judged(r: Row) -> float:
+    return r["cpu_ms" if r["threads"] == 1 else "wall_ms"][0]
+
+
+def _ratio(values: list[float] | None) -> str:
+    """Peer's time / ours; a loss is said in words."""
+    if values is None:
+        return ""
+    return f"{values[0]:.2f}" if values[0] >= 1 else f"{values[0]:.2f} **loss**"
+
+
+def model_block(found: Sequence[Row]) -> str:
+    """One table per machine and thread count."""
+    if not found:
+        return "No model has been measured yet: `quota bench model --arch llava-1.5-7b --synthetic`, then `quota bench tables`."
+    parts = []
+    for group in _groups(found, ("cpu", "threads")):
+        head = ["model", "implementation", "layers", "TTFT", "TTFT, CPU time", "decode", "decode, CPU time", "peak RSS", "not mapped", "KV per layer", "disk"]
+        parts += [_where(group), "", markdown_table(head, [_model_cells(r) for r in group])]
+    return "\n".join(parts).rstrip()
+
+
+def _model_cells(r: Row) -> list[str]:
+    measured = r.get("layers_measured")
+    layers = f"{r['layers']}" if not measured else f"{r['layers']}, extrapolated from {measured[0]} and {measured[1]}"
+    return [
+        r["shape"], r["implementation"], layers, milliseconds(r["ttft_ms"]), milliseconds(r["ttft_cpu_ms"]), milliseconds(r["decode_ms"]),
+        milliseconds(r["decode_cpu_ms"]), byte_size(r["peak_rss_bytes"]), byte_size(r["anonymous_bytes"]), byte_size(r["kv_bytes_per_layer"]),
+        byte_size(r["checkpoint_bytes"]),
+    ]  # fmt: skip

@@ -1,0 +1,127 @@
+"""`w4a4_linear` beside other engines' linear layers, on projections of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from quota.bench.case import Case, Skipped
+from quota.bench.own import byte_unit
+from quota.bench.peers import Peer, activations, gate, weight
+from quota.bench.peers.worker import ChildPeer
+from quota.bench.shapes import Linear
+from quota.bench.timing import Contender
+from quota.ops import native
+from quota.ops.w4a4_linear import PackedWeight, w4a4_linear_ref
+from quota.quant.affine import quantize_weight
+
+OP = "w4a4_linear"
+ALONE, WITH_INPUT = "quota", "quota+quantize"
+
+
+class Ours:
+    """Our layer on one instruction set: `alone` on codes, `with_input` quantizing its float input first (no transform)."""
+
+    def __init__(self, shape: Linear, isa: str) -> None:
+        self.shape, self.isa = shape, isa
+        native.set_isa(isa)
+        self.weight = PackedWeight(*quantize_weight(weight(shape)), shape.k)
+
+    def feed(self, m: int) -> None:
+        native.set_isa(self.isa)
+        self.x = activations(self.shape, m)
+        self.x_q, self.x_scale = native.quantize_act(self.x, None, None, 1.0)
+
+    def alone(self) -> torch.Tensor:
+        return native.w4a4_linear(self.x_q, self.x_scale, self.weight)
+
+    def with_input(self) -> torch.Tensor:
+        return native.w4a4_linear(*native.quantize_act(self.x, None, None, 1.0), self.weight)
+
+    def wrong(self) -> str | None:
+        """None when a sample of the result equals the reference bit for bit."""
+        columns, rows = torch.randperm(self.shape.n)[:192], slice(0, 24)
+        native.set_isa(self.isa)
+        part = PackedWeight(self.weight.w_q[columns], self.weight.w_scale[columns], self.shape.k)
+        expected = w4a4_linear_ref(self.x_q[rows], self.x_scale[rows], part)
+        return None if torch.equal(self.alone()[rows][:, columns], expected) else "differs from the reference"
+
+    def contenders(self, m: int) -> list[Contender]:
+        k, n = self.shape.k, self.shape.n
+        moved = n * k / 2 + 4 * n + 4 * m * n
+        common: dict[str, Any] = {"unit": byte_unit(self.isa), "isa": self.isa, "before": lambda: native.set_isa(self.isa)}
+        return [
+            Contender(ALONE, moved=moved + m * k / 2, run=self.alone, **common),
+            Contender(WITH_INPUT, moved=moved + 4 * m * k, run=self.with_input, **common),
+        ]
+
+
+def cases(shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], isas: Sequence[str], threads: int) -> Iterator[Case]:
+    """Cases shape by shape: weights are prepared once per shape. A peer that fails or answers wrongly is left out and named."""
+    for shape in shapes:
+        prepared = _Prepared(shape, peers, isas, threads)
+        for m in rows:
+            for cold in (False, True) if m == 1 else (False,):
+                yield Case(
+                    OP, shape.name, {"m": m, "k": shape.k, "n": shape.n}, 2.0 * m * shape.k * shape.n, cold,
+                    lambda m=m, prepared=prepared: prepared.contenders(m),  # type: ignore[misc]
+                )  # fmt: skip
+        prepared.close()
+
+
+class _Prepared:
+    """Everything that is kept between the row counts of one shape; made when the first case is really measured."""
+
+    def __init__(self, shape: Linear, peers: Sequence[Peer], isas: Sequence[str], threads: int) -> None:
+        self.shape, self.peers, self.isas, self.threads = shape, peers, isas, threads
+        self.ours: list[Ours] | None = None
+        self.skipped: dict[str, str] = {}
+
+    def contenders(self, m: int) -> tuple[list[Contender], list[Skipped]]:
+        if self.ours is None:
+            self.ours = [Ours(self.shape, isa) for isa in self.isas]
+            for peer in self.peers:
+                self._try(peer, lambda peer=peer: peer.prepare(self.shape, self.threads))  # type: ignore[misc]
+        ready: list[Contender] = []
+        for own in self.ours:
+            own.feed(m)
+            reason = own.wrong()
+            if reason:
+                raise AssertionError(f"{OP} {own.isa} {self.shape.name} M={m}: {reason}")
+            ready += own.contenders(m)
+        ready += [c for peer in self.peers if peer.name not in self.skipped and (c := self._contender(peer, m))]
+        return ready, [Skipped(OP, self.shape.name, name, reason) for name, reason in self.skipped.items()]
+
+    def _contender(self, peer: Peer, m: int) -> Contender | None:
+        wrong = self._try(peer, lambda: _checked(peer, self.shape, m))
+        if wrong or peer.name in self.skipped:
+            self.skipped[peer.name] = wrong or self.skipped[peer.name]
+            return None
+        size = 1 if peer.takes == "codes" else 4
+        moved = peer.weight_bytes + m * self.shape.k * size + 4 * m * self.shape.n
+        against = ALONE if peer.takes == "codes" else WITH_INPUT
+        if isinstance(peer, ChildPeer):
+            return Contender(peer.name, peer.unit, moved, against=against, sampler=peer.sample)
+        return Contender(peer.name, peer.unit, moved, run=peer.run, against=against)
+
+    def _try(self, peer: Peer, step: Any) -> str | None:
+        """A peer's failure is the peer's: it is reported and left out."""
+        try:
+            return step()
+        except Exception as error:
+            self.skipped[peer.name] = f"failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            return None
+
+    def close(self) -> None:
+        for peer in self.peers:
+            if isinstance(peer, ChildPeer):
+                peer.close()
+
+
+def _checked(peer: Peer, shape: Linear, m: int) -> str | None:
+    if isinstance(peer, ChildPeer):
+        return peer.check(m)
+    peer.feed(activations(shape, m))
+    return gate(peer, shape, m)

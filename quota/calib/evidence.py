@@ -1,0 +1,112 @@
+"""What published methods measure before they prune: attention statistics (FitPrune) and the cost of withdrawing every visual token (VTW)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quota.allocate.fitprune import AttentionSample
+from quota.arch import find_arch, model_fingerprint, submodule
+from quota.calib.profile import model_facts
+from quota.calib.samples import Samples, encode
+from quota.core.errors import SampleError
+from quota.core.recipe import ModelFacts, Recipe
+from quota.nn.attention import QuantAttention, Record
+from quota.nn.pruner import Pruner
+from quota.nn.recording import recording
+from quota.nn.scores import head_max_attention, text_queries
+
+Tell = Callable[[int, int], None]
+
+
+def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
+    """Sizes of `model`, and the visual and text tokens of a typical prompt of `samples`. Nothing is run."""
+    token = find_arch(model).image_token_id
+    ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
+    visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
+    if not visual:
+        raise SampleError("samples: expected at least one with a picture, got none; budgets count a picture's tokens")
+    return model_facts(model, model_fingerprint(model), visual, [int((row != token).sum()) for row in ids])
+
+
+@torch.inference_mode()
+def attention_statistics(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> list[AttentionSample]:
+    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer, unpruned."""
+    arch = find_arch(model)
+    layers: Any = submodule(model, arch.text_path).layers  # type: ignore[union-attr]
+    out = []
+    for done, sample in enumerate(samples, start=1):
+        inputs = encode(processor, sample)
+        visual = inputs["input_ids"] == arch.image_token_id
+        if bool(visual.any()):
+            out.append(_watched(model, layers, inputs, visual))
+        if tell:
+            tell(done, len(samples))
+    return out
+
+
+def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionSample:
+    text = text_queries(visual, torch.ones_like(visual))
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {**kwargs, "quota_record": Record()}
+
+    def read(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        record = kwargs["quota_record"]
+        rows.append(tuple(head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual)))  # type: ignore[arg-type]
+
+    text_model = submodule(model, find_arch(model).text_path)
+    with ExitStack() as stack:
+        if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers):
+            stack.enter_context(recording(text_model))
+        for layer in layers:
+            stack.callback(layer.self_attn.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            stack.callback(layer.self_attn.register_forward_hook(read, with_kwargs=True).remove)
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return AttentionSample(np.stack([cross for cross, _ in rows]), np.stack([own for _, own in rows]))
+
+
+@torch.inference_mode()
+def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> dict[int, float]:
+    """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution, in nats, when all visual
+    tokens leave before that layer."""
+    arch = find_arch(model)
+    plans = {layer: _withdrawal(model, layer) for layer in range(1, arch.layers)}
+    seen: dict[int, list[float]] = {layer: [] for layer in plans}
+    for done, sample in enumerate(samples, start=1):
+        inputs = encode(processor, sample)
+        if bool((inputs["input_ids"] == arch.image_token_id).any()):
+            whole = _next(model, inputs)
+            for layer, plan in plans.items():
+                pruner = Pruner(model, plan)
+                try:
+                    part = _next(model, inputs)
+                finally:
+                    pruner.remove()
+                seen[layer].append(float((part.exp() * (part - whole)).sum()))
+        if tell:
+            tell(done, len(samples))
+    if not all(seen.values()):
+        raise SampleError("samples: expected at least one with a picture, got none; VTW measures what pictures add")
+    return {layer: fmean(values) for layer, values in seen.items()}
+
+
+def _next(model: Any, inputs: Any) -> Tensor:
+    return model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
+
+
+def _withdrawal(model: Any, layer: int) -> Recipe:
+    arch = find_arch(model)
+    tokens = arch.visual_tokens or 1  # any number will do to keep nothing of it
+    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
+    return Recipe.parse({
+        "method": "vtw", "regime": "any", "model": facts, "candidates": [layer], "keep": [0.0], "final_keep": 0.0,
+        "reference_tokens": tokens, "selections": [{"score": "none"}],
+    })  # fmt: skip

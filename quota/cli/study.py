@@ -1,0 +1,64 @@
+"""`quota study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quota.cli.shell import JsonOption, check_checkpoint, check_keep, check_output, print_json, say
+from quota.core.errors import UsageError
+
+NAMES = ("modules", "keep", "pipelines", "compute", "weights", "runtime", "profile", "show")
+
+
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
+    model: Annotated[str | None, typer.Option("--model", help="Float LLaVA checkpoint: a folder or a hub name. Default: the embedded one.")] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="`scenes`: held-out generated questions; or a samples file (.json) with answers.")] = "scenes",
+    questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions every row answers.")] = 600,
+    samples: Annotated[Path | None, typer.Option("--samples", help="Calibration samples. Default: the embedded ones.")] = None,
+    keep: Annotated[float, typer.Option("--keep", help="Final keep ratio where the study does not vary it.")] = 0.3,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Calibration steps per block.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 6,
+    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap resamples.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of calibration, bootstrap and the random method.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for reports, pictures, recipes and the cache.")] = Path("study-out"),
+    json: JsonOption = False,
+) -> None:
+    """Run one of the paper's tables or figures on any model.
+
+    - `modules` which parts are quantized (Table 1)
+    - `keep` QUOTA at 50 to 5 % of the visual tokens (Table 2)
+    - `pipelines` joint against stage-wise quantization and pruning (Table 3)
+    - `compute` every method at equal compute, float and W4A4KV4 (Table 4)
+    - `weights` score weights: leave-one-out, each alone, the sign of the quantization term (Table 5)
+    - `runtime` disk, peak memory, power, native against reference arithmetic (Table 7)
+    - `profile` the layers (Figures 3, 5) and `show` the kept tokens over a picture (Figure 4)
+
+    Writes NAME.md, NAME.json and NAME.png to --out. Checkpoints, searches and answers are kept in OUT/cache by the content they were made from: an
+    interrupted study goes on where it stopped, and studies share them.
+
+    **Examples**
+
+        quota study keep
+
+        quota study pipelines --model llava-hf/llava-1.5-7b-hf --samples samples.json --tasks questions.json -n 500 --out tables
+    """
+    if name not in NAMES:
+        raise UsageError(f"NAME: expected one of {', '.join(NAMES)}, got {name!r}")
+    check_keep(keep)
+    check_output(out / f"{name}.json")
+    if model is not None:
+        check_checkpoint(model, "--model")
+
+    from quota.study.bench import StudySettings
+    from quota.study.run import run_study
+
+    report = run_study(name, StudySettings(out, model, samples, tasks, questions, keep, batch, max_new_tokens, steps, seed, resamples, quiet=json))
+    if json:
+        print_json(report if isinstance(report, dict) else report.model_dump(mode="json"))
+        return
+    say((out / f"{name}.md").read_text(encoding="utf-8"))

@@ -1,0 +1,70 @@
+"""The studies that are figures of the model itself: layer profiles, and kept tokens over pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from quota.allocate.explain import compact_layers
+from quota.core.errors import UsageError
+from quota.core.files import atomic_write_text
+from quota.eval.asking import ask
+from quota.report.table import markdown_table
+from quota.study.bench import Bench
+
+SHOWN = ("quota", "fastv", "divprune", "grid")
+
+
+def profile_study(bench: Bench) -> dict[str, Any]:
+    """Figures 3 and 5: per decoder layer concentration, redundancy, sensitivity, and what QUOTA makes of them."""
+    from quota.report.plots import save_profile_plot
+
+    out, profile = bench.settings.out, bench.profile
+    recipe = bench.planned("quota", bench.settings.keep)
+    save_profile_plot(out / "profile.png", profile, recipe)
+    rows = [
+        [str(i), f"{profile.concentration_median[i]:.3f}", f"{profile.concentration_q25[i]:.3f} to {profile.concentration_q75[i]:.3f}",
+         f"{profile.redundancy_median[i]:.3f}", f"{profile.sensitivity[i]:.4g}", str(recipe.tokens_at(i))]
+        for i in range(profile.model.layers)
+    ]  # fmt: skip
+    columns = ["layer", "concentration", "quartiles", "redundancy", "sensitivity", "visual tokens"]
+    text = (
+        f"### Layer profile\n\n{profile.samples} calibration samples; concentration: attention share of the ten strongest visual tokens; redundancy: median "
+        f"cosine between visual tokens; sensitivity: relative error of the layer's input under {profile.regime}. Layers {compact_layers(recipe.candidates)} "
+        f"drop tokens.\n\n{markdown_table(columns, rows)}"
+    )
+    report = {"study": "profile", "profile": profile.to_json(), "recipe": recipe.model_dump(mode="json"),
+              "files": {"markdown": "profile.md", "json": "profile.json", "plot": "profile.png"}}  # fmt: skip
+    atomic_write_text(out / "profile.md", text)
+    atomic_write_text(out / "profile.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def show_study(bench: Bench) -> dict[str, Any]:
+    """Figure 4: for the first question with a picture, what each method keeps at each of its layers, and the answers."""
+    from quota.report.overlay import save_overlay
+
+    asked = next((q for q in bench.questions if q.open_image is not None), None)
+    if asked is None or asked.open_image is None:
+        raise UsageError("tasks: expected at least one question with a picture, got none")
+    out, picture = bench.settings.out, asked.open_image()
+    answers: dict[str, Any] = {}
+    for method in SHOWN:
+        recipe = bench.planned(method, bench.settings.keep)
+        model, processor = bench.opened_with(bench.quantized(), recipe)
+        answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
+        path = f"show-{method}.png"
+        save_overlay(out / path, picture, answer.kept_visual(), answer.grids)
+        kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}
+        answers[method] = {"answer": answer.text, "visual_tokens": kept, "overlay": path}
+    rows = [[name, a["answer"], ", ".join(f"{n} at {at}" for at, n in a["visual_tokens"].items()), a["overlay"]] for name, a in answers.items()]
+    text = (
+        f"### Kept tokens\n\nQuestion: {asked.instruction} Expected: {asked.answer}. Weights: W4A4KV4; -1 is before the language model.\n\n"
+        + markdown_table(["method", "answer", "visual tokens alive", "picture"], rows)
+        + "".join(f"\n![{name}]({a['overlay']})\n" for name, a in answers.items())
+    )
+    report = {"study": "show", "question": asked.instruction, "expected": asked.answer, "methods": answers,
+              "files": {"markdown": "show.md", "json": "show.json"}}  # fmt: skip
+    atomic_write_text(out / "show.md", text)
+    atomic_write_text(out / "show.json", json.dumps(report, indent=1) + "\n")
+    return report

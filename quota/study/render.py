@@ -1,0 +1,60 @@
+"""A study as Markdown and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quota.report.study_plots import Bar, Point, save_bars, save_curve, save_tradeoff
+from quota.report.table import byte_size, markdown_table
+from quota.study.results import StudyReport, StudyRow
+
+
+def markdown(report: StudyReport) -> str:
+    """Rows, paired differences, published figures apart from them, and how it was measured."""
+    tasks = list(report.questions_by_task)
+    extra = sorted({key for row in report.rows for key in row.figures if isinstance(row.figures[key], str)})
+    columns = ["row", "retention", "95 % interval", *tasks, "visual tokens", "layer mean", "GMACs", "compute", "KV", *extra]
+    rows = [_cells(row, tasks, extra) for row in report.rows]
+    parts = [f"### {report.title}", _provenance(report), markdown_table(columns, rows)]
+    if report.notes:
+        parts.append("\n".join(f"- {note}" for note in report.notes))
+    if report.published:
+        names = [[p.name, f"{p.retention:.2f}", p.measures] for p in report.published]
+        parts.append(
+            "Published figures of the same configurations, on another model and other questions; they are in no average above.\n\n"
+            + markdown_table(["published row", "retention", "measured on"], names)
+        )
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _cells(row: StudyRow, tasks: list[str], extra: list[str]) -> list[str]:
+    r = row.retention
+    return [
+        row.name, f"{r.value:.1f}", f"{r.low:.1f} to {r.high:.1f}", *(f"{100 * row.accuracy_by_task[t]:.1f}" for t in tasks),
+        str(row.final_visual_tokens), f"{row.average_visual_tokens:.1f}", f"{row.gmacs:.3g}", f"{100 * row.compute_ratio:.1f} %", byte_size(row.kv_bytes),
+        *(str(row.figures.get(key, "-")) for key in extra),
+    ]  # fmt: skip
+
+
+def _provenance(report: StudyReport) -> str:
+    by_task = ", ".join(f"{task} {count}" for task, count in report.questions_by_task.items())
+    return (
+        f"{report.questions} questions ({by_task}) of `{report.tasks}`, model {report.model}, {report.calibration_samples} calibration samples. "
+        f"Retention is the mean over tasks of accuracy / float accuracy in percent, with a paired bootstrap interval ({report.resamples} resamples, "
+        "the same questions in every row); tasks are exact-match accuracy in percent. GMACs, compute and KV follow the cost model for one picture."
+    )
+
+
+def save_chart(path: Path, report: StudyReport, kind: str) -> None:
+    """PNG. kind: "bars" (retention per row), "keep" (against the keep ratio) or "compute" (against compute)."""
+    note = f"percent of the float model, {report.questions} questions, bars are 95 % intervals"
+    points = {row.name: Point(row.retention.value, row.retention.low, row.retention.high) for row in report.rows}
+    if kind == "keep":
+        own = [(100 * row.figures["keep"], points[row.name]) for row in report.rows if "keep" in row.figures]
+        published = [(float(p.name.split()[1]), p.retention) for p in report.published]
+        save_curve(path, report.title, note, own, published)
+    elif kind == "compute":
+        save_tradeoff(path, report.title, note, [(row.name, row.weights, 100 * row.compute_ratio, points[row.name]) for row in report.rows[1:]])
+    else:
+        published_by = {p.name: p.retention for p in report.published}
+        save_bars(path, report.title, note, [Bar(row.name, points[row.name], published_by.get(row.name)) for row in report.rows[1:]])

@@ -1,0 +1,103 @@
+"""Running one study: rows answered, summed up, written as JSON, Markdown and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from quota.core.errors import UsageError
+from quota.core.files import atomic_write_text
+from quota.eval.questions import questions_fingerprint
+from quota.eval.results import Comparison
+from quota.eval.score import accuracies, mean_accuracy
+from quota.eval.statistics import interval, resampled_retention, retention
+from quota.study.bench import Bench, Entry, StudySettings
+from quota.study.layers import profile_study, show_study
+from quota.study.published import PUBLISHED
+from quota.study.render import markdown, save_chart
+from quota.study.results import StudyReport, StudyRow
+from quota.study.runtime import runtime
+from quota.study.tables import TABLES, Plan
+
+STUDIES = {
+    "modules": "Table 1: which parts are quantized", "keep": "Table 2: QUOTA at 50 to 5 % of the visual tokens",
+    "pipelines": "Table 3: joint against stage-wise quantization and pruning", "compute": "Table 4: every method at equal compute, float and W4A4KV4",
+    "weights": "Table 5: score weights, leave-one-out, each signal alone, the sign of the quantization term",
+    "runtime": "Table 7: disk, peak memory, power, and accuracy of float, reference and native arithmetic",
+    "profile": "Figures 3 and 5: concentration, redundancy and sensitivity per layer", "show": "Figure 4: kept tokens per layer for one picture",
+}  # fmt: skip
+
+
+def run_study(name: str, settings: StudySettings) -> Any:
+    """The report of study `name`, also written to `settings.out` as <name>.json, <name>.md and <name>.png.
+
+    Returns a StudyReport, or for `profile` and `show` a plain dictionary. UsageError for an unknown name.
+    """
+    if name not in STUDIES:
+        raise UsageError(f"NAME: expected one of {', '.join(STUDIES)}, got {name!r}")
+    bench = Bench(settings)
+    if name == "profile":
+        return profile_study(bench)
+    if name == "show":
+        return show_study(bench)
+    plan = runtime(bench) if name == "runtime" else TABLES[name](bench)
+    return finish(bench, name, plan)
+
+
+def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
+    """Answer the plan's rows and write the report."""
+    right = bench.answered(plan.entries)
+    baseline = plan.entries[0].name
+    s = bench.settings
+    totals = {row: retention(values, right[baseline]) for row, values in right.items()}
+    if math.isnan(totals[baseline]):
+        raise UsageError("tasks: the float model answers no question correctly, so nothing can be retained; ask other questions or more of them")
+    draws = resampled_retention(right, baseline, resamples=s.resamples, seed=s.seed)
+    comparisons = [_compare(a, b, totals, draws) for a, b in plan.compare]
+    recipes = _save_recipes(bench, name, plan.entries)
+    report = StudyReport(
+        study=name, title=plan.title, model=s.model or "embedded", fingerprint=bench.facts.fingerprint, tasks=s.tasks, questions=len(bench.questions),
+        questions_by_task={task: len(values) for task, values in right[baseline].items()}, questions_fingerprint=questions_fingerprint(bench.questions),
+        calibration_samples=len(bench.samples), resamples=s.resamples, seed=s.seed,
+        rows=[_row(bench, e, right[e.name], interval(totals[e.name], draws[e.name]), recipes.get(e.name)) for e in plan.entries],
+        comparisons=comparisons, notes=[*plan.notes, *(_sentence(c) for c in comparisons)], published=PUBLISHED.get(name, []),
+        files={"markdown": f"{name}.md", "json": f"{name}.json", "plot": f"{name}.png"},
+    )  # fmt: skip
+    save_chart(s.out / f"{name}.png", report, plan.chart)
+    atomic_write_text(s.out / f"{name}.md", markdown(report))
+    atomic_write_text(s.out / f"{name}.json", report.model_dump_json(indent=1) + "\n")
+    return report
+
+
+def _compare(a: str, b: str, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Comparison:
+    difference = interval(totals[a] - totals[b], draws[a] - draws[b])
+    return Comparison(row=a, against=b, difference=difference, verdict="better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided")
+
+
+def _sentence(c: Comparison) -> str:
+    words = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}[c.verdict]
+    return f"{c.row} {words} {c.against}: {c.difference.value:+.2f} points (95 % interval {c.difference.low:+.2f} to {c.difference.high:+.2f})."
+
+
+def _row(bench: Bench, entry: Entry, right: dict[str, np.ndarray], retained: Any, recipe: str | None) -> StudyRow:
+    spent = bench.cost(entry.recipe)
+    return StudyRow(
+        name=entry.name, weights=entry.weights, recipe=recipe, method=entry.recipe.method if entry.recipe else None, accuracy=mean_accuracy(right),
+        accuracy_by_task=accuracies(right), retention=retained, final_visual_tokens=spent.final_visual_tokens,
+        average_visual_tokens=round(spent.average_visual_tokens, 3), gmacs=round(spent.macs / 1e9, 6), compute_ratio=round(spent.ratio, 6),
+        kv_bytes=spent.kv_bytes, figures=entry.figures,
+    )  # fmt: skip
+
+
+def _save_recipes(bench: Bench, study: str, entries: Sequence[Entry]) -> dict[str, str]:
+    """row name -> path of its recipe, relative to the report."""
+    saved = {}
+    for number, entry in enumerate(entries):
+        if entry.recipe is not None:
+            path = f"recipes/{study}-{number:02d}-{entry.recipe.method}.json"
+            entry.recipe.save(bench.settings.out / path)
+            saved[entry.name] = path
+    return saved

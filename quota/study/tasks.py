@@ -1,0 +1,24 @@
+"""Where a study's questions come from: one list of questions, whatever the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quota.core.errors import UsageError
+from quota.eval.questions import Question, sample_questions, scene_questions
+
+SCENES = "scenes"
+
+
+def load_questions(tasks: str, number: int, model: Any) -> list[Question]:
+    """tasks: "scenes", `number` held-out questions of the embedded benchmark in the model's picture size; or a samples file with answers,
+    of which the first `number` are asked. UsageError for anything else."""
+    if tasks == SCENES:
+        return scene_questions(number, 336 if model.config.vision_config.image_size >= 300 else 168)
+    path = Path(tasks)
+    if path.suffix != ".json" or not path.is_file():
+        raise UsageError(f"--tasks: expected {SCENES!r} or a samples file (.json) with answers, got {tasks!r}")
+    from quota.calib.samples import Samples
+
+    return sample_questions(Samples.load(path))[:number]

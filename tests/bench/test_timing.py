@@ -1,0 +1,43 @@
+"""The harness: contenders take turns, ratios are taken round by round, ceilings bound times from below."""
+
+from __future__ import annotations
+
+import time
+
+from quota.bench.roofline import Ceilings
+from quota.bench.timing import Contender, Sample, Spread, interleave, ratio, time_calls
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    pair = [Contender(name, "fma256", 1.0, sampler=lambda calls, cold, name=name: order.append(name) or Sample(9.0, 9.0)) for name in "ab"]  # type: ignore[misc]
+    interleave(pair, rounds=4, budget_s=60)
+    assert order[4:] == ["a", "b", "b", "a", "a", "b", "b", "a"]  # after two untimed calls each
+    assert [len(c.samples) for c in pair] == [4, 4]
+
+
+def test_at_least_three_rounds() -> None:
+    slow = Contender("slow", "fma256", 1.0, sampler=lambda calls, cold: Sample(9.0, 9.0))
+    interleave([slow], rounds=50, budget_s=0)
+    assert len(slow.samples) == 3
+
+
+def test_ratio_is_per_round() -> None:
+    ours = Contender("o", "fma256", 1.0, samples=[Sample(1, 5), Sample(2, 5), Sample(4, 5)])
+    peer = Contender("p", "fma256", 1.0, against="o", samples=[Sample(2, 10), Sample(6, 10), Sample(4, 10)])
+    assert ratio(ours, peer, 1) == Spread(2.0, 1.5, 2.5)
+    assert ratio(ours, peer, 2) == Spread(2.0, 2.0, 2.0)
+
+
+def test_cpu_time_leaves_sleep_out() -> None:
+    sample = time_calls(lambda: time.sleep(0.02), 2)
+    assert sample.wall_ms >= 20 and sample.cpu_ms < 10
+
+
+def test_the_larger_bound_decides() -> None:
+    ceilings = Ceilings(1, {"unit": 1e9}, {1000: 1e6, 10**6: 1e3})
+    assert ceilings.floor_ms("unit", 1e6, 10, cold=False) == (1.0, "compute")
+    assert ceilings.floor_ms("unit", 1e6, 10, cold=True) == (10.0, "bandwidth")
+    assert ceilings.floor_ms("other", 1e6, 10, cold=False) is None
+
+

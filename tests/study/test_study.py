@@ -1,0 +1,145 @@
+"""Studies on a tiny random model: every row on the same questions, resumable, published figures apart."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from quota.cli.main import app
+from quota.cli.study import NAMES
+from quota.core.errors import UsageError
+from quota.core.recipe import Recipe
+from quota.eval import benchmark
+from quota.study import run as study
+from quota.study.bench import Bench, Entry, StudySettings
+from quota.study.results import StudyReport
+from quota.study.runtime import measure
+from quota.study.tables import KEEPS, Plan
+
+
+@pytest.fixture(autouse=True)
+def lenient_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model is never right: a hash of what it says decides, so that rows differ and retention is defined."""
+    monkeypatch.setattr(benchmark, "is_right", lambda prediction, answer: zlib.crc32(f"{prediction} {answer}".encode()) % 2 == 0)
+
+
+def finished(name: str, settings: StudySettings) -> StudyReport:
+    report = study.run_study(name, settings)
+    on_disk = StudyReport.model_validate_json((settings.out / f"{name}.json").read_text())
+    assert on_disk == report
+    assert (settings.out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    return report
+
+
+def test_keep(settings: StudySettings) -> None:
+    report = finished("keep", settings)
+    assert [row.name for row in report.rows] == ["float", "keep 100 %", *(f"keep {100 * k:g} %" for k in KEEPS)]
+    assert report.rows[0].retention.value == 100 and report.questions == 24 and sum(report.questions_by_task.values()) == 24
+    assert [row.final_visual_tokens for row in report.rows] == [16, 16, 8, 7, 5, 4, 2, 1]
+    ratios = [row.compute_ratio for row in report.rows[1:]]
+    assert ratios[0] == 1 and ratios == sorted(ratios, reverse=True)
+    text = (settings.out / "keep.md").read_text()
+    table, published = text.split("Published figures")
+    assert "95.65" in published and "95.65" not in table and "24 questions" in table
+    for row in report.rows[2:]:
+        assert row.recipe and Recipe.load(settings.out / row.recipe).method == "quota"
+
+
+def test_pipelines_share_checkpoints_and_answers_with_keep(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished("keep", settings)
+    report = finished("pipelines", settings)
+    assert [row.name for row in report.rows] == ["float", "quant-only", "prune-only", "quantize-then-prune", "prune-then-quantize", "collaborative"]
+    assert {c.against for c in report.comparisons} == {"quantize-then-prune", "prune-then-quantize", "quant-only", "prune-only"} and len(report.notes) == 4
+    monkeypatch.setattr(benchmark, "answers", lambda *_: pytest.fail("answered again"))
+    monkeypatch.setattr("quota.calib.run.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    assert study.run_study("pipelines", settings) == report
+
+
+def test_modules(settings: StudySettings) -> None:
+    report = finished("modules", settings)
+    assert [row.name for row in report.rows] == ["float", "llm", "vision+llm", "vision+projector+llm"]
+    assert all(row.compute_ratio == 1 and row.recipe is None for row in report.rows)
+
+
+def test_compute_gives_every_method_the_same_budget(settings: StudySettings) -> None:
+    report = finished("compute", settings)
+    names = [row.name for row in report.rows]
+    assert any(note.startswith("No row for fastv (float): compute: no recipe") for note in report.notes), "two of three layers whole cost too much"
+    for method in ("quota", "quota, mmr", "quota, grid", "uniform", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune"):
+        assert f"{method} (float)" in names and f"{method} (w4a4kv4)" in names
+    budget = next(row for row in report.rows if row.name == "quota (float)").gmacs
+    for row in report.rows[2:]:
+        if not row.name.startswith("vtw"):
+            assert row.gmacs <= budget + 1e-9, row.name
+    pairs = {(c.row, c.against) for c in report.comparisons}
+    assert ("grid (w4a4kv4)", "random (w4a4kv4)") in pairs and ("quota (float)", "divprune (float)") in pairs
+
+
+def test_weights_cover_leave_one_out_single_signals_and_the_sign(settings: StudySettings) -> None:
+    report = finished("weights", settings)
+    rows = {row.name: row for row in report.rows}
+    assert {"without quant", "only inter", "45/25/10/-20 (quant reversed)", "only quant, reversed", "45/25/10/20 (default)", "35/25/10/30"} <= set(rows)
+    plan = Recipe.load(settings.out / str(rows["without mag"].recipe))
+    assert plan.weights.mag == 0 and abs(sum(plan.weights.model_dump().values()) - 1) < 1e-5
+    assert Recipe.load(settings.out / str(rows["only quant, reversed"].recipe)).weights.quant == -1
+
+
+def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and disk per process; the reference of every op gives the native answers (a generated text depends on every bit)."""
+    monkeypatch.setattr("quota.study.runtime.CHECKED", 1)
+    report = finished("runtime", replace(settings, questions=6))
+    for row in report.rows:
+        assert row.figures["peak memory"].split()[1] in ("MB", "GB") and row.figures["disk"]
+        assert row.figures["power"].endswith("W") or "no energy counter" in row.figures["power"]
+        assert ("answers equal to the reference's" in row.figures) == (row.name != "float")
+    assert report.rows[1].figures["answers equal to the reference's"] == "1 of 1"
+    assert "peak memory" in (settings.out / "runtime.md").read_text()
+    with pytest.raises(UsageError, match="the measuring process for 'broken' failed"):
+        measure(Bench(settings), Entry("broken", str(settings.out), "float"), 1)
+
+
+def test_profile_and_show(settings: StudySettings) -> None:
+    layers = study.run_study("profile", settings)
+    assert len(layers["profile"]["sensitivity"]) == 3 and (settings.out / "profile.png").exists() and "| layer |" in (settings.out / "profile.md").read_text()
+    shown = study.run_study("show", settings)
+    assert shown["methods"]["divprune"]["visual_tokens"] == {"-1": 5} and (settings.out / shown["methods"]["divprune"]["overlay"]).exists()
+
+
+def test_a_samples_file_is_a_task(settings: StudySettings) -> None:
+    report = finished("modules", replace(settings, tasks=str(settings.samples), questions=4))
+    assert report.questions == 4
+    with pytest.raises(UsageError, match="--tasks: expected 'scenes' or a samples file"):
+        study.run_study("keep", replace(settings, tasks="gqa"))
+
+
+def test_errors(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(study.STUDIES) == NAMES
+    with pytest.raises(UsageError, match=r"NAME: expected one of modules, .*got 'table9'"):
+        study.run_study("table9", settings)
+    bench = Bench(settings)
+    plan = Plan("t", [Entry("float", bench.float_checkpoint, "float")])
+    monkeypatch.setattr(bench, "answered", lambda entries: {"float": {"a": np.zeros(4, bool)}})
+    with pytest.raises(UsageError, match="the float model answers no question correctly"):
+        study.finish(bench, "modules", plan)
+
+
+def test_command_line(settings: StudySettings, tmp_path: Path) -> None:
+    def quota(*args: Any) -> Any:
+        return CliRunner().invoke(app, [str(a) for a in args])
+
+    common = ("--model", settings.model, "--samples", settings.samples, "--questions", 24, "--steps", 0, "--resamples", 200, "--max-new-tokens", 3,
+              "--out", settings.out)  # fmt: skip
+    done = quota("study", "modules", *common, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["study"] == "modules"
+    assert quota("study", "modules", *common).stdout.startswith("### Quantized modules")
+    wrong = quota("study", "nothing", "--out", tmp_path / "o")
+    assert wrong.exit_code == 1 and "NAME: expected one of modules" in wrong.stderr
+    assert quota("study", "keep", "--model", tmp_path / "none", "--out", tmp_path / "o").exit_code == 1
