@@ -1,9 +1,18 @@
-"""Tiny random LLaVA models and inputs for tests: no hub, no files, about 0.2 M parameters."""
+"""Tiny random models and inputs for tests: no hub, no files, about 0.2 M parameters."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 IMAGE_TOKEN, PAD_TOKEN = 120, 0
 
@@ -29,16 +38,20 @@ def tiny_llava(
     )  # fmt: skip
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-            elif "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-            else:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    _scatter(model, generator)
     return model
+
+
+@torch.no_grad()
+def _scatter(model: Any, generator: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        elif "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        else:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def llava_inputs(model: LlavaForConditionalGeneration, rows: tuple[tuple[int, int], ...] = ((3, 5), (9, 4)), seed: int = 1) -> dict[str, torch.Tensor]:
@@ -58,3 +71,68 @@ def llava_inputs(model: LlavaForConditionalGeneration, rows: tuple[tuple[int, in
     mask = torch.stack([torch.cat([torch.zeros(longest - len(s)), torch.ones(len(s))]) for s in samples]).long()
     size = model.config.vision_config.image_size
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(len(rows), 3, size, size, generator=generator)}
+
+
+QWEN_IDS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+
+
+def tiny_qwen(layers: int = 4, heads: int = 4, kv_heads: int = 2, seed: int = 0, key_bias: float = 0.0, tied: bool = False) -> Any:
+    """A float32 Qwen2.5-VL: hidden 64, ffn 128, vocabulary 128, patches of 4 px in windows of 4 x 4 (2 x 2 visual tokens), one tower block of three
+    with full attention. Deterministic under `seed`.
+
+    key_bias: norm of a key bias planted in the first and last decoder layer, in one slow and one fast rotary pair of every head, with queries whose part
+    there is small (as trained models have it: the bias must not decide everything).
+    """
+    vision = {
+        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+        "out_hidden_size": 64,
+    }  # fmt: skip
+    text = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "max_position_embeddings": 2048, "pad_token_id": PAD_TOKEN, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **QWEN_IDS)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed + 7)
+    _scatter(model, generator)
+    if key_bias:
+        for layer in (model.model.language_model.layers[0], model.model.language_model.layers[-1]):
+            _plant(layer.self_attn, key_bias, generator)
+    return model
+
+
+@torch.no_grad()
+def _plant(attention: Any, norm: float, generator: torch.Generator) -> None:
+    pairs = torch.tensor([1, 6, 9, 14])  # channels (1, 9) turn fast, (6, 14) slowly, at head dimension 16
+    bias = torch.zeros(attention.k_proj.bias.numel() // 16, 16)
+    bias[:, pairs] = torch.randn(len(bias), 4, generator=generator)
+    attention.k_proj.bias.copy_((bias / bias.norm(dim=-1, keepdim=True) * norm).flatten())
+    for tensor in (attention.q_proj.weight, attention.q_proj.bias):
+        tensor.view(-1, 16, *tensor.shape[1:])[:, pairs] *= 4 / norm
+
+
+def qwen_inputs(model: Any, rows: Any = ((3, ((8, 8),), 5), (9, ((4, 6),), 4)), seed: int = 1) -> dict[str, torch.Tensor]:
+    """A left-padded batch. rows: (text tokens before, (rows, columns) of each picture's patch grid, text tokens after); no grid is a text-only row.
+
+    Returns input_ids, attention_mask, mm_token_type_ids [B, S], and, where there are pictures, pixel_values [patches, 96] and image_grid_thw [pictures, 3].
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> torch.Tensor:
+        return torch.randint(3, 119, (count,), generator=generator)
+
+    start, end = (torch.tensor([QWEN_IDS[f"vision_{name}_token_id"]]) for name in ("start", "end"))
+    samples = []
+    for before, grids, after in rows:
+        pictures = [part for h, w in grids for part in (start, torch.full((h * w // 4,), IMAGE_TOKEN), end)]
+        samples.append(torch.cat([torch.tensor([1]), words(before), *pictures, words(after)]))
+    longest = max(map(len, samples))
+    ids = torch.stack([torch.cat([torch.full((longest - len(s),), PAD_TOKEN), s]) for s in samples])
+    mask = torch.stack([torch.cat([torch.zeros(longest - len(s)), torch.ones(len(s))]) for s in samples]).long()
+    out = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+    sizes = [(1, h, w) for _, grids, _ in rows for h, w in grids]
+    if sizes:
+        out["image_grid_thw"] = torch.tensor(sizes)
+        out["pixel_values"] = torch.randn(sum(h * w for _, h, w in sizes), 96, generator=generator)
+    return out

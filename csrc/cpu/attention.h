@@ -38,15 +38,38 @@ struct RowBlock {
   LimbRow weights;
 };
 
-// Sums [3][64] -> scores, -inf where the row does not see the slot (it sees `seen` of the block), and the row's new maximum. `correction`
-// is what the row's sums up to now have to be multiplied by.
+// Scores of the channels that are not packed (AttentionArgs::shared), one block of slots at a time: chains over the channels.
+struct SharedScores {
+  int64_t extra, stride;
+  const float* keys;        // from slot `start` on
+  Scratch<float> queries;   // [rows][extra]
+  Scratch<float> products;  // [rows][64]
+
+  SharedScores(const quota::AttentionArgs& args, int64_t batch, int64_t start, int64_t rows)
+      : extra(args.extra), stride(args.shared_slots), keys(args.shared ? args.shared + batch * extra * stride + start : nullptr), queries(rows * extra),
+        products(extra ? rows * kSlots : 0) {
+    if (extra) __builtin_memset(products.data, 0, static_cast<size_t>(rows * kSlots) * sizeof(float));
+  }
+  void set(int64_t i, const float* q) const { __builtin_memcpy(queries + i * extra, q, static_cast<size_t>(extra) * sizeof(float)); }
+  const float* row(int64_t i) const { return extra ? products + i * kSlots : nullptr; }
+
+  template <class V>
+  void score(int64_t from, int64_t rows, int64_t slot, int64_t count) const {
+    if (extra) chain_matmul<V>({queries + from * extra, extra, 1, keys + slot, stride, products + from * kSlots, kSlots}, rows - from, count, extra);
+  }
+};
+
+// Sums [3][64], and products [64] of shared channels or null -> scores, -inf where the row does not see the slot (it sees `seen` of the block),
+// and the row's new maximum. `correction` is what the row's sums up to now have to be multiplied by.
 template <class V>
-inline void score_block(const int32_t* sums, const BlockScales& keys, int64_t seen, const LimbRow& query, float scaling, RowState& row, RowBlock& block) {
+inline void score_block(const int32_t* sums, const BlockScales& keys, const float* shared, int64_t seen, const LimbRow& query, float scaling, RowState& row,
+                        RowBlock& block) {
   const float factor = query.unit * scaling;
   auto best = V::set1(row.best);
 #pragma GCC unroll 4
   for (int v = 0; v < 4; ++v) {
     auto s = score_lanes<V>(sums, keys, v * kLanes, query, factor);
+    if (shared) s = V::add(s, V::mul(V::load(shared + v * kLanes), V::set1(scaling)));
     if (seen < kSlots) s = V::first(s, lanes_of(seen, v), V::set1(-__builtin_inff()));
     V::store(block.x + v * kLanes, s);
     best = V::max(best, s);
@@ -92,7 +115,7 @@ inline void add_block(const int32_t* sums, const RowBlock& block, float* acc) {
 // Query rows tile * 64 .. of one (batch, KV head); row i is query i / group of head kv_head * group + i % group.
 template <class V, class Dot>
 void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t tile) {
-  const int64_t group = args.heads / args.kv_heads, d = args.dim, padded = round_up(d, kDims), row_bytes = d / 2;
+  const int64_t group = args.heads / args.kv_heads, d = args.dim, wide = d + args.extra, padded = round_up(d, kDims), row_bytes = d / 2;
   const int64_t first_row = tile * quota::kQueryTile;
   const int64_t rows = args.tokens * group - first_row < quota::kQueryTile ? args.tokens * group - first_row : quota::kQueryTile;
   const int64_t start = args.start ? args.start[batch] : 0;
@@ -103,10 +126,12 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
   const int64_t seen = seen_by(rows - 1) > 0 ? seen_by(rows - 1) : 0;
 
   const QueryRows queries(rows, d);
+  const SharedScores shared(args, batch, start, rows);
   const Scratch<float> acc(rows * padded);
   const Scratch<RowState> states(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    queries.set<V>(i, args.q + flat_row(i) * d);
+    const float* q = args.q + flat_row(i) * wide;
+    queries.set<V>(i, q), shared.set(i, q + d);
     states[i] = {-__builtin_inff(), {}, {}};
   }
   __builtin_memset(acc.data, 0, static_cast<size_t>(rows * padded) * sizeof(float));
@@ -124,12 +149,13 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
     key_panel<V>(whole_rows(k.q + j * row_bytes, count, row_bytes, padded, staging), padded, keys);
     value_panels<V>(whole_rows(v.q + j * row_bytes, count, row_bytes, padded, staging), padded, values);
     load_scales(k, j, count, scales[0]), load_scales(v, j, count, scales[1]);
+    shared.score<V>(from, rows, j, count);
     for (int64_t i = from; i < rows; i += Dot::kRows) {
       const int64_t some = rows - i < Dot::kRows ? rows - i : Dot::kRows;
       Dot::run(some, queries.row(i), padded, keys, padded / 4, sums);
       const auto seen_of = [&](int64_t r) { return seen_by(i + r) - j < kSlots ? seen_by(i + r) - j : kSlots; };
       for (int64_t r = 0; r < some; ++r)
-        score_block<V>(sums + r * kLimbs * kSlots, scales[0], seen_of(r), queries.rows[i + r], args.scaling, states[i + r], block[r]);
+        score_block<V>(sums + r * kLimbs * kSlots, scales[0], shared.row(i + r), seen_of(r), queries.rows[i + r], args.scaling, states[i + r], block[r]);
       for (int64_t r = 0; r < some; ++r) weigh_block<V>(scales[1], seen_of(r), states[i + r], block[r]);
       for (int64_t r = 0; r < some; ++r) block[r].weights = to_limbs<V>(block[r].x, kSlots, limbs + r * kLimbs * kSlots, kSlots);
       for (int64_t column = 0; column < padded; column += kDims) {

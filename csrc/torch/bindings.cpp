@@ -223,9 +223,14 @@ Tensor qkv_append(
 }
 
 std::tuple<Tensor, Tensor> kv4_attention(
-    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, MaybeTensor start, double scaling) {
+    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, MaybeTensor start, double scaling,
+    MaybeTensor shared) {
   check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
-  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3), kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0;
+  const int64_t extra = shared && shared->dim() == 3 ? shared->size(1) : 0;
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3) - extra, kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0;
+  const int64_t slots = shared && shared->dim() == 3 ? shared->size(2) : 0;
+  if (shared) check(*shared, "shared", ScalarType::Float, {batch, kFree, kFree});
+  STD_TORCH_CHECK(!shared || slots >= length, "shared: expected at least ", length, " slots, got ", slots);
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [B, Hkv, C, D/2] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
   const auto k = kv4<const uint8_t, const float>(k_q, k_scale, k_zero, batch, kv_heads, dim, "k");
   const auto v = kv4<const uint8_t, const float>(v_q, v_scale, v_zero, batch, kv_heads, dim, "v");
@@ -235,8 +240,8 @@ std::tuple<Tensor, Tensor> kv4_attention(
   for (int64_t b = 0; start && b < batch; ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
   Tensor out = make({batch, tokens, heads, dim}, ScalarType::Float), lse = make({batch, heads, tokens}, ScalarType::Float);
   const quota::AttentionArgs args{
-      floats(q), k, v, start ? ints(*start) : nullptr, static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr()),
-      heads, kv_heads, tokens, dim, length, static_cast<float>(scaling)};
+      floats(q), k, v, start ? ints(*start) : nullptr, shared ? floats(*shared) : nullptr, static_cast<float*>(out.mutable_data_ptr()),
+      static_cast<float*>(lse.mutable_data_ptr()), heads, kv_heads, tokens, dim, extra, slots, length, static_cast<float>(scaling)};
   const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
   const auto run = quota::kernels().attention;
   parallel_for(0, batch * kv_heads * tiles, grain(2 * length * dim), [&](int64_t begin, int64_t end) {
@@ -454,7 +459,7 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
   m.def("kv4_append(Tensor(a!) cache_q, Tensor(b!) cache_scale, Tensor(c!) cache_zero, Tensor x, int position, float clip) -> ()");
   m.def(
       "kv4_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int length, Tensor? start, "
-      "float scaling) -> (Tensor, Tensor)");
+      "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
   m.def(
       "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
       "Tensor(d!) v_q, Tensor(e!) v_scale, Tensor(f!) v_zero, int position, float k_clip, float v_clip) -> Tensor");

@@ -52,19 +52,8 @@ def language_macs(visual_tokens: Sequence[int], text_tokens: int, sizes: Decoder
     return sum(layer_macs(v + text_tokens, sizes) for v in visual_tokens)
 
 
-def vision_macs(config: Any) -> int:
-    """Tower and projector of one picture, from a LLaVA config: patch embedding, the layers whose output is used, two projector layers."""
-    v, d = config.vision_config, config.text_config.hidden_size
-    patches = (v.image_size // v.patch_size) ** 2
-    n, h, m = patches + 1, v.hidden_size, v.intermediate_size
-    feature = config.vision_feature_layer
-    used = v.num_hidden_layers + 1 + feature if isinstance(feature, int) and feature < 0 else v.num_hidden_layers
-    block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
-    return patches * v.num_channels * v.patch_size**2 * h + used * block + patches * (h * d + d * d)
-
-
 def decoder_sizes(config: Any) -> DecoderSizes:
-    """Sizes of a LLaVA config's language model."""
+    """Sizes of the language model in a vision-language configuration."""
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return DecoderSizes(text.num_hidden_layers, text.hidden_size, text.num_key_value_heads * head_dim, text.intermediate_size)

@@ -101,6 +101,7 @@ def request(model: Any) -> dict[str, Any]:
 
     arch, generator = find_arch(model), torch.Generator().manual_seed(0)
     text = torch.randint(3, min(30000, arch.image_token_id), (1, TEXT_TOKENS), generator=generator)
+    assert arch.visual_tokens is not None, "archs.py has models of fixed resolution only"
     picture = torch.full((1, arch.visual_tokens), arch.image_token_id)
     ids = torch.cat([text[:, :_LEADING_TEXT], picture, text[:, _LEADING_TEXT:]], 1)
     side = model.config.vision_config.image_size

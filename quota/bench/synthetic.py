@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from quota.arch import find_arch
-from quota.arch.llava import fingerprint
+from quota.arch import find_arch, fingerprint
 from quota.nn.checkpoint import CheckpointWriter, Manifest
 from quota.nn.linear import QuantLinear
 from quota.nn.structure import MODULES, quantize_structure

@@ -1,14 +1,6 @@
 """Calibration blocks: upstream float blocks whose linears are replaced by projection groups and whose attention is ours.
 
-The upstream forward stays. Layout of groups, names and merges per block kind:
-
-| block | group | reads | merged |
-|---|---|---|---|
-| decoder | self_attn.qkv_proj, mlp.gate_up_proj | a norm's output | diag into the norm, P_v into v rows |
-| decoder | self_attn.o_proj | heads | P_v inverse into columns; online left factor mixes heads |
-| decoder | mlp.down_proj | gate * up | diag into up rows (their w_scale) |
-| vision | self_attn.qkv_proj, self_attn.out_proj, mlp.fc1 | as above, LayerNorm with bias | as above |
-| vision, projector | mlp.fc2, linear_1, linear_2 | a nonlinearity or features | no diag |
+The upstream forward stays. Which groups a block has, their names and merges: `quota.calib.families`.
 """
 
 from __future__ import annotations
@@ -24,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from quota.calib.families import NORMS, PLANS, Grid, GroupPlan, attention_name, run_windows
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup
+from quota.ops.qkv_append import apply_rotary
 from quota.quant.transform import decompose
 
 ATTENTION = "quota_calibration"
@@ -32,36 +26,14 @@ ATTENTION = "quota_calibration"
 
 @dataclass
 class Batch:
-    """Right-padded hidden states. hidden [B, S, C] float32; valid, visual [B, S] bool; positions [B, S] int64 (decoder only, else None)."""
+    """Right-padded hidden states. hidden [B, S, C] float32; valid, visual [B, S] bool; positions [B, S] (or [B, S, 3] under M-RoPE) int64 (decoder
+    only, else None); grids: of each picture (towers of dynamic resolution only)."""
 
     hidden: Tensor
     valid: Tensor
     positions: Tensor | None = None
     visual: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _GroupPlan:
-    name: str
-    parts: tuple[str, ...]
-    merge: str | None = None  # name of the norm that absorbs diag; "up" = rows of the gate/up group; None = no diag
-    value: str | None = None  # "rows": produces V; "columns": consumes the attention output
-
-
-_DECODER = (
-    _GroupPlan("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "rows"),
-    _GroupPlan("self_attn.o_proj", ("self_attn.o_proj",), None, "columns"),
-    _GroupPlan("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    _GroupPlan("mlp.down_proj", ("mlp.down_proj",), "up"),
-)
-_VISION = (
-    _GroupPlan("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1", "rows"),
-    _GroupPlan("self_attn.out_proj", ("self_attn.out_proj",), None, "columns"),
-    _GroupPlan("mlp.fc1", ("mlp.fc1",), "layer_norm2"),
-    _GroupPlan("mlp.fc2", ("mlp.fc2",)),
-)
-_PROJECTOR = (_GroupPlan("linear_1", ("linear_1",)), _GroupPlan("linear_2", ("linear_2",)))
-_PLANS = {"decoder": _DECODER, "vision": _VISION, "projector": _PROJECTOR}
+    grids: list[Grid] | None = None
 
 
 def calibration_attention(
@@ -76,7 +48,7 @@ def calibration_attention(
     if trace is not None:
         trace.append((query, key))
     if heads is not None:
-        query, key, value = heads.attend(query, key, value)
+        query, key, value = heads.attend(query, key, value, getattr(module, "quota_apart", None))
     grouped = query.shape[1] != key.shape[1]
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=bool(module.is_causal), scale=kwargs.get("scaling"), enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
@@ -85,38 +57,58 @@ def calibration_attention(
 class Block(nn.Module):
     """One float block of the model; `quantize_linears` turns it into a calibration block in place.
 
-    layer: the upstream module with real float32 weights. kind: "decoder", "vision" or "projector". path: its name in the model. config: the text or
-    vision configuration. rotary: the decoder's rotary embedding module.
+    layer: the upstream module with real float32 weights. kind: "decoder", "vision" or "projector". path: its name in the model. family: the
+    architecture's name. config: the text or vision configuration. rotary: the decoder's rotary embedding module.
     """
 
-    def __init__(self, layer: nn.Module, kind: str, path: str, config: Any, rotary: nn.Module | None = None) -> None:
+    def __init__(self, layer: nn.Module, kind: str, path: str, family: str, config: Any, rotary: nn.Module | None = None) -> None:
         super().__init__()
-        self.layer, self.kind, self.path, self.rotary = layer, kind, path, rotary
+        self.layer, self.kind, self.path, self.family, self.rotary = layer, kind, path, family, rotary
+        self.plans = PLANS[family][kind]
         self.config = copy.deepcopy(config)
         self.groups = nn.ModuleDict()
         self.heads: HeadTransforms | None = None
+        self.key_bias: Tensor | None = None
         if kind != "projector":
             AttentionInterface.register(ATTENTION, calibration_attention)
             self.config._attn_implementation = ATTENTION
-            layer.get_submodule("self_attn").config = self.config
+            self.attention.config = self.config
         self.requires_grad_(False)
+
+    @property
+    def attention(self) -> Any:
+        """The block's attention module."""
+        return self.layer.get_submodule(attention_name(self.family, self.kind))
 
     def forward(self, batch: Batch) -> Tensor:
         """Block output [B, S, C]; rows beyond `valid` are meaningless."""
         if self.kind == "projector":
-            return self.layer(batch.hidden)
+            hidden = batch.hidden
+            if self.family == "qwen2_5_vl":  # its merger normalises single patches and flattens the batch
+                hidden = hidden.reshape(-1, self.config.hidden_size)
+            return self.layer(hidden).view(*batch.hidden.shape[:2], -1)
+        if batch.grids is not None:
+            whole = int(self.path.rpartition(".")[2]) in self.config.fullatt_block_indexes
+            return run_windows(self.layer, batch.hidden, batch.valid, batch.grids, whole)
         if self.kind == "vision":
             return self.layer(batch.hidden, attention_mask=None)
-        assert self.rotary is not None
-        return self.layer(batch.hidden, position_embeddings=self.rotary(batch.hidden, batch.positions), attention_mask=None)
+        assert self.rotary is not None and batch.positions is not None
+        positions = batch.positions if batch.positions.ndim == 2 else batch.positions.permute(2, 0, 1)
+        rotary = self.rotary(batch.hidden, positions)
+        if self.key_bias is not None:
+            everywhere = self.key_bias[None, :, None].expand(len(batch.hidden), -1, batch.hidden.shape[1], -1)
+            self.attention.quota_apart = apply_rotary(everywhere, *rotary)
+        return self.layer(batch.hidden, position_embeddings=rotary, attention_mask=None)
 
     def quantize_linears(self) -> None:
         """Replace the linears by projection groups; parameters that learn are those of `groups` and `heads` only."""
         if self.kind != "projector":
-            attention: Any = self.layer.get_submodule("self_attn")
+            attention = self.attention
             self.heads = HeadTransforms(int(attention.head_dim), quantize_kv=self.kind == "decoder").to(_device(self.layer))
             attention.quota_heads = self.heads
-        for plan in _PLANS[self.kind]:
+            if self.kind == "decoder" and attention.k_proj.bias is not None:
+                self.key_bias = attention.k_proj.bias.detach().view(-1, attention.head_dim).clone()
+        for plan in self.plans:
             linears = [self.layer.get_submodule(part) for part in plan.parts]
             group = self._build_group(plan, linears)  # type: ignore[arg-type]
             self.groups[_key(plan.name)] = group
@@ -124,14 +116,14 @@ class Block(nn.Module):
                 parent, _, leaf = part.rpartition(".")
                 setattr(self.layer.get_submodule(parent), leaf, GroupPart(group, index))
 
-    def _build_group(self, plan: _GroupPlan, linears: list[nn.Linear]) -> ProjectionGroup:
+    def _build_group(self, plan: GroupPlan, linears: list[nn.Linear]) -> ProjectionGroup:
         if plan.value == "columns":
             assert self.heads is not None
             left, right = linears[0].in_features // self.heads.value.shape[0], 0
         else:
             left, right = decompose(linears[0].in_features)
-        start = sum(linear.out_features for linear in linears[:-1])
-        rows = slice(start, start + linears[-1].out_features) if plan.value == "rows" else None
+        total = sum(linear.out_features for linear in linears)
+        rows = slice(total - (total // 3 if plan.fused else linears[-1].out_features), total) if plan.value == "rows" else None
         left = 0 if left == 1 else left
         return ProjectionGroup(linears, left, right, plan.merge is not None, self.heads if plan.value else None, rows)
 
@@ -146,7 +138,7 @@ class Block(nn.Module):
         """The groups in the order they run; empty while the block is float."""
         return list(self.groups.values())  # type: ignore[arg-type]
 
-    def _group(self, plan: _GroupPlan) -> ProjectionGroup:
+    def _group(self, plan: GroupPlan) -> ProjectionGroup:
         return self.groups[_key(plan.name)]  # type: ignore[return-value]
 
     def matrices(self) -> list[nn.Parameter]:
@@ -177,15 +169,19 @@ class Block(nn.Module):
     def export(self) -> dict[str, Tensor]:
         """Checkpoint tensors of the quantized block under their full names; call `freeze` first. Every tensor on the CPU, floats float32."""
         out: dict[str, Tensor] = {}
-        for plan in _PLANS[self.kind]:
+        for plan in self.plans:
             for name, tensor in self._group(plan).export().items():
                 out[f"{self.path}.{plan.name}.{name}"] = tensor
         if self.heads is not None:
             out.update({f"{self.path}.self_attn.{name}": tensor for name, tensor in self.heads.export().items()})
+        if self.key_bias is not None:  # it is added to the scores, not to the keys
+            out[f"{self.path}.self_attn.k_bias"] = self.key_bias.cpu().float().clone()
+            first = self.attention.config.num_attention_heads * self.attention.head_dim
+            out[f"{self.path}.self_attn.qkv_proj.bias"][first : first + self.key_bias.numel()] = 0
         for name, tensor in self.layer.named_parameters():  # what is left of the float block: the norms
-            if "." in name and name.rpartition(".")[0] in _NORMS:
+            if "." in name and name.rpartition(".")[0] in NORMS:
                 out[f"{self.path}.{name}"] = tensor.detach().cpu().float().clone()
-        for plan in _PLANS[self.kind]:
+        for plan in self.plans:
             diag = self._group(plan).diag()
             if diag is None:
                 continue
@@ -201,9 +197,6 @@ class Block(nn.Module):
                 if key in out:
                     out[key] /= diag
         return out
-
-
-_NORMS = frozenset({"input_layernorm", "post_attention_layernorm", "layer_norm1", "layer_norm2"})
 
 
 def _key(name: str) -> str:

@@ -104,8 +104,9 @@ def _next(model: Any, inputs: Any) -> Tensor:
 
 def _withdrawal(model: Any, layer: int) -> Recipe:
     arch = find_arch(model)
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": arch.visual_tokens}
+    tokens = arch.visual_tokens or 1  # any number will do to keep nothing of it
+    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
     return Recipe.parse({
         "method": "vtw", "regime": "any", "model": facts, "candidates": [layer], "keep": [0.0], "final_keep": 0.0,
-        "reference_tokens": arch.visual_tokens, "selections": [{"score": "none"}],
+        "reference_tokens": tokens, "selections": [{"score": "none"}],
     })  # fmt: skip

@@ -13,10 +13,10 @@ from quota.nn.checkpoint import CheckpointWriter, Manifest
 
 def processor_of(folder: Path) -> Any:
     """The checkpoint's processor (PIL images, so that results do not depend on whether torchvision is installed)."""
-    from transformers import AutoProcessor
+    from quota.arch.processing import open_processor
 
     try:
-        return AutoProcessor.from_pretrained(folder, backend="pil")
+        return open_processor(folder)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise CheckpointError(f"{folder.name}: expected processor and tokenizer files beside the weights, got: {error}") from error
 

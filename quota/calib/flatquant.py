@@ -81,7 +81,7 @@ def _logit(clip: Tensor | float) -> Tensor:
 
 
 class HeadTransforms(nn.Module):
-    """Per-layer head-dimension transforms: P_v merges into v rows and o columns, P_h acts on q and k after RoPE (LLaMA only), with KV clips.
+    """Per-layer head-dimension transforms: P_v merges into v rows and o columns, P_h acts on q and k after RoPE (decoders only), with KV clips.
 
     head_dim: D. quantize_kv: True for decoder layers (KV4), False for vision layers (then only P_v exists).
     """
@@ -96,10 +96,16 @@ class HeadTransforms(nn.Module):
             self.k_clip = nn.Parameter(_logit(0.95))
             self.v_clip = nn.Parameter(_logit(0.95))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, heads, T, D] after RoPE -> what the attention runs on (value already carries P_v through v_proj)."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, heads, T, D] after RoPE -> what the attention runs on (value already carries P_v through v_proj).
+
+        apart: the part of the keys that is never quantized, of their shape (the rotated key bias, see `quota.nn.key_bias`).
+        """
         if not self.quantize_kv:
             return query, key, value
+        if apart is not None:
+            query, key, value = self.attend(query, key - apart, value)
+            return query, key + (apart if self.mode == "rtn" else apart @ self.key), value
         if self.mode == "rtn":
             return query, fake_asymmetric(key, 1.0), fake_asymmetric(value, 1.0)
         if self.observed is not None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import quota
-from quota.allocate.compute import decoder_sizes, vision_macs
+from quota.allocate.compute import decoder_sizes
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
-from quota.arch.llava import find_arch, model_fingerprint, submodule
+from quota.arch import find_arch, model_fingerprint, submodule, vision_macs
 from quota.calib.samples import Samples, encode
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.recipe import ModelFacts
@@ -71,7 +71,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def profile(
     float_model: nn.Module, quant_model: nn.Module, processor: Any, samples: Samples, progress: bool | Callable[[int, int], None] = False
 ) -> Profile:
-    """Profile a float LLaVA and the quantized model made from it over `samples`.
+    """Profile a float model and the quantized model made from it over `samples`.
 
     progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in float64, medians over
     samples, figures rounded to 6 significant digits. Both models run in evaluation mode; hooks are removed whatever happens.
@@ -216,7 +216,7 @@ def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tok
         architecture=type(model).__name__, fingerprint=fingerprint, layers=sizes.layers, visual_tokens=round(median(visual_tokens)),
         hidden_size=sizes.hidden_size, kv_size=sizes.kv_size, intermediate_size=sizes.intermediate_size,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        text_tokens=max(1, round(median(text_tokens))), vision_macs=vision_macs(model.config),
+        text_tokens=max(1, round(median(text_tokens))), vision_macs=vision_macs(model.config, round(median(visual_tokens))),
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
-from quota.core.recipe import Recipe, kept_tokens
+from quota.core.recipe import Recipe
 from quota.nn.attention import Record
+from quota.nn.budget import plan_budgets
 from quota.nn.pictures import Pictures
 from quota.nn.recording import causal_lse
 from quota.nn.select import Alive, choose
@@ -44,20 +45,25 @@ def keep_masks(
         if before is not None:
             record, hidden = _recorded(before, batch)
             batch = replace(batch, hidden=hidden)
-        column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None].to(device)
-        alive = Alive(batch.hidden, visual.long() - 1, _queries(roles), column, after.layer, pictures(item), record, partial(_record, after, batch))
-        budget = torch.tensor([[_budget(recipe, ratio, stream, item)]], device=device)
+        column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
+        shown = pictures(item)
+        picture = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
+        group, budget = plan_budgets(recipe, ratio, picture, [stream.images[item]])
+        alive = Alive(batch.hidden, group, _queries(roles), column.to(device), after.layer, shown, record, partial(_record, after, batch))
         masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
     return masks
 
 
 def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Stream) -> Stream:
     """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if `compact`."""
+    if stream.positions.ndim > 1:
+        target.positions = np.zeros((len(target.positions), 3), np.int32)
     for item, mask in enumerate(masks):
         rows, kept = stream.rows(item), target.rows(item)
         target.write(item, stream.read(item)[torch.from_numpy(mask)])
         positions = stream.positions[rows][mask]
-        target.positions[kept] = np.arange(len(positions)) if compact else positions
+        numbers = np.arange(len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
+        target.positions[kept] = numbers if compact else positions
         target.roles[kept], target.columns[kept] = stream.roles[rows][mask], stream.columns[rows][mask]
     target.images = list(stream.images)
     return target
@@ -89,9 +95,3 @@ def _queries(roles: Tensor) -> Tensor:
         text = text.clone()
         text[:, -1] = True
     return text
-
-
-def _budget(recipe: Recipe, ratio: float, stream: Stream, item: int) -> int:
-    """Equation (5) for one item: recorded tokens per picture, or the prompt's own count before any drop."""
-    count, own = stream.images[item]
-    return kept_tokens(ratio, own if recipe.reference == "per_image" else recipe.reference_tokens * count)

@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 import quota
+from quota.arch.processing import image_backend
 from quota.calib import prune
 from quota.calib.blocks import Block
 from quota.calib.export import processor_of, write_checkpoint
+from quota.calib.families import Grid
 from quota.calib.learn import Lesson, learn_block
 from quota.calib.samples import Samples, encode
 from quota.calib.settings import MODULES, REGIMES, Settings
@@ -28,7 +30,7 @@ from quota.calib.work import WorkFolder
 from quota.core.errors import SampleError, UsageError
 from quota.core.recipe import BEFORE, Recipe
 from quota.nn.checkpoint import Manifest
-from quota.nn.pictures import Pictures, Shown, picture_digests
+from quota.nn.pictures import Pictures, Shown, shown_pictures
 
 METHOD = "flatquant"
 
@@ -81,7 +83,7 @@ class Step:
 
 
 def calibrate(model: str | Path, samples: Samples | str | Path, *, out: str | Path, **options: Unpack[Options]) -> CheckpointReport:
-    """Quantize a float LLaVA checkpoint (folder or hub name) on `samples` and write the quantized checkpoint folder `out`.
+    """Quantize a float checkpoint (folder or hub name) on `samples` and write the quantized checkpoint folder `out`.
 
     Decoder, vision and projector blocks are calibrated one after the other on the float model's hidden states (FlatQuant: learned Kronecker transforms,
     per-channel scales, clips). Killed in the middle, the same call continues; `out` appears only when it is complete.
@@ -171,7 +173,8 @@ class Job:
         """What quota.json says about this calibration; no times, so equal runs write equal bytes."""
         recipe = None if self.recipe is None else "sha256:" + hashlib.sha256(self.recipe.dumps().encode()).hexdigest()
         calibration = {
-            "method": METHOD, "samples": len(self.samples), "samples_fingerprint": self.samples.fingerprint, "seed": self.seed,
+            "method": METHOD, "image_backend": image_backend(self.processor),
+            "samples": len(self.samples), "samples_fingerprint": self.samples.fingerprint, "seed": self.seed,
             "settings": self.settings.to_dict(), "pruned_by": recipe, "report": blocks,
         }  # fmt: skip
         return Manifest(self.regime, self.modules, self.source.fingerprint, calibration)
@@ -211,17 +214,17 @@ def _decoder_block(job: Job, index: int) -> Block:
 
 
 def _pictures(job: Job, work: WorkFolder, item: int) -> Pictures:
-    visual = torch.tensor(work.notes["ids"][item])[None] == job.source.arch.image_token_id
-    number = (visual.long().cumsum(-1) - 1) // job.source.arch.visual_tokens
-    return Pictures.of(number.masked_fill(~visual, -1), [Shown(digest) for digest in work.notes["digests"][item]])
+    shown = [Shown(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
+    return Pictures.of(job.source.arch.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
 
 
 def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
     stream, path = work.streams[name], work.stream_path(name)
     if step.kind == "features":
-        return select_features(stream, job.source.arch, path)
+        return select_features(job.source, stream, path)
     if step.kind == "text":
-        return embed_text(job.source, [torch.tensor(ids) for ids in work.notes["ids"]], stream, path)
+        grids = [(int(t), int(h), int(w)) for t, h, w in work.notes["grids"]]
+        return embed_text(job.source, [torch.tensor(ids) for ids in work.notes["ids"]], stream, path, grids)
     assert job.recipe is not None
     masks = [np.asarray(mask, bool) for mask in work.notes["keep"]]
     target = stream.like(path, lengths=[int(mask.sum()) for mask in masks])
@@ -230,19 +233,29 @@ def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
 
 def _embed_images(job: Job, work: WorkFolder) -> Stream:
     ids: list[list[int]] = []
-    digests: list[list[str]] = []
+    grids = _grids(job)
+    shown: list[list[tuple[str, tuple[int, int] | None]]] = []
 
     def pixels() -> Iterator[torch.Tensor]:
         for sample in job.samples:
             encoded = encode(job.processor, sample, answer=True)
             ids.append(encoded["input_ids"][0].tolist())
-            digests.append(picture_digests(encoded["pixel_values"]) if "pixel_values" in encoded else [])
+            pictures = shown_pictures(encoded["pixel_values"], encoded.get("image_grid_thw"), job.source.arch.merge) if "pixel_values" in encoded else []
+            shown.append([(picture.digest, picture.grid) for picture in pictures])
             if "pixel_values" in encoded:
                 yield encoded["pixel_values"]
 
-    stream = embed_images(job.source, pixels(), job.pictures, work.stream_path("float"), job.settings.stream_dtype)
-    work.notes["ids"], work.notes["digests"] = ids, digests
+    stream = embed_images(job.source, pixels(), grids, work.stream_path("float"), job.settings.stream_dtype)
+    work.notes["ids"], work.notes["grids"], work.notes["shown"] = ids, [grid for grid in grids if grid is not None], shown
     return stream
+
+
+def _grids(job: Job) -> list[Grid | None]:
+    """The patch grid of every picture, where resolution is dynamic: the stream must know its lengths before pixels arrive."""
+    if job.source.arch.visual_tokens is not None:
+        return [None] * job.pictures
+    with_picture = (encode(job.processor, sample) for sample in job.samples if sample.image_bytes is not None)
+    return [tuple(encoded["image_grid_thw"][0].tolist()) for encoded in with_picture]
 
 
 def _run_block(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, Stream]:

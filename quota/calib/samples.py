@@ -150,7 +150,8 @@ def _fingerprint(items: list[Sample]) -> str:
 
 
 def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
-    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and pixel_values [1, 3, H, W] (absent without image).
+    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and, with a picture, pixel_values [1, 3, H, W] (patches
+    [n, patch] and image_grid_thw [1, 3] where resolution is dynamic).
 
     The prompt is rendered by the processor's chat template (LLaVA-1.5's form where it has none), with the assistant's turn opened; with
     `answer` the stored answer follows it.
@@ -164,7 +165,7 @@ def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
     else:
         text = f"USER: {'<image>' + chr(10) if picture is not None else ''}{sample.instruction} ASSISTANT:"
     if answer and sample.answer:
-        text = f"{text} {sample.answer}"
+        text = f"{text}{'' if text.endswith(chr(10)) else ' '}{sample.answer}"
     if picture is None:
         return processor(text=[text], return_tensors="pt")
     return processor(images=[picture], text=[text], return_tensors="pt")

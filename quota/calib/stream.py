@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from quota.arch import ArchSpec, canonical_key, find_arch, fingerprint
+from quota.arch import ArchSpec, find_arch, fingerprint
 from quota.calib.blocks import Batch, Block
+from quota.calib.families import Grid, Tower, decoder_positions, decoder_rotary
 from quota.core.errors import CheckpointError
 from quota.nn.scores import text_queries
 
@@ -22,9 +23,9 @@ TEXT, VISUAL, QUERY = 0, 1, 2
 
 
 class FloatSource:
-    """A float LLaVA checkpoint folder (or hub name), opened lazily: one block at a time is in memory.
+    """A float checkpoint folder (or hub name), opened lazily: one block at a time is in memory.
 
-    Raises CheckpointError naming the file or tensor when the folder is not a float LLaVA checkpoint.
+    Raises CheckpointError naming the file or tensor when the folder is not a float checkpoint of a supported architecture.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -54,16 +55,16 @@ class FloatSource:
         for name in files:
             try:
                 with safe_open(self.folder / name, "pt") as handle:
-                    index.update({canonical_key(key): (name, key) for key in handle.keys()})  # noqa: SIM118
+                    index.update({self.arch.canonical_key(key): (name, key) for key in handle.keys()})  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{name}: expected a complete safetensors file, got an error: {error}; download it again") from error
         return index
 
     def _skeleton(self) -> nn.Module:
-        from transformers import LlavaForConditionalGeneration
+        import transformers
 
         with torch.device("meta"):
-            return LlavaForConditionalGeneration(self.config)
+            return getattr(transformers, self.arch.model_class)(self.config)
 
     @property
     def fingerprint(self) -> str:
@@ -104,13 +105,9 @@ class FloatSource:
     def block(self, kind: str, path: str, device: str = "cpu") -> Block:
         """A calibration `Block` at `path`, still float."""
         text = self.config.text_config
-        rotary = None
-        if kind == "decoder":
-            from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-            rotary = LlamaRotaryEmbedding(text).to(device)
-        config = self.config.vision_config if kind == "vision" else text
-        return Block(self.module(path, device), kind, path, config, rotary)
+        rotary = decoder_rotary(self.arch.name, text).to(device) if kind == "decoder" else None
+        config = text if kind == "decoder" else self.config.vision_config
+        return Block(self.module(path, device), kind, path, self.arch.name, config, rotary)
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -132,8 +129,9 @@ def resolve_folder(model: str | Path) -> Path:
 class Stream:
     """Hidden states of all calibration items in one file: ragged rows packed as [total, width].
 
-    path: data file. lengths: rows of each item. positions, roles, columns: int32 / int8 / int32 [total] (decoder stream; zeros elsewhere); columns are
-    places in the unpruned prompt. images: per item the number of pictures and of visual tokens before any drop (decoder stream).
+    path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8 [total], columns int32 [total] (places in the
+    unpruned prompt): decoder stream, zeros elsewhere. images: per item the visual tokens of each picture before any drop (decoder stream). grids: per item the
+    picture's patch grid (tower streams of dynamic resolution, else empty).
     """
 
     def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool) -> None:
@@ -144,7 +142,8 @@ class Stream:
         self.positions = np.zeros(total, np.int32)
         self.roles = np.zeros(total, np.int8)
         self.columns = np.zeros(total, np.int32)
-        self.images: list[tuple[int, int]] = [(0, 0)] * len(self.lengths)
+        self.images: list[tuple[int, ...]] = [()] * len(self.lengths)
+        self.grids: list[Grid] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -166,14 +165,15 @@ class Stream:
         longest = max(self.lengths[i] for i in items)
         hidden = torch.zeros(len(items), longest, self.width)
         valid = torch.zeros(len(items), longest, dtype=torch.bool)
-        positions = torch.zeros(len(items), longest, dtype=torch.int64)
+        positions = torch.zeros(len(items), longest, *self.positions.shape[1:], dtype=torch.int64)
         visual = torch.zeros_like(valid)
         for row, item in enumerate(items):
             n = self.lengths[item]
             visual[row, :n] = torch.from_numpy(self.roles[self.rows(item)] == VISUAL)
             hidden[row, :n], valid[row, :n] = self.read(item), True
             positions[row, :n] = torch.from_numpy(self.positions[self.rows(item)].astype(np.int64))
-        return Batch(hidden.to(device), valid.to(device), positions.to(device), visual.to(device))
+        grids = [self.grids[i] for i in items] if self.grids else None
+        return Batch(hidden.to(device), valid.to(device), positions.to(device), visual.to(device), grids)
 
     def batches(self, size: int) -> Iterator[list[int]]:
         """Item numbers in order, `size` at a time."""
@@ -185,15 +185,15 @@ class Stream:
         out = Stream(path, width or self.width, self.lengths if lengths is None else lengths, self.dtype, create=True)
         if lengths is None:
             out.positions, out.roles, out.columns = self.positions.copy(), self.roles.copy(), self.columns.copy()
-            out.images = list(self.images)
+            out.images, out.grids = list(self.images), list(self.grids)
         return out
 
     def layout(self) -> dict[str, Any]:
         """JSON-able description, enough for `reopen`."""
         return {
             "file": self.path.name, "width": self.width, "dtype": self.dtype, "lengths": self.lengths,
-            "positions": self.positions.tolist(), "roles": self.roles.tolist(),
-            "columns": self.columns.tolist(), "images": [list(pair) for pair in self.images],
+            "positions": self.positions.tolist(), "roles": self.roles.tolist(), "columns": self.columns.tolist(),
+            "images": [list(counts) for counts in self.images], "grids": [list(grid) for grid in self.grids],
         }  # fmt: skip
 
     @classmethod
@@ -203,7 +203,8 @@ class Stream:
         out.positions = np.asarray(layout["positions"], np.int32)
         out.roles = np.asarray(layout["roles"], np.int8)
         out.columns = np.asarray(layout["columns"], np.int32)
-        out.images = [(int(a), int(b)) for a, b in layout["images"]]
+        out.images = [tuple(counts) for counts in layout["images"]]
+        out.grids = [(frames, rows, columns) for frames, rows, columns in layout["grids"]]
         return out
 
 
@@ -217,52 +218,54 @@ def advance(block: Block, source: Stream, target: Stream, batch: int, device: st
 
 
 @torch.no_grad()
-def embed_images(source: FloatSource, pixels: Iterable[Tensor], count: int, path: Path, dtype: str) -> Stream:
-    """Patch embeddings and the first norm of each picture. pixels: `count` tensors [1, 3, H, W]; CheckpointError for another H or W than the model's."""
-    arch, size = source.arch, source.config.vision_config.image_size
-    embeddings, norm = source.module(arch.vision_embed_path), source.module(arch.vision_norm_path)
-    length = arch.visual_tokens + int(arch.drops_cls)
-    stream = Stream(path, arch.vision_hidden_size, [length] * count, dtype, create=True)
-    for item, picture in enumerate(pixels):
-        if tuple(picture.shape[-2:]) != (size, size):
-            raise CheckpointError(f"pixel_values: expected {size} x {size} pixels, got {list(picture.shape[-2:])}; the processor does not fit the model")
-        stream.write(item, norm(embeddings(picture.float()))[0])
+def embed_images(source: FloatSource, pixels: Iterable[Tensor], grids: Sequence[Grid | None], path: Path, dtype: str) -> Stream:
+    """What the tower's first block reads of each picture. pixels: one tensor per picture, as the processor makes it; grids: its patch grid, None for an
+    architecture of one picture size."""
+    tower = Tower(source)
+    stream = Stream(path, source.arch.vision_hidden_size, [tower.rows(grid) for grid in grids], dtype, create=True)
+    stream.grids = [grid for grid in grids if grid is not None]
+    for item, (picture, grid) in enumerate(zip(pixels, grids, strict=True)):
+        stream.write(item, tower.embed(picture, grid))
     return stream
 
 
-def select_features(stream: Stream, arch: ArchSpec, path: Path) -> Stream:
-    """What the projector reads: the vision stream without the class token where the architecture drops it."""
-    first = int(arch.drops_cls)
-    out = stream.like(path, lengths=[n - first for n in stream.lengths])
+def select_features(source: FloatSource, stream: Stream, path: Path) -> Stream:
+    """What the projector reads: LLaVA's stream without the class token, Qwen2.5-VL's with the patches of a visual token side by side, in raster order."""
+    tower = Tower(source)
+    sizes = [tower.feature_size(n, stream.width) for n in stream.lengths]
+    out = stream.like(path, width=sizes[0][1] if sizes else None, lengths=[rows for rows, _ in sizes])
     for item in range(len(stream)):
-        out.write(item, stream.read(item)[first:])
+        out.write(item, tower.features(stream.read(item), stream.grids[item] if stream.grids else None))
     return out
 
 
-def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path) -> Stream:
+def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[Grid] = ()) -> Stream:
     """The decoder's input stream: word embeddings with the projected pictures in their places.
 
-    ids: one int64 tensor [length] per sample, pictures in order of appearance over all samples. CheckpointError when counts disagree.
+    ids: one int64 tensor [length] per sample, pictures (and their patch grids, where resolution is dynamic) in order of appearance over all samples.
+    CheckpointError when counts disagree.
     """
     arch = source.arch
     table = source.tensor(f"{arch.embed_path}.weight")
     out = images.like(path, width=arch.hidden_size, lengths=[len(sample) for sample in ids])
-    picture = 0
+    if arch.visual_tokens is None:
+        out.positions = np.zeros((len(out.positions), 3), np.int32)
+    first = 0
     for item, sample in enumerate(ids):
         hidden = table[sample].float()
-        visual = sample == arch.image_token_id
-        count, rest = divmod(int(visual.sum()), arch.visual_tokens)
-        if rest or picture + count > len(images):
-            expected = f"a multiple of {arch.visual_tokens} image tokens"
-            raise CheckpointError(f"sample {item}: expected {expected}, got {int(visual.sum())}; the processor does not fit the model")
-        if count:
-            hidden[visual] = torch.cat([images.read(picture + i) for i in range(count)])
-            picture += count
+        number = arch.image_index(sample[None])[0]
+        own = list(range(first, first + int(number.max()) + 1))
+        counts = tuple(int((number == i).sum()) for i in range(len(own)))
+        if own and (own[-1] >= len(images) or counts != tuple(images.lengths[i] for i in own)):
+            stored = images.lengths[own[0] : own[-1] + 1]
+            raise CheckpointError(f"sample {item}: expected pictures of {stored} image tokens, got {list(counts)}; the processor does not fit the model")
+        if own:
+            hidden[number >= 0] = torch.cat([images.read(i) for i in own])
         out.write(item, hidden)
         rows = out.rows(item)
-        out.positions[rows] = out.columns[rows] = np.arange(len(sample))
-        out.roles[rows] = _roles(visual)
-        out.images[item] = (count, count * arch.visual_tokens)
+        out.positions[rows] = decoder_positions(arch, source.skeleton, sample, [grids[i] for i in own] if grids else []).numpy()
+        out.roles[rows], out.columns[rows], out.images[item] = _roles(number >= 0), np.arange(len(sample)), counts
+        first += len(own)
     return out
 
 

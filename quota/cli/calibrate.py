@@ -24,7 +24,7 @@ def parse_modules(text: str) -> tuple[str, ...]:
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Float LLaVA checkpoint: a folder or a hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Float checkpoint (LLaVA-1.5, Qwen2.5-VL): a folder or a hub name.")],
     samples: Annotated[Path, typer.Option("--samples", help="Calibration samples, a JSON file (see below).")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write. It appears only when it is complete.")],
     regime: Annotated[str, typer.Option("--regime", help="Bits of weights, activations and the KV cache.")] = "w4a4kv4",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, serve, study
+from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, samples, serve, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ def main(
 ) -> None:
     """Joint quantization and visual-token pruning of vision-language models.
 
-    A float LLaVA checkpoint becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that says how many visual tokens each
+    A float checkpoint (LLaVA-1.5, Qwen2.5-VL) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that says how many visual tokens each
     layer keeps; both together answer questions (`run`, `eval`).
 
     **Start here:** `quota demo` does all of it on an embedded model. Every verb explains itself: `quota VERB --help`.
@@ -38,6 +38,7 @@ def main(
 
 app.command("doctor", rich_help_panel="Look")(doctor.doctor)
 app.command("calibrate", rich_help_panel="Make")(calibrate.calibrate)
+app.add_typer(samples.app, name="samples", rich_help_panel="Make")
 app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
 app.command("run", rich_help_panel="Use")(run.run)
 app.command("serve", rich_help_panel="Use")(serve.serve)

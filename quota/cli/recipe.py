@@ -185,7 +185,7 @@ def validate(
 
 
 def _fingerprint_of(model: str) -> str:
-    from quota.arch.llava import model_fingerprint
+    from quota.arch import model_fingerprint
     from quota.eval.asking import load_model
 
     check_checkpoint(model, "--model")

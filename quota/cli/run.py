@@ -60,7 +60,7 @@ def run(
     if show is not None:
         from quota.report.overlay import save_overlay
 
-        save_overlay(show, pictures, answer.kept_visual())
+        save_overlay(show, pictures, answer.kept_visual(), answer.grids)
     if json:
         print_json({"text": answer.text, **answer.figures(), "overlay": str(show) if show else None})
         return

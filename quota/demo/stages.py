@@ -94,7 +94,7 @@ class Demo:
 
     def facts(self) -> ModelFacts:
         """Stage 1: the float checkpoint and its samples."""
-        from quota.arch.llava import find_arch, model_fingerprint
+        from quota.arch import find_arch, model_fingerprint
 
         self.title(1, "float checkpoint and calibration samples")
         model, _ = load_model(self.settings.float_checkpoint)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch.llava import find_arch
+from quota.arch import find_arch
 from quota.core.errors import CheckpointError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
 
@@ -30,12 +30,14 @@ def load_model(checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool [prompt tokens]."""
+    """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool [prompt tokens].
+    `grids`: (rows, columns) of each picture's tokens where resolution is dynamic."""
 
     text: str
     made: Generated
     kept: dict[int, Tensor]
     visual: Tensor
+    grids: list[tuple[int, int]] | None = None
 
     def figures(self) -> dict[str, Any]:
         """Counts and costs, JSON-able. `kept`: candidate layer -> indices of the visual tokens alive from there on."""
@@ -57,12 +59,20 @@ class Answer:
 def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new_tokens: int = 64) -> Answer:
     """One greedy answer. A prompt that already holds image marks is used as it is; otherwise the chat template renders it."""
     mark = getattr(processor, "image_token", "<image>")
-    text = prompt if mark in prompt else render_prompt(processor, prompt, len(pictures))
-    inputs = encode_prompts(model, processor, [text], pictures)
+    rendered = prompt if mark in prompt else render_prompt(processor, prompt, len(pictures))
+    inputs = encode_prompts(model, processor, [rendered], pictures)
     made = generate(model, inputs, max_new_tokens=max_new_tokens)
     visual = (inputs["input_ids"][0] == find_arch(model).image_token_id).cpu()
     kept = {layer: torch.as_tensor(mask[0]).bool().cpu() for layer, mask in kept_masks(model).items()}
-    return Answer(processor.batch_decode(made.new_ids, skip_special_tokens=True)[0].strip(), made, kept, visual)
+    text = processor.batch_decode(made.new_ids, skip_special_tokens=True)[0].strip()
+    return Answer(text, made, kept, visual, _token_grids(model, inputs))
+
+
+def _token_grids(model: Any, inputs: dict[str, Tensor]) -> list[tuple[int, int]] | None:
+    if "image_grid_thw" not in inputs:
+        return None
+    side = model.config.vision_config.spatial_merge_size
+    return [(rows // side, columns // side) for _, rows, columns in inputs["image_grid_thw"].tolist()]
 
 
 def kept_masks(model: Any) -> dict[int, Tensor]:

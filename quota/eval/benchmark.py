@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from quota.arch.processing import BACKEND
 from quota.eval.generation import Cost, answers
 from quota.eval.questions import Question, chunks, questions_fingerprint
 from quota.eval.results import Comparison, Evaluation, Row
@@ -131,7 +132,7 @@ def summarise(
         questions=len(questions), questions_by_task={task: len(v) for task, v in rows[0].right.items()},
         questions_fingerprint=questions_fingerprint(questions), majority_accuracy_by_task=majority_accuracy(questions),
         blind_accuracy_by_task=accuracies(blind) if blind is not None else None, resamples=settings.resamples, seed=settings.seed,
-        timed_requests=timed_requests, comparisons=comparisons,
+        image_backend=BACKEND, timed_requests=timed_requests, comparisons=comparisons,
         rows=[_row(r, right[baseline] if baseline and known else None, totals, draws) for r in rows],
     )  # fmt: skip
 

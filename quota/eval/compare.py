@@ -18,7 +18,7 @@ from quota.core.recipe import Recipe
 from quota.eval.asking import load_model
 from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, rights, summarise, weight_bytes
 from quota.eval.generation import measure_cost
-from quota.eval.questions import Question, questions_fingerprint, sample_questions, scene_questions
+from quota.eval.questions import Question, mixed_questions, questions_fingerprint, sample_questions, scene_questions
 from quota.eval.results import Evaluation
 from quota.nn.checkpoint import Manifest, is_quantized_folder
 
@@ -54,10 +54,11 @@ def cache_dtype(checkpoint: Path) -> str:
     return "float32"
 
 
-def questions_for(samples: Path | None, number: int, size_px: int) -> list[Question]:
-    """Questions of a samples file, or `number` generated ones."""
+def questions_for(samples: Path | None, number: int, vision: Any) -> list[Question]:
+    """Questions of a samples file, or `number` generated ones that suit the tower of configuration `vision`: five kinds where resolution is dynamic."""
     if samples is None:
-        return scene_questions(number, 336 if size_px >= 300 else 168)
+        size_px = getattr(vision, "image_size", None)
+        return mixed_questions(number) if size_px is None else scene_questions(number, 336 if size_px >= 300 else 168)
     from quota.calib.samples import Samples
 
     return sample_questions(Samples.load(samples))
@@ -100,8 +101,7 @@ def evaluate_checkpoint(
             models[spec.name] = spec.open()
         return models[spec.name]
 
-    size_px = opened(specs[-1])[0].config.vision_config.image_size
-    questions = questions_for(samples, number, size_px)
+    questions = questions_for(samples, number, opened(specs[-1])[0].config.vision_config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         answered = answer_rows(specs, questions, folder, settings, opened)

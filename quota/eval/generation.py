@@ -1,4 +1,4 @@
-"""Greedy answers from any LLaVA model, float or quantized, pruned or not, with what each request cost."""
+"""Greedy answers from any supported model, float or quantized, pruned or not, with what each request cost."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch.llava import find_arch
+from quota.arch import find_arch
 from quota.eval.questions import Question
 from quota.nn.cache import kv_bytes, stored_tokens
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
 
 
 def render_prompt(processor: Any, instruction: str, images: int) -> str:
@@ -25,7 +27,7 @@ def render_prompt(processor: Any, instruction: str, images: int) -> str:
 
 
 def encode(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
-    """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values where there are pictures."""
+    """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values (and what the family adds)."""
     pictures = [q.open_image() for q in questions if q.open_image is not None]
     return encode_prompts(model, processor, [render_prompt(processor, q.instruction, int(q.open_image is not None)) for q in questions], pictures)
 
@@ -34,7 +36,7 @@ def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: lis
     """Rendered prompts and their pictures in order -> left-padded inputs on the model's device."""
     processor.tokenizer.padding_side = "left"
     inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
-    kept = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values", "image_sizes")}
+    kept = {k: v.to(model.device) for k, v in inputs.items() if k in _MODEL_INPUTS}
     if "pixel_values" in kept:
         kept["pixel_values"] = kept["pixel_values"].to(model.dtype)
     return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count as count_from
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from quota.core.errors import SampleError, UsageError
 from quota.scenes import generate as g
+from quota.scenes import kinds as k
 from quota.scenes.vocabulary import CAPTION_REQUEST, IMAGE_SIZE
 
 DEFAULT_QUESTIONS = 600
@@ -58,6 +59,34 @@ def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) 
             continue
         out.append(Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, _opener("test", index, size_px)))
     return out
+
+
+def mixed_questions(number: int = DEFAULT_QUESTIONS) -> list[Question]:
+    """`number` questions over the test split of all five kinds, balanced over the kinds and inside each over its tasks; tasks are named `kind/task`.
+
+    Always the same list, a longer one starts with a shorter one; every question has its own page.
+    """
+    if number < 1:
+        raise UsageError(f"questions: expected at least 1, got {number}")
+    out: list[Question] = []
+    seen = dict.fromkeys(k.KINDS, 0)
+    asked = dict.fromkeys(k.KINDS, 0)
+    while len(out) < number:
+        kind = k.KINDS[len(out) % len(k.KINDS)]
+        task = k.TASKS[kind][asked[kind] % len(k.TASKS[kind])]
+        index, seen[kind] = seen[kind], seen[kind] + 1
+        found = next((q for q in k.questions(kind, "test", index) if q.task == task), None)
+        if found is None:  # this page allows no question of this task: take the next page
+            continue
+        asked[kind] += 1
+        opener = None if kind == k.TEXT else partial(_page_picture, kind, index)
+        out.append(Question(f"test-{kind}-{index:05d}-{task}", f"{kind}/{task}", found.text, found.answer, opener))
+    return out
+
+
+@lru_cache(maxsize=700)
+def _page_picture(kind: str, index: int) -> Image:
+    return k.picture(kind, "test", index)
 
 
 def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:

@@ -52,6 +52,7 @@ class Evaluation(_Model):
     blind_accuracy_by_task: dict[str, float] | None = Field(description="the first row's model asked without the picture; null when not run")
     resamples: int = Field(description="bootstrap resamples")
     seed: int = Field(description="bootstrap seed")
+    image_backend: str | None = Field(default=None, description="what turned pictures into pixels (`pil`); null in reports of before it was recorded")
     timed_requests: int = Field(description="single requests behind prefill_ms, decode_ms, kv_bytes and visual tokens")
     rows: list[Row] = Field(description="one entry per configuration")
     comparisons: list[Comparison] = Field(description="paired differences")

@@ -85,11 +85,14 @@ class QuantAttention(Float32State):
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
     def _append(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Kv4Layer) -> Tensor:
-        """qkv [B, T, (H + 2 Hkv) D] float32 -> q [B, H, T, D], rotated and transformed; k and v go into `cache`."""
+        """qkv [B, T, (H + 2 Hkv) D] float32 -> q [B, H, T, D], rotated and transformed (see below); k and v go into `cache`."""
         rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
         batch, tokens, _ = qkv.shape
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
-        return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), cache.key, cache.value, position, self.clips)
+        return ops.qkv_append(qkv, rotary, self._appended_transforms(), cache.key, cache.value, position, self.clips)
+
+    def _appended_transforms(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.q_transform, self.k_transform
 
 
 class QuantClipAttention(nn.Module):

@@ -71,7 +71,16 @@ def _spread(shown: Sequence[Shown], counts: list[int]) -> list[list[Shown]]:
     return out
 
 
-def picture_digests(pixels: Tensor) -> list[str]:
-    """pixel_values [N, ...] -> one text per picture; the same for every float dtype the model may run in."""
+def shown_pictures(pixels: Tensor, grids: Tensor | None = None, merge: int = 1) -> list[Shown]:
+    """What `pixels` show. pixel_values [N, ...], a picture each; or, with `grids` int64 [N, 3] (frames, rows and columns of patches, `merge` x `merge` of
+    which make a visual token), [patches of all pictures, patch]."""
+    if grids is None:
+        return [Shown(picture_digest(picture)) for picture in pixels]
+    parts = pixels.split(grids.prod(-1).tolist())
+    return [Shown(picture_digest(part), (t * h // merge, w // merge)) for part, (t, h, w) in zip(parts, grids.tolist(), strict=True)]
+
+
+def picture_digest(pixels: Tensor) -> str:
+    """A text that names the content of one picture's pixel_values; the same for every float dtype the model may run in."""
     rounded = pixels.detach().to(torch.bfloat16).view(torch.int16).cpu().contiguous().numpy()
-    return [hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in rounded]
+    return hashlib.blake2b(rounded.tobytes(), digest_size=16).hexdigest()

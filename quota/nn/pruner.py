@@ -8,7 +8,8 @@ whole prompt's length, by which `generate` and the text model count positions.
 
 Positions. "original": kept tokens keep the prompt's rotary positions and decoding continues the unpruned counter. "compact": inside each
 layer the alive tokens are renumbered without gaps from the row's first position, and decoding at a layer continues from that layer's own
-last number; what a layer cached and what it computes later therefore always use one numbering.
+last number; what a layer cached and what it computes later therefore always use one numbering. Under M-RoPE "original" keeps a token's three
+positions together; "compact" gives the alive tokens one consecutive number for all three, so the picture's layout is no longer in them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from transformers.masking_utils import create_causal_mask
 from quota import ops
 from quota.arch import find_arch, submodule
 from quota.core.errors import UsageError
-from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe, kept_tokens
+from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe, Selection
 from quota.nn.attention import QuantAttention, Record
+from quota.nn.budget import picture_sizes, plan_budgets, set_sizes
 from quota.nn.cache import Rows, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
-from quota.nn.pictures import Pictures, Shown, picture_digests
+from quota.nn.pictures import Pictures, Shown, shown_pictures
 from quota.nn.recording import start_recording
 from quota.nn.scores import text_queries
 from quota.nn.select import Alive, choose
@@ -40,7 +42,7 @@ class Stage:
 
     index: Tensor  # int64, column of the prompt
     valid: Tensor  # bool
-    visual: Tensor  # bool
+    group: Tensor  # int64, the set of visual tokens it competes in (see `quota.nn.budget`), -1 for text
     text: Tensor  # bool, text queries
     dropped: Tensor  # int64 [B]
     start: Tensor | None  # int32 [B], None where nothing is padded
@@ -48,10 +50,14 @@ class Stage:
     mask: Tensor | None = None
     mask_made: bool = False
 
+    @property
+    def visual(self) -> Tensor:
+        return self.group >= 0
+
 
 @dataclass
 class Prefill:
-    """One prompt on its way through the layers. `keep`: candidate -> visual tokens to keep [B], only where some row drops any."""
+    """One prompt on its way through the layers. `keep`: candidate -> visual tokens to keep [B, sets], only where some row drops any."""
 
     stage: Stage
     keep: dict[int, Tensor]
@@ -79,7 +85,7 @@ class Lengths:
 
 
 class Pruner:
-    """Installs a recipe on a LLaVA model, float or quantized. `remove()` takes every trace away.
+    """Installs a recipe on a model, float or quantized. `remove()` takes every trace away.
 
     forced: candidate layer -> bool [B, prompt tokens] to keep instead of the scored choice (visual tokens only; others stay).
     After a prefill `kept` maps each candidate to bool [B, prompt tokens] (True = alive from there on) and `cache_lengths` lists the tokens
@@ -96,7 +102,7 @@ class Pruner:
         self.signals: dict[int, dict[str, Tensor]] = {}
         self.keep_signals = False
         self.cache_lengths: list[int] = []
-        self._visual: Tensor | None = None
+        self._picture: Tensor | None = None
         self._shown: list[Shown] | None = None
         self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in layers]
         self._restore = start_recording(self.text) if any(self._float_layers) else None
@@ -105,7 +111,7 @@ class Pruner:
             model.get_submodule(self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
             self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
         ]
-        if forced is None and any(recipe.selection_at(c).score == "random" for c in recipe.candidates):
+        if forced is None and any(_asks_for_pictures(recipe.selection_at(c)) for c in recipe.candidates):
             vision = submodule(model, self.arch.vision_path)
             self._handles.append(vision.register_forward_pre_hook(self._before_vision, with_kwargs=True))
         for number, layer in enumerate(layers):
@@ -128,26 +134,26 @@ class Pruner:
 
     def _before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._visual = None if ids is None else ids == self.arch.image_token_id
+        self._picture = None if ids is None else self.arch.image_index(ids)
 
     def _before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pixels = args[0] if args else kwargs["pixel_values"]
-        self._shown = [Shown(digest) for digest in picture_digests(pixels)]
+        pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
+        self._shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.arch.merge)
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        visual, self._visual = self._visual, None
+        picture, self._picture = self._picture, None
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
         cached = 0 if cache is None else cache.get_seq_length()
         if embeds is None or (embeds.shape[1] == 1 and cached):
             return None
-        if visual is None:
+        if picture is None:
             if not cached:
                 raise UsageError("input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual")
-            visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            picture = torch.full(embeds.shape[:2], -1, device=embeds.device)
         if cached:
-            self._check_continuation(visual, mask)
+            self._check_continuation(picture >= 0, mask)
             return None
-        return args, {**kwargs, "quota_prefill": self._prefill(visual, mask, cache)}
+        return args, {**kwargs, "quota_prefill": self._prefill(picture, mask, cache)}
 
     def _check_continuation(self, visual: Tensor, mask: Any) -> None:
         if bool(visual.any()):
@@ -158,8 +164,8 @@ class Pruner:
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -visual.shape[1] :].all()):
             raise UsageError("attention_mask: padding inside a continued conversation is not supported; continue rows one at a time")
 
-    def _prefill(self, visual: Tensor, mask: Any, cache: Any) -> Prefill:
-        batch, tokens = visual.shape
+    def _prefill(self, picture: Tensor, mask: Any, cache: Any) -> Prefill:
+        batch, tokens = picture.shape
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError("attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the tokenizer's mask")
         if mask is not None and mask.shape[1] != tokens:
@@ -169,33 +175,32 @@ class Pruner:
             )
         if cache is not None and any(layer.is_compileable for layer in cache.layers):
             raise UsageError("past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset")
-        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        valid = torch.ones_like(picture, dtype=torch.bool) if mask is None else mask.bool()
         start = row_start(valid)
+        real = picture.masked_fill(~valid, -1)
+        group, keep = self._plan(real)
         stage = Stage(
-            torch.arange(tokens, device=visual.device).expand(batch, -1), valid, visual & valid, text_queries(visual, valid),
-            torch.zeros(batch, dtype=torch.int64, device=visual.device), start if bool(start.any()) else None,
+            torch.arange(tokens, device=picture.device).expand(batch, -1), valid, group, text_queries(picture >= 0, valid),
+            torch.zeros(batch, dtype=torch.int64, device=picture.device), start if bool(start.any()) else None,
         )  # fmt: skip
         self.kept, self.signals, self.cache_lengths = {}, {}, [tokens] * self.arch.layers
         shown, self._shown = self._shown, None
-        number = (stage.visual.long().cumsum(-1) - 1) // self.arch.visual_tokens
-        pictures = Pictures.of(number.masked_fill(~stage.visual, -1), shown)
-        return Prefill(stage, self._plan(stage.visual), start.long(), tokens, pictures)
+        return Prefill(stage, keep, start.long(), tokens, Pictures.of(real, shown))
 
-    def _plan(self, visual: Tensor) -> dict[int, Tensor]:
-        """Equation (5) for every row of visual [B, S]; only candidates where some row has more tokens than its budget."""
+    def _plan(self, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than its budget."""
         if self.forced is not None:
-            return {layer: torch.zeros(0) for layer in self.ratios} if bool(visual.any()) else {}
-        alive = visual.sum(-1).tolist()
-        images = [-(-count // self.arch.visual_tokens) for count in alive]
-        own = self.recipe.reference == "per_image"
-        reference = alive if own else [self.recipe.reference_tokens * n for n in images]
+            return picture, {layer: torch.zeros(0) for layer in self.ratios} if bool((picture >= 0).any()) else {}
+        counts = picture_sizes(picture)
+        group, alive = picture, None
         plan: dict[int, Tensor] = {}
         for layer, ratio in self.ratios.items():
-            budget = [kept_tokens(ratio, tokens) for tokens in reference]
-            if any(a > b for a, b in zip(alive, budget, strict=True)):
-                plan[layer] = torch.tensor(budget, device=visual.device)
-            alive = [min(a, b) for a, b in zip(alive, budget, strict=True)]
-        return plan
+            group, budget = plan_budgets(self.recipe, ratio, picture, counts)
+            alive = set_sizes(group, budget.shape[1]) if alive is None else alive
+            if bool((alive > budget).any()):
+                plan[layer] = budget
+            alive = torch.minimum(alive, budget)
+        return group, plan
 
     def _before_layer(self, number: int) -> Any:
         candidate = BEFORE if number == 0 else number
@@ -228,11 +233,11 @@ class Pruner:
             chosen = mask.gather(1, stage.index.clamp_max(mask.shape[1] - 1)) | (stage.index >= mask.shape[1])
         else:
             alive = Alive(
-                hidden, stage.visual.long() - 1, stage.text, stage.index, layer, prefill.pictures, prefill.record,
+                hidden, stage.group, stage.text, stage.index, layer, prefill.pictures, prefill.record,
                 lambda: self._own_record(prefill, max(candidate, 0), layer, hidden, kwargs),
             )  # fmt: skip
             signals: dict[str, Tensor] = {}
-            chosen = choose(self.recipe, candidate, alive, prefill.keep[candidate][:, None], signals)
+            chosen = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
             prefill.record = None
             if self.keep_signals:
                 self.signals[candidate] = signals
@@ -241,9 +246,9 @@ class Pruner:
             return hidden
         counts = keep.sum(-1)
         order = torch.sort(keep.int(), dim=-1, stable=True).indices[:, hidden.shape[1] - int(counts.max()) :]  # dropped first, kept in order last
-        index, valid, visual, text = (t.gather(1, order) for t in (stage.index, keep, stage.visual & keep, stage.text & keep))
+        index, valid, group, text = (t.gather(1, order) for t in (stage.index, keep, stage.group.masked_fill(~keep, -1), stage.text & keep))
         start = (order.shape[1] - counts).int()
-        prefill.stage = Stage(index, valid, visual, text, stage.dropped + stage.valid.sum(-1) - counts, start if bool(start.any()) else None)
+        prefill.stage = Stage(index, valid, group, text, stage.dropped + stage.valid.sum(-1) - counts, start if bool(start.any()) else None)
         prefill.pruned = True
         return ops.token_gather(hidden, order)
 
@@ -280,8 +285,7 @@ class Pruner:
 
     def _rotary(self, stage: Stage, first_column: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.recipe.position_policy == "compact":
-            positions = kwargs["position_ids"].expand(len(stage.index), -1)
-            first = positions.gather(1, first_column.clamp_max(positions.shape[1] - 1)[:, None])
+            first = _first_position(kwargs.get("position_ids"), first_column)
             return self.text.rotary_emb(hidden, position_ids=(first + stage.valid.long().cumsum(-1) - 1).clamp_min(0))
         cos, sin = (t.expand(len(stage.index), -1, -1) for t in kwargs["position_embeddings"])
         return ops.token_gather(cos, stage.index), ops.token_gather(sin, stage.index)
@@ -293,7 +297,13 @@ class Pruner:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.recipe.position_policy == "compact":
-            positions = kwargs["position_ids"].expand(hidden.shape[0], -1) - rows.dropped[:, None]
+            positions = kwargs.get("position_ids")
+            if positions is None:  # M-RoPE without generate: the next number of this layer's own row
+                started = rows.stored - (0 if rows.start is None else rows.start.long()[:, None])
+                positions = started + torch.arange(hidden.shape[1], device=hidden.device)
+            else:
+                positions = positions - rows.dropped[:, None]
+            positions = positions.expand(hidden.shape[0], -1)
             kwargs["position_embeddings"] = self.text.rotary_emb(hidden, position_ids=positions)
         mask = None
         if self._float_layers[number] and (rows.start is not None or hidden.shape[1] > 1):
@@ -311,3 +321,16 @@ class Pruner:
 
     def _cache_layer(self, cache: Any, number: int) -> Rows:
         return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)
+
+
+def _asks_for_pictures(selection: Selection) -> bool:
+    """Whether a selection looks at the pictures themselves: at their content, or at where in them a token lies."""
+    return selection.score == "random" or selection.policy == "grid"
+
+
+def _first_position(positions: Tensor | None, first_column: Tensor) -> Tensor:
+    """[B, 1]: the rotary position of each row's first real token; 0 where a model keeps only positions of several axes."""
+    if positions is None:
+        return torch.zeros_like(first_column)[:, None]
+    rows = positions.expand(len(first_column), -1)
+    return rows.gather(1, first_column.clamp_max(rows.shape[1] - 1)[:, None])

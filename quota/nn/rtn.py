@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quota.arch import ArchSpec, find_arch, submodule
+from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
 from quota.nn.structure import Shapes, check_modules, quantize_structure
 from quota.quant.affine import quantize_weight
@@ -17,22 +18,33 @@ from quota.quant.transform import apply_kronecker, hadamard
 
 @torch.no_grad()
 def quantize_rtn(model: Any, modules: Collection[str] = ("vision", "projector", "llm"), *, transforms: bool = True, clip: float = 1.0) -> Any:
-    """Quantize a float LLaVA model in place to W4A4KV4 by rounding to nearest; returns it.
+    """Quantize a float model in place to W4A4KV4 by rounding to nearest; returns it.
 
     transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections; over head_dim
     after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every group.
     """
     chosen, arch = check_modules(modules), find_arch(model)
     weights = {path: _float_group(submodule(model, path.rpartition(".")[0]), parts) for path, parts in _groups(arch, chosen).items()}
-    shapes: Shapes | None = None if transforms else {}
+    shapes: Shapes | None = None if transforms else {f"{arch.decoder_layer(i)}.self_attn.k_bias": () for i in range(arch.layers)}
     quantize_structure(model, chosen, shapes)
     for path, (weight, bias) in weights.items():
         group: Any = model.get_submodule(path)
         fill(group, weight, bias, clip)
-    if "llm" in chosen and transforms:
-        for index in range(arch.layers):
-            _fill_heads(model.get_submodule(f"{arch.decoder_layer(index)}.self_attn"), arch.head_dim)
+    for index in range(arch.layers) if "llm" in chosen else ():
+        attention = model.get_submodule(f"{arch.decoder_layer(index)}.self_attn")
+        if transforms:
+            _fill_heads(attention, arch.head_dim)
+        if isinstance(attention, QuantBiasedAttention):
+            _part_key_bias(attention)
     return model
+
+
+def _part_key_bias(attention: QuantBiasedAttention) -> None:
+    bias: Any = attention.qkv_proj.bias
+    first = attention.heads * attention.head_dim
+    rows = bias[first : first + attention.k_bias.numel()]
+    attention.k_bias.copy_(rows.view_as(attention.k_bias))
+    rows.zero_()
 
 
 def _groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -44,6 +56,8 @@ def _groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...
             groups[f"{path}.self_attn.o_proj"] = ("o_proj",)
             groups[f"{path}.mlp.gate_up_proj"] = ("gate_proj", "up_proj")
             groups[f"{path}.mlp.down_proj"] = ("down_proj",)
+    if arch.name == "qwen2_5_vl":
+        return groups | _tower_groups(arch, chosen)
     if "vision" in chosen:
         for path in (arch.vision_layer(i) for i in range(arch.vision_layers_used)):
             groups[f"{path}.self_attn.qkv_proj"] = ("q_proj", "k_proj", "v_proj")
@@ -51,6 +65,16 @@ def _groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...
             groups[f"{path}.mlp.fc1"], groups[f"{path}.mlp.fc2"] = ("fc1",), ("fc2",)
     if "projector" in chosen:
         groups |= {f"{arch.projector_path}.{name}": (name,) for name in ("linear_1", "linear_2")}
+    return groups
+
+
+def _tower_groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
+    groups: dict[str, tuple[str, ...]] = {}
+    for path in (arch.vision_layer(i) for i in range(arch.vision_layers_used) if "vision" in chosen):
+        groups |= {f"{path}.attn.qkv": ("qkv",), f"{path}.attn.proj": ("proj",)}
+        groups |= {f"{path}.mlp.gate_up_proj": ("gate_proj", "up_proj"), f"{path}.mlp.down_proj": ("down_proj",)}
+    if "projector" in chosen:
+        groups |= {f"{arch.projector_path}.mlp.{name}": (name,) for name in ("0", "2")}
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Replacing the float modules of a LLaVA model by quantized ones: shapes only, on any device including meta."""
+"""Replacing the float modules of a model by quantized ones: shapes only, on any device including meta."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from quota.core.errors import CheckpointError
 from quota.nn.attention import QuantAttention, QuantClipAttention
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.head import HeadLinear
+from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
 from quota.nn.norm import RmsNorm
+from quota.nn.qwen2_5_vl import MultimodalRotary, PictureByPicture, QuantWindowAttention, RoundedGelu
 from quota.quant.transform import decompose
 
 MODULES = ("vision", "projector", "llm")
@@ -61,32 +63,31 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
     """Put empty quantized modules in place of the float ones, in place.
 
     modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint that will be
-    loaded, which decides the transforms; None gives Kronecker factors everywhere and a [heads, heads] left factor before output
-    projections. The unused last vision layers stay float. Returns `model`.
+    loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left factor before output projections, and
+    key biases kept apart. Vision layers whose output is dropped stay float. Returns `model`.
     """
     chosen, arch = check_modules(modules), find_arch(model)
     embedding: Any = submodule(model, arch.embed_path)
     device = embedding.weight.device
     build = _Builder(device, shapes)
+    llava = arch.name == "llava"
     if "llm" in chosen:
         text: Any = submodule(model, arch.text_path)
         for index in range(arch.layers):
             _decoder_layer(build, model, arch, index)
-        text.rotary_emb = Rotary(text.config, device=device)
+        text.rotary_emb = (Rotary if llava else MultimodalRotary)(text.config, device=device)
         text.norm = RmsNorm.replacing(text.norm)
         _replace(model, arch.lm_head_path, HeadLinear.replacing(model.get_submodule(arch.lm_head_path)))
     if "vision" in chosen:
         for index in range(arch.vision_layers_used):
-            _vision_layer(build, model, arch, index)
-        embed: Any = submodule(model, arch.vision_embed_path)
-        embed.patch_embedding = PatchEmbedding.replacing(embed.patch_embedding)
+            (_clip_layer if llava else _window_layer)(build, model, arch, index)
+        tower: Any = submodule(model, arch.vision_path)
+        if llava:
+            tower.embeddings.patch_embedding = PatchEmbedding.replacing(tower.embeddings.patch_embedding)
+        else:
+            tower.__class__ = PictureByPicture  # same fields; only the order of work changes
     if "projector" in chosen:
-        old: Any = submodule(model, arch.projector_path)
-        linear_1, linear_2 = (
-            build.linear(f"{arch.projector_path}.{name}", (part.in_features, part.out_features), part.bias is not None, decompose(part.in_features))
-            for name, part in (("linear_1", old.linear_1), ("linear_2", old.linear_2))
-        )
-        _replace(model, arch.projector_path, QuantProjector(linear_1, linear_2, model.config.projector_hidden_act))
+        (_projector if llava else _merger)(build, model, arch)
     return model
 
 
@@ -98,7 +99,8 @@ def _decoder_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> N
         setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
     attended, rows = arch.heads * arch.head_dim, (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     at = f"{path}.self_attn"
-    layer.self_attn = QuantAttention(
+    apart = attention.k_proj.bias is not None and build.has(f"{at}.k_bias")
+    layer.self_attn = (QuantBiasedAttention if apart else QuantAttention)(
         build.linear(f"{at}.qkv_proj", (arch.hidden_size, rows), attention.q_proj.bias is not None, decompose(arch.hidden_size)),
         build.linear(f"{at}.o_proj", (attended, arch.hidden_size), attention.o_proj.bias is not None, (arch.heads, None)),
         heads=arch.heads, kv_heads=arch.kv_heads, head_dim=arch.head_dim, layer_idx=index,
@@ -111,7 +113,7 @@ def _decoder_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> N
     )
 
 
-def _vision_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
+def _clip_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
     path, wide, inner = arch.vision_layer(index), arch.vision_hidden_size, arch.vision_intermediate_size
     layer: Any = submodule(model, path)
     layer.self_attn = QuantClipAttention(
@@ -123,6 +125,40 @@ def _vision_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> No
         build.linear(f"{path}.mlp.fc2", (inner, wide), True, decompose(inner)),
         act=model.config.vision_config.hidden_act,
     )
+
+
+def _window_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
+    path, wide, inner = arch.vision_layer(index), arch.vision_hidden_size, arch.vision_intermediate_size
+    layer: Any = submodule(model, path)
+    layer.attn = QuantWindowAttention(
+        build.linear(f"{path}.attn.qkv", (wide, 3 * wide), True, decompose(wide)),
+        build.linear(f"{path}.attn.proj", (wide, wide), True, (arch.vision_heads, None)), heads=arch.vision_heads,
+    )  # fmt: skip
+    layer.mlp = QuantMLP(
+        build.linear(f"{path}.mlp.gate_up_proj", (wide, 2 * inner), True, decompose(wide)),
+        build.linear(f"{path}.mlp.down_proj", (inner, wide), True, decompose(inner)),
+        act=model.config.vision_config.hidden_act,
+    )
+
+
+def _projector(build: _Builder, model: Any, arch: ArchSpec) -> None:
+    path, parts = arch.projector_path, ("linear_1", "linear_2")
+    linear_1, linear_2 = _linears(build, path, parts, submodule(model, path))
+    _replace(model, path, QuantProjector(linear_1, linear_2, model.config.projector_hidden_act))
+
+
+def _merger(build: _Builder, model: Any, arch: ArchSpec) -> None:
+    path = f"{arch.projector_path}.mlp"
+    first, second = _linears(build, path, ("0", "2"), submodule(model, path))
+    _replace(model, path, nn.Sequential(first, RoundedGelu(), second))
+
+
+def _linears(build: _Builder, path: str, names: tuple[str, ...], parent: nn.Module) -> list[QuantLinear]:
+    parts: list[Any] = [parent.get_submodule(name) for name in names]
+    return [
+        build.linear(f"{path}.{name}", (part.in_features, part.out_features), part.bias is not None, decompose(part.in_features))
+        for name, part in zip(names, parts, strict=True)
+    ]
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -151,8 +151,10 @@ def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tu
     return _bound.qkv_append(qkv.contiguous(), _dense(cos), _dense(sin), *map(_dense, transforms), *k, *v, position, *clips)
 
 
-def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_attention(q.contiguous(), *k, *v, length, _dense(start), scaling)
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _bound.kv4_attention(q.contiguous(), *k, *v, length, _dense(start), scaling, _dense(shared))
 
 
 def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

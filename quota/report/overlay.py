@@ -57,21 +57,30 @@ def edges(kept: np.ndarray) -> list[list[tuple[float, float]]]:
     return segments
 
 
-def save_overlay(path: str | Path, pictures: Image.Image | Sequence[Image.Image], kept: Mapping[int, Any], grid: tuple[int, int] | None = None) -> None:
+def whole_view(picture: Image.Image, grid: tuple[int, int], side_px: int = _PANEL_PX) -> Image.Image:
+    """What a processor of dynamic resolution shows: the whole picture in the shape of its token grid (rows, columns), longer side `side_px`."""
+    rows, columns = grid
+    scale = side_px / max(rows, columns)
+    return picture.convert("RGB").resize((round(columns * scale), round(rows * scale)), Image.Resampling.LANCZOS)
+
+
+def save_overlay(
+    path: str | Path, pictures: Image.Image | Sequence[Image.Image], kept: Mapping[int, Any], grids: Sequence[tuple[int, int]] | None = None
+) -> None:
     """Write the PNG: per picture one row of panels, the picture first, then one panel per pruning layer.
 
-    kept: layer -> bool array or tensor [V], raster order over all pictures in prompt order (V = pictures x grid cells).
-    grid: (rows, columns) of one picture's tokens; a square when None. UsageError when a mask does not fit.
+    kept: layer -> bool array or tensor [V], raster order over all pictures in prompt order.
+    grids: (rows, columns) of each picture's tokens, which then show the whole picture; None: equal squares. UsageError when a mask does not fit.
     """
     shown = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not shown or not kept:
         raise UsageError(f"overlay: expected a picture and at least one pruning layer, got {len(shown)} pictures and {len(kept)} layers")
-    masks = {layer: _per_picture(layer, mask, len(shown), grid) for layer, mask in sorted(kept.items())}
+    masks = {layer: _per_picture(layer, mask, len(shown), grids) for layer, mask in sorted(kept.items())}
     rows_each = math.ceil((1 + len(masks)) / _PER_ROW)
     columns = math.ceil((1 + len(masks)) / rows_each)
     sheet = _Sheet(columns, rows_each * len(shown))
     for number, picture in enumerate(shown):
-        view, row = model_view(picture), number * rows_each
+        view, row = whole_view(picture, grids[number]) if grids else model_view(picture), number * rows_each
         name = "picture" if len(shown) == 1 else f"picture {number + 1}"
         sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
         for i, (layer, per_picture) in enumerate(masks.items(), start=1):
@@ -83,15 +92,16 @@ def save_overlay(path: str | Path, pictures: Image.Image | Sequence[Image.Image]
     save_figure(sheet.figure, path)
 
 
-def _per_picture(layer: int, mask: Any, pictures: int, grid: tuple[int, int] | None) -> list[np.ndarray]:
+def _per_picture(layer: int, mask: Any, pictures: int, grids: Sequence[tuple[int, int]] | None) -> list[np.ndarray]:
     values = np.asarray(mask, dtype=bool).ravel()
-    each, rest = divmod(values.size, pictures)
-    side = math.isqrt(each)
-    rows, columns = grid or (side, side)
-    if rest or each == 0 or rows * columns != each:
-        wanted = f"{pictures} x {rows} x {columns}" if grid else f"{pictures} square grid{'s' if pictures > 1 else ''}"
+    side = math.isqrt(values.size // pictures)
+    shapes = list(grids) if grids else [(side, side)] * pictures
+    sizes = [rows * columns for rows, columns in shapes]
+    if len(shapes) != pictures or 0 in sizes or sum(sizes) != values.size:
+        wanted = " + ".join(f"{rows} x {columns}" for rows, columns in shapes) if grids else f"{pictures} square grid{'s' if pictures > 1 else ''}"
         raise UsageError(f"overlay: layer {layer}: expected a mask of {wanted}, got {values.size} tokens; pass every picture of the prompt")
-    return list(values.reshape(pictures, rows, columns))
+    parts = np.split(values, np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _Sheet:

@@ -1,4 +1,4 @@
-"""Opening checkpoints: ours (quantized, verified) and ordinary float LLaVA ones."""
+"""Opening checkpoints: ours (quantized, verified) and ordinary float ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig
 
 from quota.arch import find_arch, model_fingerprint, submodule
+from quota.arch.processing import open_processor
 from quota.core.errors import CheckpointError
 from quota.core.recipe import Recipe
 from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
@@ -22,9 +24,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtype: torch.dtype = torch.float32, *, verify: bool = True) -> Any:
-    """A `LlavaForConditionalGeneration` in eval mode, ready for `generate`, with `.processor` attached (None where the folder has none).
+    """A transformers model (`LlavaForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`) in eval mode, ready for `generate`.
 
-    checkpoint: a folder written by `quota calibrate`, or a float LLaVA folder or hub name. recipe: installed if given, see
+    `.processor` is attached (None where the folder has none) and uses PIL pictures.
+
+    checkpoint: a folder written by `quota calibrate`, or a float folder or hub name. recipe: installed if given, see
     `model.quota_handle`. dtype: of everything that is not quantized. verify: check every file's SHA-256 first.
     Raises CheckpointError (missing, truncated, altered or mismatched), RecipeError (malformed or made for another model).
     """
@@ -47,9 +51,8 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
         verify_files(folder, manifest)
     files = weight_files(folder, manifest)
     config = _load_config(folder)
-    find_arch(config)
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+        model: Any = _model_class(config)._from_config(config, dtype=dtype)
     quantize_structure(model, manifest.modules, tensor_shapes(files))
     _assign(model, files, dtype)
     _fill_derived(model)
@@ -89,8 +92,10 @@ def _fill_derived(model: Any) -> None:
     """Non-persistent buffers are not in a checkpoint: compute them where the meta device left nothing."""
     arch = find_arch(model)
     text: Any = submodule(model, arch.text_path)
-    kind = type(text.rotary_emb)
-    text.rotary_emb = kind(config=text.config)
+    text.rotary_emb = type(text.rotary_emb)(config=text.config)
+    tower: Any = submodule(model, arch.vision_path)
+    if hasattr(tower, "rotary_pos_emb"):
+        tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
     for path, module in model.named_modules():
         for name, buffer in list(module._buffers.items()):
             if buffer is None or not buffer.is_meta:
@@ -113,32 +118,32 @@ def _load_config(folder: Path) -> Any:
 def _load_float(checkpoint: str | Path, dtype: torch.dtype) -> Any:
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a LLaVA model"
+            f"{checkpoint}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a float model"
         )
     try:
-        find_arch(AutoConfig.from_pretrained(str(checkpoint)))
-        model: Any = LlavaForConditionalGeneration.from_pretrained(str(checkpoint), dtype=dtype, use_safetensors=True)
+        kind = _model_class(AutoConfig.from_pretrained(str(checkpoint)))
+        model: Any = kind.from_pretrained(str(checkpoint), dtype=dtype, use_safetensors=True)
     except CheckpointError:
         raise
     except Exception as error:  # the hub client and safetensors raise many kinds
-        reason = f"{checkpoint}: cannot be loaded as a LLaVA model ({_first_line(error)}); expected a folder or hub name with safetensors"
+        reason = f"{checkpoint}: cannot be loaded ({_first_line(error)}); expected a folder or hub name of a supported model with safetensors"
         raise CheckpointError(reason) from error
     return model.eval().requires_grad_(False)
 
 
 def _load_processor(checkpoint: str | Path) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(str(checkpoint), backend="pil")  # one backend, so that pixels do not depend on what is installed
+        processor = open_processor(checkpoint)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         found = [name for name in _PROCESSOR_FILES if (Path(checkpoint) / name).is_file()]
         if found:
             raise CheckpointError(f"{Path(checkpoint) / found[0]}: the processor cannot be built ({_first_line(error)}); restore the folder's files") from error
         return None
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    tokenizer.padding_side = "left"
-    return processor
+    return processor if getattr(processor, "tokenizer", None) is not None else None
+
+
+def _model_class(config: Any) -> Any:
+    return getattr(transformers, find_arch(config).model_class)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""Where the embedded checkpoint and calibration samples are, and the command that draws the samples.
+"""Where the embedded checkpoints and calibration samples are, and the command that draws the samples.
 
-`python -m quota.scenes.assets` writes `quota/scenes/assets/calibration` again, byte for byte.
+`python -m quota.scenes.assets [--family qwen2_5_vl]` writes the family's calibration folder again, byte for byte.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from quota.scenes import generate as g
+from quota.scenes import kinds as k
 from quota.scenes.vocabulary import CAPTION_REQUEST, IMAGE_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
@@ -19,6 +21,7 @@ CALIBRATION = ASSETS / "calibration"
 SAMPLES = CALIBRATION / "samples.json"
 SAMPLES_SCHEMA = "quota-samples/1"
 SAMPLE_COUNT = 128
+FAMILIES = ("llava", "qwen2_5_vl")
 _JPEG_QUALITY = 90
 _KINDS = (*g.TASKS, "caption", "caption")  # one sample in four asks for the whole picture
 
@@ -33,11 +36,28 @@ def calibration_sample(index: int, size_px: int = IMAGE_SIZE) -> tuple[g.Scene, 
     return s, "caption", CAPTION_REQUEST, g.caption(s, s.seed("caption"))
 
 
-def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZE) -> Path:
-    """Draw `n` scenes of the calibration split, one instruction each, into `out`; returns the path of `samples.json`.
+def mixed_sample(index: int) -> tuple[Any, str, str, str]:
+    """(picture or None, kind, instruction, answer) number `index` of the mixed set of five kinds, in turn; one picture in three is read out."""
+    kind, number = k.KINDS[index % len(k.KINDS)], index // len(k.KINDS)
+    found = k.example(kind, "calibration", number)
+    if found.caption is not None and number % 3 == 2:
+        return found.picture, kind, found.request, found.caption
+    asked = found.questions[number % len(found.questions)]
+    return found.picture, kind, asked.text, asked.answer
+
+
+def folder_of(family: str) -> Path:
+    """Where a family's checkpoint and calibration folder are."""
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {FAMILIES}, got {family!r}")
+    return ASSETS if family == "llava" else ASSETS / family
+
+
+def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZE, family: str = "llava") -> Path:
+    """Draw `n` samples of the calibration split into `out`: scenes of `size_px` for LLaVA, the mixed set for Qwen2.5-VL. Returns the path of `samples.json`.
 
     `samples.json` holds {"schema": "quota-samples/1", "samples": [{"id", "image", "instruction", "answer", "task"}]} with image paths
-    relative to it. An existing folder at `out` is replaced only when the new one is complete.
+    relative to it (none for text). An existing folder at `out` is replaced only when the new one is complete.
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1 sample, got {n}")
@@ -47,23 +67,33 @@ def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZ
     (fresh / "images").mkdir(parents=True)
     samples = []
     for index in range(n):
-        s, kind, instruction, answer = calibration_sample(index, size_px)
-        name = f"images/{index:03d}.jpg"
-        g.draw(s).save(fresh / name, quality=_JPEG_QUALITY)
-        samples.append({"id": f"calibration-{index:03d}", "image": name, "instruction": instruction, "answer": answer, "task": kind})
+        picture, kind, instruction, answer = _scene_sample(index, size_px) if family == "llava" else mixed_sample(index)
+        sample = {"id": f"calibration-{index:03d}", "image": f"images/{index:03d}.jpg", "instruction": instruction, "answer": answer, "task": kind}
+        if picture is None:
+            del sample["image"]
+        else:
+            picture.save(fresh / sample["image"], quality=_JPEG_QUALITY)
+        samples.append(sample)
     (fresh / "samples.json").write_text(json.dumps({"schema": SAMPLES_SCHEMA, "samples": samples}, indent=1) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     fresh.replace(out)
     return out / "samples.json"
 
 
+def _scene_sample(index: int, size_px: int) -> tuple[Any, str, str, str]:
+    s, kind, instruction, answer = calibration_sample(index, size_px)
+    return g.draw(s), kind, instruction, answer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=CALIBRATION)
+    parser.add_argument("--family", choices=FAMILIES, default="llava")
+    parser.add_argument("--out", type=Path, help="default: the family's calibration folder inside the package")
     parser.add_argument("--n", type=int, default=SAMPLE_COUNT)
     args = parser.parse_args()
-    path = write_calibration(args.out, args.n)
-    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
+    out = args.out or folder_of(args.family) / "calibration"
+    path = write_calibration(out, args.n, family=args.family)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{path}: {args.n} samples, {size / 1e6:.2f} MB")
 
 

@@ -56,17 +56,18 @@ class Scene:
     things: tuple[Thing, ...]
 
     def seed(self, purpose: str) -> np.random.Generator:
-        return _generator(self.split, self.index, purpose, 0)
+        return seeded(self.split, self.index, purpose, 0)
 
 
-def _generator(split: str, index: int, purpose: str, attempt: int) -> np.random.Generator:
+def seeded(split: str, index: int, purpose: str, attempt: int) -> np.random.Generator:
+    """The generator of one purpose of one picture; a pure function, alike on every machine."""
     digest = hashlib.sha256(f"{split}/{index}/{purpose}/{attempt}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
-def split_of(things: tuple[Thing, ...]) -> str:
-    """The split a set of objects belongs to, from its content alone."""
-    bucket = int.from_bytes(hashlib.sha256(repr(things).encode()).digest()[:4], "little") % 10
+def split_of(content: tuple[Any, ...]) -> str:
+    """The split that what is drawn belongs to, from the content alone."""
+    bucket = int.from_bytes(hashlib.sha256(repr(content).encode()).digest()[:4], "little") % 10
     return {0: "test", 1: "calibration"}.get(bucket, "train")
 
 
@@ -75,7 +76,7 @@ def scene(split: str, index: int, size_px: int = IMAGE_SIZE) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     for attempt in range(10_000):
-        things = _place(_generator(split, index, f"scene{size_px}", attempt), size_px)
+        things = _place(seeded(split, index, f"scene{size_px}", attempt), size_px)
         if split_of(things) == split:
             return Scene(split, index, size_px, things)
     raise RuntimeError("unreachable: one scene in ten belongs to any split")

@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: `python -m quota.scenes.train --out DIR`. Resumable; CPU or GPU.
+"""Train an embedded model from scratch: `python -m quota.scenes.train --out DIR [--family qwen2_5_vl]`. Resumable; CPU or GPU.
 
 Stages, in LLaVA's own order (question answering alone does not leave its plateau at this size):
 1. dense     every visual token is classified against the word vectors of shapes, colours and places
@@ -16,8 +16,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +225,50 @@ def save_checkpoint(model: Any, out: Path) -> None:
     build_processor(model.config.vision_config.image_size).save_pretrained(out)
 
 
-def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bool, schedule: tuple[Stage, ...] = SCHEDULE) -> None:
+@dataclass(frozen=True)
+class Family:
+    """What the loop below must know of an architecture. batches(stage, first): endless batches from picture `first` on."""
+
+    schedule: tuple[Any, ...]
+    width: int
+    layers: int
+    build: Callable[[Any, int, int, int], Any]  # stage, width, layers, seed -> model
+    head: Callable[[int], nn.Module]  # width -> the dense head
+    batches: Callable[[Any, int], IterableDataset]
+    forward: Callable[..., tuple[Tensor, dict[str, float]]]  # model, head, batch, stage, amp -> loss, figures
+    resize: Callable[[Any, Any, int, int], Any]  # model, stage, width, layers -> the model for that stage
+    save: Callable[[Any, Path], None]
+
+
+def _llava() -> Family:
+    def resize(model: Any, stage: Stage, width: int, layers: int) -> Any:
+        return model if model.config.vision_config.image_size == stage.size_px else enlarge(model, stage.size_px, width, layers)
+
+    return Family(
+        SCHEDULE, 192, 8, lambda stage, width, layers, seed: build_model(build_config(stage.size_px, width, layers), seed), DenseHead, Pictures, forward,
+        resize, save_checkpoint,
+    )  # fmt: skip
+
+
+def find_family(name: str) -> Family:
+    """The family called `name`; ValueError names the known ones."""
+    if name == "llava":
+        return _llava()
+    if name == "qwen2_5_vl":
+        from quota.scenes.train_qwen2_5_vl import FAMILY
+
+        return FAMILY
+    raise ValueError(f"family: expected 'llava' or 'qwen2_5_vl', got {name!r}")
+
+
+def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bool, schedule: tuple[Any, ...], family: str = "llava") -> None:
     """Run the schedule, continuing from `out/training.pt` when it is there."""
     out.mkdir(parents=True, exist_ok=True)
+    made = find_family(family)
     state_file = out / "training.pt"
     saved: dict[str, Any] = torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "pictures": 0}
-    model = build_model(build_config(schedule[saved["stage"]].size_px, width, layers), seed).to(device)
-    head = DenseHead(width).to(device)
+    model = made.build(schedule[saved["stage"]], width, layers, seed).to(device)
+    head = made.head(width).to(device)
     if "model" in saved:
         model.load_state_dict(saved["model"])
         head.load_state_dict(saved["head"])
@@ -239,15 +276,14 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
     pictures = saved["pictures"]
     for number in range(saved["stage"], len(schedule)):
         stage = schedule[number]
-        if model.config.vision_config.image_size != stage.size_px:
-            model = enlarge(model, stage.size_px, width, layers)
+        model = made.resize(model, stage, width, layers)
         optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
         resumed = number == saved["stage"] and "optimizer" in saved
         if resumed:
             optimizer.load_state_dict(saved["optimizer"])
         first_step = saved["step"] if resumed else 0
         model.train()
-        batches = iter(DataLoader(Pictures(stage, pictures), batch_size=None, num_workers=1, prefetch_factor=8))
+        batches = iter(DataLoader(made.batches(stage, pictures), batch_size=None, num_workers=1, prefetch_factor=8))
         began, last_save, window = time.time(), time.time(), []
         for step in range(first_step, stage.steps):
             warm = min(1.0, (step + 1) / 200)
@@ -255,7 +291,7 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
             decay = 0.5 * (1 + math.cos(math.pi * step / stage.steps)) if last else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = stage.peak_lr * warm * max(decay, 0.02)
-            loss, figures = forward(model, head, next(batches), stage, amp)
+            loss, figures = made.forward(model, head, next(batches), stage, amp)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -263,7 +299,8 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
             pictures += stage.batch
             window.append({"loss": float(loss.detach()), **figures})
             if (step + 1) % 50 == 0:
-                mean = {k: round(float(np.mean([w[k] for w in window])), 4) for k in window[0]}
+                seen = {k for w in window for k in w}
+                mean = {k: round(float(np.mean([w[k] for w in window if k in w])), 4) for k in sorted(seen)}
                 rate = (step + 1 - first_step) * stage.batch / (time.time() - began)
                 print(json.dumps({"stage": stage.name, "step": step + 1, "of": stage.steps, "pictures_per_s": round(rate, 1), **mean}), flush=True)
                 window = []
@@ -274,28 +311,31 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
                 state_file.with_suffix(".tmp").replace(state_file)
                 last_save = time.time()
         saved = {"stage": number + 1}
-        save_checkpoint(model, out / "checkpoint")
+        made.save(model, out / "checkpoint")
     (out / "schedule.json").write_text(json.dumps([asdict(s) for s in schedule], indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for training.pt (to resume) and checkpoint/ (the result)")
-    parser.add_argument("--width", type=int, default=192, help="LLaMA width, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=8, help="LLaMA layers")
+    parser.add_argument("--family", choices=("llava", "qwen2_5_vl"), default="llava")
+    parser.add_argument("--width", type=int, default=0, help="width of the language model (default: 192)")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--no-amp", action="store_true", help="float32 throughout instead of bfloat16 autocast")
-    parser.add_argument("--steps", default="", help="other step counts for the four stages, comma separated")
+    parser.add_argument("--steps", default="", help="other step counts for the stages, comma separated")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    schedule: tuple[Stage, ...] = SCHEDULE
+    made = find_family(args.family)
+    schedule = made.schedule
     if args.steps:
         counts = [int(c) for c in args.steps.split(",")]
-        schedule = tuple(Stage(**{**asdict(s), "steps": c}) for s, c in zip(SCHEDULE, counts, strict=True))
-    train(args.out, width=args.width, layers=args.layers, seed=args.seed, device=args.device, amp=not args.no_amp, schedule=schedule)
+        schedule = tuple(replace(s, steps=c) for s, c in zip(schedule, counts, strict=True))
+    sizes = {"width": args.width or made.width, "layers": args.layers or made.layers}
+    train(args.out, **sizes, seed=args.seed, device=args.device, amp=not args.no_amp, schedule=schedule, family=args.family)
 
 
 if __name__ == "__main__":

@@ -34,3 +34,25 @@ WORDS: tuple[str, ...] = (
 CAPTION_REQUEST = "describe the picture ."
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
+
+# -- the Qwen2.5-VL model also reads text: rendered words and digits, tables, bar charts, and plain statements ----------------------------
+SIGN_WORDS = ("open", "closed", "exit", "stop", "sale", "taxi", "cafe", "bank", "hotel", "park", "music", "school")
+ITEMS = ("bread", "fish", "milk", "tea", "rice", "salt", "corn", "cake", "soup", "plum")
+COLUMNS = ("price", "weight", "count")
+READABLE = (*SIGN_WORDS, *ITEMS, *COLUMNS, "item")
+DIGITS = tuple(str(n) for n in range(10))  # drawn; the model answers with NUMBERS
+
+QWEN_SPECIAL_TOKENS = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_READING_WORDS = (
+    "word", "sign", "says", "on", "bar", "value", "highest", "lowest", "read", "plus", "minus", "more", "than", "or", "has", "row", "rows", "column",
+    "it", "that", "not", "now", "text", "say", "does",
+)  # fmt: skip
+QWEN_WORDS: tuple[str, ...] = (
+    *QWEN_SPECIAL_TOKENS,
+    *dict.fromkeys((*(w for w in WORDS if w not in SPECIAL_TOKENS), *READABLE, *_READING_WORDS)),
+)
+READ_REQUEST = "read the picture ."
+QWEN_PATCH_SIZE = 10  # 2 x 2 patches make a visual token of 20 px: 320 px give 16 x 16 = 256 tokens
+QWEN_TOKEN_PX = 2 * QWEN_PATCH_SIZE
+QWEN_WINDOW_PX = 80  # 4 x 4 visual tokens, as the published 112 px windows hold
+QWEN_SCENE_PX = 320

@@ -54,7 +54,7 @@ def show_study(bench: Bench) -> dict[str, Any]:
         model, processor = bench.opened_with(bench.quantized(), recipe)
         answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
         path = f"show-{method}.png"
-        save_overlay(out / path, picture, answer.kept_visual())
+        save_overlay(out / path, picture, answer.kept_visual(), answer.grids)
         kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}
         answers[method] = {"answer": answer.text, "visual_tokens": kept, "overlay": path}
     rows = [[name, a["answer"], ", ".join(f"{n} at {at}" for at, n in a["visual_tokens"].items()), a["overlay"]] for name, a in answers.items()]

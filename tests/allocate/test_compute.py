@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from quota.allocate.compute import DecoderSizes, cost, decoder_sizes, kv_token_bytes, language_macs, layer_macs, vision_macs
+from quota.allocate.compute import DecoderSizes, cost, decoder_sizes, kv_token_bytes, language_macs, layer_macs
 from quota.allocate.solve import uniform
+from quota.arch.llava import vision_macs
 from quota.core.recipe import kept_tokens
 
 SMALL = DecoderSizes(layers=2, hidden_size=8, kv_size=4, intermediate_size=16)

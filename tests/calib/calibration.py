@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from quota.calib.samples import Sample, Samples
 from quota.scenes.model import build_processor
-from tests.models import tiny_llava
+from quota.scenes.qwen_model import build_processor as qwen_processor
+from tests.models import tiny_llava, tiny_qwen
 
 
 def float_folder(path: Path, **sizes: int) -> Path:
@@ -21,6 +23,28 @@ def float_folder(path: Path, **sizes: int) -> Path:
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+def qwen_folder(path: Path, **sizes: Any) -> Path:
+    """Save a tiny Qwen2.5-VL (patches of 4 px) with the scenes' processor; the processor's special tokens are the model's."""
+    model, processor = tiny_qwen(**sizes), qwen_processor(4)
+    for name, word in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")):
+        setattr(model.config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{word}|>"))
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def mixed_samples(sizes: tuple[tuple[int, int] | None, ...] = ((32, 32), (24, 16), None, (16, 40), (40, 40), (32, 16))) -> Samples:
+    """Samples with noise of the given sizes (width, height); None is text only."""
+    generator, items = np.random.default_rng(0), []
+    for number, size in enumerate(sizes):
+        data = io.BytesIO()
+        if size is not None:
+            Image.fromarray(generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(data, "PNG")
+        question = "what color is the star ?" if number % 2 else "how many rows are in the picture ?"
+        items.append(Sample(f"s{number}", question, None if size is None else data.getvalue(), answer="red"))
+    return Samples.of(items)
 
 
 def picture_samples(count: int = 6, text_only: int = 0) -> Samples:

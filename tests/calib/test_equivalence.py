@@ -64,12 +64,12 @@ def test_streamed_blocks_reproduce_the_model(source):
     folder = source.folder / "streams"
     folder.mkdir()
     arch = source.arch
-    current = streaming.embed_images(source, list(inputs["pixel_values"].split(1)), 2, folder / "0", "float32")
+    current = streaming.embed_images(source, list(inputs["pixel_values"].split(1)), [None] * 2, folder / "0", "float32")
     for index in range(arch.vision_layers_used):
         following = current.like(folder / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")
         current = following
-    features = streaming.select_features(current, arch, folder / "features")
+    features = streaming.select_features(source, current, folder / "features")
     projected = features.like(folder / "projected", width=arch.hidden_size)
     streaming.advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
     current = streaming.embed_text(source, list(inputs["input_ids"]), projected, folder / "text")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from quota.calib import run
-from quota.calib.blocks import _PLANS
+from quota.calib.families import PLANS
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, SampleError, UsageError
@@ -125,8 +125,9 @@ def test_left_out_modules_stay_float(folder, tmp_path, modules):
     parts = {"vision": "vision_tower.encoder.layers.0.mlp.fc1", "projector": "projector.linear_1", "llm": "layers.0.mlp.down_proj"}
     for name, part in parts.items():
         assert any(key.endswith(f"{part}.w_q") for key in quantized) == (name in modules)
-    from quota.arch import canonical_key
+    from quota.calib.stream import FloatSource
 
+    canonical_key = FloatSource(folder).arch.canonical_key
     for key, tensor in original.items():
         if canonical_key(key) in quantized and "norm" not in key:
             assert torch.equal(quantized[canonical_key(key)], tensor)
@@ -165,7 +166,7 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
         with torch.no_grad(), block.observing():
             simulated = block(batch)
             groups = block.projection_groups()
-            for plan, group in zip(_PLANS[kind], groups, strict=True):
+            for plan, group in zip(PLANS["llava"][kind], groups, strict=True):
                 merged = torch.ones(group.out_features)
                 if plan.name == "mlp.gate_up_proj":  # up's rows carry the next group's diag
                     merged[-groups[-1].in_features :] = groups[-1].diag()

@@ -14,7 +14,7 @@ from quota.nn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Prompt, QueueFull
 from quota.runtime.patch import patched
 from tests.engine.asking import asked, engine, generated, picture, prompt, recipes, run, tokens
-from tests.models import IMAGE_TOKEN, tiny_llava
+from tests.models import IMAGE_TOKEN, tiny_llava, tiny_qwen
 from tests.nn.recipes import recipe_for
 
 
@@ -297,3 +297,9 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     monkeypatch.setattr(made.family, "encode_images", fragile)
     outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
     assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]
+
+
+def test_other_families_are_refused():
+    model = quantize_rtn(tiny_qwen())
+    with pytest.raises(UsageError, match="qwen2_5_vl"):
+        Engine(model)

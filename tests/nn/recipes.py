@@ -11,14 +11,18 @@ from torch import Tensor
 
 from quota.arch import find_arch, model_fingerprint
 from quota.core.recipe import Recipe
+from tests.models import QWEN_IDS
+
+REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 
 
 def recipe_for(model: Any, candidates: tuple[int, ...] = (1, 2, 3), keep: tuple[float, ...] = (0.75, 0.5, 0.25), **fields: Any) -> Recipe:
     arch = find_arch(model)
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": arch.visual_tokens}
+    tokens = arch.visual_tokens or REFERENCE_TOKENS
+    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
     base = {
         "method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": list(candidates), "keep": list(keep), "final_keep": keep[-1],
-        "reference_tokens": arch.visual_tokens,
+        "reference_tokens": tokens,
     }  # fmt: skip
     return Recipe.parse({**base, **fields})
 
@@ -37,8 +41,15 @@ def final_states(model: Any) -> Iterator[list[Tensor]]:
 def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One row of a batch without its padding."""
     real = inputs["attention_mask"][row].bool()
-    out = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
-    if "pixel_values" in inputs:
+    out = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs}
+    if "image_grid_thw" in inputs:
+        starts = (inputs["input_ids"] == QWEN_IDS["vision_start_token_id"]).sum(-1).tolist()
+        first, count = sum(starts[:row]), starts[row]
+        if count:
+            patches = inputs["image_grid_thw"].prod(-1).tolist()
+            out["image_grid_thw"] = inputs["image_grid_thw"][first : first + count]
+            out["pixel_values"] = inputs["pixel_values"][sum(patches[:first]) : sum(patches[: first + count])]
+    elif "pixel_values" in inputs:
         out["pixel_values"] = inputs["pixel_values"][row : row + 1]
     return out
 
@@ -47,6 +58,6 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def greedy(model: Any, inputs: dict[str, Tensor], tokens: int = 5, **options: Any) -> Any:
     """Greedy decoding of exactly `tokens` tokens; never an image token. Scores are returned too."""
     return model.generate(
-        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[model.config.image_token_index],
+        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[find_arch(model).image_token_id],
         return_dict_in_generate=True, output_scores=True, **options,
     )  # fmt: skip

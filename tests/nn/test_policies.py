@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
 from quota.nn import policies
-from quota.nn.pictures import Pictures, Shown, picture_digests
+from quota.nn.pictures import Pictures, Shown, picture_digest, shown_pictures
 
 
 def points(n: int = 14, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -183,5 +183,11 @@ def test_pictures_know_their_places() -> None:
 
 def test_digests_do_not_depend_on_the_float_dtype() -> None:
     pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert picture_digests(pixels) == picture_digests(pixels.bfloat16()) == [picture_digests(p[None])[0] for p in pixels]
-    assert picture_digests(pixels)[0] != picture_digests(pixels)[1]
+    assert shown_pictures(pixels) == shown_pictures(pixels.bfloat16()) == [Shown(picture_digest(p)) for p in pixels]
+    assert picture_digest(pixels[0]) != picture_digest(pixels[1])
+
+
+def test_pictures_of_dynamic_resolution_are_told_apart_by_their_grids() -> None:
+    patches = torch.rand(4 * 6 + 2 * 2, 8, generator=torch.Generator().manual_seed(0))
+    first, second = shown_pictures(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]), merge=2)
+    assert first == Shown(picture_digest(patches[:24]), (2, 3)) and second == Shown(picture_digest(patches[24:]), (1, 1))

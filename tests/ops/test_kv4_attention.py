@@ -103,3 +103,40 @@ def test_wrong_length_is_refused(isa: str) -> None:
     q, k, v, s, start, scaling = case(1, 1, 1, 4, 8, 16)
     with pytest.raises(RuntimeError, match="length"):
         native.kv4_attention(q, k, v, s + 6, start, scaling)
+
+
+def shared_case() -> tuple:
+    """22 packed and 10 shared float channels of a grouped, padded batch."""
+    q, k, v, s, start, scaling = case(2, 4, 2, 40, 75, 22)
+    g = torch.Generator().manual_seed(9)
+    shared = torch.randn(2, 10, s + 3, generator=g)
+    shared[..., s:] = float("nan")
+    return torch.cat([q, 50 * torch.randn(2, 4, 40, 10, generator=g)], -1), k, v, s, start, scaling, shared
+
+
+def test_shared_channels_add_to_the_packed_ones(isa: str) -> None:
+    q, k, v, s, start, scaling, shared = shared_case()
+    out, lse = native.kv4_attention(q, k, v, s, start, scaling, shared)
+    want, want_lse = kv4_attention_ref(q, k, v, s, start, scaling, shared)
+    assert out.shape == (2, 40, 4, 22) and relative(out, want) < 1e-5
+    assert (lse - want_lse).abs().max() < 1e-4
+    plain = native.kv4_attention(q[..., :22], k, v, s, start, scaling)[0]
+    assert relative(plain, want) > 0.1  # they matter
+    silent = torch.cat([q[..., :22], torch.zeros_like(q[..., 22:])], -1)
+    assert torch.equal(native.kv4_attention(silent, k, v, s, start, scaling, shared[..., :s])[0], plain)  # zeros add nothing
+
+
+def test_shared_channels_are_exact_in_every_way_of_running(threads: Callable[[int], None]) -> None:
+    q, k, v, s, start, scaling, shared = shared_case()
+    results = []
+    for name in native.supported_isas() or pytest.skip("the native library is not built"):
+        native.set_isa(name)
+        for n in (1, 3):
+            threads(n)
+            results.append(native.kv4_attention(q, k, v, s, start, scaling, shared))
+        row = native.kv4_attention(q[1:], *(tuple(t[1:] for t in kv) for kv in (k, v)), s, start[1:], scaling, shared[1:])
+        assert torch.equal(row[0][0], results[-1][0][1])
+        last = native.kv4_attention(q[:, :, -1:], k, v, s, start, scaling, shared)
+        assert torch.equal(last[0], results[-1][0][:, -1:])
+    native.set_isa(None)
+    assert all(torch.equal(a[0], results[0][0]) and torch.equal(a[1], results[0][1]) for a in results)

@@ -63,7 +63,8 @@ def test_file_is_written_and_reproducible(tmp_path: Path) -> None:
 def test_several_pictures_and_a_given_grid(tmp_path: Path) -> None:
     pictures = [noise(60, 50), noise(50, 60, 1)]
     save_overlay(tmp_path / "a.png", pictures, {layer: np.arange(32) % 3 == 0 for layer in range(1, 7)})
-    save_overlay(tmp_path / "b.png", pictures[0], {1: np.ones(12, dtype=bool)}, grid=(3, 4))
+    save_overlay(tmp_path / "b.png", pictures[0], {1: np.ones(12, dtype=bool)}, grids=[(3, 4)])
+    save_overlay(tmp_path / "c.png", pictures[:2], {1: np.arange(12 + 10) % 2 == 0}, grids=[(3, 4), (5, 2)])
     with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
         assert a.height > 3 * b.height
 

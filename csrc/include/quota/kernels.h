@@ -127,14 +127,17 @@ struct HeadsArgs {
   float k_clip, v_clip;
 };
 
-// q [B, H, T, D] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] (0 where null) .. length - T + t.
+// q [B, H, T, D + E] -> out [B, T, H, D], lse [B, H, T]; query t of row b sees slots start[b] (0 where null) .. length - T + t.
+// `shared` [B, E, shared_slots >= length] (null: E = 0): float key channels that all heads of a slot have in common. A score is that of the D packed
+// channels plus the chain over the E shared ones.
 struct AttentionArgs {
   const float* q;
   Kv4<const uint8_t, const float> k, v;
   const int32_t* start;
+  const float* shared;
   float* out;
   float* lse;
-  int64_t heads, kv_heads, tokens, dim, length;
+  int64_t heads, kv_heads, tokens, dim, extra, shared_slots, length;
   float scaling;
 };
 constexpr int64_t kQueryTile = 64;  // query rows (queries times heads of one KV head) per attention task

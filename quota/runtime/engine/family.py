@@ -64,6 +64,8 @@ class LlavaFamily:
 
     def __init__(self, model: Any) -> None:
         arch = find_arch(model)
+        if arch.name != "llava":
+            raise UsageError(f"model: the engine serves LLaVA checkpoints so far, this one is {arch.name}; use `quota.load` with it")
         self.model = model
         self.text: Any = model.get_submodule(arch.text_path)
         self._layers = list(self.text.layers)
@@ -78,7 +80,8 @@ class LlavaFamily:
         self.vocabulary, self.image_token = int(self.text.embed_tokens.weight.shape[0]), arch.image_token_id
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
         self.scaling = float(self._layers[0].self_attn.scaling)
-        self._visual_tokens = arch.visual_tokens
+        assert arch.visual_tokens is not None  # a LLaVA picture always has as many
+        self._visual_tokens: int = arch.visual_tokens
         self._image_shape = (3, model.config.vision_config.image_size, model.config.vision_config.image_size)
         self._cos, self._sin = self._rotary_table()
 
