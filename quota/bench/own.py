@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def torch_float_unit() -> str:
 
 def float_contenders(isas: tuple[str, ...], moved: float, run: Callable[[], object]) -> list[Contender]:
     """`run` on each instruction set, for ops whose arithmetic is float32."""
-    return [Contender(NAME, float_unit(isa), moved, run=run, isa=isa, before=lambda isa=isa: native.set_isa(isa)) for isa in isas]  # type: ignore[misc]
+    return [Contender(NAME, float_unit(isa), moved, run=run, isa=isa, before=partial(native.set_isa, isa)) for isa in isas]
 
 
 def require(condition: bool, what: str) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ def measure(threads: int) -> Ceilings:
             operations[unit] = rate
     memory = _memory()
     memory.fill_(1)  # zeros that were never written share one page
-    bandwidth = {size: _rate(lambda n, size=size: _read(loaded, memory, size, n), threads) for size in _SIZES}  # type: ignore[misc]
+    bandwidth = {size: _rate(partial(_read, loaded, memory, size), threads) for size in _SIZES}
     return Ceilings(threads, operations, bandwidth)
 
 

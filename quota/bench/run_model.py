@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ def run(request: Request, checkpoint: Path, out: Path | None) -> Iterator[dict[s
     known = {_key(r): r for r in (rows.read(out) if out and not request.again else ()) if r["op"] == "model"}
     jobs = [Job(request.arch, str(checkpoint), keep, threads=request.threads, requests=request.requests) for keep in dict.fromkeys((None, request.keep))]
     for job in jobs:
-        yield _remember(job, known, out, layers, lambda job=job: row(job, measure(job), checkpoint_bytes(checkpoint)))  # type: ignore[misc]
+        yield _remember(job, known, out, layers, partial(_own_row, job, checkpoint))
     for dtype in request.floats:
         fit = min(layers, float_layers(request.arch, dtype))
         job = Job(request.arch, None, None, dtype, fit, request.threads, request.requests)
-        yield _remember(job, known, out, layers, lambda job=job: _float_row(job, layers))  # type: ignore[misc]
+        yield _remember(job, known, out, layers, partial(_float_row, job, layers))
 
 
 def _remember(job: Job, known: dict[str, dict[str, Any]], out: Path | None, layers: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -66,6 +67,10 @@ def _remember(job: Job, known: dict[str, dict[str, Any]], out: Path | None, laye
     if out:
         rows.append(out, [made])
     return made
+
+
+def _own_row(job: Job, checkpoint: Path) -> dict[str, Any]:
+    return row(job, measure(job), checkpoint_bytes(checkpoint))
 
 
 def _float_row(job: Job, layers: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Contender:
     isa: str | None = None
     against: str | None = None
     before: Callable[[], object] | None = None
-    sampler: Callable[[int, bool], Sample] | None = None  # for contenders that live in another process
+    sampler: Callable[[int, bool], Sample] | None = None  # instead of run, for those that time themselves
     note: str = ""
     samples: list[Sample] = field(default_factory=list)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from quota.bench.case import Case, Skipped
 from quota.bench.own import byte_unit
-from quota.bench.peers import Peer, activations, gate, weight
-from quota.bench.peers.worker import ChildPeer
+from quota.bench.peers import Peer, activations, weight
 from quota.bench.shapes import Linear
 from quota.bench.timing import Contender
 from quota.ops import native
@@ -66,7 +66,7 @@ def cases(shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], 
             for cold in (False, True) if m == 1 else (False,):
                 yield Case(
                     OP, shape.name, {"m": m, "k": shape.k, "n": shape.n}, 2.0 * m * shape.k * shape.n, cold,
-                    lambda m=m, prepared=prepared: prepared.contenders(m),  # type: ignore[misc]
+                    partial(prepared.contenders, m),
                 )  # fmt: skip
         prepared.close()
 
@@ -83,7 +83,7 @@ class _Prepared:
         if self.ours is None:
             self.ours = [Ours(self.shape, isa) for isa in self.isas]
             for peer in self.peers:
-                self._try(peer, lambda peer=peer: peer.prepare(self.shape, self.threads))  # type: ignore[misc]
+                self._try(peer, partial(peer.prepare, self.shape, self.threads))
         ready: list[Contender] = []
         for own in self.ours:
             own.feed(m)
@@ -95,16 +95,14 @@ class _Prepared:
         return ready, [Skipped(OP, self.shape.name, name, reason) for name, reason in self.skipped.items()]
 
     def _contender(self, peer: Peer, m: int) -> Contender | None:
-        wrong = self._try(peer, lambda: _checked(peer, self.shape, m))
+        wrong = self._try(peer, partial(peer.check, m))
         if wrong or peer.name in self.skipped:
             self.skipped[peer.name] = wrong or self.skipped[peer.name]
             return None
         size = 1 if peer.takes == "codes" else 4
         moved = peer.weight_bytes + m * self.shape.k * size + 4 * m * self.shape.n
         against = ALONE if peer.takes == "codes" else WITH_INPUT
-        if isinstance(peer, ChildPeer):
-            return Contender(peer.name, peer.unit, moved, against=against, sampler=peer.sample)
-        return Contender(peer.name, peer.unit, moved, run=peer.run, against=against)
+        return Contender(peer.name, peer.unit, moved, against=against, sampler=peer.sample)
 
     def _try(self, peer: Peer, step: Any) -> str | None:
         """A peer's failure is the peer's: it is reported and left out."""
@@ -116,12 +114,4 @@ class _Prepared:
 
     def close(self) -> None:
         for peer in self.peers:
-            if isinstance(peer, ChildPeer):
-                peer.close()
-
-
-def _checked(peer: Peer, shape: Linear, m: int) -> str | None:
-    if isinstance(peer, ChildPeer):
-        return peer.check(m)
-    peer.feed(activations(shape, m))
-    return gate(peer, shape, m)
+            peer.close()

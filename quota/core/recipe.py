@@ -15,10 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
+from quota.core.schema import Document
 
 SCHEMA_VERSION = 1
 BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
@@ -61,11 +62,7 @@ Policy = Literal["topk", "mmr", "maxmin", "dpp", "grid"]
 ATTENTION_SCORES: frozenset[str] = frozenset({"quota", "text", "last_token", "cross_self"})  # they read the attention of the layer before
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelFacts(_Part):
+class ModelFacts(Document):
     """The model a recipe belongs to. The sizes from hidden_size on let the cost model run without the model; null when unknown."""
 
     architecture: str = Field(description="class name, for example LlavaForConditionalGeneration")
@@ -80,7 +77,7 @@ class ModelFacts(_Part):
     vision_macs: Positive | None = Field(default=None, description="multiply-accumulates of vision tower and projector for one picture")
 
 
-class ScoreWeights(_Part):
+class ScoreWeights(Document):
     """Equation (8): weights of the four robustly scaled signals of a visual token."""
 
     inter: Weight = Field(default=0.45, description="attention from the text after the image")
@@ -103,7 +100,7 @@ class ScoreWeights(_Part):
         return ScoreWeights(inter=self.inter * factor, mag=self.mag * factor, intra=self.intra * factor, quant=0.0)
 
 
-class Percentiles(_Part):
+class Percentiles(Document):
     """Equation (7): the percentiles that robust scaling maps to 0 and 1."""
 
     low: Number = 5.0
@@ -116,7 +113,7 @@ class Percentiles(_Part):
         return self
 
 
-class Selection(_Part):
+class Selection(Document):
     """How a candidate chooses: a score per visual token, and a policy that turns scores into a set of the size of the budget.
 
     Every policy is deterministic and ties go to the lower index.
@@ -148,7 +145,7 @@ class Selection(_Part):
 DEFAULT_SELECTION = Selection()
 
 
-class Provenance(_Part):
+class Provenance(Document):
     """Where the numbers came from. Everything is null in a recipe written by hand."""
 
     model_fingerprint: str | None = None
@@ -159,7 +156,7 @@ class Provenance(_Part):
     search: tuple[str, ...] = Field(default=(), description="what the method's own search found, one sentence each")
 
 
-class Recipe(_Part):
+class Recipe(Document):
     """One pruning plan. `keep[i]` is the share of the reference visual tokens alive from decoder layer `candidates[i]` on.
 
     Candidate -1 drops before the language model; decoder layer 0 then runs on what is left.

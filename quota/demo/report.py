@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from quota.core.schema import Document
 from quota.eval.results import Evaluation
 
 REPORT_VERSION = 1
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Stage(_Model):
+class Stage(Document):
     stage: str = Field(description="stage name")
     seconds: float = Field(description="seconds it took when it ran")
     reused: bool = Field(description="true when this run took it from the cache")
 
 
-class Environment(_Model):
+class Environment(Document):
     quota: str = Field(description="version of quota")
     python: str = Field(description="version of Python")
     torch: str = Field(description="version of torch")
@@ -31,7 +28,7 @@ class Environment(_Model):
     native: str = Field(description="native library in use, or why not")
 
 
-class ModelFacts(_Model):
+class ModelFacts(Document):
     checkpoint: str = Field(description="`embedded`, or what --model said")
     fingerprint: str = Field(description="model fingerprint that recipes carry")
     parameters: int = Field(description="number of parameters")
@@ -43,7 +40,7 @@ class ModelFacts(_Model):
     samples_fingerprint: str = Field(description="fingerprint of the calibration samples")
 
 
-class SideBySide(_Model):
+class SideBySide(Document):
     task: str = Field(description="kind of question")
     question: str = Field(description="text asked")
     expected: str = Field(description="the right answer")
@@ -51,7 +48,7 @@ class SideBySide(_Model):
     right: dict[str, bool] = Field(description="row name -> exact match of the first words; empty for a caption, whose order is free")
 
 
-class Report(_Model):
+class Report(Document):
     """Everything `quota demo` found out. Paths are relative to the report's folder."""
 
     schema_version: int = Field(default=REPORT_VERSION, description="version of these field names")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from quota.core.schema import Document
 from quota.eval.statistics import Interval
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Row(_Model):
+class Row(Document):
     """One configuration over all questions."""
 
     name: str = Field(description="row name, e.g. `float`, `quant-only`, `collaborative`")
@@ -33,7 +30,7 @@ class Row(_Model):
     answer_seconds: float = Field(description="seconds to answer all questions in batches (0 when reused)")
 
 
-class Comparison(_Model):
+class Comparison(Document):
     """Difference of two rows' retention on the same resampled questions."""
 
     row: str = Field(description="the row compared")
@@ -42,7 +39,7 @@ class Comparison(_Model):
     verdict: Literal["better", "worse", "undecided"] = Field(description="`better`: the whole interval is above 0; `worse`: below; else `undecided`")
 
 
-class Evaluation(_Model):
+class Evaluation(Document):
     """All rows on the same questions."""
 
     questions: int = Field(description="number of held-out questions, the same in every row")

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from quota.core.schema import Document
 
 RESAMPLES = 10_000
 _CHUNK = 500  # resamples counted at once: bounds memory at _CHUNK x questions of one task
 
 
-class Interval(BaseModel):
+class Interval(Document):
     """A value with its 95 % percentile bootstrap interval."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     value: float = Field(description="estimate from all questions")
     low: float = Field(description="2.5th percentile of the paired bootstrap")
     high: float = Field(description="97.5th percentile of the paired bootstrap")

@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from quota.core.errors import UsageError
+from quota.core.schema import Document
 
 PREFIX = "QUOTA_SERVE_"
 _LISTS = ("api_keys", "image_hosts", "cors_origins", "recipes")
 
 
-class Settings(BaseModel):
+class Settings(Document):
     """Every field is a flag, a variable and a key of the file. Lists are comma-separated in variables."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = Field(description="quantized checkpoint folder")
     model_name: str | None = Field(default=None, description="name clients use; default: the folder's name")

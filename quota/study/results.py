@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from quota.core.schema import Document
 from quota.eval.results import Comparison
 from quota.eval.statistics import Interval
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StudyRow(_Model):
+class StudyRow(Document):
     """One configuration over all questions."""
 
     name: str = Field(description="row name")
@@ -32,7 +29,7 @@ class StudyRow(_Model):
     figures: dict[str, Any] = Field(default_factory=dict, description="what only this study measures")
 
 
-class PublishedRow(_Model):
+class PublishedRow(Document):
     """A figure from the paper, on other models and questions."""
 
     name: str = Field(description="row name, as here")
@@ -40,7 +37,7 @@ class PublishedRow(_Model):
     measures: str = Field(description="on what")
 
 
-class StudyReport(_Model):
+class StudyReport(Document):
     """One study. Paths are relative to the report's folder."""
 
     study: str = Field(description="name of the study")

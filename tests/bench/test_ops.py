@@ -41,7 +41,7 @@ CASES = {
     "kv4_attention": lambda: kv4_attention.cases(SMALL, isas(), quick=True),
     "kv4_append": lambda: kv4_append.cases(SMALL, isas(), quick=True),
     "token_score": lambda: token_score.cases(SMALL, isas()),
-    "w4a4_linear": lambda: w4a4_linear.cases([SHAPE], [3], [OneDnnInt8(), TorchFloat(torch.float32)], isas(), 1),
+    "w4a4_linear": lambda: w4a4_linear.cases([SHAPE], [3], [peers.Here(OneDnnInt8()), peers.Here(TorchFloat(torch.float32))], isas(), 1),
 }
 
 
@@ -63,7 +63,7 @@ class _Wrong(TorchFloat):
 
 
 def test_a_wrong_peer_is_not_timed() -> None:
-    contenders, skipped = first(w4a4_linear.cases([SHAPE], [3], [_Wrong(torch.float32)], isas()[:1], 1)).contenders()
+    contenders, skipped = first(w4a4_linear.cases([SHAPE], [3], [peers.Here(_Wrong(torch.float32))], isas()[:1], 1)).contenders()
     assert [c.name for c in contenders] == ["quota", "quota+quantize"]
     assert skipped[0].peer == "torch-fp32" and "relative error 1.0" in skipped[0].reason
 
@@ -88,7 +88,7 @@ def test_a_child_takes_its_turn() -> None:
 
 def test_a_child_never_starts_another() -> None:
     """Seen: the child of a peer that only exists as a child started one itself, and so on."""
-    assert not any(isinstance(child.served(name), ChildPeer) for name in peers.every_peer())
+    assert not any(isinstance(child.served(name).layer, ChildPeer) for name in peers.every_peer())
 
 
 def test_every_peer_says_how_to_get_it() -> None:

@@ -1,22 +1,14 @@
-"""Tiny models are faster on one thread, above all on a busy machine."""
+"""A tiny quantized model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from quota.nn import quantize_rtn
 from tests.models import tiny_llava
+from tests.one_thread import one_thread
 
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quota.arch import find_arch, model_fingerprint
 from quota.core.recipe import Recipe
+from quota.runtime.patch import patched
 from tests.models import QWEN_IDS
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
@@ -61,3 +62,14 @@ def greedy(model: Any, inputs: dict[str, Tensor], tokens: int = 5, **options: An
         **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[find_arch(model).image_token_id],
         return_dict_in_generate=True, output_scores=True, **options,
     )  # fmt: skip
+
+
+def assert_recomputing_agrees(model: Any, inputs: dict[str, Tensor], recipe: Recipe) -> None:
+    """Pruned prefill and cached decoding equal, bit for bit, a recomputation without cache on the same kept tokens."""
+    with patched(model, recipe) as handle, final_states(model) as cached:
+        sequences = greedy(model, inputs).sequences
+        kept = dict(handle.kept)
+    with patched(model, recipe, forced=kept), final_states(model) as recomputed:
+        again = greedy(model, inputs, use_cache=False).sequences
+    assert torch.equal(sequences, again)
+    assert all(torch.equal(a, b) for a, b in zip(cached, recomputed, strict=True))

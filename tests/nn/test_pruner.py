@@ -15,7 +15,7 @@ from quota.nn.pruner import Pruner
 from quota.nn.scores import combine, text_queries, token_signals
 from quota.runtime.patch import patched
 from tests.models import IMAGE_TOKEN, llava_inputs, tiny_llava
-from tests.nn.recipes import final_states, greedy, recipe_for, single
+from tests.nn.recipes import assert_recomputing_agrees, greedy, recipe_for, single
 
 KINDS = ("float", "quantized", "vision")
 V = 16  # visual tokens of one tiny picture
@@ -152,13 +152,7 @@ def test_cache_and_no_cache_agree_bit_for_bit_when_quantized(models, policy):
     model = models["quantized"]
     inputs = llava_inputs(model)
     recipe = recipe_for(model, position_policy=policy)
-    with patched(model, recipe) as handle, final_states(model) as cached:
-        sequences = greedy(model, inputs).sequences
-        kept = dict(handle.kept)
-    with patched(model, recipe, forced=kept), final_states(model) as recomputed:
-        again = greedy(model, inputs, use_cache=False).sequences
-    assert torch.equal(sequences, again)
-    assert all(torch.equal(a, b) for a, b in zip(cached, recomputed, strict=True))
+    assert_recomputing_agrees(model, inputs, recipe)
 
 
 def test_float_cache_and_no_cache_agree(models):

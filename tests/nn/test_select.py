@@ -14,7 +14,7 @@ from quota.nn.scores import text_queries
 from quota.nn.select import Alive, choose
 from quota.runtime.patch import patched
 from tests.models import IMAGE_TOKEN, llava_inputs, tiny_llava
-from tests.nn.recipes import final_states, greedy, recipe_for, single
+from tests.nn.recipes import assert_recomputing_agrees, greedy, recipe_for, single
 from tests.nn.test_pruner import embeddings, recompute
 
 V = 16
@@ -111,13 +111,7 @@ def test_cache_and_no_cache_agree_bit_for_bit_when_quantized(models, name):
     model = models["quantized"]
     inputs = llava_inputs(model)
     recipe = method_recipe(model, name)
-    with patched(model, recipe) as handle, final_states(model) as cached:
-        sequences = greedy(model, inputs).sequences
-        kept = dict(handle.kept)
-    with patched(model, recipe, forced=kept), final_states(model) as recomputed:
-        again = greedy(model, inputs, use_cache=False).sequences
-    assert torch.equal(sequences, again)
-    assert all(torch.equal(a, b) for a, b in zip(cached, recomputed, strict=True))
+    assert_recomputing_agrees(model, inputs, recipe)
 
 
 @pytest.mark.parametrize("name", ["divprune", "cdpruner", "pyramiddrop", "random", "mmr"])

@@ -20,16 +20,11 @@ from quota.server.app import create_app
 from quota.server.config import Settings
 from quota.server.service import Service
 from tests.nn.recipes import recipe_for
+from tests.one_thread import one_thread
+
+__all__ = ["one_thread"]
 
 SIZE = 56
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from quota.bench.shapes import Linear
+from quota.bench.timing import Sample, time_calls
 
 
-class Peer(Protocol):
-    """An engine's linear layer, prepared for a shape once and fed batches of rows.
+class Layer(Protocol):
+    """An engine's linear layer in this process, prepared for a shape once and fed batches of rows.
 
     takes: "codes" when its input is already quantized (compared with `w4a4_linear` alone), "floats" when a call includes whatever the
     engine does to its input (compared with `quantize_act` + `w4a4_linear`). unit: the arithmetic it is held against. tolerance: relative
@@ -44,6 +45,54 @@ class Peer(Protocol):
         """float64 [rows, columns] from the operands the engine was given, after its own quantization of the weight."""
 
 
+class Peer(Protocol):
+    """What the benchmark asks of a layer, wherever it runs. Fields as in `Layer`."""
+
+    name: str
+    takes: str
+    unit: str
+    weight_bytes: int
+
+    def why_not(self) -> str | None:
+        """None when it can run here, else the reason and the remedy."""
+
+    def prepare(self, shape: Linear, threads: int) -> None:
+        """Make the weight of `shape` ready."""
+
+    def check(self, m: int) -> str | None:
+        """Feed M rows and pass the correctness gate: None, or what was wrong."""
+
+    def sample(self, calls: int, cold: bool) -> Sample:
+        """Time the layer on the rows it was fed."""
+
+    def close(self) -> None:
+        """Give back what it holds outside this process."""
+
+
+class Here:
+    """A layer in this process as a peer."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.name, self.takes, self.unit = layer, layer.name, layer.takes, layer.unit
+        self.weight_bytes = 0
+        self.why_not = layer.why_not
+
+    def prepare(self, shape: Linear, threads: int) -> None:
+        self.shape = shape
+        self.layer.prepare(shape, threads)
+        self.weight_bytes = self.layer.weight_bytes
+
+    def check(self, m: int) -> str | None:
+        self.layer.feed(activations(self.shape, m))
+        return gate(self.layer, self.shape, m)
+
+    def sample(self, calls: int, cold: bool) -> Sample:
+        return time_calls(self.layer.run, calls, cold=cold)
+
+    def close(self) -> None:
+        pass
+
+
 def weight(shape: Linear) -> Tensor:
     """float32 [N, K], the same in every process: normal, like a trained projection."""
     return torch.randn(shape.n, shape.k, generator=torch.Generator().manual_seed(shape.n * 31 + shape.k)) * 0.02
@@ -59,12 +108,12 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm())
 
 
-def gate(peer: Peer, shape: Linear, m: int) -> str | None:
+def gate(layer: Layer, shape: Linear, m: int) -> str | None:
     """Run once and compare a sample of the result: None when it agrees, else what was wrong."""
     rows, columns = slice(0, min(m, 8)), slice(0, min(shape.n, 512))
-    peer.run()
-    error = relative_error(peer.result()[rows, columns], peer.expected(rows, columns))
-    return None if error <= peer.tolerance else f"wrong result: relative error {error:.2e}, expected at most {peer.tolerance:.0e}"
+    layer.run()
+    error = relative_error(layer.result()[rows, columns], layer.expected(rows, columns))
+    return None if error <= layer.tolerance else f"wrong result: relative error {error:.2e}, expected at most {layer.tolerance:.0e}"
 
 
 def every_peer() -> dict[str, Callable[[], Peer]]:
@@ -77,14 +126,14 @@ def every_peer() -> dict[str, Callable[[], Peer]]:
     from quota.bench.peers.worker import ChildPeer
 
     return {
-        "onednn-w8a8": OneDnnInt8,
+        "onednn-w8a8": lambda: Here(OneDnnInt8()),
         "onednn-w8a8-vnni": lambda: ChildPeer("onednn-w8a8-vnni", OneDnnInt8(), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, unit="vpdpbusd"),
-        "openvino-i4": lambda: OpenVinoInt4("f32"),
-        "openvino-i4-bf16": lambda: OpenVinoInt4("bf16"),
-        "ort-nbits-128": lambda: MatMulNBits(128),
-        "ort-nbits-32": lambda: MatMulNBits(32),
-        "ggml-q4_0": lambda: GgmlQ4(amx=False),
+        "openvino-i4": lambda: Here(OpenVinoInt4("f32")),
+        "openvino-i4-bf16": lambda: Here(OpenVinoInt4("bf16")),
+        "ort-nbits-128": lambda: Here(MatMulNBits(128)),
+        "ort-nbits-32": lambda: Here(MatMulNBits(32)),
+        "ggml-q4_0": lambda: Here(GgmlQ4(amx=False)),
         "ggml-q4_0-amx": lambda: ChildPeer("ggml-q4_0-amx", GgmlQ4(amx=True), {}, unit="tdpbusd"),
-        "torch-fp32": lambda: TorchFloat(torch.float32),
-        "torch-bf16": lambda: TorchFloat(torch.bfloat16),
+        "torch-fp32": lambda: Here(TorchFloat(torch.float32)),
+        "torch-bf16": lambda: Here(TorchFloat(torch.bfloat16)),
     }
