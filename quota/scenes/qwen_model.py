@@ -36,7 +36,8 @@ def build_processor(patch_px: int = QWEN_PATCH_SIZE) -> ImageProcessor:
 def build_config(width: int = WIDTH, layers: int = LAYERS) -> Qwen2_5_VLConfig:
     """About 4 M parameters: four tower blocks (the second and fourth attend to everything), three query heads per KV head of 64, tied embeddings.
 
-    The rotary base is small because pictures have at most 16 x 16 tokens: with the published base a column of tokens would hardly turn.
+    The sections of the rotary frequencies are not the published shares: time has one, rows the next four (a turn in 8 to 20 rows) and columns begin
+    at a turn in 26, because pictures have at most 16 x 16 tokens; with [4, 14, 14] a column would hardly turn.
     """
     if width % 192:
         raise ValueError(f"width: expected a multiple of 192 (groups of three heads of 64), got {width}")
@@ -47,7 +48,7 @@ def build_config(width: int = WIDTH, layers: int = LAYERS) -> Qwen2_5_VLConfig:
     text = {
         "vocab_size": len(QWEN_WORDS), "hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers,
         "num_attention_heads": width // 64, "num_key_value_heads": width // 192, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 14, 14]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 4, 27]},
         "pad_token_id": _IDS["<|endoftext|>"], "bos_token_id": None, "eos_token_id": _IDS["<|im_end|>"],
     }  # fmt: skip
     ids: Any = {f"{name}_token_id": _IDS[f"<|{word}|>"] for name, word in

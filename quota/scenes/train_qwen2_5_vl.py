@@ -1,8 +1,9 @@
 """The curriculum of the embedded Qwen2.5-VL model: as LLaVA's (dense, captions, questions, larger), over five kinds of pages.
 
-A batch holds pages of one kind and one size, drawn by share. Reading is learned like seeing: each visual token is first classified against the vectors of
-the words and digits it shows, then whole pages are read out, then questions are asked. The tower knows no absolute places (its rotary embedding is
-relative), so where things are is supervised inside the decoder, on the visual tokens' states after its second layer, which M-RoPE has reached.
+Every step sees all kinds, each a part of its own of pages of one size: with one kind a step their gradients undo each other, and questions stay at
+their priors. Reading is learned like seeing: each visual token is first classified against the vectors of the words and digits it shows, then whole
+pages are read out, then questions are asked. The tower knows no absolute places (its rotary embedding is relative), so where things are is supervised
+inside the decoder, on the visual tokens' states after its second layer, which M-RoPE has reached.
 """
 
 from __future__ import annotations
@@ -37,18 +38,23 @@ _PLACE_LAYER = 1  # the decoder layer after which places are supervised
 
 @dataclass(frozen=True)
 class MixedStage(Stage):
-    """`mix`: (kind, share of batches); conversation pictures are `size_px` square, pages come in their own sizes."""
+    """`mix`: (kind, share of a step's pages); conversation pictures are `size_px` square, pages come in their own sizes."""
 
     mix: tuple[tuple[str, float], ...] = ((k.CONVERSATION, 1.0),)
 
+    def pages(self) -> list[tuple[str, int]]:
+        """Kind and number of pages of every part of a step; together `batch`."""
+        ends = [int(sum(share for _, share in self.mix[: n + 1]) * self.batch + 0.5) for n in range(len(self.mix))]
+        return [(kind, end - begin) for (kind, _), begin, end in zip(self.mix, [0, *ends], ends, strict=False) if end > begin]
+
 
 _SEEN = ((k.CONVERSATION, 0.4), ("scene_text", 0.2), ("document", 0.2), ("chart", 0.2))
-_ALL = ((k.CONVERSATION, 0.45), (k.TEXT, 0.1), ("scene_text", 0.15), ("document", 0.15), ("chart", 0.15))
+_ALL = ((k.CONVERSATION, 0.375), (k.TEXT, 0.125), ("scene_text", 0.125), ("document", 0.25), ("chart", 0.125))
 SCHEDULE = (
-    MixedStage("dense", 1200, 160, 16, 2e-3, dense_weight=1.0, language=False, mix=_SEEN),
-    MixedStage("caption", 1500, 160, 16, 1.5e-3, dense_weight=0.3, mix=_SEEN),
-    MixedStage("questions", 1900, 160, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1, mix=_ALL),
-    MixedStage("questions-320", 1200, 320, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.2, hard_tasks=True, mix=_ALL),
+    MixedStage("dense", 700, 160, 16, 2e-3, dense_weight=1.0, language=False, mix=_SEEN),
+    MixedStage("caption", 1200, 160, 16, 1.5e-3, dense_weight=0.3, mix=_SEEN),
+    MixedStage("questions", 1700, 160, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1, mix=_ALL),
+    MixedStage("questions-320", 1000, 320, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.2, hard_tasks=True, mix=_ALL),
 )
 
 
@@ -57,7 +63,7 @@ def encode(text: str) -> list[int]:
 
 
 class MixedPages(IterableDataset):
-    """Endless batches for one stage, starting at page `first`."""
+    """Endless steps of one stage, starting at page `first`: {"parts": one batch for each kind}."""
 
     def __init__(self, stage: MixedStage, first: int) -> None:
         self.stage, self.first = stage, first
@@ -65,23 +71,22 @@ class MixedPages(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         index = self.first
         while True:
-            yield collate(*choose(self.stage, index), index, self.stage)
-            index += self.stage.batch
+            parts = []
+            for kind, pages in self.stage.pages():
+                parts.append(collate(kind, choose_size(self.stage, kind, index), range(index, index + pages), self.stage))
+                index += pages
+            yield {"parts": parts}
 
 
-def choose(stage: MixedStage, index: int) -> tuple[str, tuple[int, int]]:
-    """Kind and size of the batch that starts at page `index`."""
-    rng = g.seeded("train", index, "batch", 0)
-    names, shares = zip(*stage.mix, strict=True)
-    kind = names[int(rng.choice(len(names), p=np.array(shares) / sum(shares)))]
+def choose_size(stage: MixedStage, kind: str, index: int) -> tuple[int, int]:
+    """Width and height in pixels of the part that starts at page `index`."""
     sizes = ((stage.size_px, stage.size_px),) if kind == k.CONVERSATION else k.PAGES[kind].sizes
-    return kind, sizes[int(rng.integers(len(sizes)))]
+    return sizes[int(g.seeded("train", index, "batch", 0).integers(len(sizes)))]
 
 
-def collate(kind: str, size_px: tuple[int, int], first: int, stage: MixedStage) -> dict[str, Any]:
+def collate(kind: str, size_px: tuple[int, int], indices: range, stage: MixedStage) -> dict[str, Any]:
     """Pictures [B, H, W, 3] uint8 with labels shape, color, word [B, V] (absent for text), and the packed text: ids, labels, segment, positions [B, T]."""
-    batch: dict[str, Any] = {"kind": kind}
-    indices = range(first, first + stage.batch)
+    batch: dict[str, Any] = {"kind": kind, "pages": len(indices)}
     if kind != k.TEXT:
         batch["pixels"] = torch.from_numpy(np.stack([np.asarray(k.picture(kind, "train", i, size_px)) for i in indices]))
         seen = [k.dense_labels(kind, "train", i, size_px) for i in indices]
@@ -206,7 +211,18 @@ def tower(visual: Any, pixels: Tensor) -> Tensor:
 
 
 def forward(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStage, amp: bool) -> tuple[Tensor, dict[str, float]]:
-    """Loss and figures of one packed batch."""
+    """Loss and figures of one step: its parts, weighed by their pages."""
+    losses: list[Tensor] = []
+    figures: dict[str, float] = {}
+    for part in batch["parts"]:
+        loss, seen = part_loss(model, head, part, stage, amp)
+        losses.append(loss * (part["pages"] / stage.batch))
+        figures |= seen
+    return torch.stack(losses).sum(), figures
+
+
+def part_loss(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStage, amp: bool) -> tuple[Tensor, dict[str, float]]:
+    """Loss and figures of pages of one kind with their packed questions."""
     device, kind = model.device, batch["kind"]
     words = model.get_input_embeddings().weight
     loss, figures = words.new_zeros(()), {}
@@ -232,7 +248,7 @@ def forward(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStag
     chosen = target != -100
     logits = model.lm_head(out[:, prefix:-1][chosen].float())
     text_loss = F.cross_entropy(logits, target[chosen])
-    figures |= {"text_loss": float(text_loss.detach()), f"right_{kind}": float((logits.argmax(-1) == target[chosen]).float().mean())}
+    figures |= {f"loss_{kind}": float(text_loss.detach()), f"right_{kind}": float((logits.argmax(-1) == target[chosen]).float().mean())}
     if kind == k.CONVERSATION and visual is not None:
         states = seen[0][:, len(BEFORE_PICTURE) : len(BEFORE_PICTURE) + visual.shape[1]]
         loss = loss + stage.dense_weight * head.place_loss(states, words, batch["shape"].to(device))

@@ -23,7 +23,7 @@ def model():
 
 @pytest.mark.parametrize(("kind", "size"), [("chart", (240, 160)), (k.CONVERSATION, (160, 160))])
 def test_tower_is_upstreams(model, kind, size):
-    processor, batch = build_processor(), q.collate(kind, size, 0, TINY)
+    processor, batch = build_processor(), q.collate(kind, size, range(2), TINY)
     pictures = [k.picture(kind, "train", i, size) for i in range(2)]
     inputs = processor(text=["<|image_pad|>"] * 2, images=pictures, return_tensors="pt", padding=True)
     torch.testing.assert_close(q.patches(batch["pixels"]).flatten(0, 1), inputs["pixel_values"], atol=1e-5, rtol=0)
@@ -36,13 +36,13 @@ def test_tower_is_upstreams(model, kind, size):
 def test_packed_segments_equal_separate_questions(model, kind, size):
     """Logits behind a packed prompt are those of the processor's own single prompt: tokens, M-RoPE positions and mask agree."""
     processor, stage = build_processor(), replace(TINY, batch=1)
-    batch = q.collate(kind, size, 3, stage)
+    batch = q.collate(kind, size, range(3, 4), stage)
     segments = q.segments_of(kind, 3, size, stage)
     assert len(segments) >= 3
     kept = []
     hook = model.model.language_model.register_forward_hook(lambda m, a, out: kept.append(out.last_hidden_state))
     with torch.no_grad():
-        q.forward(model, q.DenseHead(192), batch, stage, amp=False)
+        q.part_loss(model, q.DenseHead(192), batch, stage, amp=False)
     hook.remove()
     packed, row = model.lm_head(kept[0][0, -batch["ids"].shape[1] :]), batch["segment"][0]
     picture = None if kind == k.TEXT else k.picture(kind, "train", 3, size)
@@ -64,8 +64,15 @@ def test_a_few_steps_of_every_stage(tmp_path):
     assert (tmp_path / "checkpoint" / "processor_config.json").is_file()
 
 
-def test_batches_are_a_function_of_their_number():
-    first, again = (next(iter(q.MixedPages(TINY, 64))) for _ in range(2))
-    assert first["kind"] == again["kind"]
-    assert all(torch.equal(first[name], again[name]) for name in first if name != "kind")
-    assert {q.choose(TINY, i)[0] for i in range(60)} == set(k.KINDS)
+def test_steps_are_a_function_of_their_number():
+    first, again = (next(iter(q.MixedPages(TINY, 64)))["parts"] for _ in range(2))
+    for part, other in zip(first, again, strict=True):
+        assert part["kind"] == other["kind"]
+        assert all(torch.equal(part[name], other[name]) for name in part if name not in ("kind", "pages"))
+
+
+@pytest.mark.parametrize("stage", q.SCHEDULE, ids=lambda stage: stage.name)
+def test_every_step_sees_every_kind_by_its_share(stage):
+    pages = dict(stage.pages())
+    assert sum(pages.values()) == stage.batch
+    assert all(abs(pages[kind] - share * stage.batch) <= 1 and pages[kind] > 0 for kind, share in stage.mix)
