@@ -26,8 +26,13 @@ struct RowState {
   float total[kLanes], middles[kLanes];
 };
 
+template <class V>
 inline void load_scales(const Kv4Head& kv, int64_t first, int64_t count, BlockScales& block) {
-  for (int64_t i = 0; i < kSlots; ++i) block.set(i, i < count ? kv.scale[first + i] : 0.0f, i < count ? kv.zero[first + i] : 0.0f);
+  for (int64_t v = 0; v < kSlots / kLanes; ++v) {
+    const auto scale = V::load(kv.scale + first + v * kLanes, lanes_of(count, v)), zero = V::load(kv.zero + first + v * kLanes, lanes_of(count, v));
+    V::store(block.scale + v * kLanes, scale);
+    V::store(block.middle + v * kLanes, V::add(zero, V::mul(V::set1(float{kMiddle}), scale)));
+  }
 }
 
 // One row on its way through a block. The steps below each take all rows at hand before the next one starts: within a row every step waits
@@ -148,7 +153,7 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
     while (seen_by(from) <= j) ++from;
     key_panel<V>(whole_rows(k.q + j * row_bytes, count, row_bytes, padded, staging), padded, keys);
     value_panels<V>(whole_rows(v.q + j * row_bytes, count, row_bytes, padded, staging), padded, values);
-    load_scales(k, j, count, scales[0]), load_scales(v, j, count, scales[1]);
+    load_scales<V>(k, j, count, scales[0]), load_scales<V>(v, j, count, scales[1]);
     shared.score<V>(from, rows, j, count);
     for (int64_t i = from; i < rows; i += Dot::kRows) {
       const int64_t some = rows - i < Dot::kRows ? rows - i : Dot::kRows;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "dot_ymm.h"
+#include "quota/kernels.h"
 
 namespace {
 
@@ -22,6 +23,15 @@ struct Vec {
   static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static F load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, mask(n)), _mm256_maskload_ps(p + 8, mask(n - 8))}; }
+  static __m256 widen(const quota::Bfloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static F load(const quota::Bfloat16* p) { return {widen(p), widen(p + 8)}; }
+  static F load(const quota::Bfloat16* p, int64_t n) {
+    quota::Bfloat16 lanes[16] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof *p);
+    return load(lanes);
+  }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
   static void store(float* p, F x, int64_t n) { _mm256_maskstore_ps(p, mask(n), x.a), _mm256_maskstore_ps(p + 8, mask(n - 8), x.b); }
   static F first(F x, int64_t n, F other) {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "quota/kernels.h"
+
 namespace {
 
 // Sixteen lanes in one register.
@@ -17,6 +19,9 @@ struct Vec {
   static F set1(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static F load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_mask(n), p); }
+  static F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  static F load(const quota::Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const quota::Bfloat16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first_mask(n), p)); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first_mask(n), x); }
   static F first(F x, int64_t n, F other) { return _mm512_mask_mov_ps(other, first_mask(n), x); }

@@ -23,21 +23,24 @@ struct Scratch {
   operator T*() const { return data; }
 };
 
-// A [rows, k] with strides (element [i][j] at i * row + j * step), B [k, cols] and C [rows, cols] with leading dimensions.
-struct Chain {
+// A [rows, k] with strides (element [i][j] at i * row + j * step), B [k, cols] and C [rows, cols] with leading dimensions. B may be bfloat16, which
+// is float32 without its lower half: read as that, it gives the same bits from half the memory.
+template <class B>
+struct ChainOf {
   const float* a;
   int64_t a_row, a_step;
-  const float* b;
+  const B* b;
   int64_t b_row;
   float* c;
   int64_t c_row;
 };
+using Chain = ChainOf<float>;
 
 // One tile of kRows x (16 kVectors) outputs; with kTail the last vector has `last` lanes.
-template <class V, int kRows, int kVectors, bool kTail>
-inline void chain_tile(const Chain& t, int64_t k, int64_t last) {
+template <class V, int kRows, int kVectors, bool kTail, class B>
+inline void chain_tile(const ChainOf<B>& t, int64_t k, int64_t last) {
   typename V::F acc[kRows][kVectors];
-  const auto read = [&](const float* p, int v) { return kTail && v == kVectors - 1 ? V::load(p + v * kLanes, last) : V::load(p + v * kLanes); };
+  const auto read = [&](const B* p, int v) { return kTail && v == kVectors - 1 ? V::load(p + v * kLanes, last) : V::load(p + v * kLanes); };
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 12
@@ -73,8 +76,8 @@ constexpr int64_t even_share(int64_t total, int64_t most) {
 }
 
 // All rows of a panel of at most 16 kVectors columns, which stays in the first-level cache meanwhile.
-template <class V, int kVectors, bool kTail>
-inline void chain_panel(Chain t, int64_t rows, int64_t k, int64_t last) {
+template <class V, int kVectors, bool kTail, class B>
+inline void chain_panel(ChainOf<B> t, int64_t rows, int64_t k, int64_t last) {
   static_assert(V::kChainRows <= 6);
   const auto advance = [&](int64_t n) { rows -= n, t.a += n * t.a_row, t.c += n * t.c_row; };
   if constexpr (kVectors <= 2 && V::kNarrowRows > V::kChainRows)  // few columns: more rows, so that enough chains run at once
@@ -93,28 +96,19 @@ inline void chain_panel(Chain t, int64_t rows, int64_t k, int64_t last) {
   }
 }
 
-template <class V, int kVectors>
-inline void chain_columns(const Chain& t, int64_t rows, int64_t cols, int64_t k) {
+template <class V, int kVectors, class B>
+inline void chain_columns(const ChainOf<B>& t, int64_t rows, int64_t cols, int64_t k) {
   if (cols >= kVectors * kLanes)
     chain_panel<V, kVectors, false>(t, rows, k, 0);
   else
     chain_panel<V, kVectors, true>(t, rows, k, cols - (kVectors - 1) * kLanes);
 }
 
-constexpr int64_t kRowsWorthPacking = 16;
-
-// C = A B in chain order.
-template <class V>
-inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
+// C = A B in chain order, B read as it lies.
+template <class V, class B>
+inline void chain_product(ChainOf<B> t, int64_t rows, int64_t cols, int64_t k) {
   constexpr int kMost = V::kChainVectors;
   static_assert(kMost <= 4);
-  const bool packs = t.b_row % kLanes != 0 && rows >= kRowsWorthPacking;  // loads that cross cache lines halve the rate
-  const int64_t packed_row = packs ? round_up(cols, kLanes) : 0;
-  const Scratch<float> packed(k * packed_row);
-  if (packs) {
-    for (int64_t j = 0; j < k; ++j) __builtin_memcpy(packed + j * packed_row, t.b + j * t.b_row, static_cast<size_t>(cols) * sizeof(float));
-    t.b = packed, t.b_row = packed_row;
-  }
   while (cols > 0) {
     const int64_t vectors = even_share((cols + kLanes - 1) / kLanes, kMost);
     if (vectors == 1) chain_columns<V, 1>(t, rows, cols, k);
@@ -126,6 +120,21 @@ inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
       if (vectors == 4) chain_columns<V, 4>(t, rows, cols, k);
     cols -= vectors * kLanes, t.b += vectors * kLanes, t.c += vectors * kLanes;
   }
+}
+
+constexpr int64_t kRowsWorthPacking = 16;
+
+// C = A B in chain order.
+template <class V>
+inline void chain_matmul(Chain t, int64_t rows, int64_t cols, int64_t k) {
+  const bool packs = t.b_row % kLanes != 0 && rows >= kRowsWorthPacking;  // loads that cross cache lines halve the rate
+  const int64_t packed_row = packs ? round_up(cols, kLanes) : 0;
+  const Scratch<float> packed(k * packed_row);
+  if (packs) {
+    for (int64_t j = 0; j < k; ++j) __builtin_memcpy(packed + j * packed_row, t.b + j * t.b_row, static_cast<size_t>(cols) * sizeof(float));
+    t.b = packed, t.b_row = packed_row;
+  }
+  chain_product<V>(t, rows, cols, k);
 }
 
 }  // namespace

@@ -29,6 +29,7 @@ void heads_range(const quota::HeadsArgs& args, int64_t begin, int64_t end) {
   const int64_t d = args.dim, all = args.heads + 2 * args.kv_heads;
   const Scratch<float> x(kHeadsAtOnce * d), y(kHeadsAtOnce * d);
   const Scratch<int8_t> codes(round_up(d, kLanes));
+  prefetch_factor(args.q_transform, d), prefetch_factor(args.k_transform, d);
   const int64_t first_head[] = {0, args.heads, args.heads + args.kv_heads, all};
   for (int kind = 0; kind < 3; ++kind) {
     const float* matrix = kind == 0 ? args.q_transform : kind == 1 ? args.k_transform : nullptr;

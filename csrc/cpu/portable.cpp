@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "quota/kernels.h"
+
 namespace {
 
 struct Vec {
@@ -23,6 +25,12 @@ struct Vec {
   static F zero() { return set1(0.0f); }
   static F load(const float* p) { return map<F>([=](int i) { return p[i]; }); }
   static F load(const float* p, int64_t n) { return map<F>([=](int i) { return i < n ? p[i] : 0.0f; }); }
+  static F load(const quota::Bfloat16* p) {
+    return from_bits(map<I>([=](int i) { return static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16); }));
+  }
+  static F load(const quota::Bfloat16* p, int64_t n) {
+    return from_bits(map<I>([=](int i) { return i < n ? static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16) : 0; }));
+  }
   static void store(float* p, const F& x) { std::memcpy(p, x.v, sizeof x.v); }
   static void store(float* p, const F& x, int64_t n) { std::memcpy(p, x.v, static_cast<size_t>(n < 16 ? n : 16) * sizeof(float)); }
   static F first(const F& x, int64_t n, const F& other) { return map<F>([&](int i) { return i < n ? x.v[i] : other.v[i]; }); }

@@ -18,6 +18,12 @@ inline void prefetch(const float* x, int64_t ahead, int64_t n) {
   for (uintptr_t i = 0; i < static_cast<uintptr_t>(n) * sizeof(float); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i), 0, 2);
 }
 
+// A square factor, or null, asked for as a whole: in a decode step a hundred megabytes of weights have passed since its last use, and a few rows
+// would wait for its lines one after the other.
+inline void prefetch_factor(const float* factor, int64_t size) {
+  if (factor) prefetch(factor, 0, size * size);
+}
+
 // rows of x -> y, `middle` holding as many floats when both factors are there.
 template <class V>
 inline void transform_into(const quota::TransformArgs& t, const float* x, float* y, int64_t rows, float* middle) {
@@ -74,6 +80,7 @@ void quantize_rows(const quota::QuantizeArgs& args, int64_t begin, int64_t end) 
   const int64_t width = args.prologue == quota::Prologue::kSiluMul ? 2 * k : k;
   const Scratch<float> middle(t.left && t.right ? at_once * k : 0), y(moves ? at_once * k : 0), prepared(prepares ? at_once * k : 0);
   const Scratch<int8_t> codes(round_up(k, kLanes));
+  prefetch_factor(t.left, t.l), prefetch_factor(t.right, t.r);
   for (int64_t m = begin; m < end; m += at_once) {
     const int64_t rows = end - m < at_once ? end - m : at_once;
     const float* x = prepares ? prepared : t.x + m * k;

@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 #include <initializer_list>
 #include <optional>
@@ -20,6 +24,7 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kFree = -1;  // a size that is not checked
+constexpr int64_t kFreshFloats = 32 << 18;  // from 32 MiB on malloc maps memory anew at every call: 4 KiB pages would be handed out one by one
 
 std::string shape_text(std::initializer_list<int64_t> sizes) {
   std::string text = "[";
@@ -60,6 +65,17 @@ const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.con
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Ask for pages of 2 MiB, before the memory is written. Only whole large pages inside are asked for, so nothing else grows; a system that has none
+// goes on with small ones.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t size_bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(size_bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 // Rows per piece of parallel work: about 16 thousand multiply-adds, the cost of waking a thread.
 int64_t grain(int64_t work_per_row) { return 1 + (1 << 14) / (work_per_row + 1); }
@@ -123,6 +139,7 @@ std::tuple<Tensor, Tensor> w4a4_pack(Tensor w_q, int64_t k) {
   check(w_q, "w_q", ScalarType::Byte, {kFree, (k + 1) / 2});
   const int64_t n = w_q.size(0), panels = (n + quota::kPanel - 1) / quota::kPanel;
   Tensor blocks = make({panels, quota::padded_k(k) / quota::kGroup, 2 * quota::kPanel}, ScalarType::Byte);
+  prefer_huge_pages(blocks.mutable_data_ptr(), blocks.numel());  // every decode step streams them: fewer addresses to translate
   Tensor col_sum = make({panels * quota::kPanel}, ScalarType::Int);
   const quota::PackArgs args{bytes(w_q), n, k, static_cast<uint8_t*>(blocks.mutable_data_ptr()), static_cast<int32_t*>(col_sum.mutable_data_ptr())};
   parallel_for(0, panels, grain(quota::kPanel * k), [&](int64_t begin, int64_t end) { quota::pack_weight(args, begin, end); });
@@ -140,6 +157,7 @@ Tensor w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Te
   if (x_zero) check(*x_zero, "x_zero", ScalarType::Int, {m});
   Tensor y = make({m, n}, ScalarType::Float);
   if (m == 0 || n == 0) return y;
+  if (y.numel() >= kFreshFloats) prefer_huge_pages(y.mutable_data_ptr(), 4 * y.numel());
 
   quota::LinearArgs args{
       bytes(x_q), nullptr, nullptr, floats(x_scale), x_zero ? ints(*x_zero) : nullptr, bytes(blocks), ints(col_sum), floats(w_scale),
@@ -348,9 +366,10 @@ Tensor token_gather(Tensor x, Tensor index) {
 Tensor float_linear(Tensor x, Tensor panels, int64_t n) {
   check(x, "x", ScalarType::Float, {kFree, kFree});
   const int64_t m = x.size(0), k = x.size(1), count = (n + quota::kPanel - 1) / quota::kPanel;
-  check(panels, "panels", ScalarType::Float, {count, k, quota::kPanel});
+  const bool bfloat16 = panels.scalar_type() == ScalarType::BFloat16;
+  check(panels, "panels", bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, {count, k, quota::kPanel});
   Tensor y = make({m, n}, ScalarType::Float);
-  const quota::FloatLinearArgs args{floats(x), floats(panels), m, n, k, static_cast<float*>(y.mutable_data_ptr())};
+  const quota::FloatLinearArgs args{floats(x), panels.const_data_ptr(), bfloat16, m, n, k, static_cast<float*>(y.mutable_data_ptr())};
   const auto run = quota::kernels().float_linear;
   parallel_for(0, count, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) run(args, panel);

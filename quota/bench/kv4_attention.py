@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quota.bench.case import Case, Skipped
-from quota.bench.own import NAME, float_contenders, relative_rms, require, seeded, torch_float_unit
+from quota.bench.own import NAME, float_contenders, relative_rms, require, seeded, torch_bfloat16_unit, torch_float_unit
 from quota.bench.shapes import Attention
 from quota.bench.timing import Contender
 from quota.ops import native
@@ -67,5 +67,5 @@ def _torch(shape: Attention, q: Tensor, k: Kv, v: Kv, slots: int, dtype: torch.d
     error = relative_rms(run().transpose(1, 2)[:, -2:].float(), expected)
     if error > _TORCH_TOLERANCE[dtype]:
         return Skipped(OP, shape.name, name, f"wrong result: relative error {error:.2e}")
-    unit = "tdpbf16ps" if dtype == torch.bfloat16 else torch_float_unit()
+    unit = torch_bfloat16_unit() if dtype == torch.bfloat16 else torch_float_unit()
     return Contender(name, unit, 2.0 * keys.numel() * keys.element_size(), run=run, against=NAME)

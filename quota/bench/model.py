@@ -6,6 +6,7 @@ Every process prints one JSON document. A request is a picture of 576 visual tok
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -66,13 +67,14 @@ def row(job: Job, found: dict[str, Any], checkpoint_bytes: int | None) -> dict[s
 
 def float_layers(arch: str, dtype: str) -> int:
     """How many decoder layers of the float model fit in the free memory."""
+    from quota.arch import find_arch
     from quota.bench.archs import config_of
 
-    config = config_of(arch)
-    text, size = config.text_config, 4 if dtype == "float32" else 2
-    layer = size * text.hidden_size * (2 * text.hidden_size + 2 * text.num_key_value_heads * text.head_dim + 3 * text.intermediate_size)
-    fixed = size * (2 * text.vocab_size * text.hidden_size) + 2 * 10**9
-    return max(2, min(text.num_hidden_layers, int((_FLOAT_SHARE * machine.free_bytes() - fixed) / layer)))
+    config, size = config_of(arch), 4 if dtype == "float32" else 2
+    sizes = find_arch(config)
+    layer = size * sizes.hidden_size * (2 * sizes.hidden_size + 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.intermediate_size)
+    fixed = size * (2 * config.text_config.vocab_size * sizes.hidden_size) + 2 * 10**9
+    return max(2, min(sizes.layers, int((_FLOAT_SHARE * machine.free_bytes() - fixed) / layer)))
 
 
 # -- inside the process ------------------------------------------------------------------------------------------------------
@@ -80,57 +82,66 @@ def float_layers(arch: str, dtype: str) -> int:
 
 def recipe_for(model: Any, keep: float) -> Any:
     """Equal drops at layers 2 to 8, where LLaVA-1.5-7B is published to prune, down to `keep`."""
-    from quota.arch import model_fingerprint
+    from quota.arch import find_arch, model_fingerprint
     from quota.bench.archs import VISUAL_TOKENS
     from quota.core.recipe import ModelFacts, Recipe
 
     layers = model.config.text_config.num_hidden_layers
     candidates = tuple(range(2, min(9, layers)))
     ratios = [round(1 - (1 - keep) * (i + 1) / len(candidates), 6) for i in range(len(candidates) - 1)] + [keep]
-    facts = ModelFacts(architecture="LlavaForConditionalGeneration", fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
+    facts = ModelFacts(architecture=find_arch(model).model_class, fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
     return Recipe(
         method="uniform", regime="w4a4kv4", model=facts, candidates=candidates, keep=tuple(ratios), final_keep=keep, reference_tokens=VISUAL_TOKENS
     )
 
 
 def request(model: Any) -> dict[str, Any]:
-    """Random pixels and token ids: text, picture, text."""
+    """Random pixels and token ids: text, picture, text. Where resolution is dynamic, the picture is a square of as many tokens."""
     import torch
 
     from quota.arch import find_arch
+    from quota.bench.archs import VISUAL_TOKENS
 
     arch, generator = find_arch(model), torch.Generator().manual_seed(0)
     text = torch.randint(3, min(30000, arch.image_token_id), (1, TEXT_TOKENS), generator=generator)
-    assert arch.visual_tokens is not None, "archs.py has models of fixed resolution only"
-    picture = torch.full((1, arch.visual_tokens), arch.image_token_id)
+    picture, vision = torch.full((1, VISUAL_TOKENS), arch.image_token_id), model.config.vision_config
     ids = torch.cat([text[:, :_LEADING_TEXT], picture, text[:, _LEADING_TEXT:]], 1)
-    side = model.config.vision_config.image_size
-    pixels = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if arch.visual_tokens is not None:
+        size: tuple[int, ...] = (1, 3, vision.image_size, vision.image_size)
+    else:
+        side = arch.merge * math.isqrt(VISUAL_TOKENS)
+        size = (side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+        inputs |= {"image_grid_thw": torch.tensor([[1, side, side]]), "mm_token_type_ids": (ids == arch.image_token_id).int()}
+    return inputs | {"pixel_values": torch.randn(size, generator=generator).to(model.dtype)}
 
 
 def float_model(job: Job) -> Any:
     """transformers' model of `job.layers` decoder layers; every layer holds the same random numbers, in memory of its own."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
+    from quota.arch import find_arch, submodule
     from quota.bench.archs import config_of
 
     config, dtype = config_of(job.arch, job.layers), getattr(torch, job.float_dtype or "float32")
+    arch = find_arch(config)
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+        model: Any = getattr(transformers, arch.model_class)._from_config(config, dtype=dtype)
     model = model.to_empty(device="cpu")
-    first: dict[str, Any] = {}
+    first: dict[Any, Any] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        kind = ".".join(part for part in name.split(".") if not part.isdigit()), tensor.shape
         if tensor.dtype == torch.int64:
             tensor.copy_(torch.arange(tensor.shape[-1]).expand(tensor.shape))
         elif kind in first:
             tensor.data.copy_(first[kind])
         else:
             first[kind] = tensor.data.fill_(1) if tensor.ndim == 1 else tensor.data.normal_(0, 0.02)
-    text = model.model.language_model
+    text, tower = model.model.language_model, submodule(model, arch.vision_path)
     text.rotary_emb = type(text.rotary_emb)(config=config.text_config)
+    if hasattr(tower, "rotary_pos_emb"):
+        tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)  # type: ignore[operator]
     return model.eval().requires_grad_(False)
 
 
@@ -165,10 +176,12 @@ def run_job(job: Job) -> dict[str, Any]:
     """Load or make the model, answer one request to warm up and `requests` to measure."""
     import torch
 
+    from quota.core.pages import keep_freed_memory
     from quota.nn.cache import kv_bytes
     from quota.runtime.load import load
 
     torch.set_num_threads(job.threads)
+    keep_freed_memory()  # as `load` does: the float model gets it too
     began = time.perf_counter()
     model = load(job.checkpoint, dtype=torch.bfloat16, verify=False) if job.checkpoint else float_model(job)
     if job.keep is not None:

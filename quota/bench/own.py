@@ -32,6 +32,12 @@ def torch_float_unit() -> str:
     return "fma512" if "avx512f" in machine.cpu()["features"] else "fma256"
 
 
+def torch_bfloat16_unit() -> str:
+    """Arithmetic that torch's bfloat16 is held against: the fastest of the machine."""
+    features = machine.cpu()["features"]
+    return "tdpbf16ps" if "amx_bf16" in features else "vdpbf16ps" if "avx512_bf16" in features else torch_float_unit()
+
+
 def float_contenders(isas: tuple[str, ...], moved: float, run: Callable[[], object]) -> list[Contender]:
     """`run` on each instruction set, for ops whose arithmetic is float32."""
     return [Contender(NAME, float_unit(isa), moved, run=run, isa=isa, before=partial(native.set_isa, isa)) for isa in isas]

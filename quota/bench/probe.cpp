@@ -69,6 +69,22 @@ EXPORT ISA("avx512f") double operations_fma512(int64_t passes) {
   return 2.0 * 16 * kChains * passes;
 }
 
+EXPORT ISA("avx512f,avx512bf16") double operations_vdpbf16ps(int64_t passes) {
+  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(0x3080);  // 1 and about 1e-9
+#define START(c) __m512 acc##c = _mm512_setzero_ps();
+#define STEP(c) acc##c = _mm512_dpbf16_ps(acc##c, a, b); KEEP(acc##c);
+#define TOTAL(c) total = _mm512_add_ps(total, acc##c);
+  TWELVE(START)
+  for (int64_t i = 0; i < passes; ++i) { TWELVE(STEP) }
+  __m512 total = _mm512_setzero_ps();
+  TWELVE(TOTAL)
+#undef START
+#undef STEP
+#undef TOTAL
+  sink_float = _mm512_reduce_add_ps(total);
+  return 2.0 * 32 * kChains * passes;
+}
+
 EXPORT ISA("avx2,fma") double operations_fma256(int64_t passes) {
   const __m256 a = _mm256_set1_ps(1.0f), b = _mm256_set1_ps(1e-9f);
 #define START(c) __m256 acc##c = _mm256_setzero_ps();

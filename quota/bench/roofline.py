@@ -25,7 +25,10 @@ from quota.bench import machine
 from quota.core.errors import BuildError
 
 _SOURCE = Path(__file__).with_name("probe.cpp")
-_UNITS = {"vpdpbusd": "avx512_vnni", "vpmaddubsw": "avx2", "fma512": "avx512f", "fma256": "fma", "tdpbusd": "amx_int8", "tdpbf16ps": "amx_bf16"}
+_UNITS = {
+    "vpdpbusd": "avx512_vnni", "vpmaddubsw": "avx2", "fma512": "avx512f", "fma256": "fma", "vdpbf16ps": "avx512_bf16", "tdpbusd": "amx_int8",
+    "tdpbf16ps": "amx_bf16",
+}  # fmt: skip
 _SIZES = (1 << 20, 16 << 20, 64 << 20, 1 << 30)  # second-level cache, last-level cache twice, memory
 _ROUNDS, _ROUND_S = 5, 0.02
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from quota.arch import find_arch, fingerprint
 from quota.nn.checkpoint import CheckpointWriter, Manifest
@@ -25,30 +25,41 @@ _NUMBERS_AT_ONCE = 1 << 24  # of a weight, so that memory does not grow with the
 def make_checkpoint(config: Any, folder: Path, progress: Callable[[int, int], None] | None = None, seed: int = 0) -> Path:
     """Write a quantized checkpoint of `config` with weights drawn from `seed`; returns `folder`. progress(done, all) counts tensors.
 
-    Weights are normal with variance 1 / K (and 1 / (2 layers) of that into the residual stream), so that activations keep a size.
+    Weights are normal with variance 1 / K (and 1 / (2 layers) of that into the residual stream), so that activations keep a size. All layers hold
+    the same ones: seconds per shape instead of minutes per model, and as much to store and to compute with.
     """
-    with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=FLOAT)
-    quantize_structure(model, MODULES)
-    text = config.text_config
+    model, text = quantized_skeleton(config), config.text_config
     embed = _normal(seed, text.vocab_size, text.hidden_size, std=0.02).to(FLOAT)
     manifest = Manifest(_REGIME, MODULES, fingerprint(config, embed), calibration={"method": "synthetic weights, round to nearest", "seed": seed})
     folder.parent.mkdir(parents=True, exist_ok=True)
     groups = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
-    names = [name for name in model.state_dict() if name.rpartition(".")[0] not in groups]
+    arch = find_arch(config)
+    tied = f"{arch.lm_head_path}.weight" if config.tie_word_embeddings else None
+    names = [name for name in model.state_dict() if name.rpartition(".")[0] not in groups and name != tied]
     with CheckpointWriter(folder, manifest, max_shard_bytes=_SHARD_BYTES) as writer:
         writer.add_config(config)
         for number, (name, tensor) in enumerate(_floats(model, names, embed, seed), start=1):
             writer.add({name: tensor})
             if progress:
                 progress(number, len(names) + len(groups))
+        made: dict[Any, dict[str, Tensor]] = {}
         for number, (path, group) in enumerate(groups.items(), start=len(names) + 1):
-            residual = path.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
-            std = (group.in_features * (2 * text.num_hidden_layers if residual else 1)) ** -0.5
-            writer.add({f"{path}.{name}": tensor for name, tensor in _group(group, std, seed + number).items()})
+            kind = ".".join(part for part in path.split(".") if not part.isdigit()), group.in_features, group.out_features
+            if kind not in made:
+                residual = path.endswith(("o_proj", "down_proj", "out_proj", "fc2", "attn.proj"))
+                std = (group.in_features * (2 * text.num_hidden_layers if residual else 1)) ** -0.5
+                made[kind] = _group(group, std, seed + number)
+            writer.add({f"{path}.{name}": tensor for name, tensor in made[kind].items()})
             if progress:
                 progress(number, len(names) + len(groups))
     return folder
+
+
+def quantized_skeleton(config: Any) -> Any:
+    """The model of `config`, quantized, on the meta device: shapes and dtypes of everything a checkpoint holds."""
+    with torch.device("meta"):
+        model: Any = getattr(transformers, find_arch(config).model_class)._from_config(config, dtype=FLOAT)
+    return quantize_structure(model, MODULES)
 
 
 def _floats(model: Any, names: list[str], embed: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -62,9 +73,10 @@ def _floats(model: Any, names: list[str], embed: Tensor, seed: int) -> Iterator[
         elif name.endswith("_clip"):
             yield name, torch.ones(())
         elif meta.ndim == 1:  # norm weights, biases, the class token
-            yield name, torch.ones(meta.shape, dtype=FLOAT) if "norm" in name and name.endswith("weight") else torch.zeros(meta.shape, dtype=FLOAT)
+            scale = "norm" in name or name.endswith("ln_q.weight")
+            yield name, torch.full(meta.shape, float(scale and name.endswith("weight")), dtype=meta.dtype)
         else:
-            yield name, _normal(seed - 1 - number, *meta.shape, std=0.02).to(FLOAT)
+            yield name, _normal(seed - 1 - number, *meta.shape, std=0.02).to(meta.dtype)
 
 
 def _group(group: QuantLinear, std: float, seed: int) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,18 @@ def op_block(found: Sequence[Row]) -> str:
     """One table per machine, thread count and state of the caches."""
     if not found:
         return _NOTHING
-    parts = []
+    parts, single = [], {_line(r): r for r in found if r["ours"] and r["threads"] == 1}
     for group in _groups(found, ("cpu", "threads", "weights")):
-        parts += [_where(group), "", _ops_table(group)]
+        parts += [_where(group), "", _ops_table(group, single)]
     return "\n".join(parts).rstrip()
 
 
 def readme_block(ops: Sequence[Row], models: Sequence[Row]) -> str:
     """The few rows that say most: two projections of LLaVA-1.5-7B, one thread; the whole model."""
+    best = {cpu: _best([r for r in ops if r["cpu"] == cpu]) for cpu in dict.fromkeys(r["cpu"] for r in ops)}
     linear = [
         r for r in ops if r["op"] == "w4a4_linear" and r["shape"] in _README_SHAPES and r["size"]["m"] in _README_ROWS
-        and r["threads"] == 1 and r["weights"] == "resident" and (not r["ours"] or r["isa"] == _best(ops))
+        and r["threads"] == 1 and r["weights"] == "resident" and (not r["ours"] or r["isa"] == best[r["cpu"]])
     ]  # fmt: skip
     text = op_block(linear)
     return text if not models else f"{text}\n\n{model_block([m for m in models if m['threads'] == 1] or models)}"
@@ -80,16 +82,25 @@ def _where(group: Sequence[Row]) -> str:
     )
 
 
-def _ops_table(group: Sequence[Row]) -> str:
+def _line(r: Row) -> str:
+    """What a row of ours measures, whatever the threads."""
+    return json.dumps([r[name] for name in ("op", "shape", "size", "weights", "cpu", "implementation", "isa")], sort_keys=True)
+
+
+def _ops_table(group: Sequence[Row], single: Mapping[str, Row]) -> str:
+    """single: `_line` -> the row on one thread; with more, a column says how many times as fast they are, by wall time."""
     own = [r for r in group if r["ours"]]
+    scaling = [f"{single[_line(r)]['wall_ms'][0] / r['wall_ms'][0]:.2f}" if _line(r) in single else "" for r in own]
+    scales = bool(own) and own[0]["threads"] > 1 and any(scaling)
     peers = list(dict.fromkeys(name for r in own for name in r["ratios"]))
     keys = list(own[0]["size"]) if own else []
     lines = []
-    for r in own:
+    for r, faster in zip(own, scaling, strict=True):
         cells = [r["shape"], *(r["size"][k] for k in keys), r["implementation"], r["isa"], milliseconds(_judged(r)), f"{r['gops']:.0f}"]
         cells.append(f"{r['percent_of_roofline']:.0f} % {r['bound']}" if "percent_of_roofline" in r else "")
-        lines.append([*cells, *(_ratio(r["ratios"].get(p)) for p in peers)])
-    return markdown_table(["shape", *(k.upper() for k in keys), "ours", "isa", "time", "GOPS", "of roofline", *(f"× {p}" for p in peers)], lines)
+        lines.append([*cells, *([faster] if scales else []), *(_ratio(r["ratios"].get(p)) for p in peers)])
+    head = ["shape", *(k.upper() for k in keys), "ours", "isa", "time", "GOPS", "of roofline", *(["× one thread"] if scales else [])]
+    return markdown_table([*head, *(f"× {p}" for p in peers)], lines)
 
 
 def _judged(r: Row) -> float:

@@ -112,7 +112,7 @@ def ceiling(
 
 @app.command("model")
 def model(
-    arch: Annotated[str, typer.Option("--arch", help="llava-1.5-7b, 135m or embedded.")],
+    arch: Annotated[str, typer.Option("--arch", help="llava-1.5-7b, qwen2.5-vl-7b, 135m, embedded or embedded-qwen.")],
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use random weights: the only kind there is; said so that nobody mistakes them.")] = False,
     keep: Annotated[float, typer.Option("--keep", help="Also run pruned to this share of the visual tokens.")] = 0.3,
     out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint; one that is there is used again.")] = Path("bench-models"),

@@ -1,15 +1,19 @@
-"""Handing memory back that is only kept in case somebody asks for it again."""
+"""Memory between this process and the kernel: what to hand back, what to keep."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from functools import cache
 from typing import Any
 
 _PAGEOUT = 21  # linux/mman.h, since 5.4
 _LEAST_BYTES = 1 << 20  # below this the call costs more than it gives
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES, _HEAP_BYTES = 256 << 20, 32 << 20  # the second is the most that glibc takes
+_SETTLED = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 @cache
@@ -32,3 +36,15 @@ def release_pages(address: int, size_bytes: int) -> bool:
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (address + size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
     return madvise(first, last - first, _PAGEOUT) == 0
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Have malloc keep up to 256 MiB of what is freed, for the whole process; False where the environment has settled it, or without glibc.
+
+    Layer after layer frees and asks for the same megabytes. Given back in between, they return as pages that the kernel clears and maps one by one.
+    """
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _SETTLED):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and mallopt(_MMAP_THRESHOLD, _HEAP_BYTES) == 1 and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -11,6 +12,7 @@ from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 
 _GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}  # activations that `quantize_act` computes on its way
 _PROLOGUES = {"quick_gelu": "quick_gelu"}
+_BLOCK_BYTES = 20 << 20  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
 
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -29,14 +31,18 @@ class QuantMLP(nn.Module):
 
     @without_grad
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> same shape and dtype."""
-        both = self.gate_up_proj(as_float32(x.reshape(-1, x.shape[-1])))
-        if self._prologue is not None:
-            y = self.down_proj(both, self._prologue)
-        else:
-            gate, up = both.chunk(2, -1)
-            y = self.down_proj(activate(self.act_fn, gate) * up)
+        """x [..., hidden] -> same shape and dtype. Rows do not depend on each other, so a long prompt goes in blocks of them."""
+        rows = as_float32(x.reshape(-1, x.shape[-1]))
+        blocks = -(-4 * len(rows) * self.gate_up_proj.out_features // _BLOCK_BYTES) if rows.is_cpu else 1
+        y = self._rows(rows) if blocks <= 1 else torch.cat([self._rows(part) for part in rows.split(-(-len(rows) // blocks))])
         return as_dtype_of(y.view(x.shape), x)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        both = self.gate_up_proj(rows)
+        if self._prologue is not None:
+            return self.down_proj(both, self._prologue)
+        gate, up = both.chunk(2, -1)
+        return self.down_proj(activate(self.act_fn, gate) * up)
 
 
 class QuantClipMLP(nn.Module):

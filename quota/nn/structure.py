@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quota.arch import ArchSpec, find_arch, submodule
 from quota.core.errors import CheckpointError
 from quota.nn.attention import QuantAttention, QuantClipAttention
+from quota.nn.clip import UnusedLayer
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.head import HeadLinear
 from quota.nn.key_bias import QuantBiasedAttention
@@ -64,7 +65,7 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
 
     modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint that will be
     loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left factor before output projections, and
-    key biases kept apart. Vision layers whose output is dropped stay float. Returns `model`.
+    key biases kept apart. Vision layers whose output is dropped stay as they are and are not computed. Returns `model`.
     """
     chosen, arch = check_modules(modules), find_arch(model)
     embedding: Any = submodule(model, arch.embed_path)
@@ -83,6 +84,8 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
             (_clip_layer if llava else _window_layer)(build, model, arch, index)
         tower: Any = submodule(model, arch.vision_path)
         if llava:
+            for index in range(arch.vision_layers_used, arch.vision_layers_total):
+                submodule(model, arch.vision_layer(index)).__class__ = UnusedLayer
             tower.embeddings.patch_embedding = PatchEmbedding.replacing(tower.embeddings.patch_embedding)
         else:
             tower.__class__ = PictureByPicture  # same fields; only the order of work changes

@@ -12,7 +12,7 @@ from quota.ops.fma import chain_matmul
 
 
 class FloatWeight:
-    """w [N, K] of any float dtype, and the layouts that implementations made of it (float32, so as large again)."""
+    """w [N, K] of any float dtype, and the layouts that implementations made of it (bfloat16 stays that, all else is float32)."""
 
     def __init__(self, w: Tensor) -> None:
         self.w = w

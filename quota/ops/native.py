@@ -179,7 +179,7 @@ def float_linear(x: Tensor, weight: FloatWeight) -> Tensor:
     if panels is None:
         n, k = weight.w.shape
         count = -(-n // _PANEL)
-        panels = weight.w.new_zeros(count * _PANEL, k, dtype=torch.float32)
+        panels = weight.w.new_zeros(count * _PANEL, k, dtype=weight.w.dtype if weight.w.dtype == torch.bfloat16 else torch.float32)
         panels[:n] = weight.w
         panels = weight.layouts["native"] = panels.view(count, _PANEL, k).transpose(1, 2).contiguous()
     return _bound.float_linear(x.contiguous(), panels, weight.w.shape[0])

@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from quota.arch import find_arch, model_fingerprint, submodule
 from quota.arch.processing import open_processor
 from quota.core.errors import CheckpointError
+from quota.core.pages import keep_freed_memory
 from quota.core.recipe import Recipe
 from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
 from quota.nn.linear import Float32State
@@ -26,7 +27,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtype: torch.dtype = torch.float32, *, verify: bool = True) -> Any:
     """A transformers model (`LlavaForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`) in eval mode, ready for `generate`.
 
-    `.processor` is attached (None where the folder has none) and uses PIL pictures.
+    `.processor` is attached (None where the folder has none) and uses PIL pictures. From now on the process keeps freed memory (`keep_freed_memory`).
 
     checkpoint: a folder written by `quota calibrate`, or a float folder or hub name. recipe: installed if given, see
     `model.quota_handle`. dtype: of everything that is not quantized. verify: check every file's SHA-256 first.
@@ -34,6 +35,7 @@ def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtyp
     """
     if dtype not in _FLOATS:
         raise CheckpointError(f"dtype: expected one of {[str(d) for d in _FLOATS]}, got {dtype}")
+    keep_freed_memory()
     folder = Path(checkpoint)
     if folder.is_dir() and is_quantized_folder(folder):
         model = _load_quantized(folder, dtype, verify)

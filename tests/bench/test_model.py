@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from quota.arch import find_arch
 from quota.bench.archs import ARCHS, config_of
 from quota.bench.model import Job, checkpoint_bytes, measure, recipe_for
 from quota.bench.run_model import Request, ensure_checkpoint, run
-from quota.bench.synthetic import make_checkpoint
+from quota.bench.synthetic import make_checkpoint, quantized_skeleton
 from quota.core.errors import QuotaError, UsageError
+from quota.nn.structure import weight_bytes
 from quota.runtime.load import load
 
 
@@ -61,19 +64,22 @@ def test_an_existing_checkpoint_is_used_again(checkpoint: Path, tmp_path: Path, 
     assert list(run(request, made, out)) == first and first[0]["checkpoint_bytes"] == checkpoint_bytes(made)
 
 
-def test_full_size_fits_the_published_figure() -> None:
-    """Bytes of every tensor of llava-1.5-7b, by shape alone: at most the published 3.97 GB."""
-    from transformers import LlavaForConditionalGeneration
-
-    from quota.bench.synthetic import FLOAT
-    from quota.nn.structure import MODULES, quantize_structure, weight_bytes
-
+@pytest.mark.parametrize(("arch", "float_bytes", "most"), [("llava-1.5-7b", 14.13e9, 3.97e9), ("qwen2.5-vl-7b", 16.58e9, 5.86e9)])
+def test_full_size_fits_the_published_figure(arch: str, float_bytes: float, most: float) -> None:
+    """Bytes of every tensor by shape alone; the published float figure is 16 bits for every parameter."""
+    config = config_of(arch)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration._from_config(config_of("llava-1.5-7b"), dtype=FLOAT)
-    floats = sum(p.numel() for p in model.parameters())
-    assert abs(2 * floats - 14.13e9) < 0.01e9  # the published float figure is 16 bits for every parameter
-    quantize_structure(model, MODULES)
-    assert weight_bytes(model) <= 3.97e9
+        floats = getattr(transformers, find_arch(config).model_class)._from_config(config)
+    assert abs(2 * sum(p.numel() for p in floats.parameters()) - float_bytes) < 0.01e9
+    assert weight_bytes(quantized_skeleton(config)) <= most
+
+
+def test_qwen_runs_whole_pruned_and_as_floats(tmp_path: Path) -> None:
+    folder = make_checkpoint(config_of("embedded-qwen", 4), tmp_path / "embedded-qwen")
+    whole, pruned = (measure(Job("embedded-qwen", str(folder), keep, requests=1)) for keep in (None, 0.3))
+    assert whole["cache_tokens"] == [640 + 31] * 4 and whole["visual_tokens"] == 576
+    assert pruned["cache_tokens"] == [671, 671, 671 - 576 + 375, 671 - 576 + 173]
+    assert measure(Job("embedded-qwen", None, None, "bfloat16", layers=2, requests=1))["cache_tokens"] == [671, 671]
 
 
 def test_choices_are_checked() -> None:
@@ -81,4 +87,4 @@ def test_choices_are_checked() -> None:
         config_of("gpt-5")
     with pytest.raises(UsageError, match="--layers"):
         config_of("embedded", 99)
-    assert set(ARCHS) == {"llava-1.5-7b", "135m", "embedded"}
+    assert set(ARCHS) == {"llava-1.5-7b", "qwen2.5-vl-7b", "135m", "embedded", "embedded-qwen"}

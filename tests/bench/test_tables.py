@@ -21,3 +21,20 @@ def test_tables_are_not_stale(path: Path) -> None:
 def test_a_loss_is_said_in_words() -> None:
     assert tables._ratio([0.5, 0.4, 0.6]) == "0.50 **loss**"
     assert tables._ratio([1.5, 1.4, 1.6]) == "1.50"
+
+
+def row(threads: int, wall_ms: float, **other: object) -> dict[str, object]:
+    same = {"op": "w4a4_linear", "shape": "a.down", "size": {"m": 1}, "weights": "resident", "implementation": "quota", "features": ["avx2"], "load": 0.1,
+            "commit": "c", "dirty": False, "versions": {}, "ours": True, "ratios": {}, "gops": 1.0, "cpu": "one", "isa": "avx2"}  # fmt: skip
+    return {**same, "threads": threads, "wall_ms": [wall_ms, wall_ms, wall_ms], "cpu_ms": [wall_ms, wall_ms, wall_ms], **other}
+
+
+def test_more_threads_are_compared_with_one() -> None:
+    text = tables.op_block([row(1, 6.0), row(2, 3.0), row(2, 3.0, shape="b.down")])
+    single, double = text.split("2 threads")
+    assert "× one thread" in double and "2.00" in double and "× one thread" not in single
+
+
+def test_every_machine_shows_its_best_instruction_set() -> None:
+    rows = [row(1, 6.0, shape="llava-1.5-7b.down"), row(1, 6.0, shape="llava-1.5-7b.down", cpu="two", isa="amx", gops=9.0)]
+    assert "avx2 |" in tables.readme_block(rows, []) and "amx" in tables.readme_block(rows, [])

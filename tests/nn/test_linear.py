@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from quota.nn import mlp
 from quota.nn.linear import QuantLinear, row_norm
 from quota.nn.rtn import fill
 from quota.quant.transform import apply_kronecker, decompose, hadamard
@@ -103,3 +104,13 @@ def test_hadamard_factors_are_orthogonal():
         assert factor is not None
         torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor)), rtol=0, atol=1e-6)
         torch.testing.assert_close(factor, hadamard(len(factor)).float())
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_blocks_of_rows_change_no_bit(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = mlp.QuantMLP(group(24, 2 * 40), group(40, 24), act), rows(23, 24)
+    whole, seen = layer(x.view(1, 23, 24)), []
+    layer.gate_up_proj.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    monkeypatch.setattr(mlp, "_BLOCK_BYTES", 4 * 80 * 6)
+    assert torch.equal(layer(x.view(1, 23, 24)), whole) and seen == [6, 6, 6, 5]
+    assert layer(x[:0]).shape == (0, 24)

@@ -33,6 +33,15 @@ def test_everything_asked_for_is_replaced():
     assert not any("encoder.layers.2" in name for name in names)
 
 
+def test_the_layer_that_feeds_nothing_is_not_computed(model):
+    inputs, damaged = llava_inputs(model), copy.deepcopy(model)
+    for parameter in damaged.get_submodule("model.vision_tower.encoder.layers.2").parameters():
+        parameter.data.fill_(float("nan"))
+    hidden = [m.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states for m in (model, damaged)]
+    assert len(hidden[0]) == 4 and torch.equal(hidden[0][-2], hidden[1][-2]) and torch.isfinite(hidden[1][-1]).all()
+    assert torch.equal(model(**inputs).logits, damaged(**inputs).logits)
+
+
 def test_structure_on_meta_matches_the_quantized_model(model):
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config))

@@ -13,10 +13,17 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 33, 63), (70, 20, 64), (3, 192, 65), (129, 7, 200)])
-def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int) -> None:
-    x, weight = random(m, k), FloatWeight(random(n, k))
+def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    x, weight = random(m, k), FloatWeight(random(n, k).to(dtype))
     assert torch.equal(native.float_linear(x, weight), float_linear_ref(x, weight))
+
+
+def test_a_bfloat16_weight_stays_one(isa: str) -> None:
+    x, weight = random(2, 8), FloatWeight(random(70, 8).bfloat16())
+    assert torch.equal(native.float_linear(x, weight), native.float_linear(x, FloatWeight(weight.w.float())))
+    assert weight.layouts["native"].dtype == torch.bfloat16  # as float32 a head of 7B models would take twice its memory, and twice its time
 
 
 def test_rows_and_threads_change_nothing(isa: str, threads) -> None:

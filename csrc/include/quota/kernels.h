@@ -158,10 +158,16 @@ struct ScoreArgs {
   float scaling;
 };
 
-// y [M, N] = x [M, K] w^T in chain order; panels [ceil(N/64)][K][64] hold w transposed, zero past N.
+// The upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// y [M, N] = x [M, K] w^T in chain order; panels [ceil(N/64)][K][64] hold w transposed, zero past N, as floats or as bfloat16.
 struct FloatLinearArgs {
   const float* x;
-  const float* panels;
+  const void* panels;
+  bool bfloat16;
   int64_t m, n, k;
   float* y;
 };

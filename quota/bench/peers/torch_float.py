@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quota.bench import machine
+from quota.bench.own import torch_bfloat16_unit, torch_float_unit
 from quota.bench.peers import weight
 from quota.bench.shapes import Linear
 
@@ -17,10 +17,10 @@ class TorchFloat:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        half, features = dtype == torch.bfloat16, machine.cpu()["features"]
+        half = dtype == torch.bfloat16
         self.name = "torch-bf16" if half else "torch-fp32"
         self.tolerance = 1e-2 if half else 1e-5  # bfloat16 keeps 8 bits, of the output too
-        self.unit = "tdpbf16ps" if half and "amx_bf16" in features else "fma512" if "avx512f" in features else "fma256"
+        self.unit = torch_bfloat16_unit() if half else torch_float_unit()
 
     def why_not(self) -> str | None:
         return None
