@@ -84,10 +84,10 @@ def quantize_weights(
         for plan in block.plans:
             seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales)]
     for done, plan in enumerate(block.plans, start=1):
-        for part in plan.parts:
-            if method == "gptq":
-                codes[part] = _gptq(block, part, linears[part].weight, seen[plan.name])
-            elif method == "awq":
+        if method == "gptq":
+            codes |= _gptq(block, plan, seen[plan.name])
+        elif method == "awq":
+            for part in plan.parts:
                 codes[part] = awq(linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED)
         if progress is not None:
             progress(done)
@@ -114,12 +114,16 @@ def _observe(block: Block, source: Stream, items: list[int], method: str, settin
     return seen
 
 
-def _gptq(block: Block, part: str, weight: Tensor, seen: Seen) -> Codes:
+def _gptq(block: Block, plan: GroupPlan, seen: Seen) -> dict[str, Codes]:
+    """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
     assert seen.hessian is not None
+    weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
     try:
-        return gptq(weight, seen.hessian.value)
+        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value)
     except ValueError as error:
-        raise SampleError(f"{block.path}.{part}: {error}; look for broken samples or weights") from error
+        raise SampleError(f"{block.path}.{plan.name}: {error}; look for broken samples or weights") from error
+    sizes = [len(weight) for weight in weights]
+    return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
 
 
 def _scale(block: Block, plan: GroupPlan, seen: Seen, input_scales: dict[str, Tensor]) -> Tensor:
