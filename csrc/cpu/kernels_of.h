@@ -6,6 +6,7 @@
 #include "chain.h"
 #include "dense.h"
 #include "elementwise.h"
+#include "grouped.h"
 #include "heads.h"
 #include "linear.h"
 #include "quantize.h"
@@ -17,7 +18,7 @@ namespace {
 template <class V>
 constexpr quota::Kernels table_of(const char* name) {
   return {name, transform_rows<V>, quantize_rows<V>, append_rows<V>, rms_norm_rows<V>, heads_range<V>, attention_tile<V, VectorDot<V>>,
-          score_head<V, VectorDot<V>>, float_linear_panel<V>, linear_of<V, finish<V>>()};
+          score_head<V, VectorDot<V>>, float_linear_panel<V>, grouped_panel<V>, linear_of<V, finish<V>>()};
 }
 
 }  // namespace

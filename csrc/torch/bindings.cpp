@@ -377,6 +377,21 @@ Tensor float_linear(Tensor x, Tensor panels, int64_t n) {
   return y;
 }
 
+Tensor w4a16_linear(Tensor x, Tensor words, Tensor params, int64_t n, MaybeTensor bias) {
+  check(x, "x", ScalarType::Float, {kFree, kFree});
+  const int64_t m = x.size(0), k = x.size(1), panels = (n + quota::kPanel - 1) / quota::kPanel;
+  check(words, "words", ScalarType::Int, {panels, (k + 7) / 8, quota::kPanel});
+  check(params, "params", ScalarType::Float, {panels, (k + quota::kWeightGroup - 1) / quota::kWeightGroup, 2, quota::kPanel});
+  if (bias) check(*bias, "bias", ScalarType::Float, {n});
+  Tensor y = make({m, n}, ScalarType::Float);
+  const quota::GroupedArgs args{floats(x), ints(words), floats(params), bias ? floats(*bias) : nullptr, static_cast<float*>(y.mutable_data_ptr()), m, n, k};
+  const auto run = quota::kernels().grouped_linear;
+  parallel_for(0, panels, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) run(args, panel);
+  });
+  return y;
+}
+
 // The pages of a 4-bit pool: q [U, Hkv, P, R] bytes, scale and zero [U, Hkv, P].
 struct Pages {
   int64_t units, heads, places, row_bytes;
@@ -488,6 +503,7 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
   m.def("token_select(Tensor score, Tensor eligible, Tensor keep) -> Tensor");
   m.def("token_gather(Tensor x, Tensor index) -> Tensor");
   m.def("float_linear(Tensor x, Tensor panels, int n) -> Tensor");
+  m.def("w4a16_linear(Tensor x, Tensor words, Tensor params, int n, Tensor? bias) -> Tensor");
   m.def(
       "kv4_page_write(Tensor(a!) pages_q, Tensor(b!) pages_scale, Tensor(c!) pages_zero, Tensor q, Tensor scale, Tensor zero, Tensor slot) -> ()");
   m.def(
@@ -510,6 +526,7 @@ STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("token_select", TORCH_BOX(&token_select));
   m.impl("token_gather", TORCH_BOX(&token_gather));
   m.impl("float_linear", TORCH_BOX(&float_linear));
+  m.impl("w4a16_linear", TORCH_BOX(&w4a16_linear));
   m.impl("kv4_page_write", TORCH_BOX(&kv4_page_write));
   m.impl("kv4_page_read", TORCH_BOX(&kv4_page_read));
 }

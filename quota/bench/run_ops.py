@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quota.bench import kv4_append, kv4_attention, machine, quantize_act, roofline, rows, token_score, w4a4_linear
+from quota.bench import kv4_append, kv4_attention, machine, quantize_act, roofline, rows, token_score, w4a4_linear, w4a16_linear
 from quota.bench.case import Case, Skipped
 from quota.bench.peers import Peer, every_peer
 from quota.bench.shapes import QUICK, QUICK_ROWS, ROWS, chosen_attentions, chosen_linears
@@ -17,7 +17,7 @@ from quota.bench.timing import interleave
 from quota.core.errors import BuildError, QuotaError, UsageError
 from quota.ops import native
 
-OPS = (w4a4_linear.OP, quantize_act.OP, kv4_attention.OP, kv4_append.OP, token_score.OP)
+OPS = (w4a4_linear.OP, w4a16_linear.OP, quantize_act.OP, kv4_attention.OP, kv4_append.OP, token_score.OP)
 _ROUNDS, _BUDGET_S, _QUICK_ROUNDS, _QUICK_BUDGET_S = 15, 6.0, 5, 1.0
 
 
@@ -99,8 +99,13 @@ def _cases(selection: Selection, isas: tuple[str, ...], threads: int) -> Iterato
     names = selection.shapes or ((QUICK,) if selection.quick else ())
     linears, attentions = chosen_linears(names), chosen_attentions(names)
     counts = selection.rows or (QUICK_ROWS if selection.quick else ROWS)
+
+    def peers() -> list[Peer]:
+        return chosen_peers(selection.peers)[0]
+
     makers: dict[str, Callable[[], Iterator[Case]]] = {
-        w4a4_linear.OP: lambda: w4a4_linear.cases(linears, counts, chosen_peers(selection.peers)[0], isas, threads),
+        w4a4_linear.OP: lambda: w4a4_linear.cases(linears, counts, [p for p in peers() if p.name not in w4a16_linear.ALONE], isas, threads),
+        w4a16_linear.OP: lambda: w4a16_linear.cases(linears, counts, [p for p in peers() if p.name in w4a16_linear.PEERS], isas, threads),
         quantize_act.OP: lambda: quantize_act.cases(linears, counts, isas),
         kv4_attention.OP: lambda: kv4_attention.cases(attentions, isas, quick=selection.quick),
         kv4_append.OP: lambda: kv4_append.cases(attentions, isas, quick=selection.quick),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -61,27 +61,45 @@ class Ours:
 def cases(shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], isas: Sequence[str], threads: int) -> Iterator[Case]:
     """Cases shape by shape: weights are prepared once per shape. A peer that fails or answers wrongly is left out and named."""
     for shape in shapes:
-        prepared = _Prepared(shape, peers, isas, threads)
+        yield from Prepared(OP, partial(Ours, shape), shape, peers, isas, threads).cases(rows)
+
+
+class Own(Protocol):
+    """An implementation of ours of one shape on one instruction set."""
+
+    isa: str
+
+    def feed(self, m: int) -> None:
+        """Take M rows."""
+
+    def wrong(self) -> str | None:
+        """None when a sample of the result equals the reference bit for bit."""
+
+    def contenders(self, m: int) -> list[Contender]:
+        """What is timed; the first is compared with peers that take codes, the last with those that take floats."""
+
+
+class Prepared:
+    """Everything that is kept between the row counts of one shape; made when the first case is really measured. own: instruction set -> ours."""
+
+    def __init__(self, op: str, own: Callable[[str], Own], shape: Linear, peers: Sequence[Peer], isas: Sequence[str], threads: int) -> None:
+        self.op, self.own, self.shape, self.peers, self.isas, self.threads = op, own, shape, peers, isas, threads
+        self.ours: list[Own] | None = None
+        self.against = {"codes": "", "floats": ""}
+        self.skipped: dict[str, str] = {}
+
+    def cases(self, rows: Sequence[int]) -> Iterator[Case]:
+        """One per row count, a single row also with cold caches; peers are closed after the last."""
+        size = {"k": self.shape.k, "n": self.shape.n}
         for m in rows:
             for cold in (False, True) if m == 1 else (False,):
-                yield Case(
-                    OP, shape.name, {"m": m, "k": shape.k, "n": shape.n}, 2.0 * m * shape.k * shape.n, cold,
-                    partial(prepared.contenders, m),
-                )  # fmt: skip
-        prepared.close()
-
-
-class _Prepared:
-    """Everything that is kept between the row counts of one shape; made when the first case is really measured."""
-
-    def __init__(self, shape: Linear, peers: Sequence[Peer], isas: Sequence[str], threads: int) -> None:
-        self.shape, self.peers, self.isas, self.threads = shape, peers, isas, threads
-        self.ours: list[Ours] | None = None
-        self.skipped: dict[str, str] = {}
+                yield Case(self.op, self.shape.name, {"m": m, **size}, 2.0 * m * self.shape.k * self.shape.n, cold, partial(self.contenders, m))
+        for peer in self.peers:
+            peer.close()
 
     def contenders(self, m: int) -> tuple[list[Contender], list[Skipped]]:
         if self.ours is None:
-            self.ours = [Ours(self.shape, isa) for isa in self.isas]
+            self.ours = [self.own(isa) for isa in self.isas]
             for peer in self.peers:
                 self._try(peer, partial(peer.prepare, self.shape, self.threads))
         ready: list[Contender] = []
@@ -89,10 +107,12 @@ class _Prepared:
             own.feed(m)
             reason = own.wrong()
             if reason:
-                raise AssertionError(f"{OP} {own.isa} {self.shape.name} M={m}: {reason}")
-            ready += own.contenders(m)
+                raise AssertionError(f"{self.op} {own.isa} {self.shape.name} M={m}: {reason}")
+            made = own.contenders(m)
+            self.against = {"codes": made[0].name, "floats": made[-1].name}
+            ready += made
         ready += [c for peer in self.peers if peer.name not in self.skipped and (c := self._contender(peer, m))]
-        return ready, [Skipped(OP, self.shape.name, name, reason) for name, reason in self.skipped.items()]
+        return ready, [Skipped(self.op, self.shape.name, name, reason) for name, reason in self.skipped.items()]
 
     def _contender(self, peer: Peer, m: int) -> Contender | None:
         wrong = self._try(peer, partial(peer.check, m))
@@ -101,8 +121,7 @@ class _Prepared:
             return None
         size = 1 if peer.takes == "codes" else 4
         moved = peer.weight_bytes + m * self.shape.k * size + 4 * m * self.shape.n
-        against = ALONE if peer.takes == "codes" else WITH_INPUT
-        return Contender(peer.name, peer.unit, moved, against=against, sampler=peer.sample)
+        return Contender(peer.name, peer.unit, moved, against=self.against[peer.takes], sampler=peer.sample)
 
     def _try(self, peer: Peer, step: Any) -> str | None:
         """A peer's failure is the peer's: it is reported and left out."""
@@ -111,7 +130,3 @@ class _Prepared:
         except Exception as error:
             self.skipped[peer.name] = f"failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
             return None
-
-    def close(self) -> None:
-        for peer in self.peers:
-            peer.close()

@@ -54,7 +54,7 @@ def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Call
     progress: called with the number of finished steps. Deterministic for a given seed, thread count and machine.
     """
     train, held_out = split(len(lesson.inputs), settings.held_out)
-    score = _Scorer(block, lesson, held_out, settings)
+    score = Scorer(block, lesson, held_out, settings)
     initialise(block, lesson.inputs, train, settings)
     block.set_mode("rtn")
     mse_rtn = score()
@@ -86,7 +86,7 @@ def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Call
     mse = score()
     signal, update = score.signal()
     return BlockReport(
-        name=block.path, mse_rtn=mse_rtn, mse_start=mse_start, mse=mse, sqnr_db=_db(signal, mse), update_sqnr_db=_db(update, mse),
+        name=block.path, mse_rtn=mse_rtn, mse_start=mse_start, mse=mse, sqnr_db=decibels(signal, mse), update_sqnr_db=decibels(update, mse),
         best_step=best_step, steps=settings.steps,
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def _weighted(out: Tensor, target: Batch, settings: Settings) -> Tensor:
     return ((out - target.hidden).square().mean(-1) * token_weights(target, settings)).sum()
 
 
-class _Scorer:
+class Scorer:
     """Mean squared error of the block in its current mode over the held-out items, with float inputs."""
 
     def __init__(self, block: Block, lesson: Lesson, items: list[int], settings: Settings) -> None:
@@ -192,5 +192,6 @@ def _restore(block: Block, values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _db(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """Signal over noise, both mean squares."""
     return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))

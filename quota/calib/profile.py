@@ -222,6 +222,9 @@ def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tok
 
 def regime_of(model: nn.Module) -> str:
     """The low-bit regime a quantized model runs in."""
+    manifest = getattr(model, "quota_manifest", None)
+    if manifest is not None:
+        return str(manifest.regime)
     config = getattr(model.config, "quantization_config", None)
     found = config.get("regime") if isinstance(config, dict) else getattr(config, "regime", None)
     return found or "w4a4kv4"

@@ -1,4 +1,4 @@
-"""`calibrate`: float checkpoint + samples -> W4A4KV4 checkpoint, one block in memory at a time."""
+"""`calibrate`: float checkpoint + samples -> quantized checkpoint, one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from quota.arch.processing import image_backend
 from quota.calib import prune
 from quota.calib.blocks import Block
 from quota.calib.export import processor_of, write_checkpoint
-from quota.calib.families import Grid
+from quota.calib.families import PLANS, Grid
 from quota.calib.learn import Lesson, learn_block
 from quota.calib.samples import Samples, encode
-from quota.calib.settings import MODULES, REGIMES, Settings
+from quota.calib.settings import METHODS, MODULES, Settings, default_settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
+from quota.calib.weight_only import quantize_weights
 from quota.calib.work import WorkFolder
 from quota.core.errors import SampleError, UsageError
 from quota.core.recipe import BEFORE, Recipe
 from quota.nn.checkpoint import Manifest
 from quota.nn.pictures import Pictures, Shown, shown_pictures
 
-METHOD = "flatquant"
-
 
 class Options(TypedDict, total=False):
     """Keyword options of `calibrate`.
 
-    regime: "w4a4kv4". modules: some of "vision", "projector", "llm"; the rest stays float. seed: same seed, same bytes (same machine and thread count).
-    steps: optimiser steps per block (None: the default of Settings). recipe: calibrate the decoder on the graph this recipe prunes. progress: a bar on
-    stderr. resume: continue from `<out>.partial` when it belongs to the same run. settings: everything else.
+    method: "flatquant" (W4A4KV4), or weight-only (W4A16) "gptq", "awq" and, without calibration, "rtn". modules: some of "vision", "projector", "llm"; the
+    rest stays float. seed: same seed, same bytes (same machine and thread count). steps: optimiser steps per block of flatquant (None: the default of
+    Settings). recipe: calibrate the decoder on the graph this recipe prunes. progress: a bar on stderr. resume: continue from `<out>.partial` when it
+    belongs to the same run. settings: everything else; None: `default_settings(method)`.
     """
 
-    regime: str
+    method: str
     modules: Collection[str]
     seed: int
     steps: int | None
@@ -58,6 +58,7 @@ class CheckpointReport:
     """What was written. blocks: one BlockReport dictionary per quantized block, in model order. seconds: wall time of this call (not stored)."""
 
     checkpoint: str
+    method: str
     regime: str
     modules: tuple[str, ...]
     source_fingerprint: str
@@ -86,7 +87,7 @@ def calibrate(model: str | Path, samples: Samples | str | Path, *, out: str | Pa
     """Quantize a float checkpoint (folder or hub name) on `samples` and write the quantized checkpoint folder `out`.
 
     Decoder, vision and projector blocks are calibrated one after the other on the float model's hidden states (FlatQuant: learned Kronecker transforms,
-    per-channel scales, clips). Killed in the middle, the same call continues; `out` appears only when it is complete.
+    per-channel scales, clips; GPTQ and AWQ: `quota.calib.weight_only`). Killed in the middle, the same call continues; `out` appears only when it is complete.
     Raises UsageError (options), CheckpointError (model), SampleError (samples), RecipeError (recipe of another model).
     """
     started = time.monotonic()
@@ -102,7 +103,7 @@ def calibrate(model: str | Path, samples: Samples | str | Path, *, out: str | Pa
         work.close()
     work.remove()
     return CheckpointReport(
-        checkpoint=str(job.out), regime=job.regime, modules=job.modules, source_fingerprint=job.source.fingerprint,
+        checkpoint=str(job.out), method=job.method, regime=job.regime, modules=job.modules, source_fingerprint=job.source.fingerprint,
         samples_fingerprint=job.samples.fingerprint, samples=len(job.samples), seed=job.seed, settings=job.settings.to_dict(), blocks=work.reports,
         seconds=time.monotonic() - started,
     )  # fmt: skip
@@ -113,13 +114,17 @@ class Job:
 
     def __init__(self, source: FloatSource, samples: Samples, out: Path, options: Options) -> None:
         self.source, self.samples, self.out = source, samples, out
-        self.regime, self.seed = options.get("regime", "w4a4kv4"), options.get("seed", 0)
+        self.method, self.seed = options.get("method", "flatquant"), options.get("seed", 0)
         self.progress = options.get("progress", True)
         self.recipe = options.get("recipe")
-        if self.regime not in REGIMES:
-            raise UsageError(f"regime: expected one of {list(REGIMES)}, got {self.regime!r}")
+        if self.method not in METHODS:
+            raise UsageError(f"method: expected one of {list(METHODS)}, got {self.method!r}")
+        self.regime = METHODS[self.method]
         self.modules = _check_modules(options.get("modules", MODULES))
-        settings, steps = options.get("settings") or Settings(), options.get("steps")
+        settings, steps = options.get("settings") or default_settings(self.method), options.get("steps")
+        if self.regime == "w4a16" and (steps is not None or settings.inputs == "mixed"):
+            what = "inputs: 'mixed'" if steps is None else f"steps: {steps}"
+            raise UsageError(f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}")
         self.settings = settings if steps is None else replace(settings, steps=steps)
         if self.recipe is not None:
             self.recipe.check_model(source.fingerprint, source.arch.layers)
@@ -165,7 +170,7 @@ class Job:
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.source.folder.glob("*.safetensors"))]
         parts = {
             "source": self.source.fingerprint, "files": files, "samples": self.samples.fingerprint, "settings": self.settings.to_dict(), "seed": self.seed,
-            "regime": self.regime, "modules": self.modules, "recipe": self.recipe and self.recipe.dumps(), "version": quota.__version__,
+            "method": self.method, "modules": self.modules, "recipe": self.recipe and self.recipe.dumps(), "version": quota.__version__,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -173,15 +178,21 @@ class Job:
         """What quota.json says about this calibration; no times, so equal runs write equal bytes."""
         recipe = None if self.recipe is None else "sha256:" + hashlib.sha256(self.recipe.dumps().encode()).hexdigest()
         calibration = {
-            "method": METHOD, "image_backend": image_backend(self.processor),
+            "method": self.method, "image_backend": image_backend(self.processor),
             "samples": len(self.samples), "samples_fingerprint": self.samples.fingerprint, "seed": self.seed,
             "settings": self.settings.to_dict(), "pruned_by": recipe, "report": blocks,
         }  # fmt: skip
         return Manifest(self.regime, self.modules, self.source.fingerprint, calibration)
 
     def bar(self, work: WorkFolder) -> tqdm:
-        """One tick per optimiser step."""
-        ticks = [self.settings.steps + 1 if self.is_quantized(step) else 1 for step in self.steps]
+        """One tick per optimiser step, or per projection group that is rounded."""
+
+        def ticks_of(step: Step) -> int:
+            if not self.is_quantized(step):
+                return 1
+            return 1 + (self.settings.steps if self.regime == "w4a4kv4" else len(PLANS[self.source.arch.name][step.kind]))
+
+        ticks = [ticks_of(step) for step in self.steps]
         return tqdm(total=sum(ticks), initial=sum(ticks[: work.done]), disable=not self.progress, unit="step")
 
 
@@ -269,13 +280,17 @@ def _run_block(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, S
     if not job.is_quantized(step):
         bar.update(1)
         return {"float": outputs, **_advance_quantized(block, work, quantized, width, settings)}
-    block.quantize_linears()
     if quantized is None and settings.inputs != "float":
         quantized = inputs
     lesson = Lesson(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
-    report = learn_block(block, lesson, settings, progress=lambda _: bar.update(1))
+    if job.regime == "w4a16":
+        tensors, report = quantize_weights(block, lesson, job.method, settings, progress=lambda _: bar.update(1))
+    else:
+        block.quantize_linears()
+        report = learn_block(block, lesson, settings, progress=lambda _: bar.update(1))
+        tensors = block.export()
     bar.update(1)
-    work.save_block(step.path, block.export())
+    work.save_block(step.path, tensors)
     work.reports.append(report.to_dict())
     return {"float": outputs, **_advance_quantized(block, work, quantized, width, settings)}
 

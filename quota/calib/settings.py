@@ -7,7 +7,8 @@ from typing import Any
 
 from quota.core.errors import UsageError
 
-REGIMES = ("w4a4kv4",)
+# Calibration method -> the regime it makes.
+METHODS = {"flatquant": "w4a4kv4", "gptq": "w4a16", "awq": "w4a16", "rtn": "w4a16"}
 MODULES = ("vision", "projector", "llm")
 
 
@@ -22,6 +23,7 @@ class Settings:
     relative: divide each token's squared error by its float output's mean square, so that large tokens do not outweigh the others.
     inputs: what a block sees while it learns to reproduce the float block's output on the float input: "float" (as published), "quantized" (the output
     of the already quantized blocks) or "mixed" (both, half of the batch each).
+    The weight-only methods look at "float" or "quantized" inputs and have no steps; of the other settings they use search_rows (AWQ) and held_out.
     stream_dtype: storage of hidden states between blocks. device: where blocks run.
     """
 
@@ -51,6 +53,11 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
         return asdict(self)
+
+
+def default_settings(method: str) -> Settings:
+    """As published: GPTQ's Hessians come from inputs that the blocks before, already quantized, made."""
+    return Settings(inputs="quantized") if method == "gptq" else Settings()
 
 
 def _expect(ok: bool, field: str, expected: str, got: object) -> None:

@@ -63,7 +63,7 @@ def ops(
     console = notes()
     if not machine.idle():
         console.print(f"[yellow]load average {machine.load()}: the machine is not idle; CPU times hold, wall times do not[/yellow]")
-    for skipped in chosen_peers(selection.peers)[1] if not selection.ops or "w4a4_linear" in selection.ops else ():
+    for skipped in chosen_peers(selection.peers)[1] if not selection.ops or {"w4a4_linear", "w4a16_linear"} & set(selection.ops) else ():
         console.print(f"without {skipped.peer}: {skipped.reason}", style="yellow", markup=False)  # "[bench]" is not markup
     made = []
     from rich.console import Console

@@ -10,7 +10,7 @@ import typer
 from quota.cli.shell import JsonOption, check_checkpoint, check_output, print_json, say
 from quota.core.errors import UsageError
 
-REGIMES = ("w4a4kv4",)
+METHODS = ("flatquant", "gptq", "awq", "rtn")
 MODULES = ("vision", "projector", "llm")
 
 
@@ -27,18 +27,21 @@ def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Float checkpoint (LLaVA-1.5, Qwen2.5-VL): a folder or a hub name.")],
     samples: Annotated[Path, typer.Option("--samples", help="Calibration samples, a JSON file (see below).")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write. It appears only when it is complete.")],
-    regime: Annotated[str, typer.Option("--regime", help="Bits of weights, activations and the KV cache.")] = "w4a4kv4",
+    method: Annotated[str, typer.Option("--method", help="flatquant: W4A4KV4. gptq, awq, rtn: W4A16, weights alone.")] = "flatquant",
     modules: Annotated[str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")] = "vision,projector,llm",
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Calibrate on the graph this recipe prunes (prune, then quantize).")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Steps per block. Default: the calibrator's; 0: the searched start alone.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Steps per block (flatquant). 0: the searched start alone.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same checkpoint.")] = 0,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")] = True,
     json: JsonOption = False,
 ) -> None:
-    """Quantize a float checkpoint to 4-bit weights, activations and KV cache.
+    """Quantize a float checkpoint: 4-bit weights, activations and KV cache, or weights alone.
 
     Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns transforms and clipping
     thresholds that keep the block's output close to the float block's (FlatQuant). Killed in the middle, the same command continues.
+
+    `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache and output head stay float.
+    `--method rtn` rounds them to nearest, the baseline of both.
 
     **Examples**
 
@@ -46,14 +49,18 @@ def calibrate(
 
         quota calibrate ./llava --samples samples.json --modules llm --out llava-llm-only
 
+        quota calibrate ./llava --samples samples.json --method gptq --out llava-gptq-w4a16
+
     **Samples file**
 
         {"schema": "quota-samples/1", "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?"}]}
 
     Image paths are relative to the file. 128 samples are plenty.
     """
-    if regime not in REGIMES:
-        raise UsageError(f"--regime: expected one of {', '.join(REGIMES)}, got {regime!r}")
+    if method not in METHODS:
+        raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if steps is not None and method != "flatquant":
+        raise UsageError(f"--steps: only flatquant learns in steps; leave it out with --method {method}")
     chosen = parse_modules(modules)
     check_checkpoint(model, "MODEL")
     check_output(out)
@@ -63,13 +70,13 @@ def calibrate(
     from quota.core.recipe import Recipe
 
     report = calibrate_model(
-        model, Samples.load(samples), regime=regime, modules=chosen, out=out, seed=seed, steps=steps,
+        model, Samples.load(samples), method=method, modules=chosen, out=out, seed=seed, steps=steps,
         recipe=Recipe.load(recipe) if recipe else None, progress=not json, resume=resume,
     )  # fmt: skip
     if json:
         print_json(report.to_dict())
         return
-    say(f"{out}: {regime}, parts {', '.join(chosen)}, {report.seconds:.0f} s")
+    say(f"{out}: {method}, {report.regime}, parts {', '.join(chosen)}, {report.seconds:.0f} s")
     say(f"{'block':<36}  {'mse, rounded':>12}  {'calibrated':>12}  {'SQNR dB':>8}")
     for block in report.blocks:
         say(f"{block['name']:<36}  {block['mse_rtn']:>12.4g}  {block['mse']:>12.4g}  {block['sqnr_db']:>8.2f}")

@@ -33,7 +33,6 @@ from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
 from quota.scenes import assets
 
-REGIME = "w4a4kv4"
 MODULES = ("vision", "projector", "llm")
 COMPARISONS = (("collaborative", "quantize-then-prune"), ("collaborative", "prune-then-quantize"), ("collaborative", "quant-only"))
 FILES = {
@@ -122,7 +121,7 @@ class Demo:
 
         def work(path: Path) -> None:
             calibrate(
-                s.float_checkpoint, self.samples, regime=REGIME, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet,
+                s.float_checkpoint, self.samples, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet,
             )  # fmt: skip
 
         return self.cache.make(stage, parts, work)

@@ -49,9 +49,10 @@ def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, labe
 
 def cache_dtype(checkpoint: Path) -> str:
     """What a cached key or value of this checkpoint is stored as."""
-    if is_quantized_folder(checkpoint) and "llm" in Manifest.load(checkpoint).modules:
-        return "int4"
-    return "float32"
+    if not is_quantized_folder(checkpoint):
+        return "float32"
+    manifest = Manifest.load(checkpoint)
+    return "int4" if "llm" in manifest.modules and manifest.regime == "w4a4kv4" else "float32"
 
 
 def questions_for(samples: Path | None, number: int, vision: Any) -> list[Question]:

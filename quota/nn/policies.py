@@ -87,6 +87,10 @@ def dpp(score: np.ndarray, similarity: np.ndarray, keep: int) -> list[int]:
 
     Rows of the Cholesky factor are kept, so a step costs what was chosen so far times V (Chen, Zhang and Zhou, NeurIPS 2018). Where nothing
     enlarges the determinant any more (more tokens than dimensions), the rest is taken by score.
+
+    It wants features of many dimensions: once the chosen tokens span those that carry signal, every token's gain is noise. The embedded LLaVA's features hold
+    99 % of the energy of cos(i, j) in 17 of 192 directions, so at 64 of 576 tokens this stays below a random choice there, whatever the relevance (float model,
+    120 questions, per cent right: dpp 49, dpp of equal scores 46, random 58; top-k of the same relevance 73, `maxmin` 78).
     """
     r = scaled(score) + 1e-6
     kernel = r[:, None] * (similarity / ONE) * r[None, :]

@@ -24,7 +24,7 @@ def quantize_rtn(model: Any, modules: Collection[str] = ("vision", "projector", 
     after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every group.
     """
     chosen, arch = check_modules(modules), find_arch(model)
-    weights = {path: _float_group(submodule(model, path.rpartition(".")[0]), parts) for path, parts in _groups(arch, chosen).items()}
+    weights = {path: _float_group(submodule(model, path.rpartition(".")[0]), parts) for path, parts in groups(arch, chosen).items()}
     shapes: Shapes | None = None if transforms else {f"{arch.decoder_layer(i)}.self_attn.k_bias": () for i in range(arch.layers)}
     quantize_structure(model, chosen, shapes)
     for path, (weight, bias) in weights.items():
@@ -47,8 +47,8 @@ def _part_key_bias(attention: QuantBiasedAttention) -> None:
     rows.zero_()
 
 
-def _groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Path of each quantized group -> names of the float linears it fuses, in row order."""
+def groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Path of each projection group -> names of the float linears it fuses, in row order."""
     groups: dict[str, tuple[str, ...]] = {}
     if "llm" in chosen:
         for path in (arch.decoder_layer(i) for i in range(arch.layers)):

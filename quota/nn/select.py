@@ -126,8 +126,12 @@ def _recorded(alive: Alive) -> Record:
 
 
 def _relevance(recipe: Recipe, alive: Alive, row: int, columns: Tensor) -> Tensor:
-    """Mean cosine of each visual token to the row's text tokens [V]. The published method asks CLIP's text tower, which a LLaVA checkpoint does
-    not hold; here both sides are what the language model reads."""
+    """Mean cosine of each visual token to the row's text tokens [V].
+
+    The published method asks CLIP's text tower, which a LLaVA checkpoint does not hold; here both sides are what the language model reads. Its code takes the
+    negative of CLIP's cosine, because there patches resemble least the words for what they show; in this space they resemble them most (embedded model
+    as in `policies.dpp`, top-k: 73 % right, of the negative 38 %).
+    """
     words = alive.hidden[row, alive.text[row]]
     return torch.from_numpy(policies.cosines(alive.hidden[row, columns], words).sum(-1) / (policies.ONE * len(words))).float()
 

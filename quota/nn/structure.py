@@ -18,6 +18,7 @@ from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
 from quota.nn.norm import RmsNorm
 from quota.nn.qwen2_5_vl import MultimodalRotary, PictureByPicture, QuantWindowAttention, RoundedGelu
+from quota.nn.weight_linear import WeightLinear
 from quota.quant.transform import decompose
 
 MODULES = ("vision", "projector", "llm")
@@ -169,9 +170,9 @@ def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """Module path -> every quantized projection group, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear | WeightLinear]:
+    """Module path -> every quantized linear (under W4A4 a whole projection group), in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, WeightLinear))}
 
 
 def quantized_modules(model: nn.Module) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from quota.ops.token_score import token_score
 from quota.ops.token_select import token_select
 from quota.ops.transform import transform
 from quota.ops.w4a4_linear import PackedWeight, w4a4_linear
+from quota.ops.w4a16_linear import GroupedWeight, w4a16_linear
 
 __all__ = [
-    "FloatWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write", "qkv_append", "quantize_act",
-    "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a4_linear",
+    "FloatWeight", "GroupedWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write", "qkv_append",
+    "quantize_act", "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a16_linear", "w4a4_linear",
 ]  # fmt: skip

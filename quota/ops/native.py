@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from quota.ops.float_linear import FloatWeight
     from quota.ops.kv4_attention import Kv
     from quota.ops.w4a4_linear import PackedWeight
+    from quota.ops.w4a16_linear import GroupedWeight
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
 _PANEL = 64
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
 _OPS = (
-    "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention", "kv4_page_write",
-    "kv4_page_read", "token_score", "token_select", "token_gather",
+    "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "w4a16_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention",
+    "kv4_page_write", "kv4_page_read", "token_score", "token_select", "token_gather",
 )  # fmt: skip
 _PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
 
@@ -41,6 +42,7 @@ class _Bound:
     rms_norm: Any
     w4a4_pack: Any
     w4a4_linear: Any
+    w4a16_linear: Any
     kv4_append: Any
     qkv_append: Any
     kv4_attention: Any
@@ -183,6 +185,15 @@ def float_linear(x: Tensor, weight: FloatWeight) -> Tensor:
         panels[:n] = weight.w
         panels = weight.layouts["native"] = panels.view(count, _PANEL, k).transpose(1, 2).contiguous()
     return _bound.float_linear(x.contiguous(), panels, weight.w.shape[0])
+
+
+def w4a16_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None = None) -> Tensor:
+    layout = weight.layouts.get("native")
+    if layout is None:
+        layout = weight.layouts["native"] = weight.panels(_PANEL)
+        release_pages(weight.w_q.data_ptr(), weight.w_q.numel())
+    y = _bound.w4a16_linear(x.float().contiguous(), *layout, weight.n, _dense(bias))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def kv4_page_write(pages: Kv, rows: Kv, slot: Tensor) -> None:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quota.core.errors import CheckpointError
 from quota.nn.checkpoint import tensor_shapes
 from quota.nn.linear import Float32State
-from quota.nn.structure import quantize_structure
+from quota.nn.weight_only import build_structure
 
 
 class QuotaConfig(QuantizationConfigMixin):
@@ -37,7 +37,7 @@ class QuotaQuantizer(HfQuantizer):
         if not files or any(path.suffix != ".safetensors" for path in files):
             raise CheckpointError("weights: expected the safetensors files of a quantized folder; open it with quota.load")
         config: Any = self.quantization_config
-        quantize_structure(model, config.modules, tensor_shapes(files))
+        build_structure(model, config.regime, config.modules, tensor_shapes(files))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():

@@ -17,7 +17,7 @@ from quota.core.pages import keep_freed_memory
 from quota.core.recipe import Recipe
 from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
 from quota.nn.linear import Float32State
-from quota.nn.structure import quantize_structure
+from quota.nn.weight_only import build_structure
 from quota.runtime.patch import patched
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -55,7 +55,7 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
     config = _load_config(folder)
     with torch.device("meta"):
         model: Any = _model_class(config)._from_config(config, dtype=dtype)
-    quantize_structure(model, manifest.modules, tensor_shapes(files))
+    build_structure(model, manifest.regime, manifest.modules, tensor_shapes(files))
     _assign(model, files, dtype)
     _fill_derived(model)
     model.eval().requires_grad_(False)

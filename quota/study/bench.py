@@ -97,7 +97,7 @@ class Bench:
         def work(path: Path) -> None:
             self.console.print(f"calibrating {'+'.join(modules)}{' on a pruned graph' if recipe else ''}")
             calibrate(
-                self.float_checkpoint, self.samples, regime=QUANTIZED, modules=tuple(modules), out=path, seed=s.seed, steps=s.steps, recipe=recipe,
+                self.float_checkpoint, self.samples, modules=tuple(modules), out=path, seed=s.seed, steps=s.steps, recipe=recipe,
                 progress=not s.quiet,
             )  # fmt: skip
 

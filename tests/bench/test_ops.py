@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quota.bench import kv4_append, kv4_attention, peers, quantize_act, run_ops, shapes, token_score, w4a4_linear
+from quota.bench import kv4_append, kv4_attention, peers, quantize_act, run_ops, shapes, token_score, w4a4_linear, w4a16_linear
 from quota.bench.case import Case
 from quota.bench.peers import child
 from quota.bench.peers.onednn import OneDnnInt8
@@ -41,6 +41,7 @@ CASES = {
     "kv4_attention": lambda: kv4_attention.cases(SMALL, isas(), quick=True),
     "kv4_append": lambda: kv4_append.cases(SMALL, isas(), quick=True),
     "token_score": lambda: token_score.cases(SMALL, isas()),
+    "w4a16_linear": lambda: w4a16_linear.cases([SHAPE], [3], [peers.Here(TorchFloat(torch.float32))], isas(), 1),
     "w4a4_linear": lambda: w4a4_linear.cases([SHAPE], [3], [peers.Here(OneDnnInt8()), peers.Here(TorchFloat(torch.float32))], isas(), 1),
 }
 

@@ -279,8 +279,8 @@ def test_errors(folder, finished, tmp_path):
     def attempt(model=folder, **options):
         run.calibrate(model, samples, out=tmp_path / "out", progress=False, settings=QUICK, **options)
 
-    with pytest.raises(UsageError, match="regime"):
-        attempt(regime="w2a2")
+    with pytest.raises(UsageError, match="method"):
+        attempt(method="best")
     with pytest.raises(UsageError, match="modules"):
         attempt(modules=("vision", "ears"))
     with pytest.raises(CheckpointError, match="quantized"):

@@ -102,7 +102,8 @@ def test_choices_are_listed(tmp_path: Path) -> None:
     fails(quota("recipe", "ckpt", "--samples", "s.json", "--out", tmp_path / "r.json"), "--model", "quota")
     fails(quota(*base, "--position-policy", "none"), "--position-policy", "original, compact")
     made = ["calibrate", "m", "--samples", "s.json", "--out", tmp_path / "q"]
-    fails(quota(*made, "--regime", "w2a2"), "--regime", "w4a4kv4", "w2a2")
+    fails(quota(*made, "--method", "best"), "--method", "flatquant, gptq, awq, rtn", "best")
+    fails(quota(*made, "--method", "awq", "--steps", "3"), "--steps", "flatquant")
     fails(quota(*made, "--modules", "vision,head"), "--modules", "vision, projector, llm", "vision,head")
     fails(quota(*made, "--modules", ","), "--modules")
 

@@ -172,6 +172,19 @@ struct FloatLinearArgs {
   float* y;
 };
 
+constexpr int64_t kWeightGroup = 128;  // k values that share a scale and a zero
+
+// y [M, N] = x [M, K] w^T (+ bias [N], may be null), w = (q - zero) * scale per group of 128 along K.
+// words [ceil(N/64)][ceil(K/8)][64]: eight codes of a column, the lowest k in the lowest nibble; params [ceil(N/64)][ceil(K/128)][2][64]: scales, then zeros.
+struct GroupedArgs {
+  const float* x;
+  const int32_t* words;
+  const float* params;
+  const float* bias;
+  float* y;
+  int64_t m, n, k;
+};
+
 struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
@@ -183,6 +196,7 @@ struct Kernels {
   // Attention of one head that the queries give to each column, summed over them: out [columns.count].
   void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
   void (*float_linear)(const FloatLinearArgs&, int64_t panel);
+  void (*grouped_linear)(const GroupedArgs&, int64_t panel);
   Linear linear;
 };
 

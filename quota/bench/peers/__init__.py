@@ -131,6 +131,7 @@ def every_peer() -> dict[str, Callable[[], Peer]]:
         "openvino-i4": lambda: Here(OpenVinoInt4("f32")),
         "openvino-i4-bf16": lambda: Here(OpenVinoInt4("bf16")),
         "ort-nbits-128": lambda: Here(MatMulNBits(128)),
+        "ort-nbits-128-f32": lambda: Here(MatMulNBits(128, whole=True)),
         "ort-nbits-32": lambda: Here(MatMulNBits(32)),
         "ggml-q4_0": lambda: Here(GgmlQ4(amx=False)),
         "ggml-q4_0-amx": lambda: ChildPeer("ggml-q4_0-amx", GgmlQ4(amx=True), {}, unit="tdpbusd"),

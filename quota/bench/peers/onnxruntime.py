@@ -1,4 +1,4 @@
-"""ONNX Runtime's MatMulNBits: int4 weights in blocks along K, activations quantized to int8 (accuracy_level 4)."""
+"""ONNX Runtime's MatMulNBits: int4 weights in blocks along K, activations quantized to int8 (accuracy_level 4) or float32 (1)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from quota.bench import machine
+from quota.bench.own import torch_float_unit
 from quota.bench.peers import weight
 from quota.bench.peers.quantizers import int8_unit, symmetric_blocks
 from quota.bench.shapes import Linear
 
-_INT8_COMPUTE = 4
+_FLOAT_COMPUTE, _INT8_COMPUTE = 1, 4
 
 
 class MatMulNBits:
-    """One-node model `y = x W^T`, symmetric blocks of `block` weights."""
+    """One-node model `y = x W^T`, symmetric blocks of `block` weights. whole: keep the activations float32."""
 
     takes = "floats"
-    tolerance = 2e-2  # 8-bit activations per block
 
-    def __init__(self, block: int) -> None:
-        self.block, self.name = block, f"ort-nbits-{block}"
-        self.unit = int8_unit(machine.cpu()["features"])
+    def __init__(self, block: int, whole: bool = False) -> None:
+        self.block, self.name = block, f"ort-nbits-{block}{'-f32' if whole else ''}"
+        self.accuracy_level = _FLOAT_COMPUTE if whole else _INT8_COMPUTE
+        self.tolerance = 1e-5 if whole else 2e-2  # 8-bit activations per block
+        self.unit = torch_float_unit() if whole else int8_unit(machine.cpu()["features"])
 
     def why_not(self) -> str | None:
         missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -41,8 +43,9 @@ class MatMulNBits:
         unsigned = (self.codes + 8).numpy().astype(np.uint8).reshape(shape.n, -1, self.block)
         packed = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
         node = helper.make_node(
-            "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=shape.k, N=shape.n, bits=4, block_size=self.block, accuracy_level=_INT8_COMPUTE
-        )
+            "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=shape.k, N=shape.n, bits=4, block_size=self.block,
+            accuracy_level=self.accuracy_level,
+        )  # fmt: skip
         graph = helper.make_graph(
             [node], "linear", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", shape.k])],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", shape.n])],

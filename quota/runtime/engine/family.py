@@ -70,7 +70,12 @@ class LlavaFamily:
         self.text: Any = model.get_submodule(arch.text_path)
         self._layers = list(self.text.layers)
         if not all(isinstance(layer.self_attn, QuantAttention) for layer in self._layers):
-            raise UsageError("model: the engine serves quantized language models (4-bit cache); calibrate this one with `quota calibrate`")
+            manifest = getattr(model, "quota_manifest", None)
+            found = "a float one" if manifest is None else f"{manifest.regime} with parts {', '.join(manifest.modules)}"
+            raise UsageError(
+                f"model: the engine serves W4A4KV4 language models (4-bit cache), this one is {found}; use `quota run` or `quota.load` with it, or "
+                "`quota calibrate --method flatquant` the float model"
+            )
         if getattr(model, "quota_handle", None) is not None:
             raise UsageError("recipe: already installed on this model; load it without one and give the recipe to the engine")
         rope = getattr(self.text.rotary_emb, "inner", self.text.rotary_emb).rope_type

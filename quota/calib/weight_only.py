@@ -1,0 +1,173 @@
+"""One block under a weight-only method: what its linears read is observed once, then every weight is rounded with its inputs in mind.
+
+| group | scaled by AWQ at the expense of |
+|---|---|
+| reads a norm | the norm's weight and bias |
+| mlp.down_proj behind gate * up | the rows of up |
+| the output projection of attention | the rows of v, where every head has its own |
+| anything else (behind a nonlinearity, grouped heads, the first layer of a projector) | nothing: `input_scale` stays with the layer |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quota.calib.blocks import Block
+from quota.calib.families import NORMS, GroupPlan
+from quota.calib.learn import BlockReport, Lesson, Scorer, decibels, split
+from quota.calib.settings import Settings
+from quota.calib.stream import Stream
+from quota.core.errors import SampleError
+from quota.quant.awq import awq, search_scale
+from quota.quant.gptq import Hessian, gptq
+from quota.quant.grouped import dequantize_groups, round_groups
+from quota.quant.pack import pack_uint4
+
+Codes = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scale and zero [N, G]
+_UNCLIPPED = ("q_proj", "k_proj", "qkv")
+
+
+class Seen:
+    """What a projection group reads, over all training items: its Hessian (GPTQ), or mean magnitudes [K] and some rows (AWQ)."""
+
+    def __init__(self, in_features: int, method: str, rows_per_item: int, device: str) -> None:
+        self.rows_per_item = rows_per_item
+        self.hessian = Hessian(in_features, device) if method == "gptq" else None
+        self.total, self.count = torch.zeros(in_features, dtype=torch.float64, device=device), 0
+        self.parts: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """x [..., K]: the input of one item."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self.hessian is not None:
+            self.hessian.add(rows)
+            return
+        self.total += rows.abs().sum(0, dtype=torch.float64)
+        self.count += len(rows)
+        self.parts.append(rows[:: max(1, len(rows) // self.rows_per_item)][: self.rows_per_item].clone())
+
+    @property
+    def magnitude(self) -> Tensor:
+        return (self.total / max(1, self.count)).float()
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+@torch.no_grad()
+def quantize_weights(
+    block: Block, lesson: Lesson, method: str, settings: Settings, progress: Callable[[int], None] | None = None
+) -> tuple[dict[str, Tensor], BlockReport]:
+    """Round the linears of a float `block` by "gptq", "awq" or "rtn" and leave it computing with the rounded weights.
+
+    Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding to nearest: nothing is searched before).
+    progress: called with the number of finished groups. SampleError when the inputs are not finite.
+    """
+    train, held_out = split(len(lesson.inputs), settings.held_out)
+    seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, method, settings)
+    score = Scorer(block, lesson, held_out, settings)
+    linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
+    weights = {name: linear.weight.data for name, linear in linears.items()}
+    codes = {name: round_groups(weight) for name, weight in weights.items()}
+    _compute_with(linears, codes, {})
+    mse_rtn = score()
+    for name, linear in linears.items():
+        linear.weight.data = weights[name]
+    input_scales: dict[str, Tensor] = {}
+    if method == "awq":
+        for plan in block.plans:
+            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales)]
+    for done, plan in enumerate(block.plans, start=1):
+        if method == "gptq":
+            codes |= _gptq(block, plan, seen[plan.name])
+        elif method == "awq":
+            for part in plan.parts:
+                codes[part] = awq(linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED)
+        if progress is not None:
+            progress(done)
+    _compute_with(linears, codes, input_scales)
+    mse = score()
+    signal, update = score.signal()
+    report = BlockReport(
+        name=block.path, mse_rtn=mse_rtn, mse_start=mse_rtn, mse=mse, sqnr_db=decibels(signal, mse), update_sqnr_db=decibels(update, mse), best_step=0, steps=0,
+    )  # fmt: skip
+    return _export(block, linears, codes, input_scales), report
+
+
+def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, Seen]:
+    """One pass, item by item (so nothing is padding)."""
+    seen: dict[str, Seen] = {}
+    rows = -(-settings.search_rows // len(items))
+    with ExitStack() as stack:
+        for plan in block.plans:
+            first: Any = block.layer.get_submodule(plan.parts[0])
+            seen[plan.name] = Seen(first.in_features, method, rows, settings.device)
+            stack.callback(first.register_forward_pre_hook(lambda _, args, at=seen[plan.name]: at.add(args[0])).remove)
+        for item in items:
+            block(source.batch([item], settings.device))
+    return seen
+
+
+def _gptq(block: Block, plan: GroupPlan, seen: Seen) -> dict[str, Codes]:
+    """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
+    assert seen.hessian is not None
+    weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
+    try:
+        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value)
+    except ValueError as error:
+        raise SampleError(f"{block.path}.{plan.name}: {error}; look for broken samples or weights") from error
+    sizes = [len(weight) for weight in weights]
+    return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
+
+
+def _scale(block: Block, plan: GroupPlan, seen: Seen, input_scales: dict[str, Tensor]) -> Tensor:
+    """Search and apply the scale of a group's inputs; returns the rows it will then read."""
+    linears: list[Any] = [block.layer.get_submodule(part) for part in plan.parts]
+    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude)
+    for linear in linears:
+        linear.weight.data = linear.weight * s
+    absorbing = _absorber(block, plan, len(s))
+    if absorbing is None:
+        input_scales.update({part: 1 / s for part in plan.parts})
+    else:
+        for tensor in absorbing:
+            tensor /= s if tensor.ndim == 1 else s[:, None]
+    return seen.rows / s
+
+
+def _absorber(block: Block, plan: GroupPlan, size: int) -> list[Tensor] | None:
+    """The tensors whose rows produce the group's input channels, as views to divide in place; None where there are none."""
+    layer = block.layer
+    if plan.merge in NORMS:
+        return [tensor.data for tensor in layer.get_submodule(plan.merge).parameters()]
+    if plan.merge == "up":
+        return [tensor.data for tensor in layer.get_submodule("mlp.up_proj").parameters()]
+    if plan.value == "columns":
+        producer = next(other for other in block.plans if other.value == "rows")
+        value: Any = layer.get_submodule(producer.parts[-1])
+        rows = value.out_features // 3 if producer.fused else value.out_features
+        if rows == size:  # with grouped heads one value row feeds several channels
+            return [tensor.data[-rows:] for tensor in value.parameters()]
+    return None
+
+
+def _compute_with(linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> None:
+    for name, linear in linears.items():
+        weight = dequantize_groups(*codes[name])
+        linear.weight.data = weight * input_scales[name] if name in input_scales else weight
+
+
+def _export(block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, (q, scale, zero) in codes.items():
+        own = {"w_q": pack_uint4(q), "w_scale": scale, "w_zero": zero, "bias": linears[name].bias, "input_scale": input_scales.get(name)}
+        out |= {f"{block.path}.{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
+    kept = {name: tensor.float() for name, tensor in block.layer.state_dict().items() if name.rpartition(".")[0] not in linears}
+    out |= {f"{block.path}.{name}": tensor for name, tensor in kept.items()}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in out.items()}

@@ -1,0 +1,158 @@
+"""W4A16 by GPTQ, AWQ and rounding: scaling alone changes nothing, checkpoints of both families load, answer, take recipes and resume."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from quota.arch import find_arch
+from quota.calib import run
+from quota.calib.profile import profile
+from quota.calib.samples import encode
+from quota.calib.settings import Settings, default_settings
+from quota.calib.stream import FloatSource
+from quota.calib.weight_only import Seen, _scale
+from quota.core.errors import CheckpointError, UsageError
+from quota.eval.compare import cache_dtype
+from quota.nn.structure import quantized_linears, quantized_modules
+from quota.nn.weight_linear import WeightLinear
+from quota.runtime import load, patched
+from quota.runtime.engine.family import LlavaFamily
+from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
+from tests.calib.test_qwen2_5_vl import batch_for
+from tests.nn.recipes import greedy, recipe_for
+
+QUICK = {"batch": 2, "search_rows": 128, "held_out": 1}
+FAMILIES = {"llava": (float_folder, picture_samples), "qwen2_5_vl": (qwen_folder, mixed_samples)}
+
+
+def quick(method):
+    return Settings(**{**default_settings(method).to_dict(), **QUICK})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {family: make(tmp_path_factory.mktemp(family) / "model") for family, (make, _) in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    made = {}
+    for family, method in (("llava", "rtn"), ("llava", "gptq"), ("llava", "awq"), ("qwen2_5_vl", "gptq"), ("qwen2_5_vl", "awq")):
+        out = tmp_path_factory.mktemp("out") / f"{family}-{method}"
+        report = run.calibrate(folders[family], FAMILIES[family][1](), out=out, method=method, progress=False, settings=quick(method))
+        made[family, method] = out, report
+    return made
+
+
+@pytest.mark.parametrize(("kind", "path", "kept"), [
+    ("decoder", "model.language_model.layers.0", {"self_attn.o_proj"}), ("vision", "model.visual.blocks.0", set()),
+    ("projector", "model.visual.merger", {"mlp.0", "mlp.2"}),
+])  # fmt: skip
+@torch.no_grad()
+def test_scaling_alone_changes_nothing(folders, kind, path, kept):
+    block = FloatSource(folders["qwen2_5_vl"]).block(kind, path)
+    batch = batch_for(kind)
+    before, scales = block(batch), {}
+    for plan in block.plans:
+        linear = block.layer.get_submodule(plan.parts[0])
+        seen = Seen(linear.in_features, "awq", 64, "cpu")
+        seen.add(torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 9, linear.in_features))
+        rows = _scale(block, plan, seen, scales)
+        assert rows.std(0).max() < 0.9 * seen.rows.std(0).max()  # something was scaled
+    for name, scale in scales.items():
+        linear = block.layer.get_submodule(name)
+        linear.weight.data = linear.weight * scale
+    assert set(scales) == kept
+    valid = batch.valid
+    assert torch.allclose(block(batch)[valid], before[valid], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibrated_checkpoints(finished, folders, family):
+    for (its, method), (out, report) in finished.items():
+        if its != family:
+            continue
+        manifest = json.loads((out / "quota.json").read_text())
+        assert manifest["regime"] == report.regime == "w4a16" and manifest["calibration"]["method"] == method
+        model, source = load(out), FloatSource(folders[family])
+        assert quantized_modules(model) == ("vision", "projector", "llm") and cache_dtype(out) == "float32"
+        assert all(isinstance(module, WeightLinear) for module in quantized_linears(model).values())
+        assert torch.equal(model.lm_head.weight, source.tensor("lm_head.weight"))
+        # what was calibrated is what runs
+        text = find_arch(model).decoder_layer(0)
+        last = model.get_submodule(text).mlp.down_proj
+        x = torch.randn(3, last.in_features, generator=torch.Generator().manual_seed(0))
+        scaled = x if last.input_scale is None else x * last.input_scale
+        assert torch.allclose(last(x), scaled @ last.dequantized_weight().T, rtol=1e-4, atol=1e-4)
+        assert last(x.half()).dtype == torch.float16
+        error = sum(block["mse"] for block in report.blocks)
+        nearest = sum(block["mse_rtn"] for block in report.blocks)
+        assert error == nearest if method == "rtn" else error < nearest
+
+
+@pytest.mark.parametrize(("family", "method"), [("llava", "gptq"), ("qwen2_5_vl", "awq")])
+def test_it_computes_what_its_tensors_say_and_recipes_work(finished, folders, family, method):
+    out, report = finished[family, method]
+    assert all(block["update_sqnr_db"] > 10 for block in report.blocks)
+    model, exact, twin = load(out), load(folders[family]), load(folders[family])
+    twin.load_state_dict(model.state_dict(), strict=False)  # norms and biases
+    for path, linear in quantized_linears(model).items():
+        weight = linear.dequantized_weight()
+        twin.get_submodule(path).weight.data = weight if linear.input_scale is None else weight * linear.input_scale
+    samples = FAMILIES[family][1]()
+    inputs = encode(model.processor, next(iter(samples)))
+    with torch.no_grad():
+        got, expected = (m(**inputs).logits for m in (model, twin))
+    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+    weights = {"inter": 0.45, "mag": 0.25, "intra": 0.1, "quant": 0.2}
+    recipe = recipe_for(model, regime="w4a16", weights=weights)
+    with patched(model, recipe) as handle:
+        sequences = greedy(model, inputs).sequences
+        lengths = handle.cache_lengths
+    assert lengths[0] > lengths[1] > lengths[2] > lengths[3]
+    with patched(model, recipe):
+        assert torch.equal(greedy(model, inputs).sequences, sequences)
+    measured = profile(exact, model, model.processor, samples.first(2))
+    assert measured.regime == "w4a16" and all(s > 0 for s in measured.sensitivity[1:])
+
+
+def test_resumes_after_a_kill_with_the_same_bytes(folders, finished, tmp_path, monkeypatch):
+    real, calls = run._run_step, []
+
+    def dies(job, work, step, bar):
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        calls.append(step)
+        return real(job, work, step, bar)
+
+    monkeypatch.setattr(run, "_run_step", dies)
+    arguments = {"out": tmp_path / "out", "method": "gptq", "progress": False, "settings": quick("gptq")}
+    with pytest.raises(KeyboardInterrupt):
+        run.calibrate(folders["llava"], picture_samples(), **arguments)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(run, "_run_step", real)
+    run.calibrate(folders["llava"], picture_samples(), **arguments)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    whole = finished["llava", "gptq"][0]
+    assert all((tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes() for name in names)
+
+
+def test_refusals(folders, finished, tmp_path):
+    out, _ = finished["llava", "rtn"]
+    with pytest.raises(UsageError, match="this one is w4a16 with parts vision, projector, llm; use `quota run`"):
+        LlavaFamily(load(out))
+    for options, words in (({"method": "best"}, "flatquant"), ({"method": "awq", "steps": 3}, "steps: 3"),
+                           ({"method": "gptq", "settings": Settings(inputs="mixed")}, "inputs: 'mixed'")):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            run.calibrate(folders["llava"], picture_samples(2), out=tmp_path / "none", progress=False, **options)
+    data = json.loads((out / "quota.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in out.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "quota.json").write_text(json.dumps({**data, "regime": "w2a2"}))
+    with pytest.raises(CheckpointError, match=r"regime: this quota reads w4a4kv4, w4a16, got 'w2a2'"):
+        load(copy)

@@ -1,0 +1,79 @@
+"""WeightLinear and the structure of a W4A16 model: exact buffers in any dtype, one checkpoint format, transformers' door."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from quota.arch import find_arch, model_fingerprint
+from quota.core.errors import CheckpointError
+from quota.nn import Manifest, WeightLinear, quantized_linears, save_checkpoint, weight_only_structure
+from quota.nn.weight_only import linear_paths
+from quota.quant.grouped import round_groups
+from quota.quant.pack import pack_uint4
+from quota.runtime import load
+from quota.runtime.hf import register
+from tests.models import llava_inputs, tiny_llava, tiny_qwen
+from tests.nn.recipes import greedy
+
+ALL = ("vision", "projector", "llm")
+
+
+def fill(new: WeightLinear, old: nn.Linear) -> None:
+    q, scale, zero = round_groups(old.weight.detach())
+    for name, tensor in (("w_q", pack_uint4(q)), ("w_scale", scale), ("w_zero", zero), ("bias", old.bias)):
+        if tensor is not None:
+            getattr(new, name).copy_(tensor.detach())
+    new.forget()
+
+
+def rounded(model, modules=ALL):
+    old = {path: model.get_submodule(path) for path in linear_paths(find_arch(model), modules)}
+    weight_only_structure(model, modules)
+    for path, linear in old.items():
+        fill(model.get_submodule(path), linear)
+    return model
+
+
+def test_layer_equals_its_dequantized_weight_in_every_dtype():
+    old, new = nn.Linear(150, 20), WeightLinear(150, 20, bias=True, input_scale=True)
+    fill(new, old)
+    new.input_scale.copy_(torch.linspace(0.5, 2, 150))
+    x = torch.randn(2, 3, 150, generator=torch.Generator().manual_seed(0))
+    expected = (x * new.input_scale) @ new.dequantized_weight().T + new.bias
+    assert torch.allclose(new(x), expected, atol=1e-5) and torch.allclose(new(x), old(x * new.input_scale), atol=0.3)
+    state = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    clone = copy.deepcopy(new).to(torch.bfloat16)
+    assert all(torch.equal(clone.state_dict()[name], tensor) for name, tensor in state.items())  # moved, never rounded
+    for dtype in (torch.bfloat16, torch.float16):
+        got = clone(x.to(dtype))
+        assert got.dtype == dtype and torch.equal(got, new(x.to(dtype).float()).to(dtype))
+    fill(new, nn.Linear(150, 20))
+    assert not torch.allclose(new(x), expected, atol=0.1)  # no stale layout
+
+
+@pytest.mark.parametrize("modules", [ALL, ("llm",)])
+@torch.no_grad()
+def test_saved_loaded_and_opened_by_transformers(tmp_path, modules):
+    model = rounded(tiny_llava(), modules)
+    save_checkpoint(model, tmp_path / "out", Manifest("w4a16", modules, model_fingerprint(model)), max_shard_bytes=100_000)
+    register()
+    own, opened = load(tmp_path / "out"), AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    inputs = llava_inputs(model)
+    logits = model(**inputs).logits
+    assert torch.equal(own(**inputs).logits, logits) and torch.equal(opened(**inputs).logits, logits)
+    assert torch.equal(greedy(own, inputs).sequences, greedy(model, inputs).sequences)
+    half = load(tmp_path / "out", dtype=torch.bfloat16)
+    assert half(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}).logits.dtype == torch.bfloat16
+
+
+def test_which_linears():
+    for make, linears in ((tiny_llava, 4 * 7 + 2 * 6 + 2), (tiny_qwen, 4 * 7 + 3 * 5 + 2)):
+        model = weight_only_structure(make(), ALL)
+        assert len(quantized_linears(model)) == linears and type(model.lm_head) is nn.Linear
+    with pytest.raises(CheckpointError, match="modules"):
+        weight_only_structure(tiny_llava(), ("head",))
