@@ -17,7 +17,7 @@ def build(tmp_path: Path, mode: str) -> tuple[str, list[str]]:
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "assets")
     source.mkdir()
-    for name in ("quota", "csrc"):
+    for name in ("quota", "kernels", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, source / name)
@@ -32,7 +32,8 @@ def test_wheel_without_native_code(tmp_path: Path) -> None:
     name, files = build(tmp_path, "none")
     assert name.endswith("-py3-none-any.whl")
     assert "quota/py.typed" in files and not [f for f in files if f.endswith(".so")]
-    assert not [f for f in files if f.startswith(("tests/", "csrc/"))]
+    assert "quota_kernels/w4a4_linear.py" in files
+    assert not [f for f in files if f.startswith(("tests/", "csrc/", "kernels/"))]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -13,11 +14,12 @@ import typer
 from quota.cli.shell import JsonOption, print_json, say
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "pydantic", "matplotlib")
+_OPTIONAL = ("triton", "flash-attn", "nvidia-ml-py")  # on a machine with an NVIDIA GPU
 
 
-def _packages() -> dict[str, str | None]:
+def _versions(names: Iterable[str]) -> dict[str, str | None]:
     out: dict[str, str | None] = {}
-    for name in _PACKAGES:
+    for name in names:
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -28,20 +30,22 @@ def _packages() -> dict[str, str | None]:
 def examine() -> dict[str, Any]:
     """Everything `quota doctor` prints, JSON-able; `problems` lists what stops quota from working."""
     import quota
-    from quota.eval.machine import cpu, describe_native, op_rows
+    from quota.eval.machine import cpu, cuda_devices, describe_float_attention, describe_native, op_rows
     from quota.scenes import assets
 
-    packages = _packages()
+    packages = _versions(_PACKAGES)
     problems = [f"package {name} is missing: pip install -c constraints.txt {name}" for name, version in packages.items() if version is None]
     document: dict[str, Any] = {
         "quota": quota.__version__, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": cpu(), "packages": packages,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
+        "optional": _versions(_OPTIONAL), "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
     }  # fmt: skip
     if packages["torch"]:
         import torch
 
         document["torch_threads"] = torch.get_num_threads()
+        document["cuda"] = cuda_devices()
         document["native"] = describe_native()
+        document["float_attention"] = describe_float_attention()
         document["ops"], wrong = op_rows()
         problems += wrong
     document["assets"] = {
@@ -77,11 +81,15 @@ def _print(document: dict[str, Any]) -> None:
     say(f"quota {document['quota']}   python {document['python']}   {document['platform']}")
     say(f"cpu   {cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['features']) or 'no vector features known'}")
     say("packages   " + "   ".join(f"{k} {v or 'MISSING'}" for k, v in document["packages"].items()))
+    say("optional   " + "   ".join(f"{k} {v or 'not installed'}" for k, v in document["optional"].items()))
     for name, value in document["environment"].items():
         say(f"{name}={value}")
+    for number, device in enumerate(document.get("cuda", [])):
+        say(f"cuda:{number}   {device['name']}, compute capability {device['capability']}, {device['memory_bytes'] / 1e9:.0f} GB")
     native = document.get("native")
     if native:
         say(f"native library   {native}")
+        say(f"float attention   {document['float_attention']}")
     ops = document.get("ops", [])
     if ops:
         widths = [max(len(str(row[key])) for row in [*ops, {k: k for k in row}]) for key, row in ((k, ops[0]) for k in ops[0])]

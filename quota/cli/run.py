@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,14 @@ import typer
 
 from quota.cli.shell import JsonOption, check_checkpoint, check_output, print_json, say
 from quota.core.errors import SampleError, UsageError
+
+
+class FloatType(StrEnum):
+    """Float types a model can compute in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 def open_image(path: Path) -> Any:
@@ -32,6 +41,8 @@ def run(
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
     show: Annotated[Path | None, typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the pictures.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 64,
+    device: Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[FloatType, typer.Option("--dtype", help="Of everything that is not quantized.")] = FloatType.float32,
     json: JsonOption = False,
 ) -> None:
     """Ask one question about a picture (greedy decoding).
@@ -41,6 +52,8 @@ def run(
         quota run demo-out/quantized --image photo.jpg --prompt "what color is the star ?"
 
         quota run demo-out/quantized --recipe demo-out/recipe.json --image photo.jpg -p "describe the picture ." --show kept.png
+
+        quota run llava-w4a4kv4 --device cuda --dtype float16 --image photo.jpg -p "What is unusual about this picture?"
     """
     check_checkpoint(checkpoint)
     if not prompt.strip():
@@ -53,9 +66,11 @@ def run(
         check_output(show, "--show")
     pictures = [open_image(path) for path in image or []]
 
+    import torch
+
     from quota.eval.asking import ask, load_model
 
-    model, processor = load_model(checkpoint, recipe)
+    model, processor = load_model(checkpoint, recipe, device, getattr(torch, dtype.value))
     answer = ask(model, processor, prompt, pictures, max_new_tokens=max_new_tokens)
     if show is not None:
         from quota.report.overlay import save_overlay

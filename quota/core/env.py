@@ -26,3 +26,8 @@ def forced_cpu_isa() -> str | None:
     if isa and isa not in CPU_ISAS:
         raise UsageError(f"QUOTA_CPU_ISA: expected one of {', '.join(CPU_ISAS)}, got {isa!r}")
     return isa or None
+
+
+def triton_interpreted() -> bool:
+    """`TRITON_INTERPRET=1`: Triton kernels run in its interpreter, on CPU tensors. Triton reads it when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

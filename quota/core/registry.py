@@ -1,4 +1,4 @@
-"""A table of implementations per op. The first supported one wins; `QUOTA_IMPL` forces one, with the reason when it cannot run."""
+"""A table of implementations per op. The first that supports the device wins; `QUOTA_IMPL` forces one, with the reason when it cannot run."""
 
 from __future__ import annotations
 
@@ -11,62 +11,76 @@ from quota.core.errors import UsageError
 
 
 @dataclass(frozen=True)
+class Context:
+    """Where an op is asked to run. device: torch's type of device, "cpu" or "cuda"; index: which of them."""
+
+    device: str = "cpu"
+    index: int = 0
+
+
+HOST = Context()
+
+
+@dataclass(frozen=True)
 class Implementation:
-    """`why_not()` is None where the implementation can run, else the reason it cannot."""
+    """`supports(ctx)` is None where the implementation can run, else the reason it cannot."""
 
     name: str
     run: Callable[..., Any]
-    why_not: Callable[[], str | None]
+    supports: Callable[[Context], str | None]
 
 
-def _always() -> str | None:
+def _everywhere(ctx: Context) -> str | None:
     return None
 
 
 class Op:
-    """A named op: its reference and the implementations in order of preference. Calling it runs the chosen one."""
+    """A named op: its reference and the implementations in order of preference. Calling it runs the one chosen for the device of its first tensor."""
 
     _table: ClassVar[dict[str, Op]] = {}
 
     def __init__(self, name: str, reference: Callable[..., Any]) -> None:
         self.name, self.__doc__ = name, reference.__doc__
-        self.implementations = [Implementation("ref", reference, _always)]
-        self._chosen: Implementation | None = None
+        self.implementations = [Implementation("ref", reference, _everywhere)]
+        self._chosen: dict[Any, Implementation] = {}  # by torch.device
         Op._table[name] = self
 
-    def add(self, name: str, run: Callable[..., Any], why_not: Callable[[], str | None] = _always) -> None:
+    def add(self, name: str, run: Callable[..., Any], supports: Callable[[Context], str | None] = _everywhere) -> None:
         """Register an implementation preferred over those before it."""
-        self.implementations.insert(0, Implementation(name, run, why_not))
-        self._chosen = None
+        self.implementations.insert(0, Implementation(name, run, supports))
+        self._chosen = {}
 
-    def choose(self) -> Implementation:
-        """The implementation to run; bound at the first call and kept."""
-        if self._chosen is None:
-            forced = forced_implementations()
-            unknown = [op for op in forced if op not in Op._table]
-            if unknown:
-                raise UsageError(f"QUOTA_IMPL: unknown op {unknown[0]!r}; expected one of {', '.join(sorted(Op._table))}")
-            if self.name in forced:
-                self._chosen = self._named(forced[self.name])
-            else:
-                self._chosen = next(i for i in self.implementations if i.why_not() is None)
-        return self._chosen
+    def choose(self, ctx: Context = HOST) -> Implementation:
+        """The implementation to run. UsageError for a wrong QUOTA_IMPL."""
+        forced = forced_implementations()
+        unknown = [op for op in forced if op not in Op._table]
+        if unknown:
+            raise UsageError(f"QUOTA_IMPL: unknown op {unknown[0]!r}; expected one of {', '.join(sorted(Op._table))}")
+        if self.name in forced:
+            return self._named(forced[self.name], ctx)
+        return next(i for i in self.implementations if i.supports(ctx) is None)
 
-    def _named(self, name: str) -> Implementation:
+    def _named(self, name: str, ctx: Context) -> Implementation:
         for implementation in self.implementations:
             if implementation.name == name:
-                reason = implementation.why_not()
+                reason = implementation.supports(ctx)
                 if reason:
                     raise UsageError(f"QUOTA_IMPL: {self.name}={name} cannot run here: {reason}")
                 return implementation
         raise UsageError(f"QUOTA_IMPL: {self.name} has no implementation {name!r}; expected one of {', '.join(i.name for i in self.implementations)}")
 
     def rebind(self) -> None:
-        """Forget the choice: the next call reads the environment again."""
-        self._chosen = None
+        """Forget the choices: the next call reads the environment again."""
+        self._chosen = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._chosen or self.choose()).run(*args, **kwargs)
+        first = args[0][0] if type(args[0]) is tuple else args[0]
+        device = getattr(first, "device", None)
+        chosen = self._chosen.get(device)
+        if chosen is None:  # bound at the first call on a device and kept
+            ctx = HOST if device is None else Context(device.type, device.index or 0)
+            chosen = self._chosen[device] = self.choose(ctx)
+        return chosen.run(*args, **kwargs)
 
 
 def ops() -> dict[str, Op]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from quota.core.errors import CheckpointError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
 
 
-def load_model(checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
+def load_model(checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model in eval mode, processor). `recipe`: a Recipe, a path, or None. Library chatter is silenced; errors are quota's own."""
     from transformers.utils import logging
 
@@ -22,7 +22,7 @@ def load_model(checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = load(str(checkpoint), recipe=recipe)
+    model = load(str(checkpoint), recipe=recipe, dtype=dtype, device=device)
     if model.processor is None:
         raise CheckpointError(f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
     return model, model.processor
@@ -49,6 +49,7 @@ class Answer:
             "average_visual_tokens": sum(by_layer) / len(by_layer), "new_tokens": self.made.new_ids.shape[1],
             "kept": {str(layer): mask.nonzero()[:, 0].tolist() for layer, mask in self.kept_visual().items()},
             "prefill_ms": self.made.prefill_ms, "decode_ms": self.made.decode_ms, "kv_bytes": self.made.cache_bytes,
+            "gpu": None if self.made.gpu is None else asdict(self.made.gpu),
         }  # fmt: skip
 
     def kept_visual(self) -> dict[int, Tensor]:

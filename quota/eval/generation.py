@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quota.arch import find_arch
+from quota.eval.gpu import GpuCost, measured
 from quota.eval.questions import Question
 from quota.nn.cache import kv_bytes, stored_tokens
 
@@ -67,27 +68,29 @@ class _Clock:
 @dataclass(frozen=True)
 class Generated:
     """`new_ids` [B, new] and the cache they left behind. prefill_ms: from `generate` to the first token, picture encoding included
-    (decoding the image file and resizing it are not); decode_ms: per later token."""
+    (decoding the image file and resizing it are not); decode_ms: per later token; gpu: what it took of a CUDA device."""
 
     new_ids: Tensor
     prefill_ms: float
     decode_ms: float | None
     cache_tokens: list[int]
     cache_bytes: int
+    gpu: GpuCost | None = None
 
 
 @torch.no_grad()
 def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_new_tokens: int = 0) -> Generated:
     """Greedy decoding of one batch."""
-    clock = _Clock()
-    out = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, do_sample=False, num_beams=1,
-        stopping_criteria=[clock], return_dict_in_generate=True,
-    )  # fmt: skip
+    with measured(inputs["input_ids"].device) as gpu:
+        clock = _Clock()
+        out = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, do_sample=False, num_beams=1,
+            stopping_criteria=[clock], return_dict_in_generate=True,
+        )  # fmt: skip
     cache = out.past_key_values
     return Generated(
         new_ids=out.sequences[:, inputs["input_ids"].shape[1] :], prefill_ms=clock.prefill_ms, decode_ms=clock.decode_ms,
-        cache_tokens=stored_tokens(cache), cache_bytes=sum(kv_bytes(cache)),
+        cache_tokens=stored_tokens(cache), cache_bytes=sum(kv_bytes(cache)), gpu=gpu,
     )  # fmt: skip
 
 

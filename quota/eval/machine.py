@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quota.core.errors import QuotaError
+
+if TYPE_CHECKING:
+    from quota.core.registry import Context
 
 _FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 
@@ -28,15 +31,29 @@ def cpu() -> dict[str, Any]:
 
 
 def op_rows() -> tuple[list[dict[str, Any]], list[str]]:
-    """(one row per op and implementation: op, implementation, state; problems). A wrong QUOTA_IMPL is a problem, not a crash."""
+    """(one row per op and implementation: op, implementation, state on the CPU and, where there is a CUDA device, on_cuda; problems).
+
+    A wrong QUOTA_IMPL is a problem, not a crash.
+    """
     import quota.ops  # noqa: F401  (registers the ops)
+    from quota.core.registry import HOST, Context, ops
+
+    problems: list[str] = []
+    columns = {"state": _states(HOST, problems)}
+    if cuda_devices():
+        columns["on_cuda"] = _states(Context("cuda"), problems)
+    pairs = [(name, implementation.name) for name, op in ops().items() for implementation in op.implementations]
+    return [{"op": op, "implementation": name, **{k: states[op, name] for k, states in columns.items()}} for op, name in pairs], problems
+
+
+def _states(ctx: Context, problems: list[str]) -> dict[tuple[str, str], str]:
+    """(op, implementation) -> chosen, available, or why it cannot run in `ctx`."""
     from quota.core.registry import ops
 
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+    states: dict[tuple[str, str], str] = {}
     for name, op in ops().items():
         try:
-            chosen: str | None = op.choose().name
+            chosen: str | None = op.choose(ctx).name
         except QuotaError as error:
             chosen = None
             if str(error) not in problems:
@@ -44,13 +61,31 @@ def op_rows() -> tuple[list[dict[str, Any]], list[str]]:
         for implementation in op.implementations:
             state = "chosen" if implementation.name == chosen else "available"
             try:
-                reason = implementation.why_not()
+                reason = implementation.supports(ctx)
             except QuotaError as error:  # QUOTA_CPU_ISA asks for what this CPU lacks
                 reason = str(error)
                 if reason not in problems:
                     problems.append(reason)
-            rows.append({"op": name, "implementation": implementation.name, "state": f"not here: {reason}" if reason else state})
-    return rows, problems
+            states[name, implementation.name] = f"not here: {reason}" if reason else state
+    return states
+
+
+def cuda_devices() -> list[dict[str, Any]]:
+    """{"name", "capability" as 9.0, "memory_bytes"} of each CUDA device that torch sees."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory} for p in found]
+
+
+def describe_float_attention() -> str:
+    """One line: what computes attention in the parts that stay float, and why."""
+    import torch
+
+    from quota.nn.float_attention import why_not_flash
+
+    reason = why_not_flash(torch.device("cuda" if cuda_devices() else "cpu"), torch.float16)
+    return f"torch scaled_dot_product_attention ({reason})" if reason else "flash-attn on CUDA in float16 and bfloat16, else torch scaled_dot_product_attention"
 
 
 def describe_native() -> str:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from quota import ops
 from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
+from quota.nn.float_attention import float_attention
 from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
@@ -112,6 +112,6 @@ class QuantClipAttention(nn.Module):
         rows = []
         for image, mask in enumerate(masks):
             q, k, v = x[:, image : image + 1].contiguous()
-            rows.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            rows.append(float_attention(q, k, v, hidden_states.dtype, mask))
         out = torch.cat(rows).transpose(1, 2).reshape(batch, tokens, hidden)
         return self.out_proj(out).to(hidden_states.dtype), None

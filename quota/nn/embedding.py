@@ -45,4 +45,5 @@ class PatchEmbedding(nn.Conv2d):
         return new.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super(PatchEmbedding, self).forward(image[None]) for image in x]) if len(x) else super().forward(x)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # CUDA only: float32 stays float32
+            return torch.cat([super(PatchEmbedding, self).forward(image[None]) for image in x]) if len(x) else super().forward(x)

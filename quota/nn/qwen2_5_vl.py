@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLRotaryEmbedding
 
+from quota.nn.float_attention import float_attention
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import activate
 
@@ -56,8 +57,8 @@ class QuantWindowAttention(nn.Module):
         for size in sorted(set(sizes)):
             first = torch.tensor([int(at) for at, length in zip(cu_seqlens[:-1], sizes, strict=True) if length == size], device=v.device)
             rows = first[:, None] + torch.arange(size, device=v.device)  # [windows, size]
-            inside: Any = [t[rows].transpose(1, 2).contiguous() for t in (q, k, v)]
-            out[rows] = F.scaled_dot_product_attention(*inside).transpose(1, 2)
+            inside_q, inside_k, inside_v = (t[rows].transpose(1, 2).contiguous() for t in (q, k, v))
+            out[rows] = float_attention(inside_q, inside_k, inside_v, hidden_states.dtype).transpose(1, 2)
         return self.proj(out.reshape(n, hidden)).to(hidden_states.dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.fma import chain_matmul
 
 
@@ -28,4 +28,5 @@ def float_linear_ref(x: Tensor, weight: FloatWeight) -> Tensor:
 
 
 float_linear = Op("float_linear", float_linear_ref)
-float_linear.add("native", native.float_linear, native.why_not)
+float_linear.add("triton", triton.float_linear, triton.supports)
+float_linear.add("native", native.float_linear, native.supports)

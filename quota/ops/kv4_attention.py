@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
 
@@ -29,16 +29,17 @@ def kv4_attention_ref(
     Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
     Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads. The native
     one takes q and, in blocks of 64 slots from `start`, the weights of the values as 24-bit fixed point, so that all its dot products are exact
-    integers (csrc/cpu/attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones.
+    integers (csrc/cpu/attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton
+    kernels do the same and give the same `out`; their `lse` differs by the rounding of the logarithm.
     """
     b, h, t, _ = q.shape
     d = 2 * k[0].shape[-1]
-    first = torch.zeros(b, dtype=torch.int32) if start is None else start
+    first = torch.zeros(b, dtype=torch.int32, device=q.device) if start is None else start
     keys, values = (dequantized(kv, length, d).double().repeat_interleave(h // kv[0].shape[1], 1) for kv in (k, v))
     if shared is not None:
         keys = torch.cat([keys, shared[:, None, :, :length].transpose(-1, -2).double().expand(-1, h, -1, -1)], -1)
     score = q.double() @ keys.transpose(-1, -2) * scaling
-    slot = torch.arange(length)
+    slot = torch.arange(length, device=q.device)
     seen = (slot[None, None, :] >= first[:, None, None]) & (slot[None, None, :] <= slot[length - t :][None, :, None])
     score = score.masked_fill(~seen[:, None], float("-inf"))
     lse = score.logsumexp(-1)
@@ -47,4 +48,5 @@ def kv4_attention_ref(
 
 
 kv4_attention = Op("kv4_attention", kv4_attention_ref)
-kv4_attention.add("native", native.kv4_attention, native.why_not)
+kv4_attention.add("triton", triton.kv4_attention, triton.supports)
+kv4_attention.add("native", native.kv4_attention, native.supports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.kv4_attention import Kv
 
 
@@ -26,4 +26,5 @@ def kv4_page_read_ref(pages: Kv, table: Tensor, length: Tensor, capacity: int) -
 
 
 kv4_page_read = Op("kv4_page_read", kv4_page_read_ref)
-kv4_page_read.add("native", native.kv4_page_read, native.why_not)
+kv4_page_read.add("triton", triton.kv4_page_read, triton.supports)
+kv4_page_read.add("native", native.kv4_page_read, native.supports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.kv4_attention import Kv
 
 
@@ -23,4 +23,5 @@ def kv4_page_write_ref(pages: Kv, rows: Kv, slot: Tensor) -> None:
 
 
 kv4_page_write = Op("kv4_page_write", kv4_page_write_ref)
-kv4_page_write.add("native", native.kv4_page_write, native.why_not)
+kv4_page_write.add("triton", triton.kv4_page_write, triton.supports)
+kv4_page_write.add("native", native.kv4_page_write, native.supports)

@@ -19,6 +19,7 @@ from quota.core.errors import UsageError
 from quota.core.pages import release_pages
 
 if TYPE_CHECKING:
+    from quota.core.registry import Context
     from quota.ops.float_linear import FloatWeight
     from quota.ops.kv4_attention import Kv
     from quota.ops.w4a4_linear import PackedWeight
@@ -101,6 +102,11 @@ def why_not() -> str | None:
     if reason is None and not _bound.isa:
         set_isa(forced_cpu_isa())
     return reason
+
+
+def supports(ctx: Context) -> str | None:
+    """As `quota.core.registry.Implementation`."""
+    return why_not() if ctx.device == "cpu" else f"a CPU library; the tensors are on {ctx.device}"
 
 
 def describe() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.kv4_attention import Kv
 from quota.ops.transform import transform_ref
@@ -43,4 +43,5 @@ def qkv_append_ref(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms
 
 
 qkv_append = Op("qkv_append", qkv_append_ref)
-qkv_append.add("native", native.qkv_append, native.why_not)
+qkv_append.add("triton", triton.qkv_append, triton.supports)
+qkv_append.add("native", native.qkv_append, native.supports)

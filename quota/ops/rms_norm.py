@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.elementwise import LANES
 from quota.ops.fma import fma
 
@@ -18,16 +18,17 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     are then added in ascending order.
     """
     m, k = x.shape
-    lanes = torch.zeros(m, LANES)
+    lanes = x.new_zeros(m, LANES)
     for piece in torch.nn.functional.pad(x, (0, -k % LANES)).split(LANES, -1):
         lanes = fma(piece.double(), piece.double(), lanes)
-    total = torch.zeros(m)
+    total = x.new_zeros(m)
     for lane in lanes.unbind(-1):
         total = total + lane
     # float64 square root and division, rounded once more, are correctly rounded float32 ones; torch's own float32 ones need not be
-    root = (total / k + torch.tensor(eps, dtype=torch.float32)).double().sqrt().float()
+    root = (total / k + torch.tensor(eps, dtype=torch.float32, device=x.device)).double().sqrt().float()
     return x * (1.0 / root)[:, None] * weight
 
 
 rms_norm = Op("rms_norm", rms_norm_ref)
-rms_norm.add("native", native.rms_norm, native.why_not)
+rms_norm.add("triton", triton.rms_norm, triton.supports)
+rms_norm.add("native", native.rms_norm, native.supports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 
 
 def token_gather_ref(x: Tensor, index: Tensor) -> Tensor:
@@ -15,4 +15,5 @@ def token_gather_ref(x: Tensor, index: Tensor) -> Tensor:
 
 
 token_gather = Op("token_gather", token_gather_ref)
-token_gather.add("native", native.token_gather, native.why_not)
+token_gather.add("triton", triton.token_gather, triton.supports)
+token_gather.add("native", native.token_gather, native.supports)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.kv4_attention import Kv, dequantized
 
 _ROWS_AT_ONCE = 128
@@ -18,7 +18,7 @@ def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual
 
     inter_i = mean over heads and text queries of A[h, t, i]; intra_i the same over visual queries; 0 where i is not visual, and where there
     are no queries. A[h, t, i] = exp(q_t . k_i * scaling - lse_t) for i <= t (method.md, equation 6).
-    Exactness: float stage, relative RMS; bits independent of batch, threads and instruction set.
+    Exactness: float stage, relative RMS; bits independent of batch, threads and instruction set. The Triton kernel gives the native library's bits.
     """
     b, h, s, d = q.shape
     k = k if isinstance(k, Tensor) else dequantized(k, s, d)
@@ -28,7 +28,7 @@ def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual
         keys = k[row, :, columns].double().repeat_interleave(h // k.shape[1], 0)
         for out, mask in ((inter, text), (intra, visual)):
             queries = mask[row].nonzero()[:, 0]
-            total = torch.zeros(len(columns), dtype=torch.float64)
+            total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
             for block in queries.split(_ROWS_AT_ONCE):
                 p = torch.exp(q[row, :, block].double() @ keys.transpose(-1, -2) * scaling - lse[row, :, block, None].double())
                 total += (p * (columns[None, :] <= block[:, None])).sum((0, 1))
@@ -37,4 +37,5 @@ def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual
 
 
 token_score = Op("token_score", token_score_ref)
-token_score.add("native", native.token_score, native.why_not)
+token_score.add("triton", triton.token_score, triton.supports)
+token_score.add("native", native.token_score, native.supports)

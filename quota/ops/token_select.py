@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 
 
 def token_select_ref(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
@@ -22,4 +22,5 @@ def token_select_ref(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
 
 
 token_select = Op("token_select", token_select_ref)
-token_select.add("native", native.token_select, native.why_not)
+token_select.add("triton", triton.token_select, triton.supports)
+token_select.add("native", native.token_select, native.supports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.fma import chain_matmul
 
 
@@ -28,4 +28,5 @@ def transform_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
 
 
 transform = Op("transform", transform_ref)
-transform.add("native", native.transform, native.why_not)
+transform.add("triton", triton.transform, triton.supports)
+transform.add("native", native.transform, native.supports)

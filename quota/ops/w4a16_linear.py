@@ -58,4 +58,4 @@ def w4a16_linear_ref(x: Tensor, weight: GroupedWeight, bias: Tensor | None = Non
 
 
 w4a16_linear = Op("w4a16_linear", w4a16_linear_ref)
-w4a16_linear.add("native", native.w4a16_linear, native.why_not)
+w4a16_linear.add("native", native.w4a16_linear, native.supports)

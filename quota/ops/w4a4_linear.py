@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.quant.pack import unpack_int4
 
 
@@ -37,4 +37,5 @@ def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Te
 
 
 w4a4_linear = Op("w4a4_linear", w4a4_linear_ref)
-w4a4_linear.add("native", native.w4a4_linear, native.why_not)
+w4a4_linear.add("triton", triton.w4a4_linear, triton.supports)
+w4a4_linear.add("native", native.w4a4_linear, native.supports)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from quota.arch import find_arch, model_fingerprint, submodule
 from quota.arch.processing import open_processor
-from quota.core.errors import CheckpointError
+from quota.core.errors import CheckpointError, UsageError
 from quota.core.pages import keep_freed_memory
 from quota.core.recipe import Recipe
 from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
@@ -24,27 +24,45 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtype: torch.dtype = torch.float32, *, verify: bool = True) -> Any:
+def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtype: torch.dtype = torch.float32, *,
+         device: torch.device | str = "cpu", verify: bool = True) -> Any:  # fmt: skip
     """A transformers model (`LlavaForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`) in eval mode, ready for `generate`.
 
     `.processor` is attached (None where the folder has none) and uses PIL pictures. From now on the process keeps freed memory (`keep_freed_memory`).
 
     checkpoint: a folder written by `quota calibrate`, or a float folder or hub name. recipe: installed if given, see
-    `model.quota_handle`. dtype: of everything that is not quantized. verify: check every file's SHA-256 first.
-    Raises CheckpointError (missing, truncated, altered or mismatched), RecipeError (malformed or made for another model).
+    `model.quota_handle`. dtype: of everything that is not quantized. device: where the model runs; each kernel repacks the weights it wants
+    otherwise at first use. verify: check every file's SHA-256 first.
+    Raises CheckpointError (missing, truncated, altered or mismatched), RecipeError (malformed or made for another model), UsageError (no such device).
     """
     if dtype not in _FLOATS:
         raise CheckpointError(f"dtype: expected one of {[str(d) for d in _FLOATS]}, got {dtype}")
+    where = _checked_device(device)
     keep_freed_memory()
     folder = Path(checkpoint)
     if folder.is_dir() and is_quantized_folder(folder):
         model = _load_quantized(folder, dtype, verify)
     else:
         model = _load_float(checkpoint, dtype)
+    if where.type != "cpu":
+        model.to(where)
     model.processor = _load_processor(checkpoint)
     if recipe is not None:
         patched(model, recipe)
     return model
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        built = "this torch was built for the CPU; install one for CUDA" if torch.version.cuda is None else f"{torch.cuda.device_count()} CUDA devices found"
+        raise UsageError(f"device: {device} is not here: {built}, or leave device at cpu")
+    return found
 
 
 def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:

@@ -1,10 +1,11 @@
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from quota.core import registry
 from quota.core.errors import UsageError
-from quota.core.registry import Op, ops
+from quota.core.registry import Context, Op, ops
 
 
 @pytest.fixture
@@ -12,7 +13,7 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Op]:
     monkeypatch.setattr(registry.Op, "_table", {})
     monkeypatch.delenv("QUOTA_IMPL", raising=False)
     made = Op("add", lambda a, b: a + b)
-    made.add("broken", lambda a, b: None, lambda: "it is broken")
+    made.add("broken", lambda a, b: None, lambda ctx: "it is broken")
     yield made
 
 
@@ -22,7 +23,28 @@ def test_unsupported_falls_through_to_the_reference(op: Op) -> None:
 
 def test_later_registrations_come_first_and_the_choice_is_kept(op: Op) -> None:
     op.add("fast", lambda a, b: 10 * (a + b))
-    assert op(1, 2) == 30 and op.choose() is op.choose()
+    assert op(1, 2) == 30 and op.choose().name == "fast"
+    op.implementations.clear()
+    assert op(1, 2) == 30
+
+
+@dataclass(frozen=True)
+class Device:
+    type: str
+    index: int | None
+
+
+@dataclass
+class Placed:
+    device: Device
+
+
+def test_each_device_has_its_own_choice(op: Op) -> None:
+    op.add("gpu", lambda a, b: "gpu", lambda ctx: None if ctx.device == "cuda" else f"tensors are on {ctx.device}")
+    there, here = Placed(Device("cuda", 1)), Placed(Device("cpu", None))
+    op.add("host", lambda a, b: "host", lambda ctx: None if ctx == Context() else "not on the host")
+    assert op(there, 0) == "gpu" and op(here, 0) == "host" and op((there, 0), 0) == "gpu" and op(1, 2) == "host"
+    assert op.choose(Context("cuda", 3)).name == "gpu"
 
 
 def test_forcing(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:

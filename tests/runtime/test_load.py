@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quota.arch import model_fingerprint
-from quota.core.errors import CheckpointError, RecipeError
+from quota.core.errors import CheckpointError, RecipeError, UsageError
 from quota.core.files import sha256_file
 from quota.nn import Manifest, quantize_rtn, save_checkpoint
 from quota.nn.structure import quantized_modules
@@ -200,3 +200,21 @@ def test_processor_is_attached_and_left_padded(tmp_path):
     (tmp_path / "out" / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="processor cannot be built"):
         load(tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", torch.device("cuda", 1)])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_named(saved, device):
+    with pytest.raises(UsageError, match=r"device: cuda.* is not here"):
+        load(saved[0], device=device)
+
+
+def test_unknown_devices_are_refused_before_anything_is_read(tmp_path):
+    for device in ("gpu", "meta", "cpu:x"):
+        with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N"):
+            load(tmp_path / "nowhere", device=device)
+
+
+def test_everything_that_is_loaded_moves(saved):
+    model = load(saved[0], device="cpu").to("meta")
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))

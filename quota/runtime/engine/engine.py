@@ -89,6 +89,8 @@ class Engine:
 
     def __init__(self, model: Any, *, tokenizer: Any = None, recipes: Mapping[str, Recipe] | None = None, default: str | None = None,
                  config: EngineConfig | None = None) -> None:  # fmt: skip
+        if model.device.type != "cpu":
+            raise UsageError(f"model: the engine runs on the CPU so far, this one is on {model.device}; load it with device='cpu'")
         self.config = config or EngineConfig()
         self.family: Family = family_of(model)
         self.tokenizer = tokenizer

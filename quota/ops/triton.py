@@ -1,0 +1,111 @@
+"""The Triton kernels (`kernels/quota_kernels`) as implementations of the ops: on CUDA devices, and in Triton's interpreter on the CPU for tests."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from quota.core.env import triton_interpreted
+from quota.core.registry import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quota.ops.float_linear import FloatWeight
+    from quota.ops.kv4_attention import Kv
+    from quota.ops.w4a4_linear import PackedWeight
+
+_OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchronous copies
+
+
+@cache
+def why_not() -> str | None:
+    """None when the kernels can be imported, else the reason."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'quota[gpu]'"
+    return None if find_spec("quota_kernels") else "the package quota_kernels is missing: install quota with pip, from its repository or as a wheel"
+
+
+def supports(ctx: Context) -> str | None:
+    """As `quota.core.registry.Implementation`."""
+    reason = why_not()
+    if reason is None and ctx.device == "cpu":
+        return None if triton_interpreted() else "needs a CUDA device; on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
+    if reason is None and ctx.device == "cuda":
+        import torch
+
+        capability = torch.cuda.get_device_capability(ctx.index)
+        if capability < _OLDEST:
+            return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer, device {ctx.index} has {capability[0]}.{capability[1]}"
+    return reason
+
+
+@cache
+def _kernel(op: str) -> Any:
+    return getattr(import_module(f"quota_kernels.{op}"), op)
+
+
+def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return _kernel("transform")(x, left, right)
+
+
+def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+    return _kernel("quantize_act")(x, left, right, clip, prologue)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _kernel("rms_norm")(x, weight, eps)
+
+
+def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
+    zero = None
+    if x_zero is not None:
+        layout = weight.layouts.get("triton")
+        if layout is None:
+            layout = weight.layouts["triton"] = (import_module("quota_kernels.w4a4_linear").column_sums(weight.w_q),)
+        zero = (x_zero, layout[0])
+    return _kernel("w4a4_linear")(x_q, x_scale, weight.w_q, weight.w_scale, bias, zero)
+
+
+def float_linear(x: Tensor, weight: FloatWeight) -> Tensor:
+    columns = weight.layouts.get("triton")
+    if columns is None:
+        columns = weight.layouts["triton"] = weight.w.T.contiguous()  # neighbouring outputs are read together
+    return _kernel("float_linear")(x, columns)
+
+
+def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
+    _kernel("kv4_append")(cache_q, cache_scale, cache_zero, x, position, clip)
+
+
+def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
+               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+    return _kernel("qkv_append")(qkv, rotary, transforms, k, v, position, clips)
+
+
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _kernel("kv4_attention")(q, k, v, length, start, scaling, shared)
+
+
+def kv4_page_write(pages: Kv, rows: Kv, slot: Tensor) -> None:
+    _kernel("kv4_page_write")(pages, rows, slot)
+
+
+def kv4_page_read(pages: Kv, table: Tensor, length: Tensor, capacity: int) -> Kv:
+    return _kernel("kv4_page_read")(pages, table, length, capacity)
+
+
+def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return _kernel("token_score")(q, k, lse, text, visual, scaling)
+
+
+def token_select(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
+    return _kernel("token_select")(score, eligible, keep)
+
+
+def token_gather(x: Tensor, index: Tensor) -> Tensor:
+    return _kernel("token_gather")(x, index)
