@@ -4,9 +4,9 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 STAMP := .venv/.installed
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint sanitize bench venv schema clean help
+.PHONY: demo test lint sanitize bench gpu-check venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
