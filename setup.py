@@ -72,8 +72,9 @@ def cuda_asked() -> bool:
         if nvcc() is None:
             sys.exit("QUOTA_BUILD=cuda: nvcc was not found on PATH (nor in CUDA_HOME/bin); install the CUDA toolkit 13, or use QUOTA_BUILD=cpu")
         return True
-    version = Path(torch_folder(), "version.py")
-    return mode() == "auto" and nvcc() is not None and "cuda: Optional[str] = '" in (version.read_text() if version.exists() else "")
+    if mode() != "auto" or nvcc() is None or importlib.util.find_spec("torch") is None:
+        return False
+    return "cuda: Optional[str] = '" in Path(torch_folder(), "version.py").read_text()
 
 
 def cuda_targets() -> list[str]:

@@ -73,8 +73,8 @@ LinearPlan plan_linear(const LinearArgs& args, Way way, const Device& device) {
     way = args.m <= kFewRows ? (native ? Way::kFew4 : Way::kFew8) : native ? Way::kTile4 : device.arch == 90 ? Way::kWarpgroup : Way::kTile8;
   LinearPlan plan{way, 0, 1, 0};
   if (way == Way::kFew4 || way == Way::kFew8) return plan;
-  constexpr int kWarpgroupTokens[] = {32, 64, 96, 128, 160, 192, 224, 256}, kTileTokens[] = {64, 128};
-  plan.tokens = way == Way::kWarpgroup ? best_tokens(args, kWarpgroupTokens, 8, device) : best_tokens(args, kTileTokens, 2, device);
+  constexpr int kWarpgroupTokens[] = {32, 64, 96, 128, 160, 192}, kTileTokens[] = {64, 128};
+  plan.tokens = way == Way::kWarpgroup ? best_tokens(args, kWarpgroupTokens, 6, device) : best_tokens(args, kTileTokens, 2, device);
   const int64_t blocks = ceil_div(args.m, plan.tokens) * ceil_div(args.n, kTileRows), steps = ceil_div(args.k, kStepK);
   // Parts of k so that every processor has work, each long enough to fill its pipeline.
   int64_t splits = device.processors / blocks;

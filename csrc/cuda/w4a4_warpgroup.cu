@@ -9,12 +9,13 @@
 namespace quota::cuda {
 namespace {
 
+// Tiles of at most 192 rows of activations: nine warps leave 168 registers a thread, and wider tiles spill.
 constexpr int kGroups = 2, kGroupThreads = 128, kThreads = kGroups * kGroupThreads + 32;
 constexpr int64_t kBarrierBytes = 1024;
 constexpr size_t kSharedBytes = 200 << 10;
 
-constexpr int stage_bytes(int tokens) { return static_cast<int>(kTileBytes + tokens * kStepK); }
-constexpr int stages(int tokens) { return (kSharedBytes / stage_bytes(tokens)) < 8 ? static_cast<int>(kSharedBytes / stage_bytes(tokens)) : 8; }
+QUOTA_BOTH constexpr int stage_bytes(int tokens) { return static_cast<int>(kTileBytes + tokens * kStepK); }
+QUOTA_BOTH constexpr int stages(int tokens) { return (kSharedBytes / stage_bytes(tokens)) < 8 ? static_cast<int>(kSharedBytes / stage_bytes(tokens)) : 8; }
 
 template <int kTokens>
 __global__ void __launch_bounds__(kThreads, 1) warpgroup_kernel(LinearArgs args, const int8_t* rows, int64_t padded_rows, int32_t* partial, int64_t splits) {
@@ -98,9 +99,7 @@ void linear_warpgroup(const LinearArgs& args, const LinearPlan& plan, const int8
     case 96: return run<96>(args, plan, rows, partial, stream);
     case 128: return run<128>(args, plan, rows, partial, stream);
     case 160: return run<160>(args, plan, rows, partial, stream);
-    case 192: return run<192>(args, plan, rows, partial, stream);
-    case 224: return run<224>(args, plan, rows, partial, stream);
-    default: return run<256>(args, plan, rows, partial, stream);
+    default: return run<192>(args, plan, rows, partial, stream);
   }
 }
 

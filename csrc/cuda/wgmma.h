@@ -34,8 +34,6 @@ __device__ inline void wgmma_wait() {
 #define QUOTA_N3 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define QUOTA_N4 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define QUOTA_N5 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define QUOTA_N6 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
-#define QUOTA_N7 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QUOTA_D(i)                                                                                                                                  \
   "+r"(d[16 * i]), "+r"(d[16 * i + 1]), "+r"(d[16 * i + 2]), "+r"(d[16 * i + 3]), "+r"(d[16 * i + 4]), "+r"(d[16 * i + 5]), "+r"(d[16 * i + 6]),    \
       "+r"(d[16 * i + 7]), "+r"(d[16 * i + 8]), "+r"(d[16 * i + 9]), "+r"(d[16 * i + 10]), "+r"(d[16 * i + 11]), "+r"(d[16 * i + 12]),              \
@@ -49,7 +47,7 @@ __device__ inline void wgmma_wait() {
 
 template <int kTokens>
 __device__ inline void wgmma_s8(int (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t descriptor, int accumulate) {
-  static_assert(kTokens % 32 == 0 && kTokens <= 256);
+  static_assert(kTokens % 32 == 0 && kTokens <= 192);
 #ifdef QUOTA_HAS_WGMMA
   if constexpr (kTokens == 32) QUOTA_WGMMA(32, QUOTA_N0, 16, 17, 18, 19, 20, 21, QUOTA_D(0));
   if constexpr (kTokens == 64) QUOTA_WGMMA(64, QUOTA_N0 "," QUOTA_N1, 32, 33, 34, 35, 36, 37, QUOTA_D(0), QUOTA_D(1));
@@ -62,12 +60,6 @@ __device__ inline void wgmma_s8(int (&d)[kTokens / 2], const uint32_t (&a)[4], u
   if constexpr (kTokens == 192)
     QUOTA_WGMMA(192, QUOTA_N0 "," QUOTA_N1 "," QUOTA_N2 "," QUOTA_N3 "," QUOTA_N4 "," QUOTA_N5, 96, 97, 98, 99, 100, 101, QUOTA_D(0), QUOTA_D(1),
                 QUOTA_D(2), QUOTA_D(3), QUOTA_D(4), QUOTA_D(5));
-  if constexpr (kTokens == 224)
-    QUOTA_WGMMA(224, QUOTA_N0 "," QUOTA_N1 "," QUOTA_N2 "," QUOTA_N3 "," QUOTA_N4 "," QUOTA_N5 "," QUOTA_N6, 112, 113, 114, 115, 116, 117, QUOTA_D(0),
-                QUOTA_D(1), QUOTA_D(2), QUOTA_D(3), QUOTA_D(4), QUOTA_D(5), QUOTA_D(6));
-  if constexpr (kTokens == 256)
-    QUOTA_WGMMA(256, QUOTA_N0 "," QUOTA_N1 "," QUOTA_N2 "," QUOTA_N3 "," QUOTA_N4 "," QUOTA_N5 "," QUOTA_N6 "," QUOTA_N7, 128, 129, 130, 131, 132, 133,
-                QUOTA_D(0), QUOTA_D(1), QUOTA_D(2), QUOTA_D(3), QUOTA_D(4), QUOTA_D(5), QUOTA_D(6), QUOTA_D(7));
 #else
   __trap();
 #endif

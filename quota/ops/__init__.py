@@ -5,6 +5,7 @@ from quota.ops.kv4_append import kv4_append
 from quota.ops.kv4_attention import Kv, kv4_attention
 from quota.ops.kv4_page_read import kv4_page_read
 from quota.ops.kv4_page_write import kv4_page_write
+from quota.ops.kv4_paged_attention import kv4_paged_attention
 from quota.ops.qkv_append import qkv_append
 from quota.ops.quantize_act import quantize_act
 from quota.ops.rms_norm import rms_norm
@@ -15,6 +16,6 @@ from quota.ops.transform import transform
 from quota.ops.w4a4_linear import PackedWeight, w4a4_linear
 
 __all__ = [
-    "FloatWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write", "qkv_append", "quantize_act",
-    "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a4_linear",
+    "FloatWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write", "kv4_paged_attention",
+    "qkv_append", "quantize_act", "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a4_linear",
 ]  # fmt: skip
