@@ -85,6 +85,8 @@ def cuda_targets() -> list[str]:
         if not number.rstrip("af").isdigit() or ptx not in ("", "PTX") or int(number.rstrip("af")) < 80:
             sys.exit(f'QUOTA_CUDA_ARCHS: expected architectures from 80 on, like "80;90a;90+PTX", got {arch!r}')
         options.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
+    if not options:
+        sys.exit("QUOTA_CUDA_ARCHS: expected at least one architecture, got none")
     return options
 
 
@@ -177,7 +179,7 @@ class PlatformWheel(bdist_wheel):
 def extensions() -> list[Extension]:
     if mode() == "none":
         return []
-    cuda = [Extension("quota._native.libquota_cuda", [])] if cuda_asked() else []
+    cuda = [Extension("quota._native.libquota_cuda", [])] if cuda_asked() and cuda_targets() else []
     return [Extension("quota._native.libquota_cpu", list(sources())), *cuda]
 
 

@@ -1,5 +1,6 @@
 """The ops. Each module holds the contract (docstring), the reference that defines it, and the table of implementations."""
 
+from quota.ops import cuda
 from quota.ops.float_linear import FloatWeight, float_linear
 from quota.ops.kv4_append import kv4_append
 from quota.ops.kv4_attention import Kv, kv4_attention
@@ -19,3 +20,6 @@ __all__ = [
     "FloatWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write", "kv4_paged_attention",
     "qkv_append", "quantize_act", "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a4_linear",
 ]  # fmt: skip
+
+for _op in (kv4_append, kv4_attention, kv4_paged_attention, qkv_append, quantize_act, transform, w4a4_linear):
+    _op.add("cuda", getattr(cuda, _op.name), cuda.supports)  # last: preferred over every other where it runs

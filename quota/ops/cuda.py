@@ -12,7 +12,14 @@ from torch import Tensor
 from quota.ops.native import PROLOGUES, dense
 
 if TYPE_CHECKING:
-    from quota.core.registry import Context
+    from typing import Protocol
+
+    class Context(Protocol):
+        """Where an op is asked to run: torch's type of device, and which of them."""
+
+        device: str
+        index: int
+
     from quota.ops.kv4_attention import Kv
     from quota.ops.w4a4_linear import PackedWeight
 
@@ -50,9 +57,11 @@ def why_not(index: int = 0) -> str | None:
     return None if _library is not None else load_failure()
 
 
-def supports(ctx: Context) -> str | None:
-    """As `quota.core.registry.Implementation`."""
-    return why_not(ctx.index) if ctx.device == "cuda" else f"for GPUs; the tensors are on {ctx.device}"
+def supports(ctx: Context | None = None) -> str | None:
+    """As `quota.core.registry.Implementation`; without a context the tensors are on the CPU."""
+    if ctx is None or ctx.device == "cpu":
+        return why_not() or "for GPUs; the tensors are on the CPU"
+    return why_not(ctx.index) if ctx.device == "cuda" else f"for CUDA; the tensors are on {ctx.device}"
 
 
 def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -231,7 +231,9 @@ def layer(options: Options) -> dict[str, Any]:
     """What transforming and quantizing takes, as a share of a layer's linears."""
     from quota.bench.gpu import times
 
-    return _timings(options, lambda: [row for m in (1, 16, 640) for row in times.layer_rows(m)], [f"{model.name} M={m}" for model in times.FULL for m in (1, 16, 640)])
+    rows = (1, 16, 640)
+    plan = [f"{model.name} M={m}" for model in times.FULL for m in rows]
+    return _timings(options, lambda: [row for m in rows for row in times.layer_rows(m)], plan)
 
 
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {

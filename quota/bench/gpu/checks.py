@@ -60,7 +60,8 @@ def kv_of(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
 def _linear(g: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
     codes = torch.randint(-8, 8, (m, k), generator=g, dtype=torch.int8)
     weight = PackedWeight(*quantize_weight(torch.randn(n, k, generator=g)), k)
-    return pack_int4(codes), torch.rand(m, generator=g) + 0.01, weight, torch.randn(n, generator=g), torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32)
+    zero = torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32)
+    return pack_int4(codes), torch.rand(m, generator=g) + 0.01, weight, torch.randn(n, generator=g), zero
 
 
 def _matrix(g: torch.Generator, n: int | None) -> Tensor | None:
