@@ -13,13 +13,18 @@
 #include <stdexcept>
 #include <string>
 
-#include "ptx.h"
-
 namespace quota::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+}  // namespace quota::cuda
+
+#ifdef __CUDACC__  // the bindings are plain C++
+#include "ptx.h"
+
+namespace quota::cuda {
 
 // The dynamic shared memory of a block; 128-byte swizzled tiles need the alignment.
 __device__ inline unsigned char* shared_memory() {
@@ -37,5 +42,6 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
 }
 
 }  // namespace quota::cuda
+#endif
 
 #endif

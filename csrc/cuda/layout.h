@@ -31,6 +31,8 @@ constexpr int64_t kLargestK = INT32_MAX / (64 * kScale8);    // 131071: no sum o
 QUOTA_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QUOTA_BOTH constexpr int64_t round_to(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+QUOTA_BOTH inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Byte offset of row n's 64 bytes of step s, of `steps`.
 QUOTA_BOTH constexpr int64_t weight_offset(int64_t n, int64_t s, int64_t steps) {
   return ((n / kTileRows * steps + s) * (kTileRows / kRowGroup) + n % kTileRows / kRowGroup) * kGroupBytes + n % kRowGroup * kStepBytes;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMostThreads) transform_kernel(TransformArgs t
   float* turned = columns + (t.left ? l * slice : 0);          // [r][slice]: left^T X, transposed
   int* scratch = reinterpret_cast<int*>(turned + (t.right ? r * slice : 0));
   const int64_t wide = ceil_div(r, kWide), tiles = ceil_div(height, kRows) * wide;
-  const bool whole = r % kWide == 0;
+  const bool whole = r % kWide == 0 && aligned_16(t.x) && (t.right == nullptr || aligned_16(t.right));
 
   if (t.left)
     for (int64_t i = threadIdx.x; i < l * slice; i += blockDim.x) columns[i] = i % slice < height ? t.left[i / slice * l + first + i % slice] : 0.0f;

@@ -22,7 +22,7 @@ template <bool kNative4, int kTiles>
 __global__ void __launch_bounds__(32 * kWarps) few_kernel(LinearArgs args, int64_t steps) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, in_group = lane % 4;
   const int64_t n0 = int64_t{blockIdx.x} * kChannels, bytes = (args.k + 1) / 2;
-  const bool aligned = bytes % 16 == 0;
+  const bool aligned = bytes % 16 == 0 && aligned_16(args.x_q);
   int sum[kTiles][4] = {};
   for (int64_t first = warp; first < steps; first += kWarps * kAhead) {
     Words low[kAhead], high[kAhead], x[kAhead][kTiles];

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const uint8_t* x_q, in
   const int64_t bytes = (k + 1) / 2, at = step * kStepBytes + lane * 16;
   Words words{{0, 0, 0, 0}};
   if (row < m && at < bytes) {
-    if (bytes % 16 == 0)
+    if (bytes % 16 == 0 && aligned_16(x_q))
       words = read_words(x_q + row * bytes + at);
     else
       for (int j = 0; j < 16; ++j)
@@ -57,7 +57,7 @@ int best_tokens(const LinearArgs& args, const int* widths, int count, const Devi
 }
 
 // Whether the rows of x_q can be read in place by 16-byte copies.
-bool readable(const LinearArgs& args) { return (args.k + 1) / 2 % 16 == 0 && reinterpret_cast<uintptr_t>(args.x_q) % 16 == 0; }
+bool readable(const LinearArgs& args) { return (args.k + 1) / 2 % 16 == 0 && aligned_16(args.x_q); }
 
 int64_t activation_bytes(const LinearArgs& args, const LinearPlan& plan) {
   if (plan.way == Way::kWarpgroup) return round_to(args.m, plan.tokens) * round_to(args.k, kStepK);

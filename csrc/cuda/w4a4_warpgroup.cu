@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1) warpgroup_kernel(LinearArgs args,
   const auto activations = [&](int64_t i) { return memory + i % kStages * (kTokens * kStepK); };
   const auto weights = [&](int64_t i) { return memory + kStages * (kTokens * kStepK) + i % kStages * kTileBytes; };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) ptx::barrier_init(full + i, 1), ptx::barrier_init(empty + i, kGroups);
+    for (int i = 0; i < kStages; ++i) ptx::barrier_init(full + i, 1), ptx::barrier_init(empty + i, kGroups * kGroupThreads / 32);
     ptx::barrier_init_fence();
   }
   __syncthreads();
@@ -68,13 +68,14 @@ __global__ void __launch_bounds__(kThreads, 1) warpgroup_kernel(LinearArgs args,
     ptx::wgmma_commit();
     if (i + 1 < count) unpack(next, i + 1);
     ptx::wgmma_wait();
-    if (threadIdx.x % kGroupThreads == 0) ptx::barrier_arrive(empty + i % kStages);
+    if (lane == 0) ptx::barrier_arrive(empty + i % kStages);  // a warp speaks for itself: its products and its reads of the weights are done
   };
   if (count > 0) unpack(a[0], 0);
   for (int64_t i = 0; i < count; i += 2) {
     stage(a[0], a[1], i);
     if (i + 1 < count) stage(a[1], a[0], i + 1);
   }
+  ptx::settle(sum);
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) {
     const int64_t n = n0 + warpgroup * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8, m = m0 + i / 4 * 8 + lane % 4 * 2 + i % 2;

@@ -27,6 +27,13 @@ __device__ inline void wgmma_wait() {
 #endif
 }
 
+// What reads the accumulators stays behind the wait before it.
+template <int kCount>
+__device__ inline void settle(int (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
 // Sixteen accumulators: operand numbers, and the operands themselves.
 #define QUOTA_N0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define QUOTA_N1 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"

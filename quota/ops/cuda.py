@@ -40,7 +40,7 @@ def load_failure(path: Path = LIBRARY, namespace: str = "quota_cuda") -> str | N
         torch.ops.load_library(str(path))
         _library = getattr(torch.ops, namespace)
     except (OSError, RuntimeError) as error:
-        return f"the CUDA library does not load ({str(error).splitlines()[0]}); {BUILD}"
+        return f"the CUDA library does not load ({str(error.__cause__ or error).splitlines()[0]}); {BUILD}"
     return None
 
 

@@ -300,6 +300,8 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 
 inline void wgmma_fence() {}
+template <int kCount>
+inline void settle(int (&)[kCount]) {}
 inline void wgmma_commit() {
   auto& t = self();
   t.matrix.insert(t.matrix.end(), t.matrix_open.begin(), t.matrix_open.end());

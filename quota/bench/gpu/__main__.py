@@ -108,7 +108,7 @@ def ops(options: Options) -> dict[str, Any]:
     from quota.ops import cuda
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     device, failures, count = ("cpu" if options.dry else "cuda"), [], 0
     if not options.dry and (reason := cuda.why_not()):
         raise RuntimeError(reason)

@@ -158,5 +158,6 @@ def ways(seed: int, device: str, native4: bool) -> Iterator[tuple[str, str | Non
         here = _linear(torch.Generator().manual_seed(seed), m, k, n)
         want = ops.w4a4_linear.implementations[-1].run(*here)
         for way in ("few4", "few8", "tile4", "tile8") if native4 else ("few8", "tile8", "warpgroup"):
-            got = cuda.w4a4_linear(*_to(here, device), way=way).cpu()
+            x_q, x_scale, weight, bias, zero = _to(here, device)
+            got = cuda.w4a4_linear(x_q, x_scale, weight, bias, zero, way).cpu()
             yield f"w4a4_linear way {way} M={m} K={k} N={n}", None if torch.equal(got, want) else f"{int((got != want).sum())} values differ"
