@@ -108,11 +108,14 @@ def kernels(paths: Iterable[Path]) -> list[Kernel]:
 
 
 def table(found: list[Kernel]) -> str:
-    """Markdown: registers and matrix instructions by kernel and architecture."""
-    lines = ["| kernel | architecture | registers | local bytes | matrix and copy instructions |", "| --- | --- | --: | --: | --- |"]
-    for k in found:
-        if not k.unused:
-            lines.append(f"| `{k.name}` | {k.arch} | {k.registers} | {k.local} | {', '.join(sorted(k.instructions - {'STL', 'LDL'})) or '-'} |")
+    """Markdown: registers by kernel and architecture (and bytes of local memory, where there are any), matrix and copy instructions."""
+    archs = sorted({k.arch for k in found})
+    lines = [f"| kernel | {' | '.join(archs)} | matrix and copy instructions |", f"| --- |{' --: |' * len(archs)} --- |"]
+    for name in sorted({k.name for k in found}):
+        by_arch = {k.arch: k for k in found if k.name == name and not k.unused}
+        cells = [f"{k.registers}{f' + {k.local} B' if k.local else ''}" if (k := by_arch.get(arch)) else "" for arch in archs]
+        used = sorted(frozenset().union(*(k.instructions for k in by_arch.values())) - {"STL", "LDL"})
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {', '.join(used) or '-'} |")
     return "\n".join(lines)
 
 
