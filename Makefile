@@ -4,9 +4,9 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 STAMP := .venv/.installed
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint sanitize bench venv schema clean help
+.PHONY: demo test lint sanitize bench gpu-check venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
+	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--sections build,ops' for a part, '--dry-run' without one"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
 
@@ -64,6 +65,10 @@ sanitize: $(STAMP)
 bench: .venv/.peers
 	$(BIN)/quota bench ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
 	$(BIN)/quota bench tables
+
+# The python that has torch with CUDA; a machine with a GPU need not have .venv.
+gpu-check:
+	$(PYTHON) -m quota.bench.gpu $(GPU_ARGS)
 
 schema: $(STAMP)
 	$(BIN)/python -m quota.core.recipe

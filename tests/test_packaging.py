@@ -47,4 +47,4 @@ def test_wheel_with_native_code(tmp_path: Path) -> None:
 def test_unknown_build_mode_is_refused() -> None:
     command = [sys.executable, "setup.py", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "QUOTA_BUILD": "cuda12"}, check=False)
-    assert result.returncode and "QUOTA_BUILD: expected one of auto, cpu, none" in result.stderr
+    assert result.returncode and "QUOTA_BUILD: expected one of auto, cpu, cuda, none" in result.stderr

@@ -14,55 +14,16 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "quota/kernels.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kFree = -1;  // a size that is not checked
 constexpr int64_t kFreshFloats = 32 << 18;  // from 32 MiB on malloc maps memory anew at every call: 4 KiB pages would be handed out one by one
 
-std::string shape_text(std::initializer_list<int64_t> sizes) {
-  std::string text = "[";
-  for (int64_t size : sizes) {
-    if (text.size() > 1) text += ", ";
-    text += size == kFree ? "any" : std::to_string(size);
-  }
-  return text + "]";
-}
-
-std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    if (i) text += ", ";
-    text += std::to_string(t.size(i));
-  }
-  return text + "]";
-}
-
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t i = 0;
-  for (int64_t size : sizes)
-    if (t.size(i++) != size && size != kFree) return false;
-  return true;
-}
-
-void check(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> sizes, bool contiguous = true) {
-  STD_TORCH_CHECK(has_shape(t, sizes), name, ": expected shape ", shape_text(sizes), ", got ", shape_text(t));
-  STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected dtype ", torch::headeronly::toString(type), ", got ", torch::headeronly::toString(t.scalar_type()));
-  STD_TORCH_CHECK(!contiguous || t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
 Tensor make(std::initializer_list<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
-
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
-const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -79,20 +40,6 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t siz
 
 // Rows per piece of parallel work: about 16 thousand multiply-adds, the cost of waking a thread.
 int64_t grain(int64_t work_per_row) { return 1 + (1 << 14) / (work_per_row + 1); }
-
-// x [M, width] whose rows give k features.
-quota::TransformArgs transform_args(const Tensor& x, int64_t k, const MaybeTensor& left, const MaybeTensor& right) {
-  int64_t l = 1;
-  if (left) {
-    l = left->size(0);
-    check(*left, "left", ScalarType::Float, {l, l});
-  } else if (right && right->size(0) > 0) {
-    l = k / right->size(0);
-  }
-  STD_TORCH_CHECK(l > 0 && k % l == 0, "left: size ", l, " does not divide the ", k, " features of x");
-  if (right) check(*right, "right", ScalarType::Float, {k / l, k / l});
-  return {floats(x), left ? floats(*left) : nullptr, right ? floats(*right) : nullptr, l, k / l, nullptr};
-}
 
 int64_t transform_work(const quota::TransformArgs& t) { return t.l * t.r * ((t.left ? t.l : 0) + (t.right ? t.r : 0) + 1); }
 
@@ -185,21 +132,6 @@ Tensor w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Te
   return y;
 }
 
-// The checks and strides that a cache (or a view of one along the batch) has to meet: slots contiguous within a head.
-template <class Byte, class Float>
-quota::Kv4<Byte, Float> kv4(const Tensor& q, const Tensor& scale, const Tensor& zero, int64_t batch, int64_t heads, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(dim % 2 == 0, name, ": expected an even head size, got ", dim);
-  check(q, name, ScalarType::Byte, {batch, heads, kFree, dim / 2}, false);
-  for (const Tensor* t : {&scale, &zero}) {
-    check(*t, name, ScalarType::Float, {batch, heads, q.size(2)}, false);
-    STD_TORCH_CHECK(t->size(2) <= 1 || t->stride(2) == 1, name, ": expected scale and zero contiguous along slots");
-  }
-  STD_TORCH_CHECK((dim <= 2 || q.stride(3) == 1) && (q.size(2) <= 1 || q.stride(2) == dim / 2), name, ": expected codes contiguous along slots");
-  const auto pointer = [](const Tensor& t) { return std::is_const_v<Byte> ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr(); };
-  return {static_cast<Byte*>(pointer(q)), static_cast<Float*>(pointer(scale)), static_cast<Float*>(pointer(zero)),
-          q.stride(0), q.stride(1), scale.stride(0), scale.stride(1), zero.stride(0), zero.stride(1)};
-}
-
 void kv4_append(Tensor cache_q, Tensor cache_scale, Tensor cache_zero, Tensor x, int64_t position, double clip) {
   check(x, "x", ScalarType::Float, {kFree, kFree, kFree, kFree});
   const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), dim = x.size(3);
@@ -214,52 +146,24 @@ void kv4_append(Tensor cache_q, Tensor cache_scale, Tensor cache_zero, Tensor x,
 Tensor qkv_append(
     Tensor qkv, MaybeTensor cos, MaybeTensor sin, MaybeTensor q_transform, MaybeTensor k_transform, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q,
     Tensor v_scale, Tensor v_zero, int64_t position, double k_clip, double v_clip) {
-  check(qkv, "qkv", ScalarType::Float, {kFree, kFree, kFree});
-  const int64_t batch = qkv.size(0), tokens = qkv.size(1), kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0, dim = k_q.dim() == 4 ? 2 * k_q.size(3) : 0;
-  STD_TORCH_CHECK(dim > 0 && qkv.size(2) % dim == 0, "qkv: expected heads of ", dim, " values, got ", qkv.size(2), " features");
-  const int64_t all = qkv.size(2) / dim, heads = all - 2 * kv_heads;
-  STD_TORCH_CHECK(kv_heads > 0 && heads > 0, "qkv: expected heads of q and twice the ", kv_heads, " of the cache, got ", all);
-  const auto k = kv4<uint8_t, float>(k_q, k_scale, k_zero, batch, kv_heads, dim, "k"), v = kv4<uint8_t, float>(v_q, v_scale, v_zero, batch, kv_heads, dim, "v");
-  STD_TORCH_CHECK(position >= 0 && position + tokens <= k_q.size(2) && position + tokens <= v_q.size(2), "qkv_append: expected room for slots ", position,
-                  "..", position + tokens, ", the cache holds ", k_q.size(2));
-  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
-  if (cos) {
-    STD_TORCH_CHECK(cos->dim() == 3 && (cos->size(0) == 1 || cos->size(0) == batch), "cos: expected a batch of 1 or ", batch);
-    check(*cos, "cos", ScalarType::Float, {kFree, tokens, dim});
-    check(*sin, "sin", ScalarType::Float, {cos->size(0), tokens, dim});
-  }
-  if (q_transform) check(*q_transform, "q_transform", ScalarType::Float, {dim, dim});
-  if (k_transform) check(*k_transform, "k_transform", ScalarType::Float, {dim, dim});
-  Tensor q = make({batch, heads, tokens, dim}, ScalarType::Float);
-  const auto maybe = [](const MaybeTensor& t) { return t ? floats(*t) : nullptr; };
-  const quota::HeadsArgs args{
-      floats(qkv), maybe(cos), maybe(sin), maybe(q_transform), maybe(k_transform), static_cast<float*>(q.mutable_data_ptr()), k, v,
-      cos && cos->size(0) > 1 ? tokens * dim : 0, heads, kv_heads, tokens, dim, position, static_cast<float>(k_clip), static_cast<float>(v_clip)};
+  quota::HeadsArgs args = heads_args(qkv, cos, sin, q_transform, k_transform, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, position);
+  args.k_clip = static_cast<float>(k_clip), args.v_clip = static_cast<float>(v_clip);
+  Tensor q = make({qkv.size(0), args.heads, args.tokens, args.dim}, ScalarType::Float);
+  args.q = static_cast<float*>(q.mutable_data_ptr());
+  const int64_t all = args.heads + 2 * args.kv_heads;
   const auto run = quota::kernels().heads;
-  parallel_for(0, batch * tokens * all, grain(dim * dim), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_for(0, qkv.size(0) * args.tokens * all, grain(args.dim * args.dim), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return q;
 }
 
 std::tuple<Tensor, Tensor> kv4_attention(
     Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, MaybeTensor start, double scaling,
     MaybeTensor shared) {
-  check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
-  const int64_t extra = shared && shared->dim() == 3 ? shared->size(1) : 0;
-  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3) - extra, kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0;
-  const int64_t slots = shared && shared->dim() == 3 ? shared->size(2) : 0;
-  if (shared) check(*shared, "shared", ScalarType::Float, {batch, kFree, kFree});
-  STD_TORCH_CHECK(!shared || slots >= length, "shared: expected at least ", length, " slots, got ", slots);
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [B, Hkv, C, D/2] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
-  const auto k = kv4<const uint8_t, const float>(k_q, k_scale, k_zero, batch, kv_heads, dim, "k");
-  const auto v = kv4<const uint8_t, const float>(v_q, v_scale, v_zero, batch, kv_heads, dim, "v");
-  if (start) check(*start, "start", ScalarType::Int, {batch});
-  STD_TORCH_CHECK(tokens <= length && length <= k_q.size(2) && length <= v_q.size(2), "length: expected at least the ", tokens,
-                  " new tokens and at most the cache's ", k_q.size(2), " slots, got ", length);
+  auto args = attention_args(q, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, length, start, shared);
+  const int64_t batch = q.size(0), heads = args.heads, tokens = args.tokens, kv_heads = args.kv_heads, dim = args.dim;
   for (int64_t b = 0; start && b < batch; ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
   Tensor out = make({batch, tokens, heads, dim}, ScalarType::Float), lse = make({batch, heads, tokens}, ScalarType::Float);
-  const quota::AttentionArgs args{
-      floats(q), k, v, start ? ints(*start) : nullptr, shared ? floats(*shared) : nullptr, static_cast<float*>(out.mutable_data_ptr()),
-      static_cast<float*>(lse.mutable_data_ptr()), heads, kv_heads, tokens, dim, extra, slots, length, static_cast<float>(scaling)};
+  args.out = static_cast<float*>(out.mutable_data_ptr()), args.lse = static_cast<float*>(lse.mutable_data_ptr()), args.scaling = static_cast<float>(scaling);
   const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
   const auto run = quota::kernels().attention;
   parallel_for(0, batch * kv_heads * tiles, grain(2 * length * dim), [&](int64_t begin, int64_t end) {

@@ -32,7 +32,7 @@ _OPS = (
     "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "w4a16_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention",
     "kv4_page_write", "kv4_page_read", "token_score", "token_select", "token_gather",
 )  # fmt: skip
-_PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
+PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
 
 
 class _Bound:
@@ -126,18 +126,18 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
 def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     if left is None and right is None:
         return x.contiguous()
-    return _bound.transform(x.contiguous(), _dense(left), _dense(right))
+    return _bound.transform(x.contiguous(), dense(left), dense(right))
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+def dense(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
-    number = _PROLOGUES.get(prologue)
+    number = PROLOGUES.get(prologue)
     if number is None:
-        raise ValueError(f"prologue: expected one of {', '.join(filter(None, _PROLOGUES))}, got {prologue!r}")
-    return _bound.quantize_act(x.contiguous(), _dense(left), _dense(right), clip, number)
+        raise ValueError(f"prologue: expected one of {', '.join(filter(None, PROLOGUES))}, got {prologue!r}")
+    return _bound.quantize_act(x.contiguous(), dense(left), dense(right), clip, number)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -146,7 +146,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
     blocks, col_sum = _packed(weight)
-    return _bound.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, _dense(bias), _dense(x_zero))
+    return _bound.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero))
 
 
 def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
@@ -156,13 +156,13 @@ def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tens
 def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
                clips: tuple[float, float]) -> Tensor:  # fmt: skip
     cos, sin = (None, None) if rotary is None else rotary
-    return _bound.qkv_append(qkv.contiguous(), _dense(cos), _dense(sin), *map(_dense, transforms), *k, *v, position, *clips)
+    return _bound.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
 
 
 def kv4_attention(
     q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_attention(q.contiguous(), *k, *v, length, _dense(start), scaling, _dense(shared))
+    return _bound.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
 def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

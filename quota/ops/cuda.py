@@ -1,0 +1,107 @@
+"""The CUDA library: loading it where torch has CUDA, and its implementations of the ops. Kernels: csrc/cuda; what runs where: docs/cuda.md."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quota.core.registry import Context
+from quota.ops.native import PROLOGUES, dense
+
+if TYPE_CHECKING:
+    from quota.ops.kv4_attention import Kv
+    from quota.ops.w4a4_linear import PackedWeight
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cuda.so"
+BUILD = "build it with: QUOTA_BUILD=cuda pip install --no-build-isolation -e . (needs nvcc 13)"
+WAYS = ("choose", "few4", "few8", "tile4", "tile8", "warpgroup")  # quota::cuda::Way
+OLDEST = (8, 0)
+
+_library: Any = None
+
+
+def load_failure(path: Path = LIBRARY, namespace: str = "quota_cuda") -> str | None:
+    """Load the library at `path`, whose ops torch knows as `namespace`; None, or why it cannot be loaded."""
+    global _library
+    if not path.exists():
+        return f"the CUDA library is not built; {BUILD}"
+    try:
+        torch.ops.load_library(str(path))
+        _library = getattr(torch.ops, namespace)
+    except (OSError, RuntimeError) as error:
+        return f"the CUDA library does not load ({str(error.__cause__ or error).splitlines()[0]}); {BUILD}"
+    return None
+
+
+@cache
+def why_not(index: int = 0) -> str | None:
+    """None when the library runs on GPU `index`, else the reason it cannot."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if index >= torch.cuda.device_count():
+        return f"there is no CUDA device {index} (torch sees {torch.cuda.device_count()})"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        return f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; the library needs 8.0 or newer"
+    return None if _library is not None else load_failure()
+
+
+def supports(ctx: Context) -> str | None:
+    """As `quota.core.registry.Implementation`."""
+    if ctx.device == "cpu":
+        return why_not() or "for GPUs; the tensors are on the CPU"
+    return why_not(ctx.index) if ctx.device == "cuda" else f"for CUDA; the tensors are on {ctx.device}"
+
+
+def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is None and right is None:
+        return x.contiguous()
+    return _library.transform(x.contiguous(), dense(left), dense(right))
+
+
+def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+    number = PROLOGUES.get(prologue)
+    if number is None:
+        raise ValueError(f"prologue: expected one of {', '.join(filter(None, PROLOGUES))}, got {prologue!r}")
+    return _library.quantize_act(x.contiguous(), dense(left), dense(right), clip, number)
+
+
+def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
+    layout = weight.layouts.get("cuda")
+    if layout is None:
+        layout = weight.layouts["cuda"] = tuple(_library.w4a4_pack(weight.w_q, weight.k))
+    return layout
+
+
+def w4a4_linear(
+    x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None, way: str = "choose"
+) -> Tensor:
+    """way: one of `WAYS`, for tests and benchmarks; all give the same bits."""
+    blocks, col_sum = _packed(weight)
+    return _library.w4a4_linear(
+        x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero), WAYS.index(way)
+    )
+
+
+def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
+    _library.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
+
+
+def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
+               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+    cos, sin = (None, None) if rotary is None else rotary
+    return _library.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
+
+
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _library.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
+
+
+def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return _library.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling)
