@@ -78,21 +78,18 @@ class QuantAttention(Float32State):
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
-        q = self._append(qkv, position_embeddings, cache)
+        rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
+        position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
+        q = self.append(qkv, rotary, cache.key, cache.value, position)
         out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
         if quota_record is not None:
             quota_record.q, quota_record.k, quota_record.lse, quota_record.scaling = q, cache.filled_key, lse, self.scaling
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
-    def _append(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Kv4Layer) -> Tensor:
-        """qkv [B, T, (H + 2 Hkv) D] float32 -> q [B, H, T, D], rotated and transformed (see below); k and v go into `cache`."""
-        rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
-        batch, tokens, _ = qkv.shape
-        position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
-        return ops.qkv_append(qkv, rotary, self._appended_transforms(), cache.key, cache.value, position, self.clips)
-
-    def _appended_transforms(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.q_transform, self.k_transform
+    def append(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int) -> Tensor:
+        """qkv [B, T, (H + 2 Hkv) D] float32; rotary cos, sin [B or 1, T, D] float32 -> q [B, H, T, ...] as `kv4_attention` takes it. Keys and values go
+        into slots position .. position + T of the caches, in place."""
+        return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
 
 
 class QuantClipAttention(nn.Module):

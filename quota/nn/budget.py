@@ -28,6 +28,20 @@ def plan_budgets(recipe: Recipe, ratio: float, picture: Tensor, counts: Sequence
     return picture, budget.to(picture.device)
 
 
+def plan_drops(recipe: Recipe, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """picture [B, S] as above -> (group, candidate -> budget), only candidates where some set has more tokens than its budget."""
+    counts = picture_sizes(picture)
+    group, alive = picture, None
+    plan: dict[int, Tensor] = {}
+    for candidate, ratio in zip(recipe.candidates, recipe.keep, strict=True):
+        group, budget = plan_budgets(recipe, ratio, picture, counts)
+        alive = set_sizes(group, budget.shape[1]) if alive is None else alive
+        if bool((alive > budget).any()):
+            plan[candidate] = budget
+        alive = torch.minimum(alive, budget)
+    return group, plan
+
+
 def picture_sizes(picture: Tensor) -> list[list[int]]:
     """picture [B, S] as above -> per row, the visual tokens of each picture."""
     return [row[row >= 0].bincount().tolist() for row in picture]

@@ -138,6 +138,17 @@ def bias_coefficients(q: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([q_1 * b_1 + q_2 * b_2, q_2 * b_1 - q_1 * b_2], -1)
 
 
+def key_angles(cos: Tensor, sin: Tensor) -> Tensor:
+    """cos, sin [B, T, D] of positions -> [B, D, T]: what `bias_coefficients` are multiplied by."""
+    half = cos.shape[-1] // 2
+    return torch.cat([cos[..., :half], sin[..., :half]], -1).transpose(1, 2)
+
+
+def wide_keys(keys: Tensor, angles: Tensor) -> Tensor:
+    """keys [B, Hkv, S, D], angles [B, D, S] -> [B, Hkv, S, 2 D]: keys whose dot product with a wide query is the whole score."""
+    return torch.cat([keys, angles[:, None].transpose(-1, -2).expand(-1, keys.shape[1], -1, -1)], -1)
+
+
 class QuantBiasedAttention(QuantAttention):
     """As QuantAttention, with `k_bias` [Hkv, D] float32 kept apart; the k rows of `qkv_proj.bias` are zero."""
 
@@ -159,22 +170,23 @@ class QuantBiasedAttention(QuantAttention):
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
-        half = self.head_dim // 2
-        angles = torch.cat([cos[..., :half], sin[..., :half]], -1).transpose(1, 2).expand(batch, -1, -1)
+        angles = key_angles(cos, sin).expand(batch, -1, -1)
         neighbour = past_key_values.layers[self.layer_idx - 1] if past_key_values is not None and self.layer_idx else None
         table = cache.place(position_embeddings[0], angles, neighbour)
-        q = self._append(qkv, (cos, sin), cache)
-        wide = torch.cat([_transform(q, self.q_transform), bias_coefficients(q, self.k_bias)], -1)
+        position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
+        wide = self.append(qkv, (cos, sin), cache.key, cache.value, position)
         out, lse = ops.kv4_attention(wide, cache.key, cache.value, cache.length, cache.start, self.scaling, table.slots)
         if quota_record is not None:
             assert table.slots is not None
-            turned = table.slots[:, None, :, : cache.length].transpose(-1, -2).expand(-1, self.kv_heads, -1, -1)
-            quota_record.q, quota_record.k = wide, torch.cat([cache.dequantize_keys(), turned], -1)
+            quota_record.q, quota_record.k = wide, wide_keys(cache.dequantize_keys(), table.slots[..., : cache.length])
             quota_record.lse, quota_record.scaling = lse, self.scaling
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
-    def _appended_transforms(self) -> tuple[Tensor | None, Tensor | None]:
-        return None, self.k_transform  # the coefficients of the bias need q as the rotary embedding left it
+    def append(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int) -> Tensor:
+        """As QuantAttention.append; q is [B, H, T, 2 D]: rotated and transformed, then the coefficients of the key angles."""
+        # the coefficients need q as the rotary embedding left it
+        q = ops.qkv_append(qkv, rotary, (None, self.k_transform), keys, values, position, self.clips)
+        return torch.cat([_transform(q, self.q_transform), bias_coefficients(q, self.k_bias)], -1)
 
 
 def _transform(x: Tensor, matrix: Tensor | None) -> Tensor:

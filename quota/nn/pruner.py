@@ -25,15 +25,15 @@ from transformers.masking_utils import create_causal_mask
 from quota import ops
 from quota.arch import find_arch, submodule
 from quota.core.errors import UsageError
-from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe, Selection
+from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe
 from quota.nn.attention import QuantAttention, Record
-from quota.nn.budget import picture_sizes, plan_budgets, set_sizes
+from quota.nn.budget import plan_drops
 from quota.nn.cache import Rows, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
 from quota.nn.pictures import Pictures, Shown, shown_pictures
 from quota.nn.recording import start_recording
 from quota.nn.scores import text_queries
-from quota.nn.select import Alive, choose
+from quota.nn.select import Alive, asks_for_pictures, choose
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Pruner:
             model.get_submodule(self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
             self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
         ]
-        if forced is None and any(_asks_for_pictures(recipe.selection_at(c)) for c in recipe.candidates):
+        if forced is None and asks_for_pictures(recipe):
             vision = submodule(model, self.arch.vision_path)
             self._handles.append(vision.register_forward_pre_hook(self._before_vision, with_kwargs=True))
         for number, layer in enumerate(layers):
@@ -191,16 +191,7 @@ class Pruner:
         """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than its budget."""
         if self.forced is not None:
             return picture, {layer: torch.zeros(0) for layer in self.ratios} if bool((picture >= 0).any()) else {}
-        counts = picture_sizes(picture)
-        group, alive = picture, None
-        plan: dict[int, Tensor] = {}
-        for layer, ratio in self.ratios.items():
-            group, budget = plan_budgets(self.recipe, ratio, picture, counts)
-            alive = set_sizes(group, budget.shape[1]) if alive is None else alive
-            if bool((alive > budget).any()):
-                plan[layer] = budget
-            alive = torch.minimum(alive, budget)
-        return group, plan
+        return plan_drops(self.recipe, picture)
 
     def _before_layer(self, number: int) -> Any:
         candidate = BEFORE if number == 0 else number
@@ -321,11 +312,6 @@ class Pruner:
 
     def _cache_layer(self, cache: Any, number: int) -> Rows:
         return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)
-
-
-def _asks_for_pictures(selection: Selection) -> bool:
-    """Whether a selection looks at the pictures themselves: at their content, or at where in them a token lies."""
-    return selection.score == "random" or selection.policy == "grid"
 
 
 def _first_position(positions: Tensor | None, first_column: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ from quota.nn.scores import combine, cross_self, last_token_attention, text_atte
 _INDIFFERENT = ("maxmin",)  # policies that do not look at the score
 
 
+def asks_for_pictures(recipe: Recipe) -> bool:
+    """Whether some candidate looks at the pictures themselves: at their content, or at where in them a token lies."""
+    return any(s.score == "random" or s.policy == "grid" for s in map(recipe.selection_at, recipe.candidates))
+
+
 @dataclass
 class Alive:
     """What a candidate chooses from; rows are padded on the left. [B, n] unless said otherwise.

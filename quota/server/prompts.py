@@ -7,10 +7,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from quota.core.errors import CheckpointError, UsageError
 from quota.runtime.engine import Prompt
+from quota.runtime.engine.family import Family
 from quota.server.schemas import Message, TextPart
 
 log = logging.getLogger(__name__)
@@ -19,33 +18,35 @@ log = logging.getLogger(__name__)
 class PromptBuilder:
     """One processor behind a lock: fast tokenizers must not be used by two threads at once."""
 
-    def __init__(self, model: Any, image_tokens: int) -> None:
+    def __init__(self, model: Any, family: Family) -> None:
         if model.processor is None:
             raise CheckpointError("checkpoint: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
-        self.processor, self.image_tokens = model.processor, image_tokens
-        self.dtype = model.dtype
+        self.processor, self.family = model.processor, family
         self.mark = str(getattr(self.processor, "image_token", "<image>"))
+        self._reserved = [self.mark, *filter(None, [getattr(self.processor, "video_token", None)])]
         self._lock = threading.Lock()
 
     def chat(self, messages: Sequence[Message], pictures: Sequence[Any]) -> Prompt:
         """pictures: RGB, in the order of the messages' image parts. UsageError for text that contains the picture mark."""
         for message in messages:
-            if any(self.mark in text for text in message.texts):
-                raise UsageError(f"messages: text must not contain {self.mark}; send pictures as image_url parts")
+            for mark in self._reserved:
+                if any(mark in text for text in message.texts):
+                    raise UsageError(f"messages: text must not contain {mark}; send pictures as image_url parts")
         with self._lock:
             text = self._render(messages)
             inputs = self.processor(text=[text], images=list(pictures) or None, return_tensors="pt")
             ids = inputs["input_ids"][0].tolist()
-            selection = self._first_selection(messages, ids) if pictures else None
-        pixels = inputs["pixel_values"].to(self.dtype) if pictures else torch.zeros(0)
-        return Prompt(ids, tuple(pixels), selection)
+            images = self.family.pictures(inputs)
+            selection = self._first_selection(messages, ids, images) if images else None
+        return Prompt(ids, images, selection)
 
     def text(self, prompt: str | list[int]) -> Prompt:
         """A prompt without pictures; ids are taken as they are."""
         if not isinstance(prompt, str):
             return Prompt(prompt)
-        if self.mark in prompt:
-            raise UsageError(f"prompt: must not contain {self.mark}; use /v1/chat/completions for pictures")
+        for mark in self._reserved:
+            if mark in prompt:
+                raise UsageError(f"prompt: must not contain {mark}; use /v1/chat/completions for pictures")
         with self._lock:
             return Prompt(self.processor.tokenizer(prompt)["input_ids"])
 
@@ -67,7 +68,7 @@ class PromptBuilder:
             text += words + " " if turn["role"] == "system" else f"{turn['role'].upper()}: {marks}{words} "
         return text + "ASSISTANT:"
 
-    def _first_selection(self, messages: Sequence[Message], ids: list[int]) -> int | None:
+    def _first_selection(self, messages: Sequence[Message], ids: list[int], images: Sequence[Any]) -> int | None:
         """Tokens up to the first answer after the last picture; None when that is the whole prompt.
 
         A later turn then prunes exactly as the first did, and reuses its keys and values. A template whose first turn is no prefix of the
@@ -77,7 +78,9 @@ class PromptBuilder:
         answered = next((i for i in range(last + 1, len(messages)) if messages[i].role == "assistant"), None)
         if answered is None:
             return None
-        first = self._render(messages[:answered]).replace(self.mark, self.mark * self.image_tokens)
+        first, *parts = self._render(messages[:answered]).split(self.mark)
+        for image, part in zip(images, parts, strict=True):
+            first += self.mark * self.family.image_tokens(image) + part
         head = self.processor.tokenizer(first)["input_ids"]
         if ids[: len(head)] == head:
             return len(head)

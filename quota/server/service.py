@@ -54,7 +54,7 @@ class Service:
         # the engine decodes on its own thread, and tokenizers do not like company
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
-        self.prompts = PromptBuilder(model, model.config.image_seq_length)
+        self.prompts = PromptBuilder(model, engine.family)
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
@@ -120,33 +120,14 @@ class Service:
 
     async def outputs(self, spoken: Spoken) -> AsyncGenerator[tuple[int, Output]]:
         """(choice, output) of all choices as they come. An error of one ends all."""
-        arrived: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
-
-        async def pump(index: int, request: Request) -> None:
-            try:
-                async with aclosing(self.engine.stream(request)) as stream:
-                    async for output in stream:
-                        arrived.put_nowait((index, output))
-            except Exception as error:
-                arrived.put_nowait((index, error))
-
-        pumps = [asyncio.ensure_future(pump(index, request)) for index, request in enumerate(spoken.requests)]
-        try:
-            open_choices = len(pumps)
-            while open_choices:
-                index, output = await arrived.get()
-                if isinstance(output, Exception):
-                    raise output
+        numbers = {request.id: index for index, request in enumerate(spoken.requests)}
+        async with aclosing(self.engine.stream(*spoken.requests)) as stream:
+            async for output in stream:
                 if output.reason in ("error", "abort"):
                     raise ApiError(500, "the request failed inside the server", code="internal_error")
-                open_choices -= output.reason is not None
                 if output.usage is not None:
                     self.metrics.observe_usage(output.usage)
-                yield index, output
-        finally:
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+                yield numbers[output.id], output
 
     async def collect(self, spoken: Spoken) -> list[Choice]:
         """All choices, complete."""

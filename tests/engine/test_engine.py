@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from quota.core.errors import UsageError
-from quota.core.recipe import Recipe
 from quota.nn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Prompt, QueueFull
 from quota.runtime.patch import patched
-from tests.engine.asking import asked, engine, generated, picture, prompt, recipes, run, tokens
-from tests.models import IMAGE_TOKEN, tiny_llava, tiny_qwen
+from tests.engine.asking import asked, engine, generated, logits, picture, prompt, recipes, run, same, tokens
+from tests.models import IMAGE_TOKEN, tiny_llava
 from tests.nn.recipes import recipe_for
 
 
@@ -42,16 +41,6 @@ def test_agrees_with_generate(model, recipe):
     assert {name: tokens(out) for name, out in together.items()} == want
     pieces = run(engine(model, default=recipe, step_tokens=5), [asked(name, case) for name, case in cases.items()])
     assert {name: tokens(out) for name, out in pieces.items()} == want
-
-
-def logits(model, requests, **options):
-    made = engine(model, **options)
-    run(made, requests)
-    return made
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(len(a[k]) == len(b[k]) and all((x == y).all() for x, y in zip(a[k], b[k], strict=True)) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -194,30 +183,6 @@ def test_refusals(model):
     made.check_integrity()
 
 
-@pytest.mark.parametrize(
-    "selection", [{"score": "last_token"}, {"score": "cross_self"}, {"score": "text", "policy": "mmr"}, {"score": "none", "policy": "maxmin"}]
-)
-def test_published_selections_agree_with_generate(model, selection):
-    recipe = Recipe.parse({**recipe_for(model).model_dump(mode="json"), "method": "custom", "selections": [selection]})
-    text = prompt(model, 3, picture(1), 5)
-    found = tokens(run(engine(model), [asked("a", text, recipe=recipe)])["a"])
-    with patched(model, recipe):
-        assert found == generated(model, text)
-
-
-@pytest.mark.parametrize(("change", "match"), [
-    ({"selections": [{"score": "own_last_token"}]}, "own_last_token"),
-    ({"selections": [{"score": "none", "policy": "grid"}]}, "grid"),
-    ({"candidates": [-1, 2, 3], "selections": [{"score": "none", "policy": "maxmin"}]}, "candidate -1"),
-])  # fmt: skip
-def test_selections_the_engine_lacks_are_refused(model, change, match):
-    recipe = Recipe.parse({**recipe_for(model).model_dump(mode="json"), "method": "custom", "sensitivities": [], **change})
-    with pytest.raises(UsageError, match=match):
-        engine(model).submit(asked("a", prompt(model, 3, picture(1), 5), recipe=recipe))
-    with pytest.raises(UsageError, match=match):
-        Engine(model, recipes={"r": recipe})
-
-
 def test_only_the_request_that_fails_fails(model, monkeypatch):
     asks = [asked(name, case) for name, case in prompts(model).items()]
     want = {name: tokens(out) for name, out in run(engine(model), asks).items()}
@@ -297,9 +262,3 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     monkeypatch.setattr(made.family, "encode_images", fragile)
     outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
     assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]
-
-
-def test_other_families_are_refused():
-    model = quantize_rtn(tiny_qwen())
-    with pytest.raises(UsageError, match="qwen2_5_vl"):
-        Engine(model)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from quota.core.errors import RecipeError, UsageError
-from quota.runtime.engine.plan import DropPlan, Segments, at_budget, plan_drops
+from quota.runtime.engine.plan import Segments, at_budget, plan_prompt
 from quota.runtime.engine.pool import OutOfPages, PagePool
 from tests.models import tiny_llava
 from tests.nn.recipes import recipe_for
@@ -113,10 +114,21 @@ def test_segments_and_plans(model):
     segments = Segments.between(4, [recipe, recipe_for(model, (2,), (0.1,))])
     assert segments.bounds == (0, 1, 2, 3, 4) and segments.names() == ["0", "1", "2", "3"]
     assert Segments.between(4, [recipe_for(model, (2,), (0.1,))]).names() == ["0-1", "2-3"]
-    assert plan_drops(recipe, segments, 16, 1) == DropPlan({1: 12, 2: 8, 3: 4}, (0, 4, 8, 12))
-    assert plan_drops(recipe, segments, 32, 2) == DropPlan({1: 24, 2: 16, 3: 8}, (0, 8, 16, 24))
-    assert plan_drops(recipe, segments, 0, 0) == plan_drops(None, segments, 16, 1) == DropPlan({}, (0, 0, 0, 0))
-    assert plan_drops(recipe_for(model, (2,), (0.1,)), segments, 16, 1) == DropPlan({2: 2}, (0, 0, 14, 14))
+    before = recipe_for(model, (-1, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
+    assert Segments.between(4, [before]).names() == ["0-1", "2-3"]
+
+    def plan(recipe, *pictures):
+        numbers = [-1, *(number for number, tokens in enumerate(pictures) for _ in range(tokens)), -1]
+        found = plan_prompt(recipe, segments, torch.tensor(numbers))
+        return found.keep, found.dropped
+
+    assert plan(recipe, 16) == ({1: (12,), 2: (8,), 3: (4,)}, (0, 4, 8, 12))
+    assert plan(recipe, 16, 16) == ({1: (24,), 2: (16,), 3: (8,)}, (0, 8, 16, 24))
+    assert plan(recipe) == plan(None, 16) == ({}, (0, 0, 0, 0))
+    assert plan(recipe_for(model, (2,), (0.1,)), 16) == ({2: (2,)}, (0, 0, 14, 14))
+    own = recipe_for(model, (1, 2), (0.5, 0.25), reference="per_image")
+    assert plan(own, 4, 12) == ({1: (2, 6), 2: (1, 3)}, (0, 8, 12, 12))
+    assert plan(before, 16) == ({0: (8,), 2: (4,)}, (8, 8, 12, 12))
     with pytest.raises(UsageError, match="layer 2"):
         Segments.between(4, []).check(recipe_for(model, (2,), (0.1,)))
 

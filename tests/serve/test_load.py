@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.serve.fuzz import CHAT, RECIPE, fuzz
 from benchmarks.serve.soak import memory_growth, soak
-from benchmarks.serve.throughput import measure
+from benchmarks.serve.throughput import body, measure
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe
 from quota.server.errors import as_api_error
@@ -31,7 +31,7 @@ def test_growth_is_noticed():
 
 
 def test_throughput_rows_pass_their_gate(server):
-    row = asyncio.run(measure(server.url, 3, 1, None))
+    row = asyncio.run(measure(server.url, 3, 1, lambda number: body("tiny", number, None)))
     assert row["requests"] == 3 and row["tokens"] > 0 and row["ttft_p50_ms"] <= row["ttft_p99_ms"]
 
 

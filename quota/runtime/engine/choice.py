@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quota.core.errors import UsageError
-from quota.core.recipe import BEFORE, Recipe
+from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe
 from quota.nn.attention import Record
+from quota.nn.cache import dequantize_slots
+from quota.nn.key_bias import wide_keys
 from quota.nn.pictures import Pictures
 from quota.nn.scores import text_queries
 from quota.nn.select import Alive, choose
@@ -19,11 +21,13 @@ from quota.ops.kv4_attention import Kv
 
 @dataclass(frozen=True)
 class Attended:
-    """What one layer's attention left for n rows of a request: q float32 [1, H, n, D], packed keys [1, Hkv, n, ...], lse [1, H, n]."""
+    """What one layer's attention left for n rows of a request: q float32 [1, H, n, D], packed keys [1, Hkv, n, ...], lse [1, H, n]; where the key bias is
+    kept apart q is 2 D wide and angles [1, D, n] are those of the keys."""
 
     q: Tensor
     keys: Kv
     lse: Tensor
+    angles: Tensor | None = None
 
     @staticmethod
     def joined(parts: list[Attended]) -> Attended:
@@ -31,49 +35,53 @@ class Attended:
         if len(parts) == 1:
             return parts[0]
         keys = tuple(torch.cat([part.keys[i] for part in parts], 2) for i in range(3))
-        return Attended(torch.cat([p.q for p in parts], 2), (keys[0], keys[1], keys[2]), torch.cat([p.lse for p in parts], 2))
+        angles = [part.angles for part in parts if part.angles is not None]
+        return Attended(
+            torch.cat([p.q for p in parts], 2), (keys[0], keys[1], keys[2]), torch.cat([p.lse for p in parts], 2), torch.cat(angles, 2) if angles else None
+        )
+
+    def record(self, rows: int, scaling: float) -> Record:
+        """The first `rows` rows, for token scores."""
+        q, scale, zero = (t[:, :, :rows].contiguous() for t in self.keys)
+        keys: Any = (q, scale, zero) if self.angles is None else wide_keys(dequantize_slots(q, scale, zero), self.angles[..., :rows])
+        return Record(self.q[:, :, :rows].contiguous(), keys, self.lse[:, :, :rows].contiguous(), scaling)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to choose and by what. keep: layer -> visual tokens kept at its input. visual, text bool [rows]: rows that are visual tokens, and
-    those whose attention counts as the question's; rows from `selecting` on have no say."""
+    """What to choose and by what, for the tokens of a request from `first` on, called rows.
+
+    keep: layer -> visual tokens kept at its input, per set. group int64, text bool [rows]: the set a visual token competes in (-1: text), and rows whose
+    attention counts as the question's; rows from `selecting` on have no say. pictures: of the whole prompt.
+    """
 
     recipe: Recipe
-    keep: dict[int, int]
-    visual: Tensor
+    keep: dict[int, tuple[int, ...]]
+    group: Tensor
     text: Tensor
+    pictures: Pictures
+    first: int
     selecting: int
 
     @classmethod
-    def of_prompt(cls, recipe: Recipe, keep: dict[int, int], visual: Tensor, selecting: int, first: int) -> Choice:
-        """visual bool [tokens]: of all tokens of a request; rows are the tokens from `first` on."""
-        text = torch.zeros_like(visual)
-        text[:selecting] = text_queries(visual[None, :selecting], torch.ones(1, selecting, dtype=torch.bool))[0]
-        return cls(recipe, keep, visual[first:], text[first:], selecting - first)
+    def of_prompt(cls, recipe: Recipe, keep: dict[int, tuple[int, ...]], group: Tensor, pictures: Pictures, selecting: int, first: int) -> Choice:
+        """group int64 [tokens]: of all tokens of a request; rows are the tokens from `first` on."""
+        text = torch.zeros(len(group), dtype=torch.bool)
+        text[:selecting] = text_queries(group[None, :selecting] >= 0, torch.ones(1, selecting, dtype=torch.bool))[0]
+        return cls(recipe, keep, group[first:], text[first:], pictures, first, selecting - first)
 
+    def reads_attention(self, layer: int) -> bool:
+        """Whether what is dropped at the input of `layer` is chosen by the attention of the layer before."""
+        return layer in self.keep and self.recipe.selection_at(layer or BEFORE).score in ATTENTION_SCORES
 
-def kept_rows(choice: Choice, layer: int, module: Any, x: Tensor, rows: Tensor, attended: Attended) -> Tensor:
-    """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n], attended is of the layer before -> bool [n]."""
-    visual = choice.visual[rows]
-    n = int((rows < choice.selecting).sum())
-    q, scale, zero = (t[:, :, :n] for t in attended.keys)
-    record = Record(attended.q[:, :, :n].contiguous(), (q, scale, zero), attended.lse[:, :, :n].contiguous(), attended.q.shape[-1] ** -0.5)
-    group = visual[None, :n].long() - 1
-    alive = Alive(x[None, :n], group, choice.text[rows[:n]][None], rows[None, :n], module, Pictures.of(group), record)
-    kept = ~visual
-    kept[:n] |= choose(choice.recipe, layer, alive, torch.tensor([[choice.keep[layer]]]))[0]
-    return kept
+    def kept_rows(self, layer: int, module: Any, x: Tensor, rows: Tensor, record: Record | None, own_record: Callable[[], Record]) -> Tensor:
+        """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n] -> bool [n].
 
-
-def check_choices(recipe: Recipe) -> None:
-    """UsageError when the recipe chooses by what the engine has not got: attention run for the choice alone, or places and contents of pictures."""
-    if recipe.candidates[0] == BEFORE:
-        raise UsageError("recipe: drops before the language model (candidate -1), which the engine does not do; use `quota.load` with it")
-    for layer in recipe.candidates:
-        selection = recipe.selection_at(layer)
-        if selection.score in ("own_last_token", "random") or selection.policy == "grid":
-            raise UsageError(
-                f"recipe: layer {layer} chooses by score {selection.score!r} and policy {selection.policy!r}, which the engine does not do; "
-                "use `quota.load` with it"
-            )
+        record: of the layer before, own_record: of `layer` itself, both over the rows before `selecting`.
+        """
+        group = self.group[rows]
+        n = int((rows < self.selecting).sum())
+        alive = Alive(x[None, :n], group[None, :n], self.text[rows[:n]][None], rows[None, :n] + self.first, module, self.pictures, record, own_record)
+        kept = group < 0
+        kept[:n] |= choose(self.recipe, layer or BEFORE, alive, torch.tensor([self.keep[layer]]))[0]
+        return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor
 from quota.arch import model_fingerprint
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
-from quota.runtime.engine.choice import check_choices
 from quota.runtime.engine.family import Family, family_of
 from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
@@ -100,7 +99,6 @@ class Engine:
         identity = model_fingerprint(model)
         for recipe in self.recipes.values():
             recipe.check_model(identity, self.family.layers)
-            check_choices(recipe)
         self.default = default
         self.segments = Segments.between(self.family.layers, self.recipes.values())
         places = self.config.page_tokens
@@ -110,7 +108,7 @@ class Engine:
         self.storage = KvStorage(units, places, self.family.kv_heads, self.family.head_dim)
         self.pool = PagePool(units, [len(span) for span in self.segments.spans])
         self.runner = Runner(self.family, self.storage, self.segments)
-        self.scheduler = Scheduler(self.pool, self.segments, places, self.config.max_running, self.config.step_tokens)
+        self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens)
         self.max_tokens = min(self.family.max_tokens, self.config.max_tokens or self.family.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
@@ -124,20 +122,41 @@ class Engine:
 
     def submit(self, request: Request) -> Sequence:
         """Accept a request, or say why not: UsageError (impossible or inconsistent), QueueFull."""
-        if request.id in self._sequences:
-            raise UsageError(f"id: {request.id!r} is in use")
-        if len(self.scheduler.waiting) >= self.config.max_waiting:
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Iterable[Request]) -> list[Sequence]:
+        """Accept all of these requests or none. Those of one `Prompt` object, recipe and keep ratio compute it once: the first does, the others go on
+        from its pages. An empty queue takes a group of any size.
+        """
+        requests, ids = list(requests), set(self._sequences)
+        for request in requests:
+            if request.id in ids:
+                raise UsageError(f"id: {request.id!r} is in use")
+            ids.add(request.id)
+        waiting = len(self.scheduler.waiting) + sum(len(s.followers) for s in self._sequences.values())
+        if waiting and waiting + len(requests) > self.config.max_waiting:
             raise QueueFull(f"queue: {self.config.max_waiting} requests wait already")
-        sequence = Sequence(request, self._order, self.recipe_of(request), self.family, self.segments)
+        sequences = [self._sequence(request, self._order + number) for number, request in enumerate(requests)]
+        leaders: list[Sequence] = []
+        for sequence in sequences:
+            leader = next((s for s in leaders if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe), None)
+            if leader is not None:
+                leader.followers.append(sequence)
+            else:
+                leaders.append(sequence)
+                self.scheduler.queue(sequence)
+            self._sequences[sequence.request.id] = sequence
+        self._order += len(sequences)
+        self.stats.accepted += len(sequences)
+        return sequences
+
+    def _sequence(self, request: Request, order: int) -> Sequence:
+        sequence = Sequence(request, order, self.recipe_of(request), self.family, self.segments)
         self._check_size(sequence)
         if self.config.prefix_cache:
             sequence.name_pages(self.config.page_tokens)
         if self.tokenizer is not None:
             sequence.detokenizer = Detokenizer(self.tokenizer)
-        self._order += 1
-        self._sequences[request.id] = sequence
-        self.scheduler.add(sequence)
-        self.stats.accepted += 1
         return sequence
 
     def recipe_of(self, request: Request) -> Recipe | None:
@@ -161,7 +180,6 @@ class Engine:
                 self._budgets[key] = made
             recipe = self._budgets[key]
         if recipe is not None:
-            check_choices(recipe)
             self.segments.check(recipe)
         return recipe
 
@@ -277,12 +295,16 @@ class Engine:
             assert result.hidden is not None
             sequence.ahead.append(Piece(result.hidden, result.attended))
             return
-        for layer, rows in result.kept.items():
-            sequence.kept[layer] = rows.numpy() + turn.begin
-        sequence.computed, sequence.ahead = turn.end, []
+        sequence.advance(turn.begin, turn.end, result.kept)
         sequence.publish(self.pool, self.config.page_tokens)
         if turn.end == len(sequence.tokens):
             sequence.features = [None] * len(sequence.features)
+            while sequence.followers:
+                follower = sequence.followers.pop(0)
+                if self.scheduler.fork(sequence, follower):
+                    self._guarded(follower, self._choose, follower, result.logits)
+                else:
+                    self.scheduler.queue(follower)
             self._choose(sequence, result.logits)
 
     def _choose(self, sequence: Sequence, logits: Row) -> None:
@@ -319,6 +341,13 @@ class Engine:
             text += sequence.stops.push(sequence.detokenizer.flush())
             text += sequence.stops.flush()
         self.scheduler.remove(sequence)
+        for leader in self._sequences.values():
+            if sequence in leader.followers:
+                leader.followers.remove(sequence)
+        if sequence.followers:  # the next one computes the prompt for the others
+            heir = sequence.followers[0]
+            heir.followers, sequence.followers = sequence.followers[1:], []
+            self.scheduler.queue(heir)
         self.stats.finished[reason] += 1
         self._outputs.append(Output(sequence.request.id, text, tokens, report, reason, sequence.usage(), error))
 

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -64,35 +64,37 @@ class AsyncEngine:
         self._commands.put(command)
         return await asyncio.wrap_future(future)
 
-    async def stream(self, request: Request) -> AsyncGenerator[Output]:
-        """Outputs until the one with a reason. Leaving early aborts the request. Raises what `Engine.submit` raises."""
+    async def stream(self, *requests: Request) -> AsyncGenerator[Output]:
+        """Outputs of all requests as they come, until each had one with a reason. Leaving early aborts them. Raises what `Engine.submit_all` raises."""
         stream: asyncio.Queue[Output] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         submitted = False
 
         def submit() -> None:
             nonlocal submitted
-            self.engine.submit(request)
+            self.engine.submit_all(requests)
             submitted = True
-            self._streams[request.id] = (loop, stream)
+            for request in requests:
+                self._streams[request.id] = (loop, stream)
 
         try:
             await self.call(submit)
-            while True:
+            left = len(requests)
+            while left:
                 output = await stream.get()
+                left -= output.reason is not None
                 yield output
-                if output.reason is not None:
-                    return
         finally:
             # a task that was cancelled inside `call` may have been submitted all the same
             if submitted or not self._closed:
-                self._commands.put(lambda: self._abandon(request.id, stream))
+                self._commands.put(lambda: self._abandon([request.id for request in requests], stream))
 
-    def _abandon(self, id: str, stream: asyncio.Queue[Output]) -> None:
-        known = self._streams.get(id)
-        if known is not None and known[1] is stream:
-            del self._streams[id]
-            self.engine.abort(id)
+    def _abandon(self, ids: Iterable[str], stream: asyncio.Queue[Output]) -> None:
+        for id in ids:
+            known = self._streams.get(id)
+            if known is not None and known[1] is stream:
+                del self._streams[id]
+                self.engine.abort(id)
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Abort what runs and end the worker."""

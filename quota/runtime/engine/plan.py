@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from torch import Tensor
+
 from quota.allocate.solve import allocate, uniform
 from quota.core.errors import RecipeError, UsageError
-from quota.core.recipe import Recipe, kept_tokens, significant
+from quota.core.recipe import Recipe, significant
+from quota.nn.budget import plan_drops
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Segments:
     @classmethod
     def between(cls, layers: int, recipes: Iterable[Recipe]) -> Segments:
         """Cut `layers` decoder layers at every candidate of every recipe."""
-        cuts = {candidate for recipe in recipes for candidate in recipe.candidates}
+        cuts = {max(candidate, 0) for recipe in recipes for candidate in recipe.candidates}
         return cls(tuple(sorted({0, layers} | cuts)))
 
     def __len__(self) -> int:
@@ -41,17 +44,20 @@ class Segments:
 
     def check(self, recipe: Recipe) -> None:
         """UsageError when the recipe drops inside a segment."""
-        inside = [c for c in recipe.candidates if c not in self.bounds]
+        inside = [c for c in recipe.candidates if max(c, 0) not in self.bounds]
         if inside:
             raise UsageError(f"recipe: prunes at layer {inside[0]}, where this engine has no segment boundary; give it the recipe when it is built")
 
 
 @dataclass(frozen=True)
 class DropPlan:
-    """keep: decoder layer -> visual tokens kept at its input, only where some are dropped; dropped: tokens missing per segment."""
+    """keep: decoder layer -> visual tokens kept at its input per set, only where some are dropped; what drops before the language model drops at the input
+    of layer 0. dropped: tokens missing per segment. group int64 [tokens]: the set a visual token competes in (`quota.nn.budget`), -1 for text.
+    """
 
-    keep: dict[int, int]
+    keep: dict[int, tuple[int, ...]]
     dropped: tuple[int, ...]
+    group: Tensor
 
     @property
     def first_layer(self) -> int | None:
@@ -59,21 +65,16 @@ class DropPlan:
         return min(self.keep, default=None)
 
 
-def plan_drops(recipe: Recipe | None, segments: Segments, visual: int, images: int) -> DropPlan:
-    """Equation (5) for a prompt with `visual` visual tokens in `images` pictures."""
-    keep: dict[int, int] = {}
-    if recipe is not None and visual:
-        reference = visual if recipe.reference == "per_image" else recipe.reference_tokens * images
-        alive = visual
-        for candidate, ratio in zip(recipe.candidates, recipe.keep, strict=True):
-            budget = kept_tokens(ratio, reference)
-            if budget < alive:
-                keep[candidate] = alive = budget
-    dropped, alive = [], visual
+def plan_prompt(recipe: Recipe | None, segments: Segments, picture: Tensor) -> DropPlan:
+    """Equation (5) for a prompt. picture int64 [tokens]: the picture a token belongs to, -1 for text."""
+    group, budgets = (picture[None], {}) if recipe is None or not bool((picture >= 0).any()) else plan_drops(recipe, picture[None])
+    keep = {max(candidate, 0): tuple(budget[0].tolist()) for candidate, budget in budgets.items()}
+    sizes = [int((group == number).sum()) for number in range(int(group.max()) + 1)]
+    visual, alive, dropped = sum(sizes), sizes, []
     for span in segments.spans:
-        alive = keep.get(span[0], alive)
-        dropped.append(visual - alive)
-    return DropPlan(keep, tuple(dropped))
+        alive = [min(pair) for pair in zip(alive, keep.get(span[0], sizes), strict=True)]
+        dropped.append(visual - sum(alive))
+    return DropPlan(keep, tuple(dropped), group[0])
 
 
 def at_budget(recipe: Recipe, keep: float) -> Recipe:

@@ -2,13 +2,16 @@
 
 A page holds P tokens of all layers of one segment. It is made of units, one per layer of its segment; a unit is P tokens of one layer. All
 units are alike, so memory that pruning frees in late segments serves whoever needs it. A page is filled from the front and never changed
-once full; only full pages get a key and are shared, so nothing is ever copied on write.
+once full. Full pages get a key and are shared by content. A page that is not full has several holders only where answers to one prompt were forked;
+a holder that goes on writing copies it first, the last one need not.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+
+import numpy as np
 
 from quota.core.errors import QuotaError
 
@@ -18,13 +21,15 @@ class OutOfPages(QuotaError):
 
 
 class Page:
-    """Units of one page in layer order, the number of holders, and the key of its content once it is full and published."""
+    """Units of one page in layer order, the number of holders, and, once it is full and published, the key of its content and where needed the rotary
+    positions int64 [A, P] of its tokens."""
 
-    __slots__ = ("key", "refs", "segment", "units")
+    __slots__ = ("key", "positions", "refs", "segment", "units")
 
     def __init__(self, segment: int, units: tuple[int, ...]) -> None:
         self.segment, self.units, self.refs = segment, units, 1
         self.key: bytes | None = None
+        self.positions: np.ndarray | None = None
 
 
 class PagePool:
@@ -75,6 +80,13 @@ class PagePool:
                 self._idle_units -= len(page.units)
                 self._held[page.segment] += 1
             page.refs += 1
+        return page
+
+    def share(self, page: Page) -> Page:
+        """One more hold on a page somebody holds."""
+        if page.refs < 1:
+            raise ValueError("page: shared by nobody")
+        page.refs += 1
         return page
 
     def publish(self, page: Page, key: bytes) -> None:

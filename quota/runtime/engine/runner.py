@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from quota import ops
+from quota.nn.attention import Record
 from quota.ops.kv4_attention import Kv
-from quota.runtime.engine.choice import Attended, Choice, kept_rows
+from quota.runtime.engine.choice import Attended, Choice
 from quota.runtime.engine.family import Family
 from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.storage import KvStorage
@@ -27,13 +28,14 @@ Tables = list[np.ndarray]  # per segment int32 [layers, pages]: units
 class Work:
     """Consecutive tokens of one request, and the decoder layers enter .. leave they pass in this step.
 
-    ids: the tokens, used where there is no `hidden` [rows, d] (input of layer `enter`). position: of the first one. base, shared: per segment,
-    slots before the first row, and slots that hold shared content already and are not written. attended: of layer enter - 1, where a choice
-    is due at `enter`. compact: rotary positions count the tokens alive.
+    ids: the tokens, used where there is no `hidden` [rows, d] (input of layer `enter`). positions int64 [A, rows]: rotary positions. base, shared: per
+    segment, slots before the first row, and slots that hold shared content already and are not written. attended: of layer enter - 1, where a choice is
+    due at `enter`. compact: segments whose rotary positions count the tokens alive. cached: per segment int64 [A, base], positions of the slots before
+    the first row, where the family asks for them.
     """
 
     ids: Sequence[int]
-    position: int
+    positions: np.ndarray
     base: tuple[int, ...]
     shared: tuple[int, ...]
     tables: Tables
@@ -42,7 +44,8 @@ class Work:
     hidden: Tensor | None = None
     choice: Choice | None = None
     attended: Attended | None = None
-    compact: bool = False
+    compact: tuple[bool, ...] = ()
+    cached: tuple[np.ndarray | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,24 +68,27 @@ class _Flight:
         self.attended = work.attended
         self.kept: dict[int, Tensor] = {}
 
-    def choose(self, layer: int, family: Family) -> None:
-        """Drop what the choice drops at the input of `layer`."""
-        choice = self.work.choice
-        if choice is None or layer not in choice.keep:
-            return
-        assert self.attended is not None
-        kept = kept_rows(choice, layer, family.decoder_layer(layer), self.x, self.rows, self.attended)
+    def drop(self, layer: int, kept: Tensor) -> None:
+        """Go into `layer` with the rows of kept bool [rows] only."""
         self.x, self.rows, self.attended = self.x[kept], self.rows[kept], None
         self.kept[layer] = self.rows
 
     def recorded_at(self, layer: int) -> bool:
-        """Whether the layer after this one chooses."""
-        return self.work.choice is not None and layer + 1 in self.work.choice.keep
+        """Whether the layer after this one chooses by the attention of this one."""
+        return self.work.choice is not None and self.work.choice.reads_attention(layer + 1)
 
     def positions(self, segment: int) -> np.ndarray:
-        """Rotary positions of the rows."""
+        """int64 [A, rows]: rotary positions of the rows."""
+        if not self.work.compact[segment]:
+            return self.work.positions[:, self.rows.numpy()]
         first = self.work.base[segment]
-        return np.arange(first, first + len(self.rows)) if self.work.compact else self.work.position + self.rows.numpy()
+        return np.broadcast_to(np.arange(first, first + len(self.rows)), (len(self.work.positions), len(self.rows)))
+
+    def filled(self, segment: int) -> np.ndarray:
+        """int64 [A, base + rows]: positions of every slot up to the last row, where the family asks for them."""
+        cached = self.work.cached[segment]
+        assert cached is not None
+        return np.concatenate([cached, self.positions(segment)], axis=1)
 
 
 class _Batch:
@@ -103,9 +109,11 @@ class _Batch:
 
 
 class _Slots:
-    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of the single rows the tables int32 [layers, B, W] and lengths."""
+    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of the single rows the tables int32 [layers, B, W] and lengths. angles: of all
+    slots, where the family asks for them; first [B, D, capacity] of the single rows, then [1, D, length] of each other flight.
+    """
 
-    def __init__(self, batch: _Batch, segment: int, places: int) -> None:
+    def __init__(self, batch: _Batch, segment: int, places: int, family: Family) -> None:
         works = [flight.work for flight in batch.flights]
         singles = works[: batch.single]
         at = np.array([work.base[segment] for work in singles], dtype=np.int64)
@@ -121,6 +129,15 @@ class _Slots:
         self.table = torch.from_numpy(table)
         self.length = torch.from_numpy((at + 1).astype(np.int32))
         self.start = self.capacity - self.length
+        self.angles: list[Tensor] | None = self._angles(batch, segment, family) if family.biased else None
+
+    def _angles(self, batch: _Batch, segment: int, family: Family) -> list[Tensor]:
+        singles = np.zeros((family.axes, batch.single, self.capacity), dtype=np.int64)
+        for row, flight in enumerate(batch.flights[: batch.single]):
+            filled = flight.filled(segment)
+            singles[:, row, self.capacity - filled.shape[1] :] = filled
+        others = [flight.filled(segment)[:, None] for flight in batch.flights[batch.single :]]
+        return [family.angles(torch.from_numpy(positions)) for positions in (singles, *others)]
 
 
 def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
@@ -144,7 +161,7 @@ class Runner:
         """One result per work."""
         flights = [_Flight(work, x) for work, x in zip(works, self._inputs(works), strict=True)]
         events = {layer for work in works for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))}
-        compact = any(work.compact for work in works)
+        compact = any(any(work.compact) for work in works)
         results: dict[int, Result] = {}
         batch: _Batch | None = None
         for layer, segment in enumerate(self._segment_of):
@@ -152,9 +169,9 @@ class Runner:
                 if layer in events:
                     batch = self._regroup(batch, [f for f in flights if f.work.enter <= layer < f.work.leave], layer)
                 if batch is not None:
-                    slots = _Slots(batch, segment, self.storage.places)
+                    slots = _Slots(batch, segment, self.storage.places, self.family)
                     if layer in events or compact:
-                        positions = np.concatenate([flight.positions(segment) for flight in batch.flights])
+                        positions = np.concatenate([flight.positions(segment) for flight in batch.flights], axis=1)
                         rotary = self.family.rotary(torch.from_numpy(positions))
             if batch is not None:
                 self._layer(layer, segment, batch, slots, rotary)
@@ -168,8 +185,41 @@ class Runner:
         if batch is not None:
             batch.give_back()
         for flight in active:
-            flight.choose(layer, self.family)
+            self._choose(flight, layer)
         return _Batch(active) if active else None
+
+    def _choose(self, flight: _Flight, layer: int) -> None:
+        """Drop what is dropped at the input of `layer`."""
+        choice = flight.work.choice
+        if choice is None or layer not in choice.keep:
+            return
+        n = int((flight.rows < choice.selecting).sum())
+        record = flight.attended.record(n, self.family.scaling) if flight.attended is not None else None
+        module = self.family.decoder_layer(layer)
+        flight.drop(layer, choice.kept_rows(layer, module, flight.x, flight.rows, record, lambda: self._own_record(flight, layer, n)))
+
+    def _own_record(self, flight: _Flight, layer: int, rows: int) -> Record:
+        """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
+        segment = self._segment_of[layer]
+        positions = torch.from_numpy(flight.positions(segment - 1)[:, :rows].copy())
+        q, *new = self.family.project(layer, flight.x[:rows], self.family.rotary(positions))
+        keys, values = new
+        base = flight.work.base[segment]
+        cached = (keys, values)
+        if base:
+            before = self.storage.read(self._table(flight, segment, 0, base), torch.tensor([base], dtype=torch.int32), base)
+            cached = _joined(before[0], keys), _joined(before[1], values)
+        angles = None
+        if q.shape[-1] > self.family.head_dim:
+            known = flight.work.cached[segment]
+            assert known is not None
+            angles = self.family.angles(torch.cat([torch.from_numpy(known), positions], 1)[:, None])
+        _, lse = ops.kv4_attention(q, *cached, base + rows, torch.zeros(1, dtype=torch.int32), self.family.scaling, angles)
+        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).record(rows, self.family.scaling)
+
+    def _table(self, flight: _Flight, segment: int, local: int, length: int) -> Tensor:
+        """int32 [1, W]: the units of a flight's first `length` slots in one layer of a segment."""
+        return torch.from_numpy(flight.work.tables[segment][local][None, : -(-length // self.storage.places)])
 
     def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
         counts = [0 if work.hidden is not None else len(work.ids) for work in works]
@@ -191,25 +241,36 @@ class Runner:
         if batch.single:
             cached = self.storage.read(slots.table[local], slots.length, slots.capacity)
             rows = q[0, :, : batch.single].transpose(0, 1)[:, :, None].contiguous()
-            out, _ = ops.kv4_attention(rows, *cached, slots.capacity, slots.start, self.family.scaling)
+            angles = self._shared(rows, slots, 0)
+            out, _ = ops.kv4_attention(rows, *cached, slots.capacity, slots.start, self.family.scaling, angles)
             outs.append(out.reshape(batch.single, -1))
-        for flight, begin, end in batch.spans()[batch.single :]:
+        for number, (flight, begin, end) in enumerate(batch.spans()[batch.single :], start=1):
             new = (_cut(keys, begin, end), _cut(values, begin, end))
-            outs.append(self._attend(flight, layer, segment, q[:, :, begin:end].contiguous(), new))
+            outs.append(self._attend(flight, layer, segment, q[:, :, begin:end].contiguous(), new, self._shared(q, slots, number)))
         batch.x = self.family.finish(layer, batch.x, torch.cat(outs) if len(outs) > 1 else outs[0])
 
-    def _attend(self, flight: _Flight, layer: int, segment: int, q: Tensor, new: tuple[Kv, Kv]) -> Tensor:
-        """Several rows of one request: q [1, H, n, D] and their own packed keys and values -> [n, H * D]."""
+    def _shared(self, q: Tensor, slots: _Slots, number: int) -> Tensor | None:
+        """The angles for queries q, where these are wide."""
+        return slots.angles[number] if slots.angles is not None and q.shape[-1] > self.family.head_dim else None
+
+    def _attend(self, flight: _Flight, layer: int, segment: int, q: Tensor, new: tuple[Kv, Kv], angles: Tensor | None) -> Tensor:
+        """Several rows of one request: q [1, H, n, ...], their own packed keys and values, angles [1, D, length] of all slots -> [n, H * D]."""
         work, rows = flight.work, q.shape[2]
         length = work.base[segment] + rows
         if work.base[segment]:
-            table = torch.from_numpy(work.tables[segment][layer - self.segments.bounds[segment]][None, : -(-length // self.storage.places)])
+            table = self._table(flight, segment, layer - self.segments.bounds[segment], length)
             cached = self.storage.read(table, torch.tensor([length], dtype=torch.int32), length)
         else:
             cached = new
-        out, lse = ops.kv4_attention(q, *cached, length, torch.zeros(1, dtype=torch.int32), self.family.scaling)
-        flight.attended = Attended(q, new[0], lse) if flight.recorded_at(layer) else None
+        out, lse = ops.kv4_attention(q, *cached, length, torch.zeros(1, dtype=torch.int32), self.family.scaling, angles)
+        own = None if angles is None else angles[..., work.base[segment] :]
+        flight.attended = Attended(q, new[0], lse, own) if flight.recorded_at(layer) else None
         return out.reshape(rows, -1)
+
+
+def _joined(first: Kv, second: Kv) -> Kv:
+    q, scale, zero = (torch.cat(pair, 2) for pair in zip(first, second, strict=True))
+    return q, scale, zero
 
 
 def _cut(packed: Kv, begin: int, end: int) -> Kv:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.pool import OutOfPages, PagePool
 from quota.runtime.engine.sequence import Sequence
+from quota.runtime.engine.storage import KvStorage
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,12 @@ class Scheduler:
     """First come, first served. When pages run out the youngest running request gives all of its pages back and is computed again later; the
     oldest always gets on, so everything ends."""
 
-    def __init__(self, pool: PagePool, segments: Segments, places: int, max_running: int, step_tokens: int) -> None:
-        self.pool, self.segments, self.places = pool, segments, places
+    def __init__(self, pool: PagePool, storage: KvStorage, segments: Segments, max_running: int, step_tokens: int) -> None:
+        self.pool, self.storage, self.segments, self.places = pool, storage, segments, storage.places
         self.max_running, self.step_tokens = max_running, step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a request and free its pages."""
@@ -55,11 +53,32 @@ class Scheduler:
         """Pages for one more token; younger requests are preempted for it, and the request itself when it is the youngest."""
         while sequence in self.running:
             try:
+                self._own_last_pages(sequence)
                 self._grow(sequence, sequence.computed + 1)
                 return True
             except OutOfPages:
                 self.preempt(max(self.running, key=lambda s: s.order))
         return False
+
+    def _own_last_pages(self, sequence: Sequence) -> None:
+        """Copy the pages the next token is written to where others hold them too."""
+        for segment in range(len(self.segments)):
+            last = sequence.slots(segment, sequence.computed) // self.places
+            if last < len(sequence.pages[segment]) and sequence.pages[segment][last].refs > 1:
+                own = self.pool.allocate(segment)
+                self.storage.copy(sequence.pages[segment][last].units, own.units)
+                self.pool.release(sequence.replace(segment, last, own))
+
+    def fork(self, leader: Sequence, follower: Sequence) -> bool:
+        """Let a request of the same prompt go on from the leader's pages, just computed; False where no more may run."""
+        if len(self.running) >= self.max_running:
+            return False
+        for segment, pages in enumerate(leader.pages):
+            for page in pages[: -(-leader.slots(segment, leader.computed) // self.places)]:
+                follower.hold(segment, self.pool.share(page))
+        follower.follow(leader)
+        self.running.append(follower)
+        return True
 
     def _grow(self, sequence: Sequence, tokens: int) -> None:
         for segment in range(len(self.segments)):
@@ -72,6 +91,10 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         self.running.remove(sequence)
+        self.queue(sequence)
+
+    def queue(self, sequence: Sequence) -> None:
+        """To its place in the queue, by order of arrival."""
         at = sum(waiting.order < sequence.order for waiting in self.waiting)
         self.waiting.insert(at, sequence)
 
@@ -99,13 +122,16 @@ class Scheduler:
             end = min(total, sequence.computed + budget)
             turns.append(Turn(sequence, sequence.computed, end, 0, self.segments.layers))
             return end - sequence.computed
+        if not first:  # tokens are chosen before the first layer: from the whole prompt, and what is dropped passes no layer at all
+            turns.append(Turn(sequence, sequence.computed, total, 0, self.segments.layers))
+            return total - sequence.computed - sequence.plan.dropped[0]
         begin = sequence.computed + sum(len(piece.hidden) for piece in sequence.ahead)
         if begin == total:
             turns.append(Turn(sequence, sequence.computed, total, first, self.segments.layers))
             return total - sequence.computed - sequence.plan.dropped[-1]
         end = min(total, begin + budget)
         whole = begin == sequence.computed and end == total
-        turns.append(Turn(sequence, begin, end, 0, self.segments.layers if whole or not first else first))
+        turns.append(Turn(sequence, begin, end, 0, self.segments.layers if whole else first))
         return end - begin
 
     def _admit(self, sequence: Sequence) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
+from quota.nn.budget import picture_sizes
+from quota.nn.pictures import Pictures
+from quota.nn.select import asks_for_pictures
 from quota.runtime.engine.choice import Attended, Choice
 from quota.runtime.engine.family import Family
-from quota.runtime.engine.plan import Segments, plan_drops
+from quota.runtime.engine.places import Places
+from quota.runtime.engine.plan import Segments, plan_prompt
 from quota.runtime.engine.pool import Page, PagePool
 from quota.runtime.engine.prefix import Content, PageNames, content_of, digest
 from quota.runtime.engine.request import Request, Usage
@@ -48,12 +53,19 @@ class Sequence:
         self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
-        self.visual = np.array([token == family.image_token for token in self.tokens], dtype=bool)
-        self.pictures = [(family.image_digest(image), family.image_tokens(image)) for image in request.prompt.images]
+        _check_tokens(self.tokens, family.vocabulary)
+        ids = torch.tensor(self.tokens, dtype=torch.int64)
+        picture = family.image_index(ids[None])
+        self.visual = (picture[0] >= 0).numpy()
+        sizes = [family.image_tokens(image) for image in request.prompt.images]  # refuses what is no picture, so it comes first
+        self.pictures = [(family.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)]
         self.features: list[Tensor | None] = [None] * len(self.pictures)
         self.selecting = self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
-        self._check(family)
-        self.plan = plan_drops(recipe, segments, int(self.visual.sum()), len(self.pictures))
+        self._check(picture)
+        self.plan = plan_prompt(recipe, segments, picture[0])
+        shown = [family.image_shown(image) for image in request.prompt.images] if recipe is not None and asks_for_pictures(recipe) else None
+        self.raster = Pictures.of(picture, shown)
+        self.places = Places(family.positions(ids, request.prompt.images), self.plan.dropped, recipe, family.biased)
         places = self.visual.nonzero()[0]
         self.first_visual, self.last_visual = (int(places[0]), int(places[-1])) if len(places) else (self.prompt_tokens, -1)
         self.names: list[PageNames] = []
@@ -69,15 +81,12 @@ class Sequence:
         self.detokenizer: Detokenizer | None = None
         self.stops = StopWatch(request.sampling.stop)
         self.kept: dict[int, np.ndarray] = {}  # layer -> prompt tokens alive from there on
+        self.followers: list[Sequence] = []  # requests of the same prompt, which wait for its pages
 
-    def _check(self, family: Family) -> None:
-        visual = sum(tokens for _, tokens in self.pictures)
-        if not self.tokens:
-            raise UsageError("prompt: expected at least one token, got none")
-        if not all(0 <= token < family.vocabulary for token in self.tokens):
-            raise UsageError(f"prompt: expected token ids from 0 to {family.vocabulary - 1}")
-        if visual != int(self.visual.sum()):
-            raise UsageError(f"prompt: {len(self.pictures)} pictures have {visual} visual tokens, the prompt has {int(self.visual.sum())} image tokens")
+    def _check(self, picture: Tensor) -> None:
+        pictures, found = [tokens for _, tokens in self.pictures], picture_sizes(picture)[0]
+        if pictures != found:
+            raise UsageError(f"prompt: expected image tokens for {len(pictures)} pictures of {pictures or 'no'} visual tokens, got {found or 'none'}")
         if not 0 < self.selecting <= self.prompt_tokens or self.visual[self.selecting :].any():
             raise UsageError(f"selection_tokens: expected a part of the prompt that holds every picture, got {self.selecting} of {self.prompt_tokens}")
 
@@ -118,7 +127,24 @@ class Sequence:
     def hold(self, segment: int, page: Page) -> None:
         """Append a page to the block table of a segment."""
         self.pages[segment].append(page)
+        if page.positions is not None:
+            self.places.extend(segment, page.positions)
         self.tables[segment] = np.concatenate([self.tables[segment], np.array(page.units, dtype=np.int32)[:, None]], axis=1)
+
+    def replace(self, segment: int, place: int, page: Page) -> Page:
+        """Put a page with the same content in the place of another, which is returned."""
+        old, self.pages[segment][place] = self.pages[segment][place], page
+        table = self.tables[segment].copy()  # a step may still read the old one
+        table[:, place] = page.units
+        self.tables[segment] = table
+        return old
+
+    def follow(self, leader: Sequence) -> None:
+        """Take over the progress of a request of the same prompt, whose pages are held already."""
+        self.computed = self.cached = leader.computed
+        self.shared, self.published = [0] * len(self.segments), list(leader.published)
+        self.places, self.kept = leader.places.forked(), dict(leader.kept)
+        self.features = [None] * len(self.features)
 
     def release(self, pool: PagePool) -> None:
         """Give every page back and forget all progress; the tokens stay."""
@@ -129,12 +155,14 @@ class Sequence:
             self.tables[segment] = self.tables[segment][:, :0]
             self.shared[segment] = self.published[segment] = 0
         self.computed, self.ahead = 0, []
+        self.places.forget()
 
     def publish(self, pool: PagePool, places: int) -> None:
         """Offer the pages that are full and computed to others."""
         for segment, names in enumerate(self.names):
             full = self.slots(segment, self.computed) // places
             for page in range(self.published[segment], full):
+                self.pages[segment][page].positions = self.places.copied(segment, page * places, (page + 1) * places)
                 pool.publish(self.pages[segment][page], names[page])
                 self.published[segment] = full
 
@@ -164,15 +192,29 @@ class Sequence:
         choice = attended = None
         hidden = self._embedded(family, begin, end)
         if self.chooses and self.recipe is not None:
-            visual = torch.zeros(len(self.tokens), dtype=torch.bool)
-            visual[: self.prompt_tokens] = torch.from_numpy(self.visual)
-            choice = Choice.of_prompt(self.recipe, self.plan.keep, visual, self.selecting, begin)
+            group = torch.full((len(self.tokens),), -1)
+            group[: self.prompt_tokens] = self.plan.group
+            choice = Choice.of_prompt(self.recipe, self.plan.keep, group, self.raster, self.selecting, begin)
         if enter:
             hidden = torch.cat([piece.hidden for piece in self.ahead])
-            attended = Attended.joined([piece.attended for piece in self.ahead if piece.attended is not None])
+            parts = [piece.attended for piece in self.ahead if piece.attended is not None]
+            attended = Attended.joined(parts) if parts else None
         base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
-        compact = self.recipe is not None and self.recipe.position_policy == "compact"
-        return Work(self.tokens[begin:end], begin, base, tuple(self.shared), self.tables, enter, leave, hidden, choice, attended, compact)
+        positions, cached = self.places.of_tokens(begin, end), tuple(self.places.of_slots(s, 0, slots) for s, slots in enumerate(base))
+        return Work(
+            self.tokens[begin:end], positions, base, tuple(self.shared), self.tables, enter, leave, hidden, choice, attended, self.places.compact, cached
+        )
+
+    def advance(self, begin: int, end: int, kept: Mapping[int, Tensor]) -> None:
+        """Tokens begin .. end have passed all layers; kept: layer -> which of them, as rows, were alive from there on."""
+        for layer, rows in kept.items():
+            self.kept[layer] = rows.numpy() + begin
+        alive = np.arange(begin, end)
+        for segment, span in enumerate(self.segments.spans):
+            if span[0] in kept:
+                alive = self.kept[span[0]]
+            self.places.put(segment, self.slots(segment, begin), alive)
+        self.computed, self.ahead = end, []
 
     def _embedded(self, family: Family, begin: int, end: int) -> Tensor | None:
         """Hidden states of tokens begin .. end where some are visual; None where the ids say all."""
@@ -184,3 +226,10 @@ class Sequence:
         features: Any = torch.cat([part for part in self.features if part is not None])
         x[: len(inside)][torch.from_numpy(inside)] = features[seen : seen + int(inside.sum())]
         return x
+
+
+def _check_tokens(tokens: list[int], vocabulary: int) -> None:
+    if not tokens:
+        raise UsageError("prompt: expected at least one token, got none")
+    if not all(0 <= token < vocabulary for token in tokens):
+        raise UsageError(f"prompt: expected token ids from 0 to {vocabulary - 1}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ class KvStorage:
     @property
     def nbytes(self) -> int:
         return self.units * self.unit_bytes
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Contents of units `source` to as many units `target`; the two have none in common."""
+        for tensor in (*self.keys, *self.values):
+            tensor[list(target)] = tensor[list(source)]
 
     def write(self, keys: Kv, values: Kv, slot: Tensor) -> None:
         """Rows [1, Hkv, M, ...] to slot int64 [M] = unit * P + place; negative slots are not stored."""
