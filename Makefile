@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint sanitize bench venv schema clean help
+.PHONY: demo test lint sanitize bench ray venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
@@ -15,6 +15,7 @@ help:
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
+	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
 
 venv: $(STAMP)
@@ -64,6 +65,12 @@ sanitize: $(STAMP)
 bench: .venv/.peers
 	$(BIN)/quota bench ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
 	$(BIN)/quota bench tables
+
+# hundreds of megabytes that only --replicas needs
+ray: .venv/.ray
+.venv/.ray: $(STAMP) pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve]'
+	@touch $@
 
 schema: $(STAMP)
 	$(BIN)/python -m quota.core.recipe
