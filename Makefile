@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint sanitize bench gpu-check venv schema clean help
+.PHONY: demo test lint sanitize bench gpu-check ray venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--sections build,ops' for a part, '--dry-run' without one"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
+	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
 
 venv: $(STAMP)
@@ -69,6 +70,11 @@ bench: .venv/.peers
 # The python that has torch with CUDA; a machine with a GPU need not have .venv.
 gpu-check:
 	$(PYTHON) -m quota.bench.gpu $(GPU_ARGS)
+# hundreds of megabytes that only --replicas needs
+ray: .venv/.ray
+.venv/.ray: $(STAMP) pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve]'
+	@touch $@
 
 schema: $(STAMP)
 	$(BIN)/python -m quota.core.recipe

@@ -13,9 +13,11 @@ import inspect
 import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from benchmarks.serve.traffic import picture_bytes
@@ -149,7 +151,7 @@ _WATCHED = ("quota.core.recipe", "quota.server.errors", "quota.server.images", "
 
 
 def guided(seconds: int) -> None:
-    """libFuzzer on raw bytes: the first one chooses the target. Does not return; a crash leaves its input in the working folder."""
+    """libFuzzer on raw bytes, from good inputs on: the first byte chooses the target. Does not return; a crash leaves its input in the working folder."""
     import atheris
 
     parsers: tuple[Callable[[bytes], Any], ...] = (
@@ -168,8 +170,17 @@ def guided(seconds: int) -> None:
             for _, function in inspect.getmembers(owner, inspect.isfunction):
                 if function.__module__ == module:
                     atheris.instrument_func(function)
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096"], one_input)
-    atheris.Fuzz()
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(_seeds()):
+            Path(corpus, str(number)).write_bytes(seed)
+        atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096", corpus], one_input)
+        atheris.Fuzz()
+
+
+def _seeds() -> list[bytes]:
+    """A good input for every target, and for every format of picture."""
+    documents = [bytes([target]) + json.dumps(value).encode() for target, value in enumerate((CHAT, COMPLETION, RECIPE))]
+    return documents + [b"\x03" + picture_bytes(random.Random(number), (24, 24)) for number in range(60)]
 
 
 def main() -> None:

@@ -1,28 +1,44 @@
-"""Soak: thousands of mixed requests against a running server, then the accounts.
+"""Soak: thousands of mixed requests against a server of its own, then the accounts.
 
-    quota serve CHECKPOINT --recipe RECIPE --port 8000 &
-    python -m benchmarks.serve.soak http://127.0.0.1:8000 --requests 10000
+    python -m benchmarks.serve.soak CHECKPOINT --recipe RECIPE --requests 10000 --out soak.json
 
-Ends with status 1 when a good request was not answered as it is alone, a bad one was not refused, a page leaked or memory grew.
+Pictures of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 % of the clients hang up.
+Then a share of the good requests is asked again, one at a time, of a second server that keeps nothing from one request to the next. Ends with
+status 1 when a good request was not answered as it is alone, a bad one was not refused, a page leaked, memory grew, the log holds an error or
+the server did not leave with status 0. The report is written as the run goes, as JSON and as Markdown beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import contextlib
+import io
 import json
+import os
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
+from tqdm import tqdm
 
+from benchmarks.serve.process import Served, served
 from benchmarks.serve.traffic import Asked, request
+from quota.core.files import atomic_write_text
+
+GROWTH_LIMIT = 1.05
+SAMPLES = 120  # readings of the memory in a run
+_ALONE = {"QUOTA_SERVE_PREFIX_CACHE": "false", "QUOTA_SERVE_FEATURE_BYTES": "0", "QUOTA_SERVE_MAX_RUNNING": "1"}
 
 
 @dataclass
@@ -30,7 +46,10 @@ class Account:
     """What happened. `problems` holds at most 20 sentences."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[str] = field(default_factory=Counter)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    good: list[tuple[Asked, Any]] = field(default_factory=list)
     compared: int = 0
     rss_bytes: list[int] = field(default_factory=list)
 
@@ -39,31 +58,54 @@ class Account:
         if len(self.problems) < 20:
             self.problems.append(text)
 
+    def note_pictures(self, asked: Asked) -> None:
+        """Format, mode and size of every picture that was sent well."""
+        if isinstance(asked.body, bytes) or asked.expected == "refusal":
+            return
+        parts = [part for message in asked.body["messages"] if isinstance(message["content"], list) for part in message["content"]]
+        for url in (part["image_url"]["url"] for part in parts if part["type"] == "image_url"):
+            with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+                animated = " animated" if getattr(image, "n_frames", 1) > 1 else ""
+                self.pictures[f"{image.format} {image.mode}{animated}"] += 1
+                self.sizes.append(image.size)
 
-async def soak(url: str, requests: int, clients: int, *, compare: float = 0.2, pid: int | None = None, first: int = 0) -> Account:
-    """Send `requests` mixed requests from `clients` at once; a share `compare` of the good ones is asked again alone afterwards."""
-    account, again = Account(), []
-    limits = httpx.Limits(max_connections=clients + 2)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+
+async def soak(url: str, numbers: range, clients: int, *, compare: float, watch: Callable[[Account], None] | None = None) -> Account:
+    """Send the mixed requests of these numbers from `clients` at once, and wait until the server is idle.
+
+    compare: share of the good ones to keep in `Account.good` with their answers, for `recompute`. watch: called now and then.
+    """
+    account, every = Account(), max(1, len(numbers) // SAMPLES)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients + 2)) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
-        numbers = iter(range(first, first + requests))
+        waiting = iter(numbers)
 
         async def client() -> None:
-            for number in numbers:
+            for number in waiting:
                 asked = request(number, model)
+                account.note_pictures(asked)
                 answer = await _ask(http, asked, account)
                 if answer is not None and random.Random(-number - 1).random() < compare:
-                    again.append((asked, answer))
-                if pid is not None and number % max(1, requests // 50) == 0:
-                    account.rss_bytes.append(rss_bytes(pid))
+                    account.good.append((asked, answer))
+                if watch is not None and number % every == 0:
+                    watch(account)
 
         await asyncio.gather(*(client() for _ in range(clients)))
         await _settle(http, account)
-        for asked, answer in again:
-            account.compared += 1
-            if await _ask(http, asked, Account()) != answer:
-                account.problem(f"request {asked.number}: another answer alone than in company")
     return account
+
+
+async def recompute(url: str, account: Account, model: str, watch: Callable[[Account], None] | None = None) -> None:
+    """Ask the kept good requests again, one at a time; another answer is a problem."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+        for asked, answer in account.good:
+            assert isinstance(asked.body, dict)
+            again = Asked(asked.number, {**asked.body, "model": model}, asked.expected)
+            account.compared += 1
+            if await _ask(http, again, Account()) != answer:
+                account.problem(f"request {asked.number}: another answer alone than in company")
+            if watch is not None and account.compared % 20 == 0:
+                watch(account)
 
 
 async def _ask(http: httpx.AsyncClient, asked: Asked, account: Account) -> Any:
@@ -129,10 +171,6 @@ def metric(text: str, name: str) -> float:
     return float(found[1]) if found else float("nan")
 
 
-def rss_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-
-
 def memory_growth(samples: list[int]) -> float:
     """Median of the last third over the median of the middle third: 1.0 is flat. The first third is warming up."""
     third = len(samples) // 3
@@ -142,24 +180,99 @@ def memory_growth(samples: list[int]) -> float:
     return last[len(last) // 2] / middle[len(middle) // 2]
 
 
+def faults_in(log: Path) -> list[str]:
+    """Lines of the server's log that are errors."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [f"log: {entry['message']} {entry.get('exception', '')[-200:]}" for entry in entries if entry["level"] in ("error", "critical")]
+
+
+def report(account: Account, options: argparse.Namespace, seconds: float, state: str) -> dict[str, Any]:
+    sides = [side for size in account.sizes for side in size]
+    largest = max(account.sizes, key=lambda size: size[0] * size[1], default=None)
+    return {
+        "state": state, "requests": options.requests, "first": options.first, "clients": options.clients, "seconds": round(seconds, 1),
+        "outcomes": dict(sorted(account.outcomes.items())), "answers_kept": len(account.good), "answers_compared_alone": account.compared,
+        "pictures": dict(account.pictures.most_common()), "shortest_side_px": min(sides, default=None), "largest_picture_px": largest,
+        "rss_mb": [round(b / 1e6, 1) for b in account.rss_bytes], "memory_growth": round(memory_growth(account.rss_bytes), 4), "problems": account.problems,
+    }  # fmt: skip
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The report for reading."""
+    rss = found["rss_mb"] or [0.0]
+    third = len(rss) // 3
+    rows = [
+        ("requests", f"{found['requests']} from {found['clients']} clients in {found['seconds']:.0f} s"),
+        *((f"outcome `{name}`", count) for name, count in found["outcomes"].items()),
+        ("good answers computed again alone", f"{found['answers_compared_alone']} of {found['answers_kept']} kept"),
+        ("pictures", f"{sum(found['pictures'].values())}, shortest side {found['shortest_side_px']} px, largest {found['largest_picture_px']}"),
+        ("kinds of picture", ", ".join(f"{name} {count}" for name, count in found["pictures"].items())),
+        ("resident memory, MB", f"{rss[0]:.0f} at first, {min(rss[third:]):.0f} to {max(rss[third:]):.0f} after the first third, {rss[-1]:.0f} at last"),
+        ("memory, last third over middle third", found["memory_growth"]),
+        ("problems", "none" if not found["problems"] else "; ".join(found["problems"])),
+    ]  # fmt: skip
+    return "\n".join([f"# Soak: {found['state']}", "", "`python -m benchmarks.serve.soak`", "", "| what | found |", "|---|---|",
+                      *(f"| {name} | {value} |" for name, value in rows), ""])  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> Account:
+    """The whole soak, report included."""
+    flags = ["--threads", str(options.threads), "--model-name", "soak", *(["--recipe", f"quota={options.recipe}"] if options.recipe else [])]
+    began, account = time.monotonic(), Account()
+
+    def save(state: str) -> None:
+        if options.out is not None:
+            found = report(account, options, time.monotonic() - began, state)
+            atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
+            atomic_write_text(options.out.with_suffix(".md"), markdown(found))
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        log = Path(folder, "log")
+        server = stack.enter_context(served(options.checkpoint, *flags, log=log))
+        bar = stack.enter_context(tqdm(total=options.requests, unit="request", mininterval=2))
+
+        def watch(so_far: Account) -> None:
+            nonlocal account
+            account = so_far
+            account.rss_bytes.append(server.rss_bytes())
+            bar.update(sum(account.outcomes.values()) - bar.n)
+            save("running")
+
+        numbers = range(options.first, options.first + options.requests)
+        account = asyncio.run(soak(server.url, numbers, options.clients, compare=options.compare, watch=watch))
+        _close(account, server, log)
+        alone = stack.enter_context(served(options.checkpoint, *flags, environment=_ALONE))
+        asyncio.run(recompute(alone.url, account, "soak", lambda _: save("comparing")))
+    save("finished")
+    return account
+
+
+def _close(account: Account, server: Served, log: Path) -> None:
+    growth = memory_growth(account.rss_bytes)
+    if growth > GROWTH_LIMIT:
+        account.problem(f"memory grew by {100 * (growth - 1):.1f} %")
+    if server.process.poll() is not None:
+        account.problem(f"the server ended in the middle with status {server.process.returncode}")
+    elif status := server.stop():
+        account.problem(f"the server left with status {status} after SIGTERM")
+    for text in faults_in(log):
+        account.problem(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--recipe", help="recipe of the server; requests use it, other keep ratios of it, and none")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--compare", type=float, default=0.1, help="share of the good requests that is asked again alone")
-    parser.add_argument("--pid", type=int, help="process of the server, to watch its memory")
+    parser.add_argument("--compare", type=float, default=0.05, help="share of the good requests that is asked again alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first request; other numbers, other requests")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="where the report goes, a .json; the Markdown lies beside it")
     options = parser.parse_args()
-    began = time.monotonic()
-    account = asyncio.run(soak(options.url, options.requests, options.clients, compare=options.compare, pid=options.pid, first=options.first))
-    growth = memory_growth(account.rss_bytes)
-    if growth > 1.05:
-        account.problem(f"memory grew by {100 * (growth - 1):.1f} %")
-    report = {"requests": options.requests, "clients": options.clients, "seconds": round(time.monotonic() - began, 1), "outcomes": dict(account.outcomes),
-              "compared": account.compared, "rss_mb": [round(b / 1e6) for b in account.rss_bytes[:: max(1, len(account.rss_bytes) // 10)]],
-              "memory_growth": round(growth, 4), "problems": account.problems}  # fmt: skip
-    print(json.dumps(report, indent=1))
+    os.environ["QUOTA_SERVE_KV_BYTES"] = os.environ.get("QUOTA_SERVE_KV_BYTES", str(64 << 20))
+    account = run(options)
+    print(markdown(report(account, options, 0.0, "finished")) if options.out is None else options.out.with_suffix(".md").read_text(encoding="utf-8"))
     sys.exit(bool(account.problems))
 
 

@@ -29,12 +29,14 @@ class Asked:
 
 
 def picture_bytes(rng: random.Random, largest: tuple[int, int] = (4000, 3000)) -> bytes:
-    """An encoded picture of random size, mode and format; small ones are likelier. Never a strip the server refuses."""
+    """An encoded picture of random size, mode and format; small ones are likelier, and one in a hundred is 1 x 1 or as large as may be. Never a
+    strip the server refuses."""
     width, height = (max(1, int(limit ** rng.random())) for limit in largest)
     width, height = max(width, -(-height // MAX_ASPECT)), max(height, -(-width // MAX_ASPECT))
+    if rng.random() < 0.01:
+        width, height = rng.choice(((1, 1), largest))
     mode = rng.choice(MODES)
-    noise = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
-    image = Image.fromarray(noise).resize((width, height), Image.Resampling.NEAREST)
+    image = _noise(rng, -(-width // 8), -(-height // 8)).resize((width, height), Image.Resampling.NEAREST)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     else:
@@ -49,6 +51,10 @@ def picture_bytes(rng: random.Random, largest: tuple[int, int] = (4000, 3000)) -
     else:
         image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _noise(rng: random.Random, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def data_url(data: bytes) -> str:
@@ -86,11 +92,14 @@ def request(number: int, model: str, max_tokens: int = 24) -> Asked:
 
 
 def _malformed(rng: random.Random, model: str) -> dict[str, Any] | bytes:
-    damaged = bytearray(picture_bytes(rng, (200, 200)))
-    del damaged[rng.randint(1, 24) :]
+    header = picture_bytes(rng, (200, 200))[: rng.randint(1, 24)]
+    buffer = io.BytesIO()
+    _noise(rng, 64, 64).save(buffer, rng.choice(("PNG", "JPEG")))
+    half = buffer.getvalue()[: len(buffer.getvalue()) // 2]
     good = {"model": model, "messages": [user("yes ?")]}
     return rng.choice((
-        b"{", b"", b"\xff", b'{"model": 3}', {**good, "messages": []}, {**good, "temperature": 9}, {**good, "messages": [user("x", bytes(damaged))]},
+        b"{", b"", b"\xff", b'{"model": 3}', {**good, "messages": []}, {**good, "temperature": 9},
+        {**good, "messages": [user("x", header)]}, {**good, "messages": [user("x", half)]},
         {**good, "model": "another"}, {**good, "no_such_field": 1}, {**good, "messages": [user("see <image> here")]}, {**good, "max_tokens": -1},
         {**good, "messages": [user("x", b"not a picture")]}, {**good, "messages": [user("yes " * 20_000)]},
         {**good, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]},

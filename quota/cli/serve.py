@@ -37,6 +37,10 @@ def serve(
     image_host: Annotated[list[str] | None, typer.Option("--image-host", help="Host that pictures may be fetched from; repeat. None by default.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option("--cors-origin", help="Origin that browsers may call from; repeat. None by default.")] = None,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="Structured log; default: standard error.")] = None,
+    replicas: Annotated[int | None, typer.Option("--replicas", help="Engine processes behind Ray Serve; default: one engine, without Ray.")] = None,
+    session_affinity: Annotated[
+        bool | None, typer.Option("--session-affinity", help="With --replicas: the same x-session-id header meets the same replica and its warm cache.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")] = None,
 ) -> None:
     """Serve a quantized model to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models, /health, /ready, /metrics.
@@ -46,6 +50,8 @@ def serve(
     **Examples**
 
         quota serve demo-out/quantized --recipe quota=demo-out/recipe.json
+
+        quota serve CHECKPOINT --replicas 4 --threads 8 --session-affinity      # needs quota[ray]; kill -HUP restarts them one by one
 
         QUOTA_SERVE_MAX_IMAGES=2 quota serve CHECKPOINT --port 9000 --kv-memory 2G --api-key-file keys.txt
     """
@@ -58,6 +64,7 @@ def serve(
         "checkpoint": checkpoint, "recipes": tuple(recipe or ()), "host": host, "port": port, "model_name": name, "kv_bytes": parse_bytes(kv_memory),
         "max_running": max_running, "max_waiting": max_waiting, "threads": threads, "api_key_file": str(api_key_file) if api_key_file else None,
         "image_hosts": tuple(image_host or ()), "cors_origins": tuple(cors_origin or ()), "log_file": str(log_file) if log_file else None,
+        "replicas": replicas, "session_affinity": session_affinity,
     }  # fmt: skip
     made = settings(flags, config)
     check_checkpoint(made.checkpoint)

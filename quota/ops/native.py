@@ -198,7 +198,7 @@ def w4a16_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None = None) -
     if layout is None:
         layout = weight.layouts["native"] = weight.panels(_PANEL)
         release_pages(weight.w_q.data_ptr(), weight.w_q.numel())
-    y = _bound.w4a16_linear(x.float().contiguous(), *layout, weight.n, _dense(bias))
+    y = _bound.w4a16_linear(x.float().contiguous(), *layout, weight.n, dense(bias))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 

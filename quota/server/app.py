@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -24,8 +24,11 @@ from quota.server.service import Service, Spoken
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
-def create_app(service: Service) -> FastAPI:
-    """Routes over one engine. Nothing about the interpreter or the schema is served: no docs pages."""
+def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None = None) -> FastAPI:
+    """Routes over one engine. Nothing about the interpreter or the schema is served: no docs pages.
+
+    scrape: what /metrics answers instead of this engine's metrics, where there are several engines.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -39,12 +42,12 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Around, service=service)
     if service.settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
-    _add_probes(app, service)
+    _add_probes(app, service, scrape)
     _add_completions(app, service)
     return app
 
 
-def _add_probes(app: FastAPI, service: Service) -> None:
+def _add_probes(app: FastAPI, service: Service, scrape: Callable[[], Awaitable[bytes]] | None) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         alive = service.engine.healthy
@@ -57,7 +60,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = await scrape() if scrape is not None else service.metrics.text()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Settings(Document):
     max_image_pixels: int = Field(default=40_000_000, ge=1)
     image_hosts: tuple[str, ...] = Field(default=(), description="hosts pictures may be fetched from; none: only data URLs")
     image_timeout_s: float = Field(default=10.0, gt=0)
+    replicas: int = Field(default=0, ge=0, le=100, description="engine processes behind Ray Serve; 0: one engine in this process, without Ray")
+    session_affinity: bool = Field(default=False, description="with replicas: requests with the same x-session-id header meet the same replica")
     drain_s: float = Field(default=30.0, ge=0, description="how long a stopping server finishes what runs")
     log_file: str | None = Field(default=None, description="JSON lines; default: standard error")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from quota.runtime.engine import Engine, Usage
 
@@ -76,3 +80,23 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Merged(Collector):
+    def __init__(self, texts: Mapping[str, bytes]) -> None:
+        self.texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, text in sorted(self.texts.items()):
+            for family in text_string_to_metric_families(text.decode()):
+                known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                known.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
+        yield from families.values()
+
+
+def merged(texts: Mapping[str, bytes]) -> bytes:
+    """One exposition from those of several replicas (name -> text); every sample is labelled with its replica."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(texts))
+    return generate_latest(registry)

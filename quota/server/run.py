@@ -12,6 +12,7 @@ from quota.core.errors import UsageError
 from quota.server.app import create_app
 from quota.server.config import Settings
 from quota.server.logs import configure
+from quota.server.protocol import PatientProtocol
 from quota.server.service import Service, with_model
 
 log = logging.getLogger("quota.server")
@@ -51,9 +52,15 @@ def serve(settings: Settings) -> None:
     if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.accepted_keys():
         raise UsageError(f"host: {settings.host} is reachable from elsewhere; give API keys (--api-key-file), or listen on 127.0.0.1")
     configure(settings.log_file)
+    if settings.replicas:
+        from quota.server.replicas import serve_replicas
+
+        serve_replicas(settings)
+        return
     service = with_model(settings)
     config = uvicorn.Config(
         create_app(service), host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
+        loop="asyncio", http=PatientProtocol,  # not whatever else is installed
         timeout_keep_alive=15, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     log.info("serving", extra={"model": service.name, "recipes": service.recipes, "host": settings.host, "port": settings.port})

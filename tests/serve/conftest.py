@@ -18,6 +18,7 @@ from quota.nn import quantize_rtn
 from quota.scenes.model import build_config, build_model, build_processor
 from quota.server.app import create_app
 from quota.server.config import Settings
+from quota.server.protocol import PatientProtocol
 from quota.server.service import Service
 from tests.nn.recipes import recipe_for
 from tests.one_thread import one_thread
@@ -72,7 +73,7 @@ class Host:
     """uvicorn on a thread."""
 
     def __init__(self, service: Service) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_config=None, access_log=False))
+        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_config=None, access_log=False, http=PatientProtocol))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
         until = time.monotonic() + 20

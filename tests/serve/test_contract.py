@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from quota.runtime.patch import patched
+from quota.server.config import Settings
+from quota.server.schemas import ChatRequest, CompletionRequest
 from tests.nn.recipes import recipe_for
 from tests.serve.pictures import noise, user
 
@@ -76,6 +82,73 @@ def test_stop_texts_and_limits(server):
     assert cut.choices[0].finish_reason == "stop"
     short = ask(server, question, max_completion_tokens=2, temperature=1.0, seed=3)
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
+
+
+def test_every_parameter_of_a_chat(server):
+    """What docs/serving.md lists, through the official client; the ones with no effect of their own are at least accepted."""
+    question = user("describe the picture .", noise(seed=6))
+    accepted = {
+        "response_format": {"type": "text"}, "user": "somebody", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "top_p": 1.0,
+    }  # fmt: skip
+    greedy = ask(server, question, max_tokens=12)
+    assert ask(server, question, max_tokens=12, **accepted).choices == greedy.choices
+    for narrow in ({"top_p": 1e-9}, {"extra_body": {"top_k": 1}}):
+        assert ask(server, question, max_tokens=12, temperature=1.5, seed=8, **narrow).choices == greedy.choices
+    several = ask(server, question, max_tokens=12, temperature=1.5, seed=8, n=3).choices
+    assert len({choice.message.content for choice in several}) == 3
+    for index, choice in enumerate(several):
+        assert ask(server, question, max_tokens=12, temperature=1.5, seed=8 + index).choices[0].message.content == choice.message.content
+    longer = ask(server, question, max_completion_tokens=40, max_tokens=3, extra_body={"ignore_eos": True})
+    assert longer.usage.completion_tokens == 40 and longer.choices[0].finish_reason == "length"
+    system, developer = ([{"role": role, "content": "answer yes or no ."}, question] for role in ("system", "developer"))
+    assert ask(server, *system).choices == ask(server, *developer).choices
+    parts = user("describe the picture .", noise(seed=6))
+    parts["content"][0]["image_url"]["detail"] = "high"
+    assert ask(server, parts, max_tokens=12).choices == greedy.choices
+
+
+def test_logprobs_are_of_the_text(server):
+    answer = ask(server, user("describe the picture .", noise(seed=6)), max_tokens=12, logprobs=True, top_logprobs=3)
+    entries = answer.choices[0].logprobs.content
+    words = [entry.token.strip() for entry in entries]  # this tokenizer has a token per word
+    assert [word for word in words if word != "<unk>"] == answer.choices[0].message.content.split() and len(words) == 12
+    for entry in entries:
+        values = [other.logprob for other in entry.top_logprobs]
+        assert len(values) == 3 and values == sorted(values, reverse=True) and entry.logprob == values[0] <= 0  # greedy: the first is the chosen one
+        assert bytes(entry.bytes).decode() == entry.token
+    assert ask(server, user("yes ?")).choices[0].logprobs is None
+
+
+def test_every_parameter_of_a_completion(server):
+    def complete(**options):
+        return server.client.completions.create(**{"model": "tiny", "prompt": "USER : yes ?", "max_tokens": 8, "temperature": 0, **options})
+
+    greedy = complete()
+    extra = {"echo": False, "best_of": 1, "suffix": None, "user": "somebody", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
+    assert complete(**extra).choices == greedy.choices
+    assert complete(temperature=1.5, seed=2, extra_body={"top_k": 1}).choices == complete(temperature=1.5, top_p=1e-9).choices == greedy.choices
+    several = complete(prompt=["USER : yes ?", "where ?"], temperature=1.5, seed=2, n=2).choices
+    assert [choice.index for choice in several] == [0, 1, 2, 3]
+    alone = [complete(prompt=prompt, temperature=1.5, seed=seed).choices[0].text for prompt in ("USER : yes ?", "where ?") for seed in (2, 3)]
+    assert [choice.text for choice in several] == alone
+    *pieces, last = complete(stream=True, stream_options={"include_usage": True}, logprobs=2)
+    assert "".join(piece.choices[0].text for piece in pieces) == greedy.choices[0].text
+    assert last.choices == [] and last.usage.completion_tokens == greedy.usage.completion_tokens
+    assert sum(len(piece.choices[0].logprobs.tokens) for piece in pieces) == greedy.usage.completion_tokens
+    words = greedy.choices[0].text.split(" ")
+    assert complete(stop=" " + words[2]).choices[0].text == greedy.choices[0].text.split(" " + words[2])[0]
+
+
+def test_the_page_lists_what_there_is(server):
+    """docs/serving.md names every parameter, setting and metric, and no other."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    metrics = {family.name for family in text_string_to_metric_families(server.service.metrics.text().decode()) if not family.name.endswith("_created")}
+    for heading, names in (
+        ("Parameters", set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)), ("Settings", set(Settings.model_fields)), ("Metrics", metrics),
+    ):  # fmt: skip
+        section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        listed = {name for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+        assert listed == names, heading
 
 
 def test_second_turn_keeps_the_first_selection(server):

@@ -22,6 +22,7 @@ import pytest
 from quota.core.errors import UsageError
 from quota.server.config import settings
 from quota.server.logs import CountingHandler
+from quota.server.protocol import PatientProtocol
 from tests.serve.pictures import noise, user
 
 LONG = {"temperature": 1.0, "seed": 1, "max_tokens": 2000, "stop": None}
@@ -55,6 +56,19 @@ def test_a_client_that_leaves_frees_its_pages(server, stream):
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: running(server) > 0 and server.service.engine.engine.stats.batch > 0)
     server.idle()
+
+
+def test_a_client_that_does_not_read_holds_no_pages(server):
+    """Its answer is computed to the end and waits in memory; the pages are free long before it is read."""
+    body = json.dumps({**endless(), "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    address = httpx.URL(server.url)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((address.host, address.port))
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_for(lambda: running(server) > 0)
+        server.idle(60)
+        assert raw.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_full_queue(serving):
@@ -164,6 +178,19 @@ def test_slow_bodies_are_cut_off(serving):
         assert b" 408 " in raw.recv(4096).split(b"\r\n")[0]
 
 
+def test_headers_that_do_not_come_are_not_awaited(server, monkeypatch):
+    monkeypatch.setattr(PatientProtocol, "headers_s", 0.3)
+    address = httpx.URL(server.url)
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    for sent, answers in ((b"", 0), (b"GET /health HT", 0), (whole + b"GET /", 1)):
+        with socket.create_connection((address.host, address.port), timeout=10) as raw:
+            raw.sendall(sent)
+            found = b"".join(iter(lambda: raw.recv(4096), b""))  # until the server closes
+        assert found.count(b"HTTP/1.1 200") == answers
+    with httpx.Client() as http:  # one connection
+        assert all(http.get(f"{server.url}/health").status_code == 200 for _ in range(3) if not time.sleep(0.2))
+
+
 def test_settings(tmp_path):
     file = tmp_path / "serve.toml"
     file.write_text('checkpoint = "a"\nport = 1\nmax_images = 3\n')
@@ -201,12 +228,12 @@ def folder(model, recipe_file, tmp_path_factory):
 class Process:
     """`quota serve` in a process of its own."""
 
-    def __init__(self, folder: Path, recipe_file: str, log: Path) -> None:
+    def __init__(self, folder: Path, recipe_file: str, log: Path, *flags: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-m", "quota.cli.main", "serve", str(folder), "--recipe", f"q={recipe_file}", "--port", str(self.port), "--threads", "1"]
         self.log = log.open("wb")
-        self.process = subprocess.Popen([*command, "--kv-memory", "4M"], stderr=self.log, stdout=self.log, env=os.environ)
+        self.process = subprocess.Popen([*command, "--kv-memory", "4M", *flags], stderr=self.log, stdout=self.log, env=os.environ)
         self.url = f"http://127.0.0.1:{self.port}"
 
     def wait_until_ready(self) -> None:
@@ -258,7 +285,7 @@ def test_sigterm_drains(process):
 
 @pytest.mark.slow
 def test_sigkill_leaves_nothing_behind(process, folder, recipe_file, tmp_path):
-    """Killed under load, a new process on the same files serves the same answers."""
+    """Killed under load, a new process on the same files serves the same answers, even with no room left for its log."""
     question = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
     before = httpx.post(f"{process.url}/v1/chat/completions", json=question, timeout=60).json()["choices"]
     with ThreadPoolExecutor(4) as threads:
@@ -266,7 +293,7 @@ def test_sigkill_leaves_nothing_behind(process, folder, recipe_file, tmp_path):
         time.sleep(0.5)
         process.process.kill()
         assert all(isinstance(one.exception(30), httpx.TransportError) for one in load)
-    again = Process(folder, recipe_file, tmp_path / "again")
+    again = Process(folder, recipe_file, tmp_path / "again", "--log-file", "/dev/full")
     try:
         again.wait_until_ready()
         assert httpx.post(f"{again.url}/v1/chat/completions", json=question, timeout=60).json()["choices"] == before

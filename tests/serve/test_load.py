@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import os
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.serve.fuzz import CHAT, RECIPE, fuzz
-from benchmarks.serve.soak import memory_growth, soak
+from benchmarks.serve.soak import faults_in, markdown, memory_growth, recompute, report, soak
 from benchmarks.serve.throughput import body, measure
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe
@@ -19,11 +19,24 @@ from quota.server.schemas import ChatRequest
 
 
 def test_mixed_load(serving):
-    server = serving(kv_bytes=1 << 20)
-    account = asyncio.run(soak(server.url, 45, 6, compare=0.3, pid=os.getpid()))
+    """The accounts balance, answers are those given alone by a server that keeps nothing, and an answer that is not would be noticed."""
+    server, alone = serving(kv_bytes=1 << 20), serving(prefix_cache=False, feature_bytes=0, max_running=1)
+    account = asyncio.run(soak(server.url, range(45), 6, compare=0.3, watch=lambda so_far: so_far.rss_bytes.append(1_000_000)))
+    asyncio.run(recompute(alone.url, account, "tiny"))
     assert not account.problems, account.problems
     assert account.compared > 5 and account.outcomes["left"] and account.outcomes["refusal: 400"]
     server.idle()
+    found = report(account, argparse.Namespace(requests=45, first=0, clients=6), 1.0, "finished")
+    assert sum(found["pictures"].values()) > 20 and len(found["pictures"]) > 5 and "| problems | none |" in markdown(found)
+    account.good = [(account.good[0][0], [("another answer", "stop")])]
+    asyncio.run(recompute(alone.url, account, "tiny"))
+    assert "alone" in account.problems[0]
+
+
+def test_faults_of_the_log_are_noticed(tmp_path):
+    log = tmp_path / "log"
+    log.write_text('{"level": "info", "message": "fine"}\n{"level": "error", "message": "a step failed", "exception": "ValueError: x"}\n')
+    assert faults_in(log) == ["log: a step failed ValueError: x"]
 
 
 def test_growth_is_noticed():
