@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     class Context(Protocol):
         """Where an op is asked to run: torch's type of device, and which of them."""
 
-        device: str
-        index: int
+        @property
+        def device(self) -> str: ...
+
+        @property
+        def index(self) -> int: ...
 
     from quota.ops.kv4_attention import Kv
     from quota.ops.w4a4_linear import PackedWeight
