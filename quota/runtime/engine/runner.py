@@ -201,9 +201,8 @@ class Runner:
     def _own_record(self, flight: _Flight, layer: int, rows: int) -> Record:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
         segment = self._segment_of[layer]
-        positions = torch.from_numpy(flight.positions(segment - 1)[:, :rows].copy())
-        q, *new = self.family.project(layer, flight.x[:rows], self.family.rotary(positions))
-        keys, values = new
+        positions = flight.positions(segment - 1)[:, :rows].copy()
+        q, keys, values = self.family.project(layer, flight.x[:rows], self.family.rotary(torch.from_numpy(positions)))
         base = flight.work.base[segment]
         cached = (keys, values)
         if base:
@@ -213,7 +212,7 @@ class Runner:
         if q.shape[-1] > self.family.head_dim:
             known = flight.work.cached[segment]
             assert known is not None
-            angles = self.family.angles(torch.cat([torch.from_numpy(known), positions], 1)[:, None])
+            angles = self.family.angles(torch.from_numpy(np.concatenate([known, positions], axis=1)[:, None]))
         _, lse = ops.kv4_attention(q, *cached, base + rows, torch.zeros(1, dtype=torch.int32), self.family.scaling, angles)
         return Attended(q, keys, lse, None if angles is None else angles[..., base:]).record(rows, self.family.scaling)
 
