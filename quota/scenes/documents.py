@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from quota.scenes.generate import Question
-from quota.scenes.pages import INK, Box, Mark, Page, paper, write
+from quota.scenes.pages import GRID_PX, INK, Box, Mark, Page, paper, write
 from quota.scenes.vocabulary import COLUMNS, ITEMS, NUMBERS
 
 SIZES = ((160, 160), (240, 160), (240, 240), (320, 160))
@@ -27,16 +27,16 @@ def _layout(page: Page) -> tuple[list[Mark], Box]:
     """Every word and digit with the centre of its cell, and the frame of the table."""
     columns, rows = page.content
     rng = page.seed("layout")
-    pitch = min(84.0, (page.width_px - 12) / (len(columns) + 1))
-    spare_x, spare_y = page.width_px - pitch * (len(columns) + 1) - 8, page.height_px - _ROW_PX * (len(rows) + 1) - 8
-    left, top = 4 + rng.random() * max(0.0, spare_x), 4 + rng.random() * max(0.0, spare_y)
+    pitch = 80 if page.width_px > 80 * (len(columns) + 1) else 60
+    width, height = pitch * (len(columns) + 1), _ROW_PX * (len(rows) + 1)
+    left, top = (GRID_PX * int(rng.integers(0, max(0, side - used - 1) // GRID_PX + 1)) for side, used in ((page.width_px, width), (page.height_px, height)))
     cells = [("item", *columns), *((item, *map(str, values)) for item, values in rows)]
     found = []
     for i, cell_row in enumerate(cells):
         for j, text in enumerate(cell_row):
             x, y, half = left + (j + 0.5) * pitch, top + (i + 0.5) * _ROW_PX, 5 if len(text) == 1 else 24
             found.append(Mark((x - half, y - 9, x + half, y + 9), text))
-    return found, (left, top, left + pitch * (len(columns) + 1), top + _ROW_PX * len(cells))
+    return found, (left, top, left + width, top + height)
 
 
 def marks(page: Page) -> list[Mark]:

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from quota.scenes.generate import seeded
-from quota.scenes.vocabulary import COLORS, DIGITS, NUMBERS, READABLE
+from quota.scenes.vocabulary import COLORS, DIGITS, NUMBERS, QWEN_PATCH_SIZE, READABLE
 
 FONT_PX = 18
+GRID_PX = QWEN_PATCH_SIZE  # words stand on a grid of patches, as type does: a tower this small learns to read in minutes, not days
 INK = (24, 24, 28)
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from quota.scenes.generate import Question
-from quota.scenes.pages import FONT_PX, Mark, Page, paper, text_width_px, write
+from quota.scenes.pages import FONT_PX, GRID_PX, Mark, Page, paper, text_width_px, write
 from quota.scenes.vocabulary import COLORS, SIGN_WORDS
 
 SIZES = ((240, 160), (160, 240), (240, 240), (320, 240))
@@ -23,7 +23,8 @@ def make(rng: np.random.Generator, width_px: int, height_px: int) -> tuple[tuple
     for word, color in zip((SIGN_WORDS[i] for i in words), (tuple(COLORS)[i] for i in colors), strict=True):
         half_width, half_height = _half(word)
         for _ in range(40):  # where no place is left the page has a plate less
-            x, y = int(rng.integers(half_width + 2, width_px - half_width - 1)), int(rng.integers(half_height + 2, height_px - half_height - 1))
+            x, y = (GRID_PX * int(rng.integers(-(-(half + 2) // GRID_PX), (side - half - 2) // GRID_PX + 1))
+                    for half, side in ((half_width, width_px), (half_height, height_px)))  # fmt: skip
             if all(abs(x - o[2]) > half_width + _half(o[0])[0] + 6 or abs(y - o[3]) > half_height + _half(o[0])[1] + 6 for o in plates):
                 plates.append((word, color, x, y))
                 break
