@@ -79,7 +79,7 @@ def run_tasks(model: Any, plan: Plan, manager: Any) -> dict[str, Benchmark]:
         try:
             done = evaluator.simple_evaluate(
                 model=model, tasks=list(tasks.values()), limit=plan.limit, bootstrap_iters=0, task_manager=manager, process_docs_parallel=1,
-                verbosity="ERROR", cli_args=argparse.Namespace(output_path=str(plan.out)),
+                verbosity="ERROR", cli_args=argparse.Namespace(output_path=str(plan.out), process_with_media=False),
             )  # fmt: skip
         except QuotaError:
             raise

@@ -52,9 +52,9 @@ def test_wrong_values(llava_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         Quota(pretrained=str(tmp_path / "nowhere"))
     (tmp_path / "r.json").write_text("{")
-    with pytest.raises(RecipeError, match="r.json"):
+    with pytest.raises(RecipeError, match=r"r\.json"):
         Quota(pretrained=str(llava_folder), recipe=str(tmp_path / "r.json"))
-    with pytest.raises(UsageError, match="device.*warp9"):
+    with pytest.raises(UsageError, match=r"device.*warp9"):
         Quota(pretrained=str(llava_folder), device="warp9")
 
 
@@ -114,7 +114,7 @@ def test_sampling_and_other_kinds_of_task_are_refused(llava_folder: Path, manage
     from lmms_eval import evaluator
 
     made = Quota(pretrained=str(llava_folder))
-    with pytest.raises(UsageError, match="quota_scenes_choice.*answers greedily"):
+    with pytest.raises(UsageError, match=r"quota_scenes_choice.*answers greedily"):
         evaluator.simple_evaluate(model=made, tasks=["quota_scenes_choice"], task_manager=manager, limit=1, gen_kwargs="temperature=0.7", bootstrap_iters=0)
     for method in (made.loglikelihood, made.generate_until_multi_round):
         with pytest.raises(QuotaError, match="generate_until"):
