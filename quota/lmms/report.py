@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -106,7 +107,7 @@ def timed_questions(samples: dict[str, list[Conversation]], wrapper: Wrapper) ->
     if not with_picture:
         raise UsageError("tasks: none asks about at most one picture in one turn, so no single request can be timed")
     return [
-        Question(f"timed-{number}", task, one.text, "", (lambda one=one: wrapper.prepare(one.pictures[0])) if one.pictures else None)
+        Question(f"timed-{number}", task, one.text, "", partial(wrapper.prepare, one.pictures[0]) if one.pictures else None)
         for number, (task, one) in enumerate(with_picture[:TIMED])
     ]
 
@@ -131,7 +132,7 @@ def summarise_tasks(rows: Sequence[Configuration], outcomes: dict[str, Outcome],
     others = [row.name for row in rows if row.name != FLOAT]
     return TaskReport(
         tasks={task: b.metric for task, b in tasks.items()}, questions={task: len(b.answers) for task, b in tasks.items()},
-        data=settings.plan.data and str(settings.plan.data), limit=settings.plan.limit, batch=settings.batch, lmms_eval=version("lmms_eval"),
+        data=None if settings.plan.data is None else str(settings.plan.data), limit=settings.plan.limit, batch=settings.batch, lmms_eval=version("lmms_eval"),
         image_backend=BACKEND, device=settings.device, resamples=settings.resamples, seed=settings.seed, timed_requests=TIMED,
         rows=[_row(row, outcomes, interval(totals[row.name], draws[row.name]) if known else None, settings) for row in rows],
         comparisons=[_compare(later, others[0], totals, draws) for later in others[1:] if known],
@@ -161,7 +162,8 @@ def _row(row: Configuration, outcomes: dict[str, Outcome], retained: Interval | 
         loyal, loyal_by_task = interval(retention(same, all_same), drawn), {task: round(100 * float(v.mean()), 3) for task, v in same.items()}
     layers = [fmean(r["visual_tokens_by_layer"]) for r in own.records]
     return TaskRow(
-        name=row.name, checkpoint=row.checkpoint, recipe=row.recipe and str(row.recipe), scores={task: b.score for task, b in own.benchmarks.items()},
+        name=row.name, checkpoint=row.checkpoint, recipe=None if row.recipe is None else str(row.recipe),
+        scores={task: b.score for task, b in own.benchmarks.items()},
         retention=retained, retention_by_task=by_task, loyalty=loyal, loyalty_by_task=loyal_by_task,
         visual_tokens=round(fmean(r["visual_tokens"] for r in own.records), 3), average_visual_tokens=round(fmean(layers), 3),
         compute_ratio=round(own.compute_ratio, 6), kv_bytes=own.spent.kv_bytes, prefill_ms=round(own.spent.prefill_ms, 3),

@@ -69,7 +69,7 @@ def test_report_compares_with_the_float_row(tmp_path: Path) -> None:
     assert TaskReport.model_validate_json(report.model_dump_json()) == report
     text = markdown(report)
     assert "| q+r" in text and "No GPU was used" in text and "66.7" in text
-    alone = summarise_tasks(rows[1:2], done, EvalSettings(Plan(("x",), tmp_path), resamples=400))
+    alone = summarise_tasks(rows[1:2], {"q": done["q"]}, EvalSettings(Plan(("x",), tmp_path), resamples=400))
     assert alone.rows[0].retention is None and alone.rows[0].loyalty is None
 
 
