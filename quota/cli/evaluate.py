@@ -99,7 +99,7 @@ def _by_lmms_eval(
     from quota.lmms.run import Plan, check_installed
 
     check_installed()
-    from quota.lmms.report import FLOAT, Configuration, EvalSettings, evaluate_tasks, task_table, write_report
+    from quota.lmms.report import FLOAT, Configuration, EvalSettings, evaluate_tasks, task_tables, write_report
 
     own = Path(checkpoint).name
     rows = [Configuration(FLOAT, model)] if model else []
@@ -117,4 +117,6 @@ def _by_lmms_eval(
         return
     from rich.console import Console
 
-    Console(width=max(notes().width, 160)).print(task_table(report))
+    console = Console(width=max(notes().width, 126))
+    for table in task_tables(report):
+        console.print(table)

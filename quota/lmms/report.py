@@ -184,53 +184,60 @@ def _same(own: Benchmark, reference: Benchmark) -> np.ndarray:
 # -- faces ---------------------------------------------------------------------------------------------------------------
 
 
-def _columns(report: TaskReport) -> tuple[list[str], list[list[str]]]:
+def _summary(report: TaskReport) -> tuple[list[str], list[list[str]]]:
     compared = report.rows[0].loyalty is not None
-    columns = ["row", *(["retention", "loyalty"] if compared else []), *report.tasks, "visual tokens", "compute", "KV", "prefill", "decode"]
-    rows = []
-    for row in report.rows:
-        ratios = [_span(row.retention), _span(row.loyalty)] if compared else []
-        scores = [f"{row.scores[task]:.4g}" + _ratio(row.retention_by_task.get(task)) for task in report.tasks]
-        rows.append([
-            row.name, *ratios, *scores, f"{row.average_visual_tokens:.1f}", f"{100 * row.compute_ratio:.1f} %", byte_size(row.kv_bytes),
-            milliseconds(row.prefill_ms), milliseconds(row.decode_ms),
-        ])  # fmt: skip
+    columns = ["row", *(["retention", "loyalty"] if compared else []), "visual tokens", "compute", "KV", "prefill", "decode"]
+    rows = [
+        [
+            row.name, *([_span(row.retention), _span(row.loyalty)] if compared else []), f"{row.average_visual_tokens:.1f}", f"{100 * row.compute_ratio:.1f} %",
+            byte_size(row.kv_bytes), milliseconds(row.prefill_ms), milliseconds(row.decode_ms),
+        ] for row in report.rows
+    ]  # fmt: skip
     return columns, rows
+
+
+def _by_task(report: TaskReport) -> tuple[list[str], list[list[str]]]:
+    """Score, and behind it percent of the float row."""
+    cells = [
+        [task, str(asked), *(f"{row.scores[task]:.4g}" + _behind(row, row.retention_by_task.get(task)) for row in report.rows)]
+        for task, asked in report.questions.items()
+    ]
+    return ["task", "questions", *(row.name for row in report.rows)], cells
 
 
 def _span(value: Interval | None) -> str:
     return f"{value.value:.1f} ({value.low:.1f} to {value.high:.1f})" if value else "-"
 
 
-def _ratio(value: Interval | None) -> str:
-    return f" ({value.value:.1f} %)" if value else ""
+def _behind(row: TaskRow, value: Interval | None) -> str:
+    return f" = {value.value:.1f} % ({value.low:.1f} to {value.high:.1f})" if value and row.name != FLOAT else ""
 
 
-def task_table(report: TaskReport) -> Table:
+def task_tables(report: TaskReport) -> list[Table]:
     """For a terminal."""
-    return rich_table(*_columns(report), title=f"{sum(report.questions.values())} questions of {len(report.tasks)} tasks")
+    return [rich_table(*_summary(report)), rich_table(*_by_task(report))]
 
 
 def markdown(report: TaskReport) -> str:
-    """Rows, differences, intervals per task, and how it was measured."""
-    parts = ["### Evaluation by lmms-eval", markdown_table(*_columns(report))]
+    """Rows, scores per task, differences, and how it was measured."""
+    parts = ["### Evaluation by lmms-eval", markdown_table(*_summary(report)), markdown_table(*_by_task(report))]
     if report.comparisons:
         words = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}
         parts.append("\n".join(
             f"- {c.row} {words[c.verdict]} {c.against}: {c.difference.value:+.2f} points of retention ({c.difference.low:+.2f} to {c.difference.high:+.2f})"
             for c in report.comparisons
         ))  # fmt: skip
-    if report.rows[0].loyalty is not None:
-        cells = [[row.name, task, _span(row.retention_by_task[task]), f"{row.loyalty_by_task[task]:.1f}"] for row in report.rows for task in report.tasks]
-        parts.append(markdown_table(["row", "task", "percent of float", "same words"], cells))
-    asked = ", ".join(f"{task} {n} ({report.tasks[task]})" for task, n in report.questions.items())
+    metrics = ", ".join(f"{metric} of {', '.join(t for t, m in report.tasks.items() if m == metric)}" for metric in dict.fromkeys(report.tasks.values()))
+    compared = "" if report.rows[0].loyalty is None else (
+        " Behind a score, percent of the float model's. Retention is the mean of those percents over tasks, loyalty the percent of answers that equal the "
+        f"float model's word for word; both with 95 % paired bootstrap intervals ({report.resamples} resamples)."
+    )  # fmt: skip
     gpu = "" if report.device.startswith("cuda") else " No GPU was used, so there is no power or GPU memory."
     parts.append(
-        f"Questions: {asked}{f', the first {report.limit} of each' if report.limit else ''}. lmms-eval {report.lmms_eval}, batch {report.batch}, "
-        f"pictures by {report.image_backend}, {report.device}. Scores are lmms-eval's; behind each, percent of the float model. Retention is the mean of "
-        f"those percents, loyalty the percent of answers that equal the float model's word for word; both with 95 % paired bootstrap intervals "
-        f"({report.resamples} resamples). Visual tokens are means over questions and layers, compute is the prefill's multiply-accumulates over the "
-        f"unpruned prefill's; KV, prefill and decode come from {report.timed_requests} single requests per row.{gpu}"
+        f"Scores are lmms-eval's: {metrics}{f', the first {report.limit} questions of each' if report.limit else ''}; lmms-eval {report.lmms_eval}, batch "
+        f"{report.batch}, pictures by {report.image_backend}, {report.device}.{compared} Visual tokens are means over questions and layers, compute is the "
+        f"prefill's multiply-accumulates over the unpruned prefill's; KV, prefill and decode come from {report.timed_requests} single requests, row after "
+        f"row.{gpu}"
     )
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

@@ -42,10 +42,10 @@ def save_pareto(path: str | Path, title: str, note: str, marks: Sequence[Mark], 
         for mark, (x, y), (_, low, high) in zip(marks, points, values, strict=True):
             axes.plot([x, x], [low, high], color=color, linewidth=2, alpha=0.35, zorder=3)
             axes.plot(x, y, marker="o", markersize=6, color=color if (x, y) in line else MUTED, zorder=4)
-            axes.annotate(mark.name, (x, y), xytext=(0, 9), textcoords="offset points", fontsize=8, color=INK, ha="center", zorder=5)
+            axes.annotate(mark.name, (x, y), xytext=(7, -3), textcoords="offset points", fontsize=8, color=INK, zorder=5)
         tidy(axes, "")
         most = max(x for x, _ in points)
-        axes.set_xlim(0, 1.3 * most or 1)
+        axes.set_xlim(0, 1.45 * most or 1)  # room for names
         margin = 0.12 * max(top - bottom, 5)
         axes.set_ylim(bottom - margin, top + 2 * margin)
         axes.set_xlabel(name, fontsize=9, color=MUTED)
