@@ -18,6 +18,7 @@ from quota.eval.generation import Cost
 from quota.eval.statistics import resampled_retention, retention_by_task, total
 from quota.lmms import run as lmms_run
 from quota.lmms.report import FLOAT, Configuration, EvalSettings, Outcome, compute_ratio, markdown, summarise_tasks
+from quota.lmms.model import Quota
 from quota.lmms.results import TaskReport
 from quota.lmms.run import Plan
 from quota.lmms.scores import Benchmark
@@ -128,17 +129,19 @@ def test_without_lmms_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_the_command_itself_in_two_processes(llava_folder: Path, tmp_path: Path) -> None:
-    """torchrun shares the questions out; each process logs its own, and one process afterwards finds them all answered."""
+    """torchrun shares the questions out; each process logs its own, and one process afterwards finds them all answered. Wrong tasks and arguments: status 1."""
     code = "import sys; from lmms_eval.models import list_available_models; print('quota' in list_available_models(True))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip().endswith("True")
     common = ["--tasks", "quota_scenes_choice", "--limit", "3", "--device", "cpu", "--output_path", str(tmp_path / "logs"), "--log_samples"]
     args = f"pretrained={llava_folder},answers={tmp_path / 'answers'}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "quota.lmms"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "quota.lmms"]
     done = subprocess.run([*torchrun, "--model_args", args, *common], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = sorted((tmp_path / "answers").iterdir())
-    assert [len(path.read_text().splitlines()) - 1 for path in logs] == [2, 2]  # the second process answers one twice, to keep step
+    assert [len(path.read_text().splitlines()) - 1 for path in logs] == [2, 1]
     assert list(tmp_path.glob("logs/**/*_samples_quota_scenes_choice.jsonl"))
+    found = Quota(pretrained=str(llava_folder), answers=tmp_path / "answers")
+    assert sorted(found.records()) == [("quota_scenes_choice", i) for i in range(3)]
     for wrong in (["--tasks", "nothing_such"], ["--model_args", "pretrained=x,bits=4"]):
         failed = subprocess.run([sys.executable, "-m", "quota.lmms", "--model_args", args, *common, *wrong], capture_output=True, text=True)
         assert failed.returncode == 1 and "error: " in failed.stderr
