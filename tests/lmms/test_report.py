@@ -17,8 +17,8 @@ from quota.core.errors import UsageError
 from quota.eval.generation import Cost
 from quota.eval.statistics import resampled_retention, retention_by_task, total
 from quota.lmms import run as lmms_run
-from quota.lmms.report import FLOAT, Configuration, EvalSettings, Outcome, compute_ratio, markdown, summarise_tasks
 from quota.lmms.model import Quota
+from quota.lmms.report import FLOAT, Configuration, EvalSettings, Outcome, compute_ratio, markdown, summarise_tasks
 from quota.lmms.results import TaskReport
 from quota.lmms.run import Plan
 from quota.lmms.scores import Benchmark
