@@ -36,6 +36,7 @@ $(BIN)/python:
 
 $(STAMP): .venv/.packages setup.py pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval qwen-vl-utils
 	@touch $@
 
 demo: $(STAMP)

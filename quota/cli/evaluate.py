@@ -1,4 +1,4 @@
-"""`quota eval`: accuracy, retention, time and bytes of one configuration."""
+"""`quota eval`: accuracy, retention, time and bytes of one checkpoint."""
 
 from __future__ import annotations
 
@@ -8,45 +8,67 @@ from typing import Annotated
 import typer
 
 from quota.cli.shell import JsonOption, check_checkpoint, check_output, notes, print_json
+from quota.core.errors import UsageError
 
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Quantized or float checkpoint: a folder or a hub name.")],
-    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="Prune by this recipe; --tasks takes several, `none` is an unpruned row.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Float model: adds its row, and retention against it with an interval.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval, by name and comma, instead of generated questions.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with local copies of the tasks' data sets, laid out as on the hub.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each task.")] = None,
+    device: Annotated[str, typer.Option("--device", help="Where the models of --tasks run: cpu, cuda, ...")] = "cpu",
     samples: Annotated[Path | None, typer.Option("--samples", help="Ask these samples (each with an `answer`) instead of the generator's questions.")] = None,
-    questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many generated questions, balanced over six tasks.")] = 600,
+    questions: Annotated[int | None, typer.Option("--questions", "-n", min=1, help="How many generated questions, balanced over tasks; default 600.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 6,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens; default 6. Tasks have their own.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Also ask without the picture: what the questions give away.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for answers (JSON lines); an interrupted run continues from them.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for answers (JSON lines) and reports; an interrupted run continues from it.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Answer held-out questions and measure.
+    """Answer held-out questions, or benchmarks by name, and measure.
 
     Prints accuracy per task (exact match of the first words), the majority-class baseline, milliseconds to the first and per later token of
     single requests, bytes of the KV cache and of the weights, and visual tokens per layer. With `--model`, retention: the mean over tasks
     of accuracy / float accuracy, with a paired bootstrap 95 % interval.
+
+    With `--tasks`, lmms-eval asks and scores (`gqa,mme,pope,seedbench,scienceqa_img,mmbench_en_dev_static`, the embedded `quota_scenes` and
+    `quota_pages`, or any other task about pictures); `--out` then also gets eval.md, eval.json and eval.png.
 
     **Examples**
 
         quota eval demo-out/quantized --recipe demo-out/recipe.json --model quota/scenes/assets/checkpoint
 
         quota eval ./checkpoint --samples questions.json --json > result.json
+
+        quota eval demo-out/quantized --recipe none --recipe demo-out/recipe.json --model quota/scenes/assets/checkpoint
+        --tasks quota_scenes --out eval-out
     """
     check_checkpoint(checkpoint)
     if model is not None:
         check_checkpoint(model, "--model")
     if out is not None:
         check_output(out / "answers.jsonl")
+    if tasks is not None:
+        for name, given in (("--samples", samples), ("--questions", questions), ("--max-new-tokens", max_new_tokens), ("--blind", blind or None)):
+            if given is not None:
+                raise UsageError(f"{name}: not with --tasks, whose questions and answers are the tasks' own; --limit asks fewer")
+        _by_lmms_eval(checkpoint, recipe or ["none"], model, (tasks, data, limit, device), batch, out, json)
+        return
+    for name, unused in (("--data", data), ("--limit", limit), ("--device", None if device == "cpu" else device)):
+        if unused is not None:
+            raise UsageError(f"{name}: only with --tasks")
+    if recipe and len(recipe) > 1:
+        raise UsageError(f"--recipe: expected one without --tasks, got {len(recipe)}")
 
     from quota.eval.benchmark import Settings
     from quota.eval.compare import evaluate_checkpoint
     from quota.eval.tables import evaluation_tables
 
     result = evaluate_checkpoint(
-        checkpoint, recipe, float_model=model, samples=samples, number=questions, blind=blind, out=out,
-        settings=Settings(batch=batch, max_new_tokens=max_new_tokens),
+        checkpoint, None if not recipe or recipe == ["none"] else Path(recipe[0]), float_model=model, samples=samples, number=questions or 600, blind=blind,
+        out=out, settings=Settings(batch=batch, max_new_tokens=max_new_tokens or 6),
     )  # fmt: skip
     if json:
         print_json(result.model_dump(mode="json"))
@@ -55,4 +77,46 @@ def evaluate(
 
     console = Console(width=max(notes().width, 126))
     for table in evaluation_tables(result):
+        console.print(table)
+
+
+def _by_lmms_eval(
+    checkpoint: str, recipes: list[str], model: str | None, asked: tuple[str, Path | None, int | None, str], batch: int, out: Path | None, json: bool
+) -> None:
+    """The rows of `--tasks`; asked: (tasks, data, limit, device)."""
+    tasks, data, limit, device = asked
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise UsageError("--tasks: expected names joined by commas, got none")
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data: no folder {data}; expected one that holds data sets as the hub names them, such as lmms-lab-encoder/POPE")
+    repeated = sorted({name for name in recipes if recipes.count(name) > 1})
+    if repeated:
+        raise UsageError(f"--recipe: {', '.join(repeated)} is given twice")
+
+    import tempfile
+
+    from quota.lmms.run import Plan, check_installed
+
+    check_installed()
+    from quota.lmms.report import FLOAT, Configuration, EvalSettings, evaluate_tasks, task_tables, write_report
+
+    own = Path(checkpoint).name
+    rows = [Configuration(FLOAT, model)] if model else []
+    rows += [Configuration(own if name == "none" else f"{own}+{Path(name).stem}", checkpoint, None if name == "none" else Path(name)) for name in recipes]
+    if len({row.name for row in rows}) < len(rows):
+        raise UsageError(f"--recipe: rows would share a name ({', '.join(row.name for row in rows)}); rename a file or folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (out or Path(scratch)).resolve()
+        plan = Plan(names, folder / "lmms-eval", data and data.resolve(), limit)
+        report = evaluate_tasks(rows, EvalSettings(plan, folder / "answers", batch, device))
+        if out is not None:
+            write_report(report, folder)
+    if json:
+        print_json(report.model_dump(mode="json"))
+        return
+    from rich.console import Console
+
+    console = Console(width=max(notes().width, 126))
+    for table in task_tables(report):
         console.print(table)

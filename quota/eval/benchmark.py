@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from quota.arch.processing import BACKEND
+from quota.core.journal import Journal
 from quota.eval.generation import Cost, answers
 from quota.eval.questions import Question, chunks, questions_fingerprint
 from quota.eval.results import Comparison, Evaluation, Row
@@ -44,40 +43,22 @@ class Settings:
     seed: int = 0
 
 
-class AnswerFile:
-    """Answers of one row, one JSON line each, appended batch by batch. A file of another key, or a torn last line, is not reused."""
+class AnswerFile(Journal):
+    """Answers of one row, one JSON line each, appended batch by batch. A file of another key is not reused."""
 
     def __init__(self, path: Path, key: str) -> None:
-        self.path, self._header = path, {"schema": _ANSWERS_SCHEMA, "key": key}
-        self.known: dict[str, str] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-        good = 0
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not line.endswith("\n") or (good == 0 and row != self._header):
-                break
-            if good:
-                self.known[row["id"]] = row["prediction"]
-            good += 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if good == 0 or good < len(lines):  # start again from the good lines only
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(lines[:good]) if good else json.dumps(self._header) + "\n", encoding="utf-8")
-            fresh.replace(path)
+        super().__init__(path, {"schema": _ANSWERS_SCHEMA, "key": key})
+
+    @property
+    def known(self) -> dict[str, str]:
+        """Question id -> prediction."""
+        return {row["id"]: row["prediction"] for row in self.rows}
 
     def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
-        rows = [
+        self.append([
             {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
             for q, p in zip(batch, predictions, strict=True)
-        ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(r) + "\n" for r in rows))
-            file.flush()
-            os.fsync(file.fileno())
-        self.known.update({q.id: p for q, p in zip(batch, predictions, strict=True)})
+        ])
 
 
 def answer_all(
@@ -88,14 +69,15 @@ def answer_all(
     `opened` is called only when something is left to answer.
     """
     pair: tuple[Any, Any] | None = None
-    began = time.perf_counter()
+    began, known = time.perf_counter(), file.known
     for batch in chunks(questions, settings.batch):
-        if not all(q.id in file.known for q in batch):
+        if not all(q.id in known for q in batch):
             pair = pair or opened()
             file.add(batch, answers(*pair, batch, settings.max_new_tokens))
+            known = file.known
         if progress:
             progress(len(batch))
-    return [file.known[q.id] for q in questions], time.perf_counter() - began if pair else 0.0
+    return [known[q.id] for q in questions], time.perf_counter() - began if pair else 0.0
 
 
 def rights(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, np.ndarray]:

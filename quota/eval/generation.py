@@ -79,13 +79,14 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_new_tokens: int = 0) -> Generated:
-    """Greedy decoding of one batch."""
+def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_new_tokens: int = 0, stop: int | None = None) -> Generated:
+    """Greedy decoding of one batch. `stop`: the only token that ends a row; by default those of the model's generation config."""
+    ends = {} if stop is None else {"eos_token_id": stop, "pad_token_id": stop}
     with measured(inputs["input_ids"].device) as gpu:
         clock = _Clock()
         out = model.generate(
             **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, do_sample=False, num_beams=1,
-            stopping_criteria=[clock], return_dict_in_generate=True,
+            stopping_criteria=[clock], return_dict_in_generate=True, **ends,
         )  # fmt: skip
     cache = out.past_key_values
     return Generated(

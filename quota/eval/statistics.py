@@ -6,7 +6,7 @@ each task, the same questions for every row and for the float model (paired), so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from pydantic import Field
@@ -14,6 +14,7 @@ from pydantic import Field
 from quota.core.schema import Document
 
 RESAMPLES = 10_000
+Scores = np.ndarray | dict[str, np.ndarray]  # one score per question (right or wrong counts), or per question of each stratum: the means are added
 _CHUNK = 500  # resamples counted at once: bounds memory at _CHUNK x questions of one task
 
 
@@ -39,16 +40,32 @@ def _sizes(total: int) -> Iterator[int]:
         total -= _CHUNK
 
 
+def total(scores: Scores) -> float:
+    """A task's score: the mean, over strata the sum of means (MME adds up its categories)."""
+    return float(sum(part.mean() for part in scores.values())) if isinstance(scores, dict) else float(scores.mean())
+
+
+def _resampled_totals(rows: dict[str, Scores], seed: list[int], resamples: int) -> dict[str, np.ndarray]:
+    first = next(iter(rows.values()))
+    if not isinstance(first, dict):
+        return _resampled_accuracy(rows, np.random.default_rng(seed), resamples)  # type: ignore[arg-type]
+    sums = dict.fromkeys(rows, np.zeros(resamples))
+    for number, stratum in enumerate(first):
+        drawn = _resampled_accuracy({name: row[stratum] for name, row in rows.items()}, np.random.default_rng([*seed, number]), resamples)  # type: ignore[index]
+        sums = {name: sums[name] + drawn[name] for name in rows}
+    return sums
+
+
 def resampled_retention(
-    rows: dict[str, dict[str, np.ndarray]], baseline: str, *, resamples: int = RESAMPLES, seed: int = 0
+    rows: Mapping[str, Mapping[str, Scores]], baseline: str, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """rows: name -> task -> bool [n] (same questions in every row) -> name -> [resamples] retention in percent.
+    """rows: name -> task -> scores (same questions in every row) -> name -> [resamples] retention in percent.
 
     A resample where the baseline gets nothing right in a task leaves that task out of its mean.
     """
     ratios: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     for number, task in enumerate(rows[baseline]):
-        accuracy = _resampled_accuracy({name: rows[name][task] for name in rows}, np.random.default_rng([seed, number]), resamples)
+        accuracy = _resampled_totals({name: rows[name][task] for name in rows}, [seed, number], resamples)
         with np.errstate(divide="ignore", invalid="ignore"):
             for name in rows:
                 ratios[name].append(np.where(accuracy[baseline] > 0, accuracy[name] / accuracy[baseline], np.nan))
@@ -61,12 +78,12 @@ def _mean_over_tasks(ratios: np.ndarray) -> np.ndarray:
     return np.where(known.any(0), np.nansum(ratios, 0) / np.maximum(known.sum(0), 1), np.nan)
 
 
-def retention_by_task(row: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> dict[str, float | None]:
-    """task -> percent of the baseline's accuracy; None where the baseline gets nothing right."""
-    return {task: 100 * float(row[task].mean() / b.mean()) if b.any() else None for task, b in baseline.items()}
+def retention_by_task(row: Mapping[str, Scores], baseline: Mapping[str, Scores]) -> dict[str, float | None]:
+    """task -> percent of the baseline's score; None where the baseline gets nothing right."""
+    return {task: 100 * float(total(row[task]) / total(b)) if total(b) else None for task, b in baseline.items()}
 
 
-def retention(row: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> float:
+def retention(row: Mapping[str, Scores], baseline: Mapping[str, Scores]) -> float:
     """Mean over tasks in percent; NaN when the baseline gets nothing right anywhere."""
     known = [v for v in retention_by_task(row, baseline).values() if v is not None]
     return float(np.mean(known)) if known else float("nan")
