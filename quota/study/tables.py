@@ -69,7 +69,7 @@ def pipelines(bench: Bench) -> Plan:
     for order, plans in zip(ORDERS, (alone, deployed, alone), strict=True):
         pairs += [(f"{method}, {order}", f"random, {order}") for method in plans if method != "random" and "random" in plans]
         pairs += [("collaborative", f"{method}, {order}") for method in plans if order != ORDERS[0]]
-    return Plan(f"Pipelines at {ratio:.0%} of the visual tokens, published methods at the same compute", rows, pairs, "orders", notes)
+    return Plan(f"Pipelines at {100 * ratio:g} % of the visual tokens", rows, pairs, "orders" if alone else "bars", notes)
 
 
 def compute(bench: Bench) -> Plan:
@@ -87,7 +87,7 @@ def compute(bench: Bench) -> Plan:
         rows += [Entry(f"{name} ({weights})", checkpoint, weights, plan) for name, plan in plans.items()]
         pairs += [(f"{name} ({weights})", f"random ({weights})") for name in plans if name != "random" and "random" in plans]
         pairs += [(f"quota ({weights})", f"{name} ({weights})") for name in plans if name not in ("quota", "random")]
-    return Plan(f"Methods at {budget:.1%} of the language model's compute", rows, pairs, "compute", notes)
+    return Plan(f"Methods at {100 * budget:.1f} % of the language model's compute", rows, pairs, "compute", notes)
 
 
 def _methods(bench: Bench, checkpoint: str, budget: float, notes: list[str]) -> dict[str, Recipe]:
@@ -123,7 +123,7 @@ def weights(bench: Bench) -> Plan:
         plan = Recipe.parse({**joint.model_dump(), "weights": mixture.model_dump()})
         rows.append(Entry(name, quantized, QUANTIZED, plan, mixture.model_dump()))
     first = next(iter(mixtures))
-    return Plan(f"Score weights (inter/mag/intra/quant) at {bench.settings.keep:.0%}", rows, [(first, name) for name in mixtures if name != first])
+    return Plan(f"Score weights (inter/mag/intra/quant) at {100 * bench.settings.keep:g} %", rows, [(first, name) for name in mixtures if name != first])
 
 
 TABLES: dict[str, Callable[[Bench], Plan]] = {"modules": modules, "keep": keep, "pipelines": pipelines, "compute": compute, "weights": weights}
