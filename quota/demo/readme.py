@@ -79,11 +79,12 @@ def fields_block() -> str:
 
 
 def blocks(kept: Path = KEPT) -> dict[str, str]:
-    """Block name -> text; a family's figures only where a run of it has been kept."""
+    """Block name -> text, for every family the figures of its kept run."""
     out = {"fields": fields_block()}
     for family in FAMILIES:
-        if (kept / family / "report.json").exists():
-            out[f"figures:{family}"] = figures_block(Report.model_validate_json((kept / family / "report.json").read_text(encoding="utf-8")))
+        report = kept / family / "report.json"
+        known = report.exists()
+        out[f"figures:{family}"] = figures_block(Report.model_validate_json(report.read_text(encoding="utf-8"))) if known else "No run of it is kept yet."
     return out
 
 
