@@ -15,11 +15,13 @@ NAMES = ("modules", "keep", "pipelines", "compute", "weights", "runtime", "profi
 
 def study(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
-    model: Annotated[str | None, typer.Option("--model", help="Float LLaVA checkpoint: a folder or a hub name. Default: the embedded one.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Embedded model: `llava` (default) or `qwen2_5_vl`.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Float checkpoint, a folder or a hub name, instead of an embedded one.")] = None,
     tasks: Annotated[str, typer.Option("--tasks", help="`scenes`: held-out generated questions; or a samples file (.json) with answers.")] = "scenes",
     questions: Annotated[int, typer.Option("--questions", "-n", min=1, help="How many questions every row answers.")] = 600,
-    samples: Annotated[Path | None, typer.Option("--samples", help="Calibration samples. Default: the embedded ones.")] = None,
+    samples: Annotated[Path | None, typer.Option("--samples", help="Calibration samples. Default: the family's embedded ones.")] = None,
     keep: Annotated[float, typer.Option("--keep", help="Final keep ratio where the study does not vary it.")] = 0.3,
+    methods: Annotated[str | None, typer.Option("--methods", help="Published methods of `pipelines` and `compute`, comma-separated; default all.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Calibration steps per block.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 6,
@@ -32,7 +34,7 @@ def study(
 
     - `modules` which parts are quantized (Table 1)
     - `keep` QUOTA at 50 to 5 % of the visual tokens (Table 2)
-    - `pipelines` joint against stage-wise quantization and pruning (Table 3)
+    - `pipelines` joint against stage-wise quantization and pruning, and every published method in both calibration orders (Table 3)
     - `compute` every method at equal compute, float and W4A4KV4 (Table 4)
     - `weights` score weights: leave-one-out, each alone, the sign of the quantization term (Table 5)
     - `runtime` disk, peak memory, power, native against reference arithmetic (Table 7)
@@ -44,6 +46,8 @@ def study(
     **Examples**
 
         quota study keep
+
+        quota study pipelines --family qwen2_5_vl --out study-qwen
 
         quota study pipelines --model llava-hf/llava-1.5-7b-hf --samples samples.json --tasks questions.json -n 500 --out tables
     """
@@ -57,7 +61,12 @@ def study(
     from quota.study.bench import StudySettings
     from quota.study.run import run_study
 
-    report = run_study(name, StudySettings(out, model, samples, tasks, questions, keep, batch, max_new_tokens, steps, seed, resamples, quiet=json))
+    chosen = {} if methods is None else {"methods": tuple(part.strip() for part in methods.split(",") if part.strip())}
+    settings = StudySettings(
+        out, family, model, samples, tasks, questions, keep, batch=batch, max_new_tokens=max_new_tokens, steps=steps, seed=seed, resamples=resamples,
+        quiet=json, **chosen,
+    )  # fmt: skip
+    report = run_study(name, settings)
     if json:
         print_json(report if isinstance(report, dict) else report.model_dump(mode="json"))
         return

@@ -1,6 +1,6 @@
 """Fill README.md's generated blocks: `python -m quota.demo.readme [demo-out]`.
 
-With a folder, its report and pictures are copied to docs/demo first; the figures in README come from docs/demo/report.json only.
+With a folder, its report and pictures are copied to docs/demo/FAMILY first; the figures in README come from the reports there only.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
 from quota.core.files import atomic_write_text
+from quota.demo.embedded import DEFAULT, FAMILIES
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.statistics import Interval
@@ -20,7 +20,7 @@ from quota.report.blocks import fill
 
 README = Path("README.md")
 KEPT = Path("docs/demo")
-PICTURES = ("overlay.png", "profile.png", "recipe.png")
+PICTURES = ("overlay", "profile_plot", "recipe_plot")  # and every other overlay
 _DOCUMENTED: tuple[tuple[str, type[BaseModel]], ...] = (
     ("(top level)", Report), ("environment", Environment), ("model", ModelFacts), ("answers[]", SideBySide), ("evaluation", Evaluation),
     ("evaluation.rows[]", Row), ("evaluation.comparisons[]", Comparison), ("retention, difference", Interval), ("stages[]", Stage),
@@ -31,9 +31,12 @@ def figures_block(report: Report) -> str:
     """Tables of one demo run, Markdown."""
     e, env = report.evaluation, report.environment
     tasks = list(e.questions_by_task)
+    model = report.model
+    family = "" if model.family == DEFAULT else f" --family {model.family}"
+    tokens = f"{model.visual_tokens} visual tokens" + (" in the median picture" if model.image_size_px is None else "")
     lines = [
-        f"`quota demo --keep {report.keep:g}` on {env.cpu}, {env.threads} threads, torch {env.torch}, {env.native}: embedded model, "
-        f"{report.model.parameters / 1e6:.1f} M parameters, {report.model.visual_tokens} visual tokens, {e.questions} held-out questions.",
+        f"`quota demo{family} --keep {report.keep:g}` on {env.cpu}, {env.threads} threads, torch {env.torch}, {env.native}: embedded model, "
+        f"{model.parameters / 1e6:.1f} M parameters, {tokens}, {e.questions} held-out questions.",
         "",
         "| row | " + " | ".join(tasks) + " | mean | retention (95 % interval) |",
         "|---|" + "---:|" * (len(tasks) + 2),
@@ -76,11 +79,26 @@ def fields_block() -> str:
 
 
 def blocks(kept: Path = KEPT) -> dict[str, str]:
-    """Block name -> text; the figures only where a run has been kept."""
-    out: dict[str, Any] = {"fields": fields_block()}
-    if (kept / "report.json").exists():
-        out["figures"] = figures_block(Report.model_validate_json((kept / "report.json").read_text(encoding="utf-8")))
+    """Block name -> text, for every family the figures of its kept run."""
+    out = {"fields": fields_block()}
+    for family in FAMILIES:
+        report = kept / family / "report.json"
+        known = report.exists()
+        out[f"figures:{family}"] = figures_block(Report.model_validate_json(report.read_text(encoding="utf-8"))) if known else "No run of it is kept yet."
     return out
+
+
+def keep(source: Path, kept: Path = KEPT) -> Path:
+    """Copy a finished run's report and pictures to its family's folder, which is returned; pictures of an older run are removed."""
+    report = Report.model_validate_json((source / "report.json").read_text(encoding="utf-8"))
+    folder = kept / report.model.family
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    pictures = [path for what, path in report.files.items() if what in PICTURES or what.startswith("overlay-")]
+    for name in ("report.json", *pictures):
+        shutil.copyfile(source / name, folder / name)
+    return folder
 
 
 def main() -> None:
@@ -88,10 +106,7 @@ def main() -> None:
     parser.add_argument("demo", type=Path, nargs="?", help="folder of a finished `quota demo` to take figures and pictures from")
     source = parser.parse_args().demo
     if source is not None:
-        Report.model_validate_json((source / "report.json").read_text(encoding="utf-8"))
-        KEPT.mkdir(parents=True, exist_ok=True)
-        for name in ("report.json", *PICTURES):
-            shutil.copyfile(source / name, KEPT / name)
+        print(f"kept {keep(source)}")
     atomic_write_text(README, fill(README.read_text(encoding="utf-8"), blocks()))
     print(f"filled {README}")
 

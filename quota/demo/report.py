@@ -30,11 +30,12 @@ class Environment(Document):
 
 class ModelFacts(Document):
     checkpoint: str = Field(description="`embedded`, or what --model said")
+    family: str = Field(default="llava", description="architecture: `llava` or `qwen2_5_vl`")
     fingerprint: str = Field(description="model fingerprint that recipes carry")
     parameters: int = Field(description="number of parameters")
     layers: int = Field(description="decoder layers")
-    visual_tokens: int = Field(description="visual tokens of one picture")
-    image_size_px: int = Field(description="side of the vision tower's input")
+    visual_tokens: int = Field(description="visual tokens of one picture; of the median calibration picture where resolution is dynamic")
+    image_size_px: int | None = Field(description="side of the vision tower's input; null where resolution is dynamic")
     float_bytes: int = Field(description="bytes of the float weight files")
     samples: int = Field(description="calibration samples")
     samples_fingerprint: str = Field(description="fingerprint of the calibration samples")
@@ -42,6 +43,7 @@ class ModelFacts(Document):
 
 class SideBySide(Document):
     task: str = Field(description="kind of question")
+    picture: str | None = Field(default=None, description="file of the picture asked about; null for none, and in reports of before it was recorded")
     question: str = Field(description="text asked")
     expected: str = Field(description="the right answer")
     answers: dict[str, str] = Field(description="row name -> answer")
@@ -58,7 +60,10 @@ class Report(Document):
     calibration: dict[str, Any] = Field(description="the calibrator's report: settings and, per block, error before (round to nearest) and after, and SQNR")
     recipes: dict[str, dict[str, Any]] = Field(description="`collaborative` and `uniform` -> what `quota recipe explain --json` prints")
     profile: dict[str, Any] = Field(description="per decoder layer: concentration with quartiles, redundancy, sensitivity")
-    answers: list[SideBySide] = Field(description="several questions about one picture, answered by three rows")
+    answers: list[SideBySide] = Field(description="questions answered by three rows")
     evaluation: Evaluation = Field(description="the held-out questions in all rows")
-    files: dict[str, str] = Field(description="what -> path: `picture`, `overlay`, `profile_plot`, `recipe_plot`, `quantized`, `recipe`, `uniform_recipe`")
+    files: dict[str, str] = Field(
+        description="what -> path: `picture`, `overlay`, of other kinds `chart` and `overlay-chart`, `profile_plot`, `recipe_plot`, `quantized`, `recipe`, "
+        "`uniform_recipe`"
+    )
     stages: list[Stage] = Field(description="seconds per stage")

@@ -15,11 +15,11 @@ from rich.text import Text
 from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
-from quota.calib.stream import resolve_folder
-from quota.core.errors import CheckpointError
+from quota.calib.stream import FloatSource, resolve_folder
 from quota.core.files import atomic_write_text
 from quota.core.recipe import Recipe
 from quota.demo.cache import StageCache, code_fingerprint, link
+from quota.demo.embedded import held_out, reference_of, sources, tour
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
 from quota.eval.asking import ask, load_model
 from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_bytes
@@ -27,11 +27,10 @@ from quota.eval.compare import TIMED_QUESTIONS, answer_rows, folder_fingerprint,
 from quota.eval.generation import Cost, measure_cost
 from quota.eval.machine import cpu, describe_native
 from quota.eval.profiling import allocate, profile_models
-from quota.eval.questions import Question, questions_fingerprint, scene_questions, scene_tour
+from quota.eval.questions import Question, questions_fingerprint
 from quota.eval.results import Evaluation
 from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
-from quota.scenes import assets
 
 MODULES = ("vision", "projector", "llm")
 COMPARISONS = (("collaborative", "quantize-then-prune"), ("collaborative", "prune-then-quantize"), ("collaborative", "quant-only"))
@@ -43,9 +42,10 @@ SIDE_BY_SIDE = ("float", "quant-only", "collaborative")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What `quota demo` was asked for."""
+    """What `quota demo` was asked for. family: of the embedded model; None where `model` names another one, or for the default."""
 
     out: Path = Path("demo-out")
+    family: str | None = None
     keep: float = 0.3
     questions: int = 600
     model: str | None = None
@@ -54,14 +54,6 @@ class DemoSettings:
     seed: int = 0
     quiet: bool = False
 
-    @property
-    def float_checkpoint(self) -> str:
-        return self.model or str(assets.CHECKPOINT)
-
-    @property
-    def samples_file(self) -> Path:
-        return self.samples or assets.SAMPLES
-
 
 class Demo:
     """One run: the settings, the cache, and the models loaded so far."""
@@ -69,14 +61,11 @@ class Demo:
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
         self.console = Console(stderr=settings.quiet, width=max(Console().width, 126))
-        if settings.model is None and not (assets.CHECKPOINT / "config.json").exists():
-            raise CheckpointError(
-                f"embedded checkpoint: no {assets.CHECKPOINT / 'config.json'}; train it with `python -m quota.scenes.train --out runs/train` "
-                "and copy its checkpoint folder there, or give --model"
-            )
+        self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
         settings.out.mkdir(parents=True, exist_ok=True)
-        self.samples = Samples.load(settings.samples_file)
-        self.float_key = folder_fingerprint(settings.float_checkpoint)
+        self.samples = Samples.load(samples)
+        self.config = FloatSource(self.float_checkpoint).config
+        self.float_key = folder_fingerprint(self.float_checkpoint)
         self.cache = StageCache(settings.out / "cache", code_fingerprint())
         self._loaded: dict[str, tuple[Any, Any]] = {}
 
@@ -93,20 +82,21 @@ class Demo:
 
     def facts(self) -> ModelFacts:
         """Stage 1: the float checkpoint and its samples."""
-        from quota.arch import find_arch, model_fingerprint
+        from quota.arch import find_arch
+        from quota.calib.evidence import measured_facts
 
         self.title(1, "float checkpoint and calibration samples")
-        model, _ = load_model(self.settings.float_checkpoint)
-        find_arch(model)
-        config = model.config
+        model, processor = load_model(self.float_checkpoint)
+        measured = measured_facts(model, processor, self.samples)
         facts = ModelFacts(
-            checkpoint=self.settings.model or "embedded", fingerprint=model_fingerprint(model), parameters=sum(p.numel() for p in model.parameters()),
-            layers=config.text_config.num_hidden_layers, visual_tokens=(config.vision_config.image_size // config.vision_config.patch_size) ** 2,
-            image_size_px=config.vision_config.image_size, float_bytes=weight_bytes(resolve_folder(self.settings.float_checkpoint)),
+            checkpoint=self.settings.model or "embedded", family=find_arch(model).name, fingerprint=measured.fingerprint,
+            parameters=sum(p.numel() for p in model.parameters()), layers=measured.layers, visual_tokens=measured.visual_tokens,
+            image_size_px=getattr(self.config.vision_config, "image_size", None), float_bytes=weight_bytes(resolve_folder(self.float_checkpoint)),
             samples=len(self.samples), samples_fingerprint=self.samples.fingerprint,
         )  # fmt: skip
         self.console.print(
-            f"{type(model).__name__}: {facts.parameters / 1e6:.2f} M parameters, {facts.layers} decoder layers, {facts.visual_tokens} visual tokens; "
+            f"{type(model).__name__}: {facts.parameters / 1e6:.2f} M parameters, {facts.layers} decoder layers, {facts.visual_tokens} visual tokens "
+            f"{'of the median picture' if facts.image_size_px is None else 'per picture'}; "
             f"{facts.samples} samples"
         )
         return facts
@@ -121,7 +111,7 @@ class Demo:
 
         def work(path: Path) -> None:
             calibrate(
-                s.float_checkpoint, self.samples, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet,
+                self.float_checkpoint, self.samples, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet,
             )  # fmt: skip
 
         return self.cache.make(stage, parts, work)
@@ -130,7 +120,7 @@ class Demo:
         """Stage 3, first half: what each layer looks like."""
         s = self.settings
         parts = {"float": self.float_key, "quantized": folder_fingerprint(quantized), "samples": self.samples.fingerprint}
-        path = self.cache.make("profile", parts, lambda p: profile_models(s.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p))
+        path = self.cache.make("profile", parts, lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p))
         return Profile.load(path)
 
     def rtn_spec(self, label: str) -> RowSpec:
@@ -139,48 +129,50 @@ class Demo:
         from quota.nn.structure import weight_bytes as tensor_bytes
 
         def opened() -> tuple[Any, Any]:
-            model, processor = load_model(self.settings.float_checkpoint)
+            model, processor = load_model(self.float_checkpoint)
             return quantize_rtn(model, MODULES, transforms=False).eval(), processor
 
         key = f"{self.float_key} rtn"
         model, _ = self._loaded.setdefault(key, opened())
         return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), "int4", opened)
 
-    def side_by_side(self, specs: dict[str, RowSpec], size_px: int) -> tuple[list[SideBySide], dict[str, str]]:
-        """Stage 4: one picture, several questions, three rows; the picture and the kept tokens over it."""
+    def side_by_side(self, specs: dict[str, RowSpec]) -> tuple[list[SideBySide], dict[str, str]]:
+        """Stage 4: the tour's questions in three rows; its pictures, and the tokens kept for the first question about each."""
         from quota.report.overlay import save_overlay
 
-        tour = scene_tour(0, size_px)
-        assert tour[0].open_image is not None
-        picture = tour[0].open_image()
-        out = self.settings.out
-        picture.save(out / "picture.png")
-        results: list[SideBySide] = []
-        kept: dict[int, Any] = {}
-        for q in tour:
-            said = {}
-            for name in SIDE_BY_SIDE:
-                answer = ask(*self.opened(specs[name]), q.instruction, [picture], max_new_tokens=64 if q.task == "caption" else 8)
-                said[name] = answer.text
-                if answer.kept and not kept:
-                    kept = answer.kept_visual()
-            # a caption may name the objects in any order: shown, not marked
-            right = {n: is_right(t, q.answer) for n, t in said.items()} if q.task != "caption" else {}
-            results.append(SideBySide(task=q.task, question=q.instruction, expected=q.answer, answers=said, right=right))
-        save_overlay(out / "overlay.png", picture, kept)
-        table = Table(title="The same picture, three models")
-        for name in ("question", "expected", *SIDE_BY_SIDE):
+        out, results = self.settings.out, list[SideBySide]()
+        files: dict[str, str] = {}
+        for name, asked in tour(self.config).items():
+            picture = asked[0].open_image() if asked[0].open_image is not None else None
+            overlay = None if picture is None else "overlay" if name == "picture" else f"overlay-{name}"
+            if picture is not None:
+                files[name] = f"{name}.png"
+                picture.save(out / files[name])
+            for q in asked:
+                said = {}
+                for row in SIDE_BY_SIDE:
+                    answer = ask(*self.opened(specs[row]), q.instruction, [] if picture is None else [picture], max_new_tokens=64 if q.task == "caption" else 8)
+                    said[row] = answer.text
+                    if answer.kept and overlay is not None and overlay not in files:
+                        files[overlay] = f"{overlay}.png"
+                        save_overlay(out / files[overlay], picture, answer.kept_visual(), answer.grids)  # type: ignore[arg-type]
+                # a caption may name the objects in any order: shown, not marked
+                right = {n: is_right(t, q.answer) for n, t in said.items()} if q.task != "caption" else {}
+                about = None if picture is None else files[name]
+                results.append(SideBySide(task=q.task, picture=about, question=q.instruction, expected=q.answer, answers=said, right=right))
+        table = Table(title="The same questions, three models")
+        for name in ("picture", "question", "expected", *SIDE_BY_SIDE):
             table.add_column(name, overflow="fold")
         for r in results:
             styles = {n: {True: "green", False: "red", None: ""}[r.right.get(n)] for n in SIDE_BY_SIDE}
-            table.add_row(r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE))
+            table.add_row(r.picture or "-", r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE))
         self.console.print(table)
-        return results, {"picture": "picture.png", "overlay": "overlay.png"}
+        return results, files
 
-    def evaluate(self, specs: dict[str, RowSpec], size_px: int) -> Evaluation:
-        """Stage 5: all rows on the held-out questions, then single requests timed in turns."""
+    def evaluate(self, specs: dict[str, RowSpec]) -> Evaluation:
+        """Stage 5: all rows on the held-out questions, then single requests with a picture timed in turns."""
         s = self.settings
-        questions = scene_questions(s.questions, size_px)
+        questions = held_out(s.questions, self.config)
         settings = Settings(seed=s.seed)
         rows = list(specs.values())
         began_with = set(self._loaded)
@@ -189,10 +181,11 @@ class Demo:
         blind = answer_rows([blind_spec], [q.without_image() for q in questions], self.cache.folder / "answers", settings, self.opened, quiet=s.quiet)
         reused = all(seconds == 0 for _, seconds in answered.values()) and set(self._loaded) == began_with
         self.cache.timings.append({"stage": "answers", "seconds": round(sum(v for _, v in answered.values()), 2), "reused": reused})
-        costs = self.costs(rows, questions[:TIMED_QUESTIONS])
+        timed = [q for q in questions if q.open_image is not None][:TIMED_QUESTIONS]
+        costs = self.costs(rows, timed)
         return summarise(
             questions, [Answered(spec, *answered[spec.name], costs[spec.name]) for spec in rows], settings, baseline="float", blind=blind["blind"][0],
-            compare=COMPARISONS, timed_requests=TIMED_QUESTIONS,
+            compare=COMPARISONS, timed_requests=len(timed),
         )  # fmt: skip
 
     def costs(self, rows: list[RowSpec], questions: list[Question]) -> dict[str, Cost]:
@@ -223,7 +216,7 @@ def run_demo(settings: DemoSettings) -> Report:
     demo = Demo(settings)
     out, say = settings.out, demo.console.print
     facts = demo.facts()
-    size_px = 336 if facts.image_size_px >= 300 else 168
+    reference = reference_of(demo.config)
 
     demo.title(2, "calibration to W4A4KV4")
     quantized = demo.quantize("quantized")
@@ -233,7 +226,9 @@ def run_demo(settings: DemoSettings) -> Report:
     demo.title(3, f"profile and allocation, keep {settings.keep:g}")
     profile = demo.profile(quantized)
     recipes = {"collaborative": out / "recipe.json", "uniform": out / "uniform.json"}
-    plans = {"collaborative": allocate(profile, keep=settings.keep), "uniform": allocate(profile, keep=settings.keep, method="uniform")}
+    plans = {
+        name: allocate(profile, keep=settings.keep, method=method, reference=reference) for name, method in (("collaborative", "quota"), ("uniform", "uniform"))
+    }
     for name, plan in plans.items():
         plan.save(recipes[name])
     save_profile_plot(out / "profile.png", profile, plans["collaborative"])
@@ -243,13 +238,13 @@ def run_demo(settings: DemoSettings) -> Report:
     demo.title(4, "answers side by side")
     label = facts.checkpoint
     specs = {
-        "float": row_spec("float", settings.float_checkpoint, label=label),
+        "float": row_spec("float", demo.float_checkpoint, label=label),
         "quant-only": row_spec("quant-only", quantized, label="quantized"),
-        "prune-only": row_spec("prune-only", settings.float_checkpoint, recipes["uniform"], label),
+        "prune-only": row_spec("prune-only", demo.float_checkpoint, recipes["uniform"], label),
         "quantize-then-prune": row_spec("quantize-then-prune", quantized, recipes["uniform"], "quantized"),
     }
     collaborative = row_spec("collaborative", quantized, recipes["collaborative"], "quantized")
-    answers, files = demo.side_by_side({**specs, "collaborative": collaborative}, size_px)
+    answers, files = demo.side_by_side({**specs, "collaborative": collaborative})
 
     demo.title(5, f"evaluation on {settings.questions} held-out questions")
     say("prune-then-quantize: calibrating once more, on the graph the uniform recipe prunes")
@@ -257,7 +252,7 @@ def run_demo(settings: DemoSettings) -> Report:
     specs["prune-then-quantize"] = row_spec("prune-then-quantize", pruned_first, recipes["uniform"], "quantized on the pruned graph")
     specs["collaborative"] = collaborative
     specs["quant-rtn"] = demo.rtn_spec(label)
-    evaluation = demo.evaluate(specs, size_px)
+    evaluation = demo.evaluate(specs)
     for table in evaluation_tables(evaluation):
         say(table)
 
@@ -269,7 +264,7 @@ def run_demo(settings: DemoSettings) -> Report:
         stages=[Stage(**t) for t in demo.cache.timings],
     )  # fmt: skip
     atomic_write_text(out / "report.json", report.model_dump_json(indent=1) + "\n")
-    for what in ("picture", "overlay", "profile_plot", "recipe_plot"):
-        say(f"{what:<13} {out / report.files[what]}")
-    say(f"{'report':<13} {out / 'report.json'}")
+    for what in (*files, "profile_plot", "recipe_plot"):
+        say(f"{what:<18} {out / report.files[what]}")
+    say(f"{'report':<18} {out / 'report.json'}")
     return report

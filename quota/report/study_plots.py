@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from quota.report.style import BLUE, FAINT, INK, MUTED, ORANGE, TEAL, VIOLET, add_axes, heading, new_figure, save_figure, tidy
 
-_SERIES = (ORANGE, BLUE, TEAL, VIOLET)
+_SERIES = (ORANGE, BLUE, TEAL, VIOLET)  # what is ours is orange
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,35 @@ def save_curve(path: str | Path, title: str, note: str, own: Sequence[tuple[floa
     tidy(axes, "")
     axes.set_xlabel("visual tokens kept after the last drop, percent", fontsize=9, color=MUTED)
     heading(figure, 0.03, title, note + ("  ·  dashed: published, other model and questions" if published else ""))
+    save_figure(figure, path)
+
+
+def save_groups(path: str | Path, title: str, note: str, rows: Sequence[tuple[str, str, Point]]) -> None:
+    """rows: (group, series, retention). One line per group in the order given, a mark with its interval per series; a series of one group has no key."""
+    groups = list(dict.fromkeys(group for group, _, _ in rows))
+    shared = [name for name in dict.fromkeys(series for _, series, _ in rows) if sum(series == name for _, series, _ in rows) > 1]
+    height_in = 1.75 + 0.52 * len(groups)
+    figure = new_figure(9, height_in)
+    axes = add_axes(figure, (0.17, 0.45 / height_in, 0.8, 1 - 1.75 / height_in))
+    for group, series, point in rows:
+        color = _SERIES[1 + shared.index(series)] if series in shared else ORANGE
+        place = groups.index(group) + (0.22 * (shared.index(series) - (len(shared) - 1) / 2) if series in shared else 0)
+        axes.plot([point.low, point.high], [place, place], color=color, linewidth=2, alpha=0.45, zorder=2)
+        axes.plot(point.value, place, marker="o", markersize=5.5, color=color, zorder=3)
+        axes.text(point.high + 0.6, place, f"{point.value:.1f}", va="center", fontsize=7.5, color=MUTED)
+    tidy(axes, "")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=FAINT, linewidth=0.9)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    lowest = min(point.low for _, _, point in rows)
+    axes.set_xlim(max(0.0, 5 * (lowest // 5) - 5), max(105.0, *(point.high + 4 for _, _, point in rows)))
+    heading(figure, 0.03, title, note)
+    place = 0.03
+    for number, name in enumerate(shared):
+        figure.text(place, 1 - 1.0 / height_in, "●", fontsize=10, color=_SERIES[1 + number])
+        figure.text(place + 0.02, 1 - 1.0 / height_in, name, fontsize=9, color=MUTED)
+        place += 0.045 + 0.0095 * len(name)
     save_figure(figure, path)
 
 

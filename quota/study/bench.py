@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,19 +14,20 @@ from rich.console import Console
 from quota.allocate.baselines import Basis, Evidence
 from quota.allocate.compute import Cost, DecoderSizes, cost
 from quota.allocate.explain import recipe_cost
-from quota.allocate.methods import METHODS
+from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
-from quota.calib.stream import resolve_folder
-from quota.core.errors import CheckpointError
+from quota.calib.stream import FloatSource, resolve_folder
+from quota.core.errors import UsageError
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
+from quota.demo.embedded import reference_of, sources
 from quota.eval.asking import load_model
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.compare import answer_rows, cache_dtype, folder_fingerprint
 from quota.eval.profiling import Asked, basis_of, measure_evidence, profile_models
 from quota.eval.questions import Question
-from quota.scenes import assets
+from quota.study.parts import assemble
 from quota.study.tasks import load_questions
 
 MODULES = ("vision", "projector", "llm")
@@ -34,14 +36,17 @@ FLOAT, QUANTIZED = "float", "w4a4kv4"
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What `quota study` was asked for. tasks: "scenes" (held-out generated questions) or a samples file with answers."""
+    """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the default. tasks: "scenes" (held-out
+    generated questions) or a samples file with answers. methods: the published ones that `pipelines` and `compute` have rows for."""
 
     out: Path = Path("study-out")
+    family: str | None = None
     model: str | None = None
     samples: Path | None = None
     tasks: str = "scenes"
     questions: int = 600
     keep: float = 0.3
+    methods: tuple[str, ...] = BASELINES
     batch: int = 16
     max_new_tokens: int = 6
     steps: int | None = None
@@ -67,11 +72,13 @@ class Bench:
     def __init__(self, settings: StudySettings) -> None:
         self.settings = settings
         self.console = Console(stderr=True, quiet=settings.quiet)
-        if settings.model is None and not (assets.CHECKPOINT / "config.json").exists():
-            raise CheckpointError(f"--model: there is no embedded checkpoint at {assets.CHECKPOINT}; name a float LLaVA folder or hub name")
-        self.float_checkpoint = settings.model or str(assets.CHECKPOINT)
+        unknown = sorted(set(settings.methods) - set(BASELINES))
+        if unknown:
+            raise UsageError(f"--methods: expected some of {', '.join(BASELINES)}, got {unknown[0]!r}")
+        self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
         settings.out.mkdir(parents=True, exist_ok=True)
-        self.samples = Samples.load(settings.samples or assets.SAMPLES)
+        self.samples = Samples.load(samples)
+        self.source = FloatSource(self.float_checkpoint)
         self.code = code_fingerprint()
         self.cache = StageCache(settings.out / "cache", self.code)
         self._fingerprints: dict[str, str] = {}
@@ -85,7 +92,20 @@ class Bench:
         return load_questions(self.settings.tasks, self.settings.questions, self.loaded(self.float_checkpoint)[0])
 
     def quantized(self, modules: Sequence[str] = MODULES, recipe: Recipe | None = None) -> str:
-        """A W4A4KV4 checkpoint of the float model; `recipe`: calibrated on the graph it prunes."""
+        """A W4A4KV4 checkpoint of the float model; `recipe`: the decoder calibrated on the graph it prunes.
+
+        Blocks learn from the float model's hidden states, so those of the tower, the projector and the decoder are the same whichever of them are asked for:
+        they are calibrated once, and a checkpoint of some of them takes the finished blocks. Pruning inside the language model concerns the decoder alone.
+        """
+        whole = MODULES if recipe is None else ("llm",)
+        calibrated = self._calibrated(whole, recipe)
+        if recipe is None and tuple(modules) == MODULES:
+            return calibrated
+        sources = {name: calibrated if name in whole else self._calibrated(MODULES, None) for name in modules}
+        parts = {"float": self.content(self.float_checkpoint), "sources": {name: self.content(folder) for name, folder in sources.items()}}
+        return str(self.cache.make("assembled", parts, lambda path: assemble(self.source, {k: Path(v) for k, v in sources.items()}, path)))
+
+    def _calibrated(self, modules: Sequence[str], recipe: Recipe | None) -> str:
         from quota.calib.run import calibrate
 
         s = self.settings
@@ -95,7 +115,7 @@ class Bench:
         }  # fmt: skip
 
         def work(path: Path) -> None:
-            self.console.print(f"calibrating {'+'.join(modules)}{' on a pruned graph' if recipe else ''}")
+            self.console.print(f"calibrating {'+'.join(modules)}{f' on the graph {recipe.method} prunes' if recipe else ''}")
             calibrate(
                 self.float_checkpoint, self.samples, modules=tuple(modules), out=path, seed=s.seed, steps=s.steps, recipe=recipe,
                 progress=not s.quiet,
@@ -113,7 +133,7 @@ class Bench:
 
     def planned(self, method: str, keep: float | None = None, compute: float | None = None, checkpoint: str | None = None, tau: float = 1.0) -> Recipe:
         """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized model)."""
-        asked = Asked(method, keep, compute, tau=tau)
+        asked = Asked(method, keep, compute, tau=tau, reference=self.reference)
         if METHODS[method].needs == "profile":
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
@@ -124,7 +144,17 @@ class Bench:
     @cached_property
     def basis(self) -> Basis:
         model, processor = self.loaded(self.quantized())
-        return basis_of(model, processor, self.samples, seed=self.settings.seed)
+        return basis_of(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
+
+    @property
+    def family(self) -> str:
+        """Architecture of the float model."""
+        return self.source.arch.name
+
+    @property
+    def reference(self) -> str:
+        """What the ratios of recipes are of."""
+        return reference_of(self.source.config)
 
     @property
     def facts(self) -> ModelFacts:
@@ -144,7 +174,10 @@ class Bench:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def answered(self, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-        """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed study goes on from there."""
+        """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed study goes on from there.
+
+        Rows of the same weights and recipe are answered once, in whichever study comes first.
+        """
         s = self.settings
         plan = {self._key(e): e for e in entries}
 
@@ -152,16 +185,18 @@ class Bench:
             return self.opened_with(plan[spec.key].checkpoint, plan[spec.key].recipe)
 
         settings = Settings(batch=s.batch, max_new_tokens=s.max_new_tokens, resamples=s.resamples, seed=s.seed)
-        done = answer_rows([self._spec(e) for e in entries], self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet)
-        return {name: right for name, (right, _) in done.items()}
+        specs = {key: self._spec(key, e) for key, e in plan.items()}
+        done = answer_rows(list(specs.values()), self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet)
+        return {e.name: done[specs[self._key(e)].name][0] for e in entries}
 
     def _key(self, entry: Entry) -> str:
         return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}"
 
-    def _spec(self, entry: Entry) -> RowSpec:
+    def _spec(self, key: str, entry: Entry) -> RowSpec:
+        """Named by what answers, not by the row: that name is the file of the answers."""
         folder = resolve_folder(entry.checkpoint)
-        name = entry.name.replace("/", "-").replace(" ", "-")
-        return RowSpec(entry.name, entry.weights, f"{name}.json" if entry.recipe else None, self._key(entry), weight_bytes(folder), cache_dtype(folder), _never)
+        name = f"{entry.recipe.method if entry.recipe else 'unpruned'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        return RowSpec(name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), cache_dtype(folder), _never)
 
     def opened_with(self, checkpoint: str, recipe: Recipe | None) -> tuple[Any, Any]:
         """(model under the recipe, processor): loaded once for neighbouring rows of one checkpoint, the recipe exchanged."""

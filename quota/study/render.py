@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quota.report.study_plots import Bar, Point, save_bars, save_curve, save_tradeoff
+from quota.report.study_plots import Bar, Point, save_bars, save_curve, save_groups, save_tradeoff
 from quota.report.table import byte_size, markdown_table
 from quota.study.results import StudyReport, StudyRow
 
 
 def markdown(report: StudyReport) -> str:
-    """Rows, paired differences, published figures apart from them, and how it was measured."""
+    """Rows, what they say about the random floor, paired differences, published figures apart from them, and how it was measured."""
     tasks = list(report.questions_by_task)
     extra = sorted({key for row in report.rows for key in row.figures if isinstance(row.figures[key], str)})
     columns = ["row", "retention", "95 % interval", *tasks, "visual tokens", "layer mean", "GMACs", "compute", "KV", *extra]
-    rows = [_cells(row, tasks, extra) for row in report.rows]
-    parts = [f"### {report.title}", _provenance(report), markdown_table(columns, rows)]
+    parts = [f"### {report.title}", provenance(report), markdown_table(columns, [_cells(row, tasks, extra) for row in report.rows])]
     if report.notes:
         parts.append("\n".join(f"- {note}" for note in report.notes))
+    if report.comparisons:
+        parts.append(differences(report))
     if report.published:
         names = [[p.name, f"{p.retention:.2f}", p.measures] for p in report.published]
         parts.append(
@@ -25,6 +26,14 @@ def markdown(report: StudyReport) -> str:
             + markdown_table(["published row", "retention", "measured on"], names)
         )
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def differences(report: StudyReport) -> str:
+    """Paired differences of retention."""
+    rows = [
+        [c.row, c.against, f"{c.difference.value:+.2f}", f"{c.difference.low:+.2f} to {c.difference.high:+.2f}", c.verdict] for c in report.comparisons
+    ]  # fmt: skip
+    return markdown_table(["row", "against", "difference, points", "95 % interval", "verdict"], rows)
 
 
 def _cells(row: StudyRow, tasks: list[str], extra: list[str]) -> list[str]:
@@ -36,18 +45,20 @@ def _cells(row: StudyRow, tasks: list[str], extra: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _provenance(report: StudyReport) -> str:
+def provenance(report: StudyReport) -> str:
+    """How it was measured, in a paragraph."""
     by_task = ", ".join(f"{task} {count}" for task, count in report.questions_by_task.items())
     return (
-        f"{report.questions} questions ({by_task}) of `{report.tasks}`, model {report.model}, {report.calibration_samples} calibration samples. "
+        f"{report.questions} questions ({by_task}) of `{report.tasks}`, {report.model} model ({report.family}), {report.calibration_samples} calibration "
+        "samples. "
         f"Retention is the mean over tasks of accuracy / float accuracy in percent, with a paired bootstrap interval ({report.resamples} resamples, "
         "the same questions in every row); tasks are exact-match accuracy in percent. GMACs, compute and KV follow the cost model for one picture."
     )
 
 
 def save_chart(path: Path, report: StudyReport, kind: str) -> None:
-    """PNG. kind: "bars" (retention per row), "keep" (against the keep ratio) or "compute" (against compute)."""
-    note = f"percent of the float model, {report.questions} questions, bars are 95 % intervals"
+    """PNG. kind: "bars" (retention per row), "keep" (against the keep ratio), "compute" (against compute) or "orders" (methods in three orders)."""
+    note = f"percent of the float model, {report.questions} questions, with 95 % intervals"
     points = {row.name: Point(row.retention.value, row.retention.low, row.retention.high) for row in report.rows}
     if kind == "keep":
         own = [(100 * row.figures["keep"], points[row.name]) for row in report.rows if "keep" in row.figures]
@@ -55,6 +66,16 @@ def save_chart(path: Path, report: StudyReport, kind: str) -> None:
         save_curve(path, report.title, note, own, published)
     elif kind == "compute":
         save_tradeoff(path, report.title, note, [(row.name, row.weights, 100 * row.compute_ratio, points[row.name]) for row in report.rows[1:]])
+    elif kind == "orders":
+        save_groups(path, report.title, note, [(*_method_and_order(row), points[row.name]) for row in report.rows[1:]])
     else:
         published_by = {p.name: p.retention for p in report.published}
         save_bars(path, report.title, note, [Bar(row.name, points[row.name], published_by.get(row.name)) for row in report.rows[1:]])
+
+
+def _method_and_order(row: StudyRow) -> tuple[str, str]:
+    """("fastv", "prune-only") of "fastv, prune-only"; the stage-wise rows are the orders themselves."""
+    method, comma, order = row.name.partition(", ")
+    if comma:
+        return method, order
+    return ("uniform", row.name) if row.method == "uniform" else (row.name, row.name)

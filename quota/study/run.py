@@ -16,7 +16,7 @@ from quota.eval.score import accuracies, mean_accuracy
 from quota.eval.statistics import interval, resampled_retention, retention
 from quota.study.bench import Bench, Entry, StudySettings
 from quota.study.layers import profile_study, show_study
-from quota.study.published import PUBLISHED
+from quota.study.published import published
 from quota.study.render import markdown, save_chart
 from quota.study.results import StudyReport, StudyRow
 from quota.study.runtime import runtime
@@ -59,11 +59,12 @@ def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
     comparisons = [_compare(a, b, totals, draws) for a, b in plan.compare]
     recipes = _save_recipes(bench, name, plan.entries)
     report = StudyReport(
-        study=name, title=plan.title, model=s.model or "embedded", fingerprint=bench.facts.fingerprint, tasks=s.tasks, questions=len(bench.questions),
+        study=name, title=plan.title, model=s.model or "embedded", family=bench.family, fingerprint=bench.facts.fingerprint, tasks=s.tasks,
+        questions=len(bench.questions),
         questions_by_task={task: len(values) for task, values in right[baseline].items()}, questions_fingerprint=questions_fingerprint(bench.questions),
         calibration_samples=len(bench.samples), resamples=s.resamples, seed=s.seed,
         rows=[_row(bench, e, right[e.name], interval(totals[e.name], draws[e.name]), recipes.get(e.name)) for e in plan.entries],
-        comparisons=comparisons, notes=[*plan.notes, *(_sentence(c) for c in comparisons)], published=PUBLISHED.get(name, []),
+        comparisons=comparisons, notes=[*plan.notes, *against_random(comparisons)], published=published(name, bench.family),
         files={"markdown": f"{name}.md", "json": f"{name}.json", "plot": f"{name}.png"},
     )  # fmt: skip
     save_chart(s.out / f"{name}.png", report, plan.chart)
@@ -77,9 +78,19 @@ def _compare(a: str, b: str, totals: dict[str, float], draws: dict[str, np.ndarr
     return Comparison(row=a, against=b, difference=difference, verdict="better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided")
 
 
-def _sentence(c: Comparison) -> str:
-    words = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}[c.verdict]
-    return f"{c.row} {words} {c.against}: {c.difference.value:+.2f} points (95 % interval {c.difference.low:+.2f} to {c.difference.high:+.2f})."
+def against_random(comparisons: Sequence[Comparison]) -> list[str]:
+    """One sentence per setting that has a random row: which methods beat it, which it beats, and which cannot be told from it."""
+    floors = dict.fromkeys(c.against for c in comparisons if c.against.startswith("random"))
+    out = []
+    for floor in floors:
+        setting = floor.removeprefix("random").strip(" ,()")
+        known = [c for c in comparisons if c.against == floor]
+        groups = {
+            words: [f"{c.row.removesuffix(floor.removeprefix('random'))} ({c.difference.value:+.1f})" for c in known if c.verdict == verdict]
+            for verdict, words in (("better", "better than random"), ("undecided", "not told apart from it"), ("worse", "worse"))
+        }
+        out.append(f"{setting}: " + "; ".join(f"{words}: {', '.join(names) or 'none'}" for words, names in groups.items()) + ".")
+    return out
 
 
 def _row(bench: Bench, entry: Entry, right: dict[str, np.ndarray], retained: Any, recipe: str | None) -> StudyRow:

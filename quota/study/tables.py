@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from quota.allocate.methods import BASELINES
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe, ScoreWeights
 from quota.study.bench import FLOAT, MODULES, QUANTIZED, Bench, Entry
@@ -13,11 +12,13 @@ from quota.study.bench import FLOAT, MODULES, QUANTIZED, Bench, Entry
 KEEPS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 SWEEP = ((0.45, 0.25, 0.10, 0.20), (0.35, 0.25, 0.10, 0.30), (0.55, 0.25, 0.10, 0.10), (0.25, 0.25, 0.25, 0.25))
 SIGNALS = ("inter", "mag", "intra", "quant")
+ORDERS = ("prune-only", "quantize-then-prune", "prune-then-quantize")
+ON_PRUNED = f"{QUANTIZED}, calibrated on the pruned graph"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study's rows, the float model first, and pairs (row, against) to compare. chart: "bars", "keep" or "compute". notes: what is missing."""
+    """A study's rows, the float model first, and pairs (row, against) to compare. chart: "bars", "keep", "compute" or "orders". notes: what is missing."""
 
     title: str
     entries: list[Entry]
@@ -31,7 +32,7 @@ def _float(bench: Bench) -> Entry:
 
 
 def modules(bench: Bench) -> Plan:
-    """Table 1: which parts are quantized."""
+    """Table 1: which parts are quantized (the projector is Qwen2.5-VL's merger)."""
     rows = [_float(bench)]
     for chosen in (("llm",), ("vision", "llm"), MODULES):
         name = "+".join(chosen)
@@ -50,19 +51,25 @@ def keep(bench: Bench) -> Plan:
 
 
 def pipelines(bench: Bench) -> Plan:
-    """Table 3: joint against stage-wise."""
+    """Table 3: joint against stage-wise, and every published method at the joint recipe's compute: on the float model, applied to the quantized one, and with
+    the quantized one calibrated on the graph it prunes."""
     quantized, ratio = bench.quantized(), bench.settings.keep
     uniform, joint = bench.planned("uniform", ratio), bench.planned("quota", ratio)
     rows = [
-        _float(bench), Entry("quant-only", quantized, QUANTIZED), Entry("prune-only", bench.float_checkpoint, FLOAT, uniform),
-        Entry("quantize-then-prune", quantized, QUANTIZED, uniform),
-        Entry("prune-then-quantize", bench.quantized(recipe=uniform), f"{QUANTIZED}, calibrated on the pruned graph", uniform),
+        _float(bench), Entry("quant-only", quantized, QUANTIZED), Entry(ORDERS[0], bench.float_checkpoint, FLOAT, uniform),
+        Entry(ORDERS[1], quantized, QUANTIZED, uniform), Entry(ORDERS[2], bench.quantized(recipe=uniform), ON_PRUNED, uniform),
         Entry("collaborative", quantized, QUANTIZED, joint),
     ]  # fmt: skip
-    return Plan(
-        f"Pipelines at {ratio:.0%} of the visual tokens", rows,
-        [("collaborative", other) for other in ("quantize-then-prune", "prune-then-quantize", "quant-only", "prune-only")],
-    )  # fmt: skip
+    pairs = [("collaborative", other) for other in (*ORDERS[1:], "quant-only", ORDERS[0])]
+    budget, notes = bench.cost(joint).ratio_language, list[str]()
+    alone, deployed = (_methods(bench, checkpoint, budget, notes) for checkpoint in (bench.float_checkpoint, quantized))
+    rows += [Entry(f"{method}, {ORDERS[0]}", bench.float_checkpoint, FLOAT, plan) for method, plan in alone.items()]
+    rows += [Entry(f"{method}, {ORDERS[1]}", quantized, QUANTIZED, plan) for method, plan in deployed.items()]
+    rows += [Entry(f"{method}, {ORDERS[2]}", bench.quantized(recipe=plan), ON_PRUNED, plan) for method, plan in alone.items()]
+    for order, plans in zip(ORDERS, (alone, deployed, alone), strict=True):
+        pairs += [(f"{method}, {order}", f"random, {order}") for method in plans if method != "random" and "random" in plans]
+        pairs += [("collaborative", f"{method}, {order}") for method in plans if order != ORDERS[0]]
+    return Plan(f"Pipelines at {100 * ratio:g} % of the visual tokens", rows, pairs, "orders" if alone else "bars", notes)
 
 
 def compute(bench: Bench) -> Plan:
@@ -70,21 +77,28 @@ def compute(bench: Bench) -> Plan:
     quantized = bench.quantized()
     joint = bench.planned("quota", bench.settings.keep)
     budget = bench.cost(joint).ratio_language
-    rows, pairs, notes = [_float(bench), Entry("quant-only", quantized, QUANTIZED)], [], []
+    rows, pairs, notes = [_float(bench), Entry("quant-only", quantized, QUANTIZED)], list[tuple[str, str]](), list[str]()
     for weights, checkpoint in ((FLOAT, bench.float_checkpoint), (QUANTIZED, quantized)):
         plans = {"quota": joint, "uniform": bench.planned("uniform", compute=budget)}
         for policy in ("mmr", "grid"):
             selection = {"policy": policy, "grid_share": 0.25} if policy == "grid" else {"policy": policy}
             plans[f"quota, {policy}"] = Recipe.parse({**joint.model_dump(), "selections": [selection]})
-        for method in BASELINES:
-            try:
-                plans[method] = bench.planned(method, compute=None if method == "vtw" else budget, checkpoint=checkpoint)
-            except RecipeError as error:
-                notes.append(f"No row for {method} ({weights}): {error}.")
+        plans |= _methods(bench, checkpoint, budget, notes)
         rows += [Entry(f"{name} ({weights})", checkpoint, weights, plan) for name, plan in plans.items()]
-        pairs += [(f"{name} ({weights})", f"random ({weights})") for name in plans if name != "random"]
+        pairs += [(f"{name} ({weights})", f"random ({weights})") for name in plans if name != "random" and "random" in plans]
         pairs += [(f"quota ({weights})", f"{name} ({weights})") for name in plans if name not in ("quota", "random")]
-    return Plan(f"Methods at {budget:.1%} of the language model's compute", rows, pairs, "compute", notes)
+    return Plan(f"Methods at {100 * budget:.1f} % of the language model's compute", rows, pairs, "compute", notes)
+
+
+def _methods(bench: Bench, checkpoint: str, budget: float, notes: list[str]) -> dict[str, Recipe]:
+    """The published methods at `budget` of the language model's compute, searched on `checkpoint`; VTW at the layer it finds. What has none is noted."""
+    plans = {}
+    for method in bench.settings.methods:
+        try:
+            plans[method] = bench.planned(method, compute=None if method == "vtw" else budget, checkpoint=checkpoint)
+        except RecipeError as error:
+            notes.append(f"No row for {method} ({FLOAT if checkpoint == bench.float_checkpoint else QUANTIZED}): {error}.")
+    return plans
 
 
 def weights(bench: Bench) -> Plan:
@@ -109,7 +123,7 @@ def weights(bench: Bench) -> Plan:
         plan = Recipe.parse({**joint.model_dump(), "weights": mixture.model_dump()})
         rows.append(Entry(name, quantized, QUANTIZED, plan, mixture.model_dump()))
     first = next(iter(mixtures))
-    return Plan(f"Score weights (inter/mag/intra/quant) at {bench.settings.keep:.0%}", rows, [(first, name) for name in mixtures if name != first])
+    return Plan(f"Score weights (inter/mag/intra/quant) at {100 * bench.settings.keep:g} %", rows, [(first, name) for name in mixtures if name != first])
 
 
 TABLES: dict[str, Callable[[Bench], Plan]] = {"modules": modules, "keep": keep, "pipelines": pipelines, "compute": compute, "weights": weights}

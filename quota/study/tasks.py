@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from quota.core.errors import UsageError
-from quota.eval.questions import Question, sample_questions, scene_questions
+from quota.demo.embedded import held_out
+from quota.eval.questions import Question, sample_questions
 
 SCENES = "scenes"
 
 
 def load_questions(tasks: str, number: int, model: Any) -> list[Question]:
-    """tasks: "scenes", `number` held-out questions of the embedded benchmark in the model's picture size; or a samples file with answers,
-    of which the first `number` are asked. UsageError for anything else."""
+    """tasks: "scenes", `number` held-out generated questions that suit the model (five kinds of pages where resolution is dynamic); or a samples file with
+    answers, of which the first `number` are asked. UsageError for anything else."""
     if tasks == SCENES:
-        return scene_questions(number, 336 if model.config.vision_config.image_size >= 300 else 168)
+        return held_out(number, model.config)
     path = Path(tasks)
     if path.suffix != ".json" or not path.is_file():
         raise UsageError(f"--tasks: expected {SCENES!r} or a samples file (.json) with answers, got {tasks!r}")

@@ -23,7 +23,7 @@ def energy_uj() -> int | str:
     try:
         return int(_ENERGY.read_text())
     except (OSError, ValueError) as error:
-        return f"no energy counter ({type(error).__name__})"
+        return f"not measured (no energy counter: {type(error).__name__})"
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from quota.study import run as study
 from quota.study.bench import Bench, Entry, StudySettings
 from quota.study.results import StudyReport
 from quota.study.runtime import measure
-from quota.study.tables import KEEPS, Plan
+from quota.study.tables import KEEPS, ORDERS, Plan
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,16 @@ def test_keep(settings: StudySettings) -> None:
 def test_pipelines_share_checkpoints_and_answers_with_keep(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
     finished("keep", settings)
     report = finished("pipelines", settings)
-    assert [row.name for row in report.rows] == ["float", "quant-only", "prune-only", "quantize-then-prune", "prune-then-quantize", "collaborative"]
-    assert {c.against for c in report.comparisons} == {"quantize-then-prune", "prune-then-quantize", "quant-only", "prune-only"} and len(report.notes) == 4
+    names = [row.name for row in report.rows]
+    assert names[:6] == ["float", "quant-only", "prune-only", "quantize-then-prune", "prune-then-quantize", "collaborative"]
+    for method in ("pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune"):
+        assert [name for name in names if name.startswith(f"{method}, ")] == [f"{method}, {order}" for order in ORDERS]
+    pairs = {(c.row, c.against) for c in report.comparisons}
+    assert {("collaborative", "prune-only"), ("collaborative", "grid, prune-then-quantize"), ("grid, prune-only", "random, prune-only")} <= pairs
+    said = [note for note in report.notes if "better than random: " in note]
+    assert [note.split(":")[0] for note in said] == list(ORDERS) and all("divprune (" in note and "quota" not in note for note in said)
+    weights = {row.name: row.weights for row in report.rows}
+    assert weights["grid, prune-only"] == "float" and weights["grid, prune-then-quantize"].endswith("calibrated on the pruned graph")
     monkeypatch.setattr(benchmark, "answers", lambda *_: pytest.fail("answered again"))
     monkeypatch.setattr("quota.calib.run.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     assert study.run_study("pipelines", settings) == report
@@ -97,7 +105,7 @@ def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, mon
     report = finished("runtime", replace(settings, questions=6))
     for row in report.rows:
         assert row.figures["peak memory"].split()[1] in ("MB", "GB") and row.figures["disk"]
-        assert row.figures["power"].endswith("W") or "no energy counter" in row.figures["power"]
+        assert row.figures["power"].endswith("W") or "not measured" in row.figures["power"]
         assert ("answers equal to the reference's" in row.figures) == (row.name != "float")
     assert report.rows[1].figures["answers equal to the reference's"] == "1 of 1"
     assert "peak memory" in (settings.out / "runtime.md").read_text()
@@ -117,6 +125,29 @@ def test_a_samples_file_is_a_task(settings: StudySettings) -> None:
     assert report.questions == 4
     with pytest.raises(UsageError, match="--tasks: expected 'scenes' or a samples file"):
         study.run_study("keep", replace(settings, tasks="gqa"))
+
+
+def test_the_second_family(qwen_settings: StudySettings) -> None:
+    """Five kinds as tasks, every picture's own budget, the merger as projector; text-only questions are asked in every row."""
+    report = finished("modules", qwen_settings)
+    assert [row.name for row in report.rows] == ["float", "llm", "vision+llm", "vision+projector+llm"] and report.family == "qwen2_5_vl"
+    assert report.questions_by_task == {"conversation": 3, "text": 3, "scene_text": 3, "document": 3, "chart": 3}
+    report = finished("compute", qwen_settings)
+    rows = {row.name: row for row in report.rows}
+    assert Recipe.load(qwen_settings.out / str(rows["quota (w4a4kv4)"].recipe)).reference == "per_image"
+    assert Recipe.load(qwen_settings.out / str(rows["divprune (float)"].recipe)).reference == "per_image"
+    assert all(rows[f"{method} ({weights})"].compute_ratio < 1 for method in ("quota", "grid", "vtw") for weights in ("float", "w4a4kv4"))
+    shown = study.run_study("show", qwen_settings)
+    assert shown["family"] == "qwen2_5_vl" and (qwen_settings.out / "show-grid.png").exists()
+
+
+def test_a_family_is_of_the_embedded_models(settings: StudySettings, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--family: names an embedded model, and --model another one"):
+        Bench(replace(settings, family="llava"))
+    with pytest.raises(UsageError, match=r"--methods: expected some of fastv, .*got 'quota'"):
+        Bench(replace(settings, methods=("random", "quota")))
+    with pytest.raises(UsageError, match="--family: expected one of llava, qwen2_5_vl, got 'blip'"):
+        Bench(StudySettings(out=tmp_path, family="blip"))
 
 
 def test_errors(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""Keep finished studies and write the pages that show them: `python -m quota.study.readme [study-out]`.
+
+With a folder, the reports and pictures in it are copied to docs/tables/FAMILY first. The page docs/tables/FAMILY.md and README's block `tables` are written
+from the reports kept there only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quota.core.errors import UsageError
+from quota.core.files import atomic_write_text
+from quota.demo.embedded import FAMILIES
+from quota.report.blocks import fill
+from quota.report.table import markdown_table
+from quota.study.layers import profile_markdown, show_markdown
+from quota.study.render import differences, markdown
+from quota.study.results import StudyReport, StudyRow
+from quota.study.run import STUDIES
+from quota.study.tables import ORDERS
+
+README = Path("README.md")
+KEPT = Path("docs/tables")
+TITLES = {"llava": "LLaVA", "qwen2_5_vl": "Qwen2.5-VL"}
+SHOWN = ("modules", "keep", "pipelines")
+
+
+def keep(source: Path, kept: Path = KEPT) -> list[Path]:
+    """Copy every report in a study folder, with its pictures, to its family's folder. UsageError when there is none."""
+    out = []
+    for path in (source / f"{name}.json" for name in STUDIES):
+        if path.is_file():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            folder = kept / report["family"]
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures = [report["files"]["plot"]] if "plot" in report["files"] else [a["overlay"] for a in report["methods"].values()]
+            for name in (path.name, *pictures):
+                shutil.copyfile(source / name, folder / name)
+            out.append(folder / path.name)
+    if not out:
+        raise UsageError(f"{source}: expected at least one report of `quota study` ({', '.join(STUDIES)}), found none")
+    return out
+
+
+def reports(family: str, kept: Path = KEPT) -> dict[str, dict[str, Any]]:
+    """study -> its kept report, in the order of the studies."""
+    found = {name: kept / family / f"{name}.json" for name in STUDIES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+
+
+def page(family: str, kept: Path = KEPT) -> str:
+    """Every kept study of one family, Markdown."""
+    found = reports(family, kept)
+    missing = [name for name in STUDIES if name not in found]
+    parts = [
+        f"# The tables on the embedded {TITLES[family]} model",
+        f"Written by `python -m quota.study.readme` from the reports in `docs/tables/{family}`; a row is one configuration of `quota study NAME --family "
+        f"{family}`. The model is small and its questions are generated: the tables show which choice is better here, not how a 7B model scores.",
+    ]
+    if missing:
+        parts.append(f"Not run on this model yet: {', '.join(missing)}.")
+    return "\n\n".join([*parts, *(section(name, report, family) for name, report in found.items())]).rstrip("\n") + "\n"
+
+
+def section(name: str, report: dict[str, Any], family: str) -> str:
+    """One study, its headline a level up, with its picture."""
+    title = f"## `{name}`: {STUDIES[name]}"
+    if name == "show":
+        return f"{title}\n\n{show_markdown(report, f'{family}/')}".rstrip("\n")
+    text = profile_markdown(report) if name == "profile" else markdown(StudyReport.model_validate(report))
+    return f"{title}\n\n{text.rstrip(chr(10))}\n\n![{STUDIES[name]}]({family}/{report['files']['plot']})"
+
+
+def block(kept: Path = KEPT) -> str:
+    """README's part: the telling tables with the families side by side, and where the rest is."""
+    parts = []
+    for name in SHOWN:
+        by_family = {family: StudyReport.model_validate(found[name]) for family in FAMILIES if name in (found := reports(family, kept))}
+        if by_family:
+            parts += _side_by_side(name, by_family)
+    links = [f"[{TITLES[family]}](docs/tables/{family}.md)" for family in FAMILIES if reports(family, kept)]
+    parts.append(f"All studies with accuracies per task, every paired difference and pictures: {', '.join(links)}.")
+    return "\n\n".join(part.rstrip("\n") for part in parts)
+
+
+def _side_by_side(name: str, by_family: dict[str, StudyReport]) -> list[str]:
+    heads = [f"{TITLES[family]} ({report.questions} questions)" for family, report in by_family.items()]
+    rows = {family: {row.name: row for row in report.rows} for family, report in by_family.items()}
+    names = [n for n in dict.fromkeys(n for found in rows.values() for n in found) if ", " not in n and n != "float"]
+    parts = [f"**{STUDIES[name]}** (`quota study {name}`)", markdown_table(["row", *heads], [[n, *(_cell(rows[f].get(n)) for f in by_family)] for n in names])]
+    if name == "pipelines":
+        methods = list(dict.fromkeys(n.split(", ")[0] for found in rows.values() for n in found if ", " in n))
+        columns = [f"{TITLES[family]}: {order}" for family in by_family for order in ORDERS]
+        parts.append(markdown_table(["method", *columns], [[m, *(_cell(rows[f].get(f"{m}, {o}")) for f in by_family for o in ORDERS)] for m in methods]))
+        for family, report in by_family.items():
+            said = [c for c in report.comparisons if c.row == "collaborative" and ", " not in c.against]
+            parts.append(f"{TITLES[family]}, paired differences, then every method beside `random` at the same compute (VTW at the layer its search finds):")
+            parts.append(differences(report.model_copy(update={"comparisons": said})) + "\n" + "\n".join(f"- {note}" for note in report.notes))
+    return parts
+
+
+def _cell(row: StudyRow | None) -> str:
+    return "-" if row is None else f"{row.retention.value:.1f} ({row.retention.low:.1f} to {row.retention.high:.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", help="folder of finished studies to take reports and pictures from")
+    source = parser.parse_args().study
+    if source is not None:
+        print(f"kept {', '.join(str(path) for path in keep(source))}")
+    for family in FAMILIES:
+        if reports(family):
+            atomic_write_text(KEPT / f"{family}.md", page(family))
+    atomic_write_text(README, fill(README.read_text(encoding="utf-8"), {"tables": block()}))
+    print(f"filled {README}")
+
+
+if __name__ == "__main__":
+    main()
