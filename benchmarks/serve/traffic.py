@@ -42,11 +42,12 @@ def picture_bytes(rng: random.Random, largest: tuple[int, int] = (4000, 3000)) -
     else:
         image = image.convert(mode)
     buffer = io.BytesIO()
+    plain = width * height < 2_000_000  # larger ones without good compression pass the server's limit of bytes
     if mode == "CMYK":
-        image.save(buffer, rng.choice(("JPEG", "TIFF")))
+        image.save(buffer, rng.choice(("JPEG", "TIFF")) if plain else "JPEG")
     elif mode in ("RGB", "L") and rng.random() < 0.5:
-        image.save(buffer, rng.choice(("JPEG", "WEBP", "BMP")))
-    elif mode == "P" and rng.random() < 0.5:
+        image.save(buffer, rng.choice(("JPEG", "WEBP", "BMP")) if plain else "WEBP")
+    elif mode == "P" and plain and rng.random() < 0.5:
         image.save(buffer, "GIF", save_all=True, append_images=[image.rotate(90 * i) for i in range(1, 3)])
     else:
         image.save(buffer, "PNG")

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from quota.runtime.engine import Engine, Request, Sampling
-from quota.server.prompts import PromptBuilder
 from quota.server.schemas import Message
-from quota.server.service import load_recipes
+from quota.server.service import Service, load_recipes
 from tests.serve.pictures import noise
 
 QUESTIONS = ("what color is the star ?", "describe the picture .", "which shape is in the top left ?")
@@ -39,14 +38,14 @@ def length(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     return {"words": float(len(results[0].split()))}
 
 
-def directly(model: Any, recipe: Any, docs: list[dict[str, Any]]) -> list[str]:
-    """One request after the other in an engine of its own."""
-    builder = PromptBuilder(model, model.config.image_seq_length)
-    engine = Engine(model, tokenizer=model.processor.tokenizer, recipes={"pruned": recipe}, default="pruned")
+def directly(service: Service, model: Any, docs: list[dict[str, Any]]) -> list[str]:
+    """One request after the other in an engine of its own, prompts made as the service makes them."""
+    recipes = load_recipes(service.settings)
+    engine = Engine(model, tokenizer=model.processor.tokenizer, recipes=recipes, default="pruned")
     answers = []
     for doc in docs:
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": doc["question"]}]
-        prompt = builder.chat([Message.model_validate({"role": "user", "content": parts})], picture(doc))
+        prompt = service.prompts.chat([Message.model_validate({"role": "user", "content": parts})], picture(doc))
         engine.submit(Request(str(doc["seed"]), prompt, Sampling(max_tokens=TOKENS, temperature=0.0)))
         text = ""
         while engine.busy:
@@ -71,6 +70,6 @@ def test_lmms_eval_gets_the_engines_answers(server, model, tmp_path, monkeypatch
     tasks = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False, model_name="openai_compatible")
     found = evaluator.simple_evaluate(model=client, tasks=["quota_noise"], task_manager=tasks, log_samples=True, bootstrap_iters=0, process_docs_parallel=1)
     samples = sorted(found["samples"]["quota_noise"], key=lambda sample: sample["doc_id"])
-    want = directly(model, load_recipes(server.service.settings)["pruned"], docs)
+    want = directly(server.service, model, docs)
     assert [sample["filtered_resps"][0].strip() for sample in samples] == [text.strip() for text in want] and len(set(want)) > 3
     assert found["results"]["quota_noise"]["words,none"] > 0
