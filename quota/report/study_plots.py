@@ -39,7 +39,7 @@ def save_bars(path: str | Path, title: str, note: str, bars: Sequence[Bar]) -> N
     for place, bar in enumerate(bars):
         axes.barh(place, bar.point.value, height=0.62, color=BLUE, zorder=2)
         axes.plot([bar.point.low, bar.point.high], [place, place], color=INK, linewidth=1.3, zorder=3)
-        axes.text(bar.point.high + 0.8, place, f"{bar.point.value:.1f}", va="center", fontsize=8.5, color=MUTED, zorder=4)
+        axes.text(max(bar.point.high, bar.published or 0) + 1.2, place, f"{bar.point.value:.1f}", va="center", fontsize=8.5, color=MUTED, zorder=4)
         if bar.published is not None:
             axes.plot(bar.published, place, marker="D", markersize=6, markerfacecolor="none", markeredgecolor=ORANGE, zorder=5)
     tidy(axes, "")
