@@ -84,6 +84,8 @@ class Replicas:
 
     def ready(self) -> bool:
         assert self.process.poll() is None, self.log.with_suffix(".out").read_text()[-2000:]
+        if len(self.started()) < 2:  # until then the port may be anybody's
+            return False
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/ready").status_code == 200
         return False
@@ -94,7 +96,9 @@ class Replicas:
 
     def reporting(self) -> int:
         """Replicas whose samples /metrics has."""
-        return len(set(re.findall(r'^quota_kv_units{replica="(\w+)"}', httpx.get(f"{self.url}/metrics", timeout=30).text, re.MULTILINE)))
+        with contextlib.suppress(httpx.TransportError):
+            return len(set(re.findall(r'^quota_kv_units{replica="(\w+)"}', httpx.get(f"{self.url}/metrics", timeout=30).text, re.MULTILINE)))
+        return 0
 
     def answered(self) -> Counter[str]:
         """Chats answered with 200, by replica."""
@@ -121,8 +125,7 @@ def replicas(model, recipe_file, tmp_path_factory):
     save_checkpoint(model, folder / "tiny", Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor)
     made = Replicas(folder / "tiny", recipe_file, folder / "log")
     try:
-        wait_for(made.ready, START_S)
-        wait_for(lambda: made.reporting() == 2, START_S)  # the proxy may know one replica before the other
+        wait_for(lambda: made.ready() and made.reporting() == 2, START_S)  # the proxy may know one replica before the other
         yield made
     finally:
         made.stop()
