@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import lmms_eval.api.task  # noqa: F401  (lets Pillow read truncated pictures from here on; taken back below)
 import torch
 from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from PIL import ImageFile
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
@@ -31,6 +33,8 @@ from quota.eval.asking import kept_masks
 from quota.eval.compare import folder_fingerprint
 from quota.eval.generation import encode_prompts, generate
 from quota.lmms.prompts import Conversation, Wrapper, conversation
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated picture is an error everywhere but in lmms-eval's own runs
 
 SAMPLES = 8
 _LOG_SCHEMA = "quota-lmms-answers/1"
@@ -96,6 +100,7 @@ class Quota(lmms):
         except QuotaError as error:
             leave(error)
         made._leaves = True
+        ImageFile.LOAD_TRUNCATED_IMAGES = True  # the process is lmms-eval's
         return made
 
     # -- the model -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def run_tasks(model: Any, plan: Plan, manager: Any) -> dict[str, Benchmark]:
     from lmms_eval.tasks import get_task_dict
 
     plan.out.mkdir(parents=True, exist_ok=True)
-    with _quiet(), _inside(plan.data):
+    with _quiet(), _inside(plan.data), _truncated_pictures():
         tasks: dict[str, Any] = {}
         for name in plan.tasks:
             try:
@@ -115,6 +115,18 @@ def _inside(data: Path | None) -> Iterator[None]:
         return
     with contextlib.chdir(data):
         yield
+
+
+@contextlib.contextmanager
+def _truncated_pictures() -> Iterator[None]:
+    """Some benchmarks hold truncated pictures, and lmms-eval reads them all the same."""
+    from PIL import ImageFile
+
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 @contextlib.contextmanager

@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import ImageFile
 
 from quota.lmms import TASKS
 from quota.scenes import model as llava
 from quota.scenes import qwen_model as qwen
 from tests.one_thread import one_thread  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def strict_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model made for lmms-eval's command sets Pillow for its whole process, which here goes on to other tests."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")
