@@ -1,4 +1,6 @@
 """Train an embedded model from scratch: `python -m quota.scenes.train --out DIR [--family qwen2_5_vl]`. Resumable; CPU or GPU.
+A model this small gains nothing from a second thread; a second process shares the pictures of every step:
+`torchrun --nproc_per_node 2 -m quota.scenes.train --threads 1 ...`.
 
 Stages, in LLaVA's own order (question answering alone does not leave its plateau at this size):
 1. dense     every visual token is classified against the word vectors of shapes, colours and places
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -81,15 +85,15 @@ def segments_of(s: g.Scene, stage: Stage, rng: np.random.Generator) -> list[tupl
 
 
 class Pictures(IterableDataset):
-    """Endless batches for one stage, starting at picture `first`."""
+    """Endless batches for one stage, starting at picture `first`: of every step's pictures those of process `rank` of `world`."""
 
-    def __init__(self, stage: Stage, first: int) -> None:
-        self.stage, self.first = stage, first
+    def __init__(self, stage: Stage, first: int, rank: int = 0, world: int = 1) -> None:
+        self.stage, self.first, self.rank, self.world = stage, first, rank, world
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         index = self.first
         while True:
-            scenes = [g.scene("train", index + i, self.stage.size_px) for i in range(self.stage.batch)]
+            scenes = [g.scene("train", index + i, self.stage.size_px) for i in range(self.rank, self.stage.batch, self.world)]
             index += self.stage.batch
             yield collate(scenes, self.stage)
 
@@ -172,8 +176,8 @@ def block_mask(segment: Tensor, prefix: int) -> Tensor:
 
 
 def forward(model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage, amp: bool) -> tuple[Tensor, dict[str, float]]:
-    """Loss and figures of one packed batch."""
-    device = model.device
+    """Loss and figures of one packed batch; the loss is weighed by the batch's share of the step's pictures."""
+    device, share = model.device, len(batch["pixels"]) / stage.batch
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     pixels = batch["pixels"].to(device).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
     words = model.get_input_embeddings().weight
@@ -183,7 +187,7 @@ def forward(model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage,
     dense_loss, dense_right = head(visual, words, batch["shape"].to(device), batch["color"].to(device))
     figures = {"dense": float(dense_right)}
     if not stage.language:
-        return dense_loss, figures
+        return dense_loss * share, figures
     ids, labels = batch["ids"].to(device), batch["labels"].to(device)
     b, v = visual.shape[:2]
     lead = words[[_IDS[w] for w in PREFIX]].expand(b, -1, -1)
@@ -200,7 +204,7 @@ def forward(model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage,
     logits = model.lm_head(out[:, prefix:-1][chosen].float())
     loss = F.cross_entropy(logits, target[chosen])
     figures["text_loss"], figures["token_right"] = float(loss.detach()), float((logits.argmax(-1) == target[chosen]).float().mean())
-    return loss + stage.dense_weight * dense_loss, figures
+    return (loss + stage.dense_weight * dense_loss) * share, figures
 
 
 def enlarge(model: Any, size_px: int, width: int, layers: int) -> Any:
@@ -227,15 +231,15 @@ def save_checkpoint(model: Any, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """What the loop below must know of an architecture. batches(stage, first): endless batches from picture `first` on."""
+    """What the loop below must know of an architecture. batches: endless batches from the first picture on."""
 
     schedule: tuple[Any, ...]
     width: int
     layers: int
     build: Callable[[Any, int, int, int], Any]  # stage, width, layers, seed -> model
     head: Callable[[int], nn.Module]  # width -> the dense head
-    batches: Callable[[Any, int], IterableDataset]
-    forward: Callable[..., tuple[Tensor, dict[str, float]]]  # model, head, batch, stage, amp -> loss, figures
+    batches: Callable[[Any, int, int, int], IterableDataset]  # stage, first picture, rank, world
+    forward: Callable[..., tuple[Tensor, dict[str, float]]]  # model, head, batch, stage, amp -> this process's share of the loss, figures
     resize: Callable[[Any, Any, int, int], Any]  # model, stage, width, layers -> the model for that stage
     save: Callable[[Any, Path], None]
 
@@ -261,8 +265,24 @@ def find_family(name: str) -> Family:
     raise ValueError(f"family: expected 'llava' or 'qwen2_5_vl', got {name!r}")
 
 
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over all processes; a parameter without a gradient counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
+
+
+def merge_figures(figures: dict[str, float], world: int) -> dict[str, float]:
+    """The figures of all processes; what several report is their mean."""
+    seen: list[dict[str, float]] = [{} for _ in range(world)]
+    dist.all_gather_object(seen, figures)
+    return {k: float(np.mean([s[k] for s in seen if k in s])) for s in seen for k in s}
+
+
 def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bool, schedule: tuple[Any, ...], family: str = "llava") -> None:
-    """Run the schedule, continuing from `out/training.pt` when it is there."""
+    """Run the schedule, continuing from `out/training.pt` when it is there. Under torchrun the processes share every step; the first one writes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
     made = find_family(family)
     state_file = out / "training.pt"
@@ -272,18 +292,20 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
     if "model" in saved:
         model.load_state_dict(saved["model"])
         head.load_state_dict(saved["head"])
+    if "model" in saved and rank == 0:
         print(f"continuing stage {schedule[saved['stage']].name} at step {saved['step']}", flush=True)
     pictures = saved["pictures"]
     for number in range(saved["stage"], len(schedule)):
         stage = schedule[number]
         model = made.resize(model, stage, width, layers)
-        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+        parameters = [*model.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
         resumed = number == saved["stage"] and "optimizer" in saved
         if resumed:
             optimizer.load_state_dict(saved["optimizer"])
         first_step = saved["step"] if resumed else 0
         model.train()
-        batches = iter(DataLoader(made.batches(stage, pictures), batch_size=None, num_workers=1, prefetch_factor=8))
+        batches = iter(DataLoader(made.batches(stage, pictures, rank, world), batch_size=None, num_workers=1, prefetch_factor=8))
         began, last_save, window = time.time(), time.time(), []
         for step in range(first_step, stage.steps):
             warm = min(1.0, (step + 1) / 200)
@@ -294,25 +316,32 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
             loss, figures = made.forward(model, head, next(batches), stage, amp)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if world > 1:
+                sum_gradients(parameters)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             pictures += stage.batch
-            window.append({"loss": float(loss.detach()), **figures})
-            if (step + 1) % 50 == 0:
+            window.append({"loss": float(loss.detach()) * world, **figures})
+            if (step + 1) % 50 == 0 and world > 1:
+                window = [merge_figures(w, world) for w in window]
+            if (step + 1) % 50 == 0 and rank == 0:
                 seen = {k for w in window for k in w}
                 mean = {k: round(float(np.mean([w[k] for w in window if k in w])), 4) for k in sorted(seen)}
                 rate = (step + 1 - first_step) * stage.batch / (time.time() - began)
                 print(json.dumps({"stage": stage.name, "step": step + 1, "of": stage.steps, "pictures_per_s": round(rate, 1), **mean}), flush=True)
+            if (step + 1) % 50 == 0:
                 window = []
-            if time.time() - last_save > 120 or step + 1 == stage.steps:
+            if rank == 0 and (time.time() - last_save > 120 or step + 1 == stage.steps):
                 modules = {"model": model, "head": head, "optimizer": optimizer}
                 record = {"stage": number, "step": step + 1, "pictures": pictures, **{k: m.state_dict() for k, m in modules.items()}}
                 torch.save(record, state_file.with_suffix(".tmp"))
                 state_file.with_suffix(".tmp").replace(state_file)
                 last_save = time.time()
         saved = {"stage": number + 1}
-        made.save(model, out / "checkpoint")
-    (out / "schedule.json").write_text(json.dumps([asdict(s) for s in schedule], indent=1) + "\n")
+        if rank == 0:
+            made.save(model, out / "checkpoint")
+    if rank == 0:
+        (out / "schedule.json").write_text(json.dumps([asdict(s) for s in schedule], indent=1) + "\n")
 
 
 def main() -> None:
@@ -329,6 +358,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if "WORLD_SIZE" in os.environ:  # torchrun says so
+        dist.init_process_group("gloo")
     made = find_family(args.family)
     schedule = made.schedule
     if args.steps:

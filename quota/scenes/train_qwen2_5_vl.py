@@ -63,19 +63,35 @@ def encode(text: str) -> list[int]:
 
 
 class MixedPages(IterableDataset):
-    """Endless steps of one stage, starting at page `first`: {"parts": one batch for each kind}."""
+    """Endless steps of one stage, starting at page `first`: {"parts": one batch for each kind}, of them those of process `rank` of `world`."""
 
-    def __init__(self, stage: MixedStage, first: int) -> None:
-        self.stage, self.first = stage, first
+    def __init__(self, stage: MixedStage, first: int, rank: int = 0, world: int = 1) -> None:
+        self.stage, self.first, self.rank, self.world = stage, first, rank, world
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         index = self.first
         while True:
-            parts = []
+            planned = []  # kind, size, first page, pages
             for kind, pages in self.stage.pages():
-                parts.append(collate(kind, choose_size(self.stage, kind, index), range(index, index + pages), self.stage))
+                planned.append((kind, choose_size(self.stage, kind, index), index, pages))
                 index += pages
+            mine = share_out([pages * tokens_of(kind, size_px, self.stage) for kind, size_px, _, pages in planned], self.world)[self.rank]
+            parts = [collate(kind, size_px, range(begin, begin + pages), self.stage) for kind, size_px, begin, pages in (planned[i] for i in mine)]
             yield {"parts": parts}
+
+
+def share_out(work: list[int], world: int) -> list[list[int]]:
+    """Which pieces each of `world` processes does: the largest piece first, to whoever has least."""
+    shares: list[list[int]] = [[] for _ in range(world)]
+    for piece in sorted(range(len(work)), key=lambda i: -work[i]):
+        min(shares, key=lambda share: sum(work[i] for i in share)).append(piece)
+    return [sorted(share) for share in shares]
+
+
+def tokens_of(kind: str, size_px: tuple[int, int], stage: MixedStage) -> int:
+    """About how many tokens a page of this kind is, with its packed text: a conversation has a question of every task."""
+    visual = 0 if kind == k.TEXT else size_px[0] * size_px[1] // QWEN_TOKEN_PX**2
+    return visual + ((270 if kind == k.CONVERSATION and stage.questions_per_task else 100) if stage.language else 0)
 
 
 def choose_size(stage: MixedStage, kind: str, index: int) -> tuple[int, int]:
