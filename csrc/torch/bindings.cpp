@@ -58,7 +58,7 @@ constexpr int64_t kPrologueWork = 16;  // multiply-adds per value
 
 std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip, int64_t prologue) {
   check(x, "x", ScalarType::Float, {kFree, kFree});
-  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kQuickGelu), "prologue: unknown number ", prologue);
+  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kGelu), "prologue: unknown number ", prologue);
   const auto first = static_cast<quota::Prologue>(prologue);
   const int64_t m = x.size(0), k = first == quota::Prologue::kSiluMul ? x.size(1) / 2 : x.size(1);
   STD_TORCH_CHECK(first != quota::Prologue::kSiluMul || 2 * k == x.size(1), "x: expected gate and up halves of one size, got ", x.size(1), " features");

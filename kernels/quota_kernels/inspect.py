@@ -83,6 +83,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "quantize_act 128x148 silu_mul": lambda: quantize_act(f(1, 37888), f(128, 128), f(148, 148), 0.9, "silu_mul"),
         "quantize_act heads": lambda: quantize_act(f(2, 4096), f(32, 32), None, 0.9),
         "quantize_act quick_gelu": lambda: quantize_act(f(2, 4096), None, None, 0.9, "quick_gelu"),
+        "quantize_act gelu": lambda: quantize_act(f(2, 4096), f(64, 64), f(64, 64), 0.9, "gelu"),
         "rms_norm": lambda: rms_norm(f(2, 4096), f(4096), 1e-5),
         "w4a4_linear many": lambda: w4a4_linear(_packed(640, 4096), f(640), _packed(256, 4096), f(256)),
         "w4a4_linear few": lambda: w4a4_linear(_packed(1, 11008), f(1), _packed(256, 11008), f(256), f(256)),

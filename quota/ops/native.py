@@ -32,7 +32,7 @@ _OPS = (
     "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "w4a16_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention",
     "kv4_paged_attention", "kv4_page_write", "kv4_page_read", "token_score", "token_select", "token_gather",
 )  # fmt: skip
-PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
+PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}  # quota::Prologue
 
 
 class _Bound:

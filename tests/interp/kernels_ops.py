@@ -55,7 +55,7 @@ def test_factors_that_are_no_powers_of_two() -> None:
 def test_prologues_of_extreme_values() -> None:
     x = randn(2, 2 * 33)
     x[0, :6] = torch.tensor([-95.0, 95.0, -87.0, 88.5, -0.0, 1e-30])
-    for prologue, rows in (("silu_mul", x), ("quick_gelu", x[:, :33])):
+    for prologue, rows in (("silu_mul", x), ("quick_gelu", x[:, :33]), ("gelu", x[:, :33])):
         assert same(triton.quantize_act(rows, None, None, 0.9, prologue), quantize_act_ref(rows, None, None, 0.9, prologue))
     with pytest.raises(ValueError, match="prologue"):
         triton.quantize_act(x, None, None, 1.0, "relu")

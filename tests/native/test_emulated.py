@@ -76,7 +76,7 @@ def matrix(n: int, g: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("m", "left", "right"), [(3, 4, 6), (2, 5, 7), (1, 9, 64), (2, 43, 64), (2, 12, 0), (3, 0, 20), (2, 0, 0), (1, 1, 31)])
-@pytest.mark.parametrize("prologue", [None, "silu_mul", "quick_gelu"])
+@pytest.mark.parametrize("prologue", [None, "silu_mul", "quick_gelu", "gelu"])
 def test_quantize_act_equals_the_reference_bit_for_bit(emulated: ModuleType, m: int, left: int, right: int, prologue: str | None) -> None:
     g = torch.Generator().manual_seed(left + right)
     k = (left or 3) * (right or 7)

@@ -26,8 +26,8 @@ struct TransformArgs {
   float* y;
 };
 
-// What happens to a row before its transform: nothing; silu(gate) * up on rows of 2 K values, gate first; x * sigmoid(1.702 x).
-enum class Prologue : int64_t { kNone, kSiluMul, kQuickGelu };
+// What happens to a row before its transform: nothing; silu(gate) * up on rows of 2 K values, gate first; x * sigmoid(1.702 x); x Phi(x).
+enum class Prologue : int64_t { kNone, kSiluMul, kQuickGelu, kGelu };
 
 // Prologue, transform, then symmetric int4 per row: q [M, ceil(K/2)] two's complement nibbles, scale [M]. `transform.y` is not used.
 struct QuantizeArgs {
