@@ -140,11 +140,12 @@ def measure_cost(entries: dict[str, tuple[Any, Any]], questions: Sequence[Questi
 
 def _cost(rows: list[tuple[Generated, list[int]]]) -> Cost:
     count = len(rows)
-    gpu = together(used) if (used := [made.gpu for made, _ in rows if made.gpu is not None]) else None
+    used = [made.gpu for made, _ in rows if made.gpu is not None]
+    gpu = together(used) if used else None
     return Cost(
         prefill_ms=median(made.prefill_ms for made, _ in rows),
         decode_ms=median(made.decode_ms or float("nan") for made, _ in rows),
         kv_bytes=sum(made.cache_bytes for made, _ in rows) / count,
         visual_tokens_by_layer=[sum(tokens[i] for _, tokens in rows) / count for i in range(len(rows[0][1]))],
-        gpu_peak_bytes=gpu and gpu.peak_bytes, gpu_power_w=gpu and gpu.power_w, gpu_power_why_not=gpu and gpu.power_why_not,
+        gpu_peak_bytes=gpu.peak_bytes if gpu else None, gpu_power_w=gpu.power_w if gpu else None, gpu_power_why_not=gpu.power_why_not if gpu else None,
     )  # fmt: skip

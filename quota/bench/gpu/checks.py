@@ -131,7 +131,7 @@ def all_checks(seed: int, small: bool) -> Iterator[Check]:
     for m, k, n in ((3, 40, 70),) if small else ((1, 4096, 1000), (17, 300, 70)):
         yield case(ops.float_linear, f"M={m} K={k} N={n}", _float_linear, m, k, n)
     for left, right in ((5, 7),) if small else ((64, 64), (None, 128), (86, 128)):
-        yield case(ops.transform, f"{left} x {right}", lambda g, *sides: _quantize(g, 17, *sides, None)[:3], left, right)
+        yield case(ops.transform, f"{left} x {right}", lambda g, left, right: _quantize(g, 17, left, right, None)[:3], left, right)
     yield case(ops.kv4_page_write, "", _page_write, in_place=True)
     yield case(ops.kv4_page_read, "", lambda g: (*_paged(g, 4, 2, 64)[1:2], *_paged(g, 4, 2, 64)[3:5], 640))
     yield case(ops.token_score, "packed keys", _score, exact=False)
