@@ -1,4 +1,4 @@
-// kv4_attention: one pass over blocks of 64 slots for a tile of query rows, on integer dot products (codes.h).
+// kv4_attention, kv4_paged_attention: one pass over blocks of 64 slots for a tile of query rows, on integer dot products (codes.h).
 //
 // A row's result depends on its own query and on the slots start .. its last one, taken in blocks of 64 counted from `start`: a block's scores
 // are exact integers times scales; the running maximum is updated and what was summed before is multiplied by e^(old - new); sixteen lanes sum
@@ -27,13 +27,41 @@ struct RowState {
 };
 
 template <class V>
-inline void load_scales(const Kv4Head& kv, int64_t first, int64_t count, BlockScales& block) {
+inline void load_scales(const Kv4Head& kv, int64_t count, BlockScales& block) {
   for (int64_t v = 0; v < kSlots / kLanes; ++v) {
-    const auto scale = V::load(kv.scale + first + v * kLanes, lanes_of(count, v)), zero = V::load(kv.zero + first + v * kLanes, lanes_of(count, v));
+    const auto scale = V::load(kv.scale + v * kLanes, lanes_of(count, v)), zero = V::load(kv.zero + v * kLanes, lanes_of(count, v));
     V::store(block.scale + v * kLanes, scale);
     V::store(block.middle + v * kLanes, V::add(zero, V::mul(V::set1(float{kMiddle}), scale)));
   }
 }
+
+// Slots of one (batch, KV head), up to 64 at a time: read where they lie, or, where they lie on several pages, put one after the other first.
+struct SlotRuns {
+  const quota::Kv4<const uint8_t, const float>& kv;
+  const quota::Pages& pages;
+  int64_t batch, head, row_bytes;
+  Scratch<uint8_t> codes;
+  Scratch<float> scales;  // and zeros
+
+  SlotRuns(const quota::Kv4<const uint8_t, const float>& kv, const quota::Pages& pages, int64_t batch, int64_t head, int64_t row_bytes)
+      : kv(kv), pages(pages), batch(batch), head(head), row_bytes(row_bytes), codes(pages.table ? kSlots * row_bytes : 0), scales(pages.table ? 2 * kSlots : 0) {}
+
+  Kv4Head run(int64_t slot, int64_t count) const {
+    if (!pages.table) return head_of(kv, batch, head, slot, row_bytes);
+    const int32_t* unit = pages.table + batch * pages.width + slot / pages.places;
+    int64_t place = slot % pages.places;
+    if (place + count <= pages.places) return head_of(kv, *unit, head, place, row_bytes);
+    for (int64_t done = 0; done < count; place = 0, ++unit) {
+      const int64_t some = count - done < pages.places - place ? count - done : pages.places - place;
+      const Kv4Head from = head_of(kv, *unit, head, place, row_bytes);
+      __builtin_memcpy(codes + done * row_bytes, from.q, static_cast<size_t>(some * row_bytes));
+      __builtin_memcpy(scales + done, from.scale, static_cast<size_t>(some) * sizeof(float));
+      __builtin_memcpy(scales + kSlots + done, from.zero, static_cast<size_t>(some) * sizeof(float));
+      done += some;
+    }
+    return {codes, scales, scales + kSlots};
+  }
+};
 
 // One row on its way through a block. The steps below each take all rows at hand before the next one starts: within a row every step waits
 // for the one before, and only other rows can fill that time.
@@ -119,15 +147,15 @@ inline void add_block(const int32_t* sums, const RowBlock& block, float* acc) {
 
 // Query rows tile * 64 .. of one (batch, KV head); row i is query i / group of head kv_head * group + i % group.
 template <class V, class Dot>
-void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t tile) {
+void attention_tile(const quota::AttentionArgs& args, const quota::Pages& pages, int64_t batch, int64_t kv_head, int64_t tile) {
   const int64_t group = args.heads / args.kv_heads, d = args.dim, wide = d + args.extra, padded = round_up(d, kDims), row_bytes = d / 2;
   const int64_t first_row = tile * quota::kQueryTile;
   const int64_t rows = args.tokens * group - first_row < quota::kQueryTile ? args.tokens * group - first_row : quota::kQueryTile;
-  const int64_t start = args.start ? args.start[batch] : 0;
+  const int64_t start = args.start ? args.start[batch] : 0, length = pages.length ? pages.length[batch] : args.length;
   const auto query_of = [&](int64_t i) { return (first_row + i) / group; };
   const auto head_index = [&](int64_t i) { return kv_head * group + (first_row + i) % group; };
   const auto flat_row = [&](int64_t i) { return (batch * args.heads + head_index(i)) * args.tokens + query_of(i); };
-  const auto seen_by = [&](int64_t i) { return args.length - args.tokens + query_of(i) + 1 - start; };  // number of slots
+  const auto seen_by = [&](int64_t i) { return length - args.tokens + query_of(i) + 1 - start; };  // number of slots
   const int64_t seen = seen_by(rows - 1) > 0 ? seen_by(rows - 1) : 0;
 
   const QueryRows queries(rows, d);
@@ -142,7 +170,7 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
   __builtin_memset(acc.data, 0, static_cast<size_t>(rows * padded) * sizeof(float));
 
   const Scratch<uint8_t> keys(kSlots * padded), values(kSlots * padded), staging(kSlots * padded / 2);
-  const Kv4Head k = head_of(args.k, batch, kv_head, start, row_bytes), v = head_of(args.v, batch, kv_head, start, row_bytes);
+  const SlotRuns key_runs(args.k, pages, batch, kv_head, row_bytes), value_runs(args.v, pages, batch, kv_head, row_bytes);
   BlockScales scales[2];  // of keys and of values
   RowBlock block[Dot::kRows];
   alignas(64) int32_t sums[Dot::kRows * kLimbs * kSlots];
@@ -151,9 +179,10 @@ void attention_tile(const quota::AttentionArgs& args, int64_t batch, int64_t kv_
   for (int64_t j = 0; j < seen; j += kSlots) {
     const int64_t count = seen - j < kSlots ? seen - j : kSlots;
     while (seen_by(from) <= j) ++from;
-    key_panel<V>(whole_rows(k.q + j * row_bytes, count, row_bytes, padded, staging), padded, keys);
-    value_panels<V>(whole_rows(v.q + j * row_bytes, count, row_bytes, padded, staging), padded, values);
-    load_scales<V>(k, j, count, scales[0]), load_scales<V>(v, j, count, scales[1]);
+    const Kv4Head k = key_runs.run(start + j, count), v = value_runs.run(start + j, count);
+    key_panel<V>(whole_rows(k.q, count, row_bytes, padded, staging), padded, keys);
+    value_panels<V>(whole_rows(v.q, count, row_bytes, padded, staging), padded, values);
+    load_scales<V>(k, count, scales[0]), load_scales<V>(v, count, scales[1]);
     shared.score<V>(from, rows, j, count);
     for (int64_t i = from; i < rows; i += Dot::kRows) {
       const int64_t some = rows - i < Dot::kRows ? rows - i : Dot::kRows;

@@ -51,12 +51,6 @@ void linear_few(const LinearArgs&, const LinearPlan&, cudaStream_t);
 void linear_tile(const LinearArgs&, const LinearPlan&, const uint8_t* rows, int64_t row_bytes, int32_t* partial, cudaStream_t);
 void linear_warpgroup(const LinearArgs&, const LinearPlan&, const int8_t* rows, int32_t* partial, cudaStream_t);
 
-// Pages of a pool: `Kv4` strides then step over units, and slot s of row b lies at place s % places of unit table[b][s / places].
-struct Pages {
-  const int32_t* table;   // [B, width]; null: the cache is contiguous
-  const int32_t* length;  // [B] slots of each row (null: AttentionArgs::length)
-  int64_t width, places;
-};
 struct AttentionPlan {
   int splits;
   int64_t workspace_floats;

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMostThreads) prologue_kernel(const float* x, 
     const float* row = x + i / k * 2 * k + i % k;
     y[i] = __fmul_rn(gated_by_sigmoid(row[0], 1.0f), row[k]);
   } else {
-    y[i] = gated_by_sigmoid(x[i], 1.702f);
+    y[i] = prologue == Prologue::kGelu ? gelu(x[i]) : gated_by_sigmoid(x[i], 1.702f);
   }
 }
 

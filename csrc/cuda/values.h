@@ -30,6 +30,23 @@ __device__ inline float exponential(float x) {
 
 __device__ inline float gated_by_sigmoid(float x, float slope) { return __fdiv_rn(x, __fadd_rn(1.0f, exponential(__fmul_rn(-slope, x)))); }
 
+// As csrc/cpu/elementwise.h.
+__device__ inline float gelu(float x) {
+  const float magnitude = __int_as_float(__float_as_int(x) & 0x7fffffff), a = magnitude > 16.0f ? 16.0f : magnitude;
+  float p = -2.71311613e-8f;
+  p = __fmaf_rn(p, a, 7.48082016e-7f);
+  p = __fmaf_rn(p, a, -8.90884803e-6f);
+  p = __fmaf_rn(p, a, 5.87551549e-5f);
+  p = __fmaf_rn(p, a, -2.07808291e-4f);
+  p = __fmaf_rn(p, a, 1.82192598e-5f);
+  p = __fmaf_rn(p, a, 4.80406592e-3f);
+  p = __fmaf_rn(p, a, -3.63481157e-2f);
+  p = __fmaf_rn(p, a, -3.18306506e-1f);
+  p = __fmaf_rn(p, a, -7.97884881e-1f);
+  p = __fmaf_rn(p, a, -6.93147182e-1f);
+  return __fsub_rn(x < 0.0f ? 0.0f : x, __fmul_rn(a, exponential(p)));
+}
+
 // round((x - zero) * inverse) clamped; a NaN becomes 0.
 __device__ inline int code_of(float x, float zero, float inverse, float low, float high) {
   const float v = rintf(__fmul_rn(__fsub_rn(x, zero), inverse));

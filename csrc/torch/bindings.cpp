@@ -58,7 +58,7 @@ constexpr int64_t kPrologueWork = 16;  // multiply-adds per value
 
 std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip, int64_t prologue) {
   check(x, "x", ScalarType::Float, {kFree, kFree});
-  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kQuickGelu), "prologue: unknown number ", prologue);
+  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kGelu), "prologue: unknown number ", prologue);
   const auto first = static_cast<quota::Prologue>(prologue);
   const int64_t m = x.size(0), k = first == quota::Prologue::kSiluMul ? x.size(1) / 2 : x.size(1);
   STD_TORCH_CHECK(first != quota::Prologue::kSiluMul || 2 * k == x.size(1), "x: expected gate and up halves of one size, got ", x.size(1), " features");
@@ -156,24 +156,53 @@ Tensor qkv_append(
   return q;
 }
 
+std::tuple<Tensor, Tensor> attention(quota::AttentionArgs args, const quota::Pages& pages, int64_t batch) {
+  const int64_t heads = args.heads, tokens = args.tokens, kv_heads = args.kv_heads;
+  Tensor out = make({batch, tokens, heads, args.dim}, ScalarType::Float), lse = make({batch, heads, tokens}, ScalarType::Float);
+  args.out = static_cast<float*>(out.mutable_data_ptr()), args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
+  const auto run = quota::kernels().attention;
+  parallel_for(0, batch * kv_heads * tiles, grain(2 * args.length * args.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      // Later tiles see more slots: early and late ones take turns, so that a contiguous share of the pieces is an even share of the work.
+      const int64_t turn = i / (batch * kv_heads), tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
+      run(args, pages, i / kv_heads % batch, i % kv_heads, tile);
+    }
+  });
+  return {out, lse};
+}
+
+// Every slot a row may read lies in the pool.
+void check_tables(const Tensor& table, const Tensor& length, int64_t capacity, int64_t places, int64_t units) {
+  const int64_t width = table.size(1);
+  for (int64_t b = 0; b < table.size(0); ++b) {
+    const int64_t slots = ints(length)[b];
+    STD_TORCH_CHECK(slots >= 0 && slots <= capacity && slots <= width * places, "length: expected at most ", capacity, " slots in ", width,
+                    " pages for row ", b, ", got ", slots);
+    for (int64_t i = 0; i * places < slots; ++i) {
+      const int64_t unit = ints(table)[b * width + i];
+      STD_TORCH_CHECK(unit >= 0 && unit < units, "table: expected 0 <= unit < ", units, ", got ", unit);
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor> kv4_attention(
     Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, MaybeTensor start, double scaling,
     MaybeTensor shared) {
   auto args = attention_args(q, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, length, start, shared);
-  const int64_t batch = q.size(0), heads = args.heads, tokens = args.tokens, kv_heads = args.kv_heads, dim = args.dim;
-  for (int64_t b = 0; start && b < batch; ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
-  Tensor out = make({batch, tokens, heads, dim}, ScalarType::Float), lse = make({batch, heads, tokens}, ScalarType::Float);
-  args.out = static_cast<float*>(out.mutable_data_ptr()), args.lse = static_cast<float*>(lse.mutable_data_ptr()), args.scaling = static_cast<float>(scaling);
-  const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
-  const auto run = quota::kernels().attention;
-  parallel_for(0, batch * kv_heads * tiles, grain(2 * length * dim), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      // Later tiles see more slots: early and late ones take turns, so that a contiguous share of the pieces is an even share of the work.
-      const int64_t turn = i / (batch * kv_heads), tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
-      run(args, i / kv_heads % batch, i % kv_heads, tile);
-    }
-  });
-  return {out, lse};
+  for (int64_t b = 0; start && b < q.size(0); ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
+  args.scaling = static_cast<float>(scaling);
+  return attention(args, {}, q.size(0));
+}
+
+std::tuple<Tensor, Tensor> kv4_paged_attention(
+    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, Tensor table, Tensor length, double scaling,
+    MaybeTensor shared) {
+  auto args = paged_args(q, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, table, length, shared);
+  const int64_t batch = q.size(0), width = table.size(1), places = k_q.size(2);
+  check_tables(table, length, args.length, places, k_q.size(0));
+  args.scaling = static_cast<float>(scaling);
+  return attention(args, {ints(table), ints(length), width, places}, batch);
 }
 
 // The true slots of one row of a mask [B, S].
@@ -338,15 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> kv4_page_read(Tensor pages_q, Tensor pages_sc
   check(table, "table", ScalarType::Int, {kFree, kFree});
   const int64_t batch = table.size(0), width = table.size(1), row_bytes = pages.row_bytes, heads = pages.heads;
   check(length, "length", ScalarType::Int, {batch});
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t slots = ints(length)[b];
-    STD_TORCH_CHECK(slots >= 0 && slots <= capacity && slots <= width * pages.places, "length: expected at most ", capacity, " slots in ", width,
-                    " pages for row ", b, ", got ", slots);
-    for (int64_t i = 0; i * pages.places < slots; ++i) {
-      const int64_t unit = ints(table)[b * width + i];
-      STD_TORCH_CHECK(unit >= 0 && unit < pages.units, "table: expected 0 <= unit < ", pages.units, ", got ", unit);
-    }
-  }
+  check_tables(table, length, capacity, pages.places, pages.units);
   Tensor q = make({batch, heads, capacity, row_bytes}, ScalarType::Byte), scale = make({batch, heads, capacity}, ScalarType::Float);
   Tensor zero = make({batch, heads, capacity}, ScalarType::Float);
   auto* to_q = static_cast<uint8_t*>(q.mutable_data_ptr());
@@ -399,6 +420,9 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
       "kv4_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int length, Tensor? start, "
       "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
   m.def(
+      "kv4_paged_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, Tensor table, Tensor length, "
+      "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
+  m.def(
       "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
       "Tensor(d!) v_q, Tensor(e!) v_scale, Tensor(f!) v_zero, int position, float k_clip, float v_clip) -> Tensor");
   m.def(
@@ -426,6 +450,7 @@ STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("w4a4_linear", TORCH_BOX(&w4a4_linear));
   m.impl("kv4_append", TORCH_BOX(&kv4_append));
   m.impl("kv4_attention", TORCH_BOX(&kv4_attention));
+  m.impl("kv4_paged_attention", TORCH_BOX(&kv4_paged_attention));
   m.impl("token_score", TORCH_BOX(&token_score));
   m.impl("token_select", TORCH_BOX(&token_select));
   m.impl("token_gather", TORCH_BOX(&token_gather));

@@ -92,7 +92,7 @@ Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
 std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip, int64_t prologue) {
   const Place place(x);
   check(x, "x", ScalarType::Float, {kFree, kFree});
-  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kQuickGelu), "prologue: unknown number ", prologue);
+  STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kGelu), "prologue: unknown number ", prologue);
   const auto first = static_cast<quota::Prologue>(prologue);
   const int64_t m = x.size(0), k = first == quota::Prologue::kSiluMul ? x.size(1) / 2 : x.size(1);
   STD_TORCH_CHECK(first != quota::Prologue::kSiluMul || 2 * k == x.size(1), "x: expected gate and up halves of one size, got ", x.size(1), " features");
@@ -170,7 +170,7 @@ Tensor qkv_append(
   return q;
 }
 
-std::tuple<Tensor, Tensor> attention(quota::AttentionArgs args, const quota::cuda::Pages& pages, const Tensor& q, const Place& place) {
+std::tuple<Tensor, Tensor> attention(quota::AttentionArgs args, const quota::Pages& pages, const Tensor& q, const Place& place) {
   const int64_t batch = q.size(0);
   STD_TORCH_CHECK(args.dim % 8 == 0 && args.dim <= quota::cuda::kLargestHead, "q: expected a head size that is a multiple of 8 and at most ",
                   quota::cuda::kLargestHead, ", got ", args.dim, "; use the triton or native implementation (QUOTA_IMPL)");
@@ -198,20 +198,12 @@ std::tuple<Tensor, Tensor> kv4_attention(
 
 // Lengths stay on the device: places for the widest row are launched, and those past a row's end have nothing to do.
 std::tuple<Tensor, Tensor> kv4_paged_attention(
-    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, Tensor table, Tensor length, double scaling) {
+    Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, Tensor table, Tensor length, double scaling,
+    MaybeTensor shared) {
   const Place place(q);
-  check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
-  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3), kv_heads = k_q.dim() == 4 ? k_q.size(1) : 0;
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [U, Hkv, P, D/2] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
-  check(table, "table", ScalarType::Int, {batch, kFree});
-  check(length, "length", ScalarType::Int, {batch});
-  const int64_t places = k_q.size(2), width = table.size(1);
-  const auto k = kv4<const uint8_t, const float>(k_q, k_scale, k_zero, kFree, kv_heads, dim, "k");
-  const auto v = kv4<const uint8_t, const float>(v_q, v_scale, v_zero, kFree, kv_heads, dim, "v");
-  STD_TORCH_CHECK(v_q.size(2) == places, "v: expected pages of ", places, " places, got ", v_q.size(2));
-  const quota::AttentionArgs args{
-      floats(q), k, v, nullptr, nullptr, nullptr, nullptr, heads, kv_heads, tokens, dim, 0, 0, width * places, static_cast<float>(scaling)};
-  return attention(args, {ints(table), ints(length), width, places}, q, place);
+  auto args = paged_args(q, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, table, length, shared);
+  args.scaling = static_cast<float>(scaling);
+  return attention(args, {ints(table), ints(length), table.size(1), k_q.size(2)}, q, place);
 }
 
 }  // namespace
@@ -231,7 +223,7 @@ STABLE_TORCH_LIBRARY(QUOTA_LIBRARY, m) {
       "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
   m.def(
       "kv4_paged_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, Tensor table, Tensor length, "
-      "float scaling) -> (Tensor, Tensor)");
+      "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
 #ifdef QUOTA_EMULATED
   m.def("use_device(int arch, int processors) -> ()");
 #endif

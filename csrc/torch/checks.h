@@ -133,4 +133,24 @@ quota::AttentionArgs attention_args(const Tensor& q, const KvTensors& keys, cons
           length, 0.0f};
 }
 
+// Everything of kv4_paged_attention but the outputs and the scaling; the values of `table` and `length` are not looked at.
+quota::AttentionArgs paged_args(const Tensor& q, const KvTensors& keys, const KvTensors& values, const Tensor& table, const Tensor& length,
+                                const MaybeTensor& shared) {
+  check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
+  const int64_t extra = shared && shared->dim() == 3 ? shared->size(1) : 0, slots = shared && shared->dim() == 3 ? shared->size(2) : 0;
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3) - extra, kv_heads = keys.q.dim() == 4 ? keys.q.size(1) : 0;
+  if (shared) check(*shared, "shared", ScalarType::Float, {batch, kFree, kFree});
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [U, Hkv, P, D/2] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
+  check(table, "table", ScalarType::Int, {batch, kFree});
+  check(length, "length", ScalarType::Int, {batch});
+  const int64_t places = keys.q.size(2), most = table.size(1) * places;
+  const auto k = kv4<const uint8_t, const float>(keys.q, keys.scale, keys.zero, kFree, kv_heads, dim, "k");
+  const auto v = kv4<const uint8_t, const float>(values.q, values.scale, values.zero, kFree, kv_heads, dim, "v");
+  STD_TORCH_CHECK(values.q.size(2) == places, "v: expected pages of ", places, " places, got ", values.q.size(2));
+  STD_TORCH_CHECK(values.q.size(0) == keys.q.size(0), "v: expected ", keys.q.size(0), " units, got ", values.q.size(0));
+  // rows are never longer than what both the table and the shared channels have room for
+  return {floats(q), k, v, nullptr, shared ? floats(*shared) : nullptr, nullptr, nullptr, heads, kv_heads, tokens, dim, extra, slots,
+          shared && slots < most ? slots : most, 0.0f};
+}
+
 }  // namespace

@@ -42,6 +42,25 @@ def gated_by_sigmoid(x, slope):
 
 
 @triton.jit
+def gelu(x):
+    """x Phi(x) as max(x, 0) - |x| Phi(-|x|)."""
+    magnitude = tl.abs(x)
+    a = tl.where(magnitude > 16.0, 16.0, magnitude)
+    p = tl.full(a.shape, -2.71311613e-8, tl.float32)
+    p = tl.fma(p, a, tl.full(a.shape, 7.48082016e-7, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, -8.90884803e-6, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, 5.87551549e-5, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, -2.07808291e-4, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, 1.82192598e-5, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, 4.80406592e-3, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, -3.63481157e-2, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, -3.18306506e-1, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, -7.97884881e-1, tl.float32))
+    p = tl.fma(p, a, tl.full(a.shape, -6.93147182e-1, tl.float32))
+    return tl.where(x < 0.0, 0.0, x) - a * exponential(p)
+
+
+@triton.jit
 def largest_magnitude(x, axis: tl.constexpr):
     """max|x| along an axis; a NaN wins, because as integers its bits are above every number's."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

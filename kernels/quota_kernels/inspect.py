@@ -25,6 +25,7 @@ from quota_kernels.kv4_append import kv4_append
 from quota_kernels.kv4_attention import kv4_attention
 from quota_kernels.kv4_page_read import kv4_page_read
 from quota_kernels.kv4_page_write import kv4_page_write
+from quota_kernels.kv4_paged_attention import kv4_paged_attention
 from quota_kernels.launch import ARCHITECTURES, INTERPRETED, Call, recording
 from quota_kernels.qkv_append import qkv_append
 from quota_kernels.quantize_act import quantize_act
@@ -67,6 +68,15 @@ def _grouped(n: int, k: int) -> tuple[Tensor, Tensor]:
     return torch.empty(n // 64, k // 8, 64, dtype=torch.int32), torch.empty(n // 64, k // 128, 2, 64)
 
 
+def _pages(heads: int) -> tuple[Any, Any]:
+    """Keys and values of a pool of pages of 16 tokens."""
+    return _cache(heads, 16, 128, 64), _cache(heads, 16, 128, 64)
+
+
+def _tables(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(batch, 40, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+
+
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls that together launch every kernel in every shape of code that the two models need."""
     f = torch.empty
@@ -78,6 +88,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "quantize_act 128x148 silu_mul": lambda: quantize_act(f(1, 37888), f(128, 128), f(148, 148), 0.9, "silu_mul"),
         "quantize_act heads": lambda: quantize_act(f(2, 4096), f(32, 32), None, 0.9),
         "quantize_act quick_gelu": lambda: quantize_act(f(2, 4096), None, None, 0.9, "quick_gelu"),
+        "quantize_act gelu": lambda: quantize_act(f(2, 4096), f(64, 64), f(64, 64), 0.9, "gelu"),
         "rms_norm": lambda: rms_norm(f(2, 4096), f(4096), 1e-5),
         "w4a4_linear many": lambda: w4a4_linear(_packed(640, 4096), f(640), _packed(256, 4096), f(256)),
         "w4a4_linear few": lambda: w4a4_linear(_packed(1, 11008), f(1), _packed(256, 11008), f(256), f(256)),
@@ -94,6 +105,8 @@ def cases() -> dict[str, Callable[[], Any]]:
         "kv4_attention decode, GQA": lambda: kv4_attention(f(1, 28, 1, 128), _cache(4, 1024, 128), _cache(4, 1024, 128), 1024,
                                                            torch.empty(1, dtype=torch.int32), 0.1, split=True),
         "kv4_attention shared": lambda: kv4_attention(f(1, 28, 16, 256), _cache(4, 640, 128), _cache(4, 640, 128), 640, None, 0.1, f(1, 128, 640), split=False),
+        "kv4_paged_attention": lambda: kv4_paged_attention(f(16, 32, 1, 128), *_pages(32), *_tables(16), 0.1, split=False),
+        "kv4_paged_attention, GQA, shared": lambda: kv4_paged_attention(f(1, 28, 1, 256), *_pages(4), *_tables(1), 0.1, f(1, 128, 640), split=True),
         "kv4_page_write": lambda: kv4_page_write(_cache(32, 16, 128), _cache(32, 4, 128), torch.empty(4, dtype=torch.int64)),
         "kv4_page_read": lambda: kv4_page_read(_cache(32, 16, 128), torch.empty(2, 8, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 128),
         "token_score packed": lambda: token_score(f(1, 32, 64, 128), _cache(32, 64, 128), f(1, 32, 64), mask, mask, 0.1),

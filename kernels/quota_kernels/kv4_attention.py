@@ -3,10 +3,13 @@
 Bit by bit the algorithm of `csrc/cpu/attention.h`: integer dot products, blocks of 64 slots from `start`, sixteen lanes of sums. A block's part needs
 only the running maximum before it, and a maximum has no order, so where few rows face many slots the blocks are spread over the device: one launch
 finds the maxima and scores, one the parts, one adds them in order. Both ways give the same bits, those of the CPU.
+
+The kernels find a slot in a contiguous cache or, for `kv4_paged_attention`, in the pages of a pool, with lengths that lie on the device.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,15 +130,33 @@ def tile_rows(batch, kv_head, tile, tokens, heads, kv_heads, ROWS: tl.constexpr)
 
 
 @triton.jit
-def kv4_attention_kernel(q, k_q, k_scale, k_zero, v_q, v_scale, v_zero, start, shared, out, lse, tokens, heads, kv_heads, d, extra, length, scaling, q_batch,
-                         q_head, scale_batch, scale_head, shared_batch, shared_stride, START: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr,
-                         HALF: tl.constexpr):  # fmt: skip
-    """Program (batch * Hkv, tile of ROWS query rows), all slots in order."""
-    pair = tl.program_id(0)
-    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+def slots_at(table, slot, there, batch, kv_head, kv_heads, begin, width, places, PAGED: tl.constexpr):
+    """Where slots [64] of a (batch, KV head) lie, int64: after its first one, or, in pages, after the pool's."""
+    if PAGED:
+        unit = tl.load(table + batch * width + slot // places, mask=there, other=0).to(tl.int64)
+        return (unit * kv_heads + kv_head) * places + slot % places
+    return (begin + slot).to(tl.int64)
+
+
+@triton.jit
+def span_of(start, lengths, batch, length, START: tl.constexpr, PAGED: tl.constexpr):
+    """(first slot, number of slots up to the last one) of a row."""
     begin = 0
     if START:
         begin = tl.load(start + batch)
+    if PAGED:
+        length = tl.load(lengths + batch)
+    return begin, length
+
+
+@triton.jit
+def kv4_attention_kernel(q, k_q, k_scale, k_zero, v_q, v_scale, v_zero, start, lengths, table, shared, out, lse, tokens, heads, kv_heads, d, extra, length,
+                         width, places, scaling, q_batch, q_head, scale_batch, scale_head, shared_batch, shared_stride, START: tl.constexpr,
+                         PAGED: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Program (batch * Hkv, tile of ROWS query rows), all slots in order."""
+    pair = tl.program_id(0)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    begin, length = span_of(start, lengths, batch, length, START, PAGED)
     inside, query, head = tile_rows(batch, kv_head, tl.program_id(1), tokens, heads, kv_heads, ROWS)
     flat = (batch * heads + head) * tokens + query
     q_at = flat * (d + extra)
@@ -150,11 +171,11 @@ def kv4_attention_kernel(q, k_q, k_scale, k_zero, v_q, v_scale, v_zero, start, s
     for first in range(0, tl.max(seen, 0), SLOTS):
         slot = first + tl.arange(0, SLOTS)
         there = slot < tl.max(seen, 0)
-        at = (begin + slot).to(tl.int64)
+        at = slots_at(table, slot, there, batch, kv_head, kv_heads, begin, width, places, PAGED)
         sees = slot[None, :] < seen[:, None]
         s = block_scores(even, odd, unit, q_sum, k_q, k_scale + scales, k_zero + scales, at * (d // 2), at, there, d, scaling, HALF)
         if EXTRA:
-            s = shared_scores(s, q, q_at + d, shared + batch * shared_batch, at, inside, there, extra, shared_stride, scaling)
+            s = shared_scores(s, q, q_at + d, shared + batch * shared_batch, begin + slot, inside, there, extra, shared_stride, scaling)
         s = tl.where(sees, s, float("-inf"))
         largest = running_maximum(best, s)
         correction = correction_of(best, largest)
@@ -170,27 +191,25 @@ def kv4_attention_kernel(q, k_q, k_scale, k_zero, v_q, v_scale, v_zero, start, s
 
 
 @triton.jit
-def split_scores_kernel(q, k_q, k_scale, k_zero, start, shared, scores, maxima, tokens, heads, kv_heads, d, extra, length, blocks, scaling, q_batch, q_head,
-                        scale_batch, scale_head, shared_batch, shared_stride, START: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr,
-                        HALF: tl.constexpr):  # fmt: skip
+def split_scores_kernel(q, k_q, k_scale, k_zero, start, lengths, table, shared, scores, maxima, tokens, heads, kv_heads, d, extra, length, width, places,
+                        blocks, scaling, q_batch, q_head, scale_batch, scale_head, shared_batch, shared_stride, START: tl.constexpr,
+                        PAGED: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Program (batch * Hkv, tile, block): scores float32 [B, H, T, blocks, 64] and their maxima [B, H, T, blocks]."""
     pair, block = tl.program_id(0), tl.program_id(2)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    begin = 0
-    if START:
-        begin = tl.load(start + batch)
+    begin, length = span_of(start, lengths, batch, length, START, PAGED)
     inside, query, head = tile_rows(batch, kv_head, tl.program_id(1), tokens, heads, kv_heads, ROWS)
     flat = (batch * heads + head) * tokens + query
     even, odd, unit, q_sum = query_limbs(q, flat * (d + extra), inside, d, HALF)
     seen = tl.where(inside, (length - tokens + 1 - begin + query).to(tl.int32), 0)
     slot = block * SLOTS + tl.arange(0, SLOTS)
     there = slot < tl.max(seen, 0)
-    at = (begin + slot).to(tl.int64)
+    at = slots_at(table, slot, there, batch, kv_head, kv_heads, begin, width, places, PAGED)
     scales = batch * scale_batch + kv_head * scale_head
     s = block_scores(even, odd, unit, q_sum, k_q + batch * q_batch + kv_head * q_head, k_scale + scales, k_zero + scales, at * (d // 2), at, there, d,
                      scaling, HALF)  # fmt: skip
     if EXTRA:
-        s = shared_scores(s, q, flat * (d + extra) + d, shared + batch * shared_batch, at, inside, there, extra, shared_stride, scaling)
+        s = shared_scores(s, q, flat * (d + extra) + d, shared + batch * shared_batch, begin + slot, inside, there, extra, shared_stride, scaling)
     s = tl.where(slot[None, :] < seen[:, None], s, float("-inf"))
     at_row = flat * blocks + block
     tl.store(scores + at_row[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], s, mask=inside[:, None])
@@ -198,15 +217,14 @@ def split_scores_kernel(q, k_q, k_scale, k_zero, start, shared, scores, maxima, 
 
 
 @triton.jit
-def split_parts_kernel(scores, maxima, bests, middles, units, v_q, v_scale, v_zero, start, parts, tokens, heads, kv_heads, d, length, blocks, q_batch, q_head,
-                       scale_batch, scale_head, START: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def split_parts_kernel(scores, maxima, bests, middles, units, v_q, v_scale, v_zero, start, lengths, table, parts, tokens, heads, kv_heads, d, length, width,
+                       places, blocks, q_batch, q_head, scale_batch, scale_head, START: tl.constexpr, PAGED: tl.constexpr, ROWS: tl.constexpr,
+                       HALF: tl.constexpr):  # fmt: skip
     """Program as before: scores become exponentials of the running maximum; middles float32 [B, Hkv, blocks, 64], units and bests (the running maximum)
     [B, H, T, blocks], parts [B, H, T, blocks, 2, HALF] (even channels, then odd)."""
     pair, block = tl.program_id(0), tl.program_id(2)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    begin = 0
-    if START:
-        begin = tl.load(start + batch)
+    begin, length = span_of(start, lengths, batch, length, START, PAGED)
     inside, query, head = tile_rows(batch, kv_head, tl.program_id(1), tokens, heads, kv_heads, ROWS)
     flat = (batch * heads + head) * tokens + query
     seen = tl.where(inside, (length - tokens + 1 - begin + query).to(tl.int32), 0)
@@ -218,7 +236,7 @@ def split_parts_kernel(scores, maxima, bests, middles, units, v_q, v_scale, v_ze
         best = running_maximum(best, known)
     slot = block * SLOTS + lane
     there, sees = slot < tl.max(seen, 0), slot[None, :] < seen[:, None]
-    at = (begin + slot).to(tl.int64)
+    at = slots_at(table, slot, there, batch, kv_head, kv_heads, begin, width, places, PAGED)
     at_row = flat * blocks + block
     s = tl.load(scores + at_row[:, None] * SLOTS + lane[None, :], mask=inside[:, None], other=float("-inf"))
     p = tl.where(sees, exponential(s - best[:, None]), 0.0)
@@ -236,14 +254,12 @@ def split_parts_kernel(scores, maxima, bests, middles, units, v_q, v_scale, v_ze
 
 
 @triton.jit
-def split_merge_kernel(weights, bests, middles, units, parts, start, out, lse, tokens, heads, kv_heads, d, length, blocks, START: tl.constexpr,
-                       ROWS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def split_merge_kernel(weights, bests, middles, units, parts, start, lengths, out, lse, tokens, heads, kv_heads, d, length, blocks, START: tl.constexpr,
+                       PAGED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Program (batch * Hkv, tile of ROWS rows): the blocks' parts, added in order."""
     pair = tl.program_id(0)
     batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    begin = 0
-    if START:
-        begin = tl.load(start + batch)
+    begin, length = span_of(start, lengths, batch, length, START, PAGED)
     inside, query, head = tile_rows(batch, kv_head, tl.program_id(1), tokens, heads, kv_heads, ROWS)
     flat = (batch * heads + head) * tokens + query
     seen = tl.where(inside, (length - tokens + 1 - begin + query).to(tl.int32), 0)
@@ -282,15 +298,33 @@ def common_strides(k: Any, v: Any) -> tuple[tuple[Any, Any], tuple[int, int, int
     return (k, v), (k[0].stride(0), k[0].stride(1), k[1].stride(0), k[1].stride(1))
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Which slots rows have: length of them from `start` [B] (None: 0), or, in pages, lengths [B] in the units of table [B, W]; length is then the most that
+    fit. strides: of batch and head, in codes and in scales."""
+
+    length: int
+    strides: tuple[int, int, int, int]
+    start: Tensor | None = None
+    lengths: Tensor | None = None
+    table: Tensor | None = None
+    places: int = 0
+
+
 def kv4_attention(q: Tensor, k: Any, v: Any, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None,
                   split: bool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `quota.ops.kv4_attention`. split: whether the blocks are spread over the device; None decides by the sizes."""
-    q = q.contiguous()
     (k, v), strides = common_strides(k, v)
+    if not 0 <= length <= k[0].shape[2] or q.shape[2] > length:
+        raise ValueError(f"length: expected {q.shape[2]} to {k[0].shape[2]} slots, got {length}")
+    return attend(q, k, v, Slots(length, strides, None if start is None else start.contiguous()), scaling, shared, split)
+
+
+def attend(q: Tensor, k: Any, v: Any, slots: Slots, scaling: float, shared: Tensor | None, split: bool | None) -> tuple[Tensor, Tensor]:
+    """Attention over slots wherever they lie."""
+    q = q.contiguous()
     batch, heads, tokens, wide = q.shape
     kv_heads, d = k[0].shape[1], 2 * k[0].shape[3]
-    if not 0 <= length <= k[0].shape[2] or tokens > length:
-        raise ValueError(f"length: expected {tokens} to {k[0].shape[2]} slots, got {length}")
     extra = wide - d
     if (shared is None) != (extra == 0):
         raise ValueError(f"shared: expected {extra} channels, q has {wide} and the cache {d}")
@@ -300,16 +334,18 @@ def kv4_attention(q: Tensor, k: Any, v: Any, length: int, start: Tensor | None, 
     sizes_ = sizes("kv4_attention", q)
     rows = min(sizes_.pop("most_rows"), max(16, triton.next_power_of_2(tokens * (heads // kv_heads))))
     half = max(32, triton.next_power_of_2(d // 2))
-    grid, blocks = (batch * kv_heads, cdiv(tokens * (heads // kv_heads), rows)), cdiv(length, _SLOTS)
-    begin = q if start is None else start.contiguous()
+    grid, blocks = (batch * kv_heads, cdiv(tokens * (heads // kv_heads), rows)), cdiv(slots.length, _SLOTS)
+    begin, lengths, table = (q if t is None else t for t in (slots.start, slots.lengths, slots.table))  # q: a pointer that is not read
+    width = 0 if slots.table is None else slots.table.shape[1]
+    where = (slots.start is not None, slots.table is not None)
     shared_strides = (bias.stride(0), bias.stride(1)) if shared is not None else (0, 0)
-    flags = (start is not None, shared is not None, rows, half)
+    flags = (*where, shared is not None, rows, half)
     if split is None:
         split = grid[0] * grid[1] < processors(q) and blocks >= 8
     if not split:
         launch(
-            kv4_attention_kernel, grid, q, *k, *v, begin, bias, out, lse, tokens, heads, kv_heads, d, extra, length, scaling, *strides, *shared_strides,
-            *flags, num_stages=2, **sizes_,
+            kv4_attention_kernel, grid, q, *k, *v, begin, lengths, table, bias, out, lse, tokens, heads, kv_heads, d, extra, slots.length, width, slots.places,
+            scaling, *slots.strides, *shared_strides, *flags, num_stages=2, **sizes_,
         )  # fmt: skip
         return out, lse
     scores, maxima, bests, units, parts = (
@@ -317,15 +353,15 @@ def kv4_attention(q: Tensor, k: Any, v: Any, length: int, start: Tensor | None, 
     )
     middles = torch.empty(batch, kv_heads, blocks, _SLOTS, dtype=torch.float32, device=q.device)
     launch(
-        split_scores_kernel, (*grid, blocks), q, *k, begin, bias, scores, maxima, tokens, heads, kv_heads, d, extra, length, blocks, scaling, *strides,
-        *shared_strides, *flags, **sizes_,
+        split_scores_kernel, (*grid, blocks), q, *k, begin, lengths, table, bias, scores, maxima, tokens, heads, kv_heads, d, extra, slots.length, width,
+        slots.places, blocks, scaling, *slots.strides, *shared_strides, *flags, **sizes_,
     )  # fmt: skip
     launch(
-        split_parts_kernel, (*grid, blocks), scores, maxima, bests, middles, units, *v, begin, parts, tokens, heads, kv_heads, d, length, blocks, *strides,
-        start is not None, rows, half, **sizes_,
+        split_parts_kernel, (*grid, blocks), scores, maxima, bests, middles, units, *v, begin, lengths, table, parts, tokens, heads, kv_heads, d, slots.length,
+        width, slots.places, blocks, *slots.strides, *where, rows, half, **sizes_,
     )  # fmt: skip
     launch(
-        split_merge_kernel, (batch * kv_heads, cdiv(tokens * (heads // kv_heads), 4)), scores, bests, middles, units, parts, begin, out, lse, tokens, heads,
-        kv_heads, d, length, blocks, start is not None, 4, half, num_warps=4,
+        split_merge_kernel, (batch * kv_heads, cdiv(tokens * (heads // kv_heads), 4)), scores, bests, middles, units, parts, begin, lengths, out, lse, tokens,
+        heads, kv_heads, d, slots.length, blocks, *where, 4, half, num_warps=4,
     )  # fmt: skip
     return out, lse

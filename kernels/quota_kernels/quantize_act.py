@@ -11,7 +11,7 @@ from quota_kernels.floats import largest_magnitude, symmetric_code
 from quota_kernels.launch import launch, warps_for
 from quota_kernels.transform import activated, factors, kronecker, tile_of
 
-_PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}
+_PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}
 
 
 @triton.jit

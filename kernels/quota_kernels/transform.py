@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quota_kernels.floats import gated_by_sigmoid
+from quota_kernels.floats import gated_by_sigmoid, gelu
 from quota_kernels.launch import cdiv, launch, warps_for
 
 _ROWS, _COLUMNS = 32, 64
@@ -15,12 +15,14 @@ _ROWS, _COLUMNS = 32, 64
 
 @triton.jit
 def activated(x, at, mask, width, PROLOGUE: tl.constexpr):
-    """Elements `at` of a row after its prologue: 0 none, 1 silu(x[at]) * x[at + width], 2 x * sigmoid(1.702 x)."""
+    """Elements `at` of a row after its prologue: 0 none, 1 silu(x[at]) * x[at + width], 2 x * sigmoid(1.702 x), 3 GELU."""
     value = tl.load(x + at, mask=mask, other=0.0)
     if PROLOGUE == 1:
         value = gated_by_sigmoid(value, 1.0) * tl.load(x + at + width, mask=mask, other=0.0)
     if PROLOGUE == 2:
         value = gated_by_sigmoid(value, 1.702)
+    if PROLOGUE == 3:
+        value = gelu(value)
     return value
 
 

@@ -16,7 +16,7 @@ RESULTS, PAGE, README = Path("benchmarks/results"), Path("benchmarks/README.md")
 _NOTHING = "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
 _README_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
 _README_ROWS = (1, 16, 173, 640)
-_OPS = ("w4a4_linear", "quantize_act", "kv4_attention", "kv4_append", "token_score")
+_OPS = ("w4a4_linear", "w4a16_linear", "quantize_act", "kv4_attention", "kv4_append", "token_score")
 Row = dict[str, Any]
 
 

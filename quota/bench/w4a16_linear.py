@@ -19,8 +19,8 @@ from quota.quant.grouped import group_count, round_groups
 from quota.quant.pack import pack_uint4
 
 OP = "w4a16_linear"
-ALONE = ("ort-nbits-128-f32",)  # peers of no other op
-PEERS = (*ALONE, "torch-fp32", "torch-bf16")
+ALONE = ("openvino-i4-g128-f32", "ort-nbits-128-f32")  # peers of no other op
+PEERS = (*ALONE, "ggml-q4_0", "torch-fp32", "torch-bf16")  # Q4_0 has no product that keeps activations whole: it rounds them to 8 bits here too
 
 
 class Ours:

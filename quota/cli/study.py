@@ -10,7 +10,7 @@ import typer
 from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_keep, check_output, print_json, say
 from quota.core.errors import UsageError
 
-NAMES = ("modules", "keep", "pipelines", "compute", "weights", "runtime", "profile", "show")
+NAMES = ("modules", "keep", "pipelines", "compute", "weights", "formats", "runtime", "profile", "show")
 
 
 def study(
@@ -39,6 +39,7 @@ def study(
     - `pipelines` joint against stage-wise quantization and pruning, and every published method in both calibration orders (Table 3)
     - `compute` every method at equal compute, float and W4A4KV4 (Table 4)
     - `weights` score weights: leave-one-out, each alone, the sign of the quantization term (Table 5)
+    - `formats` weights alone in 4 bits (RTN, GPTQ, AWQ) beside W4A4KV4, with and without the recipe
     - `runtime` disk, peak memory, power (of the GPU too, where one answers), native against reference arithmetic (Table 7)
     - `profile` the layers (Figures 3, 5) and `show` the kept tokens over a picture (Figure 4)
 

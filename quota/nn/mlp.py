@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 
 _GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}  # activations that `quantize_act` computes on its way
-_PROLOGUES = {"quick_gelu": "quick_gelu"}
+_PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 _BLOCK_BYTES = 20 << 20  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
 
 
@@ -68,8 +68,12 @@ class QuantProjector(nn.Module):
     def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
         super().__init__()
         self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
+        self._prologue = _PROLOGUES.get(act)
 
     @without_grad
     def forward(self, image_features: Tensor) -> Tensor:
         """image_features [..., vision hidden] -> [..., text hidden], same dtype."""
-        return as_dtype_of(self.linear_2(activate(self.act, self.linear_1(as_float32(image_features)))), image_features)
+        x = self.linear_1(as_float32(image_features))
+        if self._prologue is None:
+            x = activate(self.act, x)
+        return as_dtype_of(self.linear_2(x, self._prologue), image_features)

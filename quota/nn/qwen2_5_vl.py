@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLRotaryEmbedding
 
 from quota.nn.float_attention import float_attention
-from quota.nn.linear import QuantLinear
-from quota.nn.mlp import activate
+from quota.nn.linear import QuantLinear, as_dtype_of, as_float32
 
 
 class MultimodalRotary(nn.Module):
@@ -67,11 +66,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-class RoundedGelu(nn.Module):
-    """GELU in float64, rounded once; see `activate`."""
+class QuantMerger(nn.Sequential):
+    """The merger's two linears, "0" and "2" upstream; the GELU between them is the second one's prologue."""
+
+    def __init__(self, first: QuantLinear, second: QuantLinear) -> None:
+        super().__init__(OrderedDict([("0", first), ("2", second)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return activate(F.gelu, x.float()).to(x.dtype)
+        """x [n, 4 vision hidden] -> [n, text hidden], same dtype."""
+        first, second = self
+        return as_dtype_of(second(first(as_float32(x)), "gelu"), x)
 
 
 class PictureByPicture(Qwen2_5_VisionTransformerPretrainedModel):

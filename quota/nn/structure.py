@@ -17,7 +17,7 @@ from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
 from quota.nn.norm import RmsNorm
-from quota.nn.qwen2_5_vl import MultimodalRotary, PictureByPicture, QuantWindowAttention, RoundedGelu
+from quota.nn.qwen2_5_vl import MultimodalRotary, PictureByPicture, QuantMerger, QuantWindowAttention
 from quota.nn.weight_linear import WeightLinear
 from quota.quant.transform import decompose
 
@@ -154,7 +154,7 @@ def _projector(build: _Builder, model: Any, arch: ArchSpec) -> None:
 def _merger(build: _Builder, model: Any, arch: ArchSpec) -> None:
     path = f"{arch.projector_path}.mlp"
     first, second = _linears(build, path, ("0", "2"), submodule(model, path))
-    _replace(model, path, nn.Sequential(first, RoundedGelu(), second))
+    _replace(model, path, QuantMerger(first, second))
 
 
 def _linears(build: _Builder, path: str, names: tuple[str, ...], parent: nn.Module) -> list[QuantLinear]:

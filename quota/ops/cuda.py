@@ -103,5 +103,7 @@ def kv4_attention(
     return _library.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
-def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    return _library.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling)
+def kv4_paged_attention(
+    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _library.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))

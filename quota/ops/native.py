@@ -30,9 +30,9 @@ _PANEL = 64
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
 _OPS = (
     "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "w4a16_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention",
-    "kv4_page_write", "kv4_page_read", "token_score", "token_select", "token_gather",
+    "kv4_paged_attention", "kv4_page_write", "kv4_page_read", "token_score", "token_select", "token_gather",
 )  # fmt: skip
-PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2}  # quota::Prologue
+PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}  # quota::Prologue
 
 
 class _Bound:
@@ -47,6 +47,7 @@ class _Bound:
     kv4_append: Any
     qkv_append: Any
     kv4_attention: Any
+    kv4_paged_attention: Any
     token_score: Any
     token_select: Any
     token_gather: Any
@@ -163,6 +164,12 @@ def kv4_attention(
     q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return _bound.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
+
+
+def kv4_paged_attention(
+    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _bound.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))
 
 
 def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,12 @@ def kv4_attention(
     return _kernel("kv4_attention")(q, k, v, length, start, scaling, shared)
 
 
+def kv4_paged_attention(
+    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _kernel("kv4_paged_attention")(q, k, v, table, length, scaling, shared)
+
+
 def kv4_page_write(pages: Kv, rows: Kv, slot: Tensor) -> None:
     _kernel("kv4_page_write")(pages, rows, slot)
 

@@ -32,7 +32,7 @@ from quota.study.parts import assemble
 from quota.study.tasks import load_questions
 
 MODULES = ("vision", "projector", "llm")
-FLOAT, QUANTIZED = "float", "w4a4kv4"
+FLOAT, QUANTIZED, WEIGHT_ONLY = "float", "w4a4kv4", "w4a16"
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,23 @@ class Bench:
         parts = {"float": self.content(self.float_checkpoint), "sources": {name: self.content(folder) for name, folder in sources.items()}}
         return str(self.cache.make("assembled", parts, lambda path: assemble(self.source, {k: Path(v) for k, v in sources.items()}, path)))
 
-    def _calibrated(self, modules: Sequence[str], recipe: Recipe | None) -> str:
+    def weight_only(self, method: str) -> str:
+        """A W4A16 checkpoint of the float model by `method`: rtn, gptq or awq."""
+        return self._calibrated(MODULES, None, method)
+
+    def _calibrated(self, modules: Sequence[str], recipe: Recipe | None, method: str = "flatquant") -> str:
         from quota.calib.run import calibrate
 
-        s = self.settings
+        s, steps = self.settings, self.settings.steps if method == "flatquant" else None
         parts = {
-            "float": self.content(self.float_checkpoint), "samples": self.samples.fingerprint, "modules": list(modules), "steps": s.steps, "seed": s.seed,
-            "recipe": recipe and recipe.dumps(),
+            "float": self.content(self.float_checkpoint), "samples": self.samples.fingerprint, "modules": list(modules), "steps": steps, "seed": s.seed,
+            "recipe": recipe and recipe.dumps(), "method": method,
         }  # fmt: skip
 
         def work(path: Path) -> None:
-            self.console.print(f"calibrating {'+'.join(modules)}{f' on the graph {recipe.method} prunes' if recipe else ''}")
+            self.console.print(f"calibrating {'+'.join(modules)} by {method}{f' on the graph {recipe.method} prunes' if recipe else ''}")
             calibrate(
-                self.float_checkpoint, self.samples, modules=tuple(modules), out=path, seed=s.seed, steps=s.steps, recipe=recipe,
+                self.float_checkpoint, self.samples, modules=tuple(modules), out=path, method=method, seed=s.seed, steps=steps, recipe=recipe,
                 progress=not s.quiet,
             )  # fmt: skip
 

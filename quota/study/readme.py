@@ -27,6 +27,7 @@ README = Path("README.md")
 KEPT = Path("docs/tables")
 TITLES = {"llava": "LLaVA", "qwen2_5_vl": "Qwen2.5-VL"}
 SHOWN = ("modules", "keep", "pipelines")
+FOLDED = ("compute", "weights", "formats", "runtime")  # behind a click
 
 
 def keep(source: Path, kept: Path = KEPT) -> list[Path]:
@@ -76,35 +77,60 @@ def section(name: str, report: dict[str, Any], family: str) -> str:
 
 
 def block(kept: Path = KEPT) -> str:
-    """README's part: the telling tables with the families side by side, and where the rest is."""
+    """README's part: every table with the families side by side, the long ones folded, and where the rest is."""
+    found = {family: reports(family, kept) for family in FAMILIES}
     parts = []
-    for name in SHOWN:
-        by_family = {family: StudyReport.model_validate(found[name]) for family in FAMILIES if name in (found := reports(family, kept))}
+    for name in (*SHOWN, *FOLDED):
+        by_family = {family: StudyReport.model_validate(known[name]) for family, known in found.items() if name in known}
         if by_family:
-            parts += _side_by_side(name, by_family)
-    links = [f"[{TITLES[family]}](docs/tables/{family}.md)" for family in FAMILIES if reports(family, kept)]
-    parts.append(f"All studies with accuracies per task, every paired difference and pictures: {', '.join(links)}.")
-    return "\n\n".join(part.rstrip("\n") for part in parts)
+            tables = [part.rstrip("\n") for part in _tables(name, by_family)]
+            if name in FOLDED:
+                parts += [f"<details><summary>{STUDIES[name]} (<code>quota study {name}</code>)</summary>", *tables, "</details>"]
+            else:
+                parts += [f"**{STUDIES[name]}** (`quota study {name}`)", *tables]
+    pages = [f"[{TITLES[family]}](docs/tables/{family}.md)" for family, known in found.items() if known]
+    parts.append(f"All studies with accuracies per task, paired differences, layer profiles and kept tokens in pictures: {', '.join(pages)}.")
+    return "\n\n".join(parts)
 
 
-def _side_by_side(name: str, by_family: dict[str, StudyReport]) -> list[str]:
+def _tables(name: str, by_family: dict[str, StudyReport]) -> list[str]:
     heads = [f"{TITLES[family]} ({report.questions} questions)" for family, report in by_family.items()]
     rows = {family: {row.name: row for row in report.rows} for family, report in by_family.items()}
-    names = [n for n in dict.fromkeys(n for found in rows.values() for n in found) if ", " not in n and n != "float"]
-    parts = [f"**{STUDIES[name]}** (`quota study {name}`)", markdown_table(["row", *heads], [[n, *(_cell(rows[f].get(n)) for f in by_family)] for n in names])]
-    if name == "pipelines":
-        methods = list(dict.fromkeys(n.split(", ")[0] for found in rows.values() for n in found if ", " in n))
-        columns = [f"{TITLES[family]}: {order}" for family in by_family for order in ORDERS]
-        parts.append(markdown_table(["method", *columns], [[m, *(_cell(rows[f].get(f"{m}, {o}")) for f in by_family for o in ORDERS)] for m in methods]))
-        for family, report in by_family.items():
-            said = [c for c in report.comparisons if c.row == "collaborative" and ", " not in c.against]
-            parts.append(f"{TITLES[family]}, paired differences, then every method beside `random` at the same compute (VTW at the layer its search finds):")
-            parts.append(differences(report.model_copy(update={"comparisons": said})) + "\n" + "\n".join(f"- {note}" for note in report.notes))
+    names = list(dict.fromkeys(n for found in rows.values() for n in found))
+    if name == "runtime":
+        return [_figures_table(rows)]
+    if name != "pipelines":
+        with_compute = name == "compute"
+        return [markdown_table(["row", *heads], [[n, *(_cell(rows[f].get(n), with_compute) for f in by_family)] for n in names if n != "float"])]
+    own = [n for n in names if ", " not in n and n != "float"]
+    parts = [markdown_table(["row", *heads], [[n, *(_cell(rows[f].get(n)) for f in by_family)] for n in own])]
+    methods = list(dict.fromkeys(n.split(", ")[0] for n in names if ", " in n))
+    if methods:
+        ran = [family for family in by_family if any(", " in n for n in rows[family])]
+        columns = [f"{TITLES[family]}: {order}" for family in ran for order in ORDERS]
+        parts.append("Every method at the same compute (VTW at the layer its search finds):")
+        parts.append(markdown_table(["method", *columns], [[m, *(_cell(rows[f].get(f"{m}, {o}")) for f in ran for o in ORDERS)] for m in methods]))
+    for family, report in by_family.items():
+        said = [c for c in report.comparisons if c.row == "collaborative" and ", " not in c.against]
+        parts += [f"{TITLES[family]}, paired differences:", differences(report.model_copy(update={"comparisons": said}))]
+        parts += ["\n".join(f"- {note}" for note in report.notes)] if report.notes else []
     return parts
 
 
-def _cell(row: StudyRow | None) -> str:
-    return "-" if row is None else f"{row.retention.value:.1f} ({row.retention.low:.1f} to {row.retention.high:.1f})"
+def _figures_table(rows: dict[str, dict[str, StudyRow]]) -> str:
+    named = {family: [row for row in found.values() if row.figures] for family, found in rows.items()}
+    columns = list(dict.fromkeys(key for found in named.values() for row in found for key in row.figures))
+    lines = [
+        [f"{TITLES[family]} {row.name}", _cell(row), *(str(row.figures.get(key, "-")) for key in columns)] for family, found in named.items() for row in found
+    ]  # fmt: skip
+    return markdown_table(["row", "retention", *columns], lines)
+
+
+def _cell(row: StudyRow | None, with_compute: bool = False) -> str:
+    if row is None:
+        return "-"
+    spent = f", {100 * row.compute_ratio:.0f} % compute" if with_compute else ""
+    return f"{row.retention.value:.1f} ({row.retention.low:.1f} to {row.retention.high:.1f}){spent}"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ def markdown(report: StudyReport) -> str:
     """Rows, what they say about the random floor, paired differences, published figures apart from them, and how it was measured."""
     tasks = list(report.questions_by_task)
     extra = sorted({key for row in report.rows for key in row.figures if isinstance(row.figures[key], str)})
-    columns = ["row", "retention", "95 % interval", *tasks, "visual tokens", "layer mean", "GMACs", "compute", "KV", *extra]
+    columns = ["row", "retention", "95 % interval", *tasks, "visual tokens", "layer mean", "GMACs", "compute", "KV in 4 bits", *extra]
     parts = [f"### {report.title}", provenance(report), markdown_table(columns, [_cells(row, tasks, extra) for row in report.rows])]
     if report.notes:
         parts.append("\n".join(f"- {note}" for note in report.notes))

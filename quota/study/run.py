@@ -26,6 +26,7 @@ STUDIES = {
     "modules": "Table 1: which parts are quantized", "keep": "Table 2: QUOTA at 50 to 5 % of the visual tokens",
     "pipelines": "Table 3: joint against stage-wise quantization and pruning", "compute": "Table 4: every method at equal compute, float and W4A4KV4",
     "weights": "Table 5: score weights, leave-one-out, each signal alone, the sign of the quantization term",
+    "formats": "weights alone in 4 bits by RTN, GPTQ and AWQ beside W4A4KV4, with and without the recipe",
     "runtime": "Table 7: disk, peak memory, power, and accuracy of float, reference and native arithmetic",
     "profile": "Figures 3 and 5: concentration, redundancy and sensitivity per layer", "show": "Figure 4: kept tokens per layer for one picture",
 }  # fmt: skip

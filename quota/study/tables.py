@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe, ScoreWeights
-from quota.study.bench import FLOAT, MODULES, QUANTIZED, Bench, Entry
+from quota.study.bench import FLOAT, MODULES, QUANTIZED, WEIGHT_ONLY, Bench, Entry
 
 KEEPS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 SWEEP = ((0.45, 0.25, 0.10, 0.20), (0.35, 0.25, 0.10, 0.30), (0.55, 0.25, 0.10, 0.10), (0.25, 0.25, 0.25, 0.25))
@@ -126,4 +126,19 @@ def weights(bench: Bench) -> Plan:
     return Plan(f"Score weights (inter/mag/intra/quant) at {100 * bench.settings.keep:g} %", rows, [(first, name) for name in mixtures if name != first])
 
 
-TABLES: dict[str, Callable[[Bench], Plan]] = {"modules": modules, "keep": keep, "pipelines": pipelines, "compute": compute, "weights": weights}
+def formats(bench: Bench) -> Plan:
+    """Weights alone in 4 bits (RTN, GPTQ, AWQ; groups of 128) beside W4A4KV4, unpruned and with QUOTA's recipe."""
+    joint, rows, pairs = bench.planned("quota", bench.settings.keep), [_float(bench)], list[tuple[str, str]]()
+    made = {f"{WEIGHT_ONLY} {method}": (bench.weight_only(method), WEIGHT_ONLY) for method in ("rtn", "gptq", "awq")}
+    made[QUANTIZED] = (bench.quantized(), QUANTIZED)
+    for name, (checkpoint, weights) in made.items():
+        rows += [Entry(name, checkpoint, weights), Entry(f"{name} + quota", checkpoint, weights, joint)]
+        pairs += [(name, f"{WEIGHT_ONLY} rtn")] if weights == WEIGHT_ONLY and name != f"{WEIGHT_ONLY} rtn" else []
+        pairs += [(f"{name} + quota", name)]
+    pairs += [(QUANTIZED + end, f"{WEIGHT_ONLY} {method}{end}") for method in ("gptq", "awq") for end in ("", " + quota")]
+    return Plan(f"Weight-only baselines, unpruned and at {100 * bench.settings.keep:g} % of the visual tokens", rows, pairs)
+
+
+TABLES: dict[str, Callable[[Bench], Plan]] = {
+    "modules": modules, "keep": keep, "pipelines": pipelines, "compute": compute, "weights": weights, "formats": formats,
+}  # fmt: skip

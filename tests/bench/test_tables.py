@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quota.bench import tables
+from quota.bench import run_ops, tables
 from quota.report.blocks import fill
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,11 @@ ROOT = Path(__file__).parents[2]
 def test_tables_are_not_stale(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert fill(text, tables.blocks(ROOT / tables.RESULTS)[path], str(path)) == text, "run `quota bench tables`"
+
+
+def test_every_op_has_its_table() -> None:
+    """Seen: rows of w4a16_linear that no page showed."""
+    assert set(tables.blocks(ROOT / tables.RESULTS)[tables.PAGE]) == {*run_ops.OPS, "model"}
 
 
 def test_a_loss_is_said_in_words() -> None:

@@ -23,6 +23,7 @@ from quota.ops.w4a16_linear import w4a16_linear_ref
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
 from tests.ops.kv import cache, filled
+from tests.ops.test_kv4_paged_attention import case
 
 G = torch.Generator().manual_seed(3)
 
@@ -56,7 +57,7 @@ def test_factors_that_are_no_powers_of_two() -> None:
 def test_prologues_of_extreme_values() -> None:
     x = randn(2, 2 * 33)
     x[0, :6] = torch.tensor([-95.0, 95.0, -87.0, 88.5, -0.0, 1e-30])
-    for prologue, rows in (("silu_mul", x), ("quick_gelu", x[:, :33])):
+    for prologue, rows in (("silu_mul", x), ("quick_gelu", x[:, :33]), ("gelu", x[:, :33])):
         assert same(triton.quantize_act(rows, None, None, 0.9, prologue), quantize_act_ref(rows, None, None, 0.9, prologue))
     with pytest.raises(ValueError, match="prologue"):
         triton.quantize_act(x, None, None, 1.0, "relu")
@@ -210,6 +211,21 @@ def test_pages() -> None:
     assert same(mine, pages)
     table, length = torch.tensor([[4, 2, 0], [1, -1, -1]], dtype=torch.int32), torch.tensor([9, 3], dtype=torch.int32)
     assert same(triton.kv4_page_read(pages, table, length, 11), kv4_page_read_ref(pages, table, length, 11))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 2, 16, 4, 1, (5, 0, 70)), (3, 1, 22, 16, 3, (130, 3))])
+def test_kv4_paged_attention(sizes: tuple, split: bool) -> None:
+    from quota_kernels.kv4_paged_attention import kv4_paged_attention
+
+    for extra in (0, 6):
+        args = case(*sizes, extra=extra)
+        (out, lse), (want, want_lse) = kv4_paged_attention(*args, split=split), native.kv4_paged_attention(*args)
+        seen = want_lse.isfinite()
+        assert torch.equal(out, want) and torch.equal(seen, lse.isfinite()) and (lse[seen] - want_lse[seen]).abs().max() < 1e-5
+    q, k, v, *rest = case(*sizes)
+    with pytest.raises(ValueError, match="whole, contiguous pages"):
+        kv4_paged_attention(q, tuple(t[:, :, 1:] for t in k), v, *rest)
 
 
 def test_token_select_and_gather() -> None:

@@ -76,7 +76,7 @@ def matrix(n: int, g: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("m", "left", "right"), [(3, 4, 6), (2, 5, 7), (1, 9, 64), (2, 43, 64), (2, 12, 0), (3, 0, 20), (2, 0, 0), (1, 1, 31)])
-@pytest.mark.parametrize("prologue", [None, "silu_mul", "quick_gelu"])
+@pytest.mark.parametrize("prologue", [None, "silu_mul", "quick_gelu", "gelu"])
 def test_quantize_act_equals_the_reference_bit_for_bit(emulated: ModuleType, m: int, left: int, right: int, prologue: str | None) -> None:
     g = torch.Generator().manual_seed(left + right)
     k = (left or 3) * (right or 7)
@@ -171,15 +171,32 @@ def test_attention_over_several_splits(emulated: ModuleType) -> None:
     assert torch.equal(emulated.kv4_attention(*alone)[0], out[1:])
 
 
-def test_paged_attention(emulated: ModuleType) -> None:
+@pytest.mark.parametrize("extra", [0, 5])
+def test_paged_attention(emulated: ModuleType, extra: int) -> None:
     g = torch.Generator().manual_seed(3)
     units, hkv, places, d, lengths = 9, 2, 16, 32, (37, 1, 0, 48)
     pages = [cache(torch.randn(units, hkv, places, d, generator=g), places) for _ in range(2)]
     table = torch.stack([torch.randperm(units, generator=g)[:4] for _ in lengths]).int()
-    q, length = torch.randn(len(lengths), 4, 1, d, generator=g), torch.tensor(lengths, dtype=torch.int32)
-    (out, lse), (want, want_lse) = (f(q, *pages, table, length, 0.3) for f in (emulated.kv4_paged_attention, kv4_paged_attention_ref))
+    q, length = torch.randn(len(lengths), 4, 1, d + extra, generator=g), torch.tensor(lengths, dtype=torch.int32)
+    shared = torch.randn(len(lengths), extra, 50, generator=g) if extra else None
+    implementations = (emulated.kv4_paged_attention, kv4_paged_attention_ref)
+    (out, lse), (want, want_lse) = (f(q, *pages, table, length, 0.3, shared) for f in implementations)
     assert torch.equal(out, want) or (out - want).abs().max() < 1e-6
     assert torch.equal(lse.isfinite(), want_lse.isfinite()) and torch.isinf(lse[2]).all() and (out[2] == 0).all()
+    if native.why_not() is None:
+        assert torch.equal(out, native.kv4_paged_attention(q, *pages, table, length, 0.3, shared)[0])
+
+
+def test_room_for_more_pages_changes_no_bit(emulated: ModuleType) -> None:
+    """A table as wide as a captured graph needs it: the slots are split, and a row that ends in the first split has the CPU's bits all the same."""
+    g = torch.Generator().manual_seed(4)
+    pages = [cache(torch.randn(70, 1, 16, 8, generator=g), 16) for _ in range(2)]
+    table, length = torch.randperm(70, generator=g)[None].int(), torch.tensor([77], dtype=torch.int32)
+    q = torch.randn(1, 2, 1, 8, generator=g)
+    out, _ = emulated.kv4_paged_attention(q, *pages, table, length, 0.3)
+    assert torch.equal(out, emulated.kv4_paged_attention(q, *pages, table[:, :5], length, 0.3)[0])
+    if native.why_not() is None:
+        assert torch.equal(out, native.kv4_paged_attention(q, *pages, table, length, 0.3)[0])
 
 
 def test_wrong_shapes_are_refused(emulated: ModuleType) -> None:

@@ -33,11 +33,21 @@ def test_prologues_equal_the_reference_bit_for_bit(isa: str, m: int, l: int, r: 
     for a, b in ((left, right), (None, None)):
         assert same(native.quantize_act(x, a, b, 0.9, "silu_mul"), quantize_act_ref(x, a, b, 0.9, "silu_mul"))
         half = x[:, : l * r]
-        assert same(native.quantize_act(half, a, b, 0.9, "quick_gelu"), quantize_act_ref(half, a, b, 0.9, "quick_gelu"))
+        for name in ("quick_gelu", "gelu"):
+            assert same(native.quantize_act(half, a, b, 0.9, name), quantize_act_ref(half, a, b, 0.9, name))
+
+
+def test_gelu_of_many_values(isa: str) -> None:
+    x = torch.cat([torch.linspace(-20, 20, 4000), torch.tensor([1e-40, -1e-40, -0.0, 3e38, -3e38, 16.0, -16.0, 1e-30])]).view(24, 167)
+    for rows in (x, x[:, None].reshape(-1, 1)):  # alone, a value is its row's largest: the scale is its bits
+        assert same(native.quantize_act(rows, None, None, 0.9, "gelu"), quantize_act_ref(rows, None, None, 0.9, "gelu"))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        got, want = (f(torch.tensor([[bad]]), None, None, 1.0, "gelu")[1] for f in (native.quantize_act, quantize_act_ref))
+        assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
 
 
 def test_wrong_prologues_are_refused(isa: str) -> None:
-    with pytest.raises(ValueError, match="prologue: expected one of silu_mul, quick_gelu, got 'relu'"):
+    with pytest.raises(ValueError, match="prologue: expected one of silu_mul, quick_gelu, gelu, got 'relu'"):
         native.quantize_act(torch.zeros(1, 4), None, None, 1.0, "relu")
     with pytest.raises(RuntimeError, match="halves of one size, got 5"):
         native.quantize_act(torch.zeros(1, 5), None, None, 1.0, "silu_mul")

@@ -102,6 +102,16 @@ def test_weights_cover_leave_one_out_single_signals_and_the_sign(settings: Study
     assert Recipe.load(settings.out / str(rows["only quant, reversed"].recipe)).weights.quant == -1
 
 
+def test_formats_put_weight_only_beside_w4a4kv4(settings: StudySettings) -> None:
+    report = finished("formats", settings)
+    names = ["w4a16 rtn", "w4a16 gptq", "w4a16 awq", "w4a4kv4"]
+    assert [row.name for row in report.rows] == ["float", *(f"{name}{end}" for name in names for end in ("", " + quota"))]
+    assert [row.weights for row in report.rows[1::2]] == ["w4a16"] * 3 + ["w4a4kv4"]
+    assert all((row.recipe is not None) == row.name.endswith("+ quota") for row in report.rows)
+    pairs = {(c.row, c.against) for c in report.comparisons}
+    assert {("w4a16 gptq", "w4a16 rtn"), ("w4a16 awq + quota", "w4a16 awq"), ("w4a4kv4 + quota", "w4a16 gptq + quota")} <= pairs
+
+
 def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory and disk per process; the reference of every op gives the native answers (a generated text depends on every bit)."""
     monkeypatch.setattr("quota.study.runtime.CHECKED", 1)

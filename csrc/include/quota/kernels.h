@@ -26,8 +26,8 @@ struct TransformArgs {
   float* y;
 };
 
-// What happens to a row before its transform: nothing; silu(gate) * up on rows of 2 K values, gate first; x * sigmoid(1.702 x).
-enum class Prologue : int64_t { kNone, kSiluMul, kQuickGelu };
+// What happens to a row before its transform: nothing; silu(gate) * up on rows of 2 K values, gate first; x * sigmoid(1.702 x); x Phi(x).
+enum class Prologue : int64_t { kNone, kSiluMul, kQuickGelu, kGelu };
 
 // Prologue, transform, then symmetric int4 per row: q [M, ceil(K/2)] two's complement nibbles, scale [M]. `transform.y` is not used.
 struct QuantizeArgs {
@@ -140,6 +140,12 @@ struct AttentionArgs {
   int64_t heads, kv_heads, tokens, dim, extra, shared_slots, length;
   float scaling;
 };
+// Pages of a pool: the batch strides of `Kv4` then step over units, and slot s of row b lies at place s % places of unit table[b][s / places].
+struct Pages {
+  const int32_t* table;   // [B, width]; null: the cache is contiguous
+  const int32_t* length;  // [B] slots of each row (null: AttentionArgs::length)
+  int64_t width, places;
+};
 constexpr int64_t kQueryTile = 64;  // query rows (queries times heads of one KV head) per attention task
 
 // Slots of one batch row, ascending.
@@ -192,7 +198,7 @@ struct Kernels {
   void (*append)(const AppendArgs&, int64_t row_begin, int64_t row_end);  // rows of [B, Hkv, T]
   void (*rms_norm)(const NormArgs&, int64_t row_begin, int64_t row_end);
   void (*heads)(const HeadsArgs&, int64_t begin, int64_t end);  // heads of [B, T, H + 2 Hkv]
-  void (*attention)(const AttentionArgs&, int64_t batch, int64_t kv_head, int64_t tile);
+  void (*attention)(const AttentionArgs&, const Pages&, int64_t batch, int64_t kv_head, int64_t tile);
   // Attention of one head that the queries give to each column, summed over them: out [columns.count].
   void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
   void (*float_linear)(const FloatLinearArgs&, int64_t panel);

@@ -113,7 +113,7 @@ def all_checks(seed: int, small: bool) -> Iterator[Check]:
     for m, k, n in SMALL_LINEARS if small else LINEARS:
         yield case(ops.w4a4_linear, f"M={m} K={k} N={n}", _linear, m, k, n)
     for left, right in SMALL_FACTORS if small else FACTORS:
-        for prologue in (None, "silu_mul", "quick_gelu"):
+        for prologue in (None, "silu_mul", "quick_gelu", "gelu"):
             for m in (3,) if small else (1, 17, 300):
                 yield case(ops.quantize_act, f"M={m} {left} x {right} {prologue or ''}", _quantize, m, left, right, prologue)
     for b, h, t, d in ((1, 1, 1, 64), (2, 3, 7, 128)):

@@ -130,6 +130,7 @@ def every_peer() -> dict[str, Callable[[], Peer]]:
         "onednn-w8a8-vnni": lambda: ChildPeer("onednn-w8a8-vnni", OneDnnInt8(), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, unit="vpdpbusd"),
         "openvino-i4": lambda: Here(OpenVinoInt4("f32")),
         "openvino-i4-bf16": lambda: Here(OpenVinoInt4("bf16")),
+        "openvino-i4-g128-f32": lambda: Here(OpenVinoInt4("f32", whole=True)),
         "ort-nbits-128": lambda: Here(MatMulNBits(128)),
         "ort-nbits-128-f32": lambda: Here(MatMulNBits(128, whole=True)),
         "ort-nbits-32": lambda: Here(MatMulNBits(32)),

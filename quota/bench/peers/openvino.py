@@ -1,4 +1,4 @@
-"""OpenVINO: int4 weights per output channel, activations quantized on the fly in groups of 128."""
+"""OpenVINO: int4 weights per output channel and activations quantized on the fly in groups of 128, or weights in groups of 128 and activations float."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quota.bench import machine
+from quota.bench.own import torch_float_unit
 from quota.bench.peers import weight
 from quota.bench.peers.quantizers import int8_unit, symmetric_blocks
 from quota.bench.shapes import Linear
@@ -18,15 +19,16 @@ _GROUP = 128
 
 
 class OpenVinoInt4:
-    """A compressed MatMul compiled for the CPU. precision: inference precision hint, "f32" or "bf16" (OpenVINO's default on AMX machines)."""
+    """A compressed MatMul compiled for the CPU. precision: inference precision hint, "f32" or "bf16" (OpenVINO's default on AMX machines).
+    whole: keep the activations float32, and scale the weights in groups."""
 
     takes = "floats"
-    tolerance = 2e-2  # 8-bit activations in groups of 128, and bfloat16 outputs
 
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
-        self.name = "openvino-i4" if precision == "f32" else "openvino-i4-bf16"
-        self.unit = int8_unit(machine.cpu()["features"])
+    def __init__(self, precision: str, whole: bool = False) -> None:
+        self.precision, self.whole = precision, whole
+        self.name = f"openvino-i4{'-bf16' * (precision == 'bf16')}{'-g128-f32' * whole}"
+        self.tolerance = 1e-5 if whole else 2e-2  # 8-bit activations in groups of 128, and bfloat16 outputs
+        self.unit = torch_float_unit() if whole else int8_unit(machine.cpu()["features"])
 
     def why_not(self) -> str | None:
         if importlib.util.find_spec("openvino") is None:
@@ -39,19 +41,24 @@ class OpenVinoInt4:
         import openvino as ov
         from openvino import opset13
 
-        self.codes, self.scale = symmetric_blocks(weight(shape), shape.k, 4)
+        self.block = _GROUP if self.whole else shape.k
+        self.codes, self.scale = symmetric_blocks(weight(shape), self.block, 4)
         nibbles = (self.codes.numpy().reshape(-1) & 15).astype(np.uint8)
         self.packed = nibbles[0::2] | (nibbles[1::2] << 4)  # kept: OpenVINO reads it in place
-        constant = opset13.constant(ov.Tensor(self.packed, [shape.n, shape.k], ov.Type.i4))
-        scaled = opset13.multiply(opset13.convert(constant, "f32"), opset13.constant(self.scale.numpy()))
+        size = [shape.n, shape.k // self.block, self.block]
+        constant = opset13.constant(ov.Tensor(self.packed, size if self.whole else [shape.n, shape.k], ov.Type.i4))
+        scale = self.scale.numpy()
+        scaled = opset13.multiply(opset13.convert(constant, "f32"), opset13.constant(scale[..., None] if self.whole else scale))
+        if self.whole:
+            scaled = opset13.reshape(scaled, opset13.constant([shape.n, shape.k]), False)
         x = opset13.parameter([-1, shape.k], np.float32)
         model = ov.Model([opset13.matmul(x, scaled, False, True)], [x])
         settings: dict[str, Any] = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_GROUP), "INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": threads,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0" if self.whole else str(_GROUP), "INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False, "PERFORMANCE_HINT": "LATENCY",
         }  # fmt: skip
         self.request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-        self.weight_bytes = shape.n * shape.k // 2
+        self.weight_bytes = shape.n * shape.k // 2 + 4 * self.scale.numel()
 
     def feed(self, x: Tensor) -> None:
         import openvino as ov
@@ -66,4 +73,5 @@ class OpenVinoInt4:
         return torch.from_numpy(np.array(self.request.get_output_tensor().data))
 
     def expected(self, rows: slice, columns: slice) -> Tensor:
-        return self.x[rows].double() @ (self.codes[columns].double() * self.scale[columns].double()).T
+        w = self.codes[columns].double().unflatten(1, (-1, self.block)) * self.scale[columns, :, None].double()
+        return self.x[rows].double() @ w.flatten(1).T

@@ -109,16 +109,16 @@ class _Batch:
 
 
 class _Slots:
-    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of the single rows the tables int32 [layers, B, W] and lengths. angles: of all
-    slots, where the family asks for them; first [B, D, capacity] of the single rows, then [1, D, length] of each other flight.
+    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of the single rows the tables int32 [layers, B, W] and lengths int32 [B].
+    angles: of all slots, where the family asks for them; first [B, D, capacity] of the single rows, then [1, D, length] of each other flight.
     """
 
     def __init__(self, batch: _Batch, segment: int, places: int, family: Family) -> None:
         works = [flight.work for flight in batch.flights]
         singles = works[: batch.single]
         at = np.array([work.base[segment] for work in singles], dtype=np.int64)
-        self.capacity = int(at.max(initial=-1)) + 1
-        table = np.full((works[0].tables[segment].shape[0], len(singles), -(-self.capacity // places)), -1, dtype=np.int32)
+        capacity = int(at.max(initial=-1)) + 1
+        table = np.full((works[0].tables[segment].shape[0], len(singles), -(-capacity // places)), -1, dtype=np.int32)
         for row, work in enumerate(singles):
             pages = -(-(work.base[segment] + 1) // places)
             table[:, row, :pages] = work.tables[segment][:, :pages]
@@ -128,14 +128,13 @@ class _Slots:
         self.slot = torch.from_numpy(np.concatenate([slot, *others], axis=1) if others else slot)
         self.table = torch.from_numpy(table)
         self.length = torch.from_numpy((at + 1).astype(np.int32))
-        self.start = self.capacity - self.length
-        self.angles: list[Tensor] | None = self._angles(batch, segment, family) if family.biased else None
+        self.angles: list[Tensor] | None = self._angles(batch, segment, family, capacity) if family.biased else None
 
-    def _angles(self, batch: _Batch, segment: int, family: Family) -> list[Tensor]:
-        singles = np.zeros((family.axes, batch.single, self.capacity), dtype=np.int64)
+    def _angles(self, batch: _Batch, segment: int, family: Family, capacity: int) -> list[Tensor]:
+        singles = np.zeros((family.axes, batch.single, capacity), dtype=np.int64)
         for row, flight in enumerate(batch.flights[: batch.single]):
             filled = flight.filled(segment)
-            singles[:, row, self.capacity - filled.shape[1] :] = filled
+            singles[:, row, : filled.shape[1]] = filled
         others = [flight.filled(segment)[:, None] for flight in batch.flights[batch.single :]]
         return [family.angles(torch.from_numpy(positions)) for positions in (singles, *others)]
 
@@ -238,32 +237,25 @@ class Runner:
         self.storage.write(keys, values, slots.slot[local])
         outs = []
         if batch.single:
-            cached = self.storage.read(slots.table[local], slots.length, slots.capacity)
             rows = q[0, :, : batch.single].transpose(0, 1)[:, :, None].contiguous()
-            angles = self._shared(rows, slots, 0)
-            out, _ = ops.kv4_attention(rows, *cached, slots.capacity, slots.start, self.family.scaling, angles)
+            out, _ = self.storage.attend(rows, slots.table[local], slots.length, self.family.scaling, self._shared(rows, slots, 0))
             outs.append(out.reshape(batch.single, -1))
         for number, (flight, begin, end) in enumerate(batch.spans()[batch.single :], start=1):
-            new = (_cut(keys, begin, end), _cut(values, begin, end))
-            outs.append(self._attend(flight, layer, segment, q[:, :, begin:end].contiguous(), new, self._shared(q, slots, number)))
+            outs.append(self._attend(flight, layer, segment, q[:, :, begin:end].contiguous(), _cut(keys, begin, end), self._shared(q, slots, number)))
         batch.x = self.family.finish(layer, batch.x, torch.cat(outs) if len(outs) > 1 else outs[0])
 
     def _shared(self, q: Tensor, slots: _Slots, number: int) -> Tensor | None:
         """The angles for queries q, where these are wide."""
         return slots.angles[number] if slots.angles is not None and q.shape[-1] > self.family.head_dim else None
 
-    def _attend(self, flight: _Flight, layer: int, segment: int, q: Tensor, new: tuple[Kv, Kv], angles: Tensor | None) -> Tensor:
-        """Several rows of one request: q [1, H, n, ...], their own packed keys and values, angles [1, D, length] of all slots -> [n, H * D]."""
+    def _attend(self, flight: _Flight, layer: int, segment: int, q: Tensor, new: Kv, angles: Tensor | None) -> Tensor:
+        """Several rows of one request: q [1, H, n, ...], their own packed keys, angles [1, D, length] of all slots -> [n, H * D]."""
         work, rows = flight.work, q.shape[2]
         length = work.base[segment] + rows
-        if work.base[segment]:
-            table = self._table(flight, segment, layer - self.segments.bounds[segment], length)
-            cached = self.storage.read(table, torch.tensor([length], dtype=torch.int32), length)
-        else:
-            cached = new
-        out, lse = ops.kv4_attention(q, *cached, length, torch.zeros(1, dtype=torch.int32), self.family.scaling, angles)
+        table = self._table(flight, segment, layer - self.segments.bounds[segment], length)
+        out, lse = self.storage.attend(q, table, torch.tensor([length], dtype=torch.int32), self.family.scaling, angles)
         own = None if angles is None else angles[..., work.base[segment] :]
-        flight.attended = Attended(q, new[0], lse, own) if flight.recorded_at(layer) else None
+        flight.attended = Attended(q, new, lse, own) if flight.recorded_at(layer) else None
         return out.reshape(rows, -1)
 
 

@@ -44,3 +44,7 @@ class KvStorage:
     def read(self, table: Tensor, length: Tensor, capacity: int) -> tuple[Kv, Kv]:
         """table int32 [B, W], length int32 [B] -> contiguous caches [B, Hkv, capacity, ...], filled at the right end."""
         return ops.kv4_page_read(self.keys, table, length, capacity), ops.kv4_page_read(self.values, table, length, capacity)
+
+    def attend(self, q: Tensor, table: Tensor, length: Tensor, scaling: float, angles: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q [B, H, T, ...] of the last T of length[b] slots -> out [B, T, H, D], lse [B, H, T]; angles [B, D, length] where q is wide."""
+        return ops.kv4_paged_attention(q, self.keys, self.values, table, length, scaling, angles)
