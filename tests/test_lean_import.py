@@ -18,6 +18,11 @@ def test_import_pulls_in_no_more_than_needed(module: str, absent: tuple[str, ...
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_running_a_model_needs_no_parser_of_documents() -> None:
+    result = run("import sys; sys.modules['pydantic'] = None\nimport quota.nn, quota.runtime.load, quota.eval.asking, quota.bench.gpu.__main__")
+    assert result.returncode == 0, result.stderr  # CUDA images have torch and transformers, not always pydantic
+
+
 def test_references_run_without_the_library_after_one_warning() -> None:
     result = run(
         "import pathlib, torch, quota.ops as ops\n"

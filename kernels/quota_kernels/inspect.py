@@ -35,6 +35,7 @@ from quota_kernels.token_score import token_score
 from quota_kernels.token_select import token_select
 from quota_kernels.transform import transform
 from quota_kernels.w4a4_linear import w4a4_linear
+from quota_kernels.w4a16_linear import w4a16_linear
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
@@ -63,6 +64,10 @@ def _packed(rows: int, k: int) -> Tensor:
     return torch.empty(rows, k // 2, dtype=torch.uint8)
 
 
+def _grouped(n: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(n // 64, k // 8, 64, dtype=torch.int32), torch.empty(n // 64, k // 128, 2, 64)
+
+
 def _pages(heads: int) -> tuple[Any, Any]:
     """Keys and values of a pool of pages of 16 tokens."""
     return _cache(heads, 16, 128, 64), _cache(heads, 16, 128, 64)
@@ -87,6 +92,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         "rms_norm": lambda: rms_norm(f(2, 4096), f(4096), 1e-5),
         "w4a4_linear many": lambda: w4a4_linear(_packed(640, 4096), f(640), _packed(256, 4096), f(256)),
         "w4a4_linear few": lambda: w4a4_linear(_packed(1, 11008), f(1), _packed(256, 11008), f(256), f(256)),
+        "w4a16_linear many": lambda: w4a16_linear(f(640, 4096, dtype=torch.bfloat16), *_grouped(12288, 4096), 12288, f(12288)),
+        "w4a16_linear few": lambda: w4a16_linear(f(1, 11008, dtype=torch.float16), *_grouped(4096, 11008), 4096),
+        "w4a16_linear few rows": lambda: w4a16_linear(f(16, 4096), *_grouped(22016, 4096), 22016),
         "float_linear": lambda: float_linear(f(1, 4096), f(4096, 128, dtype=torch.float16)),
         "kv4_append": lambda: kv4_append(*_cache(32, 64, 128), f(1, 32, 8, 128), 0, 0.9),
         "qkv_append": lambda: qkv_append(f(1, 2, 3 * 4096), (f(1, 2, 128), f(1, 2, 128)), (f(128, 128), f(128, 128)), _cache(32, 64, 128),

@@ -30,6 +30,14 @@ _TABLE: dict[str, dict[int, dict[str, int]]] = {
         80: {"rows": 16, "columns": 32, "bytes": 128, "num_warps": 4, "num_stages": 4},
         90: {"rows": 16, "columns": 32, "bytes": 256, "num_warps": 4, "num_stages": 4},
     },
+    "w4a16_linear.many": {
+        0: {"most_rows": 16, "per_thread": 16},
+        80: {"most_rows": 64, "per_thread": 16},
+    },
+    "w4a16_linear.few": {
+        0: {"most_rows": 16, "per_thread": 4},
+        80: {"most_rows": 16, "per_thread": 4},
+    },
     "kv4_attention": {
         0: {"most_rows": 64, "num_warps": 4},
         80: {"most_rows": 32, "num_warps": 8},  # 64 rows spill 6 KB per thread on 9.0

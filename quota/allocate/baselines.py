@@ -13,7 +13,8 @@ from quota.allocate.fitprune import AttentionSample, search
 from quota.allocate.methods import METHODS
 from quota.allocate.solve import check_keep
 from quota.core.errors import RecipeError, UsageError
-from quota.core.recipe import BEFORE, ModelFacts, Provenance, Recipe, keep_of, significant
+from quota.core.keep import BEFORE, keep_of, significant
+from quota.core.recipe import ModelFacts, Provenance, Recipe
 
 FASTV_LAYER = 2
 VTW_LAYER = 15 / 32  # of the depth, where nothing was searched

@@ -116,19 +116,17 @@ def request(model: Any) -> dict[str, Any]:
     return inputs | {"pixel_values": torch.randn(size, generator=generator).to(model.dtype)}
 
 
-def float_model(job: Job) -> Any:
-    """transformers' model of `job.layers` decoder layers; every layer holds the same random numbers, in memory of its own."""
+def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "sdpa") -> Any:
+    """transformers' model of `config` on `device`, `attention` as transformers names it; every layer holds the same random numbers, in memory of its own."""
     import torch
     import transformers
 
     from quota.arch import find_arch, submodule
-    from quota.bench.archs import config_of
 
-    config, dtype = config_of(job.arch, job.layers), getattr(torch, job.float_dtype or "float32")
     arch = find_arch(config)
     with torch.device("meta"):
-        model: Any = getattr(transformers, arch.model_class)._from_config(config, dtype=dtype)
-    model = model.to_empty(device="cpu")
+        model: Any = getattr(transformers, arch.model_class)._from_config(config, dtype=dtype, attn_implementation=attention)
+    model = model.to_empty(device=device)
     first: dict[Any, Any] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         kind = ".".join(part for part in name.split(".") if not part.isdigit()), tensor.shape
@@ -142,11 +140,11 @@ def float_model(job: Job) -> Any:
     text.rotary_emb = type(text.rotary_emb)(config=config.text_config)
     if hasattr(tower, "rotary_pos_emb"):
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)  # type: ignore[operator]
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 class _Clock:
-    """A stopping criterion that never stops: `generate` calls it once after every new token."""
+    """A stopping criterion that never stops: `generate` calls it once after every new token, which on a GPU it waits for."""
 
     def __init__(self) -> None:
         self.wall_s, self.cpu_s = [time.perf_counter()], [time.process_time()]
@@ -154,9 +152,11 @@ class _Clock:
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         import torch
 
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
         self.wall_s.append(time.perf_counter())
         self.cpu_s.append(time.process_time())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def answer(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, float], Any]:
@@ -176,6 +176,7 @@ def run_job(job: Job) -> dict[str, Any]:
     """Load or make the model, answer one request to warm up and `requests` to measure."""
     import torch
 
+    from quota.bench.archs import config_of
     from quota.core.pages import keep_freed_memory
     from quota.nn.cache import kv_bytes
     from quota.runtime.load import load
@@ -183,7 +184,10 @@ def run_job(job: Job) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     keep_freed_memory()  # as `load` does: the float model gets it too
     began = time.perf_counter()
-    model = load(job.checkpoint, dtype=torch.bfloat16, verify=False) if job.checkpoint else float_model(job)
+    if job.checkpoint:
+        model = load(job.checkpoint, dtype=torch.bfloat16, verify=False)
+    else:
+        model = float_model(config_of(job.arch, job.layers), getattr(torch, job.float_dtype or "float32"))
     if job.keep is not None:
         from quota.runtime.patch import patched
 

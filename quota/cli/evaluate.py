@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import JsonOption, check_checkpoint, check_output, notes, print_json
+from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_output, notes, print_json
 from quota.core.errors import UsageError
 
 
@@ -18,7 +18,8 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval, by name and comma, instead of generated questions.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with local copies of the tasks' data sets, laid out as on the hub.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each task.")] = None,
-    device: Annotated[str, typer.Option("--device", help="Where the models of --tasks run: cpu, cuda, ...")] = "cpu",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = FloatType.float32,
     samples: Annotated[Path | None, typer.Option("--samples", help="Ask these samples (each with an `answer`) instead of the generator's questions.")] = None,
     questions: Annotated[int | None, typer.Option("--questions", "-n", min=1, help="How many generated questions, balanced over tasks; default 600.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
@@ -31,7 +32,7 @@ def evaluate(
 
     Prints accuracy per task (exact match of the first words), the majority-class baseline, milliseconds to the first and per later token of
     single requests, bytes of the KV cache and of the weights, and visual tokens per layer. With `--model`, retention: the mean over tasks
-    of accuracy / float accuracy, with a paired bootstrap 95 % interval.
+    of accuracy / float accuracy, with a paired bootstrap 95 % interval. On a GPU also peak memory and average power of the timed requests.
 
     With `--tasks`, lmms-eval asks and scores (`gqa,mme,pope,seedbench,scienceqa_img,mmbench_en_dev_static`, the embedded `quota_scenes` and
     `quota_pages`, or any other task about pictures); `--out` then also gets eval.md, eval.json and eval.png.
@@ -54,21 +55,22 @@ def evaluate(
         for name, given in (("--samples", samples), ("--questions", questions), ("--max-new-tokens", max_new_tokens), ("--blind", blind or None)):
             if given is not None:
                 raise UsageError(f"{name}: not with --tasks, whose questions and answers are the tasks' own; --limit asks fewer")
-        _by_lmms_eval(checkpoint, recipe or ["none"], model, (tasks, data, limit, device), batch, out, json)
+        _by_lmms_eval(checkpoint, recipe or ["none"], model, (tasks, data, limit), (device, dtype.value), batch, out, json)
         return
-    for name, unused in (("--data", data), ("--limit", limit), ("--device", None if device == "cpu" else device)):
+    for name, unused in (("--data", data), ("--limit", limit)):
         if unused is not None:
             raise UsageError(f"{name}: only with --tasks")
     if recipe and len(recipe) > 1:
         raise UsageError(f"--recipe: expected one without --tasks, got {len(recipe)}")
 
+    from quota.eval.asking import Placement
     from quota.eval.benchmark import Settings
     from quota.eval.compare import evaluate_checkpoint
     from quota.eval.tables import evaluation_tables
 
     result = evaluate_checkpoint(
         checkpoint, None if not recipe or recipe == ["none"] else Path(recipe[0]), float_model=model, samples=samples, number=questions or 600, blind=blind,
-        out=out, settings=Settings(batch=batch, max_new_tokens=max_new_tokens or 6),
+        out=out, settings=Settings(batch=batch, max_new_tokens=max_new_tokens or 6, place=Placement(device, dtype.value)),
     )  # fmt: skip
     if json:
         print_json(result.model_dump(mode="json"))
@@ -81,10 +83,11 @@ def evaluate(
 
 
 def _by_lmms_eval(
-    checkpoint: str, recipes: list[str], model: str | None, asked: tuple[str, Path | None, int | None, str], batch: int, out: Path | None, json: bool
-) -> None:
-    """The rows of `--tasks`; asked: (tasks, data, limit, device)."""
-    tasks, data, limit, device = asked
+    checkpoint: str, recipes: list[str], model: str | None, asked: tuple[str, Path | None, int | None], place: tuple[str, str], batch: int,
+    out: Path | None, json: bool,
+) -> None:  # fmt: skip
+    """The rows of `--tasks`; asked: (tasks, data, limit), place: (device, dtype)."""
+    tasks, data, limit = asked
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names:
         raise UsageError("--tasks: expected names joined by commas, got none")
@@ -109,7 +112,7 @@ def _by_lmms_eval(
     with tempfile.TemporaryDirectory() as scratch:
         folder = (out or Path(scratch)).resolve()
         plan = Plan(names, folder / "lmms-eval", data and data.resolve(), limit)
-        report = evaluate_tasks(rows, EvalSettings(plan, folder / "answers", batch, device))
+        report = evaluate_tasks(rows, EvalSettings(plan, folder / "answers", batch, *place))
         if out is not None:
             write_report(report, folder)
     if json:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quota.cli.shell import JsonOption, check_checkpoint, check_output, print_json, say
+from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_output, print_json, say
 from quota.core.errors import SampleError, UsageError
-
-
-class FloatType(StrEnum):
-    """Float types a model can compute in."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def open_image(path: Path) -> Any:
@@ -41,8 +32,8 @@ def run(
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
     show: Annotated[Path | None, typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the pictures.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[FloatType, typer.Option("--dtype", help="Of everything that is not quantized.")] = FloatType.float32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = FloatType.float32,
     json: JsonOption = False,
 ) -> None:
     """Ask one question about a picture (greedy decoding).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,17 @@ from typer.core import TyperGroup
 
 from quota.core.errors import QuotaError, UsageError
 
+
+class FloatType(StrEnum):
+    """Float types a model can compute in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+DeviceOption = Annotated[str, typer.Option("--device", help="Where models answer: cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[FloatType, typer.Option("--dtype", help="Of everything that is not quantized.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import JsonOption, check_checkpoint, check_keep, check_output, print_json, say
+from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_keep, check_output, print_json, say
 from quota.core.errors import UsageError
 
 NAMES = ("modules", "keep", "pipelines", "compute", "weights", "formats", "runtime", "profile", "show")
@@ -28,6 +28,8 @@ def study(
     resamples: Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap resamples.")] = 10_000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of calibration, bootstrap and the random method.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="Folder for reports, pictures, recipes and the cache.")] = Path("study-out"),
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = FloatType.float32,
     json: JsonOption = False,
 ) -> None:
     """Run one of the paper's tables or figures on any model.
@@ -38,11 +40,11 @@ def study(
     - `compute` every method at equal compute, float and W4A4KV4 (Table 4)
     - `weights` score weights: leave-one-out, each alone, the sign of the quantization term (Table 5)
     - `formats` weights alone in 4 bits (RTN, GPTQ, AWQ) beside W4A4KV4, with and without the recipe
-    - `runtime` disk, peak memory, power, native against reference arithmetic (Table 7)
+    - `runtime` disk, peak memory, power (of the GPU too, where one answers), native against reference arithmetic (Table 7)
     - `profile` the layers (Figures 3, 5) and `show` the kept tokens over a picture (Figure 4)
 
     Writes NAME.md, NAME.json and NAME.png to --out. Checkpoints, searches and answers are kept in OUT/cache by the content they were made from: an
-    interrupted study goes on where it stopped, and studies share them.
+    interrupted study goes on where it stopped, and studies share them. --device and --dtype are of the answers; calibration and recipes run on the CPU.
 
     **Examples**
 
@@ -59,13 +61,14 @@ def study(
     if model is not None:
         check_checkpoint(model, "--model")
 
+    from quota.eval.asking import Placement
     from quota.study.bench import StudySettings
     from quota.study.run import run_study
 
     chosen = {} if methods is None else {"methods": tuple(part.strip() for part in methods.split(",") if part.strip())}
     settings = StudySettings(
         out, family, model, samples, tasks, questions, keep, batch=batch, max_new_tokens=max_new_tokens, steps=steps, seed=seed, resamples=resamples,
-        quiet=json, **chosen,
+        quiet=json, place=Placement(device, dtype.value), **chosen,
     )  # fmt: skip
     report = run_study(name, settings)
     if json:

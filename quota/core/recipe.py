@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -19,28 +17,11 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
+from quota.core.keep import ATTENTION_SCORES, BEFORE, kept_tokens, significant
 from quota.core.schema import Document
 
 SCHEMA_VERSION = 1
-BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
 SCHEMA_PATH = Path("recipes/recipe.schema.json")
-
-
-def significant(x: float, digits: int = 6) -> float:
-    """`x` rounded to `digits` significant decimal digits. Monotone, so it never breaks an ordering."""
-    return float(f"{x:.{digits}g}")
-
-
-def kept_tokens(ratio: float, tokens: int) -> int:
-    """Equation (5): ceil(ratio * tokens), computed on the decimal value of `ratio`, so 0.07 of 100 is 7 and 0.3 of 576 is 173."""
-    return math.ceil(Fraction(repr(float(ratio))) * tokens)
-
-
-def keep_of(count: int, tokens: int) -> float:
-    """The ratio, 6 significant digits, for which `kept_tokens(ratio, tokens)` is exactly `count` (0 .. tokens; tokens below 200 000)."""
-    ratio = significant(count / tokens)
-    return ratio if kept_tokens(ratio, tokens) == count else significant((count - 0.5) / tokens)
-
 
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(significant)]
@@ -59,7 +40,6 @@ Candidate = Annotated[int, Field(strict=True, ge=BEFORE, json_schema_extra={"not
 Method = Literal["quota", "uniform", "fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune", "custom"]
 Score = Literal["quota", "text", "last_token", "own_last_token", "cross_self", "relevance", "random", "none"]
 Policy = Literal["topk", "mmr", "maxmin", "dpp", "grid"]
-ATTENTION_SCORES: frozenset[str] = frozenset({"quota", "text", "last_token", "cross_self"})  # they read the attention of the layer before
 
 
 class ModelFacts(Document):

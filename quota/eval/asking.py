@@ -14,6 +14,26 @@ from quota.core.errors import CheckpointError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where models answer, and the float type of what is not quantized in them."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def open(self, checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
+        """`load_model` here."""
+        return load_model(checkpoint, recipe, self.device, getattr(torch, self.dtype))
+
+    @property
+    def key(self) -> str:
+        """What answers depend on besides weights and questions: empty on the CPU in float32."""
+        return "" if self == ON_CPU else f" {self.device.partition(':')[0]} {self.dtype}"
+
+
+ON_CPU = Placement()
+
+
 def load_model(checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model in eval mode, processor). `recipe`: a Recipe, a path, or None. Library chatter is silenced; errors are quota's own."""
     from transformers.utils import logging

@@ -13,6 +13,7 @@ import numpy as np
 
 from quota.arch.processing import BACKEND
 from quota.core.journal import Journal
+from quota.eval.asking import ON_CPU, Placement
 from quota.eval.generation import Cost, answers
 from quota.eval.questions import Question, chunks, questions_fingerprint
 from quota.eval.results import Comparison, Evaluation, Row
@@ -41,6 +42,7 @@ class Settings:
     max_new_tokens: int = 6
     resamples: int = RESAMPLES
     seed: int = 0
+    place: Placement = ON_CPU
 
 
 class AnswerFile(Journal):
@@ -127,7 +129,8 @@ def _row(answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dic
         retention_by_task=retention_by_task(answered.right, baseline) if baseline else {},
         prefill_ms=round(cost.prefill_ms, 3), decode_ms=round(cost.decode_ms, 3), kv_bytes=cost.kv_bytes, kv_dtype=spec.kv_dtype,
         checkpoint_bytes=spec.checkpoint_bytes, average_visual_tokens=round(cost.average_visual_tokens, 3),
-        visual_tokens_by_layer=cost.visual_tokens_by_layer, answer_seconds=round(answered.seconds, 2),
+        visual_tokens_by_layer=cost.visual_tokens_by_layer, answer_seconds=round(answered.seconds, 2), gpu_peak_bytes=cost.gpu_peak_bytes,
+        gpu_power_w=cost.gpu_power_w, gpu_power_why_not=cost.gpu_power_why_not,
     )  # fmt: skip
 
 

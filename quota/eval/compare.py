@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quota.calib.stream import resolve_folder
 from quota.core.files import sha256_file
 from quota.core.recipe import Recipe
-from quota.eval.asking import load_model
+from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, rights, summarise, weight_bytes
 from quota.eval.generation import measure_cost
 from quota.eval.questions import Question, mixed_questions, questions_fingerprint, sample_questions, scene_questions
@@ -34,25 +34,26 @@ def folder_fingerprint(checkpoint: str | Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None) -> RowSpec:
-    """A row whose key is the content of its checkpoint and recipe."""
+def row_spec(
+    name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU
+) -> RowSpec:
+    """A row whose key is the content of its checkpoint and recipe, and where it runs."""
     given, checkpoint = str(checkpoint), resolve_folder(checkpoint)
     parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
     if recipe:
         Recipe.load(recipe)  # a bad recipe is found before the first row is answered
     return RowSpec(
-        name=name, checkpoint=label or given, recipe=recipe.name if recipe else None, key=" ".join(parts),
-        checkpoint_bytes=weight_bytes(checkpoint), kv_dtype=cache_dtype(checkpoint),
-        open=lambda: load_model(checkpoint, recipe),
+        name=name, checkpoint=label or given, recipe=recipe.name if recipe else None, key=" ".join(parts) + place.key,
+        checkpoint_bytes=weight_bytes(checkpoint), kv_dtype=cache_dtype(checkpoint, place.dtype), open=lambda: place.open(checkpoint, recipe),
     )  # fmt: skip
 
 
-def cache_dtype(checkpoint: Path) -> str:
-    """What a cached key or value of this checkpoint is stored as."""
+def cache_dtype(checkpoint: Path, dtype: str = "float32") -> str:
+    """What a cached key or value of this checkpoint is stored as, in a model whose floats are of type `dtype`."""
     if not is_quantized_folder(checkpoint):
-        return "float32"
+        return dtype
     manifest = Manifest.load(checkpoint)
-    return "int4" if "llm" in manifest.modules and manifest.regime == "w4a4kv4" else "float32"
+    return "int4" if "llm" in manifest.modules and manifest.regime == "w4a4kv4" else dtype
 
 
 def questions_for(samples: Path | None, number: int, vision: Any) -> list[Question]:
@@ -90,11 +91,12 @@ def answer_rows(
 
 
 def evaluate_checkpoint(
-    checkpoint: str, recipe: Path | None, *, float_model: str | None, samples: Path | None, number: int, blind: bool, out: Path | None, settings: Settings
-) -> Evaluation:
+    checkpoint: str, recipe: Path | None, *, float_model: str | None, samples: Path | None, number: int, blind: bool, out: Path | None, settings: Settings,
+) -> Evaluation:  # fmt: skip
     """Everything `quota eval` prints."""
-    specs = [row_spec("float", float_model)] if float_model else []
-    specs.append(row_spec(Path(checkpoint).name if not recipe else f"{Path(checkpoint).name}+{recipe.stem}", checkpoint, recipe))
+    specs = [row_spec("float", float_model, place=settings.place)] if float_model else []
+    name = Path(checkpoint).name if not recipe else f"{Path(checkpoint).name}+{recipe.stem}"
+    specs.append(row_spec(name, checkpoint, recipe, place=settings.place))
     models: dict[str, tuple[Any, Any]] = {}
 
     def opened(spec: RowSpec) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quota.arch import find_arch
-from quota.eval.gpu import GpuCost, measured
+from quota.eval.gpu import GpuCost, measured, together
 from quota.eval.questions import Question
 from quota.nn.cache import kv_bytes, stored_tokens
 
@@ -44,13 +44,15 @@ def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: lis
 
 
 class _Clock:
-    """A stopping criterion that never stops: `generate` calls it once after every new token."""
+    """A stopping criterion that never stops: `generate` calls it once after every new token, which on a GPU it waits for."""
 
     def __init__(self) -> None:
         self.began_s = time.perf_counter()
         self.token_s: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
         self.token_s.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -103,12 +105,15 @@ def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_t
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians and means over single requests of one row."""
+    """Medians and means over single requests of one row; peak memory and average power where a CUDA device ran it."""
 
     prefill_ms: float
     decode_ms: float
     kv_bytes: float
     visual_tokens_by_layer: list[float]
+    gpu_peak_bytes: int | None = None
+    gpu_power_w: float | None = None
+    gpu_power_why_not: str | None = None
 
     @property
     def average_visual_tokens(self) -> float:
@@ -135,9 +140,12 @@ def measure_cost(entries: dict[str, tuple[Any, Any]], questions: Sequence[Questi
 
 def _cost(rows: list[tuple[Generated, list[int]]]) -> Cost:
     count = len(rows)
+    used = [made.gpu for made, _ in rows if made.gpu is not None]
+    gpu = together(used) if used else None
     return Cost(
         prefill_ms=median(made.prefill_ms for made, _ in rows),
         decode_ms=median(made.decode_ms or float("nan") for made, _ in rows),
         kv_bytes=sum(made.cache_bytes for made, _ in rows) / count,
         visual_tokens_by_layer=[sum(tokens[i] for _, tokens in rows) / count for i in range(len(rows[0][1]))],
-    )
+        gpu_peak_bytes=gpu.peak_bytes if gpu else None, gpu_power_w=gpu.power_w if gpu else None, gpu_power_why_not=gpu.power_why_not if gpu else None,
+    )  # fmt: skip

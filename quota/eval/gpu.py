@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,28 @@ import torch
 
 @dataclass
 class GpuCost:
-    """peak_bytes: most memory that tensors held; power_w: the board's average, None where `power_why_not` says why."""
+    """peak_bytes: most memory that tensors held; power_w: the board's average, None where `power_why_not` says why; energy_j: over `seconds`, None
+    without a counter."""
 
     peak_bytes: int = 0
     power_w: float | None = None
     power_why_not: str | None = None
+    energy_j: float | None = None
+    seconds: float = 0.0
+
+    def _average(self) -> GpuCost:
+        if self.energy_j == 0:
+            self.power_why_not = f"too short to measure: the energy counter did not move in {1e3 * self.seconds:.0f} ms"
+        elif self.energy_j is not None:
+            self.power_w = self.energy_j / self.seconds
+        return self
+
+
+def together(costs: Sequence[GpuCost]) -> GpuCost:
+    """Of several pieces of work: the largest peak, and all their energy over all their time."""
+    missing = next((c.power_why_not for c in costs if c.energy_j is None), None)
+    energy = None if missing else sum(c.energy_j or 0.0 for c in costs)
+    return GpuCost(max(c.peak_bytes for c in costs), None, missing, energy, sum(c.seconds for c in costs))._average()
 
 
 def energy_mj(index: int) -> int | str:
@@ -46,11 +63,10 @@ def measured(device: torch.device) -> Iterator[GpuCost | None]:
     before, began = energy_mj(index), time.perf_counter()
     yield cost
     torch.cuda.synchronize(device)
-    after, seconds = energy_mj(index), time.perf_counter() - began
+    after, cost.seconds = energy_mj(index), time.perf_counter() - began
     cost.peak_bytes = torch.cuda.max_memory_allocated(device)
     if isinstance(before, str) or isinstance(after, str):
         cost.power_why_not = before if isinstance(before, str) else str(after)
-    elif after == before:
-        cost.power_why_not = f"too short to measure: the energy counter did not move in {1e3 * seconds:.0f} ms"
     else:
-        cost.power_w = (after - before) / 1e3 / seconds
+        cost.energy_j = (after - before) / 1e3
+    cost._average()

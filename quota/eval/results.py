@@ -28,6 +28,9 @@ class Row(Document):
     average_visual_tokens: float = Field(description="visual tokens in the cache, mean over decoder layers")
     visual_tokens_by_layer: list[float] = Field(description="visual tokens in each decoder layer's cache")
     answer_seconds: float = Field(description="seconds to answer all questions in batches (0 when reused)")
+    gpu_peak_bytes: int | None = Field(default=None, description="most memory that tensors held on the GPU in a timed request; null without a GPU")
+    gpu_power_w: float | None = Field(default=None, description="average power of the GPU's board over the timed requests; null where not measured")
+    gpu_power_why_not: str | None = Field(default=None, description="why there is no power although a GPU ran the row")
 
 
 class Comparison(Document):

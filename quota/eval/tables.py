@@ -32,11 +32,14 @@ def accuracy_table(result: Evaluation) -> Table:
 def cost_table(result: Evaluation) -> Table:
     table = Table(title="Retention (percent of float, 95 % paired bootstrap interval) and cost of one request")
     table.add_column("row", no_wrap=True)
-    for name in ("retention", "prefill ms", "decode ms", "KV kB", "weights MB", "visual tokens,\nlayer mean"):
+    on_gpu = any(row.gpu_peak_bytes is not None for row in result.rows)
+    gpu = ("GPU peak MB", "GPU W") if on_gpu else ()
+    for name in ("retention", "prefill ms", "decode ms", "KV kB", "weights MB", "visual tokens,\nlayer mean", *gpu):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
+        used = (f"{(row.gpu_peak_bytes or 0) / 1e6:.1f}", "-" if row.gpu_power_w is None else f"{row.gpu_power_w:.0f}") if on_gpu else ()
         table.add_row(row.name, _retention(row), f"{row.prefill_ms:.1f}", f"{row.decode_ms:.2f}", f"{row.kv_bytes / 1e3:.0f} {row.kv_dtype}",
-                      f"{row.checkpoint_bytes / 1e6:.2f}", f"{row.average_visual_tokens:.1f}")  # fmt: skip
+                      f"{row.checkpoint_bytes / 1e6:.2f}", f"{row.average_visual_tokens:.1f}", *used)  # fmt: skip
     return table
 
 

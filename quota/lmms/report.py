@@ -52,6 +52,7 @@ class EvalSettings:
     answers: Path | None = None
     batch: int = 1
     device: str = "cpu"
+    dtype: str = "float32"
     resamples: int = RESAMPLES
     seed: int = 0
 
@@ -82,7 +83,7 @@ def evaluate_tasks(rows: Sequence[Configuration], settings: EvalSettings) -> Tas
 
 def _given(row: Configuration, settings: EvalSettings) -> dict[str, Any]:
     given = {"pretrained": row.checkpoint, "recipe": row.recipe and str(row.recipe), "answers": settings.answers}
-    return {"batch_size": settings.batch, "device": settings.device, **{k: v for k, v in given.items() if v is not None}}
+    return {"batch_size": settings.batch, "device": settings.device, "dtype": settings.dtype, **{k: v for k, v in given.items() if v is not None}}
 
 
 def _outcome(model: Any, settings: EvalSettings, manager: Any) -> Outcome:

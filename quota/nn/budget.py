@@ -8,11 +8,15 @@ are, and what is kept of it depends on them only through the scores.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quota.core.recipe import Recipe, kept_tokens
+from quota.core.keep import kept_tokens
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
 
 
 def plan_budgets(recipe: Recipe, ratio: float, picture: Tensor, counts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from quota import ops
 from quota.arch import find_arch, submodule
 from quota.core.errors import UsageError
-from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe
+from quota.core.keep import ATTENTION_SCORES, BEFORE
 from quota.nn.attention import QuantAttention, Record
 from quota.nn.budget import plan_drops
 from quota.nn.cache import Rows, kv4_layer, pruned_layer
@@ -34,6 +34,9 @@ from quota.nn.pictures import Pictures, Shown, shown_pictures
 from quota.nn.recording import start_recording
 from quota.nn.scores import text_queries
 from quota.nn.select import Alive, asks_for_pictures, choose
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
 
 
 @dataclass

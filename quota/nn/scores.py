@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.core.recipe import Percentiles, ScoreWeights
 from quota.nn.attention import QuantAttention, Record
 from quota.nn.linear import row_norm
 from quota.quant.affine import dequantize_symmetric, quantize_symmetric
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Percentiles, ScoreWeights
 
 _EPS = 1e-12
 _ROWS_AT_ONCE = 128

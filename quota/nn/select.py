@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.core.recipe import Recipe, Selection
 from quota.nn import policies
 from quota.nn.attention import Record
 from quota.nn.pictures import Pictures
 from quota.nn.scores import combine, cross_self, last_token_attention, text_attention, token_signals
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe, Selection
 
 _INDIFFERENT = ("maxmin",)  # policies that do not look at the score
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quota.ops.float_linear import FloatWeight
     from quota.ops.kv4_attention import Kv
     from quota.ops.w4a4_linear import PackedWeight
+    from quota.ops.w4a16_linear import GroupedWeight
 
 _OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchronous copies
 
@@ -67,6 +68,13 @@ def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor
             layout = weight.layouts["triton"] = (import_module("quota_kernels.w4a4_linear").column_sums(weight.w_q),)
         zero = (x_zero, layout[0])
     return _kernel("w4a4_linear")(x_q, x_scale, weight.w_q, weight.w_scale, bias, zero)
+
+
+def w4a16_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None = None) -> Tensor:
+    layout = weight.layouts.get("triton")
+    if layout is None:
+        layout = weight.layouts["triton"] = weight.panels(import_module("quota_kernels.w4a16_linear").PANEL)
+    return _kernel("w4a16_linear")(x, *layout, weight.n, bias)
 
 
 def float_linear(x: Tensor, weight: FloatWeight) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quota.core.registry import Op
-from quota.ops import native
+from quota.ops import native, triton
 from quota.ops.fma import chain_matmul, fma
 from quota.quant.grouped import group_count, groups_of
 from quota.quant.pack import unpack_uint4
@@ -42,7 +42,7 @@ class GroupedWeight:
 
 
 def w4a16_linear_ref(x: Tensor, weight: GroupedWeight, bias: Tensor | None = None) -> Tensor:
-    """x float32 or bfloat16 [M, K], bias float32 [N] or None -> [M, N] in the dtype of x. w = (q - zero) * scale.
+    """x float32, bfloat16 or float16 [M, K], bias float32 [N] or None -> [M, N] in the dtype of x. w = (q - zero) * scale.
 
     x is widened to float32; each group's sum of x (q - zero) is an ascending chain of fused multiply-adds from zero; the groups are joined by
     y = fma(sum, scale, y) in ascending order from zero; then + bias, rounded once to the dtype of x.
@@ -58,4 +58,5 @@ def w4a16_linear_ref(x: Tensor, weight: GroupedWeight, bias: Tensor | None = Non
 
 
 w4a16_linear = Op("w4a16_linear", w4a16_linear_ref)
+w4a16_linear.add("triton", triton.w4a16_linear, triton.supports)
 w4a16_linear.add("native", native.w4a16_linear, native.supports)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,11 +14,13 @@ from quota.arch import find_arch, model_fingerprint, submodule
 from quota.arch.processing import open_processor
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.pages import keep_freed_memory
-from quota.core.recipe import Recipe
 from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
 from quota.nn.linear import Float32State
 from quota.nn.weight_only import build_structure
 from quota.runtime.patch import patched
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,7 +39,7 @@ def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtyp
     """
     if dtype not in _FLOATS:
         raise CheckpointError(f"dtype: expected one of {[str(d) for d in _FLOATS]}, got {dtype}")
-    where = _checked_device(device)
+    where = checked_device(device)
     keep_freed_memory()
     folder = Path(checkpoint)
     if folder.is_dir() and is_quantized_folder(folder):
@@ -52,7 +54,8 @@ def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtyp
     return model
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device of that name; UsageError when it is none, or is not here."""
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -75,7 +78,7 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
         model: Any = _model_class(config)._from_config(config, dtype=dtype)
     build_structure(model, manifest.regime, manifest.modules, tensor_shapes(files))
     _assign(model, files, dtype)
-    _fill_derived(model)
+    fill_derived(model)
     model.eval().requires_grad_(False)
     found = model_fingerprint(model)
     if found != manifest.source_fingerprint:
@@ -108,7 +111,7 @@ def _assign(model: Any, files: list[Path], dtype: torch.dtype) -> None:
         model.tie_weights()
 
 
-def _fill_derived(model: Any) -> None:
+def fill_derived(model: Any) -> None:
     """Non-persistent buffers are not in a checkpoint: compute them where the meta device left nothing."""
     arch = find_arch(model)
     text: Any = submodule(model, arch.text_path)

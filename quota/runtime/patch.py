@@ -6,14 +6,16 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from quota.arch import model_fingerprint
 from quota.core.errors import RecipeError, UsageError
-from quota.core.recipe import Recipe
 from quota.nn.pruner import Pruner
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
 
 
 class PatchHandle:
@@ -64,6 +66,8 @@ def patched(model: Any, recipe: Recipe | str | Path, *, forced: Mapping[int, Ten
     forced: candidate layer -> bool [B, prompt tokens] replaces the scored choice. RecipeError when the recipe belongs to another model,
     UsageError when a recipe is already installed.
     """
+    from quota.core.recipe import Recipe  # reads and checks documents: needed only with a recipe
+
     if getattr(model, "quota_handle", None) is not None:
         raise UsageError("recipe: one is already installed on this model; call model.quota_handle.undo() first")
     if isinstance(recipe, (str, Path)):

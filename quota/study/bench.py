@@ -22,11 +22,12 @@ from quota.core.errors import UsageError
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.demo.embedded import reference_of, sources
-from quota.eval.asking import load_model
+from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.compare import answer_rows, cache_dtype, folder_fingerprint
 from quota.eval.profiling import Asked, basis_of, measure_evidence, profile_models
 from quota.eval.questions import Question
+from quota.runtime.load import checked_device
 from quota.study.parts import assemble
 from quota.study.tasks import load_questions
 
@@ -37,7 +38,8 @@ FLOAT, QUANTIZED, WEIGHT_ONLY = "float", "w4a4kv4", "w4a16"
 @dataclass(frozen=True)
 class StudySettings:
     """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the default. tasks: "scenes" (held-out
-    generated questions) or a samples file with answers. methods: the published ones that `pipelines` and `compute` have rows for."""
+    generated questions) or a samples file with answers. methods: the published ones that `pipelines` and `compute` have rows for. place: where rows are
+    answered; what they are made of (checkpoints, profiles, recipes) comes from the CPU in float32 everywhere."""
 
     out: Path = Path("study-out")
     family: str | None = None
@@ -53,6 +55,7 @@ class StudySettings:
     seed: int = 0
     resamples: int = 10_000
     quiet: bool = False
+    place: Placement = ON_CPU
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Bench:
     def __init__(self, settings: StudySettings) -> None:
         self.settings = settings
         self.console = Console(stderr=True, quiet=settings.quiet)
+        checked_device(settings.place.device)
         unknown = sorted(set(settings.methods) - set(BASELINES))
         if unknown:
             raise UsageError(f"--methods: expected some of {', '.join(BASELINES)}, got {unknown[0]!r}")
@@ -83,7 +87,7 @@ class Bench:
         self.cache = StageCache(settings.out / "cache", self.code)
         self._fingerprints: dict[str, str] = {}
         self._evidence: dict[str, Evidence] = {}
-        self._loaded: tuple[str, Any, Any] | None = None
+        self._loaded: tuple[tuple[str, Placement], Any, Any] | None = None
 
     # -- things made once ----------------------------------------------------------------------------------------------
 
@@ -194,28 +198,29 @@ class Bench:
         return {e.name: done[specs[self._key(e)].name][0] for e in entries}
 
     def _key(self, entry: Entry) -> str:
-        return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}"
+        return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}{self.settings.place.key}"
 
     def _spec(self, key: str, entry: Entry) -> RowSpec:
         """Named by what answers, not by the row: that name is the file of the answers."""
         folder = resolve_folder(entry.checkpoint)
         name = f"{entry.recipe.method if entry.recipe else 'unpruned'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-        return RowSpec(name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), cache_dtype(folder), _never)
+        stored = cache_dtype(folder, self.settings.place.dtype)
+        return RowSpec(name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), stored, _never)
 
     def opened_with(self, checkpoint: str, recipe: Recipe | None) -> tuple[Any, Any]:
-        """(model under the recipe, processor): loaded once for neighbouring rows of one checkpoint, the recipe exchanged."""
+        """(model under the recipe, processor) where rows are answered: loaded once for neighbouring rows of one checkpoint, the recipe exchanged."""
         from quota.runtime.patch import patched
 
-        model, processor = self.loaded(checkpoint)
+        model, processor = self.loaded(checkpoint, self.settings.place)
         if recipe is not None:
             patched(model, recipe)
         return model, processor
 
-    def loaded(self, checkpoint: str) -> tuple[Any, Any]:
+    def loaded(self, checkpoint: str, place: Placement = ON_CPU) -> tuple[Any, Any]:
         """(model without a recipe, processor); one checkpoint stays in memory."""
-        if self._loaded is None or self._loaded[0] != checkpoint:
+        if self._loaded is None or self._loaded[0] != (checkpoint, place):
             self._loaded = None
-            self._loaded = (checkpoint, *load_model(checkpoint))
+            self._loaded = ((checkpoint, place), *place.open(checkpoint))
         handle = getattr(self._loaded[1], "quota_handle", None)
         if handle is not None:
             handle.undo()

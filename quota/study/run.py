@@ -65,13 +65,18 @@ def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
         questions_by_task={task: len(values) for task, values in right[baseline].items()}, questions_fingerprint=questions_fingerprint(bench.questions),
         calibration_samples=len(bench.samples), resamples=s.resamples, seed=s.seed,
         rows=[_row(bench, e, right[e.name], interval(totals[e.name], draws[e.name]), recipes.get(e.name)) for e in plan.entries],
-        comparisons=comparisons, notes=[*plan.notes, *against_random(comparisons)], published=published(name, bench.family),
+        comparisons=comparisons, notes=[*plan.notes, *_where(s), *against_random(comparisons)], published=published(name, bench.family),
         files={"markdown": f"{name}.md", "json": f"{name}.json", "plot": f"{name}.png"},
     )  # fmt: skip
     save_chart(s.out / f"{name}.png", report, plan.chart)
     atomic_write_text(s.out / f"{name}.md", markdown(report))
     atomic_write_text(s.out / f"{name}.json", report.model_dump_json(indent=1) + "\n")
     return report
+
+
+def _where(settings: StudySettings) -> list[str]:
+    place = settings.place
+    return [f"Rows answered on {place.device}, with {place.dtype} in what is not quantized."] if place.key else []
 
 
 def _compare(a: str, b: str, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Comparison:

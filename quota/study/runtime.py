@@ -45,13 +45,13 @@ def measure(bench: Bench, entry: Entry, questions: int, reference: bool = False)
     """
     s = bench.settings
     parts = {"checkpoint": bench.content(entry.checkpoint), "recipe": entry.recipe and entry.recipe.dumps(), "tasks": s.tasks, "questions": questions,
-             "max_new_tokens": s.max_new_tokens, "reference": reference, "clock": "cpu"}  # fmt: skip
+             "max_new_tokens": s.max_new_tokens, "reference": reference, "clock": "cpu", **({"place": s.place.key} if s.place.key else {})}  # fmt: skip
 
     def work(path: Path) -> None:
         bench.console.print(f"measuring {entry.name}{' by the reference ops' if reference else ''}: {questions} questions in a process of their own")
         asked = {
             "checkpoint": str(resolve_folder(entry.checkpoint)), "recipe": entry.recipe.model_dump(mode="json") if entry.recipe else None,
-            "tasks": s.tasks, "questions": questions, "max_new_tokens": s.max_new_tokens,
+            "tasks": s.tasks, "questions": questions, "max_new_tokens": s.max_new_tokens, "place": [s.place.device, s.place.dtype],
         }  # fmt: skip
         environment = {**os.environ, "QUOTA_IMPL": ",".join(f"{op}=ref" for op in ops())} if reference else dict(os.environ)
         done = subprocess.run([sys.executable, "-m", "quota.study.worker"], input=json.dumps(asked), capture_output=True, text=True, env=environment)
@@ -63,9 +63,12 @@ def measure(bench: Bench, entry: Entry, questions: int, reference: bool = False)
 
 
 def _figures(entry: Entry, found: dict[str, Any]) -> dict[str, str]:
-    power = found["power_w"]
-    return {
+    power, gpu = found["power_w"], found.get("gpu")
+    figures = {
         "disk": byte_size(weight_bytes(resolve_folder(entry.checkpoint))), "peak memory": byte_size(found["peak_bytes"]),
         "of it before loading": byte_size(found["idle_bytes"]), "power": f"{power:.1f} W" if power is not None else found["power_why_not"],
         "CPU ms per question": f"{found['cpu_ms_per_question']:.0f}",
     }  # fmt: skip
+    if gpu:
+        figures |= {"GPU peak memory": byte_size(gpu["peak_bytes"]), "GPU power": f"{gpu['power_w']:.0f} W" if gpu["power_w"] else gpu["power_why_not"]}
+    return figures

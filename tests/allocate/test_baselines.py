@@ -13,7 +13,8 @@ from quota.allocate.fitprune import AttentionSample, keep_shares, search
 from quota.allocate.methods import BASELINES, METHODS, methods_help
 from quota.allocate.recipe_builder import build_recipe
 from quota.core.errors import RecipeError, UsageError
-from quota.core.recipe import BEFORE, Method, ModelFacts, Recipe, keep_of, kept_tokens
+from quota.core.keep import BEFORE, keep_of, kept_tokens
+from quota.core.recipe import Method, ModelFacts, Recipe
 from tests.allocate.profiles import profile
 
 

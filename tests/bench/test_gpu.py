@@ -10,6 +10,7 @@ import pytest
 
 from quota.bench.gpu import __main__ as gpu
 from quota.bench.gpu import checks
+from quota.core.registry import ops as registered
 from quota.ops.w4a4_linear import w4a4_linear
 
 
@@ -26,8 +27,12 @@ def test_a_dry_run_plans_every_section_and_makes_every_check(monkeypatch: pytest
     status, records = run(monkeypatch, tmp_path, "--dry-run", "--seed", "5")
     assert status == 0 and [r["section"] for r in records] == list(gpu.SECTIONS) and all(r["passed"] for r in records)
     by_name = {r["section"]: r for r in records}
-    assert by_name["ops"]["checks"] == sum(1 for _ in checks.all_checks(5, True)) > 15
+    for section, implementation in (("ops", "cuda"), ("triton", "triton")):
+        offered = [check for check in checks.all_checks(5, True) if implementation in [i.name for i in check.op.implementations]]
+        assert by_name[section]["checks"] == len(offered) > 15
+    assert {check.op.name for check in checks.all_checks(5, True)} == set(registered())  # no op without a check
     assert "llava-1.5-7b.down M=640" in by_name["linears"]["would_time"] and len(by_name["sanitizer"]["would_run"]) == 3
+    assert by_name["models"]["would_time"][1] == "llava-1.5-7b B=1: quota, keep 0.3" and len(by_name["models"]["would_time"]) == 12
 
 
 def test_one_failing_section_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

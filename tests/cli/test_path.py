@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -113,6 +114,18 @@ def test_eval_of_samples_with_a_float_row(world: World, tmp_path: Path) -> None:
     again = json.loads(quota(*args).stdout)
     assert all(row["answer_seconds"] == 0 for row in again["rows"]), "finished answers are reused"
     assert [r["accuracy"] for r in again["rows"]] == [r["accuracy"] for r in document["rows"]]
+
+
+def test_eval_in_another_float_type_and_on_no_device(world: World, tmp_path: Path) -> None:
+    asked = ("--samples", world.samples, "--out", tmp_path, "--json")
+    whole, half = (json.loads(quota("eval", world.model, *asked, *more).stdout)["rows"][0] for more in ((), ("--dtype", "bfloat16")))
+    assert (whole["kv_dtype"], half["kv_dtype"]) == ("float32", "bfloat16") and half["kv_bytes"] * 2 == whole["kv_bytes"]
+    assert len(list(tmp_path.glob("answers-*.jsonl"))) == 2  # answers of one float type are not taken for another's
+    assert half["gpu_peak_bytes"] is None and half["gpu_power_w"] is None
+    if not torch.cuda.is_available():
+        fails(quota("eval", world.model, *asked, "--device", "cuda"), "device: cuda is not here")
+        fails(quota("study", "keep", "--model", world.model, "--samples", world.samples, "--out", tmp_path / "study", "--steps", "0", "-n", "6", "--device",
+                    "cuda"), "device: cuda is not here")  # fmt: skip
 
 
 def test_eval_prints_tables(world: World) -> None:

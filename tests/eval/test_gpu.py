@@ -34,7 +34,14 @@ def test_average_power_is_energy_over_time(board: list[int], monkeypatch: pytest
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(now))
     with gpu.measured(torch.device("cuda")) as cost:
         pass
-    assert cost == gpu.GpuCost(peak_bytes=12, power_w=1.5)
+    assert cost == gpu.GpuCost(peak_bytes=12, power_w=1.5, energy_j=3.0, seconds=2.0)
+
+
+def test_several_pieces_share_their_energy_over_their_time() -> None:
+    still, moved = gpu.GpuCost(5, None, "too short", 0.0, 1.0), gpu.GpuCost(9, 6.0, None, 6.0, 1.0)
+    assert gpu.together([still, moved]) == gpu.GpuCost(9, 3.0, None, 6.0, 2.0)
+    assert "did not move in 1000 ms" in str(gpu.together([still]).power_why_not)
+    assert gpu.together([moved, gpu.GpuCost(1, None, "no counter", None, 1.0)]) == gpu.GpuCost(9, None, "no counter", None, 2.0)
 
 
 def test_no_figure_without_a_reason(board: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quota.ops import FloatWeight, PackedWeight, native, triton
+from quota.ops import FloatWeight, GroupedWeight, PackedWeight, native, triton
 from quota.ops.float_linear import float_linear_ref
 from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.kv4_attention import kv4_attention_ref
@@ -19,7 +19,9 @@ from quota.ops.token_score import token_score_ref
 from quota.ops.token_select import token_select_ref
 from quota.ops.transform import transform_ref
 from quota.ops.w4a4_linear import w4a4_linear_ref
-from quota.quant.pack import pack_int4
+from quota.ops.w4a16_linear import w4a16_linear_ref
+from quota.quant.grouped import round_groups
+from quota.quant.pack import pack_int4, pack_uint4
 from tests.ops.kv import cache, filled
 from tests.ops.test_kv4_paged_attention import case
 
@@ -87,6 +89,48 @@ def test_largest_sums_of_w4a4_linear() -> None:
     weight = PackedWeight(torch.full((2, k // 2), 0x88, dtype=torch.uint8), torch.ones(2), k)
     x = torch.full((1, k // 2), 0x88, dtype=torch.uint8)
     assert torch.equal(triton.w4a4_linear(x, torch.ones(1), weight), torch.full((1, 2), 64.0 * k))
+
+
+def grouped(k: int, n: int) -> GroupedWeight:
+    q, scale, zero = round_groups(randn(n, k), symmetric=False)
+    return GroupedWeight(pack_uint4(q), scale, zero, k)
+
+
+# Around a word (8 codes), a group (128), a panel (64 columns), a tile of few rows (16) and one of more.
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (1, 137, 65), (3, 128, 64), (17, 137, 63), (0, 16, 8), (5, 8, 0), (3, 0, 5), (20, 0, 5)])
+def test_w4a16_linear(m: int, k: int, n: int) -> None:
+    from quota_kernels.w4a16_linear import PANEL, w4a16_linear
+
+    x, weight, bias = randn(m, k), grouped(k, n), randn(n)
+    for rows, b in ((x, None), (x.half(), bias), (x.bfloat16(), bias)):
+        want = w4a16_linear_ref(rows, weight, b)
+        for split in (False, True):
+            assert same((w4a16_linear(rows, *weight.panels(PANEL), n, b, split),), (want,)), f"{rows.dtype} split={split}"
+    assert same((triton.w4a16_linear(x, weight, bias),), (w4a16_linear_ref(x, weight, bias),))
+
+
+def test_w4a16_linear_of_a_row_is_the_same_in_every_batch_and_layout() -> None:
+    x, weight = randn(19, 40), grouped(40, 9)
+    whole = triton.w4a16_linear(x, weight)
+    for part in (slice(0, 1), slice(3, 8), slice(2, 19)):
+        assert same((triton.w4a16_linear(x[part], weight),), (whole[part],))
+    strided = torch.stack((x, x), -1).flatten(-2)[:, ::2]
+    assert not strided.is_contiguous() and same((triton.w4a16_linear(strided, weight),), (whole,))
+
+
+def test_w4a16_linear_of_extreme_values() -> None:
+    x, weight = randn(5, 140), grouped(140, 20)
+    x[0, 3], x[1, 130], x[2, 5], x[3], x[4] = float("inf"), float("nan"), 1e-42, 0.0, -0.0
+    for rows in (x, x.repeat(4, 1)):
+        assert same((triton.w4a16_linear(rows, weight),), (w4a16_linear_ref(rows, weight),))
+
+
+def test_w4a16_linear_refuses_what_does_not_fit() -> None:
+    weight = grouped(40, 9)
+    with pytest.raises(ValueError, match="x: expected 33 to 40 features, got 41"):
+        triton.w4a16_linear(randn(2, 41), weight)
+    with pytest.raises(ValueError, match=r"bias: expected \[9\], got \[3\]"):
+        triton.w4a16_linear(randn(2, 40), weight, randn(3))
 
 
 def test_float_linear() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from quota.cli.main import app
@@ -17,10 +18,12 @@ from quota.cli.study import NAMES
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
 from quota.eval import benchmark
+from quota.eval.asking import Placement
 from quota.study import run as study
 from quota.study.bench import Bench, Entry, StudySettings
 from quota.study.results import StudyReport
-from quota.study.runtime import measure
+from quota.study.run import _where
+from quota.study.runtime import _figures, measure
 from quota.study.tables import KEEPS, ORDERS, Plan
 
 
@@ -121,6 +124,19 @@ def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, mon
     assert "peak memory" in (settings.out / "runtime.md").read_text()
     with pytest.raises(UsageError, match="the measuring process for 'broken' failed"):
         measure(Bench(settings), Entry("broken", str(settings.out), "float"), 1)
+
+
+def test_rows_answered_elsewhere_are_other_rows_of_the_same_checkpoints(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = Bench(replace(settings, place=Placement("cpu", "bfloat16")))
+    monkeypatch.setattr("quota.calib.run.calibrate", lambda *a, **k: pytest.fail("calibrated again"))
+    entry = Entry("w4a4kv4", half.quantized(), "w4a4kv4")
+    assert half._key(entry) == f"{Bench(settings)._key(entry)} cpu bfloat16"
+    assert half.opened_with(entry.checkpoint, None)[0].dtype == torch.bfloat16 and half.loaded(entry.checkpoint)[0].dtype == torch.float32
+    found = measure(half, entry, 1)
+    assert found["gpu"] is None and len(found["answers"]) == 1
+    shown = _figures(entry, found | {"gpu": {"peak_bytes": 2_000_000, "power_w": 312.4, "power_why_not": None}})
+    assert shown["GPU peak memory"] == "2.00 MB" and shown["GPU power"] == "312 W"
+    assert _where(half.settings) == ["Rows answered on cpu, with bfloat16 in what is not quantized."] and _where(settings) == []
 
 
 def test_profile_and_show(settings: StudySettings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from quota.core.files import atomic_write_text
 
 ROOT = Path(__file__).resolve().parents[3]
 OUT = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "triton", "transformers", "humming-kernels", "flash-attn", "pydantic")
+_PACKAGES = ("torch", "triton", "transformers", "humming-kernels", "flash-attn", "pydantic", "nvidia-ml-py")
 _TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -53,6 +54,18 @@ def _require(program: str) -> str:
     if found is None:
         raise RuntimeError(f"{program} is not on PATH")
     return found
+
+
+def _require_package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise RuntimeError(f"{name} is not installed, and this section needs it: pip install {name}")
+
+
+def _require_library() -> None:
+    from quota.ops import cuda
+
+    if reason := cuda.why_not():  # None also means: it is loaded now
+        raise RuntimeError(reason)
 
 
 def machine(options: Options) -> dict[str, Any]:
@@ -105,24 +118,40 @@ def ops(options: Options) -> dict[str, Any]:
     import torch
 
     from quota.bench.gpu import checks
-    from quota.ops import cuda
+
+    found = _compared(options, "cuda")
+    if not options.dry:
+        native4 = torch.cuda.get_device_capability()[0] == 8
+        for title, difference in checks.ways(options.seed, "cuda", native4):
+            found["checks"] += 1
+            if difference:
+                found["failures"].append(f"{title}: {difference}")
+    return found
+
+
+def triton(options: Options) -> dict[str, Any]:
+    """Every op of the Triton kernels against the reference on the CPU; the kernels are compiled at their first call."""
+    return _compared(options, "triton")
+
+
+def _compared(options: Options, implementation: str) -> dict[str, Any]:
+    import torch
+
+    from quota.bench.gpu import checks
+    from quota.core.registry import Context
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     device, failures, count = ("cpu" if options.dry else "cuda"), [], 0
-    if not options.dry and (reason := cuda.why_not()):
-        raise RuntimeError(reason)
     for check in checks.all_checks(options.seed, options.small or options.dry):
-        implementation = ("ref" if options.dry else "cuda")
-        difference, count = checks.run(check, device, implementation), count + 1
+        offered = next((i for i in check.op.implementations if i.name == implementation), None)
+        if offered is None:
+            continue
+        if not options.dry and (reason := offered.supports(Context("cuda"))):
+            raise RuntimeError(f"{check.op.name}: {reason}")
+        difference, count = checks.run(check, device, "ref" if options.dry else implementation), count + 1
         if difference:
             failures.append(f"{check.title}: {difference}")
-    if not options.dry:
-        native4 = torch.cuda.get_device_capability()[0] == 8
-        for title, difference in checks.ways(options.seed, device, native4):
-            count += 1
-            if difference:
-                failures.append(f"{title}: {difference}")
     return {"checks": count, "failures": failures, "seed": options.seed, "device": device}
 
 
@@ -152,6 +181,7 @@ def graph(options: Options) -> dict[str, Any]:
 
     from quota.ops import cuda
 
+    _require_library()
     g = torch.Generator().manual_seed(options.seed)
     x, left, right, clip, _ = checks._to(checks._quantize(g, 4, 64, 64, None), "cuda")
     weight = checks._to(checks._linear(g, 4, 4096, 768)[2], "cuda")
@@ -178,6 +208,8 @@ def engine(options: Options) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "tests/engine", "tests/runtime", "-m", "gpu or not slow", "-p", "no:cacheprovider"]
     if options.dry:
         return {"would_run": " ".join(command[1:])}
+    for name in ("pydantic", "pytest"):
+        _require_package(name)
     return {"summary": _shell(command).strip().splitlines()[-1]}
 
 
@@ -205,7 +237,10 @@ def answers(options: Options) -> dict[str, Any]:
 
 
 def _timings(options: Options, rows: Callable[[], list[dict[str, Any]]], plan: list[str]) -> dict[str, Any]:
-    return {"would_time": plan} if options.dry else {"rows": rows()}
+    if options.dry:
+        return {"would_time": plan}
+    _require_library()
+    return {"rows": rows()}
 
 
 def linears(options: Options) -> dict[str, Any]:
@@ -214,6 +249,17 @@ def linears(options: Options) -> dict[str, Any]:
 
     cases = [(shape, m) for model in times.FULL for shape in model.linears() for m in times.ROWS]
     return _timings(options, lambda: [{"case": f"{s.name} M={m}", "m": m, **row} for s, m in cases for row in times.linear_rows(s, m)],
+                    [f"{s.name} M={m}" for s, m in cases])  # fmt: skip
+
+
+def humming(options: Options) -> dict[str, Any]:
+    """w4a4_linear beside humming's W4A8, where humming-kernels is installed; it compiles each size."""
+    from quota.bench.gpu import peers, times
+
+    if reason := peers.why_not_humming():
+        return {"absent": reason}
+    cases = [(shape, m) for model in times.FULL for shape in model.linears() for m in times.FEW_ROWS]
+    return _timings(options, lambda: [{"case": f"{s.name} M={m}", "m": m, **row} for s, m in cases for row in times.humming_rows(s, m)],
                     [f"{s.name} M={m}" for s, m in cases])  # fmt: skip
 
 
@@ -231,13 +277,25 @@ def layer(options: Options) -> dict[str, Any]:
     """What transforming and quantizing takes, as a share of a layer's linears."""
     from quota.bench.gpu import times
 
-    rows = (1, 16, 640)
-    plan = [f"{model.name} M={m}" for model in times.FULL for m in rows]
-    return _timings(options, lambda: [row for m in rows for row in times.layer_rows(m)], plan)
+    plan = [f"{model.name} M={m}" for model in times.FULL for m in times.FEW_ROWS]
+    return _timings(options, lambda: [row for m in times.FEW_ROWS for row in times.layer_rows(m)], plan)
+
+
+def models(options: Options) -> dict[str, Any]:
+    """Whole LLaVA-1.5-7B and Qwen2.5-VL-7B with random weights: first token, tokens per second, memory and power, beside transformers in bf16."""
+    from quota.bench.gpu import models
+
+    sizes = models.Sizes()
+    if options.dry:
+        names = ("quota", f"quota, keep {models.KEEP:g}", "transformers bf16")
+        return {"would_time": [f"{arch} B={batch}: {name}" for arch in models.ARCHS for batch in sizes.batches for name in names]}
+    _require_library()
+    found = [row for arch in models.ARCHS for row in models.rows(arch, sizes)]
+    return {"rows": found, "table": models.table(found), "failures": models.failures(found)}
 
 
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
-    f.__name__: f for f in (machine, build, sass, ops, sanitizer, graph, engine, answers, linears, attention, layer)
+    f.__name__: f for f in (machine, build, sass, ops, triton, sanitizer, graph, engine, answers, linears, humming, attention, layer, models)
 }
 
 

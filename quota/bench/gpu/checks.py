@@ -12,8 +12,11 @@ from torch import Tensor
 from quota import ops
 from quota.core.registry import Op
 from quota.ops import cuda
+from quota.ops.float_linear import FloatWeight
 from quota.ops.w4a4_linear import PackedWeight
+from quota.ops.w4a16_linear import GroupedWeight
 from quota.quant.affine import quantize_kv, quantize_weight
+from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
 
 FLOAT_TOLERANCE = 1e-6  # relative RMS of the float stage of attention, which float32 outputs allow
@@ -21,6 +24,8 @@ LINEARS = ((1, 1, 1), (1, 4096, 4096), (2, 127, 17), (5, 1281, 129), (8, 3584, 5
            (173, 4096, 768), (640, 512, 300), (1000, 640, 136))  # fmt: skip
 SMALL_LINEARS = ((1, 1, 1), (5, 257, 33), (16, 640, 130), (37, 300, 140))
 FACTORS = ((None, None), (None, 128), (32, None), (5, 7), (64, 64), (86, 128), (56, 64), (128, 148), (9, 64))
+GROUPED = ((1, 4096, 512), (5, 1281, 129), (16, 11008, 200), (17, 129, 130), (640, 512, 300))
+SMALL_GROUPED = ((1, 129, 65), (17, 300, 33))
 SMALL_FACTORS = ((None, None), (5, 7), (43, 64))
 ATTENTIONS = ((1, 1, 1, 1, 1, 64), (2, 32, 32, 1, 700, 128), (3, 28, 4, 1, 1500, 128), (1, 9, 3, 40, 200, 64), (2, 4, 2, 3, 131, 96), (1, 2, 1, 1, 16385, 128))
 SMALL_ATTENTIONS = ((1, 2, 1, 1, 70, 64), (2, 7, 1, 2, 130, 128))
@@ -44,7 +49,9 @@ def _to(value: Any, device: str) -> Any:
         return tuple(_to(v, device) for v in value)
     if isinstance(value, PackedWeight):
         return PackedWeight(value.w_q.to(device), value.w_scale.to(device), value.k)
-    return value
+    if isinstance(value, GroupedWeight):
+        return GroupedWeight(value.w_q.to(device), value.w_scale.to(device), value.w_zero.to(device), value.k)
+    return FloatWeight(value.w.to(device)) if isinstance(value, FloatWeight) else value
 
 
 def kv_of(x: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +123,48 @@ def all_checks(seed: int, small: bool) -> Iterator[Check]:
     for shape in SMALL_ATTENTIONS if small else ATTENTIONS:
         yield case(ops.kv4_attention, "B={} H={} Hkv={} T={} S={} D={}".format(*shape), _attention, *shape, exact=False)
     yield case(ops.kv4_paged_attention, "Hkv=2 D=64", _paged, 4, 2, 64, exact=False)
+    for m, k, n in SMALL_GROUPED if small else GROUPED:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield case(ops.w4a16_linear, f"M={m} K={k} N={n} {dtype}", _grouped, m, k, n, dtype)
+    for m, k in ((1, 5), (3, 100)) if small else ((1, 3584), (300, 4096)):
+        yield case(ops.rms_norm, f"M={m} K={k}", lambda g, m, k: (torch.randn(m, k, generator=g), torch.randn(k, generator=g), 1e-5), m, k)
+    for m, k, n in ((3, 40, 70),) if small else ((1, 4096, 1000), (17, 300, 70)):
+        yield case(ops.float_linear, f"M={m} K={k} N={n}", _float_linear, m, k, n)
+    for left, right in ((5, 7),) if small else ((64, 64), (None, 128), (86, 128)):
+        yield case(ops.transform, f"{left} x {right}", lambda g, left, right: _quantize(g, 17, left, right, None)[:3], left, right)
+    yield case(ops.kv4_page_write, "", _page_write, in_place=True)
+    yield case(ops.kv4_page_read, "", lambda g: (*_paged(g, 4, 2, 64)[1:2], *_paged(g, 4, 2, 64)[3:5], 640))
+    yield case(ops.token_score, "packed keys", _score, exact=False)
+    yield case(ops.token_select, "", _select)
+    yield case(ops.token_gather, "", lambda g: (torch.randn(2, 70, 33, generator=g), torch.randint(0, 70, (2, 9), generator=g)))
+
+
+def _grouped(g: torch.Generator, m: int, k: int, n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    q, scale, zero = round_groups(torch.randn(n, k, generator=g))
+    return torch.randn(m, k, generator=g).to(dtype), GroupedWeight(pack_uint4(q), scale, zero, k), torch.randn(n, generator=g)
+
+
+def _float_linear(g: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
+    return torch.randn(m, k, generator=g), FloatWeight(torch.randn(n, k, generator=g).half())
+
+
+def _page_write(g: torch.Generator) -> tuple[Any, ...]:
+    pages = kv_of(torch.randn(6, 2, 4, 64, generator=g), 4)
+    return pages, kv_of(torch.randn(1, 2, 5, 64, generator=g), 5), torch.tensor([3, -1, 17, 8, 0])
+
+
+def _score(g: torch.Generator) -> tuple[Any, ...]:
+    b, h, hkv, s, d = 2, 4, 2, 130, 64
+    column = torch.arange(s)
+    visual = (column < 100).repeat(b, 1) & (torch.rand(b, s, generator=g) < 0.8)
+    lse = torch.randn(b, h, s, generator=g).abs() + 2
+    return torch.randn(b, h, s, d, generator=g), kv_of(torch.randn(b, hkv, s, d, generator=g), s), lse, (column >= 100).repeat(b, 1), visual, 0.3
+
+
+def _select(g: torch.Generator) -> tuple[Any, ...]:
+    score = torch.randint(0, 5, (2, 576), generator=g).float()
+    score[0, 3], score[1, 60] = float("nan"), float("inf")
+    return score, torch.rand(2, 576, generator=g) < 0.7, torch.tensor([173, 1000])
 
 
 def _leaves(value: Any) -> list[Tensor]:

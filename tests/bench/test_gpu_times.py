@@ -1,0 +1,212 @@
+"""The timing sections of `make gpu-check` with their own code and stand-ins for the device: no line of theirs runs for the first time on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quota import ops
+from quota.bench.gpu import __main__ as sections
+from quota.bench.gpu import models, peers, times
+from quota.bench.gpu.cublaslt import WORKSPACE_BYTES, Int8Product
+from quota.bench.shapes import Attention, Decoder, Linear
+
+
+class Event:
+    """A clock that goes on by a millisecond between two records."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        Event.now += 1.0
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda's streams, graphs and events without a device; the ops' CUDA implementations are the references."""
+    fakes: dict[str, Any] = {
+        "Stream": lambda: None, "stream": nullcontext, "synchronize": lambda *_: None, "graph": nullcontext, "Event": Event,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1 << 10),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(times, "DEVICE", "cpu")
+    for library in (times.cuda, times.triton):
+        for op in (ops.w4a4_linear, ops.w4a16_linear, ops.quantize_act, ops.kv4_attention):
+            monkeypatch.setattr(library, op.name, op.implementations[-1].run, raising=False)
+    monkeypatch.setattr(times, "cublaslt_runs", lambda x, weights: peers.cublaslt_runs(x, weights, Lt()))
+
+
+class Lt:
+    """cuBLASLt's calls, computed by NumPy the way its documentation defines them: matrices column by column, op(A) op(B)."""
+
+    def __init__(self, algorithms: int = 1) -> None:
+        self.algorithms, self.made, self.workspace, self.wrong = algorithms, {}, 0, 0
+
+    def _new(self, out: Any, value: Any) -> int:
+        out._obj.value = len(self.made) + 1
+        self.made[out._obj.value] = value
+        return 0
+
+    def cublasLtCreate(self, out: Any) -> int:
+        return self._new(out, "handle")
+
+    def cublasLtMatmulDescCreate(self, out: Any, compute: Any, scale: Any) -> int:
+        return self._new(out, {"types": (compute.value, scale.value)})
+
+    def cublasLtMatmulDescSetAttribute(self, of: Any, attribute: Any, value: Any, size: Any) -> int:
+        self.made[of.value][attribute.value] = value._obj.value
+        return 0
+
+    def cublasLtMatrixLayoutCreate(self, out: Any, kind: Any, rows: Any, columns: Any, stride: Any) -> int:
+        return self._new(out, (kind.value, rows.value, columns.value, stride.value))
+
+    def cublasLtMatmulPreferenceCreate(self, out: Any) -> int:
+        return self._new(out, "preference")
+
+    def cublasLtMatmulPreferenceSetAttribute(self, of: Any, attribute: Any, value: Any, size: Any) -> int:
+        assert (attribute.value, size.value) == (1, 8)
+        self.workspace = value._obj.value
+        return 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
+        assert ctypes.sizeof(arguments[-2]._obj) == 96 and arguments[-3].value == 1
+        arguments[-1]._obj.value = self.algorithms
+        return 0
+
+    def _matrix(self, at: Any, layout: Any) -> np.ndarray:
+        kind, rows, columns, stride = self.made[layout.value]
+        flat = np.frombuffer((ctypes.c_char * (stride * columns * (1 if kind == 3 else 4))).from_address(at.value), np.int8 if kind == 3 else np.int32)
+        return flat.reshape(columns, stride)[:, :rows].T
+
+    def cublasLtMatmul(self, handle: Any, product: Any, alpha: Any, a: Any, a_of: Any, b: Any, b_of: Any, beta: Any, c: Any, c_of: Any, d: Any, d_of: Any,
+                       best: Any, workspace: Any, size: Any, stream: Any) -> int:  # fmt: skip
+        described = self.made[product.value]
+        assert described["types"] == (72, 10) and (alpha._obj.value, beta._obj.value) == (1, 0) and size.value == self.workspace == WORKSPACE_BYTES
+        left = self._matrix(a, a_of).astype(np.int32)
+        self._matrix(d, d_of)[:] = (left.T if described.get(3) else left) @ self._matrix(b, b_of).astype(np.int32) + self.wrong
+        return 0
+
+
+def test_the_int8_peer_asks_cublaslt_for_the_product_we_mean() -> None:
+    x, w = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((3, 32), (5, 32)))
+    (run,) = peers.cublaslt_runs(x, [w], Lt())
+    assert torch.equal(run(), (x.int() @ w.int().T))
+    wrong = Lt()
+    wrong.wrong = 1
+    with pytest.raises(RuntimeError, match="not exact"):
+        peers.cublaslt_runs(x, [w], wrong)
+    with pytest.raises(RuntimeError, match="no int8 algorithm for M=3 N=5 K=32"):
+        Int8Product(3, 5, 32, "cpu", Lt(algorithms=0))
+
+
+class HummingLayer(torch.nn.Module):
+    """The part of humming 0.1.19's layer that is called: int4 weights, quantized rows or float ones."""
+
+    def __init__(self, shape_n: int, shape_k: int, weight_config: dict, input_config: dict, torch_dtype: torch.dtype) -> None:
+        super().__init__()
+        assert (weight_config, input_config, torch_dtype) == ({"dtype": "int4"}, {"dtype": "int8"}, torch.bfloat16)
+        self.shape, self.humming_config, self.off = (shape_n, shape_k), None, 0.0
+
+    def load_from_unquantized(self, w: torch.Tensor) -> None:
+        assert tuple(w.shape) == self.shape
+        self.register_buffer("w", w.float())
+
+    def transform(self) -> None:
+        self.humming_config = "made"
+
+    def forward(self, x: torch.Tensor, input_scale: torch.Tensor | None = None) -> torch.Tensor:
+        rows = x.float() if input_scale is None else x.float() * input_scale[:, None]
+        return (rows @ self.w.T * (1.0 + self.off)).bfloat16()
+
+
+def quantized(config: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    assert config == "made"
+    scale = x.float().abs().amax(1) / 127
+    return (x.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+@pytest.fixture
+def humming(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HummingLayer]]:
+    monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=HummingLayer))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "humming.forward", SimpleNamespace(may_quant_input=quantized))  # type: ignore[arg-type]
+    yield HummingLayer
+
+
+def test_linear_rows(device: None) -> None:
+    found = {row["implementation"]: row for row in times.linear_rows(Linear("tiny", 128, 48), 3)}
+    assert list(found) == ["quota", "quota+quantize", "quota-triton", "quota-triton-w4a16", "cublas-bf16", "cublaslt-int8", "torch._int_mm", "fp8"]
+    ran = [name for name, row in found.items() if "us" in row]
+    assert set(ran) >= set(list(found)[:7]), found
+    assert found["quota"]["us"] == 500.0  # two copies of the weight in one millisecond
+
+
+def test_humming_is_checked_then_timed(device: None, humming: type[HummingLayer], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(times.humming_rows(Linear("tiny", 64, 8), 3))
+    assert [row["implementation"] for row in found] == ["quota", "humming-w4a8", "humming-w4a8+quantize"] and all("us" in row for row in found)
+    monkeypatch.setattr(peers, "_HUMMING_TOLERANCE", 0.0)
+    _, *wrong = times.humming_rows(Linear("tiny", 64, 8), 3)
+    assert all("from the float product" in row["failed"] for row in wrong)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert sections.humming(sections.Options(dry=False, seed=0, small=False)) == {"absent": "humming-kernels is not installed"}
+
+
+def test_attention_and_layer_rows(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times.importlib.util, "find_spec", lambda name: None)
+    found = list(times.attention_rows(Attention("tiny", 4, 2, 16), 2, 70))
+    assert [row["implementation"] for row in found] == ["quota", "sdpa-bf16", "flash-attn"] and all("us" in row for row in found[:2])
+    monkeypatch.setattr(times, "FULL", (Decoder("tiny", 16, 24, 4, 2, 4),))
+    (row,) = times.layer_rows(3)
+    assert row["model"] == "tiny" and row["share"] == 1.0
+
+
+def test_flash_attention_is_timed_where_it_is_installed(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    fake = SimpleNamespace(flash_attn_with_kvcache=lambda q, k, v: shapes.append((tuple(q.shape), tuple(k.shape))))
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(times.importlib.util, "find_spec", lambda name: object())
+    found = list(times.attention_rows(Attention("tiny", 4, 2, 16), 2, 70))
+    assert found[-1]["implementation"] == "flash-attn" and "us" in found[-1] and set(shapes) == {((2, 1, 4, 16), (2, 70, 2, 16))}
+
+
+@pytest.mark.parametrize(("arch", "batches"), [("embedded", (1, 2)), ("embedded-qwen", (2,))])
+def test_whole_models_answer_alone_and_in_batches(arch: str, batches: tuple[int, ...]) -> None:
+    found = list(models.rows(arch, models.Sizes("cpu", layers=3, batches=batches, repeats=1)))
+    assert not models.failures(found) and not any("failed" in row for row in found), found
+    names = ("quota", "quota, keep 0.3", "transformers bf16, sdpa")
+    assert [(row["implementation"], row["case"]) for row in found] == [(name, f"{arch} B={batch}") for name in names for batch in batches]
+    whole, pruned, floats = found[:: len(batches)]
+    assert whole["cache_tokens"] == floats["cache_tokens"] == 640 + 31 and pruned["cache_tokens"] == 640 + 31 - (576 - 173) / 3
+    if len(batches) > 1:
+        assert pruned["kv_bytes"] < whole["kv_bytes"] < floats["kv_bytes"] and found[1]["kv_bytes"] == 2 * whole["kv_bytes"]
+    assert models.table(found).count("\n") == len(found) + 1 and f"| {arch} B=2 | quota, keep 0.3 |" in models.table(found)
+
+
+def test_a_model_that_cannot_run_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_pydantic(model: Any, recipe: Any) -> None:
+        raise ModuleNotFoundError("No module named 'pydantic'")
+
+    monkeypatch.setattr(models, "patched", without_pydantic)
+    monkeypatch.setattr(models, "float_model", without_pydantic)
+    found = list(models.rows("embedded", models.Sizes("cpu", layers=3, batches=(1,), repeats=1)))
+    assert ["failed" in row for row in found] == [False, True, True]
+    assert models.failures(found) == ["embedded, quota, keep 0.3: ModuleNotFoundError: No module named 'pydantic'"]
+    assert "No module named 'pydantic'" in models.table(found)
