@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quota.cli.shell import JsonOption, check_checkpoint, check_output, print_json, say
+from quota.cli.shell import FloatType, JsonOption, check_checkpoint, check_output, print_json, say
 from quota.core.errors import SampleError, UsageError
-
-
-class FloatType(StrEnum):
-    """Float types a model can compute in."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def open_image(path: Path) -> Any:

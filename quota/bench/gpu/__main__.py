@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from quota.bench.gpu.serving import serving
 from quota.core.files import atomic_write_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -237,7 +238,7 @@ def layer(options: Options) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
-    f.__name__: f for f in (machine, build, sass, ops, sanitizer, graph, engine, answers, linears, attention, layer)
+    f.__name__: f for f in (machine, build, sass, ops, sanitizer, graph, engine, answers, linears, attention, layer, serving)
 }
 
 

@@ -55,22 +55,30 @@ def describe(device: torch.device) -> str:
     return f"{'eager' if device.type == 'cpu' else 'CUDA graphs'}, pages read in place by {found['kv4_paged_attention']}, head by {found['float_linear']}"
 
 
-def cuda_graph(step: Step) -> Step:
-    """Run `step` once, which packs weights and compiles kernels, then capture it; what comes back replays it into the same outputs."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = step()
+def cuda_graphs(device: torch.device) -> Capture:
+    """Runs a step once, which packs weights and compiles kernels, then captures it; what comes back replays it into the same outputs. Graphs share memory:
+    one step's outputs hold until the next step."""
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
 
-    def replay() -> tuple[Tensor, Tensor]:
-        graph.replay()
-        return outputs
+    def capture(step: Step) -> Step:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
+                outputs = step()
 
-    return replay
+        def replay() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return outputs
+
+        return replay
+
+    return capture
 
 
 class Buffers:

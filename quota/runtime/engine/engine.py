@@ -16,7 +16,7 @@ from torch import Tensor
 from quota.arch import model_fingerprint
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
-from quota.runtime.engine.decode import Decoder, chosen, cuda_graph
+from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.family import Family, family_of
 from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
@@ -110,7 +110,7 @@ class Engine:
             raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.family.layers} layers; give the pool more")
         self.storage = KvStorage(units, places, self.family.kv_heads, self.family.head_dim, self.family.device)
         self.pool = PagePool(units, [len(span) for span in self.segments.spans])
-        capture = cuda_graph if self.config.graphs and self.family.device.type == "cuda" else None
+        capture = cuda_graphs(self.family.device) if self.config.graphs and self.family.device.type == "cuda" else None
         self.runner = Runner(self.family, self.storage, self.segments, Decoder(self.family, self.storage, self.segments, capture))
         self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens)
         self.max_tokens = min(self.family.max_tokens, self.config.max_tokens or self.family.max_tokens)
