@@ -42,10 +42,13 @@ def examine() -> dict[str, Any]:
     if packages["torch"]:
         import torch
 
+        from quota.runtime.engine.decode import describe
+
         document["torch_threads"] = torch.get_num_threads()
         document["cuda"] = cuda_devices()
         document["native"] = describe_native()
         document["float_attention"] = describe_float_attention()
+        document["decode"] = {name: describe(torch.device(name)) for name in ("cpu", *(f"cuda:{i}" for i in range(len(document["cuda"]))))}
         document["ops"], wrong = op_rows()
         problems += wrong
     document["assets"] = {
@@ -90,6 +93,8 @@ def _print(document: dict[str, Any]) -> None:
     if native:
         say(f"native library   {native}")
         say(f"float attention   {document['float_attention']}")
+        for name, how in document["decode"].items():
+            say(f"serving on {name}   {how}")
     ops = document.get("ops", [])
     if ops:
         widths = [max(len(str(row[key])) for row in [*ops, {k: k for k in row}]) for key, row in ((k, ops[0]) for k in ops[0])]

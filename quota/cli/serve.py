@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quota.cli.shell import check_checkpoint
+from quota.cli.shell import FloatType, check_checkpoint
 from quota.core.errors import UsageError
 
 _SIZES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -32,6 +32,8 @@ def serve(
     kv_memory: Annotated[str | None, typer.Option("--kv-memory", help="Memory of the key/value pool, for example 512M.")] = None,
     max_running: Annotated[int | None, typer.Option("--max-running", help="Most requests in one batch.")] = None,
     max_waiting: Annotated[int | None, typer.Option("--max-waiting", help="Most requests in the queue; more get status 429.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where the model runs: cpu (default), cuda or cuda:N.")] = None,
+    dtype: Annotated[FloatType | None, typer.Option("--dtype", help="Of everything that is not quantized; default float32.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Compute threads; default: all cores.")] = None,
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File with one accepted key per line.")] = None,
     image_host: Annotated[list[str] | None, typer.Option("--image-host", help="Host that pictures may be fetched from; repeat. None by default.")] = None,
@@ -51,6 +53,8 @@ def serve(
 
         quota serve demo-out/quantized --recipe quota=demo-out/recipe.json
 
+        quota serve llava-w4a4kv4 --device cuda --dtype float16 --kv-memory 8G
+
         quota serve CHECKPOINT --replicas 4 --threads 8 --session-affinity      # needs quota[ray]; kill -HUP restarts them one by one
 
         QUOTA_SERVE_MAX_IMAGES=2 quota serve CHECKPOINT --port 9000 --kv-memory 2G --api-key-file keys.txt
@@ -64,7 +68,7 @@ def serve(
         "checkpoint": checkpoint, "recipes": tuple(recipe or ()), "host": host, "port": port, "model_name": name, "kv_bytes": parse_bytes(kv_memory),
         "max_running": max_running, "max_waiting": max_waiting, "threads": threads, "api_key_file": str(api_key_file) if api_key_file else None,
         "image_hosts": tuple(image_host or ()), "cors_origins": tuple(cors_origin or ()), "log_file": str(log_file) if log_file else None,
-        "replicas": replicas, "session_affinity": session_affinity,
+        "replicas": replicas, "session_affinity": session_affinity, "device": device, "dtype": dtype.value if dtype else None,
     }  # fmt: skip
     made = settings(flags, config)
     check_checkpoint(made.checkpoint)

@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,6 +25,8 @@ class Settings(Document):
     recipes: tuple[str, ...] = Field(default=(), description="recipe files as name=path; the first is the default")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    device: str = Field(default="cpu", description="where the model runs: cpu, cuda or cuda:N")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of everything that is not quantized")
     threads: int = Field(default=0, ge=0, description="compute threads, 0: all cores")
     kv_bytes: int = Field(default=256 << 20, ge=1)
     feature_bytes: int = Field(default=256 << 20, ge=0, description="memory for encoded pictures that may be asked about again")

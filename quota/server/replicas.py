@@ -80,6 +80,8 @@ def application(args: dict[str, Any]) -> Any:
 
 def bound(made: Settings, generation: int) -> Any:
     """The Ray Serve application of these settings."""
+    if made.device != "cpu":
+        raise UsageError(f"device: engines behind Ray run on the CPU so far, got {made.device}; leave it at cpu, or start a server per GPU without --replicas")
     from ray import serve
 
     replicas = max(1, made.replicas)

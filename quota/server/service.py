@@ -191,4 +191,4 @@ def with_model(settings: Settings) -> Service:
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    return Service(load(settings.checkpoint), settings)
+    return Service(load(settings.checkpoint, dtype=getattr(torch, settings.dtype), device=settings.device), settings)

@@ -23,7 +23,7 @@ class Watched(Engine):
         self.seen: dict[str, list[Any]] = {}
 
     def _choose(self, sequence: Any, logits: Any) -> None:
-        self.seen.setdefault(sequence.request.id, []).append(logits.copy())
+        self.seen.setdefault(sequence.request.id, []).append(logits.values.copy())
         super()._choose(sequence, logits)
 
 

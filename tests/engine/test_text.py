@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
 from quota.runtime.engine.prefix import PageNames, content_of
 from quota.runtime.engine.request import Sampling
-from quota.runtime.engine.sampling import choose_token, logprobs, uniform
+from quota.runtime.engine.sampling import Logits, draw_token, logprobs, uniform
 from quota.runtime.engine.text import Detokenizer, StopWatch
 from quota.scenes.model import build_tokenizer
 from tests.engine.tokenizers import byte_tokenizer
@@ -57,18 +58,19 @@ def test_text_before_a_stop_is_complete():
 
 def test_greedy_and_limits():
     x = np.array([0.0, 3.0, 3.0, 1.0], dtype=np.float32)
-    assert choose_token(x, Sampling(), 0, 0) == 1
-    drawn = {choose_token(x, Sampling(temperature=1.0, top_k=2), 5, place) for place in range(50)}
+    (row,) = Logits(torch.from_numpy(x)[None], torch.from_numpy(x)[None].argmax(-1)).rows(1)
+    assert row.choose(Sampling(), 0, 0) == 1 == row.choose(Sampling(temperature=1.0, top_k=1), 5, 0) and (row.values == x).all()
+    drawn = {draw_token(x, Sampling(temperature=1.0, top_k=2), 5, place) for place in range(50)}
     assert drawn == {1, 2}
-    assert {choose_token(x, Sampling(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
-    assert choose_token(np.array([1e4, -1e4], dtype=np.float32), Sampling(temperature=1e-3), 5, 0) == 0
+    assert {draw_token(x, Sampling(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
+    assert draw_token(np.array([1e4, -1e4], dtype=np.float32), Sampling(temperature=1e-3), 5, 0) == 0
 
 
 def test_samples_follow_the_distribution():
     x = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
-    counts = np.bincount([choose_token(x, Sampling(temperature=1.0), 11, place) for place in range(20_000)], minlength=4) / 20_000
+    counts = np.bincount([draw_token(x, Sampling(temperature=1.0), 11, place) for place in range(20_000)], minlength=4) / 20_000
     assert np.abs(counts - [0.1, 0.2, 0.3, 0.4]).max() < 0.015
-    cut = np.bincount([choose_token(x, Sampling(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)], minlength=4) / 20_000
+    cut = np.bincount([draw_token(x, Sampling(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)], minlength=4) / 20_000
     assert np.abs(cut - [0, 0, 3 / 7, 4 / 7]).max() < 0.015
     assert all(0 <= uniform(seed, place) < 1 for seed in range(50) for place in range(50))
 

@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from quota.bench.gpu.serving import serving
 from quota.core.files import atomic_write_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -295,7 +296,7 @@ def models(options: Options) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
-    f.__name__: f for f in (machine, build, sass, ops, triton, sanitizer, graph, engine, answers, linears, humming, attention, layer, models)
+    f.__name__: f for f in (machine, build, sass, ops, triton, sanitizer, graph, engine, answers, linears, humming, attention, layer, models, serving)
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,13 +75,17 @@ class Choice:
         return layer in self.keep and self.recipe.selection_at(layer or BEFORE).score in ATTENTION_SCORES
 
     def kept_rows(self, layer: int, module: Any, x: Tensor, rows: Tensor, record: Record | None, own_record: Callable[[], Record]) -> Tensor:
-        """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n] -> bool [n].
+        """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n] -> bool [n], both on
+        the host.
 
         record: of the layer before, own_record: of `layer` itself, both over the rows before `selecting`.
         """
         group = self.group[rows]
         n = int((rows < self.selecting).sum())
-        alive = Alive(x[None, :n], group[None, :n], self.text[rows[:n]][None], rows[None, :n] + self.first, module, self.pictures, record, own_record)
+        of_prompt = (group[:n], self.text[rows[:n]], rows[:n] + self.first, torch.tensor(self.keep[layer]))
+        own, text, column, budget = (t[None].to(x.device) for t in of_prompt)
+        pictures = replace(self.pictures, number=self.pictures.number.to(x.device), place=self.pictures.place.to(x.device))
+        alive = Alive(x[None, :n], own, text, column, module, pictures, record, own_record)
         kept = group < 0
-        kept[:n] |= choose(self.recipe, layer or BEFORE, alive, torch.tensor([self.keep[layer]]))[0]
+        kept[:n] |= choose(self.recipe, layer or BEFORE, alive, budget)[0].cpu()
         return kept

@@ -16,17 +16,19 @@ from torch import Tensor
 from quota.arch import model_fingerprint
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
+from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.family import Family, family_of
 from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
-from quota.runtime.engine.runner import Result, Runner
-from quota.runtime.engine.sampling import Row, choose_token, logprobs
+from quota.runtime.engine.runner import Runner
+from quota.runtime.engine.sampling import Row, logprobs
 from quota.runtime.engine.scheduler import Scheduler, Turn
 from quota.runtime.engine.sequence import Piece, Sequence
 from quota.runtime.engine.stats import Stats
 from quota.runtime.engine.storage import KvStorage, unit_bytes
 from quota.runtime.engine.text import Detokenizer
+from quota.runtime.engine.work import Result, Work
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class QueueFull(QuotaError):
 class EngineConfig:
     """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share more. step_tokens: most
     prefill rows per step, the bound on how long a decoding request waits for others. max_tokens: longest prompt plus answer, None for the
-    model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again.
+    model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again. graphs: whether decode steps on
+    a GPU are captured and replayed as CUDA graphs.
     """
 
     kv_bytes: int = 256 << 20
@@ -50,6 +53,7 @@ class EngineConfig:
     max_tokens: int | None = None
     feature_bytes: int = 256 << 20
     prefix_cache: bool = True
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "page_tokens", "max_running", "max_waiting", "step_tokens"):
@@ -88,10 +92,9 @@ class Engine:
 
     def __init__(self, model: Any, *, tokenizer: Any = None, recipes: Mapping[str, Recipe] | None = None, default: str | None = None,
                  config: EngineConfig | None = None) -> None:  # fmt: skip
-        if model.device.type != "cpu":
-            raise UsageError(f"model: the engine runs on the CPU so far, this one is on {model.device}; load it with device='cpu'")
         self.config = config or EngineConfig()
         self.family: Family = family_of(model)
+        chosen(self.family.device)
         self.tokenizer = tokenizer
         self.recipes = dict(recipes or {})
         if default is not None and default not in self.recipes:
@@ -105,9 +108,10 @@ class Engine:
         units = self.config.kv_bytes // unit_bytes(places, self.family.kv_heads, self.family.head_dim)
         if units < self.family.layers:
             raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.family.layers} layers; give the pool more")
-        self.storage = KvStorage(units, places, self.family.kv_heads, self.family.head_dim)
+        self.storage = KvStorage(units, places, self.family.kv_heads, self.family.head_dim, self.family.device)
         self.pool = PagePool(units, [len(span) for span in self.segments.spans])
-        self.runner = Runner(self.family, self.storage, self.segments)
+        capture = cuda_graphs(self.family.device) if self.config.graphs and self.family.device.type == "cuda" else None
+        self.runner = Runner(self.family, self.storage, self.segments, Decoder(self.family, self.storage, self.segments, capture))
         self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens)
         self.max_tokens = min(self.family.max_tokens, self.config.max_tokens or self.family.max_tokens)
         self.stats = Stats(self.segments.names())
@@ -275,7 +279,7 @@ class Engine:
                 results.append(None)
         return results
 
-    def _work(self, turn: Turn) -> Any:
+    def _work(self, turn: Turn) -> Work:
         return turn.sequence.work(self.family, turn.begin, turn.end, turn.enter, turn.leave)
 
     def _guarded(self, sequence: Sequence, function: Any, *args: Any) -> None:
@@ -310,7 +314,7 @@ class Engine:
     def _choose(self, sequence: Sequence, logits: Row) -> None:
         """The next token of a request from its logits."""
         sampling, place = sequence.request.sampling, len(sequence.answer)
-        token = choose_token(logits, sampling, sequence.seed, place)
+        token = logits.choose(sampling, sequence.seed, place)
         report = () if sampling.logprobs is None else (self._report(logits, token, sampling.logprobs),)
         ends = token in self.eos and not sampling.ignore_eos
         sequence.append(token)
@@ -327,7 +331,7 @@ class Engine:
             self._finish(sequence, reason, text, (token,), report)
 
     def _report(self, logits: Row, token: int, top: int) -> TokenLogprob:
-        own, best = logprobs(logits, token, top)
+        own, best = logprobs(logits.values, token, top)
         return TokenLogprob(token, self._text(token), own, tuple((other, self._text(other), value) for other, value in best))
 
     def _text(self, token: int) -> str:

@@ -25,6 +25,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 class Family(Protocol):
     """One loaded model. M rows, hidden size d; rows come and go in the dtype of the model.
 
+    device: where the model is; positions and ids go there, `positions` and what `Prompt` holds stay on the host. embed, rotary,
+    angles, project, finish and logits run inside captured steps, so they do not wait for it.
     axes: A, numbers that make a position: 1, or time, row and column. biased: some layers keep their key bias out of the 4-bit cache and need the
     positions of cached keys.
     """
@@ -39,6 +41,7 @@ class Family(Protocol):
     scaling: float
     axes: int
     biased: bool
+    device: torch.device
 
     def pictures(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The pictures in what the family's processor returned for one prompt, as `Prompt.images` takes them."""
@@ -92,6 +95,7 @@ class _Decoder:
         arch = find_arch(model)
         self.model, self.arch = model, arch
         self.text: Any = model.get_submodule(arch.text_path)
+        self.device = self.text.embed_tokens.weight.device
         self._layers = list(self.text.layers)
         if not all(isinstance(layer.self_attn, QuantAttention) for layer in self._layers):
             manifest = getattr(model, "quota_manifest", None)
@@ -113,15 +117,15 @@ class _Decoder:
 
     def _turns(self) -> tuple[Tensor, Tensor]:
         """cos, sin float32 [max_tokens, D] of positions that are one number, as the model's own embedding rounds them."""
-        like = torch.empty(0, dtype=self.text.embed_tokens.weight.dtype)
-        cos, sin = self.text.rotary_emb(like, torch.arange(self.max_tokens)[None])
+        like = torch.empty(0, dtype=self.text.embed_tokens.weight.dtype, device=self.device)
+        cos, sin = self.text.rotary_emb(like, torch.arange(self.max_tokens, device=self.device)[None])
         return cos[0].float(), sin[0].float()
 
     def image_index(self, ids: Tensor) -> Tensor:
         return self.arch.image_index(ids)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.text.embed_tokens(ids)
+        return self.text.embed_tokens(ids.to(self.device))
 
     def project(self, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Kv, Kv]:
         module = self._layers[layer]
@@ -133,7 +137,8 @@ class _Decoder:
 
     def _slots(self, rows: int) -> Kv:
         shape = (1, self.kv_heads, rows)
-        return torch.empty(*shape, self.head_dim // 2, dtype=torch.uint8), torch.empty(shape), torch.empty(shape)
+        codes = torch.empty(*shape, self.head_dim // 2, dtype=torch.uint8, device=self.device)
+        return codes, torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         module = self._layers[layer]
@@ -173,7 +178,7 @@ class LlavaFamily(_Decoder):
 
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         weight = self.text.embed_tokens.weight
-        features = self.model.model.get_image_features(pixel_values=torch.stack(list(images)).to(weight.dtype), return_dict=True).pooler_output
+        features = self.model.model.get_image_features(pixel_values=torch.stack(list(images)).to(weight), return_dict=True).pooler_output
         return [part.to(weight.dtype).clone() for part in features]
 
     def positions(self, ids: Tensor, images: Sequence[Tensor]) -> np.ndarray:
@@ -235,11 +240,12 @@ class QwenFamily(_Decoder):
         return shown_pictures(image.pixels, torch.tensor([image.grid]), self._merge)[0]
 
     def encode_images(self, images: Sequence[Patches]) -> list[Tensor]:
-        dtype = self.text.embed_tokens.weight.dtype
+        weight = self.text.embed_tokens.weight
         features = []
         for image in images:  # a float tower's sums may depend on what else is in a call
-            found = self.model.model.get_image_features(pixel_values=image.pixels.to(dtype), image_grid_thw=torch.tensor([image.grid]), return_dict=True)
-            features.append(found.pooler_output[0].to(dtype).clone())
+            grid = torch.tensor([image.grid], device=self.device)
+            found = self.model.model.get_image_features(pixel_values=image.pixels.to(weight), image_grid_thw=grid, return_dict=True)
+            features.append(found.pooler_output[0].to(weight.dtype).clone())
         return features
 
     def positions(self, ids: Tensor, images: Sequence[Patches]) -> np.ndarray:
@@ -254,7 +260,7 @@ class QwenFamily(_Decoder):
 
     def angles(self, positions: Tensor) -> Tensor:
         _, batch, slots = positions.shape
-        out = torch.empty(batch, self.head_dim, slots)
+        out = torch.empty(batch, self.head_dim, slots, device=self.device)
         for begin, end, axis in self._spans:
             out[:, begin:end] = self._table[begin:end].index_select(1, positions[axis].reshape(-1)).view(end - begin, batch, slots).transpose(0, 1)
         return out

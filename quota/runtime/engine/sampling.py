@@ -1,21 +1,54 @@
-"""From a row of logits to a token. Everything runs on one row in float64, and randomness is a hash of (seed, place), so a request's tokens
-depend neither on the batch nor on what happened before: after a preemption the same token is drawn again."""
+"""From a row of logits to a token: the likeliest (the lower of equals), or one drawn. Drawing runs on one row in float64, and randomness is a hash of
+(seed, place), so a request's tokens depend neither on the batch nor on what happened before: after a preemption the same token is drawn again."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from quota.runtime.engine.request import Sampling
 
-Row = np.ndarray
+
+class Logits:
+    """Logits [M, N] of a step's rows and the likeliest token int64 [M] of each. On a GPU only the tokens are fetched, until a row's logits are asked for;
+    they hold until the next step."""
+
+    def __init__(self, values: Tensor, likeliest: Tensor) -> None:
+        self._values, self.likeliest = values, likeliest.tolist()
+
+    @cached_property
+    def host(self) -> np.ndarray:
+        """All of them."""
+        return self._values.cpu().numpy()
+
+    def rows(self, count: int) -> list[Row]:
+        """The first `count`."""
+        return [Row(self, number) for number in range(count)]
 
 
-def choose_token(logits: Row, sampling: Sampling, seed: int, place: int) -> int:
-    """logits float [N]; place: how many tokens were chosen before. Ties go to the lower token."""
-    if sampling.temperature == 0:
-        return int(np.argmax(logits))
+@dataclass(frozen=True)
+class Row:
+    """One row of logits."""
+
+    logits: Logits
+    number: int
+
+    @property
+    def values(self) -> np.ndarray:
+        """float32 [N]."""
+        return self.logits.host[self.number]
+
+    def choose(self, sampling: Sampling, seed: int, place: int) -> int:
+        """The next token; place: how many were chosen before."""
+        return self.logits.likeliest[self.number] if sampling.temperature == 0 else draw_token(self.values, sampling, seed, place)
+
+
+def draw_token(logits: np.ndarray, sampling: Sampling, seed: int, place: int) -> int:
+    """logits float [N], a temperature above 0. Ties go to the lower token."""
     x = logits.astype(np.float64)
     order = np.argsort(-x, kind="stable")
     if sampling.top_k:
@@ -36,7 +69,7 @@ def uniform(seed: int, place: int) -> float:
     return (int.from_bytes(digest) >> 11) / (1 << 53)
 
 
-def logprobs(logits: Row, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+def logprobs(logits: np.ndarray, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
     """Log-probability of `token` and the `top` likeliest (token, log-probability), best first."""
     x = logits.astype(np.float64)
     x -= x.max()

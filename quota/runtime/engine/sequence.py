@@ -23,8 +23,8 @@ from quota.runtime.engine.plan import Segments, plan_prompt
 from quota.runtime.engine.pool import Page, PagePool
 from quota.runtime.engine.prefix import Content, PageNames, content_of, digest
 from quota.runtime.engine.request import Request, Usage
-from quota.runtime.engine.runner import Work
 from quota.runtime.engine.text import Detokenizer, StopWatch
+from quota.runtime.engine.work import Work
 
 
 @dataclass
@@ -224,7 +224,7 @@ class Sequence:
         x = family.embed(torch.tensor(self.tokens[begin:end]))
         seen = int(self.visual[:begin].sum())
         features: Any = torch.cat([part for part in self.features if part is not None])
-        x[: len(inside)][torch.from_numpy(inside)] = features[seen : seen + int(inside.sum())]
+        x[: len(inside)][torch.from_numpy(inside).to(x.device)] = features[seen : seen + int(inside.sum())]
         return x
 
 

@@ -19,13 +19,15 @@ def unit_bytes(places: int, kv_heads: int, head_dim: int) -> int:
 class KvStorage:
     """Keys and values of U units of P places: q uint8 [U, Hkv, P, D/2], scale and zero float32 [U, Hkv, P] each."""
 
-    def __init__(self, units: int, places: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, units: int, places: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
         self.units, self.places, self.head_dim = units, places, head_dim
         self.unit_bytes = unit_bytes(places, kv_heads, head_dim)
-        self.keys, self.values = (
-            (torch.zeros(units, kv_heads, places, head_dim // 2, dtype=torch.uint8), *(torch.zeros(units, kv_heads, places) for _ in range(2)))
-            for _ in range(2)
-        )
+        self.keys, self.values = (self._zeros(kv_heads, device) for _ in range(2))
+
+    def _zeros(self, kv_heads: int, device: torch.device) -> Kv:
+        shape = (self.units, kv_heads, self.places)
+        codes = torch.zeros(*shape, self.head_dim // 2, dtype=torch.uint8, device=device)
+        return codes, torch.zeros(shape, device=device), torch.zeros(shape, device=device)
 
     @property
     def nbytes(self) -> int:
