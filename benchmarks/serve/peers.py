@@ -12,9 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.serve.traffic import QUESTIONS, picture_bytes
+from quota.runtime.load import load
 
 # the form LLaVA-1.5 was trained with, for checkpoints without a template of their own
 _PLAIN = (
@@ -28,29 +32,38 @@ def question(number: int, size: tuple[int, int]) -> tuple[str, bytes]:
     return QUESTIONS[number % len(QUESTIONS)], picture_bytes(random.Random(number), size)
 
 
-def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tuple[int, int]) -> dict[str, Any]:
+class _Clock(BaseStreamer):
+    """When each token of a batch came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tuple[int, int]) -> tuple[float, list[list[float]]]:
     """transformers' generate in this process, as many threads as torch has: batches of `clients` requests, exactly `tokens` tokens each, nothing pruned.
-    Time to first token is not reported: generate returns a batch when its last row is done."""
-    import torch
-    from PIL import Image
-
-    from quota.runtime.load import load
-
+    Returns (seconds of all batches, for every request the seconds until each of its tokens); the rows of a batch come together."""
     model = load(checkpoint)
-    processor, seconds = model.processor, 0.0
+    processor, seconds, found = model.processor, 0.0, []
     for turn in range(batches + 1):
         asked = [question(number, size) for number in range(turn * clients, (turn + 1) * clients)]
         images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in asked]
         turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text, _ in asked]
         template = processor.chat_template or _PLAIN
         texts = [processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False) for messages in turns]
-        began = time.perf_counter()
+        clock, began = _Clock(), time.perf_counter()
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
         with torch.no_grad():
-            model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        seconds += (time.perf_counter() - began) * bool(turn)  # the first batch warms up
-    requests = clients * batches
-    return {"clients": clients, "requests": requests, "tokens": tokens * requests, "tokens_per_s": round(tokens * requests / seconds, 1)}
+            model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+        if turn:  # the first batch warms up
+            seconds += time.perf_counter() - began
+            found += [[at - began for at in clock.times[1:]]] * clients  # the first call is the prompt
+    return seconds, found
 
 
 @contextlib.contextmanager
@@ -66,9 +79,12 @@ def endless(checkpoint: str) -> Iterator[str]:
         yield str(copy)
 
 
-def serve_command(checkpoint: str, port: int, threads: int) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of `transformers serve` for one model."""
-    # its threads are torch's default, which these variables set
-    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", checkpoint, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    return [*command, "--dtype", "float32"], environment
+def serve_command(checkpoint: str, port: int) -> list[str]:
+    """Command line of `transformers serve` for one model."""
+    start = "from transformers.cli.transformers import main; main()"  # as its console script does
+    return [sys.executable, "-c", start, "serve", checkpoint, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+
+
+def threads(count: int) -> dict[str, str]:
+    """The environment that gives it so many: it uses torch's default."""
+    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "HF_HUB_OFFLINE": "1"}

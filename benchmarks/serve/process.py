@@ -1,4 +1,4 @@
-"""`quota serve` in a process of its own, on a free port of the loopback interface."""
+"""Servers in processes of their own, each on a free port of the loopback interface."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,23 @@ class Served:
 
 @contextlib.contextmanager
 def served(checkpoint: str | Path, *flags: str, environment: Mapping[str, str] | None = None, log: str | Path = os.devnull) -> Iterator[Served]:
-    """Started and ready on entry, ended on exit. RuntimeError when it does not get ready; its log says why."""
+    """`quota serve`, ready on entry, ended on exit. RuntimeError when it does not get ready; its log says why."""
+    command = [sys.executable, "-m", "quota.cli.main", "serve", str(checkpoint), "--log-file", str(log), *flags]
+    with running(lambda port: [*command, "--port", str(port)], "/ready", environment) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(command_of: Callable[[int], list[str]], ready: str, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
+    """Any server: the command for a port, the path that answers with 200 when it serves, additions to the environment."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "quota.cli.main", "serve", str(checkpoint), "--port", str(port), "--log-file", str(log), *flags]
-    with subprocess.Popen(command, env={**os.environ, **(environment or {})}) as process:
+    command = command_of(port)
+    with subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL) as process:
         try:
-            yield _ready(Served(f"http://127.0.0.1:{port}", process))
+            server = Served(f"http://127.0.0.1:{port}", process)
+            _wait(server, ready)
+            yield server
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -52,11 +62,12 @@ def served(checkpoint: str | Path, *flags: str, environment: Mapping[str, str] |
                 process.kill()
 
 
-def _ready(server: Served) -> Served:
+def _wait(server: Served, ready: str) -> None:
     until = time.monotonic() + START_S
-    while time.monotonic() < until and server.process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/ready").status_code == 200:
-                return server
-        time.sleep(0.1)
-    raise RuntimeError(f"quota serve is not ready after {START_S} s, or ended with status {server.process.poll()}")
+    with httpx.Client(base_url=server.url) as http:
+        while time.monotonic() < until and server.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if http.get(ready).status_code == 200:
+                    return
+            time.sleep(0.1)
+    raise RuntimeError(f"{server.process.args!r} is not ready after {START_S} s, or ended with status {server.process.poll()}")

@@ -1,11 +1,12 @@
 """Soak: thousands of mixed requests against a server of its own, then the accounts.
 
-    python -m benchmarks.serve.soak CHECKPOINT --recipe RECIPE --requests 10000 --out soak.json
+    python -m benchmarks.serve.soak CHECKPOINT --recipe RECIPE --requests 10000 --out benchmarks/results/soak.json
+    quota bench tables
 
 Pictures of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 % of the clients hang up.
-Then a share of the good requests is asked again, one at a time, of a second server that keeps nothing from one request to the next. Ends with
+Then a share of the good requests is asked again of a second server, which computes one at a time and keeps nothing from one to the next. Ends with
 status 1 when a good request was not answered as it is alone, a bad one was not refused, a page leaked, memory grew, the log holds an error or
-the server did not leave with status 0. The report is written as the run goes, as JSON and as Markdown beside it.
+a server did not leave with status 0. The report is written as the run goes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from tqdm import tqdm
 
 from benchmarks.serve.process import Served, served
 from benchmarks.serve.traffic import Asked, request
+from quota.bench import rows
+from quota.bench.serving import soak_table
 from quota.core.files import atomic_write_text
 
 GROWTH_LIMIT = 1.05
@@ -49,8 +52,9 @@ class Account:
     pictures: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    good: list[tuple[Asked, Any]] = field(default_factory=list)
+    good: dict[int, Any] = field(default_factory=dict)  # number of the request -> its answer
     compared: int = 0
+    differ: int = 0
     rss_bytes: list[int] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
@@ -82,11 +86,10 @@ async def soak(url: str, numbers: range, clients: int, *, compare: float, watch:
 
         async def client() -> None:
             for number in waiting:
-                asked = await asyncio.to_thread(request, number, model)  # drawing on the loop would let uploads stall into the server's time limit
-                await asyncio.to_thread(account.note_pictures, asked)
-                answer = await _ask(http, asked, account)
+                asked, content = await asyncio.to_thread(_prepared, number, model, account)
+                answer = await _ask(http, asked, content, account)
                 if answer is not None and random.Random(-number - 1).random() < compare:
-                    account.good.append((asked, answer))
+                    account.good[number] = answer
                 if watch is not None and number % every == 0:
                     watch(account)
 
@@ -95,22 +98,35 @@ async def soak(url: str, numbers: range, clients: int, *, compare: float, watch:
     return account
 
 
-async def recompute(url: str, account: Account, model: str, watch: Callable[[Account], None] | None = None) -> None:
-    """Ask the kept good requests again, one at a time; another answer is a problem."""
+async def recompute(url: str, account: Account, model: str, watch: Callable[[Account], None] | None = None, clients: int = 3) -> None:
+    """Ask the kept good requests again of a server that computes one at a time; another answer is a problem. clients: so many wait in its queue."""
+    waiting = iter(account.good.items())
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
-        for asked, answer in account.good:
-            assert isinstance(asked.body, dict)
-            again = Asked(asked.number, {**asked.body, "model": model}, asked.expected)
-            account.compared += 1
-            if await _ask(http, again, Account()) != answer:
-                account.problem(f"request {asked.number}: another answer alone than in company")
-            if watch is not None and account.compared % 20 == 0:
-                watch(account)
+
+        async def client() -> None:
+            for number, answer in waiting:
+                asked, content = await asyncio.to_thread(_prepared, number, model)
+                found = await _ask(http, asked, content, Account())
+                account.compared += 1
+                if found != answer:
+                    account.differ += 1
+                    account.problem(f"request {number}: another answer alone than in company")
+                if watch is not None and account.compared % 20 == 0:
+                    watch(account)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
 
 
-async def _ask(http: httpx.AsyncClient, asked: Asked, account: Account) -> Any:
+def _prepared(number: int, model: str, account: Account | None = None) -> tuple[Asked, bytes]:
+    """A request and its body. Off the event loop: drawing there would let uploads stall into the server's time limit."""
+    asked = request(number, model)
+    if account is not None:
+        account.note_pictures(asked)
+    return asked, asked.body if isinstance(asked.body, bytes) else json.dumps(asked.body).encode()
+
+
+async def _ask(http: httpx.AsyncClient, asked: Asked, content: bytes, account: Account) -> Any:
     """The answer's choices in one form, streamed or whole; None where there should be none."""
-    content = asked.body if isinstance(asked.body, bytes) else json.dumps(asked.body).encode()
     try:
         if asked.expected == "leave":
             await asyncio.wait_for(_answer(http, content), random.Random(asked.number).uniform(0, 0.5))
@@ -190,29 +206,13 @@ def report(account: Account, options: argparse.Namespace, seconds: float, state:
     sides = [side for size in account.sizes for side in size]
     largest = max(account.sizes, key=lambda size: size[0] * size[1], default=None)
     return {
+        **rows.stamp(options.threads),
         "state": state, "requests": options.requests, "first": options.first, "clients": options.clients, "seconds": round(seconds, 1),
         "outcomes": dict(sorted(account.outcomes.items())), "answers_kept": len(account.good), "answers_compared_alone": account.compared,
+        "answers_that_differ": account.differ,
         "pictures": dict(account.pictures.most_common()), "shortest_side_px": min(sides, default=None), "largest_picture_px": largest,
         "rss_mb": [round(b / 1e6, 1) for b in account.rss_bytes], "memory_growth": round(memory_growth(account.rss_bytes), 4), "problems": account.problems,
     }  # fmt: skip
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The report for reading."""
-    rss = found["rss_mb"] or [0.0]
-    third = len(rss) // 3
-    rows = [
-        ("requests", f"{found['requests']} from {found['clients']} clients in {found['seconds']:.0f} s"),
-        *((f"outcome `{name}`", count) for name, count in found["outcomes"].items()),
-        ("good answers computed again alone", f"{found['answers_compared_alone']} of {found['answers_kept']} kept"),
-        ("pictures", f"{sum(found['pictures'].values())}, shortest side {found['shortest_side_px']} px, largest {found['largest_picture_px']}"),
-        ("kinds of picture", ", ".join(f"{name} {count}" for name, count in found["pictures"].items())),
-        ("resident memory, MB", f"{rss[0]:.0f} at first, {min(rss[third:]):.0f} to {max(rss[third:]):.0f} after the first third, {rss[-1]:.0f} at last"),
-        ("memory, last third over middle third", found["memory_growth"]),
-        ("problems", "none" if not found["problems"] else "; ".join(found["problems"])),
-    ]  # fmt: skip
-    return "\n".join([f"# Soak: {found['state']}", "", "`python -m benchmarks.serve.soak`", "", "| what | found |", "|---|---|",
-                      *(f"| {name} | {value} |" for name, value in rows), ""])  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> Account:
@@ -224,7 +224,6 @@ def run(options: argparse.Namespace) -> Account:
         if options.out is not None:
             found = report(account, options, time.monotonic() - began, state)
             atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
-            atomic_write_text(options.out.with_suffix(".md"), markdown(found))
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         log = Path(folder, "log")
@@ -242,8 +241,17 @@ def run(options: argparse.Namespace) -> Account:
         account = asyncio.run(soak(server.url, numbers, options.clients, compare=options.compare, watch=watch))
         _close(account, server, log)
         alone = stack.enter_context(served(options.checkpoint, *flags, environment=_ALONE))
-        asyncio.run(recompute(alone.url, account, "soak", lambda _: save("comparing")))
+        bar.reset(len(account.good))
+
+        def follow(so_far: Account) -> None:
+            bar.update(so_far.compared - bar.n)
+            save("comparing")
+
+        asyncio.run(recompute(alone.url, account, "soak", follow))
+        if status := alone.stop():
+            account.problem(f"the server of single requests left with status {status} after SIGTERM")
     save("finished")
+    print(soak_table(report(account, options, time.monotonic() - began, "finished")))
     return account
 
 
@@ -268,12 +276,10 @@ def main() -> None:
     parser.add_argument("--compare", type=float, default=0.05, help="share of the good requests that is asked again alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first request; other numbers, other requests")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="where the report goes, a .json; the Markdown lies beside it")
+    parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
     options = parser.parse_args()
     os.environ["QUOTA_SERVE_KV_BYTES"] = os.environ.get("QUOTA_SERVE_KV_BYTES", str(64 << 20))
-    account = run(options)
-    print(markdown(report(account, options, 0.0, "finished")) if options.out is None else options.out.with_suffix(".md").read_text(encoding="utf-8"))
-    sys.exit(bool(account.problems))
+    sys.exit(bool(run(options).problems))
 
 
 if __name__ == "__main__":

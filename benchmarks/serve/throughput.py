@@ -1,24 +1,21 @@
-"""Tokens per second and latency at several numbers of clients, against transformers' generate and server on the same work.
+"""Tokens per second and latency at several numbers of clients, against other engines on the same work.
 
-    python -m benchmarks.serve.throughput CHECKPOINT --recipe RECIPE [--float FLOAT_CHECKPOINT] --clients 1,4,16,64
+    python -m benchmarks.serve.throughput CHECKPOINT --recipe RECIPE --float FLOAT_CHECKPOINT --out benchmarks/results/serve.jsonl
+    quota bench tables
 
-A server is a process of its own on the loopback interface; clients are coroutines here, each asking one question after the other about a
-picture of its own. Before a row is timed, its answers are compared with those given one at a time: a row that fails is not printed. One line
-of JSON per row.
+A server is a process of its own on the loopback interface; clients are coroutines here, each asking one question after the other about a picture
+that nobody asked about before. Every answer has the same number of tokens. Before a server's row is timed, answers are compared with those given one at a
+time: a row that fails is named and not timed. Rows are JSON lines; what --out holds for the same commit and machine is not measured again.
+Peers: benchmarks/serve/peers.py and benchmarks/serve/genai.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +24,15 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.serve import peers
+from benchmarks.serve import genai, peers
+from benchmarks.serve.process import running, served
 from benchmarks.serve.traffic import user
+from quota.bench import rows
 
 TOKENS = 32
 SIZE = (400, 300)  # the largest picture
+_GATE = 16  # answers that are compared
+ENGINES = ("quota serve", "transformers serve", "transformers generate", "openvino genai")
 
 
 def plain_body(model: str, number: int) -> dict[str, Any]:
@@ -42,50 +43,15 @@ def plain_body(model: str, number: int) -> dict[str, Any]:
 
 def body(model: str, number: int, recipe: str | None) -> dict[str, Any]:
     """Question `number`, always exactly the same, answered with exactly TOKENS tokens."""
-    text, picture = peers.question(number, SIZE)
-    messages = [user(text, picture)]
     more = {} if recipe is None else {"recipe": recipe}
-    return {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 1.0, "seed": number, "stream": True, "ignore_eos": True,
-            "stream_options": {"include_usage": True}, **more}  # fmt: skip
+    sampled = {"temperature": 1.0, "seed": number, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    return {**plain_body(model, number), **sampled, **more}
 
 
-@contextlib.contextmanager
-def server(checkpoint: str, recipe: str | None, threads: int) -> Iterator[str]:
-    """Our server's address."""
-
-    def command(port: int) -> tuple[list[str], dict[str, str]]:
-        line = [sys.executable, "-m", "quota.cli.main", "serve", checkpoint, "--port", str(port), "--threads", str(threads), "--max-running", "128"]
-        return [*line, *(["--recipe", f"quota={recipe}"] if recipe else []), "--log-file", os.devnull], {}
-
-    with running(command, "/ready") as url:
-        yield url
-
-
-@contextlib.contextmanager
-def running(command_of: Callable[[int], tuple[list[str], dict[str, str]]], ready: str) -> Iterator[str]:
-    """The address of a server once `ready` answers; command_of: port -> command line and additions to the environment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command, environment = command_of(port)
-    with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL) as process:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(1200):
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{url}{ready}").status_code == 200:
-                        break
-                if process.poll() is not None:
-                    raise SystemExit(f"{command[:3]} ended with status {process.returncode} before it served")
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-
-
-async def timed(http: httpx.AsyncClient, asked: dict[str, Any]) -> tuple[str, list[float]]:
+async def timed(http: httpx.AsyncClient, content: bytes) -> tuple[str, list[float]]:
     """(text, seconds from the request to each piece of text). RuntimeError when there were not exactly TOKENS tokens."""
     began, text, times, tokens = time.perf_counter(), "", [], 0
-    async with http.stream("POST", "/v1/chat/completions", json=asked) as response:
+    async with http.stream("POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"}) as response:
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
@@ -99,66 +65,140 @@ async def timed(http: httpx.AsyncClient, asked: dict[str, Any]) -> tuple[str, li
     return text, times
 
 
-async def measure(url: str, clients: int, per_client: int, asked_of: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    """One row, after its gate. asked_of: number -> body."""
+async def measure(url: str, clients: int, requests: int, asked_of: Callable[[int], dict[str, Any]], first: int = 0) -> dict[str, Any]:
+    """One row, after its gate. asked_of: number -> body, asked from `first` on."""
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients + 2)) as http:
-        gate = [asked_of(number) for number in range(min(clients, 16))]
-        alone = [(await timed(http, asked))[0] for asked in gate]
-        together = [text for text, _ in await asyncio.gather(*(timed(http, asked) for asked in gate))]
+        gate, *asked = _encoded(asked_of, range(first, first + min(clients, _GATE) + requests), requests)
+        alone = [(await timed(http, content))[0] for content in gate]
+        together = [text for text, _ in await asyncio.gather(*(timed(http, content) for content in gate))]
         if alone != together:
-            raise SystemExit(f"{clients} clients: answers differ from those given alone; nothing is timed")
+            raise RuntimeError(f"{clients} clients: answers differ from those given alone; nothing is timed")
         found: list[list[float]] = []
+        waiting = iter(asked)
 
-        async def client(index: int) -> None:
-            for turn in range(per_client):
-                found.append((await timed(http, asked_of(1000 + index * per_client + turn)))[1])
+        async def client() -> None:
+            for content in waiting:
+                found.append((await timed(http, content))[1])
 
         began = time.perf_counter()
-        await asyncio.gather(*(client(index) for index in range(clients)))
+        await asyncio.gather(*(client() for _ in range(clients)))
         seconds = time.perf_counter() - began
-    tokens = TOKENS * len(found)
+    return summary(seconds, found)
+
+
+def _encoded(asked_of: Callable[[int], dict[str, Any]], numbers: range, requests: int) -> list[Any]:
+    """[bodies of the gate, body, body, ...], made before the clock runs."""
+    made = [json.dumps(asked_of(number)).encode() for number in numbers]
+    return [made[:-requests], *made[-requests:]]
+
+
+def summary(seconds: float, found: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The columns of a row. found: for every request, seconds until each piece of its text."""
     first = sorted(times[0] for times in found if times)
     between = sorted(b - a for times in found for a, b in pairwise(times))
     return {
-        "clients": clients, "requests": len(found), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1),
-        "requests_per_s": round(len(found) / seconds, 2),
-        "ttft_p50_ms": _ms(first, 0.5), "ttft_p99_ms": _ms(first, 0.99), "itl_p50_ms": _ms(between, 0.5), "itl_p99_ms": _ms(between, 0.99),
+        "requests": len(found), "tokens_per_s": round(TOKENS * len(found) / seconds, 1), "requests_per_s": round(len(found) / seconds, 2),
+        "ttft_ms": [_ms(first, 0.5), _ms(first, 0.99)], "inter_token_ms": [_ms(between, 0.5), _ms(between, 0.99)], "seconds": round(seconds, 2),
     }  # fmt: skip
 
 
-def _ms(values: list[float], share: float) -> float | None:
-    return round(1e3 * values[min(len(values) - 1, int(share * len(values)))], 1) if values else None
+def _ms(values: Sequence[float], share: float) -> float | None:
+    return round(1e3 * values[min(len(values) - 1, int(share * len(values)))], 2) if values else None
+
+
+class Rows:
+    """Where rows go: standard output, and a file that already holds some of them."""
+
+    def __init__(self, out: Path | None, shape: str, threads: int) -> None:
+        self.out, self.shape, self.threads = out, shape, threads
+        self.known = {self._key(row) for row in rows.read(out)} if out is not None else set()
+
+    def _key(self, row: dict[str, Any]) -> str:
+        return f"{rows.case_key(row)} {row['implementation']}"
+
+    def add(self, implementation: str, clients: int, measured: Callable[[], dict[str, Any]], *, note: str | None = None) -> None:
+        """Measure one row, unless it is there already."""
+        row = {**rows.stamp(self.threads), "op": "serve", "shape": self.shape, "size": {"clients": clients, "new": TOKENS}, "weights": "resident",
+               "implementation": implementation, "ours": implementation.startswith("quota")}  # fmt: skip
+        if self._key(row) in self.known:
+            return
+        try:
+            row |= measured()
+        except RuntimeError as error:
+            print(json.dumps({"implementation": implementation, "clients": clients, "not_measured": str(error)}), flush=True)
+            return
+        row |= {"note": note} if note else {}
+        print(json.dumps(row), flush=True)
+        if self.out is not None:
+            rows.append(self.out, [row])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--recipe", help="also measured under this recipe")
-    parser.add_argument("--float", dest="float_checkpoint", help="float checkpoint for the peer rows; default: the quantized one only")
+    parser.add_argument("--float", dest="float_checkpoint", help="float checkpoint of the peers; without it there are none")
+    parser.add_argument("--shape", default="embedded", help="what the model is called in the table")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which to measure, with commas")
     parser.add_argument("--clients", default="1,4,16,64")
-    parser.add_argument("--per-client", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=64, help="per row; at least two per client")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="rows are appended here")
     options = parser.parse_args()
+    wrong = set(options.engines.split(",")) - set(ENGINES)
+    if wrong:
+        parser.error(f"--engines: expected some of {', '.join(ENGINES)}, got {', '.join(wrong)}")
+    made = Rows(options.out, options.shape, options.threads)
     counts = [int(count) for count in options.clients.split(",")]
-
-    def say(engine: str, recipe: str | None, row: dict[str, Any]) -> None:
-        print(json.dumps({"engine": engine, "recipe": recipe, **row, "threads": options.threads, "load_average": os.getloadavg()[0]}), flush=True)
-
-    name = Path(options.checkpoint).resolve().name
-    with server(options.checkpoint, options.recipe, options.threads) as url:
-        for count in counts:
-            for recipe in [None, "quota"] if options.recipe else [None]:
-                asked_of = partial(body, name, recipe=recipe or ("none" if options.recipe else None))
-                say("quota serve", recipe, asyncio.run(measure(url, count, max(1, options.per_client if count < 64 else 1), asked_of)))
-    small = [count for count in counts if count <= 16]
-    if options.float_checkpoint:
-        with peers.endless(options.float_checkpoint) as copy, running(lambda port: peers.serve_command(copy, port, options.threads), "/health") as url:
-            for count in small:  # it answers one request after the other
-                say("transformers serve, float", None, asyncio.run(measure(url, count, options.per_client, partial(plain_body, copy))))
+    work = {count: max(options.requests, 2 * count) for count in counts}
     torch.set_num_threads(options.threads)
-    for engine, checkpoint in (("transformers generate, quantized", options.checkpoint), ("transformers generate, float", options.float_checkpoint)):
-        for count in small if checkpoint else []:
-            say(engine, None, peers.generate(checkpoint, count, TOKENS, 2, SIZE))
+    for engine in options.engines.split(","):
+        if engine == "quota serve":
+            _ours(made, options, work)
+        elif options.float_checkpoint:
+            _PEERS[engine](made, options, work)
+
+
+def _ours(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
+    flags = ["--threads", str(options.threads), "--max-running", "128", "--model-name", "m", *(["--recipe", f"q={options.recipe}"] if options.recipe else [])]
+    recipes = {"quota serve": "none", "quota serve, recipe": "q"} if options.recipe else {"quota serve": None}
+    numbers = _fresh()
+    with served(options.checkpoint, *flags) as server:
+        for clients, requests in work.items():
+            for name, recipe in recipes.items():
+                made.add(name, clients, partial(_over_http, server.url, clients, requests, partial(body, "m", recipe=recipe), next(numbers)))
+
+
+def _transformers_serve(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
+    numbers, environment = _fresh(), peers.threads(options.threads)
+    with peers.endless(options.float_checkpoint) as copy, running(lambda port: peers.serve_command(copy, port), "/health", environment) as server:
+        for clients, requests in work.items():
+            made.add("transformers serve", clients, partial(_over_http, server.url, clients, requests, partial(plain_body, copy), next(numbers)))
+
+
+def _over_http(*args: Any) -> dict[str, Any]:
+    return asyncio.run(measure(*args))
+
+
+def _generate(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
+    for clients, requests in work.items():
+        run = partial(peers.generate, options.float_checkpoint, clients, TOKENS, requests // clients, SIZE)
+        made.add("transformers generate", clients, lambda run=run: summary(*run()))
+
+
+def _genai(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
+    with genai.engine(options.float_checkpoint, options.threads) as engine:
+        for clients, requests in work.items():
+            run = partial(genai.measure, engine, clients, requests, TOKENS)
+            made.add("openvino genai", clients, lambda run=run: summary(*run()), note=genai.NOTE)
+
+
+_PEERS = {"transformers serve": _transformers_serve, "transformers generate": _generate, "openvino genai": _genai}
+
+
+def _fresh() -> Iterator[int]:
+    """First numbers of questions for one row after the other: no row's pictures are known to the server from another."""
+    return iter(range(0, 1 << 40, 1 << 20))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def newest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every case on every machine, the rows of its last measurement; in the order cases were first measured."""
     last: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        case = json.dumps([row.get(name) for name in (*_CASE, "cpu")] + ([row["implementation"]] if row["op"] == "model" else []), sort_keys=True)
+        case = json.dumps([row.get(name) for name in (*_CASE, "cpu")] + ([row["implementation"]] if row["op"] in ("model", "serve") else []), sort_keys=True)
         rows = last.setdefault(case, [])
         if rows and rows[0]["date"] != row["date"]:
             rows.clear()

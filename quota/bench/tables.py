@@ -1,4 +1,4 @@
-"""Markdown tables from rows of results: benchmarks/README.md and one block of the root README. `quota bench tables`"""
+"""Markdown tables from rows of results: benchmarks/README.md, one block of the root README, two of docs/serving.md. `quota bench tables`"""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quota.bench import rows
+from quota.bench.serving import soak_table, throughput_table
 from quota.core.files import atomic_write_text
 from quota.report.blocks import fill
 from quota.report.table import byte_size, markdown_table, milliseconds
 
-RESULTS, PAGE, README = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("README.md")
+RESULTS, PAGE, README, SERVING = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("README.md"), Path("docs/serving.md")
 _NOTHING = "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
 _README_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
 _README_ROWS = (1, 16, 173, 640)
@@ -25,7 +26,8 @@ def blocks(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     ops = rows.newest(rows.read(results / "ops.jsonl"))
     models = rows.newest(rows.read(results / "model.jsonl"))
     page = {op: op_block([r for r in ops if r["op"] == op]) for op in _OPS} | {"model": model_block(models)}
-    return {PAGE: page, README: {"benchmarks": readme_block(ops, models)}}
+    served = {"throughput": throughput_block(rows.newest(rows.read(results / "serve.jsonl"))), "soak": soak_block(results / "soak.json")}
+    return {PAGE: page, README: {"benchmarks": readme_block(ops, models)}, SERVING: served}
 
 
 def write(root: Path = Path()) -> list[Path]:
@@ -133,3 +135,21 @@ def _model_cells(r: Row) -> list[str]:
         milliseconds(r["decode_cpu_ms"]), byte_size(r["peak_rss_bytes"]), byte_size(r["anonymous_bytes"]), byte_size(r["kv_bytes_per_layer"]),
         byte_size(r["checkpoint_bytes"]),
     ]  # fmt: skip
+
+
+def throughput_block(found: Sequence[Row]) -> str:
+    """One table per machine, thread count and model."""
+    if not found:
+        return "Nothing has been measured yet: `python -m benchmarks.serve.throughput`, then `quota bench tables`."
+    parts = []
+    for group in _groups(found, ("cpu", "threads", "shape")):
+        parts += [f"{group[0]['shape']}: {_where(group)}", "", throughput_table(group)]
+    return "\n".join(parts).rstrip()
+
+
+def soak_block(report: Path) -> str:
+    """The last soak that was kept."""
+    if not report.exists():
+        return "No soak is kept yet: `python -m benchmarks.serve.soak`, then `quota bench tables`."
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {found['date'][:10]}.\n\n{soak_table(found)}".rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class Answer:
         return self._event({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}) if self.chat else ""
 
     def delta(self, index: int, output: Output, offset: int) -> str:
-        """What one step added. offset: characters of the choice before it."""
+        """What one step added. offset: characters of the tokens that were reported before."""
         reason = output.reason if output.reason in ("stop", "length") else None
         if not (output.text or output.logprobs or reason):
             return ""
@@ -72,20 +73,25 @@ class Answer:
         if not self.logprobs:
             return None
         if self.chat:
-            listed = [{**_entry(e.text, e.logprob), "top_logprobs": [_entry(text, value) for _, text, value in e.top]} for e in entries]
-            return {"content": listed, "refusal": None}
-        offsets = []
-        for entry in entries:
-            offsets.append(offset)
-            offset += len(entry.text)
+            return {"content": [{**_entry(e), "top_logprobs": [_entry(other) for other in e.top]} for e in entries], "refusal": None}
+        lengths = [len(e.text) for e in entries]
         return {
-            "tokens": [e.text for e in entries], "token_logprobs": [e.logprob for e in entries], "text_offset": offsets,
-            "top_logprobs": [{text: value for _, text, value in e.top} for e in entries],
+            "tokens": [e.text for e in entries], "token_logprobs": [e.logprob for e in entries],
+            "text_offset": list(itertools.accumulate(lengths[:-1], initial=offset))[: len(lengths)],
+            "top_logprobs": [_by_text(e) for e in entries],
         }  # fmt: skip
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _entry(entry: TokenLogprob) -> dict[str, Any]:
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": None if entry.utf8 is None else list(entry.utf8)}
+
+
+def _by_text(entry: TokenLogprob) -> dict[str, float]:
+    """The alternatives best first, and the token itself as OpenAI has it; of two with one text the likelier."""
+    found: dict[str, float] = {}
+    for other in (*entry.top, entry):
+        found.setdefault(other.text, other.logprob)
+    return found
 
 
 def failure(body: dict[str, Any]) -> str:

@@ -22,19 +22,30 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.headers_s, self._give_up)
+        self._start()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not self._begun:
             self._begun = self.cycle
             self._stop()
-        elif self._timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._timer = self.loop.call_later(self.headers_s, self._give_up)
+        elif self.cycle is None or self.cycle.response_complete:
+            self._start()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle is not self._begun:  # the next request was there already
+            self._begun = self.cycle
+        elif self.conn.trailing_data[0]:
+            self._start()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)
+
+    def _start(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.headers_s, self._give_up)
 
     def _stop(self) -> None:
         if self._timer is not None:

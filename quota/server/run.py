@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from types import FrameType
 
@@ -63,5 +64,13 @@ def serve(settings: Settings) -> None:
         loop="asyncio", http=PatientProtocol,  # not whatever else is installed
         timeout_keep_alive=15, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
+    settle()
     log.info("serving", extra={"model": service.name, "recipes": service.recipes, "host": settings.host, "port": settings.port})
     DrainingServer(config, service).run()
+
+
+def settle() -> None:
+    """Take what was loaded out of the garbage collector's sight: it would look through 400 000 objects of libraries at every full collection, and again,
+    for more than a second, when the process leaves."""
+    gc.collect()
+    gc.freeze()

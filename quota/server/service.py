@@ -140,16 +140,16 @@ class Service:
     async def events(self, spoken: Spoken, answer: Answer, with_usage: bool) -> AsyncGenerator[str]:
         """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be plain responses."""
         usages: list[Usage] = []
-        lengths = [0] * len(spoken.requests)
+        offsets = [0] * len(spoken.requests)
         opened = False
         try:
             async with aclosing(self.outputs(spoken)) as outputs:
                 async for index, output in outputs:
-                    event = answer.delta(index, output, lengths[index])
+                    event = answer.delta(index, output, offsets[index])
                     if not opened:
-                        event = "".join(answer.opening(i) for i in range(len(lengths))) + event
+                        event = "".join(answer.opening(i) for i in range(len(offsets))) + event
                         opened = True
-                    lengths[index] += len(output.text)
+                    offsets[index] += sum(len(entry.text) for entry in output.logprobs)
                     usages += [output.usage] if output.usage is not None else []
                     if event:
                         yield event

@@ -12,7 +12,7 @@ from quota.report.blocks import fill
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("path", [tables.PAGE, tables.README], ids=str)
+@pytest.mark.parametrize("path", [tables.PAGE, tables.README, tables.SERVING], ids=str)
 def test_tables_are_not_stale(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert fill(text, tables.blocks(ROOT / tables.RESULTS)[path], str(path)) == text, "run `quota bench tables`"
@@ -43,3 +43,15 @@ def test_more_threads_are_compared_with_one() -> None:
 def test_every_machine_shows_its_best_instruction_set() -> None:
     rows = [row(1, 6.0, shape="llava-1.5-7b.down"), row(1, 6.0, shape="llava-1.5-7b.down", cpu="two", isa="amx", gops=9.0)]
     assert "avx2 |" in tables.readme_block(rows, []) and "amx" in tables.readme_block(rows, [])
+
+
+def test_throughput_is_compared_with_one_client() -> None:
+    rows = [
+        row(2, 0.0, op="serve", shape="embedded", implementation=name, ours=name == "quota serve", size={"clients": clients}, tokens_per_s=speed,
+            ttft_ms=[10.0, 20.0], inter_token_ms=[1.0, None], **({"note": "on two legs"} if name == "a peer" else {}))
+        for name, clients, speed in (("a peer", 1, 50.0), ("quota serve", 16, 300.0), ("quota serve", 1, 100.0))
+    ]  # fmt: skip
+    lines = tables.throughput_block(rows).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in lines if line.startswith("| quota") or line.startswith("| a peer")]
+    assert cells == [["quota serve", "1", "100", "1.00"], ["quota serve", "16", "300", "3.00"], ["a peer", "1", "50", "1.00"]]
+    assert "*a peer*: on two legs." in lines

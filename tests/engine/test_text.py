@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
 from quota.runtime.engine.prefix import PageNames, content_of
-from quota.runtime.engine.request import Sampling
+from quota.runtime.engine.report import Entries
+from quota.runtime.engine.request import Sampling, TokenLogprob
 from quota.runtime.engine.sampling import Logits, draw_token, logprobs, uniform
 from quota.runtime.engine.text import Detokenizer, StopWatch
 from quota.scenes.model import build_tokenizer
@@ -25,15 +26,42 @@ TOKENIZERS = [build_tokenizer(), byte_tokenizer()]
 def test_pieces_join_to_the_whole(tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
     detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.push(token) for token in ids]
-    assert "".join([*pieces, detokenizer.flush()]) == tokenizer.decode(ids, skip_special_tokens=True)
+    seen = [(detokenizer.peek(token), detokenizer.push(token)) for token in ids]
+    assert all(peeked == pushed for peeked, pushed in seen)
+    assert "".join([*(pushed for _, pushed in seen), detokenizer.flush()]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_characters_come_whole():
     tokenizer = byte_tokenizer()
     ids = tokenizer("a é 🙂 b", add_special_tokens=False)["input_ids"]
     detokenizer = Detokenizer(tokenizer)
-    assert all("\ufffd" not in detokenizer.push(token) for token in ids)
+    assert [(detokenizer.utf8(token), detokenizer.push(token)) for token in ids] == [
+        (b"a", "a"), (b" ", " "), (b"\xc3", ""), (b"\xa9", "é"), (b" ", " "), (b"\xf0", ""), (b"\x9f", ""), (b"\x99", ""),
+        (b"\x82", "🙂"), (b" ", " "), (b"b", "b"),
+    ]  # fmt: skip
+
+
+def test_a_special_token_has_a_name_and_no_text():
+    for tokenizer in TOKENIZERS:
+        detokenizer = Detokenizer(tokenizer)
+        assert (detokenizer.peek(tokenizer.eos_token_id), detokenizer.utf8(tokenizer.eos_token_id)) == ("", None)
+        assert detokenizer.name(tokenizer.eos_token_id) == tokenizer.eos_token
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_entries_come_with_their_text(pieces, stops):
+    """Never before it, and at the end they are the answer."""
+    watch, entries, shown, given = StopWatch(stops), Entries(), "", ""
+    for place, piece in enumerate(pieces):
+        text = watch.push(piece) + (watch.flush() if place == len(pieces) - 1 else "")
+        shown += text
+        for entry in entries.push(TokenLogprob(place, piece, piece.encode(), -1.0), text, watch.found):
+            given += entry.text
+            assert entry.utf8 == entry.text.encode() and pieces[entry.token].startswith(entry.text)
+        assert shown.startswith(given)
+        if watch.found:
+            break
+    assert given == shown
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))

@@ -73,7 +73,9 @@ class Host:
     """uvicorn on a thread."""
 
     def __init__(self, service: Service) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_config=None, access_log=False, http=PatientProtocol))
+        # an idle connection outlives every test, so that what closes one is a limit of ours
+        options = {"log_config": None, "access_log": False, "http": PatientProtocol, "timeout_keep_alive": 600}
+        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, **options))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
         until = time.monotonic() + 20

@@ -107,18 +107,6 @@ def test_every_parameter_of_a_chat(server):
     assert ask(server, parts, max_tokens=12).choices == greedy.choices
 
 
-def test_logprobs_are_of_the_text(server):
-    answer = ask(server, user("describe the picture .", noise(seed=6)), max_tokens=12, logprobs=True, top_logprobs=3)
-    entries = answer.choices[0].logprobs.content
-    words = [entry.token.strip() for entry in entries]  # this tokenizer has a token per word
-    assert [word for word in words if word != "<unk>"] == answer.choices[0].message.content.split() and len(words) == 12
-    for entry in entries:
-        values = [other.logprob for other in entry.top_logprobs]
-        assert len(values) == 3 and values == sorted(values, reverse=True) and entry.logprob == values[0] <= 0  # greedy: the first is the chosen one
-        assert bytes(entry.bytes).decode() == entry.token
-    assert ask(server, user("yes ?")).choices[0].logprobs is None
-
-
 def test_every_parameter_of_a_completion(server):
     def complete(**options):
         return server.client.completions.create(**{"model": "tiny", "prompt": "USER : yes ?", "max_tokens": 8, "temperature": 0, **options})

@@ -5,27 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from benchmarks.serve.process import served
 from quota.core.errors import UsageError
 from quota.server.config import settings
 from quota.server.logs import CountingHandler
 from quota.server.protocol import PatientProtocol
 from tests.serve.pictures import noise, user
 
-LONG = {"temperature": 1.0, "seed": 1, "max_tokens": 2000, "stop": None}
+QUESTION = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
 
 
 def ask(server, *messages, **options):
@@ -225,80 +221,51 @@ def folder(model, recipe_file, tmp_path_factory):
     return path
 
 
-class Process:
-    """`quota serve` in a process of its own."""
-
-    def __init__(self, folder: Path, recipe_file: str, log: Path, *flags: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "quota.cli.main", "serve", str(folder), "--recipe", f"q={recipe_file}", "--port", str(self.port), "--threads", "1"]
-        self.log = log.open("wb")
-        self.process = subprocess.Popen([*command, "--kv-memory", "4M", *flags], stderr=self.log, stdout=self.log, env=os.environ)
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def wait_until_ready(self) -> None:
-        def ready() -> bool:
-            try:
-                return httpx.get(f"{self.url}/ready").status_code == 200
-            except httpx.TransportError:
-                return self.process.poll() is not None
-
-        wait_for(ready, 120)
-        assert self.process.poll() is None
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
-        self.log.close()
-
-
-@pytest.fixture
-def process(folder, recipe_file, tmp_path):
-    made = Process(folder, recipe_file, tmp_path / "log")
-    made.wait_until_ready()
-    yield made
-    made.stop()
+@pytest.fixture(scope="module")
+def survivor(folder, recipe_file):
+    """A server on the files of one that was killed under load, without room for its log; the answer before, and what became of the load."""
+    flags = ("--recipe", f"q={recipe_file}", "--threads", "1", "--kv-memory", "4M")
+    with served(folder, *flags) as first:
+        before = httpx.post(f"{first.url}/v1/chat/completions", json=QUESTION, timeout=60).json()["choices"]
+        with ThreadPoolExecutor(4) as threads:
+            load = [threads.submit(httpx.post, f"{first.url}/v1/chat/completions", json=endless(), timeout=60) for _ in range(4)]
+            wait_for(lambda: "quota_requests_running 0.0" not in httpx.get(f"{first.url}/metrics").text, 60)
+            first.process.kill()
+            errors = [one.exception(30) for one in load]
+    with served(folder, *flags, log="/dev/full") as again:
+        yield again, before, errors
 
 
 @pytest.mark.slow
-def test_sigterm_drains(process):
-    """Running streams end well, new requests are refused, the process leaves with status 0."""
-    got: list[str] = []
+def test_sigkill_leaves_nothing_behind(survivor):
+    again, before, errors = survivor
+    assert all(isinstance(error, httpx.TransportError) for error in errors)
+    assert httpx.post(f"{again.url}/v1/chat/completions", json=QUESTION, timeout=60).json()["choices"] == before
+
+
+@pytest.mark.slow
+def test_sigterm_drains(survivor):
+    """The last test of this process: a running stream ends well, new requests are refused, it leaves with status 0."""
+    server, got = survivor[0], []
 
     def listen() -> None:
-        with httpx.stream("POST", f"{process.url}/v1/chat/completions", json={**endless(), "max_tokens": 300, "stream": True}, timeout=60) as answer:
+        body = {**endless(), "n": 4, "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
             got.extend(line for line in answer.iter_lines() if line)
 
     thread = threading.Thread(target=listen)
-    thread.start()
-    wait_for(lambda: len(got) > 5)
-    process.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    if thread.is_alive():
-        assert httpx.get(f"{process.url}/ready").status_code == 503
-        refused = httpx.post(f"{process.url}/v1/chat/completions", json=endless())
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        assert http.get("/ready").status_code == 200
+        thread.start()
+        wait_for(lambda: len(got) > 5, 60)
+        server.process.terminate()
+        wait_for(lambda: http.get("/ready").status_code == 503)
+        refused = http.post("/v1/chat/completions", json=endless())
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        assert thread.is_alive()
     thread.join(60)
     assert got[-1] == "data: [DONE]"
-    assert process.process.wait(30) == 0
-
-
-@pytest.mark.slow
-def test_sigkill_leaves_nothing_behind(process, folder, recipe_file, tmp_path):
-    """Killed under load, a new process on the same files serves the same answers, even with no room left for its log."""
-    question = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
-    before = httpx.post(f"{process.url}/v1/chat/completions", json=question, timeout=60).json()["choices"]
-    with ThreadPoolExecutor(4) as threads:
-        load = [threads.submit(httpx.post, f"{process.url}/v1/chat/completions", json=endless(), timeout=60) for _ in range(4)]
-        time.sleep(0.5)
-        process.process.kill()
-        assert all(isinstance(one.exception(30), httpx.TransportError) for one in load)
-    again = Process(folder, recipe_file, tmp_path / "again", "--log-file", "/dev/full")
-    try:
-        again.wait_until_ready()
-        assert httpx.post(f"{again.url}/v1/chat/completions", json=question, timeout=60).json()["choices"] == before
-    finally:
-        again.stop()
+    assert server.process.wait(60) == 0
 
 
 def test_a_public_address_needs_keys(folder):

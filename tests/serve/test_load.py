@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.serve.fuzz import CHAT, RECIPE, fuzz
-from benchmarks.serve.soak import faults_in, markdown, memory_growth, recompute, report, soak
+from benchmarks.serve.soak import faults_in, memory_growth, recompute, report, soak
 from benchmarks.serve.throughput import body, measure
+from quota.bench.serving import soak_table
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe
 from quota.server.errors import as_api_error
@@ -26,11 +30,12 @@ def test_mixed_load(serving):
     assert not account.problems, account.problems
     assert account.compared > 5 and account.outcomes["left"] and account.outcomes["refusal: 400"]
     server.idle()
-    found = report(account, argparse.Namespace(requests=45, first=0, clients=6), 1.0, "finished")
-    assert sum(found["pictures"].values()) > 20 and len(found["pictures"]) > 5 and "| problems | none |" in markdown(found)
-    account.good = [(account.good[0][0], [("another answer", "stop")])]
+    found = report(account, argparse.Namespace(requests=45, first=0, clients=6, threads=1), 1.0, "finished")
+    assert sum(found["pictures"].values()) > 20 and len(found["pictures"]) > 5
+    assert re.search(r"\| problems +\| none +\|", soak_table(found)) and f"{account.compared} of {account.compared} kept, 0 differ" in soak_table(found)
+    account.good = {next(iter(account.good)): [("another answer", "stop")]}
     asyncio.run(recompute(alone.url, account, "tiny"))
-    assert "alone" in account.problems[0]
+    assert "alone" in account.problems[0] and account.differ == 1
 
 
 def test_faults_of_the_log_are_noticed(tmp_path):
@@ -44,8 +49,11 @@ def test_growth_is_noticed():
 
 
 def test_throughput_rows_pass_their_gate(server):
-    row = asyncio.run(measure(server.url, 3, 1, lambda number: body("tiny", number, None)))
-    assert row["requests"] == 3 and row["tokens"] > 0 and row["ttft_p50_ms"] <= row["ttft_p99_ms"]
+    row = asyncio.run(measure(server.url, 3, 5, lambda number: body("tiny", number, None), first=50))
+    assert row["requests"] == 5 and row["tokens_per_s"] > 0 and row["ttft_ms"] == sorted(row["ttft_ms"])
+    seeds = itertools.count()
+    with pytest.raises(RuntimeError, match="differ from those given alone"):
+        asyncio.run(measure(server.url, 3, 1, lambda number: {**body("tiny", 0, None), "seed": next(seeds)}))
 
 
 def test_fuzzing_finds_nothing():

@@ -20,9 +20,10 @@ from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.family import Family, family_of
 from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
+from quota.runtime.engine.report import entry_of
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
 from quota.runtime.engine.runner import Runner
-from quota.runtime.engine.sampling import Row, logprobs
+from quota.runtime.engine.sampling import Row
 from quota.runtime.engine.scheduler import Scheduler, Turn
 from quota.runtime.engine.sequence import Piece, Sequence
 from quota.runtime.engine.stats import Stats
@@ -315,35 +316,22 @@ class Engine:
         """The next token of a request from its logits."""
         sampling, place = sequence.request.sampling, len(sequence.answer)
         token = logits.choose(sampling, sequence.seed, place)
-        report = () if sampling.logprobs is None else (self._report(logits, token, sampling.logprobs),)
         ends = token in self.eos and not sampling.ignore_eos
+        last = ends or place + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
+        entry = None if sampling.logprobs is None else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
         sequence.append(token)
         self.stats.observe_token(sequence.times)
-        text = "" if sequence.detokenizer is None else sequence.stops.push(sequence.detokenizer.push(token))
-        reason: FinishReason | None = None
-        if ends or sequence.stops.found:
-            reason = "stop"
-        elif place + 1 >= sampling.max_tokens or len(sequence.tokens) >= self.max_tokens:
-            reason = "length"
-        if reason is None:
-            self._outputs.append(Output(sequence.request.id, text, (token,), report))
+        text = sequence.said(token, last)
+        report = () if entry is None else sequence.entries.push(entry, text, sequence.stops.found)
+        if last or sequence.stops.found:
+            self._finish(sequence, "stop" if ends or sequence.stops.found else "length", text, (token,), report)
         else:
-            self._finish(sequence, reason, text, (token,), report)
-
-    def _report(self, logits: Row, token: int, top: int) -> TokenLogprob:
-        own, best = logprobs(logits.values, token, top)
-        return TokenLogprob(token, self._text(token), own, tuple((other, self._text(other), value) for other, value in best))
-
-    def _text(self, token: int) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+            self._outputs.append(Output(sequence.request.id, text, (token,), report))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = (),
                 report: tuple[TokenLogprob, ...] = (), error: str | None = None) -> None:  # fmt: skip
         if self._sequences.pop(sequence.request.id, None) is None:
             return
-        if reason in ("stop", "length") and sequence.detokenizer is not None:
-            text += sequence.stops.push(sequence.detokenizer.flush())
-            text += sequence.stops.flush()
         self.scheduler.remove(sequence)
         for leader in self._sequences.values():
             if sequence in leader.followers:

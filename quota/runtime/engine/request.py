@@ -77,12 +77,18 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its text, its natural log-probability under the model's own distribution (temperature 1), and the likeliest alternatives."""
+    """A token and its natural log-probability under the model's own distribution (temperature 1).
+
+    text: what it adds to the answer, so that the texts of all tokens join to the answer's; a character that several tokens make is the last one's.
+    An alternative that would add none has its name in the vocabulary. utf8: its bytes, its share of such a character too; None for special tokens.
+    top: the likeliest alternatives in its place, best first.
+    """
 
     token: int
     text: str
+    utf8: bytes | None
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

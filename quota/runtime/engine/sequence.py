@@ -22,6 +22,7 @@ from quota.runtime.engine.places import Places
 from quota.runtime.engine.plan import Segments, plan_prompt
 from quota.runtime.engine.pool import Page, PagePool
 from quota.runtime.engine.prefix import Content, PageNames, content_of, digest
+from quota.runtime.engine.report import Entries
 from quota.runtime.engine.request import Request, Usage
 from quota.runtime.engine.text import Detokenizer, StopWatch
 from quota.runtime.engine.work import Work
@@ -80,6 +81,7 @@ class Sequence:
         self.times = Times()
         self.detokenizer: Detokenizer | None = None
         self.stops = StopWatch(request.sampling.stop)
+        self.entries = Entries()
         self.kept: dict[int, np.ndarray] = {}  # layer -> prompt tokens alive from there on
         self.followers: list[Sequence] = []  # requests of the same prompt, which wait for its pages
 
@@ -171,6 +173,13 @@ class Sequence:
         self.tokens.append(token)
         for names in self.names:
             names.append(token)
+
+    def said(self, token: int, last: bool) -> str:
+        """The text that may be shown after a new token of the answer."""
+        if self.detokenizer is None:
+            return ""
+        text = self.stops.push(self.detokenizer.push(token))
+        return text + self.stops.push(self.detokenizer.flush()) + self.stops.flush() if last else text
 
     # work
 

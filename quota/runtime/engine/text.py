@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")  # how sentencepiece's do
 _REPLACEMENT = "\ufffd"  # a tokenizer's answer to bytes that do not make a character yet
 
 
@@ -30,13 +35,46 @@ class Detokenizer:
         """What is left at the end."""
         return self._read(final=True)
 
+    def peek(self, token: int, final: bool = False) -> str:
+        """What `push(token)` would return, with `flush()` after it where it is the last; changes nothing."""
+        return self._news([*self._tokens[self._settled :], token], final) or ""
+
+    def utf8(self, token: int) -> bytes | None:
+        """UTF-8 of what `token` would add, its share where several tokens make a character; None for one that adds nothing, as special ones."""
+        own = None
+        if self._given < len(self._tokens) or not self.peek(token):
+            own = self._own_bytes(token)
+        return own or self.peek(token).lstrip(_REPLACEMENT).encode() or None
+
+    def name(self, token: int) -> str:
+        """The text `token` would add, or its name in the vocabulary where it would add none."""
+        return self.peek(token) or str(self.tokenizer.convert_ids_to_tokens(token) or "")
+
+    def _own_bytes(self, token: int) -> bytes | None:
+        """What a vocabulary of bytes says of a token; None where it does not."""
+        name = str(self.tokenizer.convert_ids_to_tokens(token) or "")
+        if found := _BYTE.match(name):
+            data = bytes([int(found[1], 16)])
+        elif all(character in _BYTES for character in name):
+            data = bytes(_BYTES[character] for character in name)
+        else:
+            return None
+        return data if data.decode(errors="replace") == self._decode([token]) else None
+
     def _read(self, final: bool) -> str:
-        before, now = self._decode(self._tokens[self._settled : self._given]), self._decode(self._tokens[self._settled :])
-        if not final and (now.endswith(_REPLACEMENT) or not now.startswith(before)):
+        news = self._news(self._tokens[self._settled :], final)
+        if news is None:
             return ""
-        if now != before:  # a special token has no text and is no context
+        if news:  # a special token has no text and is no context
             self._settled = self._given
         self._given = len(self._tokens)
+        return news
+
+    def _news(self, unsettled: Sequence[int], final: bool) -> str | None:
+        """Text of the tokens from the settled ones on that was not returned yet; None while it may still change."""
+        before, now = self._decode(self._tokens[self._settled : self._given]), self._decode(unsettled)
+        if not final and (now.endswith(_REPLACEMENT) or not now.startswith(before)):
+            return None
         return now[len(before) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
