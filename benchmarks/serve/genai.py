@@ -68,20 +68,20 @@ def engine(checkpoint: str, threads: int) -> Iterator[Engine]:
         yield made
 
 
-def measure(engine: Engine, clients: int, requests: int, tokens: int) -> tuple[float, list[list[float]]]:
-    """(seconds, for every request the seconds until each of its tokens); `clients` requests are under way until none is left."""
+def measure(engine: Engine, clients: int, requests: int, tokens: int) -> tuple[float, float, list[list[float]]]:
+    """(seconds, processor time, for every request the seconds until each of its tokens); `clients` requests are under way until none is left."""
     _run(engine, range(clients), clients, tokens)  # warms up
     return _run(engine, range(clients, clients + requests), clients, tokens)
 
 
-def _run(engine: Engine, numbers: range, clients: int, tokens: int) -> tuple[float, list[list[float]]]:
+def _run(engine: Engine, numbers: range, clients: int, tokens: int) -> tuple[float, float, list[list[float]]]:
     waiting, running, found = iter([(number, engine.prompt(number)) for number in numbers]), [], []
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     while True:
         while len(running) < clients and (following := next(waiting, None)) is not None:
             running.append((time.perf_counter(), engine.ask(*following, tokens), []))
         if not running:
-            return time.perf_counter() - began, found
+            return time.perf_counter() - began, time.process_time() - spent, found
         engine.pipeline.step()
         now, still = time.perf_counter(), []
         for arrived, handle, times in running:

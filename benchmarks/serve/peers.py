@@ -45,25 +45,26 @@ class _Clock(BaseStreamer):
         pass
 
 
-def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tuple[int, int]) -> tuple[float, list[list[float]]]:
+def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tuple[int, int]) -> tuple[float, float, list[list[float]]]:
     """transformers' generate in this process, as many threads as torch has: batches of `clients` requests, exactly `tokens` tokens each, nothing pruned.
-    Returns (seconds of all batches, for every request the seconds until each of its tokens); the rows of a batch come together."""
+    Returns (seconds of all batches, their processor time, for every request the seconds until each of its tokens); the rows of a batch come together."""
     model = load(checkpoint)
-    processor, seconds, found = model.processor, 0.0, []
+    processor, seconds, cpu_s, found = model.processor, 0.0, 0.0, []
     for turn in range(batches + 1):
         asked = [question(number, size) for number in range(turn * clients, (turn + 1) * clients)]
         images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in asked]
         turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text, _ in asked]
         template = processor.chat_template or _PLAIN
         texts = [processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False) for messages in turns]
-        clock, began = _Clock(), time.perf_counter()
+        clock, began, spent = _Clock(), time.perf_counter(), time.process_time()
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
         with torch.no_grad():
             model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
         if turn:  # the first batch warms up
             seconds += time.perf_counter() - began
+            cpu_s += time.process_time() - spent
             found += [[at - began for at in clock.times[1:]]] * clients  # the first call is the prompt
-    return seconds, found
+    return seconds, cpu_s, found
 
 
 @contextlib.contextmanager

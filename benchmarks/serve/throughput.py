@@ -65,8 +65,10 @@ async def timed(http: httpx.AsyncClient, content: bytes) -> tuple[str, list[floa
     return text, times
 
 
-async def measure(url: str, clients: int, requests: int, asked_of: Callable[[int], dict[str, Any]], first: int = 0) -> dict[str, Any]:
-    """One row, after its gate. asked_of: number -> body, asked from `first` on."""
+async def measure(
+    url: str, cpu_s: Callable[[], float], clients: int, requests: int, asked_of: Callable[[int], dict[str, Any]], first: int = 0
+) -> dict[str, Any]:
+    """One row, after its gate. cpu_s: processor time of the server; asked_of: number -> body, asked from `first` on."""
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients + 2)) as http:
         gate, *asked = _encoded(asked_of, range(first, first + min(clients, _GATE) + requests), requests)
         alone = [(await timed(http, content))[0] for content in gate]
@@ -80,10 +82,9 @@ async def measure(url: str, clients: int, requests: int, asked_of: Callable[[int
             for content in waiting:
                 found.append((await timed(http, content))[1])
 
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), cpu_s()
         await asyncio.gather(*(client() for _ in range(clients)))
-        seconds = time.perf_counter() - began
-    return summary(seconds, found)
+        return summary(time.perf_counter() - began, cpu_s() - spent, found)
 
 
 def _encoded(asked_of: Callable[[int], dict[str, Any]], numbers: range, requests: int) -> list[Any]:
@@ -92,12 +93,13 @@ def _encoded(asked_of: Callable[[int], dict[str, Any]], numbers: range, requests
     return [made[:-requests], *made[-requests:]]
 
 
-def summary(seconds: float, found: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The columns of a row. found: for every request, seconds until each piece of its text."""
+def summary(seconds: float, cpu_s: float, found: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The columns of a row. cpu_s: processor time of the engine; found: for every request, seconds until each piece of its text."""
+    tokens = TOKENS * len(found)
     first = sorted(times[0] for times in found if times)
     between = sorted(b - a for times in found for a, b in pairwise(times))
     return {
-        "requests": len(found), "tokens_per_s": round(TOKENS * len(found) / seconds, 1), "requests_per_s": round(len(found) / seconds, 2),
+        "requests": len(found), "tokens_per_s": round(tokens / seconds, 1), "cpu_ms_per_token": round(1e3 * cpu_s / tokens, 3),
         "ttft_ms": [_ms(first, 0.5), _ms(first, 0.99)], "inter_token_ms": [_ms(between, 0.5), _ms(between, 0.99)], "seconds": round(seconds, 2),
     }  # fmt: skip
 
@@ -166,14 +168,14 @@ def _ours(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None
     with served(options.checkpoint, *flags) as server:
         for clients, requests in work.items():
             for name, recipe in recipes.items():
-                made.add(name, clients, partial(_over_http, server.url, clients, requests, partial(body, "m", recipe=recipe), next(numbers)))
+                made.add(name, clients, partial(_over_http, server.url, server.cpu_s, clients, requests, partial(body, "m", recipe=recipe), next(numbers)))
 
 
 def _transformers_serve(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
     numbers, environment = _fresh(), peers.threads(options.threads)
     with peers.endless(options.float_checkpoint) as copy, running(lambda port: peers.serve_command(copy, port), "/health", environment) as server:
         for clients, requests in work.items():
-            made.add("transformers serve", clients, partial(_over_http, server.url, clients, requests, partial(plain_body, copy), next(numbers)))
+            made.add("transformers serve", clients, partial(_over_http, server.url, server.cpu_s, clients, requests, partial(plain_body, copy), next(numbers)))
 
 
 def _over_http(*args: Any) -> dict[str, Any]:

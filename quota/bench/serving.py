@@ -16,9 +16,9 @@ def throughput_table(found: Sequence[Mapping[str, Any]]) -> str:
         alone = single.get(row["implementation"])
         scaling = f"{row['tokens_per_s'] / alone:.2f}" if alone else "-"
         times = [milliseconds(value) for name in ("ttft_ms", "inter_token_ms") for value in row[name]]
-        lines.append([row["implementation"], row["size"]["clients"], f"{row['tokens_per_s']:.0f}", scaling, *times])
+        lines.append([row["implementation"], row["size"]["clients"], f"{row['tokens_per_s']:.0f}", scaling, milliseconds(row["cpu_ms_per_token"]), *times])
     notes = dict.fromkeys(f"*{row['implementation']}*: {row['note']}." for row in found if "note" in row)
-    head = ["engine", "clients", "tokens/s", "× 1 client", "TTFT p50", "TTFT p99", "inter-token p50", "inter-token p99"]
+    head = ["engine", "clients", "tokens/s", "× 1 client", "CPU per token", "TTFT p50", "TTFT p99", "inter-token p50", "inter-token p99"]
     return "\n".join([markdown_table(head, lines), *notes]).rstrip() + "\n"
 
 

@@ -48,7 +48,7 @@ def test_every_machine_shows_its_best_instruction_set() -> None:
 def test_throughput_is_compared_with_one_client() -> None:
     rows = [
         row(2, 0.0, op="serve", shape="embedded", implementation=name, ours=name == "quota serve", size={"clients": clients}, tokens_per_s=speed,
-            ttft_ms=[10.0, 20.0], inter_token_ms=[1.0, None], **({"note": "on two legs"} if name == "a peer" else {}))
+            cpu_ms_per_token=2.0, ttft_ms=[10.0, 20.0], inter_token_ms=[1.0, None], **({"note": "on two legs"} if name == "a peer" else {}))
         for name, clients, speed in (("a peer", 1, 50.0), ("quota serve", 16, 300.0), ("quota serve", 1, 100.0))
     ]  # fmt: skip
     lines = tables.throughput_block(rows).splitlines()

@@ -72,7 +72,9 @@ class Replicas:
         command = [sys.executable, "-m", "quota.cli.main", "serve", str(folder), "--recipe", f"q={recipe_file}", "--port", self.url.rpartition(":")[2]]
         command += ["--threads", "1", "--kv-memory", "4M", "--replicas", "2", "--session-affinity", "--log-file", str(log)]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment |= {"RAY_raylet_start_wait_time_s": str(START_S), "RAY_agent_register_timeout_ms": str(1000 * START_S)}
+        # a loaded machine takes its time, and Ray would start again and again
+        environment |= {name: str(START_S) for name in ("RAY_raylet_start_wait_time_s", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")}
+        environment |= {"RAY_agent_register_timeout_ms": str(1000 * START_S), "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
         self.process = subprocess.Popen(command, env=environment, stdout=self.output, stderr=self.output)
 
     def started(self) -> list[dict[str, Any]]:
