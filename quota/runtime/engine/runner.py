@@ -89,7 +89,7 @@ class _Slots:
 
 def _on(array: np.ndarray, family: Family) -> Tensor:
     """A copy on the family's device, or on the host the array itself."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(family.device)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(family.device)
 
 
 def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
