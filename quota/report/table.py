@@ -38,11 +38,11 @@ def interval(low: float, high: float, digits: int = 1) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A padded Markdown table; columns whose cells all start with a digit, sign or "-" are right-aligned."""
+    """A padded Markdown table; columns after the first whose cells all start with a digit, sign or "-" are right-aligned."""
     cells = [[_cell(c) for c in row] for row in rows]
     _check(columns, cells)
     head = [_cell(c) for c in columns]
-    right = [_numeric([row[i] for row in cells]) for i in range(len(head))]
+    right = [i > 0 and _numeric([row[i] for row in cells]) for i in range(len(head))]
     widths = [max(3, len(head[i]), *(len(row[i]) for row in cells)) if cells else max(3, len(head[i])) for i in range(len(head))]
     lines = [head, *cells]
     out = ["| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |" for line in lines]
@@ -56,7 +56,7 @@ def rich_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
     _check(columns, cells)
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if _numeric([row[i] for row in cells]) else "left", no_wrap=i == 0)
+        table.add_column(name, justify="right" if i and _numeric([row[i] for row in cells]) else "left", no_wrap=i == 0)
     for row in cells:
         table.add_row(*row)
     return table

@@ -18,6 +18,7 @@ def test_formats() -> None:
 
 
 def test_markdown() -> None:
+    assert markdown_table(["weights", "acc"], [["45/25", "9"]]).splitlines()[2] == "| 45/25   |   9 |"
     text = markdown_table(["row", "acc"], [["float", "95.0 %"], ["a|b", "-"]])
     assert text.splitlines() == ["| row   |    acc |", "| ----- | -----: |", "| float | 95.0 % |", "| a\\|b  |      - |"]
     assert markdown_table(["a"], []).splitlines() == ["| a   |", "| --- |"]
