@@ -100,28 +100,30 @@ def save_groups(path: str | Path, title: str, note: str, rows: Sequence[tuple[st
 
 
 def save_tradeoff(path: str | Path, title: str, note: str, rows: Sequence[tuple[str, str, float, Point]]) -> None:
-    """rows: (name, series, compute in percent, retention). One panel per series; names beside their marks, best first."""
+    """rows: (name, series, compute in percent, retention). One panel per series on one scale; names without "(series)", best first."""
     series = list(dict.fromkeys(s for _, s, _, _ in rows))
     most = max(sum(s == name for _, s, _, _ in rows) for name in series)
     height_in = 1.6 + 0.3 * most
+    lowest, highest = min(row[3].low for row in rows), max(row[3].high for row in rows)
+    first = max(0.0, 10 * (lowest // 10) - 5)
     figure = new_figure(5.2 * len(series) + 0.4, height_in)
     for number, name in enumerate(series):
         own = sorted((row for row in rows if row[1] == name), key=lambda row: -row[3].value)
         left = (0.4 + 5.2 * number + 1.9) / (5.2 * len(series) + 0.4)
         axes = add_axes(figure, (left, 0.5 / height_in, 3.1 / (5.2 * len(series) + 0.4), 1 - 1.75 / height_in))
-        _panel(axes, own, _SERIES[number % len(_SERIES)])
+        _panel(axes, [(row[0].removesuffix(f" ({name})"), *row[2:]) for row in own], _SERIES[number % len(_SERIES)])
         tidy(axes, name)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=FAINT, linewidth=0.9)
-        axes.set_xlim(0, max([105.0, *(row[3].high + 25 for row in own)]))
+        axes.set_xlim(first, first + (max(105.0, highest) - first) / 0.64)  # the rest is for the figures beside the marks
     heading(figure, 0.02, title, note + "  ·  right: compute of the whole model")
     save_figure(figure, path)
 
 
-def _panel(axes: Axes, rows: Sequence[tuple[str, str, float, Point]], color: str) -> None:
-    for place, (_, _, spent, point) in enumerate(rows):
+def _panel(axes: Axes, rows: Sequence[tuple[str, float, Point]], color: str) -> None:
+    for place, (_, spent, point) in enumerate(rows):
         axes.plot([point.low, point.high], [place, place], color=color, linewidth=2, alpha=0.45, zorder=2)
         axes.plot(point.value, place, marker="o", markersize=6, color=color, zorder=3)
-        axes.text(point.high + 2, place, f"{point.value:.1f}  at {spent:.0f} %", va="center", fontsize=8, color=MUTED)
+        axes.text(point.high + 1, place, f"{point.value:.1f}  at {spent:.0f} %", va="center", fontsize=8, color=MUTED)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes.invert_yaxis()
