@@ -26,40 +26,70 @@ struct RowState {
   float total[kLanes], middles[kLanes];
 };
 
+// A block of up to 64 slots of one (batch, KV head), sixteen by sixteen.
+struct SlotBlock {
+  CodeRows codes;
+  const float *scale[kParts], *zero[kParts];
+};
+
 template <class V>
-inline void load_scales(const Kv4Head& kv, int64_t count, BlockScales& block) {
-  for (int64_t v = 0; v < kSlots / kLanes; ++v) {
-    const auto scale = V::load(kv.scale + v * kLanes, lanes_of(count, v)), zero = V::load(kv.zero + v * kLanes, lanes_of(count, v));
+inline void load_scales(const SlotBlock& slots, int64_t count, BlockScales& block) {
+  for (int64_t v = 0; v < kParts; ++v) {
+    const auto scale = V::load(slots.scale[v], lanes_of(count, v)), zero = V::load(slots.zero[v], lanes_of(count, v));
     V::store(block.scale + v * kLanes, scale);
     V::store(block.middle + v * kLanes, V::add(zero, V::mul(V::set1(float{kMiddle}), scale)));
   }
 }
 
-// Slots of one (batch, KV head), up to 64 at a time: read where they lie, or, where they lie on several pages, put one after the other first.
-struct SlotRuns {
+// Where the slots of one (batch, KV head) lie: in one row, or on pages, whose blocks begin at slot 0. Pages that are no multiple of sixteen slots are put
+// one after the other first.
+struct Slots {
   const quota::Kv4<const uint8_t, const float>& kv;
   const quota::Pages& pages;
   int64_t batch, head, row_bytes;
+  bool copied;
   Scratch<uint8_t> codes;
   Scratch<float> scales;  // and zeros
 
-  SlotRuns(const quota::Kv4<const uint8_t, const float>& kv, const quota::Pages& pages, int64_t batch, int64_t head, int64_t row_bytes)
-      : kv(kv), pages(pages), batch(batch), head(head), row_bytes(row_bytes), codes(pages.table ? kSlots * row_bytes : 0), scales(pages.table ? 2 * kSlots : 0) {}
+  Slots(const quota::Kv4<const uint8_t, const float>& kv, const quota::Pages& pages, int64_t batch, int64_t head, int64_t row_bytes)
+      : kv(kv), pages(pages), batch(batch), head(head), row_bytes(row_bytes), copied(pages.table && pages.places % kLanes),
+        codes(copied ? kSlots * row_bytes : 0), scales(copied ? 2 * kSlots : 0) {}
 
-  Kv4Head run(int64_t slot, int64_t count) const {
+  Kv4Head at(int64_t slot) const {
     if (!pages.table) return head_of(kv, batch, head, slot, row_bytes);
-    const int32_t* unit = pages.table + batch * pages.width + slot / pages.places;
-    int64_t place = slot % pages.places;
-    if (place + count <= pages.places) return head_of(kv, *unit, head, place, row_bytes);
-    for (int64_t done = 0; done < count; place = 0, ++unit) {
-      const int64_t some = count - done < pages.places - place ? count - done : pages.places - place;
-      const Kv4Head from = head_of(kv, *unit, head, place, row_bytes);
+    return head_of(kv, pages.table[batch * pages.width + slot / pages.places], head, slot % pages.places, row_bytes);
+  }
+
+  SlotBlock block(int64_t slot, int64_t count) const {
+    if (copied) copy(slot, count);
+    SlotBlock out{{{}, row_bytes}, {}, {}};
+    for (int64_t v = 0; v < kParts; ++v) {
+      const int64_t begin = v * kLanes < count ? v * kLanes : 0;  // a part without slots is not read, but points at some
+      const Kv4Head from = copied ? Kv4Head{codes + begin * row_bytes, scales + begin, scales + kSlots + begin} : at(slot + begin);
+      out.codes.part[v] = from.q, out.scale[v] = from.scale, out.zero[v] = from.zero;
+    }
+    return out;
+  }
+
+  // Ask for the slots of the next block. Pages lie anywhere, so no hardware foresees them, and a decoding row takes every slot once.
+  void prefetch(int64_t slot, int64_t count) const {
+    for (int64_t begin = 0; begin < count && begin < kSlots; begin += kLanes) {
+      const Kv4Head from = at(slot + begin);
+      for (int64_t byte = 0; byte < kLanes * row_bytes; byte += 64) __builtin_prefetch(from.q + byte);
+      __builtin_prefetch(from.scale), __builtin_prefetch(from.zero);
+    }
+  }
+
+ private:
+  void copy(int64_t slot, int64_t count) const {
+    for (int64_t done = 0, some; done < count; done += some) {
+      const int64_t left = pages.places - (slot + done) % pages.places;
+      some = count - done < left ? count - done : left;
+      const Kv4Head from = at(slot + done);
       __builtin_memcpy(codes + done * row_bytes, from.q, static_cast<size_t>(some * row_bytes));
       __builtin_memcpy(scales + done, from.scale, static_cast<size_t>(some) * sizeof(float));
       __builtin_memcpy(scales + kSlots + done, from.zero, static_cast<size_t>(some) * sizeof(float));
-      done += some;
     }
-    return {codes, scales, scales + kSlots};
   }
 };
 
@@ -170,7 +200,7 @@ void attention_tile(const quota::AttentionArgs& args, const quota::Pages& pages,
   __builtin_memset(acc.data, 0, static_cast<size_t>(rows * padded) * sizeof(float));
 
   const Scratch<uint8_t> keys(kSlots * padded), values(kSlots * padded), staging(kSlots * padded / 2);
-  const SlotRuns key_runs(args.k, pages, batch, kv_head, row_bytes), value_runs(args.v, pages, batch, kv_head, row_bytes);
+  const Slots all_keys(args.k, pages, batch, kv_head, row_bytes), all_values(args.v, pages, batch, kv_head, row_bytes);
   BlockScales scales[2];  // of keys and of values
   RowBlock block[Dot::kRows];
   alignas(64) int32_t sums[Dot::kRows * kLimbs * kSlots];
@@ -179,9 +209,10 @@ void attention_tile(const quota::AttentionArgs& args, const quota::Pages& pages,
   for (int64_t j = 0; j < seen; j += kSlots) {
     const int64_t count = seen - j < kSlots ? seen - j : kSlots;
     while (seen_by(from) <= j) ++from;
-    const Kv4Head k = key_runs.run(start + j, count), v = value_runs.run(start + j, count);
-    key_panel<V>(whole_rows(k.q, count, row_bytes, padded, staging), padded, keys);
-    value_panels<V>(whole_rows(v.q, count, row_bytes, padded, staging), padded, values);
+    const SlotBlock k = all_keys.block(start + j, count), v = all_values.block(start + j, count);
+    all_keys.prefetch(start + j + kSlots, seen - j - kSlots), all_values.prefetch(start + j + kSlots, seen - j - kSlots);
+    key_panel<V>(whole_rows(k.codes, count, padded, staging), padded, keys);
+    value_panels<V>(whole_rows(v.codes, count, padded, staging), padded, values);
     load_scales<V>(k, count, scales[0]), load_scales<V>(v, count, scales[1]);
     shared.score<V>(from, rows, j, count);
     for (int64_t i = from; i < rows; i += Dot::kRows) {

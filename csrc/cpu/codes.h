@@ -25,28 +25,38 @@ inline Kv4Head head_of(const quota::Kv4<const uint8_t, const float>& kv, int64_t
           kv.zero + b * kv.zero_batch + h * kv.zero_head + start};
 }
 
-// Rows of codes, each readable for whole steps of kDims.
+constexpr int64_t kParts = kSlots / kLanes;
+
+// 64 rows of codes, sixteen by sixteen, each readable for whole steps of kDims.
 struct CodeRows {
-  const uint8_t* data;
+  const uint8_t* part[kParts];
   int64_t stride;
+
+  const uint8_t* row(int64_t i) const { return part[i / kLanes] + i % kLanes * stride; }
 };
 
-// `count` rows as they are when they fill a panel, else copied into `staging` [kSlots][padded / 2] with zeros around.
-inline CodeRows whole_rows(const uint8_t* q, int64_t count, int64_t row_bytes, int64_t padded, uint8_t* staging) {
-  if (count == kSlots && row_bytes == padded / 2) return {q, row_bytes};
+inline CodeRows rows_at(const uint8_t* data, int64_t stride) {
+  CodeRows rows{{}, stride};
+  for (int64_t i = 0; i < kParts; ++i) rows.part[i] = data + i * kLanes * stride;
+  return rows;
+}
+
+// The rows as they are when `count` of them fill a panel, else copied into `staging` [kSlots][padded / 2] with zeros around.
+inline CodeRows whole_rows(const CodeRows& rows, int64_t count, int64_t padded, uint8_t* staging) {
+  if (count == kSlots && rows.stride == padded / 2) return rows;
   __builtin_memset(staging, 0, static_cast<size_t>(kSlots * padded / 2));
-  for (int64_t i = 0; i < count; ++i) __builtin_memcpy(staging + i * (padded / 2), q + i * row_bytes, static_cast<size_t>(row_bytes));
-  return {staging, padded / 2};
+  for (int64_t i = 0; i < count; ++i) __builtin_memcpy(staging + i * (padded / 2), rows.row(i), static_cast<size_t>(rows.stride));
+  return rows_at(staging, padded / 2);
 }
 
 // A panel of 64 keys: [padded / 4][64 slots][4] codes. Four packed bytes hold eight dims: the even ones make one group, the odd ones the next.
 template <class V>
-inline void key_panel(CodeRows rows, int64_t padded, uint8_t* panel) {
+inline void key_panel(const CodeRows& rows, int64_t padded, uint8_t* panel) {
   const auto low = V::iset1(0x0f0f0f0f);
   for (int64_t slot = 0; slot < kSlots; slot += kLanes)
     for (int64_t byte = 0; byte < padded / 2; byte += 16) {
       typename V::I four[4];
-      V::transpose_fours(rows.data + slot * rows.stride + byte, rows.stride, four);
+      V::transpose_fours(rows.part[slot / kLanes] + byte, rows.stride, four);
       for (int64_t i = 0; i < 4; ++i) {
         uint8_t* group = panel + (byte / 4 + i) * 2 * 4 * kSlots + 4 * slot;
         V::store_block(group, V::iand(four[i], low));
@@ -69,14 +79,14 @@ inline void key_order(const float* x, int64_t padded, float* out) {
 
 // Panels of 64 value columns: [padded / 64][16][64 columns][4 slots] codes. See value_dim for the order of the columns.
 template <class V>
-inline void value_panels(CodeRows rows, int64_t padded, uint8_t* panels) {
+inline void value_panels(const CodeRows& rows, int64_t padded, uint8_t* panels) {
   const auto low = V::iset1(0x0f0f0f0f);
   for (int64_t dim = 0; dim < padded; dim += 2 * kDims) {
     const bool whole = padded - dim >= 2 * kDims;  // 64 bytes of a row, else 32
     for (int64_t four = 0; four < kSlots / 4; ++four) {
       typename V::I x[4];
       for (int64_t i = 0; i < 4; ++i) {
-        const uint8_t* from = rows.data + (4 * four + i) * rows.stride + dim / 2;
+        const uint8_t* from = rows.row(4 * four + i) + dim / 2;
         x[i] = whole ? V::load_block(from) : V::load_half_block(from);
       }
       V::interleave_bytes(x);

@@ -59,7 +59,7 @@ struct PackedScores {
       if (c < count) __builtin_memcpy(staging + c * stride, k.q + columns[c] * row_bytes, static_cast<size_t>(row_bytes));
       block.set(c, c < count ? k.scale[columns[c]] : 0.0f, c < count ? k.zero[columns[c]] : 0.0f);
     }
-    key_panel<V>({staging, stride}, rows.padded, panel);
+    key_panel<V>(rows_at(staging, stride), rows.padded, panel);
   }
 
   void scores(int64_t first, int64_t count, float* out) {  // out [count][64]

@@ -38,8 +38,12 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t siz
 #endif
 }
 
-// Rows per piece of parallel work: about 16 thousand multiply-adds, the cost of waking a thread.
-int64_t grain(int64_t work_per_row) { return 1 + (1 << 14) / (work_per_row + 1); }
+// Work per nanosecond of one core, about: multiply-adds on bytes and on floats, bytes that are copied. Attention at one query per head unpacks more than it
+// multiplies.
+enum Rate : int64_t { kByteProducts = 128, kFloatProducts = 16, kAttention = 8, kCopies = 8 };
+
+// Rows per piece of parallel work. Another thread is worth waking for 8 microseconds of it: small models run faster on one.
+int64_t grain(int64_t work_per_row, Rate rate) { return 1 + 8000 * rate / (work_per_row + 1); }
 
 int64_t transform_work(const quota::TransformArgs& t) { return t.l * t.r * ((t.left ? t.l : 0) + (t.right ? t.r : 0) + 1); }
 
@@ -50,7 +54,7 @@ Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
   Tensor y = make({x.size(0), x.size(1)}, ScalarType::Float);
   args.y = static_cast<float*>(y.mutable_data_ptr());
   const auto run = quota::kernels().transform;
-  parallel_for(0, x.size(0), grain(transform_work(args)), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_for(0, x.size(0), grain(transform_work(args), kFloatProducts), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return y;
 }
 
@@ -68,7 +72,7 @@ std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor 
       transform, static_cast<float>(clip), static_cast<uint8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()), first};
   const auto run = quota::kernels().quantize_act;
   const int64_t work = transform_work(transform) + (first == quota::Prologue::kNone ? 0 : kPrologueWork * k);
-  parallel_for(0, m, grain(work), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_for(0, m, grain(work, kFloatProducts), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {q, scale};
 }
 
@@ -78,7 +82,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   Tensor y = make({x.size(0), x.size(1)}, ScalarType::Float);
   const quota::NormArgs args{floats(x), floats(weight), x.size(1), static_cast<float>(eps), static_cast<float*>(y.mutable_data_ptr())};
   const auto run = quota::kernels().rms_norm;
-  parallel_for(0, x.size(0), grain(2 * x.size(1)), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_for(0, x.size(0), grain(2 * x.size(1), kFloatProducts), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return y;
 }
 
@@ -89,7 +93,7 @@ std::tuple<Tensor, Tensor> w4a4_pack(Tensor w_q, int64_t k) {
   prefer_huge_pages(blocks.mutable_data_ptr(), blocks.numel());  // every decode step streams them: fewer addresses to translate
   Tensor col_sum = make({panels * quota::kPanel}, ScalarType::Int);
   const quota::PackArgs args{bytes(w_q), n, k, static_cast<uint8_t*>(blocks.mutable_data_ptr()), static_cast<int32_t*>(col_sum.mutable_data_ptr())};
-  parallel_for(0, panels, grain(quota::kPanel * k), [&](int64_t begin, int64_t end) { quota::pack_weight(args, begin, end); });
+  parallel_for(0, panels, grain(quota::kPanel * k / 2, kCopies), [&](int64_t begin, int64_t end) { quota::pack_weight(args, begin, end); });
   return {blocks, col_sum};
 }
 
@@ -111,18 +115,18 @@ Tensor w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Te
       bias ? floats(*bias) : nullptr, static_cast<float*>(y.mutable_data_ptr()), m, n, k};
   const quota::Linear& linear = quota::kernels().linear;
   if (m <= linear.few) {
-    parallel_for(0, panels, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) { linear.few_rows(args, begin, end); });
+    parallel_for(0, panels, grain(m * k * quota::kPanel, kByteProducts), [&](int64_t begin, int64_t end) { linear.few_rows(args, begin, end); });
     return y;
   }
   Tensor a = make({round_up(m, linear.multiple), lda}, ScalarType::Char), row_sum = make({m}, ScalarType::Int);
   const quota::UnpackArgs unpack{args.x_q, k, static_cast<int8_t*>(a.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())};
-  parallel_for(0, m, grain(k / 8), [&](int64_t begin, int64_t end) { linear.unpack(unpack, begin, end); });
+  parallel_for(0, m, grain(k, kCopies), [&](int64_t begin, int64_t end) { linear.unpack(unpack, begin, end); });
   args.a = unpack.a, args.row_sum = unpack.row_sum;
 
   const int64_t row_blocks = quota::row_blocks(linear, m, panels, torch::stable::get_num_threads());
   const int64_t block = round_up((m + row_blocks - 1) / row_blocks, linear.multiple);
   // Work in the order of row blocks, then panels: each thread's share is a run of panels of one block, perhaps the end of it and the next one's begin.
-  parallel_for(0, row_blocks * panels, grain(block * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+  parallel_for(0, row_blocks * panels, grain(block * k * quota::kPanel, kByteProducts), [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t row = begin / panels * block, panel = begin % panels, count = panels - panel < end - begin ? panels - panel : end - begin;
       if (row < m) linear.multiply(args, {panel, panel + count, row, row + block < m ? row + block : m});
@@ -140,7 +144,7 @@ void kv4_append(Tensor cache_q, Tensor cache_scale, Tensor cache_zero, Tensor x,
                   ", the cache holds ", cache_q.size(2));
   const quota::AppendArgs args{cache, floats(x), heads, tokens, dim, position, static_cast<float>(clip)};
   const auto run = quota::kernels().append;
-  parallel_for(0, batch * heads * tokens, grain(4 * dim), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_for(0, batch * heads * tokens, grain(4 * dim, kFloatProducts), [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 Tensor qkv_append(
@@ -152,7 +156,7 @@ Tensor qkv_append(
   args.q = static_cast<float*>(q.mutable_data_ptr());
   const int64_t all = args.heads + 2 * args.kv_heads;
   const auto run = quota::kernels().heads;
-  parallel_for(0, qkv.size(0) * args.tokens * all, grain(args.dim * args.dim), [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_for(0, qkv.size(0) * args.tokens * all, grain(args.dim * args.dim, kFloatProducts), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return q;
 }
 
@@ -162,7 +166,7 @@ std::tuple<Tensor, Tensor> attention(quota::AttentionArgs args, const quota::Pag
   args.out = static_cast<float*>(out.mutable_data_ptr()), args.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
   const auto run = quota::kernels().attention;
-  parallel_for(0, batch * kv_heads * tiles, grain(2 * args.length * args.dim), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * kv_heads * tiles, grain(2 * args.length * args.dim, kAttention), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       // Later tiles see more slots: early and late ones take turns, so that a contiguous share of the pieces is an even share of the work.
       const int64_t turn = i / (batch * kv_heads), tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
@@ -289,7 +293,7 @@ Tensor token_gather(Tensor x, Tensor index) {
     STD_TORCH_CHECK(from[i] >= 0 && from[i] < slots, "index: expected 0 <= index < ", slots, ", got ", from[i]);
   Tensor y = make({batch, taken, row_bytes}, ScalarType::Byte);
   auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
-  parallel_for(0, batch * taken, grain(row_bytes / 4), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * taken, grain(row_bytes, kCopies), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       std::memcpy(out + i * row_bytes, bytes(x) + (i / taken * slots + from[i]) * row_bytes, static_cast<size_t>(row_bytes));
   });
@@ -304,7 +308,7 @@ Tensor float_linear(Tensor x, Tensor panels, int64_t n) {
   Tensor y = make({m, n}, ScalarType::Float);
   const quota::FloatLinearArgs args{floats(x), panels.const_data_ptr(), bfloat16, m, n, k, static_cast<float*>(y.mutable_data_ptr())};
   const auto run = quota::kernels().float_linear;
-  parallel_for(0, count, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, grain(m * k * quota::kPanel, kFloatProducts), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) run(args, panel);
   });
   return y;
@@ -319,7 +323,7 @@ Tensor w4a16_linear(Tensor x, Tensor words, Tensor params, int64_t n, MaybeTenso
   Tensor y = make({m, n}, ScalarType::Float);
   const quota::GroupedArgs args{floats(x), ints(words), floats(params), bias ? floats(*bias) : nullptr, static_cast<float*>(y.mutable_data_ptr()), m, n, k};
   const auto run = quota::kernels().grouped_linear;
-  parallel_for(0, panels, grain(m * k * quota::kPanel), [&](int64_t begin, int64_t end) {
+  parallel_for(0, panels, grain(m * k * quota::kPanel, kFloatProducts), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) run(args, panel);
   });
   return y;
@@ -373,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor> kv4_page_read(Tensor pages_q, Tensor pages_sc
   auto* to_q = static_cast<uint8_t*>(q.mutable_data_ptr());
   auto* to_scale = static_cast<float*>(scale.mutable_data_ptr());
   auto* to_zero = static_cast<float*>(zero.mutable_data_ptr());
-  parallel_for(0, batch * heads, grain(capacity * row_bytes / 4), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * heads, grain(capacity * row_bytes, kCopies), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads, slots = ints(length)[b], pad = capacity - slots;
       const auto put = [&](auto* to, const auto* from, int64_t width_of_slot) {

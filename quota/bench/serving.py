@@ -9,16 +9,17 @@ from quota.report.table import markdown_table, milliseconds
 
 
 def throughput_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """One line per engine and number of clients; `× 1 client` is tokens per second over those of the engine's own row with one client."""
-    single = {row["implementation"]: row["tokens_per_s"] for row in found if row["size"]["clients"] == 1}
+    """One line per engine, tokens of an answer and clients; `× 1 client` is tokens per second over those of the engine's own row with one client."""
+    single = {(row["implementation"], row["size"]["new"]): row["tokens_per_s"] for row in found if row["size"]["clients"] == 1}
     lines = []
-    for row in sorted(found, key=lambda row: (not row["ours"], row["implementation"], row["size"]["clients"])):
-        alone = single.get(row["implementation"])
+    for row in sorted(found, key=lambda row: (row["size"]["new"], not row["ours"], row["implementation"], row["size"]["clients"])):
+        alone = single.get((row["implementation"], row["size"]["new"]))
         scaling = f"{row['tokens_per_s'] / alone:.2f}" if alone else "-"
         times = [milliseconds(value) for name in ("ttft_ms", "inter_token_ms") for value in row[name]]
-        lines.append([row["implementation"], row["size"]["clients"], f"{row['tokens_per_s']:.0f}", scaling, milliseconds(row["cpu_ms_per_token"]), *times])
+        size, spent = row["size"], milliseconds(row["cpu_ms_per_token"])
+        lines.append([row["implementation"], size["new"], size["clients"], f"{row['tokens_per_s']:.0f}", scaling, spent, *times])
     notes = dict.fromkeys(f"*{row['implementation']}*: {row['note']}." for row in found if "note" in row)
-    head = ["engine", "clients", "tokens/s", "× 1 client", "CPU per token", "TTFT p50", "TTFT p99", "inter-token p50", "inter-token p99"]
+    head = ["engine", "answer", "clients", "tokens/s", "× 1 client", "CPU per token", "TTFT p50", "TTFT p99", "inter-token p50", "inter-token p99"]
     return "\n".join([markdown_table(head, lines), *notes]).rstrip() + "\n"
 
 

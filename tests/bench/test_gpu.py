@@ -32,7 +32,7 @@ def test_a_dry_run_plans_every_section_and_makes_every_check(monkeypatch: pytest
         assert by_name[section]["checks"] == len(offered) > 15
     assert {check.op.name for check in checks.all_checks(5, True)} == set(registered())  # no op without a check
     assert "llava-1.5-7b.down M=640" in by_name["linears"]["would_time"] and len(by_name["sanitizer"]["would_run"]) == 3
-    assert by_name["models"]["would_time"][1] == "llava-1.5-7b B=1: quota, keep 0.3" and len(by_name["models"]["would_time"]) == 12
+    assert by_name["models"]["would_time"][1] == "llava-1.5-7b B=1: quota, keep 0.3" and len(by_name["models"]["would_time"]) == 20
 
 
 def test_one_failing_section_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -191,9 +191,10 @@ def test_flash_attention_is_timed_where_it_is_installed(device: None, monkeypatc
 def test_whole_models_answer_alone_and_in_batches(arch: str, batches: tuple[int, ...]) -> None:
     found = list(models.rows(arch, models.Sizes("cpu", layers=3, batches=batches, repeats=1)))
     assert not models.failures(found) and not any("failed" in row for row in found), found
-    names = ("quota", "quota, keep 0.3", "transformers bf16, sdpa")
+    names = ("quota", "quota, keep 0.3", "quota, engine", "quota, engine, keep 0.3", "transformers bf16, sdpa")
     assert [(row["implementation"], row["case"]) for row in found] == [(name, f"{arch} B={batch}") for name in names for batch in batches]
-    whole, pruned, floats = found[:: len(batches)]
+    whole, pruned, served, served_pruned, floats = found[:: len(batches)]
+    assert 0 < served_pruned["kv_bytes"] < served["kv_bytes"] and min(served["ttft_ms"], served["decode_ms"]) > 0
     assert whole["cache_tokens"] == floats["cache_tokens"] == 640 + 31 and pruned["cache_tokens"] == 640 + 31 - (576 - 173) / 3
     if len(batches) > 1:
         assert pruned["kv_bytes"] < whole["kv_bytes"] < floats["kv_bytes"] and found[1]["kv_bytes"] == 2 * whole["kv_bytes"]
@@ -207,6 +208,6 @@ def test_a_model_that_cannot_run_is_a_failure_and_the_others_go_on(monkeypatch: 
     monkeypatch.setattr(models, "patched", without_pydantic)
     monkeypatch.setattr(models, "float_model", without_pydantic)
     found = list(models.rows("embedded", models.Sizes("cpu", layers=3, batches=(1,), repeats=1)))
-    assert ["failed" in row for row in found] == [False, True, True]
+    assert ["failed" in row for row in found] == [False, True, False, False, True]
     assert models.failures(found) == ["embedded, quota, keep 0.3: ModuleNotFoundError: No module named 'pydantic'"]
     assert "No module named 'pydantic'" in models.table(found)

@@ -47,11 +47,11 @@ def test_every_machine_shows_its_best_instruction_set() -> None:
 
 def test_throughput_is_compared_with_one_client() -> None:
     rows = [
-        row(2, 0.0, op="serve", shape="embedded", implementation=name, ours=name == "quota serve", size={"clients": clients}, tokens_per_s=speed,
+        row(2, 0.0, op="serve", shape="embedded", implementation=name, ours=name == "quota serve", size={"clients": clients, "new": 32}, tokens_per_s=speed,
             cpu_ms_per_token=2.0, ttft_ms=[10.0, 20.0], inter_token_ms=[1.0, None], **({"note": "on two legs"} if name == "a peer" else {}))
         for name, clients, speed in (("a peer", 1, 50.0), ("quota serve", 16, 300.0), ("quota serve", 1, 100.0))
     ]  # fmt: skip
     lines = tables.throughput_block(rows).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in lines if line.startswith("| quota") or line.startswith("| a peer")]
-    assert cells == [["quota serve", "1", "100", "1.00"], ["quota serve", "16", "300", "3.00"], ["a peer", "1", "50", "1.00"]]
+    cells = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines if line.startswith("| quota") or line.startswith("| a peer")]
+    assert cells == [["quota serve", "32", "1", "100", "1.00"], ["quota serve", "32", "16", "300", "3.00"], ["a peer", "32", "1", "50", "1.00"]]
     assert "*a peer*: on two legs." in lines

@@ -288,7 +288,7 @@ def models(options: Options) -> dict[str, Any]:
 
     sizes = models.Sizes()
     if options.dry:
-        names = ("quota", f"quota, keep {models.KEEP:g}", "transformers bf16")
+        names = [f"{name}{kept}" for name in ("quota", "quota, engine") for kept in ("", f", keep {models.KEEP:g}")] + ["transformers bf16"]
         return {"would_time": [f"{arch} B={batch}: {name}" for arch in models.ARCHS for batch in sizes.batches for name in names]}
     _require_library()
     found = [row for arch in models.ARCHS for row in models.rows(arch, sizes)]

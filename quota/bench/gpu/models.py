@@ -1,11 +1,13 @@
 """Whole 7B models with random weights, made on the device: ours unpruned and with 30 % of the visual tokens, transformers in bfloat16 beside them.
 
-A request is that of `quota bench model`: 576 visual and 64 text tokens, answered with 32. A batch is the same request several times.
+A request is that of `quota bench model`: 576 visual and 64 text tokens, answered with 32. A batch is the same request several times; the serving engine,
+whose decode steps are CUDA graphs, gets another picture each time, since it computes equal ones once.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -39,6 +41,7 @@ def rows(arch: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """One row per implementation and batch; one that cannot run gives a row that says why, and the others go on."""
     for name, keep in (("quota", None), (f"quota, keep {KEEP:g}", KEEP)):
         yield from _measured(arch, name, lambda: make_model(config_of(arch, sizes.layers), sizes.device), sizes, keep)
+    yield from _served(arch, sizes)
     attention = "flash_attention_2" if why_not_flash(torch.device(sizes.device), FLOAT) is None else "sdpa"
     yield from _measured(
         arch, f"transformers bf16, {attention}", lambda: float_model(config_of(arch, sizes.layers), FLOAT, sizes.device, attention), sizes, None
@@ -60,6 +63,10 @@ def _measured(arch: str, name: str, make: Callable[[], Any], sizes: Sizes, keep:
         except Exception as error:
             yield row | {"failed": _said(error)}
     del model
+    _free(sizes)
+
+
+def _free(sizes: Sizes) -> None:
     gc.collect()
     if sizes.device != "cpu":
         torch.cuda.empty_cache()
@@ -72,12 +79,77 @@ def _answers(model: Any, batch: int, sizes: Sizes) -> dict[str, Any]:
     del cache
     with measured(torch.device(sizes.device)) as cost:
         spent = [answer(model, inputs)[0] for _ in range(sizes.repeats)]
+    return _row(batch, spent, cost) | {"kv_bytes": held, "cache_tokens": sum(tokens) / len(tokens)}
+
+
+def _row(batch: int, spent: list[dict[str, float]], cost: Any) -> dict[str, Any]:
     ttft_ms, decode_ms = (median(s[name] for s in spent) for name in ("ttft_ms", "decode_ms"))
     found = {
-        "ttft_ms": round(ttft_ms, 3), "decode_ms": round(decode_ms, 3), "tokens_per_s": round(1e3 * batch / decode_ms, 1),
-        "kv_bytes": held, "cache_tokens": sum(tokens) / len(tokens), "new_tokens": NEW_TOKENS,
+        "ttft_ms": round(ttft_ms, 3), "decode_ms": round(decode_ms, 3), "tokens_per_s": round(1e3 * batch / decode_ms, 1), "new_tokens": NEW_TOKENS,
     }  # fmt: skip
     return found if cost is None else found | {"peak_bytes": cost.peak_bytes, "power_w": cost.power_w, "power_why_not": cost.power_why_not}
+
+
+def _served(arch: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """The serving engine's rows, unpruned and pruned."""
+    names = {None: "quota, engine", "q": f"quota, engine, keep {KEEP:g}"}
+    try:
+        engine, prompt = _engine(arch, sizes)
+    except Exception as error:
+        yield {"case": arch, "implementation": names[None], "failed": _said(error)}
+        return
+    for recipe, name in names.items():
+        for batch in sizes.batches:
+            row = {"case": f"{arch} B={batch}", "implementation": name}
+            try:
+                held = _batch(engine, [prompt() for _ in range(batch)], recipe)["kv_bytes"]
+                with measured(torch.device(sizes.device)) as cost:
+                    spent = [_batch(engine, [prompt() for _ in range(batch)], recipe) for _ in range(sizes.repeats)]
+                yield row | _row(batch, spent, cost) | {"kv_bytes": int(held)}
+            except Exception as error:
+                yield row | {"failed": _said(error)}
+    del engine, prompt
+    _free(sizes)
+
+
+def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
+    """An engine with room for the largest batch, and what makes a prompt with a picture of its own."""
+    from quota.runtime.engine import Engine, EngineConfig, Prompt
+    from quota.runtime.engine.storage import unit_bytes
+
+    model = make_model(config_of(arch, sizes.layers), sizes.device)
+    inputs, generator, page_tokens = request(model), torch.Generator().manual_seed(1), EngineConfig.page_tokens
+    text, ids = model.config.text_config, inputs["input_ids"][0].tolist()
+    pages = max(sizes.batches) * text.num_hidden_layers * -(-(len(ids) + NEW_TOKENS) // page_tokens)
+    config = EngineConfig(
+        kv_bytes=pages * unit_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads), prefix_cache=False, feature_bytes=0,
+        step_tokens=max(sizes.batches) * len(ids),  # all prompts in one step, as `generate` takes them
+    )  # fmt: skip
+    engine = Engine(model, recipes={"q": recipe_for(model, KEEP)}, config=config)
+
+    def prompt() -> Prompt:
+        pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
+        return Prompt(ids, engine.family.pictures({**inputs, "pixel_values": pixels}))
+
+    return engine, prompt
+
+
+def _batch(engine: Any, prompts: list[Any], recipe: str | None) -> dict[str, float]:
+    """Answer these together -> milliseconds until the last of them has its first token and per later token, and the most bytes of keys and values held."""
+    from quota.runtime.engine import Request, Sampling
+
+    began, first, units = time.perf_counter(), dict[str, float](), 0
+    engine.submit_all([Request(str(n), prompt, Sampling(max_tokens=NEW_TOKENS, ignore_eos=True), recipe) for n, prompt in enumerate(prompts)])
+    while engine.busy:
+        outputs, now = engine.step(), time.perf_counter()
+        units = max(units, engine.pool.units - engine.pool.available)
+        for output in outputs:
+            if output.reason == "error":
+                raise RuntimeError(output.error)
+            first.setdefault(output.id, now)
+    answered = max(first.values())
+    decode_ms = 1e3 * (now - answered) / (NEW_TOKENS - 1)
+    return {"ttft_ms": 1e3 * (answered - began), "decode_ms": decode_ms, "kv_bytes": units * engine.storage.unit_bytes}
 
 
 def _repeated(name: str, tensor: torch.Tensor, batch: int) -> torch.Tensor:
