@@ -195,7 +195,7 @@ def _genai(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> Non
     with genai.engine(options.float_checkpoint, options.threads) as engine:
         for clients, requests in work.items():
             run = partial(genai.measure, engine, clients, requests, options.tokens)
-            made.add("openvino genai", clients, lambda run=run: summary(*run()), note=genai.NOTE)
+            made.add("openvino genai", clients, lambda run=run: summary(*run(), options.tokens), note=genai.NOTE)
 
 
 _PEERS = {"transformers serve": _transformers_serve, "transformers generate": _generate, "openvino genai": _genai}
