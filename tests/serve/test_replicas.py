@@ -159,9 +159,10 @@ def test_streams_come_in_pieces(replicas, server):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_session_stays_on_its_replica(replicas):
+    long = [user("describe the picture . " * 16, noise(seed=1))]  # full pages in every segment
     for session in ("one", "two", "three"):
         before = replicas.answered()
-        answers = [replicas.ask(session, max_tokens=2).json() for _ in range(4)]
+        answers = [replicas.ask(session, max_tokens=2, messages=long).json() for _ in range(4)]
         assert sorted((replicas.answered() - before).values()) == [4]
         assert answers[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
