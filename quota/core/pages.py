@@ -48,3 +48,12 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and mallopt(_MMAP_THRESHOLD, _HEAP_BYTES) == 1 and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) == 1
+
+
+def return_freed_memory() -> bool:
+    """Give freed memory back to the kernel, `keep_freed_memory` notwithstanding; False without glibc. Milliseconds.
+
+    For after something large: what is freed between objects that stay is never reused as a whole, and the process would grow with every coincidence.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    return trim is not None and trim(0) == 1

@@ -17,6 +17,7 @@ from typing import Any
 
 from quota.arch import model_fingerprint
 from quota.core.errors import UsageError
+from quota.core.pages import return_freed_memory
 from quota.core.recipe import Recipe
 from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prompt, QueueFull, Request, Sampling, Usage
 from quota.server.answers import DONE, Answer, Choice, failure
@@ -29,6 +30,7 @@ from quota.server.schemas import ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger("quota.server")
 NO_RECIPE = "none"
+_LARGE_PIXELS = 4_000_000  # from here on decoding takes longer than giving its memory back
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,14 @@ class Service:
         return self._spoken("chatcmpl", [prompt], body, chat=True)
 
     def _chat_prompt(self, messages: list[Message], urls: list[str]) -> Prompt:
-        return self.prompts.chat(messages, [load_image(url, self.settings) for url in urls])
+        images = [load_image(url, self.settings) for url in urls]
+        pixels = sum(image.width * image.height for image in images)
+        try:
+            return self.prompts.chat(messages, images)
+        finally:
+            del images
+            if pixels >= _LARGE_PIXELS:
+                return_freed_memory()
 
     async def complete(self, body: CompletionRequest) -> Spoken:
         self.check_model(body.model)
