@@ -77,7 +77,7 @@ def _where(group: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(f"{g['commit']}{' (changed)' if g['dirty'] else ''}" for g in group))
     versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items() if name not in ("python", "transformers"))
     caches = ", caches emptied before every call" if r["weights"] == "cold" else ""
-    judged = "CPU time" if r["threads"] == 1 else "wall time"
+    judged = "CPU time" if r["threads"] == 1 and r["op"] != "serve" else "wall time"
     return (
         f"{r['cpu']} ({', '.join(r['features'])}), {r['threads']} thread{'s' * (r['threads'] > 1)}, {judged}{caches}; "
         f"load average {min(loads):g} to {max(loads):g}; {versions}; commit {commits}."
