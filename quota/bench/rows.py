@@ -20,15 +20,23 @@ _KEY = (*_CASE, "commit", "library", "cpu")
 
 
 def newest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every case on every machine, the rows of its last measurement; in the order cases were first measured."""
-    last: dict[str, list[dict[str, Any]]] = {}
+    """Of every case on every machine, the rows of its last measurement, and of older ones with an instruction set of ours that no later one has; in the
+    order cases were first measured."""
+    cases: dict[str, dict[str, list[dict[str, Any]]]] = {}  # case -> date of a measurement -> rows
     for row in found:
         case = json.dumps([row.get(name) for name in (*_CASE, "cpu")] + ([row["implementation"]] if row["op"] in ("model", "serve") else []), sort_keys=True)
-        rows = last.setdefault(case, [])
-        if rows and rows[0]["date"] != row["date"]:
-            rows.clear()
-        rows.append(row)
-    return [row for rows in last.values() for row in rows]
+        cases.setdefault(case, {}).setdefault(row["date"], []).append(row)
+    out: list[dict[str, Any]] = []
+    for measured in cases.values():
+        seen: set[str | None] = set()
+        kept: list[list[dict[str, Any]]] = []
+        for rows in reversed(measured.values()):  # the file is in order of time
+            own = {row.get("isa") for row in rows if row.get("ours")}
+            if not kept or own - seen:
+                kept.insert(0, [row for row in rows if not row.get("ours") or row.get("isa") not in seen])
+            seen |= own
+        out += [row for rows in kept for row in rows]
+    return out
 
 
 def case_key(row: dict[str, Any]) -> str:

@@ -55,3 +55,11 @@ def test_newest_keeps_one_measurement_per_case() -> None:
     old, new = row(date="2026-01-01"), row(date="2026-01-02", commit="d")
     peer = row(date="2026-01-02", commit="d", implementation="peer")
     assert rows.newest([old, new, peer]) == [new, peer]
+
+
+def test_an_older_measurement_stays_for_an_instruction_set_that_was_not_measured_again() -> None:
+    wide, narrow = (row(date="2026-01-01", isa=isa, ours=True) for isa in ("avx512vnni", "avx2"))
+    again = row(date="2026-01-02", isa="avx2", ours=True)
+    assert rows.newest([wide, narrow, again]) == [wide, again]
+    both = [row(date="2026-01-03", isa=isa, ours=True) for isa in ("avx512vnni", "avx2")]
+    assert rows.newest([wide, again, *both]) == both
