@@ -53,8 +53,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
+            if number == len(lines) and not line.endswith("\n") and line.startswith('{"schema"'[: len(line)]):
+                return  # of ours; another file's last line is not cut off
             raise UsageError(f"{path}:{number}: not a row of results ({error}); remove the line") from None
         if row.get("schema") != SCHEMA:
             raise UsageError(f"{path}:{number}: schema: expected {SCHEMA}, got {row.get('schema')!r}; remove the line or measure again")

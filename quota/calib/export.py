@@ -21,13 +21,13 @@ def processor_of(folder: Path) -> Any:
         raise CheckpointError(f"{folder.name}: expected processor and tokenizer files beside the weights, got: {error}") from error
 
 
-def write_checkpoint(source: FloatSource, quantized: list[str], work: WorkFolder, out: Path, manifest: Manifest) -> None:
+def write_checkpoint(source: FloatSource, quantized: list[str], work: WorkFolder, out: Path, manifest: Manifest, *, overwrite: bool) -> None:
     """Write the folder `out` atomically, one block in memory at a time.
 
     quantized: paths of the calibrated blocks, stored in `work`; every other tensor of the float model is copied in its stored dtype. Equal inputs give
     equal bytes.
     """
-    with CheckpointWriter(out, manifest) as writer:
+    with CheckpointWriter(out, manifest, overwrite=overwrite) as writer:
         writer.add_config(source.config)
         writer.add_processor(processor_of(source.folder))
         generation = source.folder / "generation_config.json"

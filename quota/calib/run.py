@@ -2,67 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import sys
 import time
 import zlib
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import quota
-from quota.arch.processing import image_backend
 from quota.calib import prune
 from quota.calib.blocks import Block
-from quota.calib.export import processor_of, write_checkpoint
-from quota.calib.families import PLANS, Grid
+from quota.calib.export import write_checkpoint
+from quota.calib.job import Job, Options, Step
 from quota.calib.learn import Lesson, learn_block
+from quota.calib.plan import Plan
 from quota.calib.samples import Samples, encode
-from quota.calib.settings import METHODS, MODULES, Settings, default_settings
+from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
-from quota.calib.weight_only import quantize_weights
+from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
-from quota.core.errors import SampleError, UsageError
-from quota.core.recipe import BEFORE, Recipe
-from quota.nn.checkpoint import Manifest
+from quota.core.errors import UsageError
+from quota.core.files import check_space
+from quota.core.recipe import BEFORE
 from quota.nn.pictures import Pictures, Shown, shown_pictures
-
-
-class Options(TypedDict, total=False):
-    """Keyword options of `calibrate`.
-
-    method: "flatquant" (W4A4KV4), or weight-only (W4A16) "gptq", "awq" and, without calibration, "rtn". modules: some of "vision", "projector", "llm"; the
-    rest stays float. seed: same seed, same bytes (same machine and thread count). steps: optimiser steps per block of flatquant (None: the default of
-    Settings). recipe: calibrate the decoder on the graph this recipe prunes. progress: a bar on stderr. resume: continue from `<out>.partial` when it
-    belongs to the same run. settings: everything else; None: `default_settings(method)`.
-    """
-
-    method: str
-    modules: Collection[str]
-    seed: int
-    steps: int | None
-    recipe: Recipe | None
-    progress: bool
-    resume: bool
-    settings: Settings | None
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was written. blocks: one BlockReport dictionary per quantized block, in model order. seconds: wall time of this call (not stored)."""
+    """What was written. blocks: one BlockReport dictionary per quantized block, in model order (its name alone where there are no samples). seconds: wall
+    time of this call (not stored)."""
 
     checkpoint: str
     method: str
     regime: str
     modules: tuple[str, ...]
     source_fingerprint: str
-    samples_fingerprint: str
+    samples_fingerprint: str | None
     samples: int
     seed: int
     settings: dict[str, Any]
@@ -74,140 +54,82 @@ class CheckpointReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One unit of work; `kind` block steps read and write the stream, the others change its shape. index: layer number."""
-
-    kind: Literal["images", "vision", "features", "projector", "text", "score", "gather", "decoder"]
-    path: str
-    index: int = 0
-
-
-def calibrate(model: str | Path, samples: Samples | str | Path, *, out: str | Path, **options: Unpack[Options]) -> CheckpointReport:
+def calibrate(model: str | Path, samples: Samples | str | Path | None, *, out: str | Path, **options: Unpack[Options]) -> CheckpointReport:
     """Quantize a float checkpoint (folder or hub name) on `samples` and write the quantized checkpoint folder `out`.
 
     Decoder, vision and projector blocks are calibrated one after the other on the float model's hidden states (FlatQuant: learned Kronecker transforms,
     per-channel scales, clips; GPTQ and AWQ: `quota.calib.weight_only`). Killed in the middle, the same call continues; `out` appears only when it is complete.
-    Raises UsageError (options), CheckpointError (model), SampleError (samples), RecipeError (recipe of another model).
+    A checkpoint that the same call has made is reported as it is. samples may be None for method "rtn", whose report then has no errors to tell.
+    Raises UsageError (options, `out` holds something else, too little disk), CheckpointError (model), SampleError (samples), RecipeError (recipe of another
+    model), all of them before the work.
     """
     started = time.monotonic()
-    job = Job(FloatSource(model), samples if isinstance(samples, Samples) else Samples.load(samples), Path(out), options)
-    work = WorkFolder(job.out.with_name(job.out.name + ".partial"), job.key(), options.get("resume", True))
+    job = _job(model, samples, out, options)
+    finished = job.finished()
+    if finished is not None:
+        return _report(job, finished.calibration["report"], started)
+    work = WorkFolder(job.partial, job.key(), resume=job.resume, overwrite=job.overwrite, reuse_blocks=job.settings.inputs == "float")
     try:
+        plan = job.plan()
+        if job.progress:
+            print(*plan.lines(), sep="\n", file=sys.stderr)
+        try:
+            check_space(job.folder, plan.disk_needed - work.bytes())
+        except UsageError:
+            if not work.done:
+                work.remove()
+            raise
         with job.bar(work) as bar:
-            for step in job.steps[work.done :]:
+            for step, cost in list(zip(job.steps, job.costs, strict=True))[work.done :]:
                 bar.set_description_str(step.path.removeprefix("model."))
-                work.commit(_run_step(job, work, step, bar))
-        write_checkpoint(job.source, job.quantized_paths(), work, job.out, job.manifest(work.reports))
+                work.commit(_run_step(job, work, step, Ticks(bar, *cost)))
+        reports = [work.blocks[path]["report"] for path in job.quantized_paths()]
+        write_checkpoint(job.source, job.quantized_paths(), work, job.folder, job.manifest(reports), overwrite=job.overwrite)
     finally:
         work.close()
     work.remove()
+    return _report(job, reports, started)
+
+
+def plan_calibration(model: str | Path, samples: Samples | str | Path | None, *, out: str | Path, **options: Unpack[Options]) -> Plan:
+    """What `calibrate` with the same arguments takes: tokens, blocks, memory, disk and time. Writes nothing; raises what `calibrate` raises before its work."""
+    job = _job(model, samples, out, options)
+    job.finished()
+    return job.plan()
+
+
+def _job(model: str | Path, samples: Samples | str | Path | None, out: str | Path, options: Options) -> Job:
+    return Job(FloatSource(model), Samples.load(samples) if isinstance(samples, str | Path) else samples, Path(out), options)
+
+
+def _report(job: Job, blocks: list[dict[str, Any]], started: float) -> CheckpointReport:
     return CheckpointReport(
         checkpoint=str(job.out), method=job.method, regime=job.regime, modules=job.modules, source_fingerprint=job.source.fingerprint,
-        samples_fingerprint=job.samples.fingerprint, samples=len(job.samples), seed=job.seed, settings=job.settings.to_dict(), blocks=work.reports,
-        seconds=time.monotonic() - started,
+        samples_fingerprint=job.samples.fingerprint if job.samples else None, samples=len(job.samples or ()), seed=job.seed,
+        settings=job.settings.to_dict(), blocks=blocks, seconds=time.monotonic() - started,
     )  # fmt: skip
 
 
-class Job:
-    """The checked inputs of one calibration and the steps it consists of."""
+class Ticks:
+    """One step's share of the bar. passing, calibrating: its estimated seconds."""
 
-    def __init__(self, source: FloatSource, samples: Samples, out: Path, options: Options) -> None:
-        self.source, self.samples, self.out = source, samples, out
-        self.method, self.seed = options.get("method", "flatquant"), options.get("seed", 0)
-        self.progress = options.get("progress", True)
-        self.recipe = options.get("recipe")
-        if self.method not in METHODS:
-            raise UsageError(f"method: expected one of {list(METHODS)}, got {self.method!r}")
-        self.regime = METHODS[self.method]
-        self.modules = _check_modules(options.get("modules", MODULES))
-        settings, steps = options.get("settings") or default_settings(self.method), options.get("steps")
-        if self.regime == "w4a16" and (steps is not None or settings.inputs == "mixed"):
-            what = "inputs: 'mixed'" if steps is None else f"steps: {steps}"
-            raise UsageError(f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}")
-        self.settings = settings if steps is None else replace(settings, steps=steps)
-        if self.recipe is not None:
-            self.recipe.check_model(source.fingerprint, source.arch.layers)
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"out {out}: expected a folder or a new path, found a file")
-        self.pictures = sum(sample.image_bytes is not None for sample in samples)
-        if not self.pictures and {"vision", "projector"} & set(self.modules):
-            raise SampleError("samples: expected at least one picture to calibrate the vision tower and projector, found text only; use modules=('llm',)")
-        self.processor = processor_of(source.folder)
-        self.steps = list(self._steps())
+    def __init__(self, bar: tqdm, passing: float, calibrating: float) -> None:
+        self.bar, self.passing, self.calibrating = bar, passing, calibrating
 
-    def _steps(self) -> Iterator[Step]:
-        arch = self.source.arch
-        yield Step("images", arch.vision_path)
-        for index in range(arch.vision_layers_used):
-            yield Step("vision", arch.vision_layer(index), index)
-        yield Step("features", arch.vision_path)
-        yield Step("projector", arch.projector_path)
-        if "llm" not in self.modules:
-            return
-        yield Step("text", arch.embed_path)
-        candidates = self.recipe.candidates if self.recipe else ()
-        if BEFORE in candidates:
-            yield Step("score", arch.decoder_layer(0), BEFORE)
-            yield Step("gather", arch.decoder_layer(0), BEFORE)
-        for index in range(arch.layers):
-            if index in candidates:
-                yield Step("gather", arch.decoder_layer(index), index)
-            if index + 1 in candidates:
-                yield Step("score", arch.decoder_layer(index), index + 1)
-            yield Step("decoder", arch.decoder_layer(index), index)
+    def passed(self) -> None:
+        """The samples went through the step."""
+        self.bar.update(self.passing)
 
-    def is_quantized(self, step: Step) -> bool:
-        """Whether the step calibrates a block."""
-        return {"vision": "vision", "projector": "projector", "decoder": "llm"}.get(step.kind) in self.modules
-
-    def quantized_paths(self) -> list[str]:
-        """Module paths of the blocks that are quantized."""
-        return [step.path for step in self.steps if self.is_quantized(step)]
-
-    def key(self) -> str:
-        """Digest of everything the result depends on."""
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.source.folder.glob("*.safetensors"))]
-        parts = {
-            "source": self.source.fingerprint, "files": files, "samples": self.samples.fingerprint, "settings": self.settings.to_dict(), "seed": self.seed,
-            "method": self.method, "modules": self.modules, "recipe": self.recipe and self.recipe.dumps(), "version": quota.__version__,
-        }  # fmt: skip
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def manifest(self, blocks: list[dict[str, Any]]) -> Manifest:
-        """What quota.json says about this calibration; no times, so equal runs write equal bytes."""
-        recipe = None if self.recipe is None else "sha256:" + hashlib.sha256(self.recipe.dumps().encode()).hexdigest()
-        calibration = {
-            "method": self.method, "image_backend": image_backend(self.processor),
-            "samples": len(self.samples), "samples_fingerprint": self.samples.fingerprint, "seed": self.seed,
-            "settings": self.settings.to_dict(), "pruned_by": recipe, "report": blocks,
-        }  # fmt: skip
-        return Manifest(self.regime, self.modules, self.source.fingerprint, calibration)
-
-    def bar(self, work: WorkFolder) -> tqdm:
-        """One tick per optimiser step, or per projection group that is rounded."""
-
-        def ticks_of(step: Step) -> int:
-            if not self.is_quantized(step):
-                return 1
-            return 1 + (self.settings.steps if self.regime == "w4a4kv4" else len(PLANS[self.source.arch.name][step.kind]))
-
-        ticks = [ticks_of(step) for step in self.steps]
-        return tqdm(total=sum(ticks), initial=sum(ticks[: work.done]), disable=not self.progress, unit="step")
+    def calibrated(self, share: float) -> None:
+        """That share of the calibration is done."""
+        self.bar.update(self.calibrating * share)
 
 
-def _check_modules(modules: Collection[str]) -> tuple[str, ...]:
-    wrong = sorted(set(modules) - set(MODULES))
-    if wrong or not modules or isinstance(modules, str):
-        raise UsageError(f"modules: expected some of {list(MODULES)}, got {modules if isinstance(modules, str) else wrong or 'none'}")
-    return tuple(name for name in MODULES if name in modules)
-
-
-def _run_step(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, Stream]:
+def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str, Stream]:
     """Do one step and return the streams it leaves: "float", and "quantized" where blocks learn from quantized inputs."""
     if step.kind in ("vision", "projector", "decoder"):
-        return _run_block(job, work, step, bar)
-    bar.update(1)
+        return _run_block(job, work, step, ticks)
+    ticks.passed()
     if step.kind == "images":
         return {"float": _embed_images(job, work)}
     if step.kind == "score":
@@ -244,11 +166,11 @@ def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
 
 def _embed_images(job: Job, work: WorkFolder) -> Stream:
     ids: list[list[int]] = []
-    grids = _grids(job)
+    grids = job.grids
     shown: list[list[tuple[str, tuple[int, int] | None]]] = []
 
     def pixels() -> Iterator[torch.Tensor]:
-        for sample in job.samples:
+        for sample in job.samples or ():
             encoded = encode(job.processor, sample, answer=True)
             ids.append(encoded["input_ids"][0].tolist())
             pictures = shown_pictures(encoded["pixel_values"], encoded.get("image_grid_thw"), job.source.arch.merge) if "pixel_values" in encoded else []
@@ -261,37 +183,37 @@ def _embed_images(job: Job, work: WorkFolder) -> Stream:
     return stream
 
 
-def _grids(job: Job) -> list[Grid | None]:
-    """The patch grid of every picture, where resolution is dynamic: the stream must know its lengths before pixels arrive."""
-    if job.source.arch.visual_tokens is not None:
-        return [None] * job.pictures
-    with_picture = (encode(job.processor, sample) for sample in job.samples if sample.image_bytes is not None)
-    return [tuple(encoded["image_grid_thw"][0].tolist()) for encoded in with_picture]
-
-
-def _run_block(job: Job, work: WorkFolder, step: Step, bar: tqdm) -> dict[str, Stream]:
+def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str, Stream]:
     settings, source = job.settings, job.source
     block = source.block(step.kind, step.path, settings.device)
+    if job.samples is None:
+        tensors = round_weights(block)
+        work.save_block(step.path, tensors, {"name": step.path})
+        ticks.calibrated(1)
+        return {}
     width = source.arch.hidden_size if step.kind == "projector" else None
     inputs = work.streams["float"]
     outputs = inputs.like(work.stream_path("float"), width)
     advance(block, inputs, outputs, settings.batch, settings.device)
+    ticks.passed()
     quantized = work.streams.get("quantized")
     if not job.is_quantized(step):
-        bar.update(1)
         return {"float": outputs, **_advance_quantized(block, work, quantized, width, settings)}
+    if step.path in work.blocks:  # kept when other files of the work folder were damaged
+        ticks.calibrated(1)
+        return {"float": outputs}
     if quantized is None and settings.inputs != "float":
         quantized = inputs
     lesson = Lesson(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
+    parts = 1 + (settings.steps if job.regime == "w4a4kv4" else len(block.plans))
     if job.regime == "w4a16":
-        tensors, report = quantize_weights(block, lesson, job.method, settings, progress=lambda _: bar.update(1))
+        tensors, report = quantize_weights(block, lesson, job.method, settings, progress=lambda _: ticks.calibrated(1 / parts))
     else:
         block.quantize_linears()
-        report = learn_block(block, lesson, settings, progress=lambda _: bar.update(1))
+        report = learn_block(block, lesson, settings, progress=lambda _: ticks.calibrated(1 / parts))
         tensors = block.export()
-    bar.update(1)
-    work.save_block(step.path, tensors)
-    work.reports.append(report.to_dict())
+    ticks.calibrated(1 / parts)
+    work.save_block(step.path, tensors, report.to_dict())
     return {"float": outputs, **_advance_quantized(block, work, quantized, width, settings)}
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,13 @@ from quota.arch import ArchSpec, find_arch, fingerprint
 from quota.calib.blocks import Batch, Block
 from quota.calib.families import Grid, Tower, decoder_positions, decoder_rotary
 from quota.core.errors import CheckpointError
+from quota.core.files import naming, read_at, reserve, sha256_file, write_at
 from quota.nn.scores import text_queries
 
 # Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
 TEXT, VISUAL, QUERY = 0, 1, 2
+# Bytes per element of safetensors' types.
+_WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 
 
 class FloatSource:
@@ -39,14 +46,22 @@ class FloatSource:
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model")
         self.arch: ArchSpec = find_arch(self.config)
+        self.stored: dict[str, tuple[tuple[int, ...], int]] = {}  # canonical name -> (shape, bytes)
         self._index = self._build_index()
         self._open: dict[str, Any] = {}
         self.skeleton = self._skeleton()
+        self._check_complete()
 
     def _build_index(self) -> dict[str, tuple[str, str]]:
         index_file = self.folder / "model.safetensors.index.json"
         if index_file.is_file():
-            files = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
+                wrong = [name for name in files if name != Path(name).name]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"{index_file}: expected the index of a sharded checkpoint, got an error: {error!r}; download it again") from error
+            if wrong:
+                raise CheckpointError(f"{index_file}: weight_map: expected plain file names, got {wrong[0]!r}; download it again")
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
@@ -55,7 +70,10 @@ class FloatSource:
         for name in files:
             try:
                 with safe_open(self.folder / name, "pt") as handle:
-                    index.update({self.arch.canonical_key(key): (name, key) for key in handle.keys()})  # noqa: SIM118
+                    for key in handle.keys():  # noqa: SIM118 - not a dict
+                        canonical, found = self.arch.canonical_key(key), handle.get_slice(key)
+                        shape = tuple(found.get_shape())
+                        index[canonical], self.stored[canonical] = (name, key), (shape, math.prod(shape) * _WIDTHS.get(found.get_dtype(), 8))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{name}: expected a complete safetensors file, got an error: {error}; download it again") from error
         return index
@@ -66,10 +84,34 @@ class FloatSource:
         with torch.device("meta"):
             return getattr(transformers, self.arch.model_class)(self.config)
 
+    def _check_complete(self) -> None:
+        """CheckpointError naming the tensors that the model has and the files lack, or hold in another shape: before hours of work, not at their block."""
+        own = self.skeleton.state_dict()
+        text = self.config.text_config
+        tied = getattr(self.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
+        expected = {name: tuple(tensor.shape) for name, tensor in own.items() if not (tied and name == "lm_head.weight")}
+        missing = sorted(set(expected) - set(self._index))
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise CheckpointError(f"{self.folder}: lacks {', '.join(missing[:3])}{more}; the checkpoint is incomplete, download it again")
+        for name, shape in expected.items():
+            if self.stored[name][0] != shape:
+                raise CheckpointError(f"{self.folder}: tensor {name}: expected shape {list(shape)} by config.json, got {list(self.stored[name][0])}")
+
     @property
     def fingerprint(self) -> str:
         """`quota.arch.model_fingerprint` of this checkpoint."""
         return fingerprint(self.config, self.tensor(f"{self.arch.embed_path}.weight"))
+
+    def files(self) -> list[Path]:
+        """The files of the folder that a calibration reads, sorted."""
+        return sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and path.is_file())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the contents of `files`: reads the whole checkpoint once."""
+        found = [(path.name, sha256_file(path)) for path in self.files()]
+        return "sha256:" + hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def names(self) -> list[str]:
         """Canonical names of all stored tensors, sorted."""
@@ -129,6 +171,8 @@ def resolve_folder(model: str | Path) -> Path:
 class Stream:
     """Hidden states of all calibration items in one file: ragged rows packed as [total, width].
 
+    The file has its space from the start and is read and written by calls, not mapped: a full or failing disk is an error, not the end of the process.
+
     path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8 [total], columns int32 [total] (places in the
     unpruned prompt): decoder stream, zeros elsewhere. images: per item the visual tokens of each picture before any drop (decoder stream). grids: per item the
     picture's patch grid (tower streams of dynamic resolution, else empty).
@@ -138,7 +182,11 @@ class Stream:
         self.path, self.width, self.dtype, self.lengths = path, width, dtype, [int(n) for n in lengths]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         total = int(self.offsets[-1])
-        self.data = np.memmap(path, dtype=dtype, mode="w+" if create else "r+", shape=(max(total, 1), width))
+        self._row = width * np.dtype(dtype).itemsize
+        with naming(path):
+            self._file = path.open("w+b" if create else "r+b", buffering=0)
+        if create:
+            reserve(self._file, path, total * self._row)
         self.positions = np.zeros(total, np.int32)
         self.roles = np.zeros(total, np.int8)
         self.columns = np.zeros(total, np.int32)
@@ -154,11 +202,21 @@ class Stream:
 
     def write(self, item: int, hidden: Tensor) -> None:
         """Store one item's hidden states [length, width]."""
-        self.data[self.rows(item)] = hidden.detach().cpu().numpy()
+        data = np.ascontiguousarray(hidden.detach().cpu().numpy(), dtype=self.dtype)
+        if data.shape != (self.lengths[item], self.width):
+            raise ValueError(f"item {item}: expected {(self.lengths[item], self.width)}, got {data.shape}")
+        write_at(self._file, self.path, data.reshape(-1).view(np.uint8).data, int(self.offsets[item]) * self._row)
 
     def read(self, item: int) -> Tensor:
         """One item's hidden states [length, width] float32."""
-        return torch.from_numpy(np.asarray(self.data[self.rows(item)], dtype=np.float32))
+        data = np.empty((self.lengths[item], self.width), self.dtype)
+        read_at(self._file, self.path, data.reshape(-1).view(np.uint8).data, int(self.offsets[item]) * self._row)
+        return torch.from_numpy(data.astype(np.float32, copy=False))
+
+    def flush(self) -> None:
+        """On disk when this returns."""
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def batch(self, items: Sequence[int], device: str = "cpu") -> Batch:
         """The items as one right-padded batch."""

@@ -100,6 +100,13 @@ def quantize_weights(
     return _export(block, linears, codes, input_scales), report
 
 
+@torch.no_grad()
+def round_weights(block: Block) -> dict[str, Tensor]:
+    """The tensors of "rtn" alone: rounding to nearest looks at no inputs."""
+    linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
+    return _export(block, linears, {name: round_groups(linear.weight.data) for name, linear in linears.items()}, {})
+
+
 def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, Seen]:
     """One pass, item by item (so nothing is padding)."""
     seen: dict[str, Seen] = {}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import JsonOption, check_output, notes, print_json
+from quota.cli.shell import JsonOption, check_writable, notes, print_json
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure this machine: ops beside named peers, whole models, ceilings.")
 
@@ -54,7 +54,7 @@ def ops(
         quota bench ops --op w4a4_linear --shape llava-1.5-7b.down --m 1,173,640 --peers onednn-w8a8,torch-fp32
     """
     if out is not None:
-        check_output(out)
+        check_writable(out)
     from quota.bench import machine
     from quota.bench.run_ops import Selection, chosen_peers, run
     from quota.bench.show import case_table
@@ -146,7 +146,7 @@ def model(
 
     if not synthetic:
         raise UsageError("--synthetic: expected the option; weights of a full-size model are random here, `quota eval` measures real checkpoints")
-    check_output(out / "checkpoint", "--out")
+    check_writable(out / "checkpoint", "--out")
     wanted = Request(arch, out, check_keep(keep), layers, tuple(f for f in _names(floats) if f != "none"), threads, requests, again)
     with Progress(console=notes(), transient=True) as progress:
         task = progress.add_task(f"making {arch}", total=None)

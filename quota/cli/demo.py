@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import JsonOption, check_checkpoint, check_keep, check_output, print_json
+from quota.cli.shell import JsonOption, check_checkpoint, check_keep, check_output_folder, print_json
 
 
 def demo(
@@ -40,9 +40,9 @@ def demo(
         quota demo --keep 0.1 --out demo-10
     """
     check_keep(keep)
-    check_output(out / "report.json")
     if model is not None:
         check_checkpoint(model, "--model")
+    check_output_folder(out)
 
     from quota.demo.stages import DemoSettings, run_demo
 

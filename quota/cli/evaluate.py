@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_output, notes, print_json
+from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_output_folder, notes, print_json
 from quota.core.errors import UsageError
 
 
@@ -50,7 +50,7 @@ def evaluate(
     if model is not None:
         check_checkpoint(model, "--model")
     if out is not None:
-        check_output(out / "answers.jsonl")
+        check_output_folder(out)
     if tasks is not None:
         for name, given in (("--samples", samples), ("--questions", questions), ("--max-new-tokens", max_new_tokens), ("--blind", blind or None)):
             if given is not None:

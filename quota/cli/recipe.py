@@ -11,6 +11,7 @@ from quota.allocate.methods import METHODS, methods_help
 from quota.cli.shell import (
     BuildByDefaultGroup,
     JsonOption,
+    OverwriteOption,
     check_checkpoint,
     check_keep,
     check_output,
@@ -81,6 +82,7 @@ def build(
     reference: Annotated[str, typer.Option("--reference", help="recorded: budgets count the model's picture size; per_image: each prompt's own.")] = "recorded",
     position_policy: Annotated[str, typer.Option("--position-policy", help="original: kept tokens keep their positions; compact: renumbered.")] = "original",
     plot: Annotated[Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")] = None,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     from quota.allocate.candidates import parse_layers
@@ -106,9 +108,9 @@ def build(
     check_checkpoint(checkpoint)
     if model is not None:
         check_checkpoint(model, "--model")
-    check_output(out)
+    check_output(out, overwrite=overwrite)
     if plot is not None:
-        check_output(plot, "--plot")
+        check_output(plot, "--plot", overwrite=overwrite)
 
     from quota.allocate.explain import explain_text
     from quota.eval import profiling

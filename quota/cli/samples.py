@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import JsonOption, check_output, print_json, say
+from quota.cli.shell import JsonOption, OverwriteOption, check_output, print_json, say
 from quota.core.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,6 +25,7 @@ def build(
     out: Annotated[Path, typer.Option("--out", help="Samples file to write; pictures go to `<stem>_images` beside it.")],
     count: Annotated[int, typer.Option("--count", min=1, help="Number of samples, shared evenly over the sources.")] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Same seed and copies, same samples.")] = 0,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Draw a mixed calibration set from local copies of public data sets.
@@ -43,7 +44,7 @@ def build(
         if not mark or not path:
             raise UsageError(f"--source: expected NAME=PATH, got {text!r}")
         pairs.append((name, Path(path)))
-    check_output(out)
+    check_output(out, overwrite=overwrite)
 
     from quota.calib.sources import build_samples
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from quota.core.errors import QuotaError, UsageError
+from quota.core.files import claim_folder
 
 
 class FloatType(StrEnum):
@@ -27,6 +28,8 @@ class FloatType(StrEnum):
 DeviceOption = Annotated[str, typer.Option("--device", help="Where models answer: cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[FloatType, typer.Option("--dtype", help="Of everything that is not quantized.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are already there under these names.")]
 
 
 def notes() -> Console:
@@ -91,7 +94,7 @@ def check_checkpoint(checkpoint: str, what: str = "CHECKPOINT") -> str:
     return checkpoint
 
 
-def check_output(path: Path, what: str = "--out") -> Path:
+def check_writable(path: Path, what: str = "--out") -> Path:
     """Fails before the work, not after it: the nearest existing parent of `path` must be a folder one can write into."""
     parent = path.absolute().parent
     while not parent.exists():
@@ -99,6 +102,21 @@ def check_output(path: Path, what: str = "--out") -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{what}: cannot write {path}: {parent} is not a writable folder")
     return path
+
+
+def check_output(path: Path, what: str = "--out", *, overwrite: bool = False) -> Path:
+    """`check_writable`, for a file that is not there yet: one that is, is replaced only when asked, and only a plain file is."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{what}: expected the name of a file, {path} is something else; choose another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{what}: {path} exists; choose another name, move it away, or give --overwrite where the verb has it")
+    return check_writable(path, what)
+
+
+def check_output_folder(path: Path, what: str = "--out") -> Path:
+    """`check_writable`, for a folder of reports: new, empty, or one that quota wrote before (`claim_folder`)."""
+    check_writable(path, what)
+    return claim_folder(path)
 
 
 def check_keep(keep: float) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_keep, check_output, print_json, say
+from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_keep, check_output_folder, print_json, say
 from quota.core.errors import UsageError
 
 NAMES = ("modules", "keep", "pipelines", "compute", "weights", "formats", "runtime", "profile", "show")
@@ -57,9 +57,9 @@ def study(
     if name not in NAMES:
         raise UsageError(f"NAME: expected one of {', '.join(NAMES)}, got {name!r}")
     check_keep(keep)
-    check_output(out / f"{name}.json")
     if model is not None:
         check_checkpoint(model, "--model")
+    check_output_folder(out)
 
     from quota.eval.asking import Placement
     from quota.study.bench import StudySettings

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quota.core.files import atomic_write_text, naming
+
 
 class Journal:
     """JSON lines under a header line. `rows` are those already on disk; a file with another header, or a torn last line, is not reused."""
@@ -20,7 +22,7 @@ class Journal:
         for line in lines:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 break
             if not line.endswith("\n") or (good == 0 and row != header):
                 break
@@ -29,13 +31,11 @@ class Journal:
             good += 1
         path.parent.mkdir(parents=True, exist_ok=True)
         if good == 0 or good < len(lines):  # start again from the good lines only
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(lines[:good]) if good else json.dumps(header) + "\n", encoding="utf-8")
-            fresh.replace(path)
+            atomic_write_text(path, "".join(lines[:good]) if good else json.dumps(header) + "\n")
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """On disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())

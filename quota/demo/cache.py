@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from quota.core.errors import UsageError
+from quota.core.files import atomic_write_text
 
 _PACKAGE = Path(__file__).parents[1]
 # Source that decides what calibration, profiling and answering compute; faces (cli, demo, report) do not.
@@ -48,24 +52,22 @@ class StageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             work(path)
             seconds = time.perf_counter() - began
-            fresh = done.with_name(done.name + ".tmp")
-            fresh.write_text(json.dumps({"seconds": round(seconds, 2)}) + "\n")
-            fresh.replace(done)
+            atomic_write_text(done, json.dumps({"seconds": round(seconds, 2)}) + "\n")
         self.timings.append({"stage": stage, "seconds": json.loads(done.read_text())["seconds"], "reused": reused})
         return path
 
 
 def link(name: Path, target: Path) -> None:
-    """`name` becomes a relative link to folder `target`, replacing an older link at once; a copy where links are not allowed."""
-    fresh = name.with_name(name.name + ".tmp")
-    if fresh.is_symlink() or fresh.is_file():
-        fresh.unlink()
+    """`name` becomes a relative link to folder `target`, replacing an older link at once; a copy where links are not allowed.
+
+    UsageError when `name` is there and no link.
+    """
+    if name.exists() and not name.is_symlink():
+        raise UsageError(f"{name}: expected a link of quota's, found a file or folder of its own; move it away or choose another --out")
+    fresh = name.with_name(f".{name.name}.{secrets.token_hex(4)}")
     try:
         fresh.symlink_to(os.path.relpath(target, name.parent), target_is_directory=True)
     except OSError:
-        shutil.rmtree(name, ignore_errors=True)
         shutil.copytree(target, name)
         return
-    if name.is_dir() and not name.is_symlink():
-        shutil.rmtree(name)
     fresh.replace(name)

@@ -111,7 +111,7 @@ class Demo:
 
         def work(path: Path) -> None:
             calibrate(
-                self.float_checkpoint, self.samples, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet,
+                self.float_checkpoint, self.samples, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet, overwrite=True,
             )  # fmt: skip
 
         return self.cache.make(stage, parts, work)

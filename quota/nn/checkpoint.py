@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quota import __version__
-from quota.core.errors import CheckpointError
-from quota.core.files import atomic_folder, sha256_file
+from quota.core.errors import CheckpointError, UsageError
+from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
 
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
@@ -146,23 +146,43 @@ def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
+def check_destination(folder: str | Path, overwrite: bool = False) -> None:
+    """UsageError unless a checkpoint may be written at `folder`: a new path, an empty folder or, under `overwrite`, a checkpoint of ours and nothing else."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        example = min(path.name for path in folder.iterdir())
+        raise UsageError(f"{folder}: holds {example} and no {MANIFEST}; expected a new or empty folder, choose another")
+    if overwrite or not (folder / MANIFEST).is_file():
+        check_removable(folder, _owned(folder))
+    else:
+        raise UsageError(f"{folder}: holds a quantized checkpoint; choose another folder, or replace it with --overwrite (overwrite=True)")
+
+
+def _owned(folder: Path) -> Callable[[Path], bool]:
+    """Tells the files of a checkpoint, as its manifest lists them, from others."""
+    names = {MANIFEST, *Manifest.load(folder).files} if (folder / MANIFEST).is_file() else set()
+    return lambda path: str(path) in names
+
+
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Streams a checkpoint: `add` blocks as they are made; a shard is written whenever `max_shard_bytes` would be exceeded.
 
-    The folder replaces `folder` when the `with` block ends well; after an error nothing is left. `calibration` may be filled until the end.
+    `folder` appears when the `with` block ends well; after an error nothing is left. What is already there: `check_destination`. `calibration` may be filled
+    until the end.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(self, folder: str | Path, manifest: Manifest, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False) -> None:
         if max_shard_bytes < 1:
             raise CheckpointError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
-        self.folder, self.manifest, self.max_shard_bytes = Path(folder), manifest, max_shard_bytes
+        self.folder, self.manifest, self.max_shard_bytes, self.overwrite = Path(folder), manifest, max_shard_bytes, overwrite
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
         self._names: set[str] = set()
 
     def __enter__(self) -> CheckpointWriter:
-        self._scope = atomic_folder(self.folder)
+        check_destination(self.folder, self.overwrite)
+        self._scope = atomic_folder(self.folder, _owned(self.folder))
         self.work = self._scope.__enter__()
         return self
 
@@ -192,7 +212,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Write config.json from a transformers configuration (or its dict), marked as quantized by this project."""
         data = dict(config) if isinstance(config, Mapping) else config.to_dict()
         data["quantization_config"] = {"quant_method": "quota", "regime": self.manifest.regime, "modules": list(self.manifest.modules)}
-        (self.work / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        atomic_write_text(self.work / "config.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
 
     def add_processor(self, processor: Any) -> None:
         """Write the processor's files (anything with `save_pretrained`)."""
@@ -204,7 +224,16 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def _flush(self) -> None:
         self._shards.append(list(self._pending))
-        save_file(self._pending, str(self._shard(len(self._shards))), metadata={"format": "pt"})
+        shard = self._shard(len(self._shards))
+        check_space(shard, self._pending_bytes)
+        with naming(shard):
+            shard.touch()
+            mode = shard.stat().st_mode & 0o777  # the umask's; the library makes its files private
+            try:
+                save_file(self._pending, str(shard), metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UsageError(f"{shard}: cannot be written ({error}); make room or choose another folder") from error
+            shard.chmod(mode)
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
@@ -222,12 +251,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             where |= dict.fromkeys(names, final)
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(where.items()))}
-            (self.work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            atomic_write_text(self.work / INDEX, json.dumps(index, indent=2) + "\n")
         paths = sorted(path for path in self.work.iterdir() if path.is_file())
         known = {**asdict(self.manifest), "modules": self.manifest.modules}
         known |= {"files": {p.name: sha256_file(p) for p in paths}, "bytes": {p.name: p.stat().st_size for p in paths}}
         self.manifest = Manifest(**known)
-        (self.work / MANIFEST).write_text(self.manifest.dumps(), encoding="utf-8")
+        atomic_write_text(self.work / MANIFEST, self.manifest.dumps())
 
 
 def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processor: Any = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Manifest:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
+from quota.core.files import atomic_folder
 from quota.scenes import generate as g
 from quota.scenes import kinds as k
 from quota.scenes.vocabulary import CAPTION_REQUEST, IMAGE_SIZE
@@ -57,14 +58,18 @@ def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZ
     """Draw `n` samples of the calibration split into `out`: scenes of `size_px` for LLaVA, the mixed set for Qwen2.5-VL. Returns the path of `samples.json`.
 
     `samples.json` holds {"schema": "quota-samples/1", "samples": [{"id", "image", "instruction", "answer", "task"}]} with image paths
-    relative to it (none for text). An existing folder at `out` is replaced only when the new one is complete.
+    relative to it (none for text). An older such folder at `out` is replaced when the new one is complete; UsageError when it
+    holds anything else.
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1 sample, got {n}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(out.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    (fresh / "images").mkdir(parents=True)
+    with atomic_folder(out, lambda file: re.fullmatch(r"samples\.json|images/\d{3,}\.jpg", file.as_posix()) is not None) as fresh:
+        _draw_samples(fresh, n, size_px, family)
+    return out / "samples.json"
+
+
+def _draw_samples(fresh: Path, n: int, size_px: int, family: str) -> None:
+    (fresh / "images").mkdir()
     samples = []
     for index in range(n):
         picture, kind, instruction, answer = _scene_sample(index, size_px) if family == "llava" else mixed_sample(index)
@@ -75,9 +80,6 @@ def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZ
             picture.save(fresh / sample["image"], quality=_JPEG_QUALITY)
         samples.append(sample)
     (fresh / "samples.json").write_text(json.dumps({"schema": SAMPLES_SCHEMA, "samples": samples}, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.replace(out)
-    return out / "samples.json"
 
 
 def _scene_sample(index: int, size_px: int) -> tuple[Any, str, str, str]:

@@ -126,7 +126,7 @@ class Bench:
             self.console.print(f"calibrating {'+'.join(modules)} by {method}{f' on the graph {recipe.method} prunes' if recipe else ''}")
             calibrate(
                 self.float_checkpoint, self.samples, modules=tuple(modules), out=path, method=method, seed=s.seed, steps=steps, recipe=recipe,
-                progress=not s.quiet,
+                progress=not s.quiet, overwrite=True,
             )  # fmt: skip
 
         return str(self.cache.make("quantized", parts, work))

@@ -22,7 +22,8 @@ def block_paths(source: FloatSource, module: str) -> list[str]:
 
 
 def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> None:
-    """Write checkpoint `out`, atomically: blocks of module m from the quantized folder folders[m], everything else from the float model.
+    """Write checkpoint `out`, atomically: blocks of module m from the quantized folder folders[m], everything else from the float model. `out` is a path of
+    the cache: an older checkpoint there is replaced.
 
     CheckpointError when a folder is of another float model or does not hold its module.
     """
@@ -35,7 +36,7 @@ def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> Non
     paths = {module: block_paths(source, module) for module in folders}
     reports = [r for module, m in manifests.items() for r in m.calibration["report"] if r["name"] in paths[module]]
     manifest = Manifest(last.regime, tuple(folders), source.fingerprint, {**last.calibration, "report": reports})
-    with CheckpointWriter(out, manifest) as writer:
+    with CheckpointWriter(out, manifest, overwrite=True) as writer:
         writer.add_config(source.config)
         writer.add_processor(processor_of(source.folder))
         generation = source.folder / "generation_config.json"

@@ -92,7 +92,7 @@ def test_resumes_after_a_kill_with_the_same_bytes(folder, finished, tmp_path, mo
     assert contents(out) == contents(finished[0])
 
 
-def test_other_settings_do_not_resume(folder, tmp_path, monkeypatch):
+def test_work_of_other_settings_is_refused_and_kept(folder, tmp_path, monkeypatch):
     real = run._run_step
 
     def dies(job, work, step, bar):
@@ -105,14 +105,18 @@ def test_other_settings_do_not_resume(folder, tmp_path, monkeypatch):
         run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
     done = []
     monkeypatch.setattr(run, "_run_step", lambda job, work, step, bar: (done.append(step), real(job, work, step, bar))[1])
-    run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5)
+    before = {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"seed is 0 there, 5 here.*--overwrite"):
+        run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5)
+    assert not done and before == {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
+    run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5, overwrite=True)
     assert len(done) == 10
 
 
 def test_two_calibrations_do_not_share_a_work_folder(folder, tmp_path):
     from quota.calib.work import WorkFolder
 
-    held = WorkFolder(tmp_path / "out.partial", "key", True)
+    held = WorkFolder(tmp_path / "out.partial", {})
     with pytest.raises(UsageError, match="another calibration"):
         run.calibrate(folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK)
     held.close()
@@ -243,7 +247,7 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     source, samples = FloatSource(folder), picture_samples(3)
     recipe = recipe_for(source, **changes)
     job = run.Job(source, samples, tmp_path / "out", {"recipe": recipe, "progress": False, "settings": QUICK, "steps": 0})
-    work = WorkFolder(tmp_path / "work", "key", False)
+    work = WorkFolder(tmp_path / "work", {})
     for step in job.steps[:-1]:
         with job.bar(work) as bar:
             work.commit(run._run_step(job, work, step, bar))

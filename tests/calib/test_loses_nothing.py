@@ -1,0 +1,148 @@
+"""What calibration finds at its output stays: refused before the work, damaged work computed again, a full disk said in figures, files readable by all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from quota.calib import run
+from quota.calib.settings import Settings
+from quota.core.errors import CheckpointError, UsageError
+from tests.calib.calibration import float_folder, picture_samples
+
+QUICK = Settings(steps=1, evaluate_every=1, batch=2, search_rows=32, held_out=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return float_folder(tmp_path_factory.mktemp("float") / "model")
+
+
+def make(folder, out, **options):
+    return run.calibrate(folder, picture_samples(2), out=out, progress=False, settings=QUICK, modules=("projector", "llm"), **options)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "quantized"
+    make(folder, out)
+    return out
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_the_users_is_refused_and_stays(folder, tmp_path, overwrite):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"thesis\.txt"):
+        make(folder, tmp_path / "mine", overwrite=overwrite)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+
+
+def test_a_finished_checkpoint_is_replaced_only_when_asked_and_alone(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    make(folder, out)  # this very job: nothing to do
+    assert contents(out) == contents(finished)
+    with pytest.raises(UsageError, match="seed is 0 there, 7 here"):
+        make(folder, out, seed=7)
+    (out / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"thesis\.txt"):
+        make(folder, out, seed=7, overwrite=True)
+    (out / "thesis.txt").unlink()
+    assert contents(out) == contents(finished)
+    make(folder, out, seed=7, overwrite=True)
+    assert contents(out) != contents(finished) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_out_may_not_be_the_model_or_hold_it(folder, tmp_path, monkeypatch):
+    before = contents(folder)
+    monkeypatch.chdir(tmp_path)
+    for out in (folder, folder.parent, ".", ".."):
+        with pytest.raises(UsageError, match="expected a new folder"):
+            make(folder, out)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("damage", ["block", "lost block", "stream", "[]", "null", '{"done": -3}'])
+def test_damaged_work_is_computed_again(folder, finished, tmp_path, monkeypatch, capsys, damage):
+    real, calls = run._run_step, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(run, "_run_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, tmp_path / "out")
+    monkeypatch.setattr(run, "_run_step", real)
+    work = tmp_path / "out.partial"
+    block, stream = min((work / "blocks").iterdir()), next(work.glob("float-*.bin"))
+    if damage == "lost block":
+        block.unlink()
+    elif damage in ("block", "stream"):
+        file = block if damage == "block" else stream
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    else:
+        (work / "state.json").write_text(damage)
+    make(folder, tmp_path / "out")
+    assert "again" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_a_full_disk_is_said_before_the_work(folder, tmp_path, monkeypatch):
+    real = os.statvfs
+
+    def full(path):
+        found = list(real(path))
+        found[4] = 10  # f_bavail
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "statvfs", full)
+    with pytest.raises(UsageError, match=r"needs about \d+ bytes on the disk, \d+ are free"):
+        make(folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_have_the_umasks_mode(finished):
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in finished.iterdir()} == {0o666 & ~mask}
+
+
+def test_rounding_needs_no_samples(folder, tmp_path):
+    given = {"progress": False, "method": "rtn"}
+    run.calibrate(folder, None, out=tmp_path / "none", **given)
+    run.calibrate(folder, picture_samples(2), out=tmp_path / "some", **given)
+    assert (tmp_path / "none" / "model.safetensors").read_bytes() == (tmp_path / "some" / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="samples"):
+        run.calibrate(folder, None, out=tmp_path / "gptq", progress=False, method="gptq")
+
+
+def test_a_lacking_tensor_is_named_before_the_work(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.3.mlp.down_proj.weight"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight"):
+        make(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_plan_covers_what_the_run_writes(folder, finished, tmp_path):
+    plan = run.plan_calibration(folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK, modules=("projector", "llm"))
+    written = sum(path.stat().st_size for path in finished.iterdir())
+    assert (plan.samples, plan.pictures, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
+    assert written < plan.disk_needed < 20 * written and plan.disk_free > 0 and plan.seconds > 0 and plan.peak_memory > written
+    assert not list(tmp_path.iterdir())
+    assert "estimate" in "\n".join(plan.lines())
