@@ -127,7 +127,7 @@ class Job:
             raise UsageError(f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}")
         self.settings = settings if steps is None else replace(settings, steps=steps)
         if self.recipe is not None:
-            self.recipe.check_model(source.fingerprint, source.arch.layers)
+            self.recipe.check_model(source.fingerprint, source.arch.layers, source.arch.model_class)
         if out.exists() and not out.is_dir():
             raise UsageError(f"out {out}: expected a folder or a new path, found a file")
         self.pictures = sum(sample.image_bytes is not None for sample in samples)
