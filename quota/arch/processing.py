@@ -1,6 +1,7 @@
 """Opening processors with one image backend (PIL), whatever is installed beside it: pixels must not depend on torchvision being there.
 
 Upstream's Qwen2.5-VL processor cannot be built without torchvision, because a video processor is a mandatory part of it. Pictures need none.
+Files that a processor writes name its class, and others open them by that name: the class here has upstream's.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as upstream
 from transformers.processing_utils import ProcessorMixin
+
+from quota.arch.config import refuse_folder_code
+from quota.core.documents import read_object
 
 BACKEND = "pil"
 _CHAT_TEMPLATE = (
@@ -21,7 +25,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-class ImageProcessor(Qwen2_5_VLProcessor):
+class Qwen2_5_VLProcessor(upstream.Qwen2_5_VLProcessor):
     """Qwen2.5-VL's processor for pictures and text. Videos are refused by the base class, which finds no video processor."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
@@ -30,15 +34,16 @@ class ImageProcessor(Qwen2_5_VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
 
 
-def open_processor(checkpoint: str | Path) -> Any:
-    """The processor of a folder or hub name, left padding, PIL pictures. Raises what transformers raises (OSError, ValueError, ...)."""
-    from transformers import AutoConfig
+def open_processor(folder: str | Path) -> Any:
+    """The processor of a checkpoint folder, left padding, PIL pictures. Code of the folder's own never runs.
 
-    kind = getattr(AutoConfig.from_pretrained(str(checkpoint)), "model_type", "")
-    if kind != "qwen2_5_vl":
-        processor = AutoProcessor.from_pretrained(str(checkpoint), backend=BACKEND)
-    else:
-        processor = ImageProcessor.from_pretrained(str(checkpoint), backend=BACKEND)
+    CheckpointError where a file names such code; else what transformers raises (OSError, ValueError, ...).
+    """
+    folder = Path(folder)
+    refuse_folder_code(folder)
+    own = read_object(folder / "config.json").get("model_type") == "qwen2_5_vl"
+    kind: Any = Qwen2_5_VLProcessor if own else AutoProcessor
+    processor = kind.from_pretrained(str(folder), backend=BACKEND, trust_remote_code=False, local_files_only=True)
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"
     return processor

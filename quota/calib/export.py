@@ -17,7 +17,9 @@ def processor_of(folder: Path) -> Any:
 
     try:
         return open_processor(folder)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers and transformers raise many kinds
         raise CheckpointError(f"{folder.name}: expected processor and tokenizer files beside the weights, got: {error}") from error
 
 

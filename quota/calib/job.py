@@ -75,7 +75,7 @@ class Job:
             raise UsageError(f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}")
         self.settings = settings if steps is None else replace(settings, steps=steps)
         if self.recipe is not None:
-            self.recipe.check_model(source.fingerprint, source.arch.layers)
+            self.recipe.check_model(source.fingerprint, source.arch.layers, source.arch.model_class)
         self.folder = _check_out(out, source.folder)
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.resume, self.overwrite = options.get("resume", True), options.get("overwrite", False)

@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quota.arch import ArchSpec, find_arch, fingerprint
+from quota.arch.config import read_config
 from quota.calib.blocks import Batch, Block
 from quota.calib.families import Grid, Tower, decoder_positions, decoder_rotary
 from quota.core.errors import CheckpointError
 from quota.core.files import naming, read_at, reserve, sha256_file, write_at
+from quota.core.folders import resolve_folder
 from quota.nn.scores import text_queries
 
 # Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
@@ -36,13 +38,8 @@ class FloatSource:
     """
 
     def __init__(self, model: str | Path) -> None:
-        from transformers import AutoConfig
-
         self.folder = resolve_folder(model)
-        try:
-            self.config: Any = AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.folder.name}/config.json: expected a Hugging Face configuration, got an error: {error}") from error
+        self.config: Any = read_config(self.folder)
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model")
         self.arch: ArchSpec = find_arch(self.config)
@@ -150,22 +147,6 @@ class FloatSource:
         rotary = decoder_rotary(self.arch.name, text).to(device) if kind == "decoder" else None
         config = text if kind == "decoder" else self.config.vision_config
         return Block(self.module(path, device), kind, path, self.arch.name, config, rotary)
-
-
-def resolve_folder(model: str | Path) -> Path:
-    """A local checkpoint folder, downloading a hub name if it is not one. CheckpointError when neither."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise CheckpointError(f"model {str(model)!r}: expected a checkpoint folder or a hub name 'owner/name', found neither")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise CheckpointError(f"model {str(model)!r}: expected a checkpoint folder or a reachable hub name, got: {error}") from error
 
 
 class Stream:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from quota.core.errors import QuotaError, UsageError
 from quota.core.files import claim_folder
+from quota.core.folders import is_hub_name
 
 
 class FloatType(StrEnum):
@@ -88,8 +89,7 @@ def check_checkpoint(checkpoint: str, what: str = "CHECKPOINT") -> str:
         raise UsageError(f"{what}: {checkpoint} is a file; expected a checkpoint folder or a hub name such as llava-hf/llava-1.5-7b-hf")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"{what}: {checkpoint} holds no config.json; expected a checkpoint folder")
-    looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1
-    if not path.exists() and looks_local:
+    if not path.exists() and not is_hub_name(checkpoint):
         raise UsageError(f"{what}: no folder {checkpoint}; expected a checkpoint folder or a hub name such as llava-hf/llava-1.5-7b-hf")
     return checkpoint
 

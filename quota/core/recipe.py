@@ -15,18 +15,26 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
+from quota.core.documents import read_text, shown
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
 from quota.core.keep import ATTENTION_SCORES, BEFORE, kept_tokens, significant
 from quota.core.schema import Document
 
 SCHEMA_VERSION = 1
+_MOST_ERRORS = 8
 SCHEMA_PATH = Path("recipes/recipe.schema.json")
 
-Positive = Annotated[int, Field(strict=True, ge=1)]
+MOST_BYTES = 4 * 1024**2  # a recipe of 1024 candidates has a tenth of that
+
+# Bounds far above any model: a damaged number must not take memory or time.
+Positive = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=1024)]
+Tokens = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(significant)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False), AfterValidator(significant)]
 Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), AfterValidator(significant)]
+Signal = Annotated[float, Field(strict=True, ge=0, le=1000, allow_inf_nan=False), AfterValidator(significant)]
 Kept = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), AfterValidator(significant)]
 
 
@@ -37,6 +45,7 @@ def _not_zero(layer: int) -> int:
 
 
 Candidate = Annotated[int, Field(strict=True, ge=BEFORE, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
+Regime = Literal["float", "w4a4kv4", "w4a16"]
 Method = Literal["quota", "uniform", "fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune", "custom"]
 Score = Literal["quota", "text", "last_token", "own_last_token", "cross_self", "relevance", "random", "none"]
 Policy = Literal["topk", "mmr", "maxmin", "dpp", "grid"]
@@ -47,23 +56,30 @@ class ModelFacts(Document):
 
     architecture: str = Field(description="class name, for example LlavaForConditionalGeneration")
     fingerprint: str = Field(description="fingerprint shared by the float model and its quantized checkpoint; a mismatch is an error")
-    layers: Positive = Field(description="number of decoder layers")
-    visual_tokens: Positive = Field(description="visual tokens of one picture after the projector")
+    layers: Layers = Field(description="number of decoder layers")
+    visual_tokens: Tokens = Field(description="visual tokens of one picture after the projector")
     hidden_size: Positive | None = Field(default=None, description="d of the cost model")
     kv_size: Positive | None = Field(default=None, description="d_kv of the cost model: key/value heads x head dimension")
     intermediate_size: Positive | None = Field(default=None, description="m of the cost model: width of the gated MLP")
     head_dim: Positive | None = Field(default=None, description="head dimension of the language model")
     text_tokens: Positive | None = Field(default=None, description="T_text of the cost model: text tokens of a typical prompt")
-    vision_macs: Positive | None = Field(default=None, description="multiply-accumulates of vision tower and projector for one picture")
+    vision_macs: Annotated[int, Field(strict=True, ge=1, le=2**53)] | None = Field(
+        default=None, description="multiply-accumulates of vision tower and projector for one picture"
+    )
 
 
 class ScoreWeights(Document):
-    """Equation (8): weights of the four robustly scaled signals of a visual token."""
+    """Equation (8): weights of the four robustly scaled signals of a visual token.
 
-    inter: Weight = Field(default=0.45, description="attention from the text after the image")
-    mag: Weight = Field(default=0.25, description="norm of the hidden state")
-    intra: Weight = Field(default=0.10, description="attention from visual tokens")
-    quant: Number = Field(default=0.20, description="error of the deployed activation quantizer: the low-bit risk; below 0 prefers tokens that quantize well")
+    Only their ratios matter, since scores only rank: large weights are odd but harmless.
+    """
+
+    inter: Signal = Field(default=0.45, description="attention from the text after the image")
+    mag: Signal = Field(default=0.25, description="norm of the hidden state")
+    intra: Signal = Field(default=0.10, description="attention from visual tokens")
+    quant: Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False), AfterValidator(significant)] = Field(
+        default=0.20, description="error of the deployed activation quantizer: the low-bit risk; below 0 prefers tokens that quantize well"
+    )
 
     @model_validator(mode="after")
     def _some_signal(self) -> ScoreWeights:
@@ -146,7 +162,9 @@ class Recipe(Document):
 
     schema_version: Literal[1] = 1
     method: Method = Field(description="quota: drops follow the sensitivities; uniform: equal drops; custom: written by hand; else a published method")
-    regime: str = Field(min_length=1, description="low-bit regime the recipe was made for, for example w4a4kv4")
+    regime: Regime = Field(
+        description="regime the recipe was made under; a record, not a condition: a recipe runs on the float model and on any checkpoint of it"
+    )
     model: ModelFacts
     candidates: tuple[Candidate, ...] = Field(
         min_length=1, description="decoder layers that drop tokens at their input, ascending; -1 is before the language model, 0 does not exist"
@@ -159,11 +177,11 @@ class Recipe(Document):
     reference: Literal["recorded", "per_image"] = Field(
         default="recorded", description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens"
     )
-    reference_tokens: Positive = Field(description="V_ref: visual tokens of one picture that keep refers to")
+    reference_tokens: Tokens = Field(description="V_ref: visual tokens of one picture that keep refers to")
     selections: tuple[Selection, ...] = Field(
         default=(), description="how each candidate chooses; empty: all by the quota score and topk; one entry: all by that one"
     )
-    seed: Annotated[int, Field(strict=True, ge=0)] = Field(default=0, description="of the random score")
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = Field(default=0, description="of the random score")
     weights: ScoreWeights = Field(default_factory=ScoreWeights)
     percentiles: Percentiles = Field(default_factory=Percentiles)
     position_policy: Literal["original", "compact"] = Field(
@@ -230,8 +248,8 @@ class Recipe(Document):
         """Read a recipe file. RecipeError when it is missing, not JSON, has a repeated key, or breaks the schema."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, MOST_BYTES)
+        except (OSError, ValueError) as error:
             raise RecipeError(f"recipe {path}: cannot be read ({_reason(error)}); expected a file written by `quota recipe`") from None
         try:
             data = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
@@ -269,8 +287,8 @@ class Recipe(Document):
         """Visual tokens of one picture alive inside `layer`: ceil(keep * V), with V = `tokens` or `reference_tokens`."""
         return kept_tokens(self.keep_at(layer), self.reference_tokens if tokens is None else tokens)
 
-    def check_model(self, fingerprint: str, layers: int | None = None) -> None:
-        """RecipeError unless the recipe was made for this model."""
+    def check_model(self, fingerprint: str, layers: int | None = None, architecture: str | None = None) -> None:
+        """RecipeError unless the recipe was made for this model; layers, architecture (class name): compared where they are given."""
         if fingerprint != self.model.fingerprint:
             raise RecipeError(
                 f"model.fingerprint: the recipe is for {self.model.architecture} {self.model.fingerprint}, this model is {fingerprint}; "
@@ -278,11 +296,14 @@ class Recipe(Document):
             )
         if layers is not None and layers != self.model.layers:
             raise RecipeError(f"model.layers: the recipe expects {self.model.layers} decoder layers, this model has {layers}")
+        if architecture is not None and architecture != self.model.architecture:
+            raise RecipeError(f"model.architecture: the recipe is for {shown(self.model.architecture)}, this model is {architecture!r}")
 
 
 def _describe(error: ValidationError, source: str) -> str:
     lines = []
-    for item in error.errors(include_url=False):
+    found_errors = error.errors(include_url=False)
+    for item in found_errors[:_MOST_ERRORS]:
         field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"]).lstrip(".")
         found = item["input"]
         message = item["msg"].removeprefix("Value error, ")
@@ -291,13 +312,18 @@ def _describe(error: ValidationError, source: str) -> str:
         elif item["type"] == "missing":
             message = "required field is missing"
         elif not isinstance(found, (dict, list, tuple, BaseModel)):
-            message = f"{message[:1].lower()}{message[1:]}, got {found!r}"
+            message = f"{message[:1].lower()}{message[1:]}, got {shown(found)}"
+        field = field if len(field) <= 80 else f"{field[:80]}..."
         lines.append(f"{field}: {message}" if field else message)
+    if len(found_errors) > _MOST_ERRORS:
+        lines.append(f"{len(found_errors) - _MOST_ERRORS} more")
     return f"{source}: " + "; ".join(lines)
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

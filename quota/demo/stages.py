@@ -15,8 +15,9 @@ from rich.text import Text
 from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
-from quota.calib.stream import FloatSource, resolve_folder
+from quota.calib.stream import FloatSource
 from quota.core.files import atomic_write_text
+from quota.core.folders import resolve_folder
 from quota.core.recipe import Recipe
 from quota.demo.cache import StageCache, code_fingerprint, link
 from quota.demo.embedded import held_out, reference_of, sources, tour

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from quota.calib.stream import resolve_folder
 from quota.core.files import sha256_file
+from quota.core.folders import resolve_folder
 from quota.core.recipe import Recipe
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, rights, summarise, weight_bytes

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from quota.arch import find_arch
 from quota.arch.processing import BACKEND
-from quota.calib.stream import resolve_folder
 from quota.core.errors import QuotaError, UsageError
+from quota.core.folders import resolve_folder
 from quota.core.journal import Journal
 from quota.core.recipe import Recipe
 from quota.core.schema import Document
@@ -111,10 +111,7 @@ class Quota(lmms):
             from quota.eval.asking import load_model
 
             args = self.args
-            model, processor = load_model(self.folder, self.recipe)
-            model = model.to(self.device)
-            if args.dtype != "float32":
-                model = model.to(getattr(torch, args.dtype))
+            model, processor = load_model(self.folder, self.recipe, str(self.device), getattr(torch, args.dtype))
             self._opened = (model, processor, Wrapper(model.config, processor, (args.min_pixels, args.max_pixels)))
         return self._opened
 

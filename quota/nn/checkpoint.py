@@ -6,9 +6,11 @@ Nothing is ever unpickled. Tensor names are the model's own (`state_dict`). The 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +22,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quota import __version__
+from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
+from quota.nn.structure import MODULES
 
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
 INDEX = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 2 * 1024**3
+README = "README.md"
+# Files a processor or `generate` is made of: when they are in the folder, the manifest has to list them.
+_READ_IF_THERE = (
+    "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+# transformers only warns about a quantization it does not know and invents the weights. A weight file that does not exist makes it stop, with this name
+# in its message; `quota.runtime.hf` takes the entry out when quota is imported.
+_NO_SUCH_WEIGHTS = "import-quota-first-see-README.safetensors"
 _REMEDY = "the folder is damaged: copy or calibrate it again"
 
 
@@ -51,36 +63,49 @@ class Manifest:
         """CheckpointError for a missing or malformed manifest, naming the field."""
         path = Path(folder) / MANIFEST
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_object(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: expected the manifest of a quantized checkpoint, found no file; {_REMEDY}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error}); {_REMEDY}") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}; {_REMEDY}")
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {version!r}; calibrate again with this version")
+            raise CheckpointError(f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {shown(version)}; calibrate again with this version")
         _check_fields(path, data)
         return cls(**{**data, "modules": tuple(data["modules"])})
 
 
-_FIELDS: dict[str, type] = {
-    "regime": str, "modules": list, "source_fingerprint": str, "calibration": dict, "files": dict, "bytes": dict, "tool_version": str, "schema_version": int,
-}  # fmt: skip
+def _is_file_name(name: str) -> bool:
+    """A plain name that any file system takes."""
+    return re.fullmatch(r"[^./\\\x00][^/\\\x00]*", name) is not None and len(name.encode(errors="replace")) <= 255
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "regime": ("a name", lambda v: isinstance(v, str)),
+    "modules": (f"a list of some of {list(MODULES)}", lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, str) and m in MODULES for m in v)),
+    "source_fingerprint": ("a name", lambda v: isinstance(v, str)),
+    "calibration": ("an object", lambda v: isinstance(v, dict)),
+    "files": ("an object", lambda v: isinstance(v, dict)),
+    "bytes": ("an object", lambda v: isinstance(v, dict)),
+    "tool_version": ("a name", lambda v: isinstance(v, str)),
+    "schema_version": ("a number", lambda v: type(v) is int),
+}
 
 
 def _check_fields(path: Path, data: Mapping[str, Any]) -> None:
-    for name, kind in _FIELDS.items():
-        if not isinstance(data.get(name), kind):
-            raise CheckpointError(f"{path}: {name}: expected {kind.__name__}, got {type(data.get(name)).__name__}; {_REMEDY}")
+    for name, (expected, holds) in _FIELDS.items():
+        if not holds(data.get(name)):
+            raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(data.get(name))}; {_REMEDY}")
     unknown = sorted(set(data) - set(_FIELDS))
     if unknown:
-        raise CheckpointError(f"{path}: {unknown[0]}: unknown field; use the version of quota that wrote the folder")
+        raise CheckpointError(f"{path}: {unknown[0][:80]}: unknown field; use the version of quota that wrote the folder")
     for name, digest in data["files"].items():
-        plain = name == Path(name).name and not name.startswith(".") and "\\" not in name
-        if not plain or not isinstance(digest, str) or not isinstance(data["bytes"].get(name), int):
-            raise CheckpointError(f"{path}: files[{name!r}]: expected a plain file name with its SHA-256 and size; {_REMEDY}")
+        if not (_is_file_name(name) and isinstance(digest, str) and _is_size(data["bytes"].get(name))):
+            raise CheckpointError(f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {_REMEDY}")
 
 
 def is_quantized_folder(folder: str | Path) -> bool:
@@ -89,10 +114,10 @@ def is_quantized_folder(folder: str | Path) -> bool:
     if (folder / MANIFEST).exists():
         return True
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config.get("quantization_config", {}).get("quant_method") == "quota"
-    except (OSError, ValueError, AttributeError):
+        mark = read_object(folder / "config.json").get("quantization_config")
+    except (OSError, ValueError):
         return False
+    return isinstance(mark, dict) and mark.get("quant_method") == "quota"
 
 
 def verify_files(folder: str | Path, manifest: Manifest) -> None:
@@ -108,6 +133,32 @@ def verify_files(folder: str | Path, manifest: Manifest) -> None:
         found = sha256_file(path)
         if found != digest:
             raise CheckpointError(f"{path}: expected sha256 {digest}, got {found}: the contents were altered; {_REMEDY}")
+
+
+@contextmanager
+def listed_files(folder: str | Path, manifest: Manifest) -> Iterator[Path]:
+    """A temporary folder with copies of all files the manifest lists but the weights: what is not listed cannot be read there.
+
+    CheckpointError when config.json is not listed, or a file of a processor or of `generate` lies in the folder unlisted; those raised inside the block
+    name the checkpoint's own folder.
+    """
+    folder = Path(folder)
+    if "config.json" not in manifest.files:
+        raise CheckpointError(f"{folder / MANIFEST}: files: expected config.json among them; {_REMEDY}")
+    for name in _READ_IF_THERE:
+        if name not in manifest.files and (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}, so it is not used; remove it, or {_REMEDY}")
+    with tempfile.TemporaryDirectory(prefix="quota-") as copies:
+        for name in manifest.files:
+            if not name.endswith((".safetensors", INDEX)):
+                try:
+                    shutil.copyfile(folder / name, Path(copies) / name)
+                except OSError as error:
+                    raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror}); {_REMEDY}") from None
+        try:
+            yield Path(copies)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(copies, str(folder))) from error.__cause__
 
 
 def weight_files(folder: str | Path, manifest: Manifest) -> list[Path]:
@@ -211,6 +262,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def add_config(self, config: Any) -> None:
         """Write config.json from a transformers configuration (or its dict), marked as quantized by this project."""
         data = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        data["transformers_weights"] = _NO_SUCH_WEIGHTS
         data["quantization_config"] = {"quant_method": "quota", "regime": self.manifest.regime, "modules": list(self.manifest.modules)}
         atomic_write_text(self.work / "config.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
 
@@ -252,11 +304,35 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(where.items()))}
             atomic_write_text(self.work / INDEX, json.dumps(index, indent=2) + "\n")
+        atomic_write_text(self.work / README, _readme(self.manifest))
         paths = sorted(path for path in self.work.iterdir() if path.is_file())
         known = {**asdict(self.manifest), "modules": self.manifest.modules}
         known |= {"files": {p.name: sha256_file(p) for p in paths}, "bytes": {p.name: p.stat().st_size for p in paths}}
         self.manifest = Manifest(**known)
         atomic_write_text(self.work / MANIFEST, self.manifest.dumps())
+
+
+def _readme(manifest: Manifest) -> str:
+    """How to open the folder, for whoever finds it. Equal manifests give equal text."""
+    return f"""# A quantized checkpoint of QUOTA
+
+Regime {manifest.regime}, quantized parts: {", ".join(manifest.modules)}; written by quota {manifest.tool_version}.
+
+Open this folder with quota, which checks every file against `{MANIFEST}` first:
+
+```python
+import quota
+
+model = quota.load("path/to/this/folder")  # a transformers model; model.processor is its processor
+```
+
+or by command: `quota run path/to/this/folder --image photo.jpg -p "What is this?"`, `quota serve path/to/this/folder`.
+
+transformers reads the folder with `from_pretrained` only after `import quota.runtime`. Without it, transformers stops because it finds no file
+`{_NO_SUCH_WEIGHTS}`: config.json names that file on purpose, since the weights here mean nothing to a program that does not know their format.
+
+To keep or to share the checkpoint, copy the folder whole. `save_pretrained` does not write one.
+"""
 
 
 def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processor: Any = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Manifest:

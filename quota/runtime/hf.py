@@ -1,7 +1,8 @@
 """transformers' own door: after `import quota.runtime`, `from_pretrained` and pipelines open quantized folders too.
 
-`quota.load` is the documented way: it verifies every file and names what is wrong. Without this registration transformers only warns
-about an unknown quantization type and returns random weights.
+`quota.load` is the documented way: it verifies every file and names what is wrong. A transformers without this registration would only warn about an
+unknown quantization type and invent weights, so config.json names a weight file that does not exist (`CheckpointWriter`): it refuses instead, and the
+quantizer here takes the name out again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class QuotaQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the configuration, before files are looked for."""
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         files = [Path(name) for name in checkpoint_files or []]
         if not files or any(path.suffix != ".safetensors" for path in files):
@@ -46,7 +53,10 @@ class QuotaQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
+        """`save_pretrained` asks this first. It would leave out the manifest, without which the folder cannot be opened."""
+        raise CheckpointError(
+            "save_pretrained: a quantized checkpoint is its folder, with the manifest that vouches for every file; copy the folder it was loaded from"
+        )
 
     @property
     def is_trainable(self) -> bool:

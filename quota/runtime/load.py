@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from quota.arch import find_arch, model_fingerprint, submodule
+from quota.arch.config import OWN_KEYS, read_config
 from quota.arch.processing import open_processor
+from quota.core.documents import read_object
 from quota.core.errors import CheckpointError, UsageError
+from quota.core.folders import resolve_folder
 from quota.core.pages import keep_freed_memory
-from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
+from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, listed_files, tensor_shapes, verify_files, weight_files
 from quota.nn.linear import Float32State
 from quota.nn.weight_only import build_structure
+from quota.runtime.hf import QuotaConfig, QuotaQuantizer
 from quota.runtime.patch import patched
 
 if TYPE_CHECKING:
@@ -41,14 +45,10 @@ def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtyp
         raise CheckpointError(f"dtype: expected one of {[str(d) for d in _FLOATS]}, got {dtype}")
     where = checked_device(device)
     keep_freed_memory()
-    folder = Path(checkpoint)
-    if folder.is_dir() and is_quantized_folder(folder):
-        model = _load_quantized(folder, dtype, verify)
-    else:
-        model = _load_float(checkpoint, dtype)
+    folder = resolve_folder(checkpoint)
+    model = _load_quantized(folder, dtype, verify) if is_quantized_folder(folder) else _load_float(folder, dtype)
     if where.type != "cpu":
         model.to(where)
-    model.processor = _load_processor(checkpoint)
     if recipe is not None:
         patched(model, recipe)
     return model
@@ -73,7 +73,13 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
     if verify:
         verify_files(folder, manifest)
     files = weight_files(folder, manifest)
-    config = _load_config(folder)
+    with listed_files(folder, manifest) as listed:
+        config = read_config(listed)
+        processor = _load_processor(listed)
+        generation = _generation_config(listed)
+    for name in OWN_KEYS:  # transformers would look for a quantizer, and for a file, of its own
+        if hasattr(config, name):
+            delattr(config, name)
     with torch.device("meta"):
         model: Any = _model_class(config)._from_config(config, dtype=dtype)
     build_structure(model, manifest.regime, manifest.modules, tensor_shapes(files))
@@ -85,10 +91,22 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
         raise CheckpointError(
             f"source_fingerprint: {folder / 'quota.json'} says {manifest.source_fingerprint}, the tensors say {found}; the folder mixes two models"
         )
-    if "generation_config.json" in manifest.files:
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    model.quota_manifest = manifest
+    if generation is not None:
+        model.generation_config = generation
+    model.config._name_or_path = model.name_or_path = str(folder)
+    model.quota_manifest, model.processor = manifest, processor
+    model.hf_quantizer = QuotaQuantizer(QuotaConfig(manifest.regime, manifest.modules), pre_quantized=True)  # answers `save_pretrained`
     return model
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_object(path))
+    except Exception as error:  # transformers' own checks raise many kinds
+        raise CheckpointError(f"{path}: not readable as a generation configuration ({_first_line(error)}); restore the file") from None
 
 
 def _assign(model: Any, files: list[Path], dtype: torch.dtype) -> None:
@@ -128,39 +146,33 @@ def fill_derived(model: Any) -> None:
             module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(buffer.shape).clone(), persistent=False)
 
 
-def _load_config(folder: Path) -> Any:
+def _load_float(folder: Path, dtype: torch.dtype) -> Any:
+    config = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: not readable as a model configuration ({error}); copy or calibrate the folder again") from None
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # transformers would look for a quantizer of its own
-    return config
-
-
-def _load_float(checkpoint: str | Path, dtype: torch.dtype) -> Any:
-    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
-        raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a float model"
+        model, found = _model_class(config).from_pretrained(
+            str(folder), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
-    try:
-        kind = _model_class(AutoConfig.from_pretrained(str(checkpoint)))
-        model: Any = kind.from_pretrained(str(checkpoint), dtype=dtype, use_safetensors=True)
     except CheckpointError:
         raise
-    except Exception as error:  # the hub client and safetensors raise many kinds
-        reason = f"{checkpoint}: cannot be loaded ({_first_line(error)}); expected a folder or hub name of a supported model with safetensors"
-        raise CheckpointError(reason) from error
+    except Exception as error:  # safetensors and transformers raise many kinds
+        raise CheckpointError(f"{folder}: cannot be loaded ({_first_line(error)}); expected a folder of a supported model with safetensors") from error
+    invented = sorted(found["missing_keys"])
+    if invented:
+        shown = ", ".join(invented[:5]) + (f" and {len(invented) - 5} more" if len(invented) > 5 else "")
+        raise CheckpointError(f"{folder}: tensors missing from the checkpoint: {shown}; copy or download it again")
+    model.processor = _load_processor(folder)
     return model.eval().requires_grad_(False)
 
 
-def _load_processor(checkpoint: str | Path) -> Any:
+def _load_processor(folder: Path) -> Any:
     try:
-        processor = open_processor(checkpoint)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        found = [name for name in _PROCESSOR_FILES if (Path(checkpoint) / name).is_file()]
+        processor = open_processor(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers and transformers raise many kinds
+        found = [name for name in _PROCESSOR_FILES if (folder / name).is_file()]
         if found:
-            raise CheckpointError(f"{Path(checkpoint) / found[0]}: the processor cannot be built ({_first_line(error)}); restore the folder's files") from error
+            raise CheckpointError(f"{folder / found[0]}: the processor cannot be built ({_first_line(error)}); restore the folder's files") from error
         return None
     return processor if getattr(processor, "tokenizer", None) is not None else None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from quota.arch import model_fingerprint
+from quota.arch import find_arch, model_fingerprint
 from quota.core.errors import RecipeError, UsageError
 from quota.nn.pruner import Pruner
 
@@ -75,7 +75,7 @@ def patched(model: Any, recipe: Recipe | str | Path, *, forced: Mapping[int, Ten
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe: expected a Recipe or a path, got {type(recipe).__name__}")
     text_config = model.config.get_text_config()
-    recipe.check_model(model_fingerprint(model), text_config.num_hidden_layers)
+    recipe.check_model(model_fingerprint(model), text_config.num_hidden_layers, find_arch(model).model_class)
     if forced is not None and (missing := sorted(set(recipe.candidates) - set(forced))):
         raise UsageError(f"forced: expected a mask for every candidate layer, missing {missing}")
     return PatchHandle(model, recipe, forced)

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from quota.arch.processing import ImageProcessor
+from quota.arch.processing import Qwen2_5_VLProcessor
 from quota.scenes.vocabulary import QWEN_PATCH_SIZE, QWEN_SPECIAL_TOKENS, QWEN_WINDOW_PX, QWEN_WORDS
 
 WIDTH, LAYERS = 192, 8
@@ -26,11 +26,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build_processor(patch_px: int = QWEN_PATCH_SIZE) -> ImageProcessor:
+def build_processor(patch_px: int = QWEN_PATCH_SIZE) -> Qwen2_5_VLProcessor:
     """Pictures from 4 visual tokens to 16 x 16 keep their size (rounded to whole tokens); larger ones are reduced."""
     token = (2 * patch_px) ** 2
     image_processor = Qwen2VLImageProcessorPil(patch_size=patch_px, merge_size=2, size={"shortest_edge": 4 * token, "longest_edge": 256 * token})
-    return ImageProcessor(image_processor=image_processor, tokenizer=build_tokenizer())
+    return Qwen2_5_VLProcessor(image_processor=image_processor, tokenizer=build_tokenizer())
 
 
 def build_config(width: int = WIDTH, layers: int = LAYERS) -> Qwen2_5_VLConfig:

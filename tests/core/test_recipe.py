@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,33 @@ def test_check_model() -> None:
         recipe.check_model("sha256:cc")
     with pytest.raises(RecipeError, match=r"model.layers"):
         recipe.check_model("sha256:aa", 32)
+    with pytest.raises(RecipeError, match=r"model.architecture: the recipe is for 'LlavaFor.*this model is 'Foo'"):
+        recipe.check_model("sha256:aa", 8, "Foo")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d["model"].update(layers=10**9), "model.layers"), (lambda d: d.update(reference_tokens=10**30), "reference_tokens"),
+    (lambda d: d.update(reference_tokens=10**4000), "reference_tokens"), (lambda d: d["model"].update(visual_tokens=10**12), "model.visual_tokens"),
+    (lambda d: d.update(seed=2**200), "seed"), (lambda d: d.update(regime="w8a8"), "regime"), (lambda d: d.update(regime="x" * 9000), "regime"),
+    (lambda d: d["weights"].update(quant=1e300), "weights.quant"), (lambda d: d.update(keep=["x"] * 5000), "keep"),
+    (lambda d: d.update({"k" * 9000: 1}), "kkk"),
+])  # fmt: skip
+def test_no_number_or_text_of_a_file_is_unbounded(change, message: str) -> None:
+    edited = Recipe.parse(data()).model_dump(mode="json")
+    change(edited)
+    with pytest.raises(RecipeError, match=message) as caught:
+        Recipe.parse(edited)
+    assert len(str(caught.value)) < 2500 and "\n" not in str(caught.value)
+
+
+def test_only_an_ordinary_file_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
+        with pytest.raises(RecipeError, match="cannot be read"):
+            Recipe.load(path)
+    (tmp_path / "large").write_text(" " * (4 * 1024**2 + 1))
+    with pytest.raises(RecipeError, match="larger than"):
+        Recipe.load(tmp_path / "large")
 
 
 def test_frozen() -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import quota.lmms.model as own
-from quota.arch.processing import ImageProcessor
+from quota.arch.processing import Qwen2_5_VLProcessor
 from quota.core.errors import UsageError
 from quota.lmms.prompts import Wrapper, conversation
 
@@ -78,7 +78,7 @@ def test_qwen2_5_vl_equals_the_built_in_wrapper(qwen_folder: Path, ask: Asked, m
     class Opened:
         @staticmethod
         def from_pretrained(path: str, **limits: int) -> Any:
-            return ImageProcessor.from_pretrained(path, backend="pil", **limits)
+            return Qwen2_5_VLProcessor.from_pretrained(path, backend="pil", **limits)
 
     monkeypatch.setattr(simple, "AutoProcessor", Opened)
     built_in = Qwen2_5_VL(str(qwen_folder), device="cpu", device_map="cpu")
@@ -89,7 +89,7 @@ def test_qwen2_5_vl_equals_the_built_in_wrapper(qwen_folder: Path, ask: Asked, m
 def test_a_checkpoint_with_other_tokens_keeps_its_own_limits(qwen_folder: Path) -> None:
     config = own.Quota(pretrained=str(qwen_folder)).opened()[0].config
     config.vision_config.patch_size = 10
-    processor = ImageProcessor.from_pretrained(qwen_folder, backend="pil")
+    processor = Qwen2_5_VLProcessor.from_pretrained(qwen_folder, backend="pil")
     wrapper = Wrapper(config, processor)
     assert processor.image_processor.size["longest_edge"] == 16_384 * 28**2
     picture = Image.new("RGB", (123, 77))

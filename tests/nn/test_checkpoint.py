@@ -68,7 +68,7 @@ def test_nothing_is_left_after_an_error(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda d: d.update(schema_version=2), "schema_version"), (lambda d: d.pop("modules"), "modules: expected list"),
+        (lambda d: d.update(schema_version=2), "schema_version"), (lambda d: d.pop("modules"), "modules: expected a list"),
         (lambda d: d.update(extra=1), "extra: unknown field"), (lambda d: d["files"].update({"../x": "0"}), "plain file name"),
         (lambda d: d["files"].update({"y": 3}), "plain file name"), (lambda d: d.update(files={}), None),
     ],

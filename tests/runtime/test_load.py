@@ -123,7 +123,7 @@ def test_float_checkpoint(tmp_path):
 def test_missing_folders(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         load(tmp_path / "nothing-here")
 
 

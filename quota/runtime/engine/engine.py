@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch import model_fingerprint
+from quota.arch import find_arch, model_fingerprint
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
@@ -102,7 +102,7 @@ class Engine:
             raise UsageError(f"default: expected one of the recipes {sorted(self.recipes)}, got {default!r}")
         identity = model_fingerprint(model)
         for recipe in self.recipes.values():
-            recipe.check_model(identity, self.family.layers)
+            recipe.check_model(identity, self.family.layers, find_arch(model).model_class)
         self.default = default
         self.segments = Segments.between(self.family.layers, self.recipes.values())
         places = self.config.page_tokens
