@@ -56,8 +56,9 @@ def grey(values: list[float], dtype: str, format: str) -> bytes:
 
 # name: (file, {(x, y): colour})
 LOOKS = {
-    **{f"EXIF {n} {kind}": (turned(n, kind), {corner: RED}) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for n, corner in (
-        (1, (0, 0)), (2, (7, 0)), (3, (7, 3)), (4, (0, 3)), (5, (0, 0)), (6, (3, 0)), (7, (3, 7)), (8, (0, 7)))},
+    **{f"EXIF {n} {kind}": (turned(n, kind), {red: RED, blue: BLUE}) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for n, red, blue in (
+        (1, (0, 0), (7, 0)), (2, (7, 0), (0, 0)), (3, (7, 3), (0, 0)), (4, (0, 3), (0, 0)),
+        (5, (0, 0), (3, 0)), (6, (3, 0), (0, 0)), (7, (3, 7), (0, 0)), (8, (0, 7), (0, 0)))},
     "RGBA": (encoded(clear("RGBA")), {(0, 0): WHITE, (7, 3): (0, 0, 0)}), "LA": (encoded(clear("LA")), {(0, 0): WHITE, (7, 3): (0, 0, 0)}),
     "RGBA webp": (encoded(clear("RGBA"), "WEBP", lossless=True), {(0, 0): WHITE, (7, 3): (0, 0, 0)}),
     "RGBA tiff": (encoded(clear("RGBA"), "TIFF"), {(0, 0): WHITE, (7, 3): (0, 0, 0)}),
