@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks.serve.traffic import picture_bytes
 from quota.core.errors import RecipeError
+from quota.core.images import Limits, decode
 from quota.core.recipe import Recipe
 from quota.server.errors import ApiError, as_api_error
-from quota.server.images import decode_image
 from quota.server.schemas import ChatRequest, CompletionRequest
 
 VALUES: tuple[Any, ...] = (
@@ -93,7 +93,7 @@ def completion(rng: random.Random) -> bytes:
 
 def picture(rng: random.Random) -> bytes:
     data = damaged(picture_bytes(rng, (64, 64)), rng)
-    _refused(lambda: decode_image(data, 1_000_000))
+    _refused(lambda: decode(data, Limits(pixels=1_000_000)))
     return data
 
 
@@ -146,8 +146,8 @@ def fuzz(seconds: float, seed: int) -> tuple[int, list[str]]:
     return tried * len(TARGETS), failures
 
 
-_WATCHED = ("quota.core.recipe", "quota.server.errors", "quota.server.images", "quota.server.schemas", "PIL.Image", "PIL.ImageFile", "PIL.PngImagePlugin",
-            "PIL.JpegImagePlugin", "PIL.GifImagePlugin", "PIL.BmpImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin")  # fmt: skip
+_WATCHED = ("quota.core.recipe", "quota.server.errors", "quota.core.images", "quota.core.image_files", "quota.server.schemas", "PIL.Image", "PIL.ImageFile",
+            "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "PIL.GifImagePlugin", "PIL.BmpImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin")  # fmt: skip
 
 
 def guided(seconds: int) -> None:
@@ -158,7 +158,7 @@ def guided(seconds: int) -> None:
         lambda data: ChatRequest.model_validate_json(data).samplings(),
         lambda data: CompletionRequest.model_validate_json(data).samplings(),
         _parse_recipe,
-        lambda data: decode_image(data, 1_000_000),
+        lambda data: decode(data, Limits(pixels=1_000_000)),
     )
 
     def one_input(data: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import random
 import shutil
@@ -14,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.serve.traffic import QUESTIONS, picture_bytes
+from quota.core.images import decode
 from quota.runtime.load import load
 
 # the form LLaVA-1.5 was trained with, for checkpoints without a template of their own
@@ -52,7 +51,7 @@ def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tup
     processor, seconds, cpu_s, found = model.processor, 0.0, 0.0, []
     for turn in range(batches + 1):
         asked = [question(number, size) for number in range(turn * clients, (turn + 1) * clients)]
-        images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in asked]
+        images = [decode(data) for _, data in asked]
         turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text, _ in asked]
         template = processor.chat_template or _PLAIN
         texts = [processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False) for messages in turns]

@@ -3,24 +3,24 @@
     {"schema": "quota-samples/1",
      "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat"}]}
 
-`image` is a path relative to the file or a `data:image/...;base64,` URL; without it the sample is text only. `answer` and `task` are optional.
+`image` is a path relative to the file or a `data:image/...;base64,` URL (read through `quota.core.images`); without it the sample is text only.
+`answer` and `task` are optional.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from quota.core import images
+from quota.core.errors import ImageError, SampleError
 
-from quota.core.errors import SampleError
+if TYPE_CHECKING:
+    from PIL import Image
 
 SCHEMA = "quota-samples/1"
 _OPTIONAL = ("image", "answer", "task")
@@ -37,14 +37,8 @@ class Sample:
     task: str | None = None
 
     def image(self) -> Image.Image | None:
-        """The picture decoded to RGB, or None for a text-only sample. SampleError names the sample when it is corrupt."""
-        if self.image_bytes is None:
-            return None
-        try:
-            with Image.open(io.BytesIO(self.image_bytes)) as picture:
-                return picture.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SampleError(f"sample {self.id!r}: image cannot be decoded ({error}); expected an intact PNG, JPEG, WebP, BMP or GIF file") from None
+        """The picture decoded to RGB, or None for a text-only sample. ImageError, a SampleError, names the sample when it is refused."""
+        return None if self.image_bytes is None else images.decode(self.image_bytes, name=f"sample {self.id!r}: image")
 
 
 @dataclass(frozen=True)
@@ -127,18 +121,11 @@ def _read(record: object, number: int, path: Path) -> Sample:
 
 def _image_bytes(image: str, name: str, folder: Path) -> bytes:
     if image.startswith("data:"):
-        head, comma, body = image.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise SampleError(f"sample {name!r}: image: expected data:image/...;base64,..., got {head[:40]!r}")
-        try:
-            return base64.b64decode(body, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise SampleError(f"sample {name!r}: image: the data URL is not valid base64 ({error})") from None
+        return images.read_data_url(image, name=f"sample {name!r}: image")
     try:
-        return (folder / image).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise SampleError(f"sample {name!r}: image {folder / image}: cannot be read ({reason}); paths are relative to the samples file") from None
+        return images.read_file(folder / image, name=f"sample {name!r}: image")
+    except ImageError as error:
+        raise ImageError(f"{error}; paths are relative to the samples file", too_large=error.too_large) from None
 
 
 def _fingerprint(items: list[Sample]) -> str:

@@ -15,7 +15,6 @@ the seed alone; a record whose picture is missing or broken is passed over, and 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 from collections import Counter
@@ -24,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from quota.calib.samples import SCHEMA, Samples
-from quota.core.errors import SampleError, UsageError
+from quota.core import images
+from quota.core.errors import ImageError, SampleError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text
 
 _PASSAGE_WORDS = (60, 160)  # shorter paragraphs are passed over, longer ones cut
@@ -42,17 +40,15 @@ class Record:
     picture: bytes | tuple[Path, ...] | None = None
 
     def picture_bytes(self) -> bytes | None:
-        """The encoded picture; None when it is missing or cannot be decoded (or the record is text)."""
+        """The encoded picture; None when it is missing or refused (or the record is text)."""
         data = self.picture
-        if isinstance(data, tuple):
-            found = next((path for path in data if path.is_file()), None)
-            data = found.read_bytes() if found else None
-        if data is None:
-            return None
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            if isinstance(data, tuple):
+                found = next((path for path in data if path.is_file()), None)
+                data = images.read_file(found) if found else None
+            if data is not None:
+                images.decode(data)
+        except ImageError:
             return None
         return data
 
@@ -222,8 +218,7 @@ def _take(name: str, path: Path, share: int, seed: int) -> list[tuple[Record, by
 def _row(sample: str, kind: str, record: Record, data: bytes | None, folder: Path) -> dict[str, str]:
     row = {"id": sample, "instruction": record.instruction, "answer": record.answer, "task": kind}
     if data is not None:
-        with Image.open(io.BytesIO(data)) as image:
-            suffix = (image.format or "png").lower()
+        suffix = images.inspect(data).format.lower()
         name = f"{sample}-{hashlib.sha256(data).hexdigest()[:8]}.{suffix}"
         atomic_write_bytes(folder / name, data)
         row["image"] = f"{folder.name}/{name}"

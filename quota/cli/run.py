@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_output, print_json, say
-from quota.core.errors import SampleError, UsageError
-
-
-def open_image(path: Path) -> Any:
-    """An RGB picture; SampleError says why a file is not one."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise SampleError(f"--image: no file {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(f"--image: {path} is not a readable picture ({error}); expected a PNG, JPEG, WebP, BMP or GIF file") from None
+from quota.core import images
+from quota.core.errors import UsageError
 
 
 def run(
@@ -55,7 +42,7 @@ def run(
         if not image:
             raise UsageError("--show: needs --image; there is no picture to draw on")
         check_output(show, "--show")
-    pictures = [open_image(path) for path in image or []]
+    pictures = [images.open_file(path, name="--image") for path in image or []]
 
     import torch
 

@@ -25,3 +25,11 @@ class RecipeError(QuotaError):
 
 class SampleError(QuotaError):
     """A samples file or picture that cannot be read."""
+
+
+class ImageError(SampleError):
+    """An image that is refused: it cannot be read, or is over a limit (`too_large`)."""
+
+    def __init__(self, message: str, *, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.too_large = too_large

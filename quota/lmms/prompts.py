@@ -1,4 +1,7 @@
-"""What the model sees of a request: the prompts and pictures of lmms-eval's built-in wrappers `llava_hf` and `qwen2_5_vl`."""
+"""What the model sees of a request: the prompts and pictures of lmms-eval's built-in wrappers `llava_hf` and `qwen2_5_vl`.
+
+One thing differs: transparency lies on white and EXIF's orientation is applied, as on every path of quota (the built-in wrappers show black, unturned).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from PIL.Image import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from quota.core.errors import UsageError
+from quota.core.images import to_rgb
 from quota.eval.generation import render_prompt
 
 TOKEN_PX = 28  # side of a visual token of the published Qwen2.5-VL checkpoints
@@ -39,7 +43,7 @@ class Conversation:
 
 
 def conversation(messages: Sequence[dict[str, Any]], task: str) -> Conversation:
-    """lmms-eval's messages; UsageError for a task that shows anything but pictures."""
+    """lmms-eval's messages, pictures as RGB (`quota.core.images`); UsageError for a task that shows anything but pictures."""
     out: list[dict[str, Any]] = []
     pictures: list[Image] = []
     for message in messages:
@@ -49,7 +53,7 @@ def conversation(messages: Sequence[dict[str, Any]], task: str) -> Conversation:
                 content.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image" and isinstance(part["url"], Image):
                 content.append({"type": "image"})
-                pictures.append(part["url"])
+                pictures.append(to_rgb(part["url"]))
             else:
                 raise UsageError(f"task {task}: expected pictures and text, got {part['type']} ({type(part.get('url')).__name__}); choose a picture task")
         out.append({"role": message["role"], "content": content})
@@ -91,4 +95,4 @@ class Wrapper:
             return picture
         width, height = picture.size
         rows, columns = smart_resize(height, width, factor=TOKEN_PX, min_pixels=_FETCHED[0], max_pixels=_FETCHED[1])
-        return picture.convert("RGB").resize((columns, rows))
+        return picture.resize((columns, rows))

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from quota.core.errors import UsageError
+from quota.core.images import to_rgb
 from quota.report.style import FAINT, GOLD, INK, MUTED, ORANGE, add_axes, new_figure, save_figure
 
 _PANEL_PX = 672
@@ -29,7 +30,7 @@ def model_view(picture: Image.Image, side_px: int = _PANEL_PX) -> Image.Image:
     """
     edge = min(picture.size)
     left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    return picture.convert("RGB").resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
+    return to_rgb(picture).resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
 
 
 def dim_dropped(view: Image.Image, kept: np.ndarray) -> Image.Image:
@@ -61,7 +62,7 @@ def whole_view(picture: Image.Image, grid: tuple[int, int], side_px: int = _PANE
     """What a processor of dynamic resolution shows: the whole picture in the shape of its token grid (rows, columns), longer side `side_px`."""
     rows, columns = grid
     scale = side_px / max(rows, columns)
-    return picture.convert("RGB").resize((round(columns * scale), round(rows * scale)), Image.Resampling.LANCZOS)
+    return to_rgb(picture).resize((round(columns * scale), round(rows * scale)), Image.Resampling.LANCZOS)
 
 
 def save_overlay(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from quota.server.schemas import ChatRequest, CompletionRequest
 from quota.server.service import Service, Spoken
 
 _Body = TypeVar("_Body", bound=BaseModel)
+_Result = TypeVar("_Result")
 
 
 def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None = None) -> FastAPI:
@@ -33,7 +34,7 @@ def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None =
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.engine.close()
+        await service.close()
 
     app = FastAPI(title="quota", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
@@ -77,7 +78,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await _body(request, service, ChatRequest)
-        return await _answer(request, service, await service.chat(body), body.stream, bool(body.stream_options and body.stream_options.include_usage))
+        spoken = await _unless_gone(request, service.chat(body))
+        return await _answer(request, service, spoken, body.stream, bool(body.stream_options and body.stream_options.include_usage))
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
@@ -116,17 +118,22 @@ async def _answer(request: Request, service: Service, spoken: Spoken, stream: bo
         events = service.events(spoken, answer, with_usage)
         opening = await anext(events)  # refusals and a full queue still get their own status
         return _EventStream(opening, events)
-    collecting = asyncio.ensure_future(service.collect(spoken))
+    return JSONResponse(answer.whole(await _unless_gone(request, service.collect(spoken))))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """What `work` returns; it is cancelled the moment the client is gone."""
+    working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait([collecting, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ApiError(499, "the client went away", code="client_closed_request")
-        return JSONResponse(answer.whole(collecting.result()))
+        return working.result()
     finally:
-        for task in (collecting, leaving):
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(collecting, leaving, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,79 +1,193 @@
-"""Pictures from a request: decoded within limits, whatever the bytes are."""
+"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request, nobody else's.
+
+A request first tries the common way: every image within `LARGE_PIXELS` and a fraction of a second. One that needs more moves to another queue, which
+never takes the last process, so that ordinary images go on. Few requests hold decoded images at a time, and hold them until their prompt is made.
+"""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-import re
-import warnings
-from typing import Any
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO, TypeVar, cast
 
 from PIL import Image
 
+from quota.core import images
+from quota.core.errors import ImageError
 from quota.server.config import Settings
+from quota.server.decoder import ANSWER, DECODED, LARGE, REFUSED, REQUEST, band_rows
 from quota.server.errors import ApiError
 from quota.server.remote import fetch
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_ASPECT = 50  # the processor scales the short edge up, so a 1 x 4000 strip would become gigabytes
-_DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
+LARGE_PIXELS = 4_000_000  # an image of more goes to the other queue
+_QUICK_S = 0.5  # processor time after which an image goes there too
+_WALL = 10  # a process that got so little of the processor that this many times its limit have passed is ended too
+_REMOTE = 4  # requests that fetch images at a time
 
 
-def load_image(url: str, settings: Settings) -> Image.Image:
-    """An RGB picture from a data URL, or from an allowed host. ApiError 400 says what is wrong with it."""
-    return decode_image(_bytes_of(url, settings), settings.max_image_pixels)
+_Result = TypeVar("_Result")
 
 
-def _bytes_of(url: str, settings: Settings) -> bytes:
-    if url[:5].lower() != "data:":
-        return fetch(url, settings.image_hosts, settings.max_image_bytes, settings.image_timeout_s)
-    header = _DATA_URL.match(url)
-    if header is None:
-        raise _bad("expected data:image/...;base64,... in image_url.url")
-    if (len(url) - header.end()) * 3 // 4 > settings.max_image_bytes:
-        raise _bad(f"the picture has more than {settings.max_image_bytes} bytes", "image_too_large")
-    try:
-        return base64.b64decode(url[header.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise _bad("the data URL is not valid base64") from None
+class Lost(Exception):
+    """The process ended before it had answered. `reason`: time or died."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """First frame as RGB. Sizes are checked before pixels are decoded; 16-bit greys are scaled, not cut."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.size, max_pixels)
-                image.load()
-                return _as_rgb(image)
-    except ApiError:
-        raise
-    except Exception as error:  # decoders raise whatever broken bytes make them raise
-        reason = str(error).split(" <", maxsplit=1)[0] or type(error).__name__
-        raise _bad(f"not a readable picture ({reason}); expected one of {', '.join(FORMATS)}") from None
+class Worker:
+    """One decoding process, which does one thing at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        # nothing of the server's environment: API keys are in it
+        environment = {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ.get("PATH", os.defpath)}
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        command = [sys.executable, "-m", "quota.server.decoder", str(settings.max_image_bytes), str(settings.image_decode_bytes)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+
+    def ask(self, data: bytes, pixels: int, large_pixels: int, seconds: float) -> Image.Image | None:
+        """The image as RGB; None when it has more than `large_pixels`. ImageError when it is refused, Lost when the process ends over it. Blocks."""
+        try:
+            given, taken = cast("BinaryIO", self.process.stdin), cast("BinaryIO", self.process.stdout)
+            given.write(REQUEST.pack(len(data), pixels, large_pixels, seconds))
+            given.write(data)
+            given.flush()
+            status, width, height = ANSWER.unpack(_exactly(taken, ANSWER.size))
+            if status == LARGE:
+                return None
+            if status != DECODED:
+                raise ImageError(_exactly(taken, width).decode(), too_large=status != REFUSED)
+            image = Image.new("RGB", (width, height))
+            rows = band_rows(width)
+            for top in range(0, height, rows):
+                size = width, min(rows, height - top)
+                image.paste(Image.frombytes("RGB", size, _exactly(taken, 3 * size[0] * size[1])), (0, top))
+            return image
+        except (OSError, EOFError, ValueError):
+            self.process.kill()
+            raise Lost("time" if self.process.wait() == -signal.SIGPROF else "died") from None
+
+    def end(self) -> None:
+        """At once, whatever it does. A thread inside `ask` gets Lost."""
+        self.process.kill()
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise _bad("the picture is empty")
-    if width * height > max_pixels:
-        raise _bad(f"the picture has {width} x {height} pixels, the limit is {max_pixels}", "image_too_large")
-    if max(size) > MAX_ASPECT * min(size):
-        raise _bad(f"the picture is {width} x {height}; one side may be at most {MAX_ASPECT} times the other")
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
 
 
-def _as_rgb(image: Any) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        wide = image.convert("F")
-        low, high = wide.getextrema()
-        top = 255.0 if low >= 0 and high <= 255 else 65535.0
-        image = wide.point(lambda value: value * (255.0 / top)).convert("L")
-    rgb: Image.Image = image.convert("RGB")
-    return rgb
+class Decoders:
+    """`lost` is told why a process was replaced: time, died or left (nobody waited for its image any more)."""
+
+    def __init__(self, settings: Settings, lost: Callable[[str], None]) -> None:
+        self.settings, self._lost = settings, lost
+        self._limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.image_decode_bytes)
+        count = settings.image_workers
+        self._idle = [Worker(settings) for _ in range(count)]
+        self._busy: set[Worker] = set()
+        self._closed = False
+        self._free, self._few, self._large = asyncio.Semaphore(count), asyncio.Semaphore(2 * count), asyncio.Semaphore(count - 1)
+        self._remote = asyncio.Semaphore(_REMOTE)
+        self._threads = ThreadPoolExecutor(max_workers=4 * count + _REMOTE, thread_name_prefix="quota-images")
+
+    @property
+    def processes(self) -> list[int]:
+        """Their ids."""
+        return [worker.process.pid for worker in (*self._idle, *self._busy)]
+
+    @asynccontextmanager
+    async def opened(self, urls: Sequence[str]) -> AsyncGenerator[tuple[list[Image.Image], bool]]:
+        """(RGB images of data URLs or of allowed hosts, whether they are large); they are to be let go on exit. ApiError 400 says what is wrong."""
+        fetched: dict[str, bytes] = {}
+        async with self._remote if any(not _is_data(url) for url in urls) else nullcontext():
+            for url in urls:
+                if not _is_data(url):
+                    fetched[url] = await self._off_loop(self._fetch, url)
+            async with self._few:
+                found = await self._all(urls, fetched, large=False)
+                if found is not None:
+                    yield found, False
+                    return
+            async with self._large:
+                found = await self._all(urls, fetched, large=True)
+                yield found or [], True
+
+    def close(self) -> None:
+        """End all processes at once, busy or not."""
+        self._closed = True
+        for worker in (*self._idle, *self._busy):
+            worker.end()
+        self._threads.shutdown(wait=False)
+
+    async def _all(self, urls: Sequence[str], fetched: dict[str, bytes], *, large: bool) -> list[Image.Image] | None:
+        found = []
+        for url in urls:
+            try:
+                data = fetched[url] if url in fetched else await self._off_loop(images.read_data_url, url, self._limits, "image_url")
+                image = await self._decode(data, large=large)
+            except ImageError as error:
+                raise _bad(str(error), "image_too_large" if error.too_large else "invalid_image") from None
+            if image is None:
+                return None
+            found.append(image)
+        return found
+
+    async def _decode(self, data: bytes, *, large: bool) -> Image.Image | None:
+        """None when it needs the other queue."""
+        limit = self.settings.image_decode_s
+        seconds = limit if large else min(limit, _QUICK_S)
+        async with self._free:
+            worker = self._idle.pop()
+            self._busy.add(worker)
+            reason = "left"  # unless it answers, or says otherwise
+            try:
+                asked = self._off_loop(worker.ask, data, self.settings.max_image_pixels, self.settings.max_image_pixels if large else LARGE_PIXELS, seconds)
+                try:
+                    image = await asyncio.wait_for(asked, _WALL * max(1.0, seconds))
+                except TimeoutError:
+                    raise Lost("time") from None
+                reason = ""
+                return image
+            except ImageError:
+                reason = ""
+                raise
+            except Lost as error:
+                reason = error.reason
+                if not large:
+                    return None
+                what = f"takes more than {limit:g} s of processor time" if reason == "time" else "ended its decoder"
+                raise _bad(f"image_url: decoding the image {what}; make it smaller, or save it as PNG") from None
+            finally:
+                self._busy.discard(worker)
+                if reason:
+                    worker.end()
+                    self._lost(reason)
+                    worker = worker if self._closed else Worker(self.settings)
+                self._idle.append(worker)
+
+    def _off_loop(self, function: Callable[..., _Result], *args: object) -> asyncio.Future[_Result]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def _fetch(self, url: str) -> bytes:
+        return fetch(url, self.settings.image_hosts, self.settings.max_image_bytes, self.settings.image_timeout_s)
+
+
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 def _bad(message: str, code: str = "invalid_image") -> ApiError:
-    return ApiError(400, f"image_url: {message}", code=code, param="messages")
+    return ApiError(400, message, code=code, param="messages")

@@ -44,6 +44,7 @@ class Metrics:
         self.kept = counter("visual_tokens_kept", "Those alive in the last layer")
         self.ratio = gauge("kept_token_ratio", "Visual tokens alive in the last layer over all, last finished request that had any")
         self.preemptions = counter("preemptions", "Requests that gave their pages back to older ones")
+        self.decoders_lost = counter("image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason")
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token")
         self.between = histogram("inter_token_seconds", "Between tokens of a request")
         self._seen: dict[str, int] = {}

@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 class PromptBuilder:
     """One processor behind a lock: fast tokenizers must not be used by two threads at once."""
 
-    def __init__(self, model: Any, family: Family) -> None:
-        if model.processor is None:
+    def __init__(self, processor: Any, family: Family) -> None:
+        if processor is None:
             raise CheckpointError("checkpoint: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
-        self.processor, self.family = model.processor, family
+        self.processor, self.family = processor, family
         self.mark = str(getattr(self.processor, "image_token", "<image>"))
         self._reserved = [self.mark, *filter(None, [getattr(self.processor, "video_token", None)])]
         self._lock = threading.Lock()

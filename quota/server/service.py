@@ -23,14 +23,13 @@ from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prom
 from quota.server.answers import DONE, Answer, Choice, failure
 from quota.server.config import Settings
 from quota.server.errors import ApiError, as_api_error
-from quota.server.images import load_image
+from quota.server.images import Decoders
 from quota.server.metrics import Metrics
 from quota.server.prompts import PromptBuilder
 from quota.server.schemas import ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger("quota.server")
 NO_RECIPE = "none"
-_LARGE_PIXELS = 4_000_000  # from here on decoding takes longer than giving its memory back
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Service:
         # the engine decodes on its own thread, and tokenizers do not like company
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
-        self.prompts = PromptBuilder(model, engine.family)
+        self.prompts = PromptBuilder(model.processor, engine.family)
+        self._large_prompts = PromptBuilder(copy.deepcopy(model.processor), engine.family)  # large pictures take seconds: nobody waits behind them
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
@@ -66,7 +66,9 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self._preparing = 0
-        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-prepare")
+        self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-prepare")
+        self._large_preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-prepare-large")
+        self.decoders = Decoders(settings, lambda reason: self.metrics.decoders_lost.labels(reason).inc())
 
     def card(self) -> dict[str, Any]:
         """The model's entry in /v1/models."""
@@ -89,32 +91,34 @@ class Service:
         urls = [url for message in body.messages for url in message.images]
         if len(urls) > self.settings.max_images:
             raise ApiError(400, f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}", code="too_many_images", param="messages")
-        prompt = await self._off_loop(self._chat_prompt, body.messages, urls)
+        self._preparing += 1
+        try:
+            async with self.decoders.opened(urls) as (images, large):
+                prompt = await asyncio.get_running_loop().run_in_executor(
+                    self._large_preparer if large else self._preparer, self._chat_prompt, body.messages, images, large
+                )
+        finally:
+            self._preparing -= 1
         return self._spoken("chatcmpl", [prompt], body, chat=True)
 
-    def _chat_prompt(self, messages: list[Message], urls: list[str]) -> Prompt:
-        images = [load_image(url, self.settings) for url in urls]
-        pixels = sum(image.width * image.height for image in images)
+    def _chat_prompt(self, messages: list[Message], images: list[Any], large: bool) -> Prompt:
         try:
-            return self.prompts.chat(messages, images)
+            return (self._large_prompts if large else self.prompts).chat(messages, images)
         finally:
-            del images
-            if pixels >= _LARGE_PIXELS:
+            images.clear()  # the event loop holds the list
+            if large:
                 return_freed_memory()
 
     async def complete(self, body: CompletionRequest) -> Spoken:
         self.check_model(body.model)
         if not 0 < len(body.prompts) <= self.settings.max_running:
             raise ApiError(400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(body.prompts)}", param="prompt")
-        prompts = [await self._off_loop(self.prompts.text, prompt) for prompt in body.prompts]
-        return self._spoken("cmpl", prompts, body, chat=False)
-
-    async def _off_loop(self, function: Any, *args: Any) -> Any:
         self._preparing += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoder, function, *args)
+            prompts = [await asyncio.get_running_loop().run_in_executor(self._preparer, self.prompts.text, prompt) for prompt in body.prompts]
         finally:
             self._preparing -= 1
+        return self._spoken("cmpl", prompts, body, chat=False)
 
     def _spoken(self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool) -> Spoken:
         id = f"{kind}-{uuid.uuid4().hex}"
@@ -170,6 +174,11 @@ class Service:
         if with_usage:
             yield answer.closing(usages)
         yield DONE
+
+    async def close(self) -> None:
+        """End the decoding processes and the engine at once."""
+        self.decoders.close()
+        await self.engine.close()
 
     async def drain(self) -> None:
         """Refuse new requests and wait for the running ones, at most `drain_s`."""

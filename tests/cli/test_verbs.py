@@ -132,7 +132,7 @@ def test_bad_pictures(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     fails(quota("run", folder, "-p", "hello", "-i", tmp_path / "no.jpg"), "no.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    fails(quota("run", folder, "-p", "hello", "-i", tmp_path / "bad.jpg"), "bad.jpg", "not a readable picture")
+    fails(quota("run", folder, "-p", "hello", "-i", tmp_path / "bad.jpg"), "bad.jpg", "not a readable image")
     fails(quota("run", folder, "-p", " "), "--prompt")
     fails(quota("run", folder, "-p", "x", "--show", tmp_path / "o.png"), "--show", "--recipe")
 

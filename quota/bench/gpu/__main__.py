@@ -218,8 +218,7 @@ def answers(options: Options) -> dict[str, Any]:
     """The embedded model, rounded to 4 bits, answers on the device what it answers on the CPU."""
     if options.dry:
         return {"would_run": "24 questions of the embedded model on both devices, token by token"}
-    from PIL import Image
-
+    from quota.core import images
     from quota.eval.asking import ask
     from quota.nn.rtn import quantize_rtn
     from quota.runtime.load import load
@@ -231,7 +230,7 @@ def answers(options: Options) -> dict[str, Any]:
         model = quantize_rtn(load(assets.CHECKPOINT)).eval().to(device)
         texts[device] = []
         for sample in samples:
-            picture = Image.open(assets.SAMPLES.parent / sample["image"])
+            picture = images.open_file(assets.SAMPLES.parent / sample["image"])
             texts[device].append(ask(model, model.processor, sample["instruction"], [picture], max_new_tokens=12).text)
     different = [f"{s['id']}: CPU {a!r}, GPU {b!r}" for s, a, b in zip(samples, texts["cpu"], texts["cuda"], strict=True) if a != b]
     return {"questions": len(samples), "failures": different}

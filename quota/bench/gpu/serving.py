@@ -34,8 +34,7 @@ def serving(options: Options) -> dict[str, Any]:
 
 def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
     """The embedded model, rounded to 4 bits, and its questions as prompts."""
-    from PIL import Image
-
+    from quota.core import images
     from quota.nn.rtn import quantize_rtn
     from quota.runtime.engine import Engine, Prompt
     from quota.runtime.load import load
@@ -45,7 +44,7 @@ def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
     engine = Engine(quantize_rtn(loaded).eval().to(device), config=config)
     prompts = []
     for sample in json.loads((assets.SAMPLES.parent / "samples.json").read_text())["samples"][: _BATCHES[-1]]:
-        picture = Image.open(assets.SAMPLES.parent / sample["image"])
+        picture = images.open_file(assets.SAMPLES.parent / sample["image"])
         inputs = loaded.processor(images=[picture], text=f"USER: <image>\n{sample['instruction']} ASSISTANT:", return_tensors="pt")
         prompts.append(Prompt(inputs["input_ids"][0].tolist(), engine.family.pictures(inputs)))
     return engine, prompts
