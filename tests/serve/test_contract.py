@@ -169,6 +169,7 @@ def test_probes_ids_and_metrics(server):
     assert 'path="/health"' in text
 
 
+JSON = {"content-type": "application/json"}
 WRONG = [
     ({"messages": []}, "messages"),
     ({"temperature": 3}, "temperature"),
@@ -177,7 +178,7 @@ WRONG = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"presence_penalty": 1.0}, "presence_penalty"),
     ({"keeep": 0.5}, "keeep"),
-    ({"tools": []}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format.type"),
     ({"top_logprobs": 3}, None),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
@@ -202,7 +203,7 @@ def test_wrong_requests(server, change, param, stream):
 def test_other_refusals(server, serving):
     post = f"{server.url}/v1/chat/completions"
     for body in (b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model": 1e999999}'):
-        answer = httpx.post(post, content=body)
+        answer = httpx.post(post, content=body, headers=JSON)
         assert answer.status_code == 400 and answer.json()["error"]["message"], body[:10]
     good = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}]}
     assert httpx.post(post, json={**good, "model": "gpt-4"}).json()["error"]["code"] == "model_not_found"
@@ -218,7 +219,7 @@ def test_other_refusals(server, serving):
         locked.client.models.list()
     key = locked.client.with_options(api_key="secret")
     assert key.models.list().data
-    headers = {"authorization": "Bearer secret"}
+    headers = {**JSON, "authorization": "Bearer secret"}
     assert httpx.post(f"{locked.url}/v1/chat/completions", content=b"x" * 3000, headers=headers).status_code == 413
 
     def pieces():
