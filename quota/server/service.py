@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ from quota.server.images import load_image
 from quota.server.lane import Lane
 from quota.server.metrics import Metrics
 from quota.server.prompts import PromptBuilder
-from quota.server.schemas import ChatRequest, CompletionRequest, Message
+from quota.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger("quota.server")
 NO_RECIPE = "none"
 _TOKEN_CHARACTERS, _MAX_CHARACTERS = 32, 1 << 20  # most characters of a prompt, per token of the limit and at all
 _MAX_ENTRIES = 1 << 17  # log-probabilities of one answer, alternatives included
+_MAX_TOKENS = 1 << 18  # of the prompts of all choices of a request, and no less than MAX_CHOICES of the longest
 _FEW_ENTRIES = 64  # which are written faster than a thread is asked
 _LARGE_PIXELS = 4_000_000  # from here on decoding takes longer than giving its memory back
 
@@ -144,10 +145,19 @@ class Service:
                 where = "messages" if chat else "prompt"
                 raise ApiError(400, f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}", code="context_length_exceeded", param=where)
         samplings: list[Sampling] = body.samplings()
+        self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
         requests = [Request(f"{id}-{i}", prompt, sampling, recipe, body.keep) for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
+
+    def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
+        """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice and thousand tokens."""
+        if len(prompts) * n > self.settings.max_running:
+            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {self.settings.max_running} answers are made at once", param="n")
+        tokens, most = n * sum(len(prompt.ids) for prompt in prompts), max(_MAX_TOKENS, MAX_CHOICES * self.limit)
+        if tokens > most:
+            raise ApiError(400, f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once", param=where)
 
     def _check_reports(self, choices: int, sampling: Sampling) -> None:
         """Bound what log-probabilities one answer collects: each takes some hundred bytes, and time to write."""
