@@ -40,20 +40,21 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(checkpoint: str | Path, *flags: str, environment: Mapping[str, str] | None = None, log: str | Path = os.devnull) -> Iterator[Served]:
-    """`quota serve`, ready on entry, ended on exit. RuntimeError when it does not get ready; its log says why."""
-    command = [sys.executable, "-m", "quota.cli.main", "serve", str(checkpoint), "--log-file", str(log), *flags]
-    with running(lambda port: [*command, "--port", str(port)], "/ready", environment) as server:
+def served(checkpoint: str | Path, *flags: str, environment: Mapping[str, str] | None = None, log: str | Path | None = os.devnull,
+           stderr: int | None = None) -> Iterator[Served]:  # fmt: skip
+    """`quota serve`, ready on entry, ended on exit. log: None is standard error. RuntimeError when it does not get ready; its log says why."""
+    command = [sys.executable, "-m", "quota.cli.main", "serve", str(checkpoint), *(("--log-file", str(log)) if log else ()), *flags]
+    with running(lambda port: [*command, "--port", str(port)], "/ready", environment, stderr) as server:
         yield server
 
 
 @contextlib.contextmanager
-def running(command_of: Callable[[int], list[str]], ready: str, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
-    """Any server: the command for a port, the path that answers with 200 when it serves, additions to the environment."""
+def running(command_of: Callable[[int], list[str]], ready: str, environment: Mapping[str, str] | None = None, stderr: int | None = None) -> Iterator[Served]:
+    """Any server: the command for a port, the path that answers with 200 when it serves, additions to the environment, where its errors go."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = command_of(port)
-    with subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=stderr) as process:
         try:
             server = Served(f"http://127.0.0.1:{port}", process)
             _wait(server, ready)

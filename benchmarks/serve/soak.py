@@ -146,7 +146,7 @@ async def _ask(http: httpx.AsyncClient, asked: Asked, content: bytes, account: A
 
 
 async def _answer(http: httpx.AsyncClient, content: bytes) -> tuple[int, Any]:
-    async with http.stream("POST", "/v1/chat/completions", content=content) as response:
+    async with http.stream("POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"}) as response:
         body = (await response.aread()).decode()
     if response.status_code != 200 or not body.startswith("data:"):
         found = json.loads(body)

@@ -1,4 +1,4 @@
-"""Tables of what `benchmarks/serve` measures: throughput by engine and clients, and the report of a soak."""
+"""Tables of what `benchmarks/serve` measures: throughput by engine and clients, the report of a soak, and what attacks cost others."""
 
 from __future__ import annotations
 
@@ -40,3 +40,14 @@ def soak_table(found: Mapping[str, Any]) -> str:
         ("problems", "none" if not found["problems"] else "; ".join(found["problems"])),
     ]  # fmt: skip
     return markdown_table(["what", "found"], lines)
+
+
+def attack_table(found: Mapping[str, Any]) -> str:
+    """The report of `python -m benchmarks.serve.attack`."""
+    lines = [
+        [row["attack"], row["bound"], ", ".join(f"{name} {count}" for name, count in row["outcomes"].items()), f"{row['alone_s']:.2f} s", f"{row['attacked_s']:.2f} s",
+         f"{row['growth_bytes'] / 1e6:.0f} MB"]
+        for row in found["attacks"]
+    ]  # fmt: skip
+    problems = "".join(f"\n* **{text}**" for text in found["problems"])
+    return markdown_table(["attack", "bound", "outcome", "others wait, alone", "others wait, attacked", "memory"], lines) + problems

@@ -1,4 +1,4 @@
-"""Markdown tables from rows of results: benchmarks/README.md, one block of the root README, two of docs/serving.md. `quota bench tables`"""
+"""Markdown tables from rows of results: benchmarks/README.md, one block of the root README, two of docs/serving.md, one of SECURITY.md. `quota bench tables`"""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quota.bench import rows
-from quota.bench.serving import soak_table, throughput_table
+from quota.bench.serving import attack_table, soak_table, throughput_table
 from quota.core.files import atomic_write_text
 from quota.report.blocks import fill
 from quota.report.table import byte_size, markdown_table, milliseconds
 
-RESULTS, PAGE, README, SERVING = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("README.md"), Path("docs/serving.md")
+RESULTS, PAGE, README = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("README.md")
+SERVING, SECURITY = Path("docs/serving.md"), Path("SECURITY.md")
 _NOTHING = "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
 _README_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
 _README_ROWS = (1, 16, 173, 640)
@@ -27,7 +28,8 @@ def blocks(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     models = rows.newest(rows.read(results / "model.jsonl"))
     page = {op: op_block([r for r in ops if r["op"] == op]) for op in _OPS} | {"model": model_block(models)}
     served = {"throughput": throughput_block(rows.newest(rows.read(results / "serve.jsonl"))), "soak": soak_block(results / "soak.json")}
-    return {PAGE: page, README: {"benchmarks": readme_block(ops, models)}, SERVING: served}
+    attacked = {"attacks": attack_block(results / "attack.json")}
+    return {PAGE: page, README: {"benchmarks": readme_block(ops, models)}, SERVING: served, SECURITY: attacked}
 
 
 def write(root: Path = Path()) -> list[Path]:
@@ -153,3 +155,11 @@ def soak_block(report: Path) -> str:
         return "No soak is kept yet: `python -m benchmarks.serve.soak`, then `quota bench tables`."
     found = json.loads(report.read_text(encoding="utf-8"))
     return f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {found['date'][:10]}.\n\n{soak_table(found)}".rstrip()
+
+
+def attack_block(report: Path) -> str:
+    """The last round of attacks that was kept."""
+    if not report.exists():
+        return "No attacks are kept yet: `python -m benchmarks.serve.attack`, then `quota bench tables`."
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {found['date'][:10]}.\n\n{attack_table(found)}".rstrip()

@@ -37,14 +37,15 @@ class Answer:
         self.chat, self.logprobs = chat, logprobs
         self.head = {"id": id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        """The body of a response that is not streamed, as JSON."""
         listed = []
         for choice in choices:
             said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}} if self.chat else {"text": choice.text}
             listed.append({"index": choice.index, "finish_reason": choice.reason, "logprobs": self._logprobs(choice.logprobs, 0), **said})
         kind = "chat.completion" if self.chat else "text_completion"
-        return {"object": kind, **self.head, "choices": listed, "usage": usage([c.usage for c in choices if c.usage is not None])}
+        body = {"object": kind, **self.head, "choices": listed, "usage": usage([c.usage for c in choices if c.usage is not None])}
+        return _json(body).encode()
 
     def opening(self, index: int) -> str:
         """The first event of a choice; plain completions have none."""
@@ -99,8 +100,12 @@ def failure(body: dict[str, Any]) -> str:
     return _sse(body)
 
 
+def _json(body: dict[str, Any]) -> str:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+
 def _sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_json(body)}\n\n"
 
 
 def usage(usages: Sequence[Usage]) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from quota.core.errors import QuotaError
 from quota.server.answers import Answer
 from quota.server.around import Around
-from quota.server.errors import ApiError, as_api_error, handle
+from quota.server.errors import ApiError, handle
 from quota.server.schemas import ChatRequest, CompletionRequest
 from quota.server.service import Service, Spoken
 
@@ -26,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None = None) -> FastAPI:
-    """Routes over one engine. Nothing about the interpreter or the schema is served: no docs pages.
+    """Routes over one engine; UsageError for keys that cannot be read. Nothing about the interpreter or the schema is served: no docs pages.
 
     scrape: what /metrics answers instead of this engine's metrics, where there are several engines.
     """
@@ -36,11 +35,11 @@ def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None =
         yield
         await service.close()
 
-    app = FastAPI(title="quota", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="quota", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     for kind in (ApiError, QuotaError, HTTPException):
         app.add_exception_handler(kind, handle)  # type: ignore[arg-type]
-    app.add_middleware(Around, service=service)
+    app.add_middleware(Around, service=service, keys=service.settings.accepted_keys())
     if service.settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
     _add_probes(app, service, scrape)
@@ -77,48 +76,27 @@ def _add_probes(app: FastAPI, service: Service, scrape: Callable[[], Awaitable[b
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await _body(request, service, ChatRequest)
-        spoken = await _unless_gone(request, service.chat(body))
-        return await _answer(request, service, spoken, body.stream, bool(body.stream_options and body.stream_options.include_usage))
+        return await _answer(request, service, await _prepared(request, service, ChatRequest, service.chat))
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        body = await _body(request, service, CompletionRequest)
-        return await _answer(request, service, await service.complete(body), body.stream, bool(body.stream_options and body.stream_options.include_usage))
+        return await _answer(request, service, await _prepared(request, service, CompletionRequest, service.complete))
 
 
-async def _body(request: Request, service: Service, kind: type[_Body]) -> _Body:
-    """The parsed body, within the limits of size and time."""
-    settings = service.settings
+async def _prepared(request: Request, service: Service, kind: type[_Body], prepare: Callable[[_Body], Coroutine[Any, Any, Spoken]]) -> Spoken:
+    """What the engine is to do. Nothing of the body outlives this."""
     service.check_open()
-    declared = request.headers.get("content-length", "0")
-    too_large = ApiError(413, f"the body has more than {settings.max_body_bytes} bytes", code="request_too_large")
-    if declared.isdecimal() and int(declared) > settings.max_body_bytes:
-        raise too_large
-    data = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > settings.max_body_bytes:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {settings.body_timeout_s:g} s", code="request_timeout") from None
-    except ClientDisconnect:
-        raise ApiError(400, "the client went away") from None
-    try:
-        return kind.model_validate_json(bytes(data))
-    except ValueError as error:
-        raise as_api_error(error) from None
+    with service.bodies.held() as held:
+        return await _unless_gone(request, prepare(await service.bodies.parsed(request, kind, held)))
 
 
-async def _answer(request: Request, service: Service, spoken: Spoken, stream: bool, with_usage: bool) -> Response:
+async def _answer(request: Request, service: Service, spoken: Spoken) -> Response:
     answer = Answer(spoken.id, service.name, chat=spoken.chat, logprobs=spoken.logprobs, fingerprint=service.fingerprint)
-    if stream:
-        events = service.events(spoken, answer, with_usage)
+    if spoken.stream:
+        events = service.events(spoken, answer)
         opening = await anext(events)  # refusals and a full queue still get their own status
         return _EventStream(opening, events)
-    return JSONResponse(answer.whole(await _unless_gone(request, service.collect(spoken))))
+    return Response(await _unless_gone(request, service.whole(spoken, answer)), media_type="application/json")
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,9 +25,10 @@ _KNOWN = _OPEN | {"/v1/models", "/v1/chat/completions", "/v1/completions"}  # ot
 class Around:
     """ASGI middleware. It never buffers, so streams and disconnections pass through."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[str]) -> None:
         self.app, self.service = app, service
-        self._keys = [key.encode() for key in service.settings.accepted_keys()]
+        self._keys = [key.encode() for key in keys]
+        self._hosts = service.settings.known_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,17 +47,21 @@ class Around:
             await send(message)
 
         try:
-            if self._keys and scope["path"] not in _OPEN and not self._authorised(headers):
-                refusal = ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-                await refusal.response()(scope, receive, watched)
-            else:
-                await self.app(scope, receive, watched)
+            refusal = self._refusal(scope["path"], headers)
+            await (self.app if refusal is None else refusal.response())(scope, receive, watched)
         except Exception as error:
             log.exception("request failed", extra={"request": id})
             if not status:
                 await as_api_error(error).response()(scope, receive, watched)
         finally:
             self._record(scope, id, status, time.monotonic() - began)
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        if self._hosts is not None and not _known(headers.get("host"), self._hosts):
+            return ApiError(403, "the Host header holds no name of this server; its operator can add it to allowed_hosts", code="unknown_host")
+        if self._keys and path not in _OPEN and not self._authorised(headers):
+            return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return None
 
     def _authorised(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -68,3 +74,14 @@ class Around:
         self.service.metrics.http.labels(path, status).inc()
         extra: dict[str, Any] = {"request": id, "method": scope["method"], "path": path, "status": status, "ms": round(1e3 * seconds, 1)}
         log.info("answered", extra=extra)
+
+
+def _known(given: str | None, hosts: Sequence[str]) -> bool:
+    """Whether a Host header (a name or address, maybe with a port) is one of these names, or below one that begins with a dot. Who sends none is no
+    browser, and passes."""
+    if given is None:
+        return True
+    name = given.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    name = name.rstrip(".")
+    return any(name == host.lower() or (host.startswith(".") and name.endswith(host.lower())) for host in hosts)

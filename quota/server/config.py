@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from quota.core.errors import UsageError
 from quota.core.schema import Document
 
 PREFIX = "QUOTA_SERVE_"
-_LISTS = ("api_keys", "image_hosts", "cors_origins", "recipes")
+_LISTS = ("api_keys", "image_hosts", "cors_origins", "recipes", "allowed_hosts")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_KEY = re.compile(r"[!-~]{1,512}\Z")  # what a header can carry without doubt
 
 
 class Settings(Document):
@@ -38,9 +41,11 @@ class Settings(Document):
     prefix_cache: bool = True
     api_keys: tuple[str, ...] = Field(default=(), description="accepted bearer tokens; none: no authentication")
     api_key_file: str | None = Field(default=None, description="file with one key per line")
+    allowed_hosts: tuple[str, ...] = Field(default=(), description="names clients may call this server by; on loopback its own are known, and only those pass")
     cors_origins: tuple[str, ...] = Field(default=(), description="origins browsers may call from; none: no CORS headers")
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0)
+    in_flight_bytes: int = Field(default=256 << 20, ge=1, description="memory for the bodies of all requests that are arriving or being prepared")
     max_images: int = Field(default=8, ge=0, description="pictures per request")
     max_image_bytes: int = Field(default=20 << 20, ge=1)
     max_image_pixels: int = Field(default=40_000_000, ge=1)
@@ -58,17 +63,45 @@ class Settings(Document):
     def name(self) -> str:
         return self.model_name or Path(self.checkpoint).resolve().name
 
+    @field_validator(*_LISTS)
+    @classmethod
+    def _trimmed(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        trimmed = tuple(value.strip() for value in values)
+        if not all(trimmed):
+            raise ValueError("holds an empty entry; take it out")
+        return trimmed
+
+    @model_validator(mode="after")
+    def _a_body_fits(self) -> Settings:
+        if self.in_flight_bytes < self.max_body_bytes:
+            raise ValueError(f"in_flight_bytes: {self.in_flight_bytes} hold no body of max_body_bytes {self.max_body_bytes}; give more, or allow less")
+        return self
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host in _LOOPBACK
+
+    @property
+    def known_hosts(self) -> tuple[str, ...] | None:
+        """Names that a request's Host header may hold, without port; None: any. On loopback a browser could be led here by a foreign name."""
+        return (*_LOOPBACK, *self.allowed_hosts) if self.on_loopback else (self.host, *self.allowed_hosts) if self.allowed_hosts else None
+
     def accepted_keys(self) -> tuple[str, ...]:
-        """All accepted keys. UsageError for an unreadable file."""
-        if self.api_key_file is None:
-            return self.api_keys
-        try:
-            lines = Path(self.api_key_file).read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"api_key_file: {self.api_key_file} cannot be read ({error})") from None
-        if not lines:
-            raise UsageError(f"api_key_file: {self.api_key_file} holds no key; an empty file would switch authentication off")
-        return (*self.api_keys, *lines)
+        """All accepted keys. UsageError for a file that cannot be read or holds none, and for a key no client could send."""
+        keys = [(f"api_keys, key {number}", key) for number, key in enumerate(self.api_keys, 1)]
+        if self.api_key_file is not None:
+            try:
+                lines = Path(self.api_key_file).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"api_key_file: {self.api_key_file} cannot be read as UTF-8 text ({error})") from None
+            found = [(f"api_key_file: {self.api_key_file}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+            if not found:
+                raise UsageError(f"api_key_file: {self.api_key_file} holds no key; an empty file would switch authentication off")
+            keys += found
+        for where, key in keys:  # which one, never what it is
+            if not _KEY.match(key):
+                raise UsageError(f"{where}: expected 1 to 512 printable ASCII characters without spaces, which a header can carry")
+        return tuple(key for _, key in keys)
 
 
 def settings(flags: Mapping[str, Any], file: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:
@@ -81,17 +114,22 @@ def settings(flags: Mapping[str, Any], file: str | Path | None = None, environme
             field = name.removeprefix(PREFIX).lower()
             if field not in Settings.model_fields:
                 raise UsageError(f"{name}: no such setting; expected {PREFIX} and one of {', '.join(sorted(Settings.model_fields)).upper()}")
-            values[field] = tuple(filter(None, value.split(","))) if field in _LISTS else value
+            values[field] = tuple(filter(None, (part.strip() for part in value.split(",")))) if field in _LISTS else value
+            if field == "api_keys" and not values[field]:
+                raise UsageError(f"{name}: set, but holds no key; unset it for a server without authentication, or give it keys with commas between")
     values.update({name: value for name, value in flags.items() if value is not None and value != () and value != []})
     try:
         return Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}, got {first['input']!r}") from None
+        where = ".".join(str(part) for part in first["loc"])
+        shown = where and not where.startswith("api_keys") and first["type"] != "missing"  # else the input holds keys
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError((f"{where}: " if where else "") + message + (f", got {first['input']!r}" if shown else "")) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--config: {path} cannot be read as TOML ({error})") from None

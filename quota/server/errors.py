@@ -11,16 +11,23 @@ from starlette.exceptions import HTTPException
 
 from quota.core.errors import QuotaError, RecipeError, SampleError, UsageError
 from quota.runtime.engine import Closed, QueueFull
+from quota.server.schemas import BRANCHES
 
+_MESSAGE_CHARACTERS = 1000  # a message may name what a client sent
+_PARAM_CHARACTERS = 200
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable"}
+
+
+_MESSAGES = {"extra_forbidden": "this parameter is not supported", "model_type": "expected an object", "missing": "expected a value, got none"}
 
 
 class ApiError(Exception):
     """An answer other than 200. `param` names the field at fault."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        message = _cut(message, _MESSAGE_CHARACTERS)
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code, self.param = status, message, code, param and _cut(param, _PARAM_CHARACTERS)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -30,6 +37,10 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
         return JSONResponse(self.body, self.status, headers)
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[:characters]}..."
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -55,11 +66,9 @@ def as_api_error(error: Exception) -> ApiError:
 
 def _invalid_body(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # pydantic names the branches of a union after their types; a caller knows fields only
-    where = ".".join(str(part) for part in first["loc"] if part != "str" and "[" not in str(part))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "this parameter is not supported"
+    names = [_cut(str(part), _PARAM_CHARACTERS) for part in first["loc"] if part not in BRANCHES]
+    where = ".".join(names)
+    message = _MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return ApiError(400, f"{where}: {message}{more}" if where else f"{message}{more}", param=where or None, code="invalid_json" if not where else None)
 

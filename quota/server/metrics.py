@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from quota.runtime.engine import Engine, Usage
+from quota.server.logs import lost_lines
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -47,6 +48,7 @@ class Metrics:
         self.decoders_lost = counter("image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason")
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token")
         self.between = histogram("inter_token_seconds", "Between tokens of a request")
+        gauge("log_lines_lost", "Lines of the log that could not be written").set_function(lost_lines)
         self._seen: dict[str, int] = {}
 
     def observe(self, engine: Engine) -> None:

@@ -28,12 +28,11 @@ class PromptBuilder:
 
     def chat(self, messages: Sequence[Message], pictures: Sequence[Any]) -> Prompt:
         """pictures: RGB, in the order of the messages' image parts. UsageError for text that contains the picture mark."""
-        for message in messages:
-            for mark in self._reserved:
-                if any(mark in text for text in message.texts):
-                    raise UsageError(f"messages: text must not contain {mark}; send pictures as image_url parts")
         with self._lock:
             text = self._render(messages)
+            for mark in self._reserved:  # here and not in the parts: a template may join two of them to a mark
+                if text.count(mark) != (len(pictures) if mark == self.mark else 0):
+                    raise UsageError(f"messages: text must not contain {mark}; send pictures as image_url parts")
             inputs = self.processor(text=[text], images=list(pictures) or None, return_tensors="pt")
             ids = inputs["input_ids"][0].tolist()
             images = self.family.pictures(inputs)

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from quota.core.errors import QuotaError, UsageError
 from quota.server.app import create_app
 from quota.server.config import Settings, settings
-from quota.server.logs import configure
+from quota.server.logs import CountingHandler, configure
 from quota.server.metrics import merged
 from quota.server.service import load_recipes, with_model
 
@@ -103,8 +103,9 @@ def threads_of(made: Settings) -> int:
     return made.threads or max(1, (os.cpu_count() or 1) // max(1, made.replicas))
 
 
-def serve_replicas(made: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, which drain; SIGHUP restarts the replicas one after the other, reading checkpoint, recipes and keys again.
+def serve_replicas(made: Settings, handler: CountingHandler) -> None:
+    """Serve until SIGTERM or SIGINT, which drain; SIGHUP opens the log file again and restarts the replicas one after the other, reading checkpoint, recipes
+    and keys again. handler: of this process's log.
 
     On a Ray cluster of its own on this machine, or the one that RAY_ADDRESS names.
     """
@@ -130,7 +131,7 @@ def serve_replicas(made: Settings) -> None:
         options = {"host": made.host, "port": made.port, "keep_alive_timeout_s": 15}
         serve.start(proxy_location=location, http_options=options, logging_config=_LOGGING)
         _deploy(made, 0)
-        _until_told(made)
+        _until_told(made, handler)
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -147,7 +148,7 @@ def _deploy(made: Settings, generation: int) -> None:
         raise UsageError(f"replicas: did not start ({str(error).splitlines()[-1]}); --log-file and Ray's logs say why") from None
 
 
-def _until_told(made: Settings) -> None:
+def _until_told(made: Settings, handler: CountingHandler) -> None:
     from ray import serve
 
     told: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -156,6 +157,7 @@ def _until_told(made: Settings) -> None:
     generation = 0
     while told.get() == signal.SIGHUP:
         generation += 1
+        handler.reopen()
         log.info("restarting the replicas", extra={"generation": generation})
         try:
             _deploy(made, generation)

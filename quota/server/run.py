@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
+import socket
 from types import FrameType
 
 import uvicorn
@@ -13,7 +15,7 @@ from quota.core.errors import UsageError
 from quota.server.app import create_app
 from quota.server.config import Settings
 from quota.server.logs import configure
-from quota.server.protocol import PatientProtocol
+from quota.server.protocol import OPTIONS
 from quota.server.service import Service, with_model
 
 log = logging.getLogger("quota.server")
@@ -49,24 +51,44 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal says stop."""
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.accepted_keys():
+    """Serve until SIGTERM or SIGINT says stop; SIGHUP opens the log file again. Whatever can be refused is refused before the model is loaded: UsageError."""
+    if not settings.accepted_keys() and not settings.on_loopback:
         raise UsageError(f"host: {settings.host} is reachable from elsewhere; give API keys (--api-key-file), or listen on 127.0.0.1")
-    configure(settings.log_file)
+    sockets = bound(settings.host, settings.port)
+    handler = configure(settings.log_file)
     if settings.replicas:
         from quota.server.replicas import serve_replicas
 
-        serve_replicas(settings)
+        for taken in sockets:  # Ray's proxy takes the port itself
+            taken.close()
+        serve_replicas(settings, handler)
         return
+    signal.signal(signal.SIGHUP, lambda number, frame: handler.reopen())
     service = with_model(settings)
-    config = uvicorn.Config(
-        create_app(service), host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
-        loop="asyncio", http=PatientProtocol,  # not whatever else is installed
-        timeout_keep_alive=15, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
+    config = uvicorn.Config(create_app(service), timeout_keep_alive=15, timeout_graceful_shutdown=5, **OPTIONS)
     settle()
-    log.info("serving", extra={"model": service.name, "recipes": service.recipes, "host": settings.host, "port": settings.port})
-    DrainingServer(config, service).run()
+    port = sockets[0].getsockname()[1]
+    log.info("serving", extra={"model": service.name, "recipes": service.recipes, "host": settings.host, "port": port})
+    DrainingServer(config, service).run(sockets)
+
+
+def bound(host: str, port: int) -> list[socket.socket]:
+    """A socket for every address of the host, bound but not listening: who connects is refused until the server is there. UsageError for a port in use
+    and for a host that is none of this machine's."""
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            taken = socket.socket(family, kind, protocol)
+            sockets.append(taken)
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            taken.bind(address if port or len(sockets) == 1 else (address[0], sockets[0].getsockname()[1], *address[2:]))
+    except OSError as error:
+        for taken in sockets:
+            taken.close()
+        raise UsageError(f"port: {host}:{port} cannot be listened on ({error.strerror or error}); choose another --host or --port") from None
+    return sockets
 
 
 def settle() -> None:

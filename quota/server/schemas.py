@@ -1,21 +1,62 @@
-"""Request bodies. An unknown or unsupported parameter is an error, never silently ignored."""
+"""Request bodies. null means not given. What has no effect is accepted; a parameter that would change the answer and is not known is an error."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, field_validator, model_validator
 
 from quota.runtime.engine import Sampling
-from quota.runtime.engine.request import MAX_LOGPROBS
+from quota.runtime.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS
 
 MAX_CHOICES = 8
+MAX_STOPS = 4
+MAX_MESSAGES = 4096  # each takes several tokens of the prompt
+BRANCHES = frozenset({"<text>", "<parts>", "<text part>", "<image part>", "<texts>", "<ids>", "<lists of ids>"})  # of unions, which callers do not know
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _CHAT_TOKENS = 256
+_NAME_CHARACTERS = 1000
+
+
+class _FailFast(FailFast):
+    """A list ends at its first wrong item. Hashable, as members of unions have to be."""
+
+    def __hash__(self) -> int:
+        return 0
+
+
+_AT_FIRST = _FailFast()
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+def _among(*accepted: Any) -> AfterValidator:
+    """For parameters that are not implemented: the values under which the answer is what it is without them."""
+    expected = " or ".join("null" if value is None else repr(value) for value in accepted)
+
+    def check(value: Any) -> Any:
+        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in accepted):
+            raise ValueError(f"only {expected} is supported")
+        return value
+
+    return AfterValidator(check)
+
+
+_Zero: TypeAlias = Annotated[Any, _among(0)]
+_One: TypeAlias = Annotated[Any, _among(1)]
+_No: TypeAlias = Annotated[Any, _among(False)]
+_Yes: TypeAlias = Annotated[Any, _among(True)]
+_EmptyList: TypeAlias = Annotated[Any, _among([])]
+_EmptyObject: TypeAlias = Annotated[Any, _among({})]
+_NoTool: TypeAlias = Annotated[Any, _among("none", "auto")]
+_Name: TypeAlias = Annotated[str, Field(max_length=_NAME_CHARACTERS)]
 
 
 class TextPart(_Body):
@@ -33,13 +74,58 @@ class ImagePart(_Body):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _kind_of_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return {"text": "<text part>", "image_url": "<image part>"}.get(kind) if isinstance(kind, str) else None
+
+
+def _kind_of_content(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
+
+
+def _kind_of_texts(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<texts>" if isinstance(value, list) else None
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    if isinstance(value, list) and value and not isinstance(value[0], str):
+        return "<lists of ids>" if isinstance(value[0], list) else "<ids>"
+    return _kind_of_texts(value)
+
+
+def _choice(kind: Any, expected: str) -> Any:
+    return Discriminator(kind, custom_error_type="union_kind", custom_error_message=f"expected {expected}")
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text part>")] | Annotated[ImagePart, Tag("<image part>")], _choice(_kind_of_part, 'an object of type "text" or "image_url"')
+]
+_Text = Annotated[str, Tag("<text>")]
+_Texts = Annotated[list[str], _AT_FIRST, Tag("<texts>")]
+_Ids = Annotated[list[int], _AT_FIRST]
+Stop = Annotated[_Text | _Texts, _choice(_kind_of_texts, "a text, or a list of texts")]
+Content = Annotated[_Text | Annotated[list[Part], _AT_FIRST, Tag("<parts>")], _choice(_kind_of_content, "a text, or a list of parts")]
+PromptField = Annotated[
+    _Text | _Texts | Annotated[_Ids, Tag("<ids>")] | Annotated[list[_Ids], _AT_FIRST, Tag("<lists of ids>")],
+    _choice(_kind_of_prompt, "a text, a list of texts, a list of token ids, or a list of those"),
+]
 
 
 class Message(_Body):
+    """One turn. What this server sends as an assistant's message is taken back as it is, fields without content included."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
     name: str | None = None
+    annotations: _EmptyList = None
+    tool_calls: _EmptyList = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _assistants_may_say_nothing(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("role") == "assistant" and values.get("content") is None:
+            return {**values, "content": ""}
+        return values
 
     @model_validator(mode="after")
     def _pictures_from_users(self) -> Message:
@@ -59,6 +145,7 @@ class Message(_Body):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: bool = False  # padding against guesses by size; there is none here
 
 
 class ResponseFormat(_Body):
@@ -66,24 +153,35 @@ class ResponseFormat(_Body):
 
 
 class _Common(_Body):
-    """What both kinds of completion take. Ours: recipe, a name from the server's list, or "none"; keep, another final keep ratio for it;
-    ignore_eos, go on after the end token (for measurements)."""
+    """What both kinds of completion take; from presence_penalty to prompt_cache_key without effect. Ours: recipe, a name from the server's list, or
+    "none"; keep, another final keep ratio for it; ignore_eos, go on after the end token (for measurements)."""
 
-    model: str
+    model: _Name
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=-1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Stop | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    presence_penalty: float = Field(default=0.0, ge=0, le=0, description="not supported: only 0")
-    frequency_penalty: float = Field(default=0.0, ge=0, le=0, description="not supported: only 0")
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0, description="not supported: only empty")
+    presence_penalty: _Zero = None
+    frequency_penalty: _Zero = None
+    repetition_penalty: _One = None
+    length_penalty: _One = None
+    min_p: _Zero = None
+    min_tokens: _Zero = None
+    logit_bias: _EmptyObject = None
+    stop_token_ids: _EmptyList = None
+    skip_special_tokens: _Yes = None
+    store: _No = None
+    service_tier: Annotated[Any, _among("auto", "default")] = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
     user: str | None = None
-    recipe: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    recipe: _Name | None = None
     keep: float | None = Field(default=None, gt=0, le=1)
     ignore_eos: bool = False
 
@@ -91,8 +189,8 @@ class _Common(_Body):
     @classmethod
     def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
         stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > 4 or any(not stop for stop in stops):
-            raise ValueError("expected at most 4 texts, none empty")
+        if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+            raise ValueError(f"expected at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
         return value
 
     @property
@@ -102,17 +200,23 @@ class _Common(_Body):
     def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
         """Choice i of a seeded request draws with seed + i, so choices differ and each can be had again."""
         seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        return Sampling(max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stops, logprobs, self.ignore_eos)
+        return Sampling(max_tokens, self.temperature, self.top_p, max(0, self.top_k), seed, self.stops, logprobs, self.ignore_eos)
 
 
 class ChatRequest(_Common):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), _AT_FIRST]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
+    modalities: Annotated[Any, _among(["text"])] = None
+    tools: _EmptyList = None
+    tool_choice: _NoTool = None
+    parallel_tool_calls: bool | None = None
+    functions: _EmptyList = None
+    function_call: _NoTool = None
 
     @model_validator(mode="after")
     def _logprobs_asked_for(self) -> ChatRequest:
@@ -128,19 +232,16 @@ class ChatRequest(_Common):
 class CompletionRequest(_Common):
     """POST /v1/completions: text or token ids as they are, without a chat template and without pictures."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: PromptField
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    echo: Literal[False] = False
-    best_of: Literal[1] | None = None
-    suffix: None = None
+    echo: _No = None
+    best_of: _One = None
+    suffix: Annotated[Any, _among("")] = None
 
-    @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and all(isinstance(item, int) for item in self.prompt):
-            return [[item for item in self.prompt if isinstance(item, int)]]
-        many: Any = self.prompt
+        """Each a text or token ids."""
+        one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
+        many: Any = [self.prompt] if one else self.prompt
         return list(many)
 
     def samplings(self) -> list[Sampling]:

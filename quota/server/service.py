@@ -8,8 +8,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,21 @@ from quota.core.pages import return_freed_memory
 from quota.core.recipe import Recipe
 from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prompt, QueueFull, Request, Sampling, Usage
 from quota.server.answers import DONE, Answer, Choice, failure
+from quota.server.bodies import Bodies
 from quota.server.config import Settings
 from quota.server.errors import ApiError, as_api_error
 from quota.server.images import Decoders
+from quota.server.lane import Lane
 from quota.server.metrics import Metrics
 from quota.server.prompts import PromptBuilder
-from quota.server.schemas import ChatRequest, CompletionRequest, Message
+from quota.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger("quota.server")
 NO_RECIPE = "none"
+_TOKEN_CHARACTERS, _MAX_CHARACTERS = 32, 1 << 20  # most characters of a prompt, per token of the limit and at all
+_MAX_ENTRIES = 1 << 17  # log-probabilities of one answer, alternatives included
+_MAX_TOKENS = 1 << 18  # of the prompts of all choices of a request, and no less than MAX_CHOICES of the longest
+_FEW_ENTRIES = 64  # which are written faster than a thread is asked
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Spoken:
     chat: bool
     requests: tuple[Request, ...]
     logprobs: bool
+    stream: bool
+    with_usage: bool
 
 
 class Service:
@@ -66,8 +73,8 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self._preparing = 0
-        self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-prepare")
-        self._large_preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-prepare-large")
+        self._lane, self._large_lane = Lane("quota-prepare"), Lane("quota-prepare-large")
+        self.bodies = Bodies(settings, self._lane)
         self.decoders = Decoders(settings, lambda reason: self.metrics.decoders_lost.labels(reason).inc())
 
     def card(self) -> dict[str, Any]:
@@ -91,12 +98,13 @@ class Service:
         urls = [url for message in body.messages for url in message.images]
         if len(urls) > self.settings.max_images:
             raise ApiError(400, f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}", code="too_many_images", param="messages")
+        characters = sum(len(text) for message in body.messages for text in message.texts)
+        self._check_length("messages", characters)
         self._preparing += 1
         try:
             async with self.decoders.opened(urls) as (images, large):
-                prompt = await asyncio.get_running_loop().run_in_executor(
-                    self._large_preparer if large else self._preparer, self._chat_prompt, body.messages, images, large
-                )
+                size = characters + sum(image.width * image.height for image in images)
+                prompt = await (self._large_lane if large else self._lane).run(size, self._chat_prompt, body.messages, images, large)
         finally:
             self._preparing -= 1
         return self._spoken("chatcmpl", [prompt], body, chat=True)
@@ -110,15 +118,26 @@ class Service:
                 return_freed_memory()
 
     async def complete(self, body: CompletionRequest) -> Spoken:
+        """Tokenize, off the event loop."""
         self.check_model(body.model)
-        if not 0 < len(body.prompts) <= self.settings.max_running:
-            raise ApiError(400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(body.prompts)}", param="prompt")
+        given = body.prompts()
+        if not 0 < len(given) <= self.settings.max_running:
+            raise ApiError(400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(given)}", param="prompt")
+        for prompt in given:
+            self._check_length("prompt", len(prompt) if isinstance(prompt, str) else 0)
         self._preparing += 1
         try:
-            prompts = [await asyncio.get_running_loop().run_in_executor(self._preparer, self.prompts.text, prompt) for prompt in body.prompts]
+            prompts = [await self._lane.run(len(prompt), self.prompts.text, prompt) for prompt in given]
         finally:
             self._preparing -= 1
         return self._spoken("cmpl", prompts, body, chat=False)
+
+    def _check_length(self, where: str, characters: int) -> None:
+        """Refuse before tokenizing what cannot fit: a tokenizer takes about a second for a million characters, and others wait."""
+        most = min(_MAX_CHARACTERS, _TOKEN_CHARACTERS * self.limit)
+        if characters > most:
+            message = f"{where}: {characters} characters; a model of {self.limit} tokens takes at most {most}"
+            raise ApiError(400, message, code="context_length_exceeded", param=where)
 
     def _spoken(self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool) -> Spoken:
         id = f"{kind}-{uuid.uuid4().hex}"
@@ -128,8 +147,27 @@ class Service:
                 where = "messages" if chat else "prompt"
                 raise ApiError(400, f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}", code="context_length_exceeded", param=where)
         samplings: list[Sampling] = body.samplings()
+        self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
+        self._check_reports(len(prompts) * len(samplings), samplings[0])
         requests = [Request(f"{id}-{i}", prompt, sampling, recipe, body.keep) for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))]
-        return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
+
+    def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
+        """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice and thousand tokens."""
+        if len(prompts) * n > self.settings.max_running:
+            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {self.settings.max_running} answers are made at once", param="n")
+        tokens, most = n * sum(len(prompt.ids) for prompt in prompts), max(_MAX_TOKENS, MAX_CHOICES * self.limit)
+        if tokens > most:
+            raise ApiError(400, f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once", param=where)
+
+    def _check_reports(self, choices: int, sampling: Sampling) -> None:
+        """Bound what log-probabilities one answer collects: each takes some hundred bytes, and time to write."""
+        if sampling.logprobs is not None:
+            entries = choices * min(sampling.max_tokens, self.limit) * (1 + sampling.logprobs)
+            if entries > _MAX_ENTRIES:
+                message = f"logprobs: {entries} of them, the limit is {_MAX_ENTRIES}; ask for fewer choices, tokens or alternatives"
+                raise ApiError(400, message, param="logprobs")
 
     async def outputs(self, spoken: Spoken) -> AsyncGenerator[tuple[int, Output]]:
         """(choice, output) of all choices as they come. An error of one ends all."""
@@ -150,7 +188,13 @@ class Service:
                 choices[index].add(output)
         return choices
 
-    async def events(self, spoken: Spoken, answer: Answer, with_usage: bool) -> AsyncGenerator[str]:
+    async def whole(self, spoken: Spoken, answer: Answer) -> bytes:
+        """The body of an answer that is not streamed, written off the event loop."""
+        choices = await self.collect(spoken)
+        entries = sum(len(choice.logprobs) for choice in choices)
+        return answer.whole(choices) if entries < _FEW_ENTRIES else await asyncio.to_thread(answer.whole, choices)
+
+    async def events(self, spoken: Spoken, answer: Answer) -> AsyncGenerator[str]:
         """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be plain responses."""
         usages: list[Usage] = []
         offsets = [0] * len(spoken.requests)
@@ -171,7 +215,7 @@ class Service:
                 raise
             yield failure(as_api_error(error).body)
             return
-        if with_usage:
+        if spoken.with_usage:
             yield answer.closing(usages)
         yield DONE
 

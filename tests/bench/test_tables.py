@@ -12,7 +12,7 @@ from quota.report.blocks import fill
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("path", [tables.PAGE, tables.README, tables.SERVING], ids=str)
+@pytest.mark.parametrize("path", [tables.PAGE, tables.README, tables.SERVING, tables.SECURITY], ids=str)
 def test_tables_are_not_stale(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert fill(text, tables.blocks(ROOT / tables.RESULTS)[path], str(path)) == text, "run `quota bench tables`"

@@ -84,6 +84,40 @@ def test_text_before_a_stop_is_complete():
     assert watch.found and watch.flush() == ""
 
 
+class Counted(str):
+    """Counts how often somebody looks at its characters."""
+
+    looks = 0
+
+    def __getitem__(self, key):
+        Counted.looks += 1
+        return super().__getitem__(key)
+
+
+def test_stop_texts_are_matched_in_linear_time():
+    """The old watch compared every beginning of the stop text at every token."""
+    stop, text = Counted("ab" * 500 + "x"), "ab" * 5000
+    watch, Counted.looks = StopWatch([stop]), 0
+    shown = "".join(watch.push(character) for character in text)
+    assert Counted.looks < 3 * len(text) and len(text) - 1001 <= len(shown) <= len(text)
+    assert shown + watch.flush() == text
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(1, 7))
+def test_where_a_text_is_cut_changes_nothing(text, stops, size):
+    whole, pieces = StopWatch(stops), StopWatch(stops)
+    want = whole.push(text)
+    got = "".join(pieces.push(text[at : at + size]) for at in range(0, len(text), size))
+    assert (got + pieces.flush(), pieces.found) == (want + whole.flush(), whole.found)
+
+
+def test_stop_texts_have_a_length():
+    Sampling(stop=("x" * 1024,))
+    for wrong in (("x" * 1025,), ("",), ("x",) * 17):
+        with pytest.raises(UsageError, match="stop: expected at most 16 texts of 1 to 1024 characters"):
+            Sampling(stop=wrong)
+
+
 def test_greedy_and_limits():
     x = np.array([0.0, 3.0, 3.0, 1.0], dtype=np.float32)
     (row,) = Logits(torch.from_numpy(x)[None], torch.from_numpy(x)[None].argmax(-1)).rows(1)

@@ -18,7 +18,7 @@ from quota.nn import quantize_rtn
 from quota.scenes.model import build_config, build_model, build_processor
 from quota.server.app import create_app
 from quota.server.config import Settings
-from quota.server.protocol import PatientProtocol
+from quota.server.protocol import OPTIONS
 from quota.server.service import Service
 from tests.nn.recipes import recipe_for
 from tests.one_thread import one_thread
@@ -74,8 +74,7 @@ class Host:
 
     def __init__(self, service: Service) -> None:
         # an idle connection outlives every test, so that what closes one is a limit of ours
-        options = {"log_config": None, "access_log": False, "http": PatientProtocol, "timeout_keep_alive": 600}
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, **options))
+        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, timeout_keep_alive=600, **OPTIONS))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
         until = time.monotonic() + 20

@@ -50,7 +50,7 @@ def test_a_client_that_leaves_frees_its_pages(server, stream):
     body = json.dumps({**endless(), "stream": stream}).encode()
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: running(server) > 0 and server.service.engine.engine.stats.batch > 0)
     server.idle()
 
@@ -62,7 +62,7 @@ def test_a_client_that_does_not_read_holds_no_pages(server):
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect((address.host, address.port))
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: running(server) > 0)
         server.idle(60)
         assert raw.recv(15) == b"HTTP/1.1 200 OK"
@@ -170,14 +170,14 @@ def test_slow_bodies_are_cut_off(serving):
     server = serving(body_timeout_s=0.5)
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port), timeout=10) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
         assert b" 408 " in raw.recv(4096).split(b"\r\n")[0]
 
 
 def test_headers_that_do_not_come_are_not_awaited(server, monkeypatch):
     monkeypatch.setattr(PatientProtocol, "headers_s", 0.3)
     address = httpx.URL(server.url)
-    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for sent, answers in ((b"", 0), (b"GET /health HT", 0), (whole + b"GET /", 1)):
         with socket.create_connection((address.host, address.port), timeout=10) as raw:
             raw.sendall(sent)

@@ -99,6 +99,15 @@ def test_choices_share_the_prompt(server: Running) -> None:
     server.idle()
 
 
+@pytest.mark.parametrize("pictures", [0, 1])
+@pytest.mark.parametrize("mark", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_mark_in_two_parts_is_refused(server: Running, mark: str, pictures: int) -> None:
+    """The template joins them."""
+    parts = user("", *[noise(60, 60)] * pictures)["content"][:pictures] + [{"type": "text", "text": mark[:5]}, {"type": "text", "text": mark[5:]}]
+    with pytest.raises(openai.BadRequestError, match="must not contain"):
+        ask(server, {"role": "user", "content": parts})
+
+
 @pytest.mark.parametrize("mark", ["<|image_pad|>", "<|video_pad|>"])
 def test_marks_in_texts_are_refused(server: Running, mark: str) -> None:
     with pytest.raises(openai.BadRequestError, match="must not contain"):

@@ -22,6 +22,7 @@ import pytest
 
 from quota.core.errors import UsageError
 from quota.server.config import Settings
+from quota.server.logs import CountingHandler
 from quota.server.metrics import merged
 from quota.server.replicas import application, serve_replicas, threads_of
 from tests.serve.pictures import noise, user
@@ -59,7 +60,7 @@ def test_an_application_on_a_cluster_needs_keys():
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"quota\[serve,ray\]"):
-        serve_replicas(Settings(checkpoint="x", replicas=2))
+        serve_replicas(Settings(checkpoint="x", replicas=2), CountingHandler())
 
 
 class Replicas:

@@ -12,6 +12,7 @@ from quota.core.recipe import Recipe
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOPS, MAX_LOGPROBS = 16, 20
+MAX_STOP_CHARACTERS = 1024  # of each stop text: what an answer may hold back, and what the engine's thread prepares per request
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Sampling:
         _check(0 < self.top_p <= 1, "top_p", "above 0, at most 1", self.top_p)
         _check(self.top_k >= 0, "top_k", "0 (no limit) or more", self.top_k)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
-        _check(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", f"at most {MAX_STOPS} texts, none empty", self.stop)
+        lengths = [len(text) for text in self.stop]
+        good = len(lengths) <= MAX_STOPS and all(1 <= length <= MAX_STOP_CHARACTERS for length in lengths)
+        _check(good, "stop", f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters", f"{len(lengths)} of up to {max(lengths, default=0)}")
         _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}", self.logprobs)
 
     def drawn_seed(self) -> int:

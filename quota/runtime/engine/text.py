@@ -82,27 +82,54 @@ class Detokenizer:
 
 
 class StopWatch:
-    """Passes text on, but never a part of a stop text: what may be the beginning of one is held back until it is certain."""
+    """Passes text on, but never a part of a stop text: what may be the beginning of one is held back until it is certain.
+
+    Every character is looked at once, however long the stop texts are and wherever the text is cut (Knuth, Morris and Pratt, SIAM J. Comput. 6, 1977).
+    Of stop texts that end at the same character the longest counts.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
         self.found = False
         self._held = ""
+        self._borders = [_borders(stop) for stop in self.stops]
+        self._matched = [0] * len(self.stops)  # characters of each that the text ends with
 
     def push(self, text: str) -> str:
         """Text that may be shown; after a stop text was seen, `found` is set and only what came before it is returned."""
         if not self.stops or self.found:
             return "" if self.found else text
-        self._held += text
-        at = min((i for i in (self._held.find(stop) for stop in self.stops) if i >= 0), default=-1)
-        if at >= 0:
-            self.found = True
-            return self._held[:at]
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        known, self._held = len(self._held), self._held + text
+        for place, character in enumerate(text, known + 1):
+            ended = 0
+            for number, stop in enumerate(self.stops):
+                borders, matched = self._borders[number], self._matched[number]
+                while matched and stop[matched] != character:
+                    matched = borders[matched - 1]
+                matched += stop[matched] == character
+                if matched == len(stop):
+                    ended = max(ended, matched)
+                    matched = 0
+                self._matched[number] = matched
+            if ended:
+                self.found = True
+                return self._held[: place - ended]
+        certain = len(self._held) - max(self._matched)
+        shown, self._held = self._held[:certain], self._held[certain:]
         return shown
 
     def flush(self) -> str:
         """What was held back, at an end that is no stop text."""
         held, self._held = self._held, ""
         return "" if self.found else held
+
+
+def _borders(text: str) -> list[int]:
+    """For each prefix of the text, how long its longest proper prefix is that is also its end."""
+    borders, matched = [0] * len(text), 0
+    for place in range(1, len(text)):
+        while matched and text[matched] != text[place]:
+            matched = borders[matched - 1]
+        matched += text[matched] == text[place]
+        borders[place] = matched
+    return borders
