@@ -23,7 +23,7 @@ from quota.calib.blocks import Block
 from quota.calib.export import processor_of, write_checkpoint
 from quota.calib.families import PLANS, Grid
 from quota.calib.learn import Lesson, learn_block
-from quota.calib.samples import Samples, encode
+from quota.calib.samples import Samples, check_texts, encode
 from quota.calib.settings import METHODS, MODULES, Settings, default_settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
 from quota.calib.weight_only import quantize_weights
@@ -134,6 +134,7 @@ class Job:
         if not self.pictures and {"vision", "projector"} & set(self.modules):
             raise SampleError("samples: expected at least one picture to calibrate the vision tower and projector, found text only; use modules=('llm',)")
         self.processor = processor_of(source.folder)
+        check_texts(self.processor, samples)
         self.steps = list(self._steps())
 
     def _steps(self) -> Iterator[Step]:

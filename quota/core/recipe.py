@@ -16,11 +16,13 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from quota.core.errors import RecipeError
-from quota.core.files import atomic_write_text
+from quota.core.files import atomic_write_text, read_text
 from quota.core.keep import ATTENTION_SCORES, BEFORE, kept_tokens, significant
 from quota.core.schema import Document
 
 SCHEMA_VERSION = 1
+MAX_FILE_BYTES = 16 << 20  # of a recipe; one of a hundred layers has some kilobytes
+_SCHEMA_TITLE = "QUOTA recipe"
 SCHEMA_PATH = Path("recipes/recipe.schema.json")
 
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -230,8 +232,8 @@ class Recipe(Document):
         """Read a recipe file. RecipeError when it is missing, not JSON, has a repeated key, or breaks the schema."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, MAX_FILE_BYTES)
+        except (OSError, ValueError) as error:
             raise RecipeError(f"recipe {path}: cannot be read ({_reason(error)}); expected a file written by `quota recipe`") from None
         try:
             data = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
@@ -297,7 +299,7 @@ def _describe(error: ValidationError, source: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -315,8 +317,22 @@ def _no_constant(name: str) -> NoReturn:
 def schema_text() -> str:
     """The JSON schema of a recipe file, canonical text."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-    schema["title"] = "QUOTA recipe"
+    schema["title"] = _SCHEMA_TITLE
     return json.dumps(schema, indent=2) + "\n"
+
+
+def is_schema(path: Path) -> bool:
+    """Whether a file is `schema_text()`. RecipeError for the recipe schema of another version."""
+    try:
+        text = read_text(path, MAX_FILE_BYTES)
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict) or found.get("title") != _SCHEMA_TITLE or "$schema" not in found:
+        return False
+    if text != schema_text():
+        raise RecipeError(f"{path}: this is the recipe schema of another version; write this one's by `python -m quota.core.recipe --out {path}`")
+    return True
 
 
 def main() -> None:
