@@ -1,4 +1,4 @@
-"""A peer with continuous batching: OpenVINO GenAI on the language model of a float LLaVA. Needs the packages of quota[bench-serve].
+"""A peer with continuous batching: OpenVINO GenAI on the language model of a float LLaVA. Needs the extra bench-serve.
 
 The engine reads LLaMA from a GGUF file, which is written here; it takes token ids and no embeddings, so pictures are as many tokens of text, and the
 vision tower is no part of its work. Products are of float16 weights in float32.

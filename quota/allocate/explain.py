@@ -64,7 +64,7 @@ def explain_text(recipe: Recipe) -> str:
         f"{f['method']} recipe for {f['architecture']} ({f['fingerprint'][:19]}), regime {f['regime']}",
         _where(recipe),
         f"Of {f['reference_tokens']} visual tokens per picture {f['final_tokens']} ({f['final_keep']:.4g}) reach the end; "
-        f"{f['average_visual_tokens']:.1f} on average over {recipe.model.layers} layers.",
+        f"{f['average_visual_tokens']:.1f} ({f['average_keep']:.4g}) on average over {recipe.model.layers} layers.",
     ]
     if f["compute_ratio_language"] is not None:
         whole = "" if f["compute_ratio"] is None else f"{f['compute_ratio']:.1%} of the whole model's, "

@@ -49,6 +49,15 @@ def open_processor(folder: str | Path) -> Any:
     return processor
 
 
+def reserved_mark(processor: Any, text: str) -> str | None:
+    """The first mark in `text` that the processor would replace by a picture or a video; None for plain text.
+
+    Text is text: a prompt that holds a mark is refused wherever it enters, because the processor cannot tell it from a picture's own.
+    """
+    marks = (getattr(processor, "image_token", None) or "<image>", getattr(processor, "video_token", None))
+    return next((str(mark) for mark in marks if mark and str(mark) in text), None)
+
+
 def image_backend(processor: Any) -> str:
     """"pil" or "torchvision": what turns pictures into pixels; for result files, because the two differ in the last bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"

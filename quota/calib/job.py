@@ -17,7 +17,7 @@ from quota.arch.processing import image_backend
 from quota.calib.export import float_names, processor_of
 from quota.calib.families import Grid
 from quota.calib.plan import BlockSize, Plan, block_seconds, measured_rate, peak_memory
-from quota.calib.samples import Samples, encode
+from quota.calib.samples import Samples, check_texts, encode
 from quota.calib.settings import METHODS, MODULES, Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
@@ -85,6 +85,7 @@ class Job:
         if samples is not None and not self.pictures and {"vision", "projector"} & set(self.modules):
             raise SampleError("samples: expected at least one picture to calibrate the vision tower and projector, found text only; use modules=('llm',)")
         self.processor = processor_of(source.folder)
+        check_texts(self.processor, samples or ())
         self.steps = list(self._steps())
 
     def _steps(self) -> Iterator[Step]:

@@ -19,7 +19,7 @@ from quota.allocate.compute import decoder_sizes
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
 from quota.arch import find_arch, model_fingerprint, submodule, vision_macs
-from quota.calib.samples import Samples, encode
+from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.recipe import ModelFacts
 
@@ -83,6 +83,7 @@ def profile(
             f"model: the quantized checkpoint was made from {model_fingerprint(quant_model)}, the float model given is {fingerprint}; "
             "give the model it was calibrated from"
         )
+    check_texts(processor, samples)
     figures = _Figures(len(_layers(float_model)))
     was_training = float_model.training, quant_model.training
     float_model.eval(), quant_model.eval()

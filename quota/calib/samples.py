@@ -1,28 +1,33 @@
 """The calibration samples: a static JSON of pictures and instructions, so that every run and every method sees the same ones.
 
     {"schema": "quota-samples/1",
-     "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat"}]}
+     "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat", "task": "name"}]}
 
-`image` is a path relative to the file or a `data:image/...;base64,` URL (read through `quota.core.images`); without it the sample is text only.
-`answer` and `task` are optional.
+`image` is a path relative to the file or a `data:image/...;base64,` URL (read through `quota.core.images`); without it the sample is text only. `answer`
+and `task` are optional: calibration reads the answer after the instruction, `quota eval` compares with it and groups its accuracies by `task`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quota.arch.processing import reserved_mark
 from quota.core import images
+from quota.core.documents import read_text
 from quota.core.errors import ImageError, SampleError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SCHEMA = "quota-samples/1"
+MAX_FILE_BYTES = 128 << 20  # a parsed document takes up to some twenty times its text
+MAX_SAMPLES = 100_000
+MAX_IMAGE_BYTES = 4 << 30  # of all pictures together, which are held in memory as they are stored
 _OPTIONAL = ("image", "answer", "task")
 
 
@@ -81,9 +86,12 @@ class Samples:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SampleError(f"samples {path}: cannot be read ({error.strerror or error}); expected a {SCHEMA} JSON file") from None
+            text = read_text(path, MAX_FILE_BYTES)
+        except (OSError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise SampleError(f"samples {path}: cannot be read ({reason}); expected a {SCHEMA} JSON file with pictures as files beside it") from None
+        try:
+            data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SampleError(f"samples {path}: not valid JSON ({error}); expected a {SCHEMA} file") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
@@ -94,7 +102,15 @@ class Samples:
             raise SampleError(f"samples {path}: samples: expected a list, got {type(records).__name__}")
         if not records:
             raise SampleError(f"samples {path}: samples: expected at least one sample, got an empty list")
-        samples = cls.of([_read(record, number, path) for number, record in enumerate(records)])
+        if len(records) > MAX_SAMPLES:
+            raise SampleError(f"samples {path}: samples: expected at most {MAX_SAMPLES}, got {len(records)}; cut the file into several")
+        items, held = [], 0
+        for number, record in enumerate(records):
+            items.append(_read(record, number, path))
+            held += len(items[-1].image_bytes or b"")
+            if held > MAX_IMAGE_BYTES:
+                raise SampleError(f"samples {path}: expected at most {MAX_IMAGE_BYTES} bytes of pictures, passed at sample {items[-1].id!r}; cut the file")
+        samples = cls.of(items)
         for sample in samples:
             sample.image()
         return samples
@@ -109,6 +125,9 @@ def _read(record: object, number: int, path: Path) -> Sample:
     unknown = sorted(set(record) - {"id", "instruction", *_OPTIONAL})
     if unknown:
         raise SampleError(f"sample {name!r}: unknown key {unknown[0]!r}; known are id, instruction, {', '.join(_OPTIONAL)}")
+    for key, value in record.items():
+        if isinstance(value, str) and not _is_unicode(value):
+            raise SampleError(f"sample {name!r}: {key}: expected Unicode text, got half of a surrogate pair; write the whole character")
     instruction = record.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise SampleError(f"sample {name!r}: instruction: expected a text, got {instruction!r}")
@@ -117,6 +136,14 @@ def _read(record: object, number: int, path: Path) -> Sample:
             raise SampleError(f"sample {name!r}: {key}: expected a text, got {type(record[key]).__name__}")
     image = record.get("image")
     return Sample(name, instruction, None if image is None else _image_bytes(image, name, path.parent), record.get("answer"), record.get("task"))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _image_bytes(image: str, name: str, folder: Path) -> bytes:
@@ -136,13 +163,23 @@ def _fingerprint(items: list[Sample]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def check_texts(processor: Any, samples: Iterable[Sample]) -> None:
+    """SampleError for the first sample whose instruction or answer holds the processor's mark for a picture; before the work, not in its middle."""
+    for sample in samples:
+        for name, text in (("instruction", sample.instruction), ("answer", sample.answer or "")):
+            mark = reserved_mark(processor, text)
+            if mark is not None:
+                raise SampleError(f"sample {sample.id!r}: {name}: expected text without {mark}, which stands for a picture; name the picture in `image`")
+
+
 def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
     """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and, with a picture, pixel_values [1, 3, H, W] (patches
     [n, patch] and image_grid_thw [1, 3] where resolution is dynamic).
 
     The prompt is rendered by the processor's chat template (LLaVA-1.5's form where it has none), with the assistant's turn opened; with
-    `answer` the stored answer follows it.
+    `answer` the stored answer follows it. SampleError for a text that holds the mark for a picture.
     """
+    check_texts(processor, [sample])
     picture = sample.image()
     content = [{"type": "text", "text": sample.instruction}]
     if picture is not None:

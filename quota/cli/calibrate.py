@@ -58,9 +58,10 @@ def calibrate(
 
     **Samples file**
 
-        {"schema": "quota-samples/1", "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?"}]}
+        {"schema": "quota-samples/1", "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat", "task": "name"}]}
 
-    Image paths are relative to the file. 128 samples are plenty.
+    Image paths are relative to the file; without `image` a sample is text only. `answer` and `task` are optional: the answer is read after the
+    instruction, the task groups the accuracies of `quota eval --samples`. 128 samples are plenty; `quota samples build` makes a file from public data.
     """
     if method not in METHODS:
         raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")

@@ -13,7 +13,7 @@ from quota.core.errors import UsageError
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Quantized or float checkpoint: a folder or a hub name.")],
-    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="Prune by this recipe; --tasks takes several, `none` is an unpruned row.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="Prune by this recipe; repeat for a row each, `none` is an unpruned row.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Float model: adds its row, and retention against it with an interval.")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval, by name and comma, instead of generated questions.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with local copies of the tasks' data sets, laid out as on the hub.")] = None,
@@ -25,7 +25,7 @@ def evaluate(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens; default 6. Tasks have their own.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Also ask without the picture: what the questions give away.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for answers (JSON lines) and reports; an interrupted run continues from it.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for answers (JSON lines) and eval.json; an interrupted run continues from it.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Answer held-out questions, or benchmarks by name, and measure.
@@ -35,11 +35,16 @@ def evaluate(
     of accuracy / float accuracy, with a paired bootstrap 95 % interval. On a GPU also peak memory and average power of the timed requests.
 
     With `--tasks`, lmms-eval asks and scores (`gqa,mme,pope,seedbench,scienceqa_img,mmbench_en_dev_static`, the embedded `quota_scenes` and
-    `quota_pages`, or any other task about pictures); `--out` then also gets eval.md, eval.json and eval.png.
+    `quota_pages`, or any other task about pictures); `--out` then also gets eval.md and eval.png.
+
+    Without `--tasks` the models of all rows are in memory together, because single requests are timed in turns. A samples file (`--samples`) is described
+    in `quota calibrate --help`; evaluation needs an `answer` in every sample and reports accuracy by `task`.
 
     **Examples**
 
         quota eval demo-out/quantized --recipe demo-out/recipe.json --model quota/scenes/assets/checkpoint
+
+        quota eval demo-out/quantized --recipe none --recipe demo-out/recipe.json --recipe demo-out/uniform.json
 
         quota eval ./checkpoint --samples questions.json --json > result.json
 
@@ -47,6 +52,9 @@ def evaluate(
         --tasks quota_scenes --out eval-out
     """
     check_checkpoint(checkpoint)
+    repeated = sorted({name for name in recipe or [] if (recipe or []).count(name) > 1})
+    if repeated:
+        raise UsageError(f"--recipe: {', '.join(repeated)} is given twice")
     if model is not None:
         check_checkpoint(model, "--model")
     if out is not None:
@@ -60,17 +68,16 @@ def evaluate(
     for name, unused in (("--data", data), ("--limit", limit)):
         if unused is not None:
             raise UsageError(f"{name}: only with --tasks")
-    if recipe and len(recipe) > 1:
-        raise UsageError(f"--recipe: expected one without --tasks, got {len(recipe)}")
-
     from quota.eval.asking import Placement
     from quota.eval.benchmark import Settings
-    from quota.eval.compare import evaluate_checkpoint
+    from quota.eval.compare import Asked, evaluate_checkpoint
+    from quota.eval.remarks import remarks
     from quota.eval.tables import evaluation_tables
 
     result = evaluate_checkpoint(
-        checkpoint, None if not recipe or recipe == ["none"] else Path(recipe[0]), float_model=model, samples=samples, number=questions or 600, blind=blind,
-        out=out, settings=Settings(batch=batch, max_new_tokens=max_new_tokens or 6, place=Placement(device, dtype.value)),
+        checkpoint, [None if name == "none" else Path(name) for name in recipe or ["none"]], float_model=model,
+        asked=Asked(samples, questions or 600, blind, out),
+        settings=Settings(batch=batch, max_new_tokens=max_new_tokens or 6, place=Placement(device, dtype.value)),
     )  # fmt: skip
     if json:
         print_json(result.model_dump(mode="json"))
@@ -80,6 +87,8 @@ def evaluate(
     console = Console(width=max(notes().width, 126))
     for table in evaluation_tables(result):
         console.print(table)
+    for remark in remarks(result):
+        console.print(remark, markup=False, highlight=False)
 
 
 def _by_lmms_eval(
@@ -93,22 +102,18 @@ def _by_lmms_eval(
         raise UsageError("--tasks: expected names joined by commas, got none")
     if data is not None and not data.is_dir():
         raise UsageError(f"--data: no folder {data}; expected one that holds data sets as the hub names them, such as lmms-lab-encoder/POPE")
-    repeated = sorted({name for name in recipes if recipes.count(name) > 1})
-    if repeated:
-        raise UsageError(f"--recipe: {', '.join(repeated)} is given twice")
 
     import tempfile
 
     from quota.lmms.run import Plan, check_installed
 
     check_installed()
+    from quota.eval.compare import row_names
     from quota.lmms.report import FLOAT, Configuration, EvalSettings, evaluate_tasks, task_tables, write_report
 
-    own = Path(checkpoint).name
+    paths = [None if name == "none" else Path(name) for name in recipes]
     rows = [Configuration(FLOAT, model)] if model else []
-    rows += [Configuration(own if name == "none" else f"{own}+{Path(name).stem}", checkpoint, None if name == "none" else Path(name)) for name in recipes]
-    if len({row.name for row in rows}) < len(rows):
-        raise UsageError(f"--recipe: rows would share a name ({', '.join(row.name for row in rows)}); rename a file or folder")
+    rows += [Configuration(name, checkpoint, path) for name, path in zip(row_names(checkpoint, paths, model), paths, strict=True)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = (out or Path(scratch)).resolve()
         plan = Plan(names, folder / "lmms-eval", data and data.resolve(), limit)

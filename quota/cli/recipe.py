@@ -39,7 +39,7 @@ def about() -> None:
 
         quota recipe explain recipe.json
 
-        quota recipe validate recipes/*.json
+        quota recipe validate recipes/*.json demo-out/recipe.json
 
         quota recipe diff a.json b.json
     """
@@ -158,16 +158,23 @@ def validate(
 ) -> None:
     """Check recipe files; every wrong field is named. Exit status 1 when any is wrong.
 
+    The schema that lies beside them in `recipes/` is no recipe: it is right when it is this version's.
+
     **Example**
 
-        quota recipe validate recipes/*.json --model ./float
+        quota recipe validate recipes/*.json
+
+        quota recipe validate demo-out/recipe.json --model quota/scenes/assets/checkpoint
     """
-    from quota.core.recipe import Recipe
+    from quota.core.recipe import Recipe, is_schema
 
     fingerprint = _fingerprint_of(model) if model is not None else None
     results: list[dict[str, Any]] = []
     for file in files:
         try:
+            if is_schema(file):
+                results.append({"file": str(file), "valid": True, "error": None})
+                continue
             recipe = Recipe.load(file)
             if fingerprint is not None:
                 recipe.check_model(fingerprint)

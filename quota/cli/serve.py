@@ -55,7 +55,7 @@ def serve(
 
         quota serve llava-w4a4kv4 --device cuda --dtype float16 --kv-memory 8G
 
-        quota serve CHECKPOINT --replicas 4 --threads 8 --session-affinity      # needs quota[ray]; kill -HUP restarts them one by one
+        quota serve CHECKPOINT --replicas 4 --threads 8 --session-affinity      # needs the extra ray; kill -HUP restarts them one by one
 
         QUOTA_SERVE_MAX_IMAGES=2 quota serve CHECKPOINT --port 9000 --kv-memory 2G --api-key-file keys.txt
     """
@@ -63,7 +63,7 @@ def serve(
         from quota.server.config import settings
         from quota.server.run import serve as run
     except ImportError as error:
-        raise UsageError(f"serve: needs the package {error.name}; install quota with its extra: pip install 'quota[serve]'") from None
+        raise UsageError(f"serve: needs the package {error.name}; install it from the clone: pip install -e '.[serve]'") from None
     flags: dict[str, Any] = {
         "checkpoint": checkpoint, "recipes": tuple(recipe or ()), "host": host, "port": port, "model_name": name, "kv_bytes": parse_bytes(kv_memory),
         "max_running": max_running, "max_waiting": max_waiting, "threads": threads, "api_key_file": str(api_key_file) if api_key_file else None,

@@ -12,18 +12,21 @@ MOST_BYTES = 64 * 1024**2  # manifests hold a report per block; the largest seen
 
 
 def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
-    """A UTF-8 file of at most `most_bytes`.
+    """A UTF-8 file of at most `most_bytes`, with or without a byte order mark.
 
     OSError when it cannot be opened; ValueError for a device, a pipe (opening one does not wait for a writer), a larger file, or other bytes.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("not an ordinary file")
+            raise ValueError("it is not a regular file")
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise ValueError(f"larger than {most_bytes} bytes")
-    return data.decode("utf-8")
+        raise ValueError(f"it has more than {most_bytes} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
 
 
 def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from quota.core.schema import Document
 
 SCHEMA_VERSION = 1
 _MOST_ERRORS = 8
+_SCHEMA_TITLE = "QUOTA recipe"
 SCHEMA_PATH = Path("recipes/recipe.schema.json")
 
 MOST_BYTES = 4 * 1024**2  # a recipe of 1024 candidates has a tenth of that
@@ -321,9 +322,7 @@ def _describe(error: ValidationError, source: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -341,8 +340,22 @@ def _no_constant(name: str) -> NoReturn:
 def schema_text() -> str:
     """The JSON schema of a recipe file, canonical text."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-    schema["title"] = "QUOTA recipe"
+    schema["title"] = _SCHEMA_TITLE
     return json.dumps(schema, indent=2) + "\n"
+
+
+def is_schema(path: Path) -> bool:
+    """Whether a file is `schema_text()`. RecipeError for the recipe schema of another version."""
+    try:
+        text = read_text(path, MOST_BYTES)
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict) or found.get("title") != _SCHEMA_TITLE or "$schema" not in found:
+        return False
+    if text != schema_text():
+        raise RecipeError(f"{path}: this is the recipe schema of another version; write this one's by `python -m quota.core.recipe --out {path}`")
+    return True
 
 
 def main() -> None:

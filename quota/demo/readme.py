@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from quota.core.files import atomic_write_text
 from quota.demo.embedded import DEFAULT, FAMILIES
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
+from quota.eval.remarks import remarks
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.statistics import Interval
 from quota.report.blocks import fill
@@ -58,7 +59,7 @@ def figures_block(report: Report) -> str:
     lines += [
         f"| {c.row} minus {c.against} | {c.difference.value:+.2f} | {c.difference.low:+.2f} to {c.difference.high:+.2f} | {c.verdict} |" for c in e.comparisons
     ]
-    lines += ["", verdict(report)]
+    lines += ["", " ".join([verdict(report), *remarks(e)])]
     return "\n".join(lines)
 
 

@@ -24,11 +24,12 @@ from quota.demo.embedded import held_out, reference_of, sources, tour
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
 from quota.eval.asking import ask, load_model
 from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_bytes
-from quota.eval.compare import TIMED_QUESTIONS, answer_rows, folder_fingerprint, row_spec
+from quota.eval.compare import TIMED_QUESTIONS, answer_rows, bars, folder_fingerprint, row_spec
 from quota.eval.generation import Cost, measure_cost
 from quota.eval.machine import cpu, describe_native
 from quota.eval.profiling import allocate, profile_models
 from quota.eval.questions import Question, questions_fingerprint
+from quota.eval.remarks import remarks
 from quota.eval.results import Evaluation
 from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
@@ -193,7 +194,9 @@ class Demo:
         parts = {"rows": [[r.name, r.key] for r in rows], "questions": questions_fingerprint(questions), "machine": platform.node()}
 
         def work(path: Path) -> None:
-            measured = measure_cost({r.name: self.opened(r) for r in rows}, questions)
+            with bars(self.settings.quiet) as progress:
+                bar = progress.add_task("timing", total=len(rows) * (len(questions) + 1))
+                measured = measure_cost({r.name: self.opened(r) for r in rows}, questions, progress=lambda: progress.advance(bar))
             atomic_write_text(path, json.dumps({name: asdict(cost) for name, cost in measured.items()}) + "\n")
 
         path = self.cache.make("cost", parts, work)
@@ -256,6 +259,8 @@ def run_demo(settings: DemoSettings) -> Report:
     evaluation = demo.evaluate(specs)
     for table in evaluation_tables(evaluation):
         say(table)
+    for remark in remarks(evaluation):
+        say(remark, markup=False, highlight=False)
 
     demo.title(6, "report")
     report = Report(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from quota.arch import find_arch
-from quota.core.errors import CheckpointError
-from quota.eval.generation import Generated, encode_prompts, generate, render_prompt
+from quota.arch.processing import reserved_mark
+from quota.core.errors import CheckpointError, UsageError
+from quota.eval.generation import Generated, encode_prompts, generate, render_prompt, room_for_answer
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,19 @@ class Answer:
 
 
 def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new_tokens: int = 64) -> Answer:
-    """One greedy answer. A prompt that already holds image marks is used as it is; otherwise the chat template renders it."""
-    mark = getattr(processor, "image_token", "<image>")
-    rendered = prompt if mark in prompt else render_prompt(processor, prompt, len(pictures))
-    inputs = encode_prompts(model, processor, [rendered], pictures)
+    """One greedy answer to `prompt` as the chat template renders it, the pictures before it.
+
+    UsageError for a prompt that holds the mark for a picture, is no Unicode text, or leaves no room for an answer.
+    """
+    mark = reserved_mark(processor, prompt)
+    if mark is not None:
+        raise UsageError(f"prompt: must not contain {mark}; it stands for a picture: give pictures by --image, they come before the text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"prompt: expected Unicode text, got {prompt!r}") from None
+    inputs = encode_prompts(model, processor, [render_prompt(processor, prompt, len(pictures))], pictures)
+    max_new_tokens = min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
     made = generate(model, inputs, max_new_tokens=max_new_tokens)
     visual = (inputs["input_ids"][0] == find_arch(model).image_token_id).cpu()
     kept = {layer: torch.as_tensor(mask[0]).bool().cpu() for layer, mask in kept_masks(model).items()}

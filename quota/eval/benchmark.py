@@ -16,6 +16,7 @@ from quota.core.journal import Journal
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.generation import Cost, answers
 from quota.eval.questions import Question, chunks, questions_fingerprint
+from quota.eval.remarks import below_majority, left_out
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, mean_accuracy
 from quota.eval.statistics import RESAMPLES, interval, resampled_retention, retention, retention_by_task
@@ -101,6 +102,7 @@ def summarise(
     compare: Sequence[tuple[str, str]] = (), timed_requests: int = 0,
 ) -> Evaluation:  # fmt: skip
     """Accuracies, retention against row `baseline` and paired comparisons of pairs of row names."""
+    majority = majority_accuracy(questions)
     right = {r.spec.name: r.right for r in rows}
     draws = resampled_retention(right, baseline, resamples=settings.resamples, seed=settings.seed) if baseline else {}
     totals = {name: retention(right[name], right[baseline]) for name in right} if baseline else {}
@@ -114,19 +116,24 @@ def summarise(
         comparisons.append(Comparison(row=a, against=b, difference=difference, verdict=verdict))
     return Evaluation(
         questions=len(questions), questions_by_task={task: len(v) for task, v in rows[0].right.items()},
-        questions_fingerprint=questions_fingerprint(questions), majority_accuracy_by_task=majority_accuracy(questions),
+        questions_fingerprint=questions_fingerprint(questions), majority_accuracy_by_task=majority,
+        retention_leaves_out=left_out(retention_by_task(right[baseline], right[baseline])) if baseline else [],
         blind_accuracy_by_task=accuracies(blind) if blind is not None else None, resamples=settings.resamples, seed=settings.seed,
         image_backend=BACKEND, timed_requests=timed_requests, comparisons=comparisons,
-        rows=[_row(r, right[baseline] if baseline and known else None, totals, draws) for r in rows],
+        rows=[_row(r, right[baseline] if baseline and known else None, totals, draws, majority) for r in rows],
     )  # fmt: skip
 
 
-def _row(answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Row:
+def _row(
+    answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dict[str, float], draws: dict[str, np.ndarray], majority: dict[str, float]
+) -> Row:
     spec, cost = answered.spec, answered.cost
     return Row(
         name=spec.name, checkpoint=spec.checkpoint, recipe=spec.recipe, accuracy=mean_accuracy(answered.right), accuracy_by_task=accuracies(answered.right),
         retention=interval(totals[spec.name], draws[spec.name]) if baseline else None,
         retention_by_task=retention_by_task(answered.right, baseline) if baseline else {},
+        below_majority=below_majority(accuracies(answered.right), majority), prefill_ms_by_request=[round(ms, 3) for ms in cost.prefill_ms_by_request],
+        decode_ms_by_request=[round(ms, 3) for ms in cost.decode_ms_by_request],
         prefill_ms=round(cost.prefill_ms, 3), decode_ms=round(cost.decode_ms, 3), kv_bytes=cost.kv_bytes, kv_dtype=spec.kv_dtype,
         checkpoint_bytes=spec.checkpoint_bytes, average_visual_tokens=round(cost.average_visual_tokens, 3),
         visual_tokens_by_layer=cost.visual_tokens_by_layer, answer_seconds=round(answered.seconds, 2), gpu_peak_bytes=cost.gpu_peak_bytes,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +15,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from quota.core.files import sha256_file
+from quota.core.errors import UsageError
+from quota.core.files import atomic_write_text, sha256_file
 from quota.core.folders import resolve_folder
 from quota.core.recipe import Recipe
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, rights, summarise, weight_bytes
-from quota.eval.generation import measure_cost
+from quota.eval.generation import check_questions, measure_cost
 from quota.eval.questions import Question, mixed_questions, questions_fingerprint, sample_questions, scene_questions
 from quota.eval.results import Evaluation
 from quota.nn.checkpoint import Manifest, is_quantized_folder
 
 TIMED_QUESTIONS = 8
+FLOAT = "float"
 
 
 def folder_fingerprint(checkpoint: str | Path) -> str:
@@ -90,33 +95,86 @@ def answer_rows(
     return out
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What every row answers. samples: a file instead of `number` generated questions; blind: also without the picture; out: folder to continue from."""
+
+    samples: Path | None = None
+    number: int = 600
+    blind: bool = False
+    out: Path | None = None
+    quiet: bool = False
+
+
+def row_names(checkpoint: str, recipes: Sequence[Path | None], float_model: str | None) -> list[str]:
+    """One row per recipe, None for the unpruned one. UsageError where two rows would share a name, the float model's among them where there is one."""
+    own = Path(checkpoint).resolve().name
+    names = [own if recipe is None else f"{own}+{recipe.stem}" for recipe in recipes]
+    rows = [FLOAT, *names] if float_model else names
+    if len(set(rows)) < len(rows):
+        raise UsageError(f"--recipe: rows would share a name ({', '.join(rows)}); rename a file or folder")
+    return names
+
+
+class _Stages:
+    """Says what is going on, and keeps how long it took."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
+        self.seconds = dict.fromkeys(("opening", "answering", "timing"), 0.0)
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        self.console.print(text, markup=False, highlight=False)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds[name] + time.perf_counter() - began, 2)
+
+
 def evaluate_checkpoint(
-    checkpoint: str, recipe: Path | None, *, float_model: str | None, samples: Path | None, number: int, blind: bool, out: Path | None, settings: Settings,
-) -> Evaluation:  # fmt: skip
-    """Everything `quota eval` prints."""
-    specs = [row_spec("float", float_model, place=settings.place)] if float_model else []
-    name = Path(checkpoint).name if not recipe else f"{Path(checkpoint).name}+{recipe.stem}"
-    specs.append(row_spec(name, checkpoint, recipe, place=settings.place))
+    checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: Asked, settings: Settings
+) -> Evaluation:
+    """Everything `quota eval` prints: a row per recipe (None: unpruned), before them the float model's. Later rows are compared with the first."""
+    stages = _Stages(asked.quiet)
+    names = row_names(checkpoint, recipes, float_model)
+    with stages.stage("opening", f"reading {checkpoint}" + (f" and {float_model}" if float_model else "")):
+        specs = [row_spec(FLOAT, float_model, place=settings.place)] if float_model else []
+        specs += [row_spec(name, checkpoint, recipe, place=settings.place) for name, recipe in zip(names, recipes, strict=True)]
     models: dict[str, tuple[Any, Any]] = {}
 
     def opened(spec: RowSpec) -> tuple[Any, Any]:
         if spec.name not in models:
-            models[spec.name] = spec.open()
+            with stages.stage("opening", f"opening {spec.name}"):
+                models[spec.name] = spec.open()
         return models[spec.name]
 
-    questions = questions_for(samples, number, opened(specs[-1])[0].config.vision_config)
+    model, processor = opened(specs[-1])
+    questions = questions_for(asked.samples, asked.number, model.config.vision_config)
+    check_questions(processor, questions)
+    for spec in specs:
+        opened(spec)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = out or Path(scratch)
-        answered = answer_rows(specs, questions, folder, settings, opened)
-        unseen = None
-        if blind:
-            without = [q.without_image() for q in questions]
-            blind_spec = RowSpec(**{**specs[0].__dict__, "name": "blind"})
-            unseen = answer_rows([blind_spec], without, folder, settings, lambda _: opened(specs[0]))["blind"][0]
+        folder = asked.out or Path(scratch)
+        with stages.stage("answering", f"asking {len(questions)} questions"):
+            answered = answer_rows(specs, questions, folder, settings, opened, quiet=asked.quiet)
+            unseen = None
+            if asked.blind:
+                without = [q.without_image() for q in questions]
+                blind_spec = replace(specs[0], name="blind")
+                unseen = answer_rows([blind_spec], without, folder, settings, lambda _: opened(specs[0]), quiet=asked.quiet)["blind"][0]
     timed = questions[:TIMED_QUESTIONS]
-    costs = measure_cost({s.name: opened(s) for s in specs}, timed)
+    with stages.stage("timing", f"timing {len(timed)} single requests per row, in turns"), bars(asked.quiet) as progress:
+        bar = progress.add_task("timing", total=len(specs) * (len(timed) + 1))
+        costs = measure_cost({s.name: opened(s) for s in specs}, timed, progress=partial(progress.advance, bar))
     rows = [Answered(s, *answered[s.name], costs[s.name]) for s in specs]
-    compare = [(specs[-1].name, "float")] if float_model else []
-    return summarise(
-        questions, rows, settings, baseline="float" if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed)
+    compare = [(name, FLOAT) for name in names if float_model] + [(name, names[0]) for name in names[1:] if float_model]
+    stages.console.print(f"{settings.resamples} resamples", markup=False, highlight=False)
+    made = summarise(
+        questions, rows, settings, baseline=FLOAT if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed)
     )
+    result = made.model_copy(update={"seconds_by_stage": stages.seconds})
+    if asked.out is not None:
+        atomic_write_text(asked.out / "eval.json", result.model_dump_json(indent=1) + "\n")
+    return result

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from quota.arch import find_arch
+from quota.arch.processing import reserved_mark
+from quota.core.errors import SampleError, UsageError
 from quota.eval.gpu import GpuCost, measured, together
 from quota.eval.questions import Question
 from quota.nn.cache import kv_bytes, stored_tokens
@@ -27,8 +29,17 @@ def render_prompt(processor: Any, instruction: str, images: int) -> str:
     return "USER: " + "<image>\n" * images + f"{instruction} ASSISTANT:"
 
 
+def check_questions(processor: Any, questions: Sequence[Question]) -> None:
+    """SampleError for the first question whose text holds the mark for a picture."""
+    for q in questions:
+        mark = reserved_mark(processor, q.instruction)
+        if mark is not None:
+            raise SampleError(f"sample {q.id!r}: instruction: expected text without {mark}, which stands for a picture; name the picture in `image`")
+
+
 def encode(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
     """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values (and what the family adds)."""
+    check_questions(processor, questions)
     pictures = [q.open_image() for q in questions if q.open_image is not None]
     return encode_prompts(model, processor, [render_prompt(processor, q.instruction, int(q.open_image is not None)) for q in questions], pictures)
 
@@ -41,6 +52,14 @@ def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: lis
     if "pixel_values" in kept:
         kept["pixel_values"] = kept["pixel_values"].to(model.dtype)
     return kept
+
+
+def room_for_answer(model: Any, prompt_tokens: int) -> int:
+    """Tokens left of the model's positions after a prompt, at least 1: the server's rule. UsageError where the prompt takes them all."""
+    limit = int(model.config.text_config.max_position_embeddings)
+    if prompt_tokens >= limit:
+        raise UsageError(f"prompt: {prompt_tokens} tokens leave no room for an answer; the limit is {limit} together")
+    return limit - prompt_tokens
 
 
 class _Clock:
@@ -98,8 +117,10 @@ def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_
 
 
 def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-    """One batch of questions -> texts without special tokens."""
-    made = generate(model, encode(model, processor, questions), max_new_tokens=max_new_tokens)
+    """One batch of questions -> texts without special tokens. SampleError names a question whose text holds the mark for a picture;
+    UsageError for a batch whose longest prompt leaves no room for an answer."""
+    inputs = encode(model, processor, questions)
+    made = generate(model, inputs, max_new_tokens=min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1])))
     return [text.strip() for text in processor.batch_decode(made.new_ids, skip_special_tokens=True)]
 
 
@@ -111,6 +132,8 @@ class Cost:
     decode_ms: float
     kv_bytes: float
     visual_tokens_by_layer: list[float]
+    prefill_ms_by_request: list[float] = field(default_factory=list)
+    decode_ms_by_request: list[float] = field(default_factory=list)
     gpu_peak_bytes: int | None = None
     gpu_power_w: float | None = None
     gpu_power_why_not: str | None = None
@@ -120,16 +143,21 @@ class Cost:
         return sum(self.visual_tokens_by_layer) / len(self.visual_tokens_by_layer)
 
 
-def measure_cost(entries: dict[str, tuple[Any, Any]], questions: Sequence[Question], *, new_tokens: int = 16) -> dict[str, Cost]:
+def measure_cost(
+    entries: dict[str, tuple[Any, Any]], questions: Sequence[Question], *, new_tokens: int = 16, progress: Callable[[], Any] | None = None
+) -> dict[str, Cost]:
     """name -> (model, processor) timed one request at a time, rows taking turns on each question so that drift hits all alike.
 
-    Every request makes exactly `new_tokens` tokens; the first question is a warm-up and is not counted.
+    Every request makes exactly `new_tokens` tokens; the first question is a warm-up and is not counted. progress: called after each request, that is
+    rows x (questions + 1) times.
     """
     seen: dict[str, list[tuple[Generated, list[int]]]] = {name: [] for name in entries}
     for number, question in enumerate([questions[0], *questions]):
         for name, (model, processor) in entries.items():
             inputs = encode(model, processor, [question])
             made = generate(model, inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            if progress:
+                progress()
             if number:
                 visual = int((inputs["input_ids"] == find_arch(model).image_token_id).sum())
                 text = inputs["input_ids"].shape[1] - visual
@@ -143,6 +171,7 @@ def _cost(rows: list[tuple[Generated, list[int]]]) -> Cost:
     used = [made.gpu for made, _ in rows if made.gpu is not None]
     gpu = together(used) if used else None
     return Cost(
+        prefill_ms_by_request=[made.prefill_ms for made, _ in rows], decode_ms_by_request=[made.decode_ms or float("nan") for made, _ in rows],
         prefill_ms=median(made.prefill_ms for made, _ in rows),
         decode_ms=median(made.decode_ms or float("nan") for made, _ in rows),
         kv_bytes=sum(made.cache_bytes for made, _ in rows) / count,

@@ -42,7 +42,7 @@ def energy_mj(index: int) -> int | str:
     try:
         import pynvml
     except ImportError:
-        return "nvidia-ml-py is not installed: pip install 'quota[gpu]'"
+        return "nvidia-ml-py is not installed: pip install -e '.[gpu]' in the clone"
     try:
         pynvml.nvmlInit()
         board: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")  # CUDA_VISIBLE_DEVICES renumbers

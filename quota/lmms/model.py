@@ -31,7 +31,7 @@ from quota.core.recipe import Recipe
 from quota.core.schema import Document
 from quota.eval.asking import kept_masks
 from quota.eval.compare import folder_fingerprint
-from quota.eval.generation import encode_prompts, generate
+from quota.eval.generation import encode_prompts, generate, room_for_answer
 from quota.lmms.prompts import Conversation, Wrapper, conversation
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated picture is an error everywhere but in lmms-eval's own runs
@@ -192,7 +192,8 @@ class Quota(lmms):
         prompts = [wrapper.render(one) for one in asked]
         inputs = encode_prompts(model, processor, prompts, [wrapper.prepare(picture) for one in asked for picture in one.pictures])
         stop = processor.tokenizer.eos_token_id
-        made = generate(model, inputs, max_new_tokens=options.get("max_new_tokens", wrapper.max_new_tokens), stop=stop)
+        longest = min(options.get("max_new_tokens", wrapper.max_new_tokens), room_for_answer(model, inputs["input_ids"].shape[1]))
+        made = generate(model, inputs, max_new_tokens=longest, stop=stop)
         texts = processor.batch_decode(made.new_ids, skip_special_tokens=True)
         visual = (inputs["input_ids"] == find_arch(model).image_token_id).cpu()
         kept = {layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in kept_masks(model).items()}

@@ -13,6 +13,7 @@ from typing import Any
 from PIL.Image import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from quota.arch.processing import reserved_mark
 from quota.core.errors import UsageError
 from quota.core.images import to_rgb
 from quota.eval.generation import render_prompt
@@ -84,7 +85,10 @@ class Wrapper:
         return MAX_NEW_TOKENS.get(self.family, 1024)
 
     def render(self, asked: Conversation) -> str:
-        """The prompt with image marks, ready for the processor."""
+        """The prompt with image marks, ready for the processor. UsageError for a text that holds one itself."""
+        mark = reserved_mark(self.processor, asked.text)
+        if mark is not None:
+            raise UsageError(f"tasks: a question's text holds {mark}, which stands for a picture; choose a task whose texts are plain")
         if not getattr(self.processor, "chat_template", None):
             return render_prompt(self.processor, asked.text, len(asked.pictures))
         return self.processor.apply_chat_template(asked.messages, tokenize=False, add_generation_prompt=True)

@@ -21,6 +21,7 @@ from quota.core.files import atomic_write_text
 from quota.eval.benchmark import weight_bytes
 from quota.eval.generation import Cost, measure_cost
 from quota.eval.questions import Question
+from quota.eval.remarks import left_out, left_out_sentence
 from quota.eval.results import Comparison
 from quota.eval.statistics import RESAMPLES, Interval, interval, resampled_retention, retention, retention_by_task
 from quota.lmms.prompts import Conversation, Wrapper
@@ -133,6 +134,7 @@ def summarise_tasks(rows: Sequence[Configuration], outcomes: dict[str, Outcome],
     others = [row.name for row in rows if row.name != FLOAT]
     return TaskReport(
         tasks={task: b.metric for task, b in tasks.items()}, questions={task: len(b.answers) for task, b in tasks.items()},
+        retention_leaves_out=left_out(retention_by_task(scores[FLOAT], scores[FLOAT])) if FLOAT in scores else [],
         data=None if settings.plan.data is None else str(settings.plan.data), limit=settings.plan.limit, batch=settings.batch, lmms_eval=version("lmms_eval"),
         image_backend=BACKEND, device=settings.device, resamples=settings.resamples, seed=settings.seed, timed_requests=TIMED,
         rows=[_row(row, outcomes, interval(totals[row.name], draws[row.name]) if known else None, settings) for row in rows],
@@ -214,14 +216,17 @@ def _behind(row: TaskRow, value: Interval | None) -> str:
     return f" = {value.value:.1f} % ({value.low:.1f} to {value.high:.1f})" if value and row.name != FLOAT else ""
 
 
-def task_tables(report: TaskReport) -> list[Table]:
-    """For a terminal."""
-    return [rich_table(*_summary(report)), rich_table(*_by_task(report))]
+def task_tables(report: TaskReport) -> list[Table | str]:
+    """For a terminal: tables, and what they leave out."""
+    missing = [left_out_sentence(report.retention_leaves_out, len(report.tasks))] if report.retention_leaves_out else []
+    return [rich_table(*_summary(report)), rich_table(*_by_task(report)), *missing]
 
 
 def markdown(report: TaskReport) -> str:
     """Rows, scores per task, differences, and how it was measured."""
     parts = ["### Evaluation by lmms-eval", markdown_table(*_summary(report)), markdown_table(*_by_task(report))]
+    if report.retention_leaves_out:
+        parts.append(left_out_sentence(report.retention_leaves_out, len(report.tasks)))
     if report.comparisons:
         words = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}
         parts.append("\n".join(

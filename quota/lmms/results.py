@@ -40,6 +40,7 @@ class TaskReport(Document):
     tasks: dict[str, str] = Field(description="task -> metric")
     questions: dict[str, int] = Field(description="task -> number of questions")
     data: str | None = Field(description="folder of the local data sets; null for the hub's or the package's")
+    retention_leaves_out: list[str] = Field(description="tasks that no retention covers, because the float row scores nothing in them")
     limit: int | None = Field(description="first questions of each task that were asked; null for all")
     batch: int = Field(description="questions answered at once")
     lmms_eval: str = Field(description="version of lmms-eval")

@@ -16,7 +16,7 @@ from quota.core.errors import QuotaError, UsageError
 from quota.lmms import TASKS
 from quota.lmms.scores import Benchmark, take_apart
 
-INSTALL = "pip install 'quota[eval]' && pip install --no-deps lmms-eval==0.7.3"
+INSTALL = "pip install -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
 
 
 def check_installed() -> None:

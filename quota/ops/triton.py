@@ -25,7 +25,7 @@ _OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchrono
 def why_not() -> str | None:
     """None when the kernels can be imported, else the reason."""
     if find_spec("triton") is None:
-        return "triton is not installed: pip install 'quota[gpu]'"
+        return "triton is not installed: pip install -e '.[gpu]' in the clone"
     return None if find_spec("quota_kernels") else "the package quota_kernels is missing: install quota with pip, from its repository or as a wheel"
 
 

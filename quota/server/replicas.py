@@ -119,7 +119,7 @@ def serve_replicas(made: Settings, handler: CountingHandler) -> None:
         import ray
         from ray import serve
     except ImportError as error:
-        raise UsageError(f"replicas: needs the package {error.name}; install quota with its extra: pip install 'quota[serve,ray]'") from None
+        raise UsageError(f"replicas: needs the package {error.name}; install it from the clone: pip install -e '.[serve,ray]'") from None
     if os.environ.get("RAY_ADDRESS"):
         ray.init()
         location = "EveryNode"

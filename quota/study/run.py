@@ -11,9 +11,10 @@ import numpy as np
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.eval.questions import questions_fingerprint
+from quota.eval.remarks import below_sentences, left_out, left_out_sentence
 from quota.eval.results import Comparison
-from quota.eval.score import accuracies, mean_accuracy
-from quota.eval.statistics import interval, resampled_retention, retention
+from quota.eval.score import accuracies, majority_accuracy, mean_accuracy
+from quota.eval.statistics import interval, resampled_retention, retention, retention_by_task
 from quota.study.bench import Bench, Entry, StudySettings
 from quota.study.layers import profile_study, show_study
 from quota.study.published import published
@@ -48,6 +49,13 @@ def run_study(name: str, settings: StudySettings) -> Any:
     return finish(bench, name, plan)
 
 
+def _remarks(bench: Bench, right: dict[str, dict[str, Any]], baseline: str) -> list[str]:
+    """What retention leaves out, and rows below the most frequent answer."""
+    missing = left_out(retention_by_task(right[baseline], right[baseline]))
+    sentence = [left_out_sentence(missing, len(right[baseline]))] if missing else []
+    return sentence + below_sentences({row: accuracies(values) for row, values in right.items()}, majority_accuracy(bench.questions))
+
+
 def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
     """Answer the plan's rows and write the report."""
     right = bench.answered(plan.entries)
@@ -59,13 +67,14 @@ def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
     draws = resampled_retention(right, baseline, resamples=s.resamples, seed=s.seed)
     comparisons = [_compare(a, b, totals, draws) for a, b in plan.compare]
     recipes = _save_recipes(bench, name, plan.entries)
+    notes = [*plan.notes, *_where(s), *against_random(comparisons), *_remarks(bench, right, baseline)]
     report = StudyReport(
         study=name, title=plan.title, model=s.model or "embedded", family=bench.family, fingerprint=bench.facts.fingerprint, tasks=s.tasks,
         questions=len(bench.questions),
         questions_by_task={task: len(values) for task, values in right[baseline].items()}, questions_fingerprint=questions_fingerprint(bench.questions),
         calibration_samples=len(bench.samples), resamples=s.resamples, seed=s.seed,
         rows=[_row(bench, e, right[e.name], interval(totals[e.name], draws[e.name]), recipes.get(e.name)) for e in plan.entries],
-        comparisons=comparisons, notes=[*plan.notes, *_where(s), *against_random(comparisons)], published=published(name, bench.family),
+        comparisons=comparisons, notes=notes, published=published(name, bench.family),
         files={"markdown": f"{name}.md", "json": f"{name}.json", "plot": f"{name}.png"},
     )  # fmt: skip
     save_chart(s.out / f"{name}.png", report, plan.chart)

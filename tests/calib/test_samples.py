@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 from quota.calib.samples import Sample, Samples, encode
-from quota.core.errors import SampleError
+from quota.core.errors import RecipeError, SampleError
+from quota.core.recipe import Recipe
 from quota.scenes.model import build_processor
 
 
@@ -72,6 +74,9 @@ def test_fingerprint_follows_content_not_place(folder: Path) -> None:
         ([{**A, "image": "data:image/png;base64,@@"}], "sample 'a': image: the data URL is not valid base64"),
         ([{**A, "image": "data:image/png;base64,YWJj"}], "sample 'a': image: not a readable image"),
         ([{**A, "image": "bad\0name"}], "sample 'a': image: .*cannot be read"),
+        ([{**A, "instruction": "what \ud800 ?"}], "sample 'a': instruction: expected Unicode text"),
+        ([{**A, "answer": "\udfff"}], "sample 'a': answer: expected Unicode text"),
+        ([{**A, "id": "\ud800"}], r"sample '.ud800': id: expected Unicode text"),
     ],
 )
 def test_errors_name_the_sample(folder: Path, samples: list, message: str) -> None:
@@ -95,7 +100,7 @@ def test_file_errors(folder: Path) -> None:
     with pytest.raises(SampleError, match="not valid JSON"):
         Samples.load(folder / "samples.json")
     (folder / "samples.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(SampleError, match="not valid JSON"):
+    with pytest.raises(SampleError, match="not UTF-8"):
         Samples.load(folder / "samples.json")
 
 
@@ -110,3 +115,42 @@ def test_encode() -> None:
     assert "pixel_values" not in encode(processor, Sample("t", "hello"))
     processor.chat_template = None
     assert encode(processor, sample)["input_ids"].tolist() == inputs["input_ids"].tolist()
+
+
+def test_a_byte_order_mark_is_no_content(folder: Path) -> None:
+    path = write(folder, A)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Samples.load(path)[0].id == "a"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_a_regular_file_is_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "samples.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(SampleError, match=r"not a regular file|Is a directory"):
+        Samples.load(path)
+    with pytest.raises(RecipeError, match=r"not a regular file|Is a directory"):
+        Recipe.load(path)
+
+
+def test_samples_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder, A, {**A, "id": "b"})
+    for name, limit, message in (
+        ("MAX_FILE_BYTES", 50, "it has more than 50 bytes"), ("MAX_SAMPLES", 1, "expected at most 1, got 2"),
+        ("MAX_IMAGE_BYTES", 2 * len(picture()) - 1, "passed at sample 'b'"),
+    ):  # fmt: skip
+        with monkeypatch.context() as limited, pytest.raises(SampleError, match=message):
+            limited.setattr(f"quota.calib.samples.{name}", limit)
+            Samples.load(path)
+
+
+def test_the_mark_of_a_picture_is_no_text() -> None:
+    processor = build_processor(56)
+    for sample in (Sample("a", "what is <image> ?", picture()), Sample("a", "what ?", None, "an <image>")):
+        with pytest.raises(SampleError, match=r"sample 'a': (instruction|answer): expected text without <image>"):
+            encode(processor, sample)

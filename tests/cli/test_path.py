@@ -134,6 +134,24 @@ def test_eval_prints_tables(world: World) -> None:
     assert "most frequent answer" in result.stdout and "counting" in result.stdout
 
 
+def test_eval_of_several_recipes_says_what_it_does(world: World, tmp_path: Path) -> None:
+    shutil.copyfile(world.recipe, tmp_path / "second.json")
+    rows = ("--recipe", "none", "--recipe", world.recipe, "--recipe", tmp_path / "second.json")
+    result = quota("eval", world.quantized, *rows, "--model", world.model, "--samples", world.samples, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    document = json.loads(result.stdout)
+    assert [row["name"] for row in document["rows"]] == ["float", "quantized", "quantized+recipe", "quantized+second"]
+    assert document["rows"][2]["accuracy"] == document["rows"][3]["accuracy"]
+    assert all(len(row["prefill_ms_by_request"]) == document["timed_requests"] == 3 for row in document["rows"])
+    assert set(document["seconds_by_stage"]) == {"opening", "answering", "timing"}
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == document
+    for words in ("opening quantized+second", "asking 3 questions", "timing 3 single requests per row"):
+        assert words in result.stderr
+    fails(quota("eval", world.quantized, *rows, "--recipe", world.recipe, "--samples", world.samples), "given twice")
+    shutil.copyfile(world.recipe, tmp_path / "recipe.json")
+    fails(quota("eval", world.quantized, *rows, "--recipe", tmp_path / "recipe.json", "--samples", world.samples), "share a name")
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +200,38 @@ def test_bad_samples(world: World, tmp_path: Path, document: Any, words: tuple[s
     samples.write_text("")
     fails(quota("calibrate", world.model, "--samples", samples, "--out", tmp_path / "q"), "samples.json")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("picture", [False, True])
+def test_the_mark_of_a_picture_in_a_prompt(world: World, picture: bool) -> None:
+    image = ("--image", world.picture) if picture else ()
+    fails(quota("run", world.quantized, "--prompt", "what is <image> ?", *image), "prompt: must not contain <image>")
+    fails(quota("run", world.quantized, "--prompt", "what \udcff ?", *image), "prompt: expected Unicode text")
+
+
+def test_the_mark_of_a_picture_in_a_sample(world: World, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.json"
+    rows = json.loads(world.samples.read_text())["samples"]
+    for row in rows:
+        row["image"] = str(world.root / row["image"])
+    rows[-1]["instruction"] = "what is <image> ?"
+    samples.write_text(json.dumps({"schema": "quota-samples/1", "samples": rows}))
+    said = (f"sample '{rows[-1]['id']}'", "instruction", "<image>")
+    began = ("--samples", samples, "--out")
+    fails(quota("calibrate", world.model, *began, tmp_path / "q", "--steps", "0"), *said)
+    assert not (tmp_path / "q.partial").exists()  # found before the work
+    fails(quota("recipe", world.quantized, "--model", world.model, *began, tmp_path / "r.json"), *said)
+    fails(quota("recipe", world.quantized, "--method", "fastv", *began, tmp_path / "r.json"), *said)
+    result = quota("eval", world.quantized, "--samples", samples)
+    assert result.exit_code == 1 and all(word in result.stderr.splitlines()[-1] for word in said)
+
+
+def test_run_refuses_a_prompt_beyond_the_model_and_stops_at_its_end(world: World) -> None:
+    fails(quota("run", world.quantized, "--prompt", "what " * 4200), "tokens leave no room for an answer; the limit is 4096 together")
+    prompt = "what " * (4096 - 6)
+    whole = quota("run", world.quantized, "--prompt", prompt, "--max-new-tokens", "200", "--json")
+    figures = json.loads(whole.stdout)
+    assert figures["prompt_tokens"] + figures["new_tokens"] <= 4096
 
 
 def test_eval_needs_answers(world: World, tmp_path: Path) -> None:

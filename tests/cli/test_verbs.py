@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,31 @@ def test_doctor_reports_a_wrong_choice() -> None:
         [sys.executable, "-m", "quota.cli.main", "doctor"], capture_output=True, text=True, env={**__import__("os").environ, "QUOTA_IMPL": "w4a4_linear=magic"}
     )
     assert done.returncode == 1 and "magic" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_validate_takes_what_a_clone_holds(tmp_path: Path) -> None:
+    """The help's own example: `recipes/` of a fresh clone holds the schema."""
+    files = sorted(Path("recipes").glob("*.json"))
+    result = quota("recipe", "validate", *files, recipe_file(tmp_path))
+    assert files and result.exit_code == 0, result.output
+    other = tmp_path / "schema.json"
+    other.write_text(files[0].read_text().replace('"title": "QUOTA recipe"', '"title": "QUOTA recipe", "old": 1'))
+    result = quota("recipe", "validate", other)
+    assert result.exit_code == 1 and "another version" in result.stderr
+
+
+def test_explain_says_both_shares(tmp_path: Path) -> None:
+    """What reaches the end, and the mean over layers, side by side."""
+    text = " ".join(quota("recipe", "explain", recipe_file(tmp_path)).stdout.split())
+    assert "173 (0.3) reach the end; 324.1 (0.5627) on average over 8 layers" in text, text
+
+
+def test_the_demo_says_how_many_rows_it_makes() -> None:
+    report = json.loads(Path("docs/demo/llava/report.json").read_text())
+    number = {6: "six", 7: "seven", 8: "eight"}[len(report["evaluation"]["rows"])]
+    assert f"evaluates {number} configurations" in quota("demo", "--help").stdout
+
+
+@pytest.mark.parametrize("page", [*Path().glob("*.md"), *Path("docs").glob("*.md"), *Path("quota").rglob("*.py")], ids=str)
+def test_no_command_installs_from_an_index_that_has_no_quota(page: Path) -> None:
+    assert not re.search(r"pip install [^`\n]*['\" ]quota(\[|['\" ]|$)", page.read_text(encoding="utf-8")), page

@@ -10,6 +10,7 @@ import pytest
 from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, summarise
 from quota.eval.generation import Cost
 from quota.eval.questions import Question, scene_questions
+from quota.eval.remarks import remarks
 from quota.eval.results import Evaluation
 
 
@@ -90,3 +91,19 @@ def test_nothing_is_retained_of_a_float_row_without_a_right_answer() -> None:
     result = summarise(_questions(6), rows, Settings(resamples=20), baseline="float", blind=None, compare=[("row", "float")])
     assert result.comparisons == [] and result.rows[1].retention is None
     json.loads(result.model_dump_json(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_what_a_reader_must_not_overlook() -> None:
+    """A task that float fails is in no retention, a row below the most frequent answer knows nothing: both are said."""
+    questions = _questions(8)
+    none, some, whole = np.zeros(4, dtype=bool), np.array([True, False, False, False]), np.ones(4, dtype=bool)
+    cost = Cost(1.0, 1.0, 1.0, [1.0])
+    rows = [Answered(_spec("float"), {"a": whole, "b": none}, 1.0, cost), Answered(_spec("row"), {"a": some, "b": whole}, 1.0, cost)]
+    result = summarise(questions, rows, Settings(resamples=20), baseline="float", blind=None)
+    assert result.retention_leaves_out == ["b"] and result.rows[1].below_majority == ["a"]
+    said = remarks(result)
+    assert "Retention leaves out b, where the float row gets nothing right: it covers 1 of 2 tasks." in said
+    assert "row is below the most frequent answer in a (1 of 2 tasks)." in said
+    older = result.model_copy(update={"retention_leaves_out": None})
+    assert remarks(older) == said, "reports of before the fields were recorded say it too"
+    assert remarks(summarise(questions, rows[:1], Settings(), baseline=None, blind=None)) == [said[1]]

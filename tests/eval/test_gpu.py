@@ -50,6 +50,6 @@ def test_no_figure_without_a_reason(board: list[int], monkeypatch: pytest.Monkey
         pass
     assert cost is not None and cost.power_w is None and "did not move" in str(cost.power_why_not)
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "quota[gpu]" in str(gpu.energy_mj(0))
+    assert ".[gpu]" in str(gpu.energy_mj(0))
     with gpu.measured(torch.device("cpu")) as nothing:
         assert nothing is None

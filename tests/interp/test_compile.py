@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton", reason="the Triton kernels need triton: pip install 'quota[gpu]' (Linux)")
+pytest.importorskip("triton", reason="the Triton kernels need triton: pip install -e '.[gpu]' in the clone (Linux)")
 
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # CUDA C++ programming guide, compute capabilities: most per block

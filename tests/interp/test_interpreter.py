@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-pytest.importorskip("triton", reason="the Triton kernels need triton: pip install 'quota[gpu]' (Linux)")
+pytest.importorskip("triton", reason="the Triton kernels need triton: pip install -e '.[gpu]' in the clone (Linux)")
 
 
 @pytest.mark.interp

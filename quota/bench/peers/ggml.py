@@ -1,6 +1,6 @@
 """llama.cpp's Q4_0 product: ggml's CPU backend through its C interface.
 
-The libraries are those of llama-cpp-python (`pip install 'quota[bench-llama]'` compiles them for the machine at hand), or any build of ggml in the
+The libraries are those of llama-cpp-python (`pip install -e '.[bench-llama]'` compiles them for the machine at hand), or any build of ggml in the
 folder that QUOTA_GGML names.
 """
 
@@ -85,7 +85,7 @@ class _Ggml:
 def _library() -> _Ggml:
     folder = _folder()
     if folder is None:
-        raise OSError("llama-cpp-python is not installed; pip install 'quota[bench-llama]' builds it from source (minutes)")
+        raise OSError("llama-cpp-python is not installed; pip install -e '.[bench-llama]' in the clone builds it from source (minutes)")
     return _Ggml(folder)
 
 

@@ -30,7 +30,7 @@ class MatMulNBits:
 
     def why_not(self) -> str | None:
         missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-        return f"{missing[0]} is not installed; pip install 'quota[bench]'" if missing else None
+        return f"{missing[0]} is not installed; pip install -e '.[bench]' in the clone" if missing else None
 
     def prepare(self, shape: Linear, threads: int) -> None:
         import onnx

@@ -32,7 +32,7 @@ class OpenVinoInt4:
 
     def why_not(self) -> str | None:
         if importlib.util.find_spec("openvino") is None:
-            return "openvino is not installed; pip install 'quota[bench]'"
+            return "openvino is not installed; pip install -e '.[bench]' in the clone"
         if self.precision == "bf16" and "avx512_bf16" not in machine.cpu()["features"]:
             return "this CPU has no bfloat16"
         return None
