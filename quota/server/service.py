@@ -33,7 +33,7 @@ log = logging.getLogger("quota.server")
 NO_RECIPE = "none"
 _TOKEN_CHARACTERS, _MAX_CHARACTERS = 32, 1 << 20  # most characters of a prompt, per token of the limit and at all
 _MAX_ENTRIES = 1 << 17  # log-probabilities of one answer, alternatives included
-_MAX_TOKENS = 1 << 18  # of the prompts of all choices of a request, and no less than MAX_CHOICES of the longest
+_MAX_TOKENS = 1 << 16  # of the prompts of all choices of a request, and no less than MAX_CHOICES of the longest
 _FEW_ENTRIES = 64  # which are written faster than a thread is asked
 _LARGE_PIXELS = 4_000_000  # from here on decoding takes longer than giving its memory back
 
