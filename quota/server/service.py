@@ -153,8 +153,9 @@ class Service:
 
     def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
         """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice and thousand tokens."""
-        if len(prompts) * n > self.settings.max_running:
-            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {self.settings.max_running} answers are made at once", param="n")
+        answers = max(self.settings.max_running, MAX_CHOICES)
+        if len(prompts) * n > answers:
+            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {answers} answers are taken at once", param="n")
         tokens, most = n * sum(len(prompt.ids) for prompt in prompts), max(_MAX_TOKENS, MAX_CHOICES * self.limit)
         if tokens > most:
             raise ApiError(400, f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once", param=where)
