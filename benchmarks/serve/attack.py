@@ -135,7 +135,7 @@ def many_choices(target: Target) -> Iterator[str]:
 
 
 def many_messages(target: Target) -> Iterator[str]:
-    for count in (4096, target.of(200_000)):
+    for count in (2048, target.of(200_000)):
         yield target.post(target.body(messages=[{"role": "user", "content": "x"}] * count))
 
 
@@ -193,7 +193,7 @@ def idle_connections(target: Target) -> Iterator[str]:
 
 
 def unread_streams(target: Target) -> Iterator[str]:
-    body = json.dumps(target.body(stream=True, max_tokens=400, n=2, logprobs=True, top_logprobs=5, ignore_eos=True)).encode()
+    body = json.dumps(target.body(stream=True, max_tokens=400, logprobs=True, top_logprobs=5, ignore_eos=True)).encode()
     with contextlib.ExitStack() as stack:
         for _ in range(target.of(20)):
             raw = stack.enter_context(socket.socket())
@@ -205,7 +205,7 @@ def unread_streams(target: Target) -> Iterator[str]:
 
 
 def leaving(target: Target) -> Iterator[str]:
-    body = json.dumps(target.body(max_tokens=2000, n=8, ignore_eos=True, temperature=1.0)).encode()
+    body = json.dumps(target.body(max_tokens=2000, ignore_eos=True, temperature=1.0)).encode()
     for _ in range(target.of(200)):
         with target.connect() as raw:
             raw.sendall(target.head(len(body)) + body)
@@ -222,9 +222,9 @@ ATTACKS = (
     Attack("prompts of 1 and 8 million token ids", "the model's limit; commas", token_ids, REFUSED),
     Attack("1 million nested lists", "the parser's depth", deep_nesting, REFUSED),
     Attack("texts of 4 MB", "characters, before they are tokenized", long_text, REFUSED),
-    Attack("64 requests of 8 texts of 64 kB", "characters; tokenized one by one, the smallest first", longest_texts, REFUSED),
-    Attack("64 prompts with 8 choices each; of 4000 ids each", "64 answers and 262 144 tokens at once", many_choices, OK | REFUSED),
-    Attack("4096 and 200 000 messages", "4096; the model's limit", many_messages, REFUSED),
+    Attack("64 requests of 8 texts of 64 kB", "characters; tokenized one by one, the smallest first", longest_texts, OK | REFUSED),
+    Attack("64 prompts with 8 choices each; of 4000 ids each", "64 answers and 65 536 tokens at once", many_choices, OK | REFUSED),
+    Attack("2048 and 200 000 messages", "2048; the model's limit", many_messages, REFUSED),
     Attack("names of 8 MB as model, recipe, key, role", "1000 characters; errors are cut", long_names, REFUSED),
     Attack("20 alternatives for 8 x 4000 and 2 x 1000 tokens", "131072 log-probabilities; written off the loop", log_probabilities, OK | REFUSED),
     Attack("40 connections that hold 31 of 32 MiB each", "256 MiB in sum; the largest makes room (429)", held_bodies, OK | BUSY | {"held"}),
@@ -232,7 +232,7 @@ ATTACKS = (
     Attack("a header of 100 kB; 15 000 and 60 000 headers", "64 KiB and 256 lines, 431", large_headers, frozenset({"431", "closed"})),
     Attack("500 connections with half a request line", "closed after 15 s", idle_connections, OK),
     Attack("20 streams that are not read, log-probabilities", "the answer's length; cut after 30 s", unread_streams, OK),
-    Attack("200 clients that ask for 8 x 2000 tokens and leave", "aborted at the next step", leaving, OK | BUSY),
+    Attack("200 clients that ask for 2000 tokens and leave", "aborted at the next step", leaving, OK | BUSY),
 )  # fmt: skip
 
 

@@ -45,9 +45,8 @@ def soak_table(found: Mapping[str, Any]) -> str:
 def attack_table(found: Mapping[str, Any]) -> str:
     """The report of `python -m benchmarks.serve.attack`."""
     lines = [
-        [row["attack"], row["bound"], ", ".join(f"{name} {count}" for name, count in row["outcomes"].items()),
-         f"{row['alone_s']:.2f} s", f"{row['attacked_s']:.2f} s",
-         f"{row['growth_bytes'] / 1e6:.0f} MB"]
+        [row["attack"], row["bound"], ", ".join(f"{name} {count}" for name, count in row["outcomes"].items()), f"{row['alone_s']:.2f} s",
+         f"{row['attacked_s']:.2f} s", f"{row['growth_bytes'] / 1e6:.0f} MB"]
         for row in found["attacks"]
     ]  # fmt: skip
     problems = "".join(f"\n* **{text}**" for text in found["problems"])

@@ -97,7 +97,8 @@ class CountingHandler(logging.Handler):
                 self._reopen()
             if self.lost > self._told:
                 record = logging.LogRecord(__name__, logging.WARNING, "", 0, "log lines were lost", (), None)
-                record.lost = lost = self.lost
+                lost = self.lost
+                record.lost = lost - self._told
                 if self._write(self.format(record)):
                     self._told = lost
             if not self._write(line):

@@ -11,7 +11,7 @@ from quota.runtime.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS
 
 MAX_CHOICES = 8
 MAX_STOPS = 4
-MAX_MESSAGES = 4096  # each takes several tokens of the prompt
+MAX_MESSAGES = 2048  # each takes several tokens of the prompt
 BRANCHES = frozenset({"<text>", "<parts>", "<text part>", "<image part>", "<texts>", "<ids>", "<lists of ids>"})  # of unions, which callers do not know
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _CHAT_TOKENS = 256

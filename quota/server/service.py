@@ -33,7 +33,7 @@ log = logging.getLogger("quota.server")
 NO_RECIPE = "none"
 _TOKEN_CHARACTERS, _MAX_CHARACTERS = 32, 1 << 20  # most characters of a prompt, per token of the limit and at all
 _MAX_ENTRIES = 1 << 17  # log-probabilities of one answer, alternatives included
-_MAX_TOKENS = 1 << 18  # of the prompts of all choices of a request, and no less than MAX_CHOICES of the longest
+_MAX_TOKENS = 1 << 16  # of the prompts of all choices of a request, and no less than MAX_CHOICES of the longest
 _FEW_ENTRIES = 64  # which are written faster than a thread is asked
 
 
@@ -155,8 +155,9 @@ class Service:
 
     def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
         """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice and thousand tokens."""
-        if len(prompts) * n > self.settings.max_running:
-            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {self.settings.max_running} answers are made at once", param="n")
+        answers = max(self.settings.max_running, MAX_CHOICES)
+        if len(prompts) * n > answers:
+            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {answers} answers are taken at once", param="n")
         tokens, most = n * sum(len(prompt.ids) for prompt in prompts), max(_MAX_TOKENS, MAX_CHOICES * self.limit)
         if tokens > most:
             raise ApiError(400, f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once", param=where)

@@ -249,8 +249,7 @@ def test_a_log_that_nobody_reads_blocks_nobody(tmp_path, monkeypatch):
         sender.join(60)
         assert not sender.is_alive() and handler.lost > 0
         found = bytearray()
-        reader = threading.Thread(target=lambda: [found.extend(os.read(read, 1 << 20)) for _ in range(2001)], daemon=True)
-        reader.start()
+        threading.Thread(target=lambda: [found.extend(os.read(read, 1 << 20)) for _ in range(2000)], daemon=True).start()
         wait_for(lambda: handler._lines.unfinished_tasks == 0)
         handler.handle(record("last"))
         wait_for(lambda: b'"last"' in found)

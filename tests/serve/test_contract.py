@@ -269,9 +269,10 @@ def test_null_is_not_given(server):
 
 
 NO_EFFECT = {
-    "store": False, "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none",
-    "parallel_tool_calls": True, "min_p": 0, "service_tier": "auto", "top_k": -1, "repetition_penalty": 1.0, "length_penalty": 1, "min_tokens": 0, "stop_token_ids": [], "skip_special_tokens": True,
-    "modalities": ["text"], "safety_identifier": "x", "prompt_cache_key": "x", "user": "x", "logit_bias": {}, "presence_penalty": 0.0, "stop": [],
+    "store": False, "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
+    "min_p": 0, "service_tier": "auto", "top_k": -1, "repetition_penalty": 1.0, "length_penalty": 1, "min_tokens": 0, "stop_token_ids": [],
+    "skip_special_tokens": True, "modalities": ["text"], "safety_identifier": "x", "prompt_cache_key": "x", "user": "x", "logit_bias": {},
+    "presence_penalty": 0.0, "stop": [],
     "stream_options": {"include_usage": False, "include_obfuscation": False},
 }  # fmt: skip
 AN_EFFECT = {
