@@ -39,7 +39,8 @@ def describe(config: Any) -> ArchSpec:
     return ArchSpec(
         name="qwen2_5_vl", model_class="Qwen2_5_VLForConditionalGeneration", vision_layers_used=vision.depth, vision_layers_total=vision.depth,
         vision_hidden_size=vision.hidden_size, vision_intermediate_size=vision.intermediate_size, vision_heads=vision.num_heads,
-        image_token_id=int(config.image_token_id), visual_tokens=None, merge=vision.spatial_merge_size, dims=dims, key_rules=_KEY_RULES,
+        image_token_id=int(config.image_token_id), visual_tokens=None, merge=vision.spatial_merge_size, multimodal_positions=True, dims=dims,
+        key_rules=_KEY_RULES,
         vision_path="model.visual", vision_embed_path="model.visual.patch_embed", encoder_path="model.visual.blocks",
         projector_path="model.visual.merger", **text_sizes(text),
     )  # fmt: skip

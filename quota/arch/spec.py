@@ -31,7 +31,8 @@ class ArchSpec:
 
     Paths are relative to the conditional-generation model. `vision_layers_used` counts the encoder layers that feed the projector; the others
     (LLaVA drops the output of CLIP's last layer) are never quantized. `visual_tokens` of one picture; None where it follows the picture's size.
-    `merge` x `merge` patches make one of them. `dims`: the vision sizes that are part of the fingerprint.
+    `merge` x `merge` patches make one of them. `multimodal_positions`: a token's rotary position is one number per axis.
+    `dims`: the vision sizes that are part of the fingerprint.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ArchSpec:
     projector_path: str
     drops_cls: bool = False
     merge: int = 1
+    multimodal_positions: bool = False
     model_path: str = "model"
     text_path: str = "model.language_model"
     decoder_path: str = "model.language_model.layers"

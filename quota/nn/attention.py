@@ -31,6 +31,13 @@ class Record:
         assert self.k is not None
         return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
 
+    def first(self, tokens: int) -> Record:
+        """Of the first `tokens` alone, which by causality is what they leave without the others; call it on a filled record."""
+        if self.q is None or self.k is None or self.lse is None or self.q.shape[2] == tokens:
+            return self
+        k = self.k[:, :, :tokens] if isinstance(self.k, Tensor) else tuple(t[:, :, :tokens] for t in self.k)
+        return Record(self.q[:, :, :tokens].contiguous(), k, self.lse[:, :, :tokens].contiguous(), self.scaling)  # type: ignore[arg-type]
+
 
 class QuantAttention(Float32State):
     """Causal attention over a 4-bit cache; prefill reads the same dequantized keys and values that decode will read.

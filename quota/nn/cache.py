@@ -25,11 +25,26 @@ _GROWTH_TOKENS = 64
 class RowState:
     """Facts about each row of a cache layer, moved with the batch: `start` [B] int32 (first real slot; None = all rows start at 0) and
     `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned). `removed`: prompt columns that layer 0
-    never saw, the same for all rows; 0 in every other layer."""
+    never saw, the same for all rows; 0 in every other layer. `guarded`: layer 0 of a pruned prompt takes tokens only of a call that the recipe's hooks
+    let in, for without them positions and masks would be those of the whole prompt."""
 
     start: Tensor | None = None
     dropped: Tensor | None = None
     removed: int = 0
+    guarded: bool = False
+    admitted: bool = False
+
+    def guard(self) -> None:
+        self.guarded = self.admitted = True
+
+    def admit(self) -> None:
+        """Let the next tokens in."""
+        self.admitted = True
+
+    def check_admitted(self) -> None:
+        """UsageError where nobody let the next tokens in."""
+        if self.guarded and not self.admitted:
+            raise UsageError("past_key_values: the cache holds a pruned prompt and no recipe is installed now; install the recipe again to go on with it")
 
     def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.start = None if self.start is None else move(self.start)
@@ -37,7 +52,7 @@ class RowState:
 
     def forget_rows(self) -> None:
         self.start = self.dropped = None
-        self.removed = 0
+        self.removed, self.guarded = 0, False
 
 
 class Rows(Protocol):
@@ -49,6 +64,8 @@ class Rows(Protocol):
 
     @property
     def stored(self) -> int: ...
+
+    def guard(self) -> None: ...
 
 
 class Kv4Layer(RowState, CacheLayerMixin):
@@ -90,6 +107,8 @@ class Kv4Layer(RowState, CacheLayerMixin):
 
     def grow(self, batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> int:
         """Make room for `tokens` more slots, which the caller fills; returns the first one. `like`: a tensor of the model's dtype and device."""
+        self.check_admitted()
+        self.admitted = False
         if not self.is_initialized:
             self._initialize(batch, heads, dim, like)
         if batch != self.buffers["k_q"].shape[0]:
@@ -166,6 +185,8 @@ class Kv4Layer(RowState, CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
         self.length = max(0, self.length + tokens_to_remove)
+        if not self.length:
+            self.forget_rows()
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         self.buffers = {name: move(t).contiguous() for name, t in self.buffers.items()}
@@ -195,9 +216,19 @@ def dequantize_slots(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 class PrunedLayer(RowState, DynamicLayer):
     """A float cache layer that remembers its row starts and how many tokens were pruned before it."""
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.check_admitted()
+        self.admitted = False
+        return super().update(key_states, value_states, *args, **kwargs)
+
     @property
     def stored(self) -> int:
         return super().get_seq_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if not self.stored:
+            self.forget_rows()
 
     def get_seq_length(self) -> int:
         return self.stored + self.removed if self.stored else 0

@@ -93,6 +93,7 @@ class BiasedKv4Layer(Kv4Layer):
 
     def place(self, cos: Tensor, angles: Tensor, neighbour: Any) -> AngleTable:
         """Fill the table for the tokens about to be appended; at the start of a prompt the table of the layer before is shared where it fits."""
+        self.check_admitted()
         if self.angles is None or self.length == 0:
             near = getattr(neighbour, "angles", None)
             self.owns_angles = near is None or near.source is not cos or near.length != angles.shape[2]
@@ -126,7 +127,7 @@ def biased_layer(cache: Cache, index: int) -> BiasedKv4Layer:
     layer = kv4_layer(cache, index)
     if not isinstance(layer, BiasedKv4Layer):
         new = BiasedKv4Layer()
-        new.start, new.dropped, new.removed = layer.start, layer.dropped, layer.removed
+        new.start, new.dropped, new.removed, new.guarded, new.admitted = layer.start, layer.dropped, layer.removed, layer.guarded, layer.admitted
         cache.layers[index] = layer = new
     return layer
 

@@ -15,7 +15,7 @@ positions together; "compact" gives the alive tokens one consecutive number for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +23,16 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from quota import ops
-from quota.arch import find_arch, submodule
+from quota.arch import ArchSpec, find_arch, submodule
 from quota.core.errors import UsageError
 from quota.core.keep import ATTENTION_SCORES, BEFORE
 from quota.nn.attention import QuantAttention, Record
 from quota.nn.budget import plan_drops
-from quota.nn.cache import Rows, kv4_layer, pruned_layer
+from quota.nn.cache import Rows, RowState, kv4_layer, pruned_layer
+from quota.nn.call import Call, LastOutcome, Lengths, Mark, Outcome, Prefill, Stage, ahead_of, continued_positions, prompt_columns
 from quota.nn.padding import real_columns, row_start
-from quota.nn.pictures import Pictures, Shown, shown_pictures
-from quota.nn.recording import start_recording
+from quota.nn.pictures import Pictures, shown_pictures
+from quota.nn.recording import start_recording, stop_recording
 from quota.nn.scores import text_queries
 from quota.nn.select import Alive, asks_for_pictures, choose
 
@@ -39,135 +40,172 @@ if TYPE_CHECKING:
     from quota.core.recipe import Recipe
 
 
-@dataclass
-class Stage:
-    """The tokens alive since the last drop. All [B, n]; rows with fewer tokens are padded on the left."""
-
-    index: Tensor  # int64, column of the prompt
-    valid: Tensor  # bool
-    group: Tensor  # int64, the set of visual tokens it competes in (see `quota.nn.budget`), -1 for text
-    text: Tensor  # bool, text queries
-    dropped: Tensor  # int64 [B]
-    start: Tensor | None  # int32 [B], None where nothing is padded
-    rotary: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
-    mask_made: bool = False
-
-    @property
-    def visual(self) -> Tensor:
-        return self.group >= 0
-
-
-@dataclass
-class Prefill:
-    """One prompt on its way through the layers. `keep`: candidate -> visual tokens to keep [B, sets], only where some row drops any."""
-
-    stage: Stage
-    keep: dict[int, Tensor]
-    first_column: Tensor  # int64 [B], the prompt's first real token
-    tokens: int  # columns of the prompt
-    pictures: Pictures
-    pruned: bool = False
-    record: Record | None = None
-
-
-@dataclass
-class Lengths:
-    """The cache as mask making sees it: one layer's own length, whatever it reports to `generate`."""
-
-    stored: int
-    is_compileable: bool = False
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.stored
-
-    get_seq_length = get_query_offset
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.stored + query_length, 0
-
-
 class Pruner:
     """Installs a recipe on a model, float or quantized. `remove()` takes every trace away.
 
     forced: candidate layer -> bool [B, prompt tokens] to keep instead of the scored choice (visual tokens only; others stay).
     After a prefill `kept` maps each candidate to bool [B, prompt tokens] (True = alive from there on) and `cache_lengths` lists the tokens
-    each decoder layer ran on; `signals` maps each candidate that dropped tokens to its raw scores when `keep_signals` is set.
+    each decoder layer ran on; `signals` maps each candidate that dropped tokens to its raw scores when `keep_signals` is set. All three are of
+    the last prefill of the thread that reads them. Threads may share the model; a deep copy has the recipe installed for itself.
     """
 
     def __init__(self, model: Any, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
-        self.model, self.recipe, self.forced = model, recipe, forced
-        self.arch = find_arch(model)
-        self.text: Any = submodule(model, self.arch.text_path)
+        arch = find_arch(model)
+        self.text: Any = submodule(model, arch.text_path)
+        if any(isinstance(getattr(hook, "__self__", None), Watch) for hook in self.text._forward_pre_hooks.values()):
+            raise UsageError("recipe: one is already installed on this model; undo it first")
+        self.watch = watch = Watch(arch, recipe, forced)
         layers: Any = self.text.layers
-        self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
-        self.kept: dict[int, Tensor] = {}
-        self.signals: dict[int, dict[str, Tensor]] = {}
-        self.keep_signals = False
-        self.cache_lengths: list[int] = []
-        self._picture: Tensor | None = None
-        self._shown: list[Shown] | None = None
-        self._float_layers = [not isinstance(layer.self_attn, QuantAttention) for layer in layers]
-        self._restore = start_recording(self.text) if any(self._float_layers) else None
+        self._base = start_recording(self.text) if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers) else None
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.get_submodule(self.arch.model_path).register_forward_pre_hook(self._before_merge, with_kwargs=True),
-            self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
+            model.register_forward_pre_hook(watch.before_model, with_kwargs=True),
+            model.get_submodule(arch.model_path).register_forward_pre_hook(watch.before_merge, with_kwargs=True),
+            self.text.register_forward_pre_hook(watch.before_text, with_kwargs=True),
+            self.text.register_forward_hook(watch.after_text, with_kwargs=True),
         ]
-        if forced is None and asks_for_pictures(recipe):
-            vision = submodule(model, self.arch.vision_path)
-            self._handles.append(vision.register_forward_pre_hook(self._before_vision, with_kwargs=True))
+        vision = submodule(model, arch.vision_path)
+        self._handles.append(vision.register_forward_pre_hook(watch.before_vision, with_kwargs=True))
+        self._handles.append(vision.register_forward_hook(watch.after_vision, with_kwargs=True))
         for number, layer in enumerate(layers):
-            self._handles.append(layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(partial(watch.before_layer, number), with_kwargs=True))
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        return self.watch.last.value.kept
+
+    @property
+    def signals(self) -> dict[int, dict[str, Tensor]]:
+        return self.watch.last.value.signals
+
+    @property
+    def cache_lengths(self) -> list[int]:
+        return self.watch.last.value.cache_lengths
+
+    @property
+    def keep_signals(self) -> bool:
+        return self.watch.keep_signals
+
+    @keep_signals.setter
+    def keep_signals(self, keep: bool) -> None:
+        self.watch.keep_signals = keep
 
     def remove(self) -> None:
         """Undo the installation. Calling it twice is harmless."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        if self._base is not None:
+            stop_recording(self.text, self._base)
+            self._base = None
+
+
+class Watch:
+    """The hooks of one recipe. It knows no module and keeps nothing of a call but its outcome, so a submodule may be deep-copied with its hooks."""
+
+    def __init__(self, arch: ArchSpec, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
+        self.arch, self.recipe, self.forced = arch, recipe, forced
+        self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
+        self.asks_for_pictures = forced is None and asks_for_pictures(recipe)
+        self.keep_signals = False
+        self.last = LastOutcome()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        copy = memo[id(self)] = Watch(self.arch, self.recipe, self.forced)
+        copy.keep_signals = self.keep_signals
+        return copy
+
+    def __reduce__(self) -> Any:
+        raise UsageError("pickle: a model under a recipe cannot be pickled (transformers' own hooks cannot); call quota.load(..., recipe=...) in the worker")
 
     # what the hooks see, from the outside in
 
-    def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is not None:
             raise UsageError("labels: a pruned forward returns logits of the surviving tokens only, so a loss is undefined; undo the recipe first")
 
-    def _before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._picture = None if ids is None else self.arch.image_index(ids)
+        call = Call(None if ids is None else self.arch.image_index(ids))
+        if self.asks_for_pictures:
+            pixels, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
+            if pixels is None:
+                call.shown = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_shown", None)
+            else:
+                call.shown = shown_pictures(pixels if grids is None else pixels.type(module.visual.dtype), grids, self.arch.merge)
+        return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
 
-    def _before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
-        self._shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.arch.merge)
+    def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {name: value for name, value in kwargs.items() if name != "quota_call"}
 
-    def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        picture, self._picture = self._picture, None
+    def after_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """`generate` encodes pictures before its first forward and hands the features on: what they show goes with them."""
+        if self.asks_for_pictures and not isinstance(output, tuple):
+            pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
+            output.quota_shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.arch.merge)
+
+    def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = ids if embeds is None else embeds
+        if given is None:
+            return None  # upstream says what is missing
+        call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.arch.image_index(ids))
+        call.text = module
+        if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
+            raise UsageError("gradient_checkpointing: layers would run again without the tokens they were given; undo the recipe, or call model.eval()")
         cached = 0 if cache is None else cache.get_seq_length()
-        if embeds is None or (embeds.shape[1] == 1 and cached):
-            return None
-        if picture is None:
-            if not cached:
-                raise UsageError("input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual")
-            picture = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        tokens = given.shape[1]
         if cached:
-            self._check_continuation(picture >= 0, mask)
-            return None
-        return args, {**kwargs, "quota_prefill": self._prefill(picture, mask, cache)}
+            call.mark = self.mark_of(cache)
+            if tokens > 1:
+                self._check_continuation(call.picture, mask, cached, tokens)
+        elif call.picture is None:
+            raise UsageError("input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual")
+        else:
+            call.prefill = self._prefill(call, mask, cache)
+            call.mark = Mark(self.recipe, ahead_of(kwargs.get("position_ids"), mask, tokens) if self.arch.multimodal_positions else None)
+        if cache is not None:
+            cache.quota_mark = None  # until this call has filled all its layers
+        return args, {**kwargs, "quota_call": call}
 
-    def _check_continuation(self, visual: Tensor, mask: Any) -> None:
-        if bool(visual.any()):
+    def after_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            cache.quota_mark = kwargs["quota_call"].mark
+
+    def mark_of(self, cache: Any) -> Mark:
+        mark: Mark | None = getattr(cache, "quota_mark", None)
+        if mark is None:
+            raise UsageError(
+                "past_key_values: expected a cache filled under this recipe, got one that another model or no recipe filled, or whose last call is not "
+                "finished; start from an empty cache"
+            )
+        if mark.recipe is not self.recipe and mark.recipe != self.recipe:
+            raise UsageError("past_key_values: expected a cache filled under this recipe, got one of another recipe; start from an empty cache")
+        return mark
+
+    def _positions(self, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """M-RoPE positions of a continued prompt, where they are not given: upstream would take the offset of the last prompt anyone gave the model."""
+        cache = kwargs.get("past_key_values")
+        if not self.arch.multimodal_positions or kwargs.get("position_ids") is not None or cache is None or ids is None or not cache.get_seq_length():
+            return {}
+        cached, ahead = cache.get_seq_length(), self.mark_of(cache).ahead
+        return {"position_ids": continued_positions(ahead, len(ids), cached, cached + ids.shape[1], ids.device)}
+
+    def _check_continuation(self, picture: Tensor | None, mask: Any, cached: int, tokens: int) -> None:
+        known = prompt_columns(self)
+        own = tokens if known is None else max(known - cached, 0)  # behind them: what `generate` drafted
+        if picture is not None and bool((picture[:, :own] >= 0).any()):
             raise UsageError(
                 "past_key_values: image tokens arrived after cached ones; pruning ranks a whole prompt at once, so give all images in one "
                 "prefill (no prefill_chunk_size, no new images on a cached conversation)"
             )
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -visual.shape[1] :].all()):
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -tokens:].all()):
             raise UsageError("attention_mask: padding inside a continued conversation is not supported; continue rows one at a time")
 
-    def _prefill(self, picture: Tensor, mask: Any, cache: Any) -> Prefill:
+    def _prefill(self, call: Call, mask: Any, cache: Any) -> Prefill:
+        assert call.picture is not None
+        picture = call.picture
         batch, tokens = picture.shape
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError("attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the tokenizer's mask")
@@ -176,19 +214,28 @@ class Pruner:
                 f"attention_mask: expected {tokens} columns, one per prompt token, got {mask.shape[1]}; pruning needs the whole prompt in one prefill "
                 "(no prefill_chunk_size, no static cache)"
             )
-        if cache is not None and any(layer.is_compileable for layer in cache.layers):
-            raise UsageError("past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset")
+        if cache is not None:
+            if any(layer.is_compileable for layer in cache.layers):
+                raise UsageError("past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset")
+            for layer in cache.layers:
+                if isinstance(layer, RowState):
+                    layer.forget_rows()
+        known = prompt_columns(self)
+        prompt = tokens if known is None else min(known, tokens)
         valid = torch.ones_like(picture, dtype=torch.bool) if mask is None else mask.bool()
         start = row_start(valid)
         real = picture.masked_fill(~valid, -1)
+        real[:, prompt:] = -1
         group, keep = self._plan(real)
+        text = torch.zeros_like(valid)
+        text[:, :prompt] = text_queries(real[:, :prompt] >= 0, valid[:, :prompt])
         stage = Stage(
-            torch.arange(tokens, device=picture.device).expand(batch, -1), valid, group, text_queries(picture >= 0, valid),
+            torch.arange(tokens, device=picture.device).expand(batch, -1), valid, group, text,
             torch.zeros(batch, dtype=torch.int64, device=picture.device), start if bool(start.any()) else None,
         )  # fmt: skip
-        self.kept, self.signals, self.cache_lengths = {}, {}, [tokens] * self.arch.layers
-        shown, self._shown = self._shown, None
-        return Prefill(stage, keep, start.long(), tokens, Pictures.of(real, shown))
+        outcome = Outcome(cache_lengths=[tokens] * self.arch.layers)
+        self.last.set(outcome)
+        return Prefill(stage, keep, start.long(), tokens, prompt, Pictures.of(real, call.shown), outcome)
 
     def _plan(self, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than its budget."""
@@ -196,45 +243,50 @@ class Pruner:
             return picture, {layer: torch.zeros(0) for layer in self.ratios} if bool((picture >= 0).any()) else {}
         return plan_drops(self.recipe, picture)
 
-    def _before_layer(self, number: int) -> Any:
-        candidate = BEFORE if number == 0 else number
-        asked = number + 1 in self.ratios and self.forced is None and self.recipe.selection_at(number + 1).score in ATTENTION_SCORES
+    def before_layer(self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        call: Call | None = kwargs.pop("quota_call", None)
+        if call is None:
+            return None
+        if call.prefill is None:
+            return self._decode(call, number, layer, args, kwargs)
+        prefill, candidate = call.prefill, BEFORE if number == 0 else number
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0 and prefill.keep and kwargs.get("past_key_values") is not None:
+            _rows(kwargs["past_key_values"], 0, layer).guard()
+        if candidate in prefill.keep:
+            hidden = self._drop(call, candidate, layer, hidden, kwargs)
+        if candidate in self.ratios:
+            stage = prefill.stage
+            alive = torch.zeros_like(stage.valid[:, :1]).repeat(1, prefill.tokens).scatter(1, stage.index, stage.valid)
+            prefill.outcome.kept[candidate] = alive[:, : prefill.prompt]
+        prefill.outcome.cache_lengths[number] = hidden.shape[1]
+        if prefill.pruned:
+            self._align(call, number, layer, hidden, kwargs)
+        if number + 1 in prefill.keep and self.forced is None and self.recipe.selection_at(number + 1).score in ATTENTION_SCORES:
+            prefill.record = kwargs["quota_record"] = Record()
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            prefill: Prefill | None = kwargs.pop("quota_prefill", None)
-            if prefill is None:
-                return self._decode(number, args, kwargs)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if candidate in prefill.keep:
-                hidden = self._drop(prefill, candidate, layer, hidden, kwargs)
-            if candidate in self.ratios:
-                stage = prefill.stage
-                self.kept[candidate] = torch.zeros_like(stage.valid[:, :1]).repeat(1, prefill.tokens).scatter(1, stage.index, stage.valid)
-            self.cache_lengths[number] = hidden.shape[1]
-            if prefill.pruned:
-                self._align(prefill, number, hidden, kwargs)
-            if asked and number + 1 in prefill.keep:
-                prefill.record = kwargs["quota_record"] = Record()
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-        return hook
-
-    def _drop(self, prefill: Prefill, candidate: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """hidden [B, n, d] -> the kept tokens' [B, n', d]; `prefill` enters its next stage."""
+    def _drop(self, call: Call, candidate: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """hidden [B, n, d] -> the kept tokens' [B, n', d]; the prefill enters its next stage."""
+        prefill = call.prefill
+        assert prefill is not None
         stage = prefill.stage
         if self.forced is not None:
             mask = self.forced[candidate].to(hidden.device)
             chosen = mask.gather(1, stage.index.clamp_max(mask.shape[1] - 1)) | (stage.index >= mask.shape[1])
         else:
+            own = hidden.shape[1] - (prefill.tokens - prefill.prompt)  # tokens of the prompt: no later one has a say
             alive = Alive(
-                hidden, stage.group, stage.text, stage.index, layer, prefill.pictures, prefill.record,
-                lambda: self._own_record(prefill, max(candidate, 0), layer, hidden, kwargs),
+                hidden[:, :own], stage.group[:, :own], stage.text[:, :own], stage.index[:, :own], layer, prefill.pictures,
+                None if prefill.record is None else prefill.record.first(own),
+                lambda: self._own_record(call, max(candidate, 0), layer, hidden, kwargs).first(own),
             )  # fmt: skip
             signals: dict[str, Tensor] = {}
-            chosen = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
+            chosen = torch.zeros_like(stage.valid)
+            chosen[:, :own] = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
             prefill.record = None
             if self.keep_signals:
-                self.signals[candidate] = signals
+                prefill.outcome.signals[candidate] = signals
         keep = stage.valid & (chosen | ~stage.visual)
         if torch.equal(keep, stage.valid):
             return hidden
@@ -246,49 +298,55 @@ class Pruner:
         prefill.pruned = True
         return ops.token_gather(hidden, order)
 
-    def _own_record(self, prefill: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Record:
+    def _own_record(self, call: Call, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Record:
         """What the attention of layer `number` itself makes of its input, without touching the cache."""
+        assert call.prefill is not None
         record = Record()
         inputs = {"attention_mask": kwargs["attention_mask"], "position_embeddings": kwargs["position_embeddings"]}
-        if prefill.pruned:
-            inputs = self._inputs(prefill, number, hidden, kwargs)
+        if call.prefill.pruned:
+            inputs = self._inputs(call, layer, hidden, kwargs)
         layer.self_attn(layer.input_layernorm(hidden), past_key_values=None, quota_record=record, **inputs)
         return record
 
-    def _align(self, prefill: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _align(self, call: Call, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give a layer after a drop the rotary embedding, mask and cache layer of its own tokens."""
-        stage, cache = prefill.stage, kwargs.get("past_key_values")
+        prefill, cache = call.prefill, kwargs.get("past_key_values")
+        assert prefill is not None
         if cache is not None:
-            rows = self._cache_layer(cache, number)
-            rows.start, rows.dropped = stage.start, stage.dropped
+            rows = _rows(cache, number, layer)
+            rows.start, rows.dropped = prefill.stage.start, prefill.stage.dropped
             rows.removed = prefill.tokens - hidden.shape[1] if number == 0 else 0
         # position ids with gaps would be read as packed sequences, so no layer sees them
-        kwargs.update(self._inputs(prefill, number, hidden, kwargs), position_ids=None)
+        kwargs.update(self._inputs(call, layer, hidden, kwargs), position_ids=None)
 
-    def _inputs(self, prefill: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Mask and rotary embedding of the stage's tokens for layer `number`."""
-        stage = prefill.stage
+    def _inputs(self, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Mask and rotary embedding of the stage's tokens for `layer`."""
+        assert call.prefill is not None
+        stage = call.prefill.stage
         if stage.rotary is None:
-            stage.rotary = self._rotary(stage, prefill.first_column, hidden, kwargs)
+            stage.rotary = self._rotary(call, stage, hidden, kwargs)
         valid = None if stage.start is None else stage.valid
-        if not self._float_layers[number]:
+        if isinstance(layer.self_attn, QuantAttention):
             return {"attention_mask": valid, "position_embeddings": stage.rotary}
         if not stage.mask_made:
-            stage.mask, stage.mask_made = self._float_mask(hidden, valid, 0), True
+            stage.mask, stage.mask_made = _float_mask(call.text, hidden, valid, 0), True
         return {"attention_mask": stage.mask, "position_embeddings": stage.rotary}
 
-    def _rotary(self, stage: Stage, first_column: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _rotary(self, call: Call, stage: Stage, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.recipe.position_policy == "compact":
-            first = _first_position(kwargs.get("position_ids"), first_column)
-            return self.text.rotary_emb(hidden, position_ids=(first + stage.valid.long().cumsum(-1) - 1).clamp_min(0))
+            assert call.prefill is not None
+            first = _first_position(kwargs.get("position_ids"), call.prefill.first_column)
+            return call.text.rotary_emb(hidden, position_ids=(first + stage.valid.long().cumsum(-1) - 1).clamp_min(0))
         cos, sin = (t.expand(len(stage.index), -1, -1) for t in kwargs["position_embeddings"])
         return ops.token_gather(cos, stage.index), ops.token_gather(sin, stage.index)
 
-    def _decode(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _decode(self, call: Call, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         cache = kwargs.get("past_key_values")
         rows = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+        if isinstance(rows, RowState):
+            rows.admit()
         if getattr(rows, "dropped", None) is None or rows is None:
-            return None
+            return args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.recipe.position_policy == "compact":
             positions = kwargs.get("position_ids")
@@ -298,23 +356,23 @@ class Pruner:
             else:
                 positions = positions - rows.dropped[:, None]
             positions = positions.expand(hidden.shape[0], -1)
-            kwargs["position_embeddings"] = self.text.rotary_emb(hidden, position_ids=positions)
+            kwargs["position_embeddings"] = call.text.rotary_emb(hidden, position_ids=positions)
         mask = None
-        if self._float_layers[number] and (rows.start is not None or hidden.shape[1] > 1):
+        if not isinstance(layer.self_attn, QuantAttention) and (rows.start is not None or hidden.shape[1] > 1):
             valid = None if rows.start is None else real_columns(rows.start, rows.stored + hidden.shape[1])
-            mask = self._float_mask(hidden, valid, rows.stored)
+            mask = _float_mask(call.text, hidden, valid, rows.stored)
         kwargs.update(attention_mask=mask, position_ids=None)
         return args, kwargs
 
-    def _float_mask(self, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
-        """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend wants."""
-        lengths: Any = Lengths(stored)
-        return create_causal_mask(
-            config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=lengths, position_ids=None, layer_idx=0
-        )
 
-    def _cache_layer(self, cache: Any, number: int) -> Rows:
-        return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)
+def _rows(cache: Any, number: int, layer: Any) -> Rows:
+    return kv4_layer(cache, number) if isinstance(layer.self_attn, QuantAttention) else pruned_layer(cache, number)
+
+
+def _float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
+    """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend wants."""
+    lengths: Any = Lengths(stored)
+    return create_causal_mask(config=text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=lengths, position_ids=None, layer_idx=0)
 
 
 def _first_position(positions: Tensor | None, first_column: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -54,28 +55,29 @@ def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Ten
 @contextmanager
 def recording(text_model: Any) -> Iterator[None]:
     """While open, the float attentions of `text_model` accept `quota_record=`. UsageError for another backend than sdpa or eager."""
-    restore = start_recording(text_model)
+    base = start_recording(text_model)
     try:
         yield
     finally:
-        restore()
+        stop_recording(text_model, base)
 
 
-def start_recording(text_model: Any) -> Any:
-    """As `recording`; returns the function that undoes it."""
-    config = text_model.config
-    base = config._attn_implementation
+def start_recording(text_model: Any) -> str:
+    """As `recording`; returns the backend for `stop_recording`."""
+    base: str = text_model.config._attn_implementation
+    if base.startswith(_PREFIX):
+        raise UsageError("recipe: one is already installed on this model or on another of the same configuration object; undo it first")
     if base not in _BASES:
         raise UsageError(f"attn_implementation: expected one of {list(_BASES)} for a model with float attention, got {base!r}")
-    name = _PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    text_model.config._attn_implementation = _PREFIX + base
+    return base
 
-        AttentionInterface.register(name, _recording(base))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    config._attn_implementation = name
 
-    def restore() -> None:
-        config._attn_implementation = base
+def stop_recording(text_model: Any, base: str) -> None:
+    """Undo `start_recording`."""
+    text_model.config._attn_implementation = base
 
-    return restore
+
+for _base in _BASES:  # when this module is imported: a pickled model names the backend in whatever process opens it
+    AttentionInterface.register(_PREFIX + _base, _recording(_base))
+    AttentionMaskInterface.register(_PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])

@@ -157,15 +157,20 @@ def test_random_follows_the_seed_and_the_picture(models):
 def test_random_with_beams_and_without_pixels(models):
     model = models["float"]
     inputs = llava_inputs(model)
+    with torch.no_grad():
+        features = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
     with patched(model, method_recipe(model, "random")) as handle:
         greedy(model, inputs)
         plain = handle.kept[-1]
         model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
         assert torch.equal(handle.kept[-1], plain.repeat_interleave(2, 0))
-        features = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        handle.pruner._shown = None
+        prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        with torch.no_grad():
+            seen = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+            model(**prompt, mm_encoder_outputs={"image": seen})  # features carry what they show
+        assert torch.equal(handle.kept[-1], plain)
         with pytest.raises(UsageError, match="pixel_values: the random score"), torch.no_grad():
-            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], mm_encoder_outputs={"image": features})
+            model(**prompt, mm_encoder_outputs={"image": features})
 
 
 def test_second_turn_continues_a_cache_pruned_before_the_model(model):
