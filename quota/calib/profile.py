@@ -68,9 +68,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def profile(
-    float_model: nn.Module, quant_model: nn.Module, processor: Any, samples: Samples, progress: bool | Callable[[int, int], None] = False
-) -> Profile:
+def profile(float_model: nn.Module, quant_model: nn.Module, processor: Any, samples: Samples, progress: bool | Callable[[int, int], None] = False) -> Profile:
     """Profile a float model and the quantized model made from it over `samples`.
 
     progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in float64, medians over

@@ -57,10 +57,12 @@ class AnswerFile(Journal):
         return {row["id"]: row["prediction"] for row in self.rows}
 
     def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
-        self.append([
-            {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
-            for q, p in zip(batch, predictions, strict=True)
-        ])
+        self.append(
+            [
+                {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
+                for q, p in zip(batch, predictions, strict=True)
+            ]
+        )
 
 
 def answer_all(

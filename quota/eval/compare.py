@@ -34,9 +34,7 @@ def folder_fingerprint(checkpoint: str | Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def row_spec(
-    name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU
-) -> RowSpec:
+def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU) -> RowSpec:
     """A row whose key is the content of its checkpoint and recipe, and where it runs."""
     given, checkpoint = str(checkpoint), resolve_folder(checkpoint)
     parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
@@ -83,9 +81,7 @@ def answer_rows(
             bar = progress.add_task(spec.name, total=len(questions))
             key = f"{spec.key} {asked} {settings.batch} {settings.max_new_tokens}"
             name = f"answers-{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
-            predictions, seconds = answer_all(
-                partial(opened, spec), questions, AnswerFile(folder / name, key), settings, partial(progress.advance, bar)
-            )
+            predictions, seconds = answer_all(partial(opened, spec), questions, AnswerFile(folder / name, key), settings, partial(progress.advance, bar))
             out[spec.name] = (rights(questions, predictions), seconds)
     return out
 
@@ -117,6 +113,4 @@ def evaluate_checkpoint(
     costs = measure_cost({s.name: opened(s) for s in specs}, timed)
     rows = [Answered(s, *answered[s.name], costs[s.name]) for s in specs]
     compare = [(specs[-1].name, "float")] if float_model else []
-    return summarise(
-        questions, rows, settings, baseline="float" if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed)
-    )
+    return summarise(questions, rows, settings, baseline="float" if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed))

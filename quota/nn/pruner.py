@@ -309,9 +309,7 @@ class Pruner:
     def _float_mask(self, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
         """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend wants."""
         lengths: Any = Lengths(stored)
-        return create_causal_mask(
-            config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=lengths, position_ids=None, layer_idx=0
-        )
+        return create_causal_mask(config=self.text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=lengths, position_ids=None, layer_idx=0)
 
     def _cache_layer(self, cache: Any, number: int) -> Rows:
         return pruned_layer(cache, number) if self._float_layers[number] else kv4_layer(cache, number)

@@ -19,9 +19,7 @@ def dequantized(kv: Kv, length: int, d: int) -> Tensor:
     return dequantize_kv(unpack_uint4(q, d), scale, zero)
 
 
-def kv4_attention_ref(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot; None: 0) -> (out float32 [B, T, H, D], lse [B, H, T]).
 
     shared float32 [B, E, C >= length]: more key channels, not quantized and common to all heads; q is then [B, H, T, D + E].

@@ -11,9 +11,7 @@ from quota.ops.kv4_attention import Kv, kv4_attention
 from quota.ops.kv4_page_read import kv4_page_read
 
 
-def kv4_paged_attention_ref(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention_ref(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q float32 [B, H, T, D] for the last T of length[b] slots; k, v pages as in `kv4_page_write`; table int32 [B, W] (units in order), length
     int32 [B], 0 for a row without work -> (out float32 [B, T, H, D], lse [B, H, T]), as `kv4_attention` on the pages read in order.
 

@@ -160,15 +160,11 @@ def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tu
     return _bound.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
 
 
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _bound.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _bound.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))
 
 

@@ -93,15 +93,11 @@ def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tu
     return _kernel("qkv_append")(qkv, rotary, transforms, k, v, position, clips)
 
 
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _kernel("kv4_attention")(q, k, v, length, start, scaling, shared)
 
 
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _kernel("kv4_paged_attention")(q, k, v, table, length, scaling, shared)
 
 

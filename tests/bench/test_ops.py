@@ -158,5 +158,3 @@ def test_choices_are_checked() -> None:
         shapes.chosen_linears(["gpt-5"])
     with pytest.raises(UsageError, match="--op"):
         list(run_ops.run(run_ops.Selection(ops=("conv",)), None))
-
-

@@ -50,5 +50,3 @@ def test_the_larger_bound_decides() -> None:
     assert ceilings.floor_ms("unit", 1e6, 10, cold=False) == (1.0, "compute")
     assert ceilings.floor_ms("unit", 1e6, 10, cold=True) == (10.0, "bandwidth")
     assert ceilings.floor_ms("other", 1e6, 10, cold=False) is None
-
-

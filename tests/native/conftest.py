@@ -48,6 +48,7 @@ def _compile(library: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include = [f"-I{ROOT / folder}" for folder in FOLDERS] + [f"-I{torch_folder / 'include'}"]
     with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+
         def compiled(source: Path) -> str:
             target = f"{folder}/{source.stem}.o"
             subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", target], check=True)
