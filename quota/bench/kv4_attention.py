@@ -15,7 +15,8 @@ from quota.bench.peers import verdict
 from quota.bench.shapes import Attention
 from quota.bench.timing import Contender
 from quota.ops import native
-from quota.ops.kv4_attention import Kv, dequantized, kv4_attention_ref
+from quota.ops.kv4_attention import dequantized, kv4_attention_ref
+from quota.ops.weights import Kv
 
 OP = "kv4_attention"
 DECODE_SLOTS, PREFILL_TOKENS = (1024, 4096, 16384, 32768), (173, 640, 2048)

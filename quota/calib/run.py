@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import quota
 from quota.arch.processing import image_backend
 from quota.calib import prune
 from quota.calib.blocks import Block
@@ -30,6 +29,7 @@ from quota.calib.weight_only import quantize_weights
 from quota.calib.work import WorkFolder
 from quota.core.errors import SampleError, UsageError
 from quota.core.recipe import BEFORE, Recipe
+from quota.core.version import VERSION
 from quota.nn.checkpoint import Manifest
 from quota.nn.pictures import Pictures, Shown, shown_pictures
 
@@ -170,7 +170,7 @@ class Job:
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.source.folder.glob("*.safetensors"))]
         parts = {
             "source": self.source.fingerprint, "files": files, "samples": self.samples.fingerprint, "settings": self.settings.to_dict(), "seed": self.seed,
-            "method": self.method, "modules": self.modules, "recipe": self.recipe and self.recipe.dumps(), "version": quota.__version__,
+            "method": self.method, "modules": self.modules, "recipe": self.recipe and self.recipe.dumps(), "version": VERSION,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

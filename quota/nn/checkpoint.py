@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quota import __version__
 from quota.core.errors import CheckpointError
 from quota.core.files import atomic_folder, sha256_file
+from quota.core.version import VERSION
 
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
@@ -40,7 +40,7 @@ class Manifest:
     calibration: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    tool_version: str = __version__
+    tool_version: str = VERSION
     schema_version: int = SCHEMA_VERSION
 
     def dumps(self) -> str:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quota.core.registry import Context
-from quota.ops.native import PROLOGUES, dense
-
-if TYPE_CHECKING:
-    from quota.ops.kv4_attention import Kv
-    from quota.ops.w4a4_linear import PackedWeight
+from quota.ops.weights import PROLOGUES, Kv, PackedWeight, dense
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cuda.so"
 BUILD = "build it with: QUOTA_BUILD=cuda pip install --no-build-isolation -e . (needs nvcc 13)"

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
+from quota.ops.weights import Kv
 from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
-
-Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
 
 
 def dequantized(kv: Kv, length: int, d: int) -> Tensor:
@@ -45,6 +44,4 @@ def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None
     return (p @ values).transpose(1, 2).float().contiguous(), lse.float()
 
 
-kv4_attention = Op("kv4_attention", kv4_attention_ref)
-kv4_attention.add("triton", triton.kv4_attention, triton.supports)
-kv4_attention.add("native", native.kv4_attention, native.supports)
+kv4_attention = Op(kv4_attention_ref, cuda, native, triton)  # the first that supports the device
