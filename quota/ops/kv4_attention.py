@@ -26,7 +26,7 @@ def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None
     Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
     Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads. The native
     one takes q and, in blocks of 64 slots from `start`, the weights of the values as 24-bit fixed point, so that all its dot products are exact
-    integers (csrc/cpu/attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton
+    integers (csrc/cpu/kv4_attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton
     kernels do the same and give the same `out`; their `lse` differs by the rounding of the logarithm.
     """
     b, h, t, _ = q.shape
