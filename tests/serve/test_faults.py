@@ -62,15 +62,17 @@ def test_a_client_that_does_not_read_holds_no_pages(server):
         assert raw.recv(15) == b"HTTP/1.1 200 OK"
 
 
-def test_full_queue(serving):
+def test_full_queue(serving, monkeypatch):
+    """One request runs, two wait, the others are refused; the engine stands still meanwhile, so that nothing ends before all have come."""
     server = serving(max_waiting=2, max_running=1)
     with httpx.Client() as http, http.stream("POST", f"{server.url}/v1/chat/completions", json={**endless(), "n": 1, "stream": True}) as first:
         next(first.iter_lines())
-        statuses = []
+        monkeypatch.setattr(server.service.engine.engine, "step", lambda: time.sleep(0.01) or [])
         with ThreadPoolExecutor(6) as threads:
             quick = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}], "max_tokens": 2}
             asked = [threads.submit(httpx.post, f"{server.url}/v1/chat/completions", json=quick) for _ in range(6)]
             wait_for(lambda: sum(one.done() for one in asked) >= 4)
+            monkeypatch.undo()
             first.close()
             statuses = [one.result() for one in asked]
     refused = [answer for answer in statuses if answer.status_code == 429]
@@ -243,7 +245,7 @@ def test_sigterm_drains(survivor):
     server, got = survivor[0], []
 
     def listen() -> None:
-        body = {**endless(), "n": 4, "max_tokens": 300, "ignore_eos": True, "stream": True}
+        body = {**endless(), "n": 4, "max_tokens": 1000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
             got.extend(line for line in answer.iter_lines() if line)
 
