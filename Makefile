@@ -6,12 +6,13 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint sanitize bench gpu-check ray venv schema clean help
+.PHONY: demo check test lint sanitize bench gpu-check ray venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
-	@echo "make test   the test suite"
-	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make check  lint and the unit tests: before every commit (3 minutes on two busy cores)"
+	@echo "make test   every test; PYTEST_ARGS='tests/eval -x' for a part, JOBS=1 for one process"
+	@echo "make lint   format, lint, types, import contracts"
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--sections build,ops' for a part, '--dry-run' without one"
@@ -42,10 +43,19 @@ $(STAMP): .venv/.packages setup.py pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP)
 	$(BIN)/quota demo --out demo-out
 
+# A process per core. Each takes neighbouring tests, so what a module or a session shares is made once or twice, and who is done early takes over.
+JOBS ?= auto
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+UNIT := $(addprefix tests/,core quant allocate arch ops nn engine runtime test_lean_import.py)
+
+check: lint
+	$(PYTEST) -q -m "not slow" $(UNIT)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP)
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache

@@ -8,11 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quota.core.version import VERSION
+
 if TYPE_CHECKING:
     from quota.runtime.load import load
     from quota.runtime.patch import patched
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["__version__", "load", "patched"]
 
 _LAZY = {"load": "quota.runtime.load", "patched": "quota.runtime.patch"}

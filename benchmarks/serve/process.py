@@ -70,7 +70,7 @@ def running(command_of: Callable[[int], list[str]], ready: str, environment: Map
 
 def _wait(server: Served, ready: str) -> None:
     until = time.monotonic() + START_S
-    with httpx.Client(base_url=server.url) as http:
+    with httpx.Client(base_url=server.url, timeout=START_S) as http:
         while time.monotonic() < until and server.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if http.get(ready).status_code == 200:

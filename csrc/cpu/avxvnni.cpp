@@ -1,6 +1,6 @@
 // w4a4_linear with the 256-bit dot product of x86 processors without AVX-512 (AVX-VNNI); the rest of their table is AVX2's.
 #include "dot_ymm.h"
-#include "linear.h"
+#include "w4a4_linear.h"
 
 namespace quota {
 extern const Kernels kernels_avx2;

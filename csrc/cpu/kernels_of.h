@@ -2,16 +2,19 @@
 // namespace and no standard template is instantiated here: a weak symbol compiled for one instruction set must never serve another.
 #pragma once
 
-#include "attention.h"
 #include "chain.h"
-#include "dense.h"
 #include "elementwise.h"
-#include "grouped.h"
-#include "heads.h"
-#include "linear.h"
-#include "quantize.h"
+#include "float_linear.h"
+#include "kv4_append.h"
+#include "kv4_attention.h"
+#include "qkv_append.h"
+#include "quantize_act.h"
 #include "quota/kernels.h"
-#include "score.h"
+#include "rms_norm.h"
+#include "token_score.h"
+#include "transform.h"
+#include "w4a16_linear.h"
+#include "w4a4_linear.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// kv4_append and qkv_append: quantize_slot of csrc/cpu/quantize.h by one warp per row.
+// kv4_append and qkv_append: quantize_slot of csrc/cpu/kv4_append.h by one warp per row.
 #include "kernels.h"
 #include "values.h"
 

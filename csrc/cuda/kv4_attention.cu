@@ -1,4 +1,4 @@
-// kv4_attention: the arithmetic of csrc/cpu/attention.h and codes.h on tensor cores. Queries, and per block of 64 slots the weights of the values, are
+// kv4_attention: the arithmetic of csrc/cpu/kv4_attention.h and codes.h on tensor cores. Queries, and per block of 64 slots the weights of the values, are
 // 24-bit fixed point in three signed bytes, so every dot product with codes is an exact integer; what is float happens in the CPU's order. Up to
 // kSplitSlots slots the output has the CPU's bits; longer rows are split there, at places that depend on the slots alone, and merged in order.
 //

@@ -1,4 +1,4 @@
-// transform and quantize_act: the chains of csrc/cpu/chain.h and the quantizer of csrc/cpu/quantize.h, with equal bits.
+// transform and quantize_act: the chains of csrc/cpu/chain.h and the quantizer of csrc/cpu/quantize_act.h, with equal bits.
 #include "kernels.h"
 #include "values.h"
 

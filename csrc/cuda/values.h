@@ -1,4 +1,4 @@
-// Functions of single float32 values, the same sequence of IEEE operations as csrc/cpu (elementwise.h, quantize.h). Compiled without contraction.
+// Functions of single float32 values, the same sequence of IEEE operations as csrc/cpu (elementwise.h, quantize_act.h). Compiled without contraction.
 #pragma once
 
 #include "device.h"

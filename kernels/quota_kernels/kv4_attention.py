@@ -1,6 +1,6 @@
 """`kv4_attention`: causal attention over packed 4-bit keys and values, prefill and decode, with the heads of a KV head in one tile.
 
-Bit by bit the algorithm of `csrc/cpu/attention.h`: integer dot products, blocks of 64 slots from `start`, sixteen lanes of sums. A block's part needs
+Bit by bit the algorithm of `csrc/cpu/kv4_attention.h`: integer dot products, blocks of 64 slots from `start`, sixteen lanes of sums. A block's part needs
 only the running maximum before it, and a maximum has no order, so where few rows face many slots the blocks are spread over the device: one launch
 finds the maxima and scores, one the parts, one adds them in order. Both ways give the same bits, those of the CPU.
 

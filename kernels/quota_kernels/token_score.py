@@ -1,6 +1,6 @@
 """`token_score`: column sums of attention from the log-sum-exp of the attention that ran anyway; the S x S matrix is never stored.
 
-The order of `csrc/cpu/score.h`: 64 queries one below the other, then blocks of queries, then heads. Which tokens are queries and columns is read on
+The order of `csrc/cpu/token_score.h`: 64 queries one below the other, then blocks of queries, then heads. Which tokens are queries and columns is read on
 the host, so this op waits for the device: it runs once per pruning layer of a prefill, never in a decode step.
 """
 

@@ -44,7 +44,7 @@ def choose_candidates(concentration: Sequence[float]) -> list[int]:
 
 
 def parse_layers(text: str, layers: int | None = None) -> list[int]:
-    """"2-6" -> [2, 3, 4, 5, 6]; "2,4,6" -> [2, 4, 6]; both mix. UsageError names the wrong part.
+    """ "2-6" -> [2, 3, 4, 5, 6]; "2,4,6" -> [2, 4, 6]; both mix. UsageError names the wrong part.
 
     With `layers`, entries must be decoder layers 1 .. layers-1 (dropping before layer 0 would also change what the text model caches).
     """

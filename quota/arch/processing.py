@@ -59,5 +59,5 @@ def reserved_mark(processor: Any, text: str) -> str | None:
 
 
 def image_backend(processor: Any) -> str:
-    """"pil" or "torchvision": what turns pictures into pixels; for result files, because the two differ in the last bits."""
+    """ "pil" or "torchvision": what turns pictures into pixels; for result files, because the two differ in the last bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"

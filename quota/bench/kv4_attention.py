@@ -11,10 +11,12 @@ from torch import Tensor
 
 from quota.bench.case import Case, Skipped
 from quota.bench.own import NAME, float_contenders, relative_rms, require, seeded, torch_bfloat16_unit, torch_float_unit
+from quota.bench.peers import verdict
 from quota.bench.shapes import Attention
 from quota.bench.timing import Contender
 from quota.ops import native
-from quota.ops.kv4_attention import Kv, dequantized, kv4_attention_ref
+from quota.ops.kv4_attention import dequantized, kv4_attention_ref
+from quota.ops.weights import Kv
 
 OP = "kv4_attention"
 DECODE_SLOTS, PREFILL_TOKENS = (1024, 4096, 16384, 32768), (173, 640, 2048)
@@ -64,8 +66,8 @@ def _torch(shape: Attention, q: Tensor, k: Kv, v: Kv, slots: int, dtype: torch.d
     def run() -> Tensor:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=q.shape[2] > 1, enable_gqa=shape.heads != shape.kv_heads)
 
-    error = relative_rms(run().transpose(1, 2)[:, -2:].float(), expected)
-    if error > _TORCH_TOLERANCE[dtype]:
-        return Skipped(OP, shape.name, name, f"wrong result: relative error {error:.2e}")
+    wrong = verdict(relative_rms(run().transpose(1, 2)[:, -2:].float(), expected), _TORCH_TOLERANCE[dtype])
+    if wrong:
+        return Skipped(OP, shape.name, name, wrong)
     unit = torch_bfloat16_unit() if dtype == torch.bfloat16 else torch_float_unit()
     return Contender(name, unit, 2.0 * keys.numel() * keys.element_size(), run=run, against=NAME)

@@ -10,7 +10,7 @@ from quota.bench.own import seeded
 from quota.bench.peers import weight
 from quota.bench.shapes import MODELS, Attention
 from quota.ops import native
-from quota.ops.w4a4_linear import PackedWeight
+from quota.ops.weights import PackedWeight
 from quota.quant.affine import quantize_weight
 from quota.quant.transform import decompose, hadamard
 

@@ -40,13 +40,13 @@ def versions() -> dict[str, str]:
 @cache
 def source() -> dict[str, Any]:
     """{"commit", "dirty", "library": first 12 hex digits of the native library's SHA-256}; commit is the version where there is no git tree."""
-    from quota import __version__
+    from quota.core.version import VERSION
 
     library = ROOT / "quota" / "_native" / "libquota_cpu.so"
     commit = _git("rev-parse", "--short=12", "HEAD")
     # results are not part of what is measured: writing them must not make the next row "dirty"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "quota", "csrc", "setup.py")
-    return {"commit": commit or f"v{__version__}", "dirty": bool(changed), "library": sha256_file(library)[:12] if library.exists() else None}
+    return {"commit": commit or f"v{VERSION}", "dirty": bool(changed), "library": sha256_file(library)[:12] if library.exists() else None}
 
 
 def _git(*args: str) -> str | None:

@@ -90,9 +90,7 @@ def recipe_for(model: Any, keep: float) -> Any:
     candidates = tuple(range(2, min(9, layers)))
     ratios = [round(1 - (1 - keep) * (i + 1) / len(candidates), 6) for i in range(len(candidates) - 1)] + [keep]
     facts = ModelFacts(architecture=find_arch(model).model_class, fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
-    return Recipe(
-        method="uniform", regime="w4a4kv4", model=facts, candidates=candidates, keep=tuple(ratios), final_keep=keep, reference_tokens=VISUAL_TOKENS
-    )
+    return Recipe(method="uniform", regime="w4a4kv4", model=facts, candidates=candidates, keep=tuple(ratios), final_keep=keep, reference_tokens=VISUAL_TOKENS)
 
 
 def request(model: Any) -> dict[str, Any]:

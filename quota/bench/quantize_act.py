@@ -15,7 +15,7 @@ from quota.bench.shapes import Linear
 from quota.bench.timing import Contender
 from quota.ops import native
 from quota.ops.quantize_act import quantize_act_ref
-from quota.ops.w4a4_linear import PackedWeight
+from quota.ops.weights import PackedWeight
 from quota.quant.affine import quantize_symmetric, quantize_weight
 from quota.quant.transform import decompose, hadamard
 

@@ -87,9 +87,7 @@ def stamp(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def case_rows(
-    case: dict[str, Any], contenders: Sequence[Contender], operations: float, ceilings: Ceilings | None, *, threads: int
-) -> list[dict[str, Any]]:
+def case_rows(case: dict[str, Any], contenders: Sequence[Contender], operations: float, ceilings: Ceilings | None, *, threads: int) -> list[dict[str, Any]]:
     """One row per contender. case: op, shape, size and weights; operations: of one call (a multiply-add counts two).
 
     Ours carry `ratios`: peer -> [median, lower, upper quartile] of peer's time / our time.

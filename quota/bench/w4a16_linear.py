@@ -14,7 +14,8 @@ from quota.bench.shapes import Linear
 from quota.bench.timing import Contender
 from quota.bench.w4a4_linear import Prepared
 from quota.ops import native
-from quota.ops.w4a16_linear import GroupedWeight, w4a16_linear_ref
+from quota.ops.w4a16_linear import w4a16_linear_ref
+from quota.ops.weights import GroupedWeight
 from quota.quant.grouped import group_count, round_groups
 from quota.quant.pack import pack_uint4
 

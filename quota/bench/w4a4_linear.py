@@ -14,7 +14,8 @@ from quota.bench.peers import Peer, activations, weight
 from quota.bench.shapes import Linear
 from quota.bench.timing import Contender
 from quota.ops import native
-from quota.ops.w4a4_linear import PackedWeight, w4a4_linear_ref
+from quota.ops.w4a4_linear import w4a4_linear_ref
+from quota.ops.weights import PackedWeight
 from quota.quant.affine import quantize_weight
 
 OP = "w4a4_linear"

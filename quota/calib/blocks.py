@@ -36,9 +36,7 @@ class Batch:
     grids: list[Grid] | None = None
 
 
-def calibration_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+def calibration_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
     """Attention function of calibration blocks: P_h and KV fake quantization, then exact attention. q, k, v [B, heads, T, D] -> [B, T, heads, D].
 
     No mask is used: batches are padded on the right, so causal attention never lets a real token see padding.

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypedDict
 
 from tqdm import tqdm
 
-import quota
 from quota.arch.processing import image_backend
 from quota.calib.export import float_names, processor_of
 from quota.calib.families import Grid
@@ -24,6 +23,7 @@ from quota.calib.work import WorkFolder, difference
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
 from quota.core.recipe import BEFORE, Recipe
+from quota.core.version import VERSION
 from quota.nn.checkpoint import MANIFEST, Manifest, check_destination, verify_files
 
 
@@ -140,7 +140,7 @@ class Job:
         """What the result depends on and a manifest tells, under the names a reader of a refusal knows."""
         return {
             "model": self.source.fingerprint, "samples": self.samples and self.samples.fingerprint, "method": self.method, "modules": list(self.modules),
-            "seed": self.seed, "recipe": self._recipe_digest(), "quota version": quota.__version__,
+            "seed": self.seed, "recipe": self._recipe_digest(), "quota version": VERSION,
             **{f"settings.{name}": value for name, value in self.settings.to_dict().items()},
         }  # fmt: skip
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import quota
 from quota.allocate.compute import decoder_sizes
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
@@ -22,6 +21,7 @@ from quota.arch import find_arch, model_fingerprint, submodule, vision_macs
 from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.recipe import ModelFacts
+from quota.core.version import VERSION
 
 TOP = 10  # attention concentration: mass of the 10 largest shares
 
@@ -68,9 +68,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def profile(
-    float_model: nn.Module, quant_model: nn.Module, processor: Any, samples: Samples, progress: bool | Callable[[int, int], None] = False
-) -> Profile:
+def profile(float_model: nn.Module, quant_model: nn.Module, processor: Any, samples: Samples, progress: bool | Callable[[int, int], None] = False) -> Profile:
     """Profile a float model and the quantized model made from it over `samples`.
 
     progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in float64, medians over
@@ -101,7 +99,7 @@ def profile(
         regime=regime_of(quant_model),
         samples=len(samples),
         calibration_fingerprint=samples.fingerprint,
-        tool_version=quota.__version__,
+        tool_version=VERSION,
         concentration_median=tuple(median(v) for v in figures.spread),
         concentration_q25=tuple(percentile(v, 25) for v in figures.spread),
         concentration_q75=tuple(percentile(v, 75) for v in figures.spread),

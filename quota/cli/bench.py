@@ -81,7 +81,7 @@ def ops(
             text = f"{skipped.peer}: {skipped.reason}"
             if text not in told:
                 told.add(text)
-                console.print(f"not timed: {text} ({skipped.shape})", style="yellow", markup=False)
+                console.print(f"skipped: {text} ({skipped.shape})", style="yellow", markup=False)
     if json:
         print_json(made)
 

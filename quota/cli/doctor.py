@@ -29,14 +29,14 @@ def _versions(names: Iterable[str]) -> dict[str, str | None]:
 
 def examine() -> dict[str, Any]:
     """Everything `quota doctor` prints, JSON-able; `problems` lists what stops quota from working."""
-    import quota
+    from quota.core.version import VERSION
     from quota.eval.machine import cpu, cuda_devices, describe_float_attention, describe_native, op_rows
     from quota.scenes import assets
 
     packages = _versions(_PACKAGES)
     problems = [f"package {name} is missing: pip install -c constraints.txt {name}" for name, version in packages.items() if version is None]
     document: dict[str, Any] = {
-        "quota": quota.__version__, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": cpu(), "packages": packages,
+        "quota": VERSION, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": cpu(), "packages": packages,
         "optional": _versions(_OPTIONAL), "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
     }  # fmt: skip
     if packages["torch"]:

@@ -17,9 +17,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import quota
+        from quota.core.version import VERSION
 
-        typer.echo(quota.__version__)
+        typer.echo(VERSION)
         raise typer.Exit
 
 

@@ -14,7 +14,7 @@ _SIZES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """"512M" -> 536870912."""
+    """ "512M" -> 536870912."""
     if text is None:
         return None
     number, unit = (text[:-1], text[-1].lower()) if text and text[-1].lower() in _SIZES else (text, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from quota.core.env import forced_implementations
 from quota.core.errors import UsageError
@@ -34,21 +34,29 @@ def _everywhere(ctx: Context) -> str | None:
     return None
 
 
+class Backend(Protocol):
+    """A module of implementations: each is a function with the name of its op."""
+
+    __name__: str
+
+    def supports(self, ctx: Context) -> str | None:
+        """As `Implementation.supports`."""
+
+
 class Op:
-    """A named op: its reference and the implementations in order of preference. Calling it runs the one chosen for the device of its first tensor."""
+    """`name = Op(name_ref, first, second)`: an op, its reference and the backends in order of preference; the reference comes last and runs everywhere.
+
+    Calling it runs the first implementation that supports the device of the first argument, a tensor or a tuple of tensors (elsewhere the CPU's).
+    """
 
     _table: ClassVar[dict[str, Op]] = {}
 
-    def __init__(self, name: str, reference: Callable[..., Any]) -> None:
-        self.name, self.__doc__ = name, reference.__doc__
-        self.implementations = [Implementation("ref", reference, _everywhere)]
+    def __init__(self, reference: Callable[..., Any], *backends: Backend) -> None:
+        self.name, self.__doc__ = reference.__name__.removesuffix("_ref"), reference.__doc__
+        offered = [Implementation(backend.__name__.rpartition(".")[2], getattr(backend, self.name), backend.supports) for backend in backends]
+        self.implementations = [*offered, Implementation("ref", reference, _everywhere)]
         self._chosen: dict[Any, Implementation] = {}  # by torch.device
-        Op._table[name] = self
-
-    def add(self, name: str, run: Callable[..., Any], supports: Callable[[Context], str | None] = _everywhere) -> None:
-        """Register an implementation preferred over those before it."""
-        self.implementations.insert(0, Implementation(name, run, supports))
-        self._chosen = {}
+        Op._table[self.name] = self
 
     def choose(self, ctx: Context = HOST) -> Implementation:
         """The implementation to run. UsageError for a wrong QUOTA_IMPL."""

@@ -207,6 +207,7 @@ class Demo:
         import transformers
 
         import quota
+
         return Environment(
             quota=quota.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, cpu=cpu()["name"],
             threads=torch.get_num_threads(), native=describe_native(),

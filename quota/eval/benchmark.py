@@ -58,10 +58,12 @@ class AnswerFile(Journal):
         return {row["id"]: row["prediction"] for row in self.rows}
 
     def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
-        self.append([
-            {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
-            for q, p in zip(batch, predictions, strict=True)
-        ])
+        self.append(
+            [
+                {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
+                for q, p in zip(batch, predictions, strict=True)
+            ]
+        )
 
 
 def answer_all(
@@ -124,9 +126,7 @@ def summarise(
     )  # fmt: skip
 
 
-def _row(
-    answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dict[str, float], draws: dict[str, np.ndarray], majority: dict[str, float]
-) -> Row:
+def _row(answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dict[str, float], draws: dict[str, np.ndarray], majority: dict[str, float]) -> Row:
     spec, cost = answered.spec, answered.cost
     return Row(
         name=spec.name, checkpoint=spec.checkpoint, recipe=spec.recipe, accuracy=mean_accuracy(answered.right), accuracy_by_task=accuracies(answered.right),

@@ -39,9 +39,7 @@ def folder_fingerprint(checkpoint: str | Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def row_spec(
-    name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU
-) -> RowSpec:
+def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU) -> RowSpec:
     """A row whose key is the content of its checkpoint and recipe, and where it runs."""
     given, checkpoint = str(checkpoint), resolve_folder(checkpoint)
     parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
@@ -88,9 +86,7 @@ def answer_rows(
             bar = progress.add_task(spec.name, total=len(questions))
             key = f"{spec.key} {asked} {settings.batch} {settings.max_new_tokens}"
             name = f"answers-{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
-            predictions, seconds = answer_all(
-                partial(opened, spec), questions, AnswerFile(folder / name, key), settings, partial(progress.advance, bar)
-            )
+            predictions, seconds = answer_all(partial(opened, spec), questions, AnswerFile(folder / name, key), settings, partial(progress.advance, bar))
             out[spec.name] = (rights(questions, predictions), seconds)
     return out
 
@@ -133,9 +129,7 @@ class _Stages:
             self.seconds[name] = round(self.seconds[name] + time.perf_counter() - began, 2)
 
 
-def evaluate_checkpoint(
-    checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: Asked, settings: Settings
-) -> Evaluation:
+def evaluate_checkpoint(checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: Asked, settings: Settings) -> Evaluation:
     """Everything `quota eval` prints: a row per recipe (None: unpruned), before them the float model's. Later rows are compared with the first."""
     stages = _Stages(asked.quiet)
     names = row_names(checkpoint, recipes, float_model)
@@ -171,9 +165,7 @@ def evaluate_checkpoint(
     rows = [Answered(s, *answered[s.name], costs[s.name]) for s in specs]
     compare = [(name, FLOAT) for name in names if float_model] + [(name, names[0]) for name in names[1:] if float_model]
     stages.console.print(f"{settings.resamples} resamples", markup=False, highlight=False)
-    made = summarise(
-        questions, rows, settings, baseline=FLOAT if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed)
-    )
+    made = summarise(questions, rows, settings, baseline=FLOAT if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed))
     result = made.model_copy(update={"seconds_by_stage": stages.seconds})
     if asked.out is not None:
         atomic_write_text(asked.out / "eval.json", result.model_dump_json(indent=1) + "\n")

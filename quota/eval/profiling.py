@@ -39,12 +39,12 @@ SEARCH_SAMPLES = 20  # VTW's published number
 
 def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> Basis:
     """What every baseline recipe of this loaded model shares. fields: reference, position_policy, seed."""
-    import quota
     from quota.calib.evidence import measured_facts
     from quota.calib.profile import regime_of
+    from quota.core.version import VERSION
     from quota.nn.structure import quantized_linears
 
-    source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=quota.__version__, samples=len(samples))
+    source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=VERSION, samples=len(samples))
     regime = regime_of(model) if quantized_linears(model) else "float"
     return Basis(measured_facts(model, processor, samples), regime, source, **fields)
 

@@ -28,9 +28,7 @@ class Row(Document):
     prefill_ms_by_request: list[float] | None = Field(
         default=None, description="the timed requests' own milliseconds to the first token, in order; null in reports of before it was recorded"
     )
-    decode_ms_by_request: list[float] | None = Field(
-        default=None, description="the same per later token"
-    )
+    decode_ms_by_request: list[float] | None = Field(default=None, description="the same per later token")
     kv_bytes: float = Field(description="mean bytes of keys and values one timed request holds, in the dtype it ran with")
     kv_dtype: str = Field(description="what a cached number is stored as: `float32`, or `int4` with its scales and zeros counted")
     checkpoint_bytes: int = Field(description="bytes of the weight files")

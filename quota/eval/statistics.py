@@ -56,9 +56,7 @@ def _resampled_totals(rows: dict[str, Scores], seed: list[int], resamples: int) 
     return sums
 
 
-def resampled_retention(
-    rows: Mapping[str, Mapping[str, Scores]], baseline: str, *, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, np.ndarray]:
+def resampled_retention(rows: Mapping[str, Mapping[str, Scores]], baseline: str, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
     """rows: name -> task -> scores (same questions in every row) -> name -> [resamples] retention in percent.
 
     A resample where the baseline gets nothing right in a task leaves that task out of its mean.

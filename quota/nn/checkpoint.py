@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quota import __version__
 from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
+from quota.core.version import VERSION
 from quota.nn.structure import MODULES
 
 MANIFEST = "quota.json"
@@ -52,7 +52,7 @@ class Manifest:
     calibration: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    tool_version: str = __version__
+    tool_version: str = VERSION
     schema_version: int = SCHEMA_VERSION
 
     def dumps(self) -> str:

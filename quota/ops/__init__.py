@@ -1,9 +1,8 @@
 """The ops. Each module holds the contract (docstring), the reference that defines it, and the table of implementations."""
 
-from quota.ops import cuda
-from quota.ops.float_linear import FloatWeight, float_linear
+from quota.ops.float_linear import float_linear
 from quota.ops.kv4_append import kv4_append
-from quota.ops.kv4_attention import Kv, kv4_attention
+from quota.ops.kv4_attention import kv4_attention
 from quota.ops.kv4_page_read import kv4_page_read
 from quota.ops.kv4_page_write import kv4_page_write
 from quota.ops.kv4_paged_attention import kv4_paged_attention
@@ -14,14 +13,12 @@ from quota.ops.token_gather import token_gather
 from quota.ops.token_score import token_score
 from quota.ops.token_select import token_select
 from quota.ops.transform import transform
-from quota.ops.w4a4_linear import PackedWeight, w4a4_linear
-from quota.ops.w4a16_linear import GroupedWeight, w4a16_linear
+from quota.ops.w4a4_linear import w4a4_linear
+from quota.ops.w4a16_linear import w4a16_linear
+from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
 
 __all__ = [
     "FloatWeight", "GroupedWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write",
     "kv4_paged_attention", "qkv_append", "quantize_act", "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a16_linear",
     "w4a4_linear",
 ]  # fmt: skip
-
-for _op in (kv4_append, kv4_attention, kv4_paged_attention, qkv_append, quantize_act, transform, w4a4_linear):
-    _op.add("cuda", getattr(cuda, _op.name), cuda.supports)  # last: preferred over every other where it runs

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quota.core.registry import Context
-from quota.ops.native import PROLOGUES, dense
-
-if TYPE_CHECKING:
-    from quota.ops.kv4_attention import Kv
-    from quota.ops.w4a4_linear import PackedWeight
+from quota.ops.weights import PROLOGUES, Kv, PackedWeight, dense
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cuda.so"
 BUILD = "build it with: QUOTA_BUILD=cuda pip install --no-build-isolation -e . (needs nvcc 13)"
@@ -77,14 +73,10 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     return layout
 
 
-def w4a4_linear(
-    x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None, way: str = "choose"
-) -> Tensor:
+def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None, way: str = "choose") -> Tensor:
     """way: one of `WAYS`, for tests and benchmarks; all give the same bits."""
     blocks, col_sum = _packed(weight)
-    return _library.w4a4_linear(
-        x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero), WAYS.index(way)
-    )
+    return _library.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero), WAYS.index(way))
 
 
 def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
@@ -97,13 +89,9 @@ def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tu
     return _library.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
 
 
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _library.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _library.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))

@@ -13,8 +13,17 @@ from quota.ops.fma import fma
 LANES = 16
 _POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)  # Cephes expf
 _LOG_PHI = (
-    -2.71311613e-8, 7.48082016e-7, -8.90884803e-6, 5.87551549e-5, -2.07808291e-4, 1.82192598e-5, 4.80406592e-3, -3.63481157e-2, -3.18306506e-1,
-    -7.97884881e-1, -6.93147182e-1,
+    -2.71311613e-8,
+    7.48082016e-7,
+    -8.90884803e-6,
+    5.87551549e-5,
+    -2.07808291e-4,
+    1.82192598e-5,
+    4.80406592e-3,
+    -3.63481157e-2,
+    -3.18306506e-1,
+    -7.97884881e-1,
+    -6.93147182e-1,
 )  # log Phi(-a): minimax on [0, 6.5] with the weight of `gelu`'s error, falling ever faster above; the last one is log 0.5
 _FURTHEST = 16.0  # |x| from which on e^(log Phi) is 0
 _SLOPES = {"silu_mul": 1.0, "quick_gelu": 1.702}

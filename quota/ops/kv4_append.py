@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
 from quota.quant.affine import quantize_kv
 from quota.quant.pack import pack_uint4
 
@@ -26,6 +26,4 @@ def kv4_append_ref(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: 
     cache_zero[:, :, position : position + t] = zero
 
 
-kv4_append = Op("kv4_append", kv4_append_ref)
-kv4_append.add("triton", triton.kv4_append, triton.supports)
-kv4_append.add("native", native.kv4_append, native.supports)
+kv4_append = Op(kv4_append_ref, cuda, native, triton)  # the first that supports the device

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
+from quota.ops.weights import Kv
 from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
-
-Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
 
 
 def dequantized(kv: Kv, length: int, d: int) -> Tensor:
@@ -19,9 +18,7 @@ def dequantized(kv: Kv, length: int, d: int) -> Tensor:
     return dequantize_kv(unpack_uint4(q, d), scale, zero)
 
 
-def kv4_attention_ref(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot; None: 0) -> (out float32 [B, T, H, D], lse [B, H, T]).
 
     shared float32 [B, E, C >= length]: more key channels, not quantized and common to all heads; q is then [B, H, T, D + E].
@@ -29,7 +26,7 @@ def kv4_attention_ref(
     Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
     Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads. The native
     one takes q and, in blocks of 64 slots from `start`, the weights of the values as 24-bit fixed point, so that all its dot products are exact
-    integers (csrc/cpu/attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton
+    integers (csrc/cpu/kv4_attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton
     kernels do the same and give the same `out`; their `lse` differs by the rounding of the logarithm.
     """
     b, h, t, _ = q.shape
@@ -47,6 +44,4 @@ def kv4_attention_ref(
     return (p @ values).transpose(1, 2).float().contiguous(), lse.float()
 
 
-kv4_attention = Op("kv4_attention", kv4_attention_ref)
-kv4_attention.add("triton", triton.kv4_attention, triton.supports)
-kv4_attention.add("native", native.kv4_attention, native.supports)
+kv4_attention = Op(kv4_attention_ref, cuda, native, triton)  # the first that supports the device

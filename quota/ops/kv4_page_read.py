@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quota.core.registry import Op
 from quota.ops import native, triton
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 
 
 def kv4_page_read_ref(pages: Kv, table: Tensor, length: Tensor, capacity: int) -> Kv:
@@ -25,6 +25,4 @@ def kv4_page_read_ref(pages: Kv, table: Tensor, length: Tensor, capacity: int) -
     return out[0], out[1], out[2]
 
 
-kv4_page_read = Op("kv4_page_read", kv4_page_read_ref)
-kv4_page_read.add("triton", triton.kv4_page_read, triton.supports)
-kv4_page_read.add("native", native.kv4_page_read, native.supports)
+kv4_page_read = Op(kv4_page_read_ref, native, triton)  # the first that supports the device

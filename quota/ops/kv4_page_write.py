@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quota.core.registry import Op
 from quota.ops import native, triton
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 
 
 def kv4_page_write_ref(pages: Kv, rows: Kv, slot: Tensor) -> None:
@@ -22,6 +22,4 @@ def kv4_page_write_ref(pages: Kv, rows: Kv, slot: Tensor) -> None:
         page[unit, :, place] = row[0].transpose(0, 1)[stored]
 
 
-kv4_page_write = Op("kv4_page_write", kv4_page_write_ref)
-kv4_page_write.add("triton", triton.kv4_page_write, triton.supports)
-kv4_page_write.add("native", native.kv4_page_write, native.supports)
+kv4_page_write = Op(kv4_page_write_ref, native, triton)  # the first that supports the device

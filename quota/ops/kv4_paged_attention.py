@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
-from quota.ops.kv4_attention import Kv, kv4_attention
+from quota.ops import cuda, native, triton
+from quota.ops.kv4_attention import kv4_attention
 from quota.ops.kv4_page_read import kv4_page_read
+from quota.ops.weights import Kv
 
 
-def kv4_paged_attention_ref(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention_ref(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q float32 [B, H, T, D] for the last T of length[b] slots; k, v pages as in `kv4_page_write`; table int32 [B, W] (units in order), length
     int32 [B], 0 for a row without work -> (out float32 [B, T, H, D], lse [B, H, T]), as `kv4_attention` on the pages read in order.
 
@@ -32,6 +31,4 @@ def kv4_paged_attention_ref(
     return kv4_attention(q, kv4_page_read(k, table, length, capacity), kv4_page_read(v, table, length, capacity), capacity, start, scaling, right)
 
 
-kv4_paged_attention = Op("kv4_paged_attention", kv4_paged_attention_ref)
-kv4_paged_attention.add("triton", triton.kv4_paged_attention, triton.supports)
-kv4_paged_attention.add("native", native.kv4_paged_attention, native.supports)
+kv4_paged_attention = Op(kv4_paged_attention_ref, cuda, native, triton)  # the first that supports the device

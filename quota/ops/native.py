@@ -9,7 +9,7 @@ import math
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,44 +17,23 @@ from torch import Tensor
 from quota.core.env import forced_cpu_isa
 from quota.core.errors import UsageError
 from quota.core.pages import release_pages
-
-if TYPE_CHECKING:
-    from quota.core.registry import Context
-    from quota.ops.float_linear import FloatWeight
-    from quota.ops.kv4_attention import Kv
-    from quota.ops.w4a4_linear import PackedWeight
-    from quota.ops.w4a16_linear import GroupedWeight
+from quota.core.registry import Context, ops
+from quota.ops.weights import PROLOGUES, FloatWeight, GroupedWeight, Kv, PackedWeight, dense
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
 _PANEL = 64
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
-_OPS = (
-    "transform", "quantize_act", "rms_norm", "w4a4_pack", "w4a4_linear", "w4a16_linear", "float_linear", "kv4_append", "qkv_append", "kv4_attention",
-    "kv4_paged_attention", "kv4_page_write", "kv4_page_read", "token_score", "token_select", "token_gather",
-)  # fmt: skip
-PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}  # quota::Prologue
 
 
 class _Bound:
-    """The library's functions, looked up once, and the instruction set in use."""
+    """The library's functions, each looked up once, and the instruction set in use."""
 
-    transform: Any
-    quantize_act: Any
-    rms_norm: Any
-    w4a4_pack: Any
-    w4a4_linear: Any
-    w4a16_linear: Any
-    kv4_append: Any
-    qkv_append: Any
-    kv4_attention: Any
-    kv4_paged_attention: Any
-    token_score: Any
-    token_select: Any
-    token_gather: Any
-    float_linear: Any
-    kv4_page_write: Any
-    kv4_page_read: Any
     isa: str = ""
+
+    def __getattr__(self, op: str) -> Any:
+        found = getattr(torch.ops.quota_cpu, op).default
+        setattr(self, op, found)
+        return found
 
 
 _bound = _Bound()
@@ -65,8 +44,9 @@ def _load_failure() -> str | None:
         return f"the native CPU library is not built; {_BUILD}"
     try:
         torch.ops.load_library(str(_LIBRARY))
-        for op in _OPS:
-            setattr(_bound, op, getattr(torch.ops.quota_cpu, op).default)
+        for op in ops():  # one that lacks an op is older than this code
+            if op in globals():
+                getattr(_bound, op)
     except (OSError, AttributeError, RuntimeError) as error:
         return f"the native CPU library does not load ({str(error).splitlines()[0]}); {_BUILD}"
     return None
@@ -130,10 +110,6 @@ def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return _bound.transform(x.contiguous(), dense(left), dense(right))
 
 
-def dense(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.is_contiguous() else t.contiguous()
-
-
 def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
     number = PROLOGUES.get(prologue)
     if number is None:
@@ -160,15 +136,11 @@ def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tu
     return _bound.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
 
 
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _bound.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _bound.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
 from quota.ops.kv4_append import kv4_append_ref
-from quota.ops.kv4_attention import Kv
 from quota.ops.transform import transform_ref
+from quota.ops.weights import Kv
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,6 +42,4 @@ def qkv_append_ref(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms
     return parts[0].contiguous()
 
 
-qkv_append = Op("qkv_append", qkv_append_ref)
-qkv_append.add("triton", triton.qkv_append, triton.supports)
-qkv_append.add("native", native.qkv_append, native.supports)
+qkv_append = Op(qkv_append_ref, cuda, native, triton)  # the first that supports the device

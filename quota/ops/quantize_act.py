@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
 from quota.ops.elementwise import apply_prologue
 from quota.ops.transform import transform_ref
 from quota.quant.affine import quantize_symmetric
@@ -26,6 +26,4 @@ def quantize_act_ref(x: Tensor, left: Tensor | None, right: Tensor | None, clip:
     return pack_int4(q), scale
 
 
-quantize_act = Op("quantize_act", quantize_act_ref)
-quantize_act.add("triton", triton.quantize_act, triton.supports)
-quantize_act.add("native", native.quantize_act, native.supports)
+quantize_act = Op(quantize_act_ref, cuda, native, triton)  # the first that supports the device

@@ -29,6 +29,4 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (1.0 / root)[:, None] * weight
 
 
-rms_norm = Op("rms_norm", rms_norm_ref)
-rms_norm.add("triton", triton.rms_norm, triton.supports)
-rms_norm.add("native", native.rms_norm, native.supports)
+rms_norm = Op(rms_norm_ref, native, triton)  # the first that supports the device

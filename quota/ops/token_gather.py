@@ -14,6 +14,4 @@ def token_gather_ref(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, view.expand(*index.shape, *x.shape[2:]))
 
 
-token_gather = Op("token_gather", token_gather_ref)
-token_gather.add("triton", triton.token_gather, triton.supports)
-token_gather.add("native", native.token_gather, native.supports)
+token_gather = Op(token_gather_ref, native, triton)  # the first that supports the device

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from quota.core.registry import Op
 from quota.ops import native, triton
-from quota.ops.kv4_attention import Kv, dequantized
+from quota.ops.kv4_attention import dequantized
+from quota.ops.weights import Kv
 
 _ROWS_AT_ONCE = 128
 
@@ -36,6 +37,4 @@ def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual
     return inter, intra
 
 
-token_score = Op("token_score", token_score_ref)
-token_score.add("triton", triton.token_score, triton.supports)
-token_score.add("native", native.token_score, native.supports)
+token_score = Op(token_score_ref, native, triton)  # the first that supports the device

@@ -21,6 +21,4 @@ def token_select_ref(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
     return (rank < keep[:, None]) & eligible
 
 
-token_select = Op("token_select", token_select_ref)
-token_select.add("triton", triton.token_select, triton.supports)
-token_select.add("native", native.token_select, native.supports)
+token_select = Op(token_select_ref, native, triton)  # the first that supports the device

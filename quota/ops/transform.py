@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
 from quota.ops.fma import chain_matmul
 
 
@@ -27,6 +27,4 @@ def transform_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
     return y.reshape(m, k)
 
 
-transform = Op("transform", transform_ref)
-transform.add("triton", triton.transform, triton.supports)
-transform.add("native", native.transform, native.supports)
+transform = Op(transform_ref, cuda, native, triton)  # the first that supports the device

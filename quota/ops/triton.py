@@ -5,18 +5,13 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from quota.core.env import triton_interpreted
 from quota.core.registry import Context
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from quota.ops.float_linear import FloatWeight
-    from quota.ops.kv4_attention import Kv
-    from quota.ops.w4a4_linear import PackedWeight
-    from quota.ops.w4a16_linear import GroupedWeight
+from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
 
 _OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchronous copies
 
@@ -93,15 +88,11 @@ def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tu
     return _kernel("qkv_append")(qkv, rotary, transforms, k, v, position, clips)
 
 
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _kernel("kv4_attention")(q, k, v, length, start, scaling, shared)
 
 
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _kernel("kv4_paged_attention")(q, k, v, table, length, scaling, shared)
 
 

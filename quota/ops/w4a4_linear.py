@@ -6,20 +6,9 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Op
-from quota.ops import native, triton
+from quota.ops import cuda, native, triton
+from quota.ops.weights import PackedWeight
 from quota.quant.pack import unpack_int4
-
-
-class PackedWeight:
-    """A weight in the portable layout (w_q uint8 [N, ceil(K/2)], w_scale float32 [N]) and, once asked for, a kernel's own layout."""
-
-    def __init__(self, w_q: Tensor, w_scale: Tensor, k: int) -> None:
-        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != (k + 1) // 2:
-            raise ValueError(f"w_q: expected uint8 [N, {(k + 1) // 2}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}")
-        if tuple(w_scale.shape) != (w_q.shape[0],):
-            raise ValueError(f"w_scale: expected [{w_q.shape[0]}], got {tuple(w_scale.shape)}")
-        self.w_q, self.w_scale, self.k, self.n = w_q.contiguous(), w_scale.float().contiguous(), k, w_q.shape[0]
-        self.layouts: dict[str, tuple[Tensor, ...]] = {}
 
 
 def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
@@ -36,6 +25,4 @@ def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Te
     return y if bias is None else y + bias
 
 
-w4a4_linear = Op("w4a4_linear", w4a4_linear_ref)
-w4a4_linear.add("triton", triton.w4a4_linear, triton.supports)
-w4a4_linear.add("native", native.w4a4_linear, native.supports)
+w4a4_linear = Op(w4a4_linear_ref, cuda, native, triton)  # the first that supports the device

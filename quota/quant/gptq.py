@@ -98,4 +98,3 @@ def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """tr((w - q) H (w - q)^T) / 2: the mean over inputs of the layer's squared output error, summed over its outputs. Float64."""
     difference = weight.double() - rounded.double()
     return float(((difference @ hessian.double()) * difference).sum()) / 2
-

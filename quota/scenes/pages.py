@@ -89,5 +89,3 @@ def labels(marks: list[Mark], width_px: int, height_px: int, token_px: int) -> t
 
 def _covers(box: Box, x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
     return (x > box[0] - reach) & (x < box[2] + reach) & (y > box[1] - reach) & (y < box[3] + reach)
-
-

@@ -27,7 +27,7 @@ from quota.scenes import generate as g
 from quota.scenes import kinds as k
 from quota.scenes.pages import WORD_CLASSES
 from quota.scenes.qwen_model import LAYERS, WIDTH, build_config, build_model, build_processor
-from quota.scenes.train import CLIP_MEAN, CLIP_STD, HARD_MIX, Family, Stage, block_mask
+from quota.scenes.training import CLIP_MEAN, CLIP_STD, HARD_MIX, Family, Stage, block_mask
 from quota.scenes.vocabulary import CAPTION_REQUEST, COLORS, QWEN_PATCH_SIZE, QWEN_TOKEN_PX, QWEN_WORDS, READ_REQUEST, SHAPES
 
 _IDS = {word: i for i, word in enumerate(QWEN_WORDS)}

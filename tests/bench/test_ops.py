@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from quota.bench import kv4_append, kv4_attention, peers, quantize_act, run_ops, shapes, token_score, w4a4_linear, w4a16_linear
 from quota.bench.case import Case
 from quota.bench.peers import child
-from quota.bench.peers.onednn import OneDnnInt8
 from quota.bench.peers.torch_float import TorchFloat
 from quota.bench.peers.worker import ChildPeer
 from quota.core.errors import UsageError
@@ -36,13 +36,49 @@ def first(cases: object) -> Case:
     return next(iter(cases))  # type: ignore[call-overload]
 
 
+class Engine:
+    """Another engine's layer whose arithmetic is ours: float64, times `factor`. What real ones compute on this CPU is the benchmark's business."""
+
+    unit, tolerance = "fma256", 1e-5
+
+    def __init__(self, takes: str, factor: float = 1.0) -> None:
+        self.name, self.takes, self.factor = f"engine-{takes}", takes, factor
+
+    def why_not(self) -> str | None:
+        return None
+
+    def prepare(self, shape: shapes.Linear, threads: int) -> None:
+        self.w = peers.weight(shape).double()
+        self.weight_bytes = self.w.numel()
+
+    def feed(self, x: Tensor) -> None:
+        self.x = x.double()
+
+    def run(self) -> None:
+        self.y = self.factor * (self.x @ self.w.T)
+
+    def result(self) -> Tensor:
+        return self.y.float()
+
+    def expected(self, rows: slice, columns: slice) -> Tensor:
+        return self.x[rows] @ self.w[columns].T
+
+
+@pytest.fixture(autouse=True)
+def exact_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's attention, a peer too, in float64."""
+    real = kv4_attention.F.scaled_dot_product_attention
+    exact = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v, **how: real(q.double(), k.double(), v.double(), **how).float())
+    monkeypatch.setattr(kv4_attention, "F", exact)
+
+
 CASES = {
     "quantize_act": lambda: quantize_act.cases([SHAPE], [3], isas()),
     "kv4_attention": lambda: kv4_attention.cases(SMALL, isas(), quick=True),
     "kv4_append": lambda: kv4_append.cases(SMALL, isas(), quick=True),
     "token_score": lambda: token_score.cases(SMALL, isas()),
-    "w4a16_linear": lambda: w4a16_linear.cases([SHAPE], [3], [peers.Here(TorchFloat(torch.float32))], isas(), 1),
-    "w4a4_linear": lambda: w4a4_linear.cases([SHAPE], [3], [peers.Here(OneDnnInt8()), peers.Here(TorchFloat(torch.float32))], isas(), 1),
+    "w4a16_linear": lambda: w4a16_linear.cases([SHAPE], [3], [peers.Here(Engine("floats"))], isas(), 1),
+    "w4a4_linear": lambda: w4a4_linear.cases([SHAPE], [3], [peers.Here(Engine("codes")), peers.Here(Engine("floats"))], isas(), 1),
 }
 
 
@@ -58,15 +94,19 @@ def test_a_case_prepares_checks_and_runs(op: str) -> None:
         assert contender.sample(1, cold=False).wall_ms > 0
 
 
-class _Wrong(TorchFloat):
-    def result(self) -> Tensor:
-        return super().result() * 1.1
-
-
-def test_a_wrong_peer_is_not_timed() -> None:
-    contenders, skipped = first(w4a4_linear.cases([SHAPE], [3], [peers.Here(_Wrong(torch.float32))], isas()[:1], 1)).contenders()
+@pytest.mark.parametrize("takes", ["codes", "floats"])
+def test_a_wrong_peer_is_not_timed(takes: str) -> None:
+    contenders, skipped = first(w4a4_linear.cases([SHAPE], [3], [peers.Here(Engine(takes, 1.1))], isas()[:1], 1)).contenders()
     assert [c.name for c in contenders] == ["quota", "quota+quantize"]
-    assert skipped[0].peer == "torch-fp32" and "relative error 1.0" in skipped[0].reason
+    assert skipped[0].peer == f"engine-{takes}" and skipped[0].reason == "peer is wrong on this CPU by 1.0e-01 (relative), allowed 1e-05"
+
+
+def test_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kv4_attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(kv4_attention.F, "scaled_dot_product_attention", lambda *a, **how: 1.1 * right(*a, **how))
+    contenders, skipped = first(CASES["kv4_attention"]()).contenders()
+    assert {c.name for c in contenders} == {"quota"}
+    assert [s.peer for s in skipped] == ["sdpa-fp32", "sdpa-bf16"] and all("peer is wrong on this CPU by 1.0e-01" in s.reason for s in skipped)
 
 
 def test_wrong_results_of_ours_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +140,13 @@ def test_every_peer_says_how_to_get_it() -> None:
 
 def test_rows_are_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_ops, "ceilings", lambda threads: None)
+    monkeypatch.setattr(run_ops, "every_peer", lambda: {"engine-floats": lambda: peers.Here(Engine("floats"))})
     out = tmp_path / "ops.jsonl"
-    selection = run_ops.Selection(ops=("w4a4_linear",), shapes=(SHAPE.name,), rows=(2,), peers=("torch-fp32",), isas=isas()[:1], quick=True)
+    selection = run_ops.Selection(ops=("w4a4_linear",), shapes=(SHAPE.name,), rows=(2,), peers=("engine-floats",), isas=isas()[:1], quick=True)
     measured = list(run_ops.run(selection, out))
     assert [m.reused for m in measured] == [False]
     own = next(r for r in measured[0].rows if r["implementation"] == "quota+quantize")
-    assert len(own["ratios"]["torch-fp32"]) == 3 and own["size"] == {"m": 2, "k": SHAPE.k, "n": SHAPE.n}
+    assert len(own["ratios"]["engine-floats"]) == 3 and own["size"] == {"m": 2, "k": SHAPE.k, "n": SHAPE.n}
     again = list(run_ops.run(selection, out))
     assert [m.reused for m in again] == [True] and again[0].rows == measured[0].rows
 
@@ -117,5 +158,3 @@ def test_choices_are_checked() -> None:
         shapes.chosen_linears(["gpt-5"])
     with pytest.raises(UsageError, match="--op"):
         list(run_ops.run(run_ops.Selection(ops=("conv",)), None))
-
-

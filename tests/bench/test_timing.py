@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import pytest
 
+from quota.bench import timing
 from quota.bench.roofline import Ceilings
 from quota.bench.timing import Contender, Sample, Spread, interleave, ratio, time_calls
 
@@ -29,9 +30,19 @@ def test_ratio_is_per_round() -> None:
     assert ratio(ours, peer, 2) == Spread(2.0, 2.0, 2.0)
 
 
-def test_cpu_time_leaves_sleep_out() -> None:
-    sample = time_calls(lambda: time.sleep(0.02), 2)
-    assert sample.wall_ms >= 20 and sample.cpu_ms < 10
+def test_cpu_time_and_wall_time_are_each_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"process_time": 0.0, "perf_counter": 0.0}
+    for name in clocks:
+        monkeypatch.setattr(timing.time, name, lambda name=name: clocks[name])
+    monkeypatch.setattr(timing, "evict_caches", lambda: clocks.update(perf_counter=clocks["perf_counter"] + 9))
+
+    def call() -> None:
+        clocks["process_time"] += 0.003
+        clocks["perf_counter"] += 0.02
+
+    for cold in (False, True):
+        sample = time_calls(call, 2, cold=cold)
+        assert (sample.cpu_ms, sample.wall_ms) == (pytest.approx(3), pytest.approx(20))
 
 
 def test_the_larger_bound_decides() -> None:
@@ -39,5 +50,3 @@ def test_the_larger_bound_decides() -> None:
     assert ceilings.floor_ms("unit", 1e6, 10, cold=False) == (1.0, "compute")
     assert ceilings.floor_ms("unit", 1e6, 10, cold=True) == (10.0, "bandwidth")
     assert ceilings.floor_ms("other", 1e6, 10, cold=False) is None
-
-

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -247,22 +246,29 @@ def test_a_failed_calibration_leaves_the_good_checkpoint(world: World, tmp_path:
     assert {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()} == before
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX signals")
+# The command, killed inside its third step: a block is stored, the step that made it is not finished.
+_KILLED = """
+import os, signal
+from quota.calib.work import WorkFolder
+save_block = WorkFolder.save_block
+def killed(work, path, tensors):
+    save_block(work, path, tensors)
+    if len(list((work.path / "blocks").iterdir())) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+WorkFolder.save_block = killed
+from quota.cli.main import app
+app()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_calibration_resumes_to_the_same_bytes(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "q"
-    command = [sys.executable, "-m", "quota.cli.main", "calibrate", str(world.model), "--samples", str(world.samples), "--out", str(out)]
-    command += ["--steps", "1", "--json"]
-    partial = tmp_path / "q.partial"
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and running.poll() is None and not list(partial.glob("**/*.safetensors")):
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    if out.exists():
-        pytest.skip("the calibration ended before it could be killed")
-    assert partial.exists()
-    done = subprocess.run(command, capture_output=True, text=True)
+    out, partial = tmp_path / "q", tmp_path / "q.partial"
+    arguments = ["calibrate", str(world.model), "--samples", str(world.samples), "--out", str(out), "--steps", "1", "--json"]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert partial.exists() and not out.exists()
+    done = subprocess.run([sys.executable, "-m", "quota.cli.main", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not partial.exists()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in world.quantized.iterdir()}

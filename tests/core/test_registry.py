@@ -1,5 +1,7 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -8,21 +10,29 @@ from quota.core.errors import UsageError
 from quota.core.registry import Context, Op, ops
 
 
+def add_ref(a, b):
+    return a + b
+
+
+def backend(name: str, run: Callable, supports: Callable[[Context], str | None] = lambda ctx: None) -> Any:
+    return SimpleNamespace(__name__=f"package.{name}", add=run, supports=supports)
+
+
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Op]:
     monkeypatch.setattr(registry.Op, "_table", {})
     monkeypatch.delenv("QUOTA_IMPL", raising=False)
-    made = Op("add", lambda a, b: a + b)
-    made.add("broken", lambda a, b: None, lambda ctx: "it is broken")
-    yield made
+    yield Op(add_ref, backend("broken", lambda a, b: None, lambda ctx: "it is broken"))
 
 
 def test_unsupported_falls_through_to_the_reference(op: Op) -> None:
     assert op.choose().name == "ref" and op(1, 2) == 3 and ops() == {"add": op}
 
 
-def test_later_registrations_come_first_and_the_choice_is_kept(op: Op) -> None:
-    op.add("fast", lambda a, b: 10 * (a + b))
+def test_the_first_that_runs_is_taken_and_kept(op: Op) -> None:
+    fast, faster = backend("fast", lambda a, b: 10 * (a + b)), backend("faster", lambda a, b: 0)
+    op = Op(add_ref, backend("broken", print, lambda ctx: "it is broken"), fast, faster)
+    assert [i.name for i in op.implementations] == ["broken", "fast", "faster", "ref"]
     assert op(1, 2) == 30 and op.choose().name == "fast"
     op.implementations.clear()
     assert op(1, 2) == 30
@@ -40,15 +50,15 @@ class Placed:
 
 
 def test_each_device_has_its_own_choice(op: Op) -> None:
-    op.add("gpu", lambda a, b: "gpu", lambda ctx: None if ctx.device == "cuda" else f"tensors are on {ctx.device}")
+    gpu = backend("gpu", lambda a, b: "gpu", lambda ctx: None if ctx.device == "cuda" else f"tensors are on {ctx.device}")
     there, here = Placed(Device("cuda", 1)), Placed(Device("cpu", None))
-    op.add("host", lambda a, b: "host", lambda ctx: None if ctx == Context() else "not on the host")
+    op = Op(add_ref, gpu, backend("host", lambda a, b: "host", lambda ctx: None if ctx == Context() else "not on the host"))
     assert op(there, 0) == "gpu" and op(here, 0) == "host" and op((there, 0), 0) == "gpu" and op(1, 2) == "host"
     assert op.choose(Context("cuda", 3)).name == "gpu"
 
 
 def test_forcing(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    op.add("fast", lambda a, b: 0)
+    op = Op(add_ref, backend("fast", lambda a, b: 0), backend("broken", print, lambda ctx: "it is broken"))
     monkeypatch.setenv("QUOTA_IMPL", "add=ref")
     assert op(1, 2) == 3
     for value, message in (("add=broken", "it is broken"), ("add=none", "expected one of"), ("sub=ref", "unknown op 'sub'")):

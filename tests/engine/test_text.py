@@ -22,7 +22,7 @@ TOKENIZERS = [build_tokenizer(), byte_tokenizer()]
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["words", "bytes"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_join_to_the_whole(tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
     detokenizer = Detokenizer(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -36,9 +37,18 @@ def build() -> Path:
     if library.exists():
         return library
     BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side: one compiles, the others find its library
+        if not library.exists():
+            _compile(library)
+    return library
+
+
+def _compile(library: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include = [f"-I{ROOT / folder}" for folder in FOLDERS] + [f"-I{torch_folder / 'include'}"]
     with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+
         def compiled(source: Path) -> str:
             target = f"{folder}/{source.stem}.o"
             subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", target], check=True)
@@ -48,7 +58,6 @@ def build() -> Path:
             objects = list(pool.map(compiled, sources()))
         subprocess.run(["g++", "-shared", "-o", f"{folder}/out.so", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"], check=True)
         Path(f"{folder}/out.so").rename(library)
-    return library
 
 
 @pytest.fixture(scope="session")

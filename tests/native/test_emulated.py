@@ -17,7 +17,8 @@ from quota.ops.kv4_paged_attention import kv4_paged_attention_ref
 from quota.ops.qkv_append import qkv_append_ref
 from quota.ops.quantize_act import quantize_act_ref
 from quota.ops.transform import transform_ref
-from quota.ops.w4a4_linear import PackedWeight, w4a4_linear_ref
+from quota.ops.w4a4_linear import w4a4_linear_ref
+from quota.ops.weights import PackedWeight
 from quota.quant.pack import pack_int4
 from tests.ops.kv import cache
 

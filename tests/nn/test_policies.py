@@ -136,7 +136,7 @@ def test_grid_serves_every_picture() -> None:
     assert [sum(1 for i in chosen if places[i, 0] == p) for p in range(3)] == [8, 8, 2]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(0, 1000), st.booleans())
 def test_every_policy_gives_distinct_tokens_of_the_asked_number(n: int, seed: int, equal: bool) -> None:
     x = torch.ones(n, 4) if equal else points(n, 4, seed)

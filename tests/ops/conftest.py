@@ -1,4 +1,4 @@
-"""`isa`: the native library on each instruction set in turn. `threads(n)`: torch's pool of that size."""
+"""`threads(n)`: torch's pool of that size."""
 
 from __future__ import annotations
 
@@ -6,18 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-from quota.core.env import CPU_ISAS
-from quota.ops import native
-
-
-@pytest.fixture(params=CPU_ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    available = native.supported_isas()
-    if request.param not in available:
-        pytest.skip(f"{request.param}: {'not on this CPU' if available else 'the native library is not built'}")
-    yield native.set_isa(request.param)
-    native.set_isa(None)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quota.ops.kv4_append import kv4_append_ref
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 
 
 def cache(x: Tensor, capacity: int, position: int = 0) -> Kv:

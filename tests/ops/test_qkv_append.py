@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from quota.ops import native
-from quota.ops.kv4_attention import Kv
 from quota.ops.qkv_append import qkv_append_ref
+from quota.ops.weights import Kv
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 4, 2, 5, 16), (1, 3, 1, 30, 36), (1, 2, 2, 3, 64), (2, 6, 2, 1, 22), (1, 1, 1, 2, 130), (1, 2, 1, 0, 8)]
 

@@ -53,7 +53,7 @@ def test_wrong_prologues_are_refused(isa: str) -> None:
         native.quantize_act(torch.zeros(1, 5), None, None, 1.0, "silu_mul")
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
 def test_any_finite_row(isa: str, values: list[float]) -> None:
     x = torch.tensor([values])

@@ -81,5 +81,3 @@ def refuse(message: str, call) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value) and re.match(r"[a-z_]+: ", str(caught.value))
-
-

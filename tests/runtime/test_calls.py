@@ -201,5 +201,3 @@ def test_a_hand_made_loop_does_not_depend_on_other_calls(model):
             model(**between)
             out = model(ids[-1], past_key_values=out.past_key_values, use_cache=True)
     assert torch.equal(torch.cat(ids, 1), want)
-
-

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from quota.scenes import generate as g
-from quota.scenes import train as t
+from quota.scenes import train_llava as t
 from quota.scenes.model import build_config, build_model, build_processor
+from quota.scenes.train import train
+from quota.scenes.training import Stage, block_mask
 from quota.scenes.vocabulary import WORDS
 
-TINY = t.Stage("tiny", 3, 168, 2, 1e-3, questions_per_task=1, caption_share=1.0, dense_weight=0.1)
+TINY = Stage("tiny", 3, 168, 2, 1e-3, questions_per_task=1, caption_share=1.0, dense_weight=0.1)
 
 
 def test_tokenizer_reads_text_as_training_does() -> None:
@@ -56,7 +58,7 @@ def _packed_hidden(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> to
 
 
 def test_a_segment_never_sees_another() -> None:
-    mask = t.block_mask(torch.tensor([[1, 1, 2, 2, -1]]), prefix=3)[0, 0] == 0
+    mask = block_mask(torch.tensor([[1, 1, 2, 2, -1]]), prefix=3)[0, 0] == 0
     assert mask[3:5, :3].all() and mask[5:7, :3].all()
     assert not mask[5:7, 3:5].any() and not mask[3:5, 5:].any()
     assert torch.equal(mask[:3, :3], torch.ones(3, 3).tril().bool())
@@ -67,9 +69,9 @@ def test_stopped_training_continues_to_the_same_weights(tmp_path) -> None:
     first = replace(TINY, name="one", steps=2, questions_per_task=0, language=False)
     schedule = (first, replace(TINY, steps=2))
     options = {"width": 64, "layers": 1, "seed": 0, "device": "cpu", "amp": False}
-    t.train(tmp_path / "whole", schedule=schedule, **options)
-    t.train(tmp_path / "parts", schedule=schedule[:1], **options)
-    t.train(tmp_path / "parts", schedule=schedule, **options)
+    train(tmp_path / "whole", schedule=schedule, **options)
+    train(tmp_path / "parts", schedule=schedule[:1], **options)
+    train(tmp_path / "parts", schedule=schedule, **options)
     whole, parts = (torch.load(tmp_path / d / "training.pt", weights_only=True) for d in ("whole", "parts"))
     assert whole["stage"] == parts["stage"] == 1 and whole["step"] == 2
     for name, tensor in whole["model"].items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -22,10 +23,14 @@ from quota.server.protocol import OPTIONS
 from quota.server.service import Service
 from tests.nn.recipes import recipe_for
 from tests.one_thread import one_thread
+from tests.waiting import PATIENCE_S, wait_for
 
 __all__ = ["one_thread"]
 
 SIZE = 56
+# httpx gives up after 5 s where a call names no time; one object is the default of all its functions
+_DEFAULT: httpx.Timeout = inspect.signature(httpx.request).parameters["timeout"].default
+_DEFAULT.connect = _DEFAULT.read = _DEFAULT.write = _DEFAULT.pool = PATIENCE_S
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +63,10 @@ class Running:
     service: Service
     client: openai.OpenAI
 
-    def idle(self, seconds: float = 10.0) -> None:
+    def idle(self) -> None:
         """Wait until nothing runs; then the pool must be whole."""
-        until = time.monotonic() + seconds
-        while (self.service.engine.active or self.service.engine.engine.busy) and time.monotonic() < until:
-            time.sleep(0.02)
         engine = self.service.engine.engine
-        assert not engine.busy
+        wait_for(lambda: not (self.service.engine.active or engine.busy))
         engine.check_integrity()
         assert engine.pool.available == engine.pool.units
 
@@ -77,9 +79,7 @@ class Host:
         self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, timeout_keep_alive=600, **OPTIONS))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
-        until = time.monotonic() + 20
-        while not self.server.started and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for(lambda: self.server.started)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.running = Running(f"http://127.0.0.1:{port}", service, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0))
 

@@ -20,6 +20,7 @@ from quota.server.config import settings
 from quota.server.logs import CountingHandler
 from quota.server.protocol import PatientProtocol
 from tests.serve.pictures import noise, user
+from tests.waiting import PATIENCE_S, wait_for
 
 QUESTION = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
 
@@ -36,13 +37,6 @@ def endless(model_name="tiny"):
 
 def running(server) -> int:
     return server.service.engine.active
-
-
-def wait_for(condition, seconds=20.0):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert condition()
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -64,19 +58,21 @@ def test_a_client_that_does_not_read_holds_no_pages(server):
         raw.connect((address.host, address.port))
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: running(server) > 0)
-        server.idle(60)
+        server.idle()
         assert raw.recv(15) == b"HTTP/1.1 200 OK"
 
 
-def test_full_queue(serving):
+def test_full_queue(serving, monkeypatch):
+    """One request runs, two wait, the others are refused; the engine stands still meanwhile, so that nothing ends before all have come."""
     server = serving(max_waiting=2, max_running=1)
-    with httpx.Client(timeout=60) as http, http.stream("POST", f"{server.url}/v1/chat/completions", json={**endless(), "n": 1, "stream": True}) as first:
+    with httpx.Client() as http, http.stream("POST", f"{server.url}/v1/chat/completions", json={**endless(), "n": 1, "stream": True}) as first:
         next(first.iter_lines())
-        statuses = []
+        monkeypatch.setattr(server.service.engine.engine, "step", lambda: time.sleep(0.01) or [])
         with ThreadPoolExecutor(6) as threads:
             quick = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}], "max_tokens": 2}
-            asked = [threads.submit(httpx.post, f"{server.url}/v1/chat/completions", json=quick, timeout=60) for _ in range(6)]
+            asked = [threads.submit(httpx.post, f"{server.url}/v1/chat/completions", json=quick) for _ in range(6)]
             wait_for(lambda: sum(one.done() for one in asked) >= 4)
+            monkeypatch.undo()
             first.close()
             statuses = [one.result() for one in asked]
     refused = [answer for answer in statuses if answer.status_code == 429]
@@ -169,22 +165,22 @@ def test_logs_are_json_without_contents(server, tmp_path):
 def test_slow_bodies_are_cut_off(serving):
     server = serving(body_timeout_s=0.5)
     address = httpx.URL(server.url)
-    with socket.create_connection((address.host, address.port), timeout=10) as raw:
+    with socket.create_connection((address.host, address.port), timeout=PATIENCE_S) as raw:
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
         assert b" 408 " in raw.recv(4096).split(b"\r\n")[0]
 
 
 def test_headers_that_do_not_come_are_not_awaited(server, monkeypatch):
-    monkeypatch.setattr(PatientProtocol, "headers_s", 0.3)
+    monkeypatch.setattr(PatientProtocol, "headers_s", 1.0)  # a client gets that far between two calls even on a busy machine
     address = httpx.URL(server.url)
     whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for sent, answers in ((b"", 0), (b"GET /health HT", 0), (whole + b"GET /", 1)):
-        with socket.create_connection((address.host, address.port), timeout=10) as raw:
+        with socket.create_connection((address.host, address.port), timeout=PATIENCE_S) as raw:
             raw.sendall(sent)
             found = b"".join(iter(lambda: raw.recv(4096), b""))  # until the server closes
         assert found.count(b"HTTP/1.1 200") == answers
     with httpx.Client() as http:  # one connection
-        assert all(http.get(f"{server.url}/health").status_code == 200 for _ in range(3) if not time.sleep(0.2))
+        assert all(http.get(f"{server.url}/health").status_code == 200 for _ in range(3) if not time.sleep(0.6))
 
 
 def test_settings(tmp_path):
@@ -226,12 +222,12 @@ def survivor(folder, recipe_file):
     """A server on the files of one that was killed under load, without room for its log; the answer before, and what became of the load."""
     flags = ("--recipe", f"q={recipe_file}", "--threads", "1", "--kv-memory", "4M")
     with served(folder, *flags) as first:
-        before = httpx.post(f"{first.url}/v1/chat/completions", json=QUESTION, timeout=60).json()["choices"]
+        before = httpx.post(f"{first.url}/v1/chat/completions", json=QUESTION).json()["choices"]
         with ThreadPoolExecutor(4) as threads:
-            load = [threads.submit(httpx.post, f"{first.url}/v1/chat/completions", json=endless(), timeout=60) for _ in range(4)]
-            wait_for(lambda: "quota_requests_running 0.0" not in httpx.get(f"{first.url}/metrics").text, 60)
+            load = [threads.submit(httpx.post, f"{first.url}/v1/chat/completions", json=endless()) for _ in range(4)]
+            wait_for(lambda: "quota_requests_running 0.0" not in httpx.get(f"{first.url}/metrics").text)
             first.process.kill()
-            errors = [one.exception(30) for one in load]
+            errors = [one.exception(PATIENCE_S) for one in load]
     with served(folder, *flags, log="/dev/full") as again:
         yield again, before, errors
 
@@ -240,7 +236,7 @@ def survivor(folder, recipe_file):
 def test_sigkill_leaves_nothing_behind(survivor):
     again, before, errors = survivor
     assert all(isinstance(error, httpx.TransportError) for error in errors)
-    assert httpx.post(f"{again.url}/v1/chat/completions", json=QUESTION, timeout=60).json()["choices"] == before
+    assert httpx.post(f"{again.url}/v1/chat/completions", json=QUESTION).json()["choices"] == before
 
 
 @pytest.mark.slow
@@ -249,23 +245,23 @@ def test_sigterm_drains(survivor):
     server, got = survivor[0], []
 
     def listen() -> None:
-        body = {**endless(), "n": 4, "max_tokens": 300, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        body = {**endless(), "n": 4, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
             got.extend(line for line in answer.iter_lines() if line)
 
     thread = threading.Thread(target=listen)
-    with httpx.Client(base_url=server.url, timeout=60) as http:
+    with httpx.Client(base_url=server.url) as http:
         assert http.get("/ready").status_code == 200
         thread.start()
-        wait_for(lambda: len(got) > 5, 60)
+        wait_for(lambda: len(got) > 5)
         server.process.terminate()
         wait_for(lambda: http.get("/ready").status_code == 503)
         refused = http.post("/v1/chat/completions", json=endless())
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
         assert thread.is_alive()
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert got[-1] == "data: [DONE]"
-    assert server.process.wait(60) == 0
+    assert server.process.wait(PATIENCE_S) == 0
 
 
 def test_a_public_address_needs_keys(folder):

@@ -8,7 +8,6 @@ import io
 import socket
 import struct
 import threading
-import time
 import zlib
 
 import numpy as np
@@ -24,6 +23,7 @@ from quota.server.config import Settings
 from quota.server.errors import ApiError
 from quota.server.images import Decoders
 from tests.serve.pictures import data_url, encoded, noise
+from tests.waiting import PATIENCE_S
 
 SETTINGS = Settings(checkpoint="x")
 LIMITS = Limits(pixels=12_000_000)
@@ -111,7 +111,7 @@ def test_byte_limit():
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damaged_pictures_never_crash(data):
     source = bytearray(data.draw(st.sampled_from([GOOD[kind] for kind in ("one pixel", "jpeg", "webp", "bmp", "palette", "16 bit", "animated", "cmyk tiff")])))
     for _ in range(data.draw(st.integers(1, 8))):
@@ -205,7 +205,7 @@ def test_fetching(web):
     hosts = ["p.example", "inside.example"]
 
     def get(path: str) -> bytes:
-        return remote.fetch(f"http://p.example{path}", hosts, 200_000, 0.7)
+        return remote.fetch(f"http://p.example{path}", hosts, 200_000, 0.5 if path == "/silent" else PATIENCE_S)
 
     assert get("/good") == get("/moved") == picture
     for path, reason in (("/inside", "public"), ("/outside", "list"), ("/round", "redirects"), ("/missing", "404"), ("/garbage", "cannot fetch"),
@@ -215,14 +215,15 @@ def test_fetching(web):
 
 
 def test_a_trickle_is_cut_off(web):
+    """Every piece comes in time, the whole does not; a client that waits for it gets a good answer."""
+
     def trickle(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n")
-        for _ in range(100):
+        for _ in range(50):
             connection.sendall(b"a: b\r\n")
             threading.Event().wait(0.1)
+        connection.sendall(b"Content-Length: 2\r\n\r\nok")
 
     web["/slow"] = trickle
-    began = time.monotonic()
     with pytest.raises(ApiError):
         remote.fetch("http://p.example/slow", ["p.example"], 1000, 0.5)
-    assert time.monotonic() - began < 5

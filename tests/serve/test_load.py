@@ -68,7 +68,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*CHAT, "response_format", "stream_options", "logit_bias", "x"]), JSON, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_json_is_a_request_or_a_refusal(change):
     try:
         ChatRequest.model_validate_json(json.dumps({**CHAT, **change})).samplings()
@@ -77,7 +77,7 @@ def test_any_json_is_a_request_or_a_refusal(change):
 
 
 @given(st.dictionaries(st.sampled_from([*RECIPE, "tau", "percentiles", "x"]), JSON, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_json_is_a_recipe_or_a_refusal(change):
     try:
         assert Recipe.parse({**RECIPE, **change}).dumps()

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,17 +25,11 @@ from quota.server.logs import CountingHandler
 from quota.server.metrics import merged
 from quota.server.replicas import application, serve_replicas, threads_of
 from tests.serve.pictures import noise, user
+from tests.waiting import PATIENCE_S, wait_for
 
 QUESTION = {"model": "tiny", "messages": [user("describe the picture .", noise(seed=1))], "max_tokens": 12, "temperature": 1.0, "seed": 4}
 START_S = 600  # on a loaded machine
 CHAT = "/v1/chat/completions"
-
-
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert condition()
 
 
 def test_metrics_of_replicas_are_one_exposition():
@@ -95,17 +88,17 @@ class Replicas:
 
     def ask(self, session: str | None = None, **changes: Any) -> httpx.Response:
         headers = {"x-session-id": session} if session else {}
-        return httpx.post(f"{self.url}{CHAT}", json={**QUESTION, **changes}, headers=headers, timeout=120)
+        return httpx.post(f"{self.url}{CHAT}", json={**QUESTION, **changes}, headers=headers)
 
     def reporting(self) -> int:
         """Replicas whose samples /metrics has."""
         with contextlib.suppress(httpx.TransportError):
-            return len(set(re.findall(r'^quota_kv_units{replica="(\w+)"}', httpx.get(f"{self.url}/metrics", timeout=30).text, re.MULTILINE)))
+            return len(set(re.findall(r'^quota_kv_units{replica="(\w+)"}', httpx.get(f"{self.url}/metrics").text, re.MULTILINE)))
         return 0
 
     def answered(self) -> Counter[str]:
         """Chats answered with 200, by replica."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        text = httpx.get(f"{self.url}/metrics").text
         found = re.findall(rf'^quota_http_requests_total{{path="{CHAT}",replica="(\w+)",status="200"}} (\S+)$', text, re.MULTILINE)
         return Counter({replica: int(float(count)) for replica, count in found})
 
@@ -113,7 +106,7 @@ class Replicas:
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(60)
+                self.process.wait(PATIENCE_S)
             self.process.kill()
         self.output.close()
 
@@ -137,7 +130,7 @@ def replicas(model, recipe_file, tmp_path_factory):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_answers_are_the_same_on_every_replica(replicas, server):
-    want = httpx.post(f"{server.url}{CHAT}", json=QUESTION, timeout=60).json()["choices"]
+    want = httpx.post(f"{server.url}{CHAT}", json=QUESTION).json()["choices"]
     with ThreadPoolExecutor(4) as threads:
         answers = list(threads.map(lambda _: replicas.ask(), range(16)))
     assert all(answer.json()["choices"] == want for answer in answers)
@@ -150,8 +143,8 @@ def test_answers_are_the_same_on_every_replica(replicas, server):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_streams_come_in_pieces(replicas, server):
-    want = httpx.post(f"{server.url}{CHAT}", json=QUESTION, timeout=60).json()["choices"][0]["message"]["content"]
-    with httpx.stream("POST", f"{replicas.url}{CHAT}", json={**QUESTION, "stream": True}, timeout=120) as response:
+    want = httpx.post(f"{server.url}{CHAT}", json=QUESTION).json()["choices"][0]["message"]["content"]
+    with httpx.stream("POST", f"{replicas.url}{CHAT}", json={**QUESTION, "stream": True}) as response:
         events = [line for line in response.iter_lines() if line]
     pieces = [json.loads(event[6:])["choices"][0]["delta"].get("content") or "" for event in events[:-1]]
     assert events[-1] == "data: [DONE]" and "".join(pieces) == want and len([piece for piece in pieces if piece]) > 3
@@ -171,11 +164,11 @@ def test_a_session_stays_on_its_replica(replicas):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_client_that_leaves_frees_its_pages(replicas):
-    with httpx.stream("POST", f"{replicas.url}{CHAT}", json={**QUESTION, "stream": True, "max_tokens": 3000, "ignore_eos": True}, timeout=60) as response:
+    with httpx.stream("POST", f"{replicas.url}{CHAT}", json={**QUESTION, "stream": True, "max_tokens": 3000, "ignore_eos": True}) as response:
         next(response.iter_lines())
 
     def idle() -> bool:
-        text = httpx.get(f"{replicas.url}/metrics", timeout=30).text
+        text = httpx.get(f"{replicas.url}/metrics").text
         values = {name: re.findall(rf"^quota_{name}{{\S+}} (\S+)$", text, re.MULTILINE) for name in ("requests_running", "kv_units", "kv_units_available")}
         return values["requests_running"] == ["0.0", "0.0"] and sorted(values["kv_units"]) == sorted(values["kv_units_available"])
 
@@ -229,7 +222,7 @@ def test_sigterm_drains_all(replicas):
 
     def listen() -> None:
         body = {**QUESTION, "stream": True, "max_tokens": 300, "ignore_eos": True}
-        with httpx.stream("POST", f"{replicas.url}{CHAT}", json=body, timeout=120) as response:
+        with httpx.stream("POST", f"{replicas.url}{CHAT}", json=body) as response:
             got.extend(line for line in response.iter_lines() if line)
 
     listening = threading.Thread(target=listen)
@@ -238,5 +231,5 @@ def test_sigterm_drains_all(replicas):
     replicas.process.terminate()
     listening.join(120)
     assert got[-1] == "data: [DONE]"
-    assert replicas.process.wait(120) == 0
+    assert replicas.process.wait(PATIENCE_S) == 0
     assert not any(Path(f"/proc/{entry['pid']}").exists() for entry in replicas.started())

@@ -104,6 +104,7 @@ def _paged(g: torch.Generator, h: int, hkv: int, d: int) -> tuple[Any, ...]:
 
 def all_checks(seed: int, small: bool) -> Iterator[Check]:
     """small: what compute-sanitizer gets through in seconds."""
+
     def case(op: Op, title: str, build: Callable[..., tuple[Any, ...]], *sizes: Any, exact: bool = True, in_place: bool = False) -> Check:
         def make(device: str) -> tuple[Any, ...]:
             return _to(build(torch.Generator().manual_seed(seed), *sizes), device)

@@ -34,9 +34,7 @@ class OneDnnInt8:
         self.x = (x / _X_SCALE + _X_ZERO).round().clamp(0, 255).to(torch.uint8)
 
     def run(self) -> None:
-        self.y = torch.ops.onednn.qlinear_pointwise(
-            self.x, _X_SCALE, _X_ZERO, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        self.y = torch.ops.onednn.qlinear_pointwise(self.x, _X_SCALE, _X_ZERO, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")
 
     def result(self) -> Tensor:
         return self.y

@@ -20,4 +20,3 @@ def symmetric_blocks(w: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
     top = 2 ** (bits - 1) - 1
     scale = blocks.abs().amax(-1).clamp_min(1e-8) / top
     return (blocks / scale[..., None]).round().clamp(-top - 1, top).to(torch.int8).view(n, k), scale
-

@@ -58,4 +58,3 @@ class ChildPeer:
             status = self.process.wait()
             raise QuotaError(f"its process ended with {f'signal {-status}' if status < 0 else f'status {status}'}")
         return json.loads(line)
-

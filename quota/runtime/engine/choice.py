@@ -16,7 +16,7 @@ from quota.nn.key_bias import wide_keys
 from quota.nn.pictures import Pictures
 from quota.nn.scores import text_queries
 from quota.nn.select import Alive, choose
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from quota.core.errors import UsageError
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
 from quota.nn.pictures import Shown, shown_pictures
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 from quota.runtime.engine.prefix import digest
 
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quota import ops
 from quota.nn.attention import Record
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 from quota.runtime.engine.choice import Attended
 from quota.runtime.engine.decode import Decoder
 from quota.runtime.engine.family import Family

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quota import ops
-from quota.ops.kv4_attention import Kv
+from quota.ops.weights import Kv
 
 
 def unit_bytes(places: int, kv_heads: int, head_dim: int) -> int:

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "chain.h"
-#include "quantize.h"
+#include "kv4_append.h"
 #include "quota/kernels.h"
 
 namespace {
