@@ -67,11 +67,11 @@ def row(job: Job, found: dict[str, Any], checkpoint_bytes: int | None) -> dict[s
 
 def float_layers(arch: str, dtype: str) -> int:
     """How many decoder layers of the float model fit in the free memory."""
-    from quota.arch import find_arch
     from quota.bench.archs import config_of
+    from quota.models import find_family
 
     config, size = config_of(arch), 4 if dtype == "float32" else 2
-    sizes = find_arch(config)
+    sizes = find_family(config)
     layer = size * sizes.hidden_size * (2 * sizes.hidden_size + 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.intermediate_size)
     fixed = size * (2 * config.text_config.vocab_size * sizes.hidden_size) + 2 * 10**9
     return max(2, min(sizes.layers, int((_FLOAT_SHARE * machine.free_bytes() - fixed) / layer)))
@@ -82,14 +82,14 @@ def float_layers(arch: str, dtype: str) -> int:
 
 def recipe_for(model: Any, keep: float) -> Any:
     """Equal drops at layers 2 to 8, where LLaVA-1.5-7B is published to prune, down to `keep`."""
-    from quota.arch import find_arch, model_fingerprint
     from quota.bench.archs import VISUAL_TOKENS
     from quota.core.recipe import ModelFacts, Recipe
+    from quota.models import find_family, model_fingerprint
 
     layers = model.config.text_config.num_hidden_layers
     candidates = tuple(range(2, min(9, layers)))
     ratios = [round(1 - (1 - keep) * (i + 1) / len(candidates), 6) for i in range(len(candidates) - 1)] + [keep]
-    facts = ModelFacts(architecture=find_arch(model).model_class, fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
+    facts = ModelFacts(architecture=find_family(model).model_class, fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
     return Recipe(method="uniform", regime="w4a4kv4", model=facts, candidates=candidates, keep=tuple(ratios), final_keep=keep, reference_tokens=VISUAL_TOKENS)
 
 
@@ -97,10 +97,10 @@ def request(model: Any) -> dict[str, Any]:
     """Random pixels and token ids: text, picture, text. Where resolution is dynamic, the picture is a square of as many tokens."""
     import torch
 
-    from quota.arch import find_arch
     from quota.bench.archs import VISUAL_TOKENS
+    from quota.models import find_family
 
-    arch, generator = find_arch(model), torch.Generator().manual_seed(0)
+    arch, generator = find_family(model), torch.Generator().manual_seed(0)
     text = torch.randint(3, min(30000, arch.image_token_id), (1, TEXT_TOKENS), generator=generator)
     picture, vision = torch.full((1, VISUAL_TOKENS), arch.image_token_id), model.config.vision_config
     ids = torch.cat([text[:, :_LEADING_TEXT], picture, text[:, _LEADING_TEXT:]], 1)
@@ -119,9 +119,9 @@ def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "
     import torch
     import transformers
 
-    from quota.arch import find_arch, submodule
+    from quota.models import find_family, submodule
 
-    arch = find_arch(config)
+    arch = find_family(config)
     with torch.device("meta"):
         model: Any = getattr(transformers, arch.model_class)._from_config(config, dtype=dtype, attn_implementation=attention)
     model = model.to_empty(device=device)
@@ -175,7 +175,7 @@ def run_job(job: Job) -> dict[str, Any]:
     import torch
 
     from quota.bench.archs import config_of
-    from quota.core.pages import keep_freed_memory
+    from quota.core.malloc import keep_freed_memory
     from quota.nn.cache import kv_bytes
     from quota.runtime.load import load
 

@@ -13,8 +13,8 @@ from quota.bench import machine, rows
 from quota.bench.archs import config_of
 from quota.bench.model import Job, checkpoint_bytes, float_layers, measure, row
 from quota.bench.synthetic import make_checkpoint
+from quota.core.checkpoint import Manifest
 from quota.core.errors import CheckpointError, UsageError
-from quota.nn.checkpoint import Manifest
 
 _KEY = ("shape", "implementation", "threads", "commit", "library", "cpu", "layers")
 

@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from quota.arch import find_arch, fingerprint
-from quota.nn.checkpoint import CheckpointWriter, Manifest
+from quota.core.checkpoint import MODULES, CheckpointWriter, Manifest
+from quota.models import find_family, fingerprint
+from quota.models.quantize import quantize_structure
 from quota.nn.linear import QuantLinear
-from quota.nn.structure import MODULES, quantize_structure
 from quota.quant.affine import quantize_weight
 from quota.quant.transform import apply_kronecker, hadamard
 from quota.runtime.load import fill_derived
@@ -62,7 +62,7 @@ def make_model(config: Any, device: str = "cpu", seed: int = 0) -> Any:
 def quantized_skeleton(config: Any) -> Any:
     """The model of `config`, quantized, on the meta device: shapes and dtypes of everything a checkpoint holds."""
     with torch.device("meta"):
-        model: Any = getattr(transformers, find_arch(config).model_class)._from_config(config, dtype=FLOAT)
+        model: Any = getattr(transformers, find_family(config).model_class)._from_config(config, dtype=FLOAT)
     return quantize_structure(model, MODULES)
 
 
@@ -74,7 +74,7 @@ def _blocks(model: Any, embed: Tensor, seed: int) -> Iterator[tuple[dict[str, Te
     """(the tensors of a block, how many blocks there are), on the device of the embedding; equal groups are the same tensors again."""
     config, device = model.config, embed.device.type
     groups = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
-    tied = f"{find_arch(config).lm_head_path}.weight" if config.tie_word_embeddings else None
+    tied = f"{find_family(config).lm_head_path}.weight" if config.tie_word_embeddings else None
     names = [name for name in model.state_dict() if name.rpartition(".")[0] not in groups and name != tied]
     blocks = len(names) + len(groups)
     for name, tensor in _floats(model, names, embed, seed):
@@ -90,7 +90,7 @@ def _blocks(model: Any, embed: Tensor, seed: int) -> Iterator[tuple[dict[str, Te
 
 
 def _floats(model: Any, names: list[str], embed: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
-    shapes, head, device = model.state_dict(), find_arch(model).head_dim, embed.device.type
+    shapes, head, device = model.state_dict(), find_family(model).head_dim, embed.device.type
     for number, name in enumerate(names):
         meta = shapes[name]
         if name.endswith("embed_tokens.weight"):

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from quota.allocate.fitprune import AttentionSample
-from quota.arch import find_arch, model_fingerprint, submodule
 from quota.calib.profile import model_facts
 from quota.calib.samples import Samples, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts, Recipe
+from quota.models import find_family, model_fingerprint, submodule
 from quota.nn.attention import QuantAttention, Record
-from quota.nn.pruner import Pruner
-from quota.nn.recording import recording
-from quota.nn.scores import head_max_attention, text_queries
+from quota.prune.pruner import Pruner
+from quota.prune.recording import recording
+from quota.prune.scores import head_max_attention, text_queries
 
 Tell = Callable[[int, int], None]
 
 
 def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
     """Sizes of `model`, and the visual and text tokens of a typical prompt of `samples`. Nothing is run."""
-    token = find_arch(model).image_token_id
+    token = find_family(model).image_token_id
     ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
     visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
     if not visual:
@@ -38,7 +38,7 @@ def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
 @torch.inference_mode()
 def attention_statistics(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> list[AttentionSample]:
     """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer, unpruned."""
-    arch = find_arch(model)
+    arch = find_family(model)
     layers: Any = submodule(model, arch.text_path).layers  # type: ignore[union-attr]
     out = []
     for done, sample in enumerate(samples, start=1):
@@ -62,7 +62,7 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
         record = kwargs["quota_record"]
         rows.append(tuple(head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual)))  # type: ignore[arg-type]
 
-    text_model = submodule(model, find_arch(model).text_path)
+    text_model = submodule(model, find_family(model).text_path)
     with ExitStack() as stack:
         if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers):
             stack.enter_context(recording(text_model))
@@ -77,7 +77,7 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> dict[int, float]:
     """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution, in nats, when all visual
     tokens leave before that layer."""
-    arch = find_arch(model)
+    arch = find_family(model)
     plans = {layer: _withdrawal(model, layer) for layer in range(1, arch.layers)}
     seen: dict[int, list[float]] = {layer: [] for layer in plans}
     for done, sample in enumerate(samples, start=1):
@@ -103,7 +103,7 @@ def _next(model: Any, inputs: Any) -> Tensor:
 
 
 def _withdrawal(model: Any, layer: int) -> Recipe:
-    arch = find_arch(model)
+    arch = find_family(model)
     tokens = arch.visual_tokens or 1  # any number will do to keep nothing of it
     facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
     return Recipe.parse({

@@ -7,13 +7,13 @@ from typing import Any
 
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
+from quota.core.checkpoint import CheckpointWriter, Manifest
 from quota.core.errors import CheckpointError
-from quota.nn.checkpoint import CheckpointWriter, Manifest
 
 
 def processor_of(folder: Path) -> Any:
     """The checkpoint's processor (PIL images, so that results do not depend on whether torchvision is installed)."""
-    from quota.arch.processing import open_processor
+    from quota.models.processing import open_processor
 
     try:
         return open_processor(folder)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quota.arch import ArchSpec
-from quota.arch.qwen2_5_vl import axial_rotary, geometry_of
 from quota.core.errors import CheckpointError
+from quota.models import ArchSpec
+from quota.models.qwen2_5_vl import axial_rotary, geometry_of
 
 Grid = tuple[int, int, int]  # frames, rows, columns of a picture's patches
 

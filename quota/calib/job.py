@@ -12,7 +12,6 @@ from typing import Any, Literal, TypedDict
 
 from tqdm import tqdm
 
-from quota.arch.processing import image_backend
 from quota.calib.export import float_names, processor_of
 from quota.calib.families import Grid
 from quota.calib.plan import BlockSize, Plan, block_seconds, measured_rate, peak_memory
@@ -20,11 +19,12 @@ from quota.calib.samples import Samples, check_texts, encode
 from quota.calib.settings import METHODS, MODULES, Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
+from quota.core.checkpoint import MANIFEST, Manifest, check_destination, verify_files
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
 from quota.core.recipe import BEFORE, Recipe
 from quota.core.version import VERSION
-from quota.nn.checkpoint import MANIFEST, Manifest, check_destination, verify_files
+from quota.models.processing import image_backend
 
 
 class Options(TypedDict, total=False):

@@ -16,7 +16,7 @@ from torch import nn
 
 from quota.calib.learn import split
 from quota.calib.settings import Settings
-from quota.nn.checkpoint import DEFAULT_SHARD_BYTES
+from quota.core.checkpoint import DEFAULT_SHARD_BYTES
 from quota.quant.transform import decompose
 
 # Fitted to runs of both embedded models: quantizing in the graph costs that many products more, and a call of a block that many seconds besides them.

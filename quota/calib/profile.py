@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from quota.allocate.compute import decoder_sizes
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
-from quota.arch import find_arch, model_fingerprint, submodule, vision_macs
 from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.recipe import ModelFacts
 from quota.core.version import VERSION
+from quota.models import find_family, model_fingerprint, submodule, vision_macs
 
 TOP = 10  # attention concentration: mass of the 10 largest shares
 
@@ -120,7 +120,7 @@ class _Figures:
 
     def add(self, float_model: nn.Module, quant_model: nn.Module, inputs: Any) -> None:
         """Run both models on one sample."""
-        visual = inputs["input_ids"][0] == find_arch(float_model).image_token_id
+        visual = inputs["input_ids"][0] == find_family(float_model).image_token_id
         pictured = bool(visual.any())
         exact = _run(float_model, _layers(float_model), inputs, _Watch(visual, self.spread) if pictured else None)
         deployed = _run(quant_model, _layers(quant_model), inputs, None)
@@ -204,7 +204,7 @@ def _progress(show: bool | Callable[[int, int], None]) -> Iterator[Callable[[int
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return list(submodule(model, find_arch(model).decoder_path).children())
+    return list(submodule(model, find_family(model).decoder_path).children())
 
 
 def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: list[int]) -> ModelFacts:

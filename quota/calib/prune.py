@@ -14,11 +14,11 @@ from torch import Tensor
 from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
 from quota.core.recipe import Recipe
+from quota.models.images import Pictures
 from quota.nn.attention import Record
-from quota.nn.budget import plan_budgets
-from quota.nn.pictures import Pictures
-from quota.nn.recording import causal_lse
-from quota.nn.select import Alive, choose
+from quota.prune.budget import plan_budgets
+from quota.prune.recording import causal_lse
+from quota.prune.select import Alive, choose
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from quota.calib.work import WorkFolder
 from quota.core.errors import UsageError
 from quota.core.files import check_space
 from quota.core.recipe import BEFORE
-from quota.nn.pictures import Pictures, Shown, shown_pictures
+from quota.models.images import Pictures, Shown, shown_pictures
 
 
 @dataclass(frozen=True)

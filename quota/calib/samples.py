@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quota.arch.processing import reserved_mark
 from quota.core import images
 from quota.core.documents import read_text
 from quota.core.errors import ImageError, SampleError
+from quota.models.processing import reserved_mark
 
 if TYPE_CHECKING:
     from PIL import Image

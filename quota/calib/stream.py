@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from quota.arch import ArchSpec, find_arch, fingerprint
-from quota.arch.config import read_config
 from quota.calib.blocks import Batch, Block
 from quota.calib.families import Grid, Tower, decoder_positions, decoder_rotary
 from quota.core.errors import CheckpointError
 from quota.core.files import naming, read_at, reserve, sha256_file, write_at
 from quota.core.folders import resolve_folder
-from quota.nn.scores import text_queries
+from quota.models import ArchSpec, find_family, fingerprint
+from quota.models.config import read_config
+from quota.prune.scores import text_queries
 
 # Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
 TEXT, VISUAL, QUERY = 0, 1, 2
@@ -42,7 +42,7 @@ class FloatSource:
         self.config: Any = read_config(self.folder)
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model")
-        self.arch: ArchSpec = find_arch(self.config)
+        self.arch: ArchSpec = find_family(self.config)
         self.stored: dict[str, tuple[tuple[int, ...], int]] = {}  # canonical name -> (shape, bytes)
         self._index = self._build_index()
         self._open: dict[str, Any] = {}
@@ -97,7 +97,7 @@ class FloatSource:
 
     @property
     def fingerprint(self) -> str:
-        """`quota.arch.model_fingerprint` of this checkpoint."""
+        """`quota.models.model_fingerprint` of this checkpoint."""
         return fingerprint(self.config, self.tensor(f"{self.arch.embed_path}.weight"))
 
     def files(self) -> list[Path]:

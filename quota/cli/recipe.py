@@ -194,8 +194,8 @@ def validate(
 
 
 def _fingerprint_of(model: str) -> str:
-    from quota.arch import model_fingerprint
     from quota.eval.asking import load_model
+    from quota.models import model_fingerprint
 
     check_checkpoint(model, "--model")
     return model_fingerprint(load_model(model, None)[0])

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quota.arch import find_arch
 from quota.calib.stream import FloatSource
 from quota.core.errors import CheckpointError, UsageError
 from quota.eval.questions import Question, mixed_questions, scene_questions, scene_tour
+from quota.models import find_family
 from quota.scenes import assets
 from quota.scenes import kinds as k
 from quota.scenes.vocabulary import QWEN_SCENE_PX
@@ -54,7 +54,7 @@ def sources(family: str | None, model: str | None, samples: Path | None) -> tupl
 
 def is_dynamic(config: Any) -> bool:
     """Whether pictures of a model of this configuration become different numbers of visual tokens."""
-    return find_arch(config).visual_tokens is None
+    return find_family(config).visual_tokens is None
 
 
 def reference_of(config: Any) -> str:

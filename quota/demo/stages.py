@@ -84,14 +84,14 @@ class Demo:
 
     def facts(self) -> ModelFacts:
         """Stage 1: the float checkpoint and its samples."""
-        from quota.arch import find_arch
         from quota.calib.evidence import measured_facts
+        from quota.models import find_family
 
         self.title(1, "float checkpoint and calibration samples")
         model, processor = load_model(self.float_checkpoint)
         measured = measured_facts(model, processor, self.samples)
         facts = ModelFacts(
-            checkpoint=self.settings.model or "embedded", family=find_arch(model).name, fingerprint=measured.fingerprint,
+            checkpoint=self.settings.model or "embedded", family=find_family(model).name, fingerprint=measured.fingerprint,
             parameters=sum(p.numel() for p in model.parameters()), layers=measured.layers, visual_tokens=measured.visual_tokens,
             image_size_px=getattr(self.config.vision_config, "image_size", None), float_bytes=weight_bytes(resolve_folder(self.float_checkpoint)),
             samples=len(self.samples), samples_fingerprint=self.samples.fingerprint,
@@ -127,8 +127,8 @@ class Demo:
 
     def rtn_spec(self, label: str) -> RowSpec:
         """Quantized without calibration or transforms, in memory: what calibration is worth."""
-        from quota.nn.rtn import quantize_rtn
-        from quota.nn.structure import weight_bytes as tensor_bytes
+        from quota.models.quantize import weight_bytes as tensor_bytes
+        from quota.models.rtn import quantize_rtn
 
         def opened() -> tuple[Any, Any]:
             model, processor = load_model(self.float_checkpoint)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch import find_arch
-from quota.arch.processing import reserved_mark
 from quota.core.errors import CheckpointError, UsageError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt, room_for_answer
+from quota.models import find_family
+from quota.models.processing import reserved_mark
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new
     inputs = encode_prompts(model, processor, [render_prompt(processor, prompt, len(pictures))], pictures)
     max_new_tokens = min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
     made = generate(model, inputs, max_new_tokens=max_new_tokens)
-    visual = (inputs["input_ids"][0] == find_arch(model).image_token_id).cpu()
+    visual = (inputs["input_ids"][0] == find_family(model).image_token_id).cpu()
     kept = {layer: torch.as_tensor(mask[0]).bool().cpu() for layer, mask in kept_masks(model).items()}
     text = processor.batch_decode(made.new_ids, skip_special_tokens=True)[0].strip()
     return Answer(text, made, kept, visual, _token_grids(model, inputs))

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from quota.arch.processing import BACKEND
 from quota.core.journal import Journal
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.generation import Cost, answers
@@ -20,6 +19,7 @@ from quota.eval.remarks import below_majority, left_out
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, mean_accuracy
 from quota.eval.statistics import RESAMPLES, interval, resampled_retention, retention, retention_by_task
+from quota.models.processing import BACKEND
 
 _ANSWERS_SCHEMA = "quota-answers/1"
 

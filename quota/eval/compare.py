@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from quota.core.checkpoint import Manifest, is_quantized_folder
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text, sha256_file
 from quota.core.folders import resolve_folder
@@ -24,7 +25,6 @@ from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer
 from quota.eval.generation import check_questions, measure_cost
 from quota.eval.questions import Question, mixed_questions, questions_fingerprint, sample_questions, scene_questions
 from quota.eval.results import Evaluation
-from quota.nn.checkpoint import Manifest, is_quantized_folder
 
 TIMED_QUESTIONS = 8
 FLOAT = "float"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch import find_arch
-from quota.arch.processing import reserved_mark
 from quota.core.errors import SampleError, UsageError
 from quota.eval.gpu import GpuCost, measured, together
 from quota.eval.questions import Question
+from quota.models import find_family
+from quota.models.processing import reserved_mark
 from quota.nn.cache import kv_bytes, stored_tokens
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
@@ -159,7 +159,7 @@ def measure_cost(
             if progress:
                 progress()
             if number:
-                visual = int((inputs["input_ids"] == find_arch(model).image_token_id).sum())
+                visual = int((inputs["input_ids"] == find_family(model).image_token_id).sum())
                 text = inputs["input_ids"].shape[1] - visual
                 # the last new token is never run through the model, so it is in no cache
                 seen[name].append((made, [n - text - (made.new_ids.shape[1] - 1) for n in made.cache_tokens]))

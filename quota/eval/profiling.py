@@ -42,7 +42,7 @@ def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> Basis:
     from quota.calib.evidence import measured_facts
     from quota.calib.profile import regime_of
     from quota.core.version import VERSION
-    from quota.nn.structure import quantized_linears
+    from quota.models.quantize import quantized_linears
 
     source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=VERSION, samples=len(samples))
     regime = regime_of(model) if quantized_linears(model) else "float"

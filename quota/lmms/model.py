@@ -22,8 +22,6 @@ from PIL import ImageFile
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from quota.arch import find_arch
-from quota.arch.processing import BACKEND
 from quota.core.errors import QuotaError, UsageError
 from quota.core.folders import resolve_folder
 from quota.core.journal import Journal
@@ -33,6 +31,8 @@ from quota.eval.asking import kept_masks
 from quota.eval.compare import folder_fingerprint
 from quota.eval.generation import encode_prompts, generate, room_for_answer
 from quota.lmms.prompts import Conversation, Wrapper, conversation
+from quota.models import find_family
+from quota.models.processing import BACKEND
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated picture is an error everywhere but in lmms-eval's own runs
 
@@ -195,7 +195,7 @@ class Quota(lmms):
         longest = min(options.get("max_new_tokens", wrapper.max_new_tokens), room_for_answer(model, inputs["input_ids"].shape[1]))
         made = generate(model, inputs, max_new_tokens=longest, stop=stop)
         texts = processor.batch_decode(made.new_ids, skip_special_tokens=True)
-        visual = (inputs["input_ids"] == find_arch(model).image_token_id).cpu()
+        visual = (inputs["input_ids"] == find_family(model).image_token_id).cpu()
         kept = {layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in kept_masks(model).items()}
         layers = model.config.get_text_config().num_hidden_layers
         shared = {

@@ -13,10 +13,10 @@ from typing import Any
 from PIL.Image import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from quota.arch.processing import reserved_mark
 from quota.core.errors import UsageError
 from quota.core.images import to_rgb
 from quota.eval.generation import render_prompt
+from quota.models.processing import reserved_mark
 
 TOKEN_PX = 28  # side of a visual token of the published Qwen2.5-VL checkpoints
 PIXELS = (256 * TOKEN_PX**2, 1_605_632)  # limits the built-in `qwen2_5_vl` gives to the processor

@@ -14,8 +14,6 @@ import numpy as np
 from rich.table import Table
 
 from quota.allocate.compute import cost, decoder_sizes
-from quota.arch import vision_macs
-from quota.arch.processing import BACKEND
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.eval.benchmark import weight_bytes
@@ -28,6 +26,8 @@ from quota.lmms.prompts import Conversation, Wrapper
 from quota.lmms.results import TaskReport, TaskRow
 from quota.lmms.run import Plan, find_tasks, run_tasks
 from quota.lmms.scores import Benchmark
+from quota.models import vision_macs
+from quota.models.processing import BACKEND
 from quota.report.pareto import Mark, save_pareto
 from quota.report.style import BLUE
 from quota.report.table import byte_size, markdown_table, milliseconds, rich_table

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quota.core.env import forced_cpu_isa
 from quota.core.errors import UsageError
-from quota.core.pages import release_pages
+from quota.core.malloc import release_pages
 from quota.core.registry import Context, ops
 from quota.ops.weights import PROLOGUES, FloatWeight, GroupedWeight, Kv, PackedWeight, dense
 

@@ -10,16 +10,16 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
-from quota.arch import find_arch, model_fingerprint, submodule
-from quota.arch.config import OWN_KEYS, read_config
-from quota.arch.processing import open_processor
+from quota.core.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, listed_files, tensor_shapes, verify_files, weight_files
 from quota.core.documents import read_object
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.folders import resolve_folder
-from quota.core.pages import keep_freed_memory
-from quota.nn.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, listed_files, tensor_shapes, verify_files, weight_files
+from quota.core.malloc import keep_freed_memory
+from quota.models import find_family, model_fingerprint, submodule
+from quota.models.config import OWN_KEYS, read_config
+from quota.models.processing import open_processor
+from quota.models.weight_only import build_structure
 from quota.nn.linear import Float32State
-from quota.nn.weight_only import build_structure
 from quota.runtime.hf import QuotaConfig, QuotaQuantizer
 from quota.runtime.patch import patched
 
@@ -132,7 +132,7 @@ def _assign(model: Any, files: list[Path], dtype: torch.dtype) -> None:
 
 def fill_derived(model: Any) -> None:
     """Non-persistent buffers are not in a checkpoint: compute them where the meta device left nothing."""
-    arch = find_arch(model)
+    arch = find_family(model)
     text: Any = submodule(model, arch.text_path)
     text.rotary_emb = type(text.rotary_emb)(config=text.config)
     tower: Any = submodule(model, arch.vision_path)
@@ -179,7 +179,7 @@ def _load_processor(folder: Path) -> Any:
 
 
 def _model_class(config: Any) -> Any:
-    return getattr(transformers, find_arch(config).model_class)
+    return getattr(transformers, find_family(config).model_class)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from quota.arch import find_arch, model_fingerprint
 from quota.core.errors import RecipeError, UsageError
-from quota.nn.call import continued_positions, generating
-from quota.nn.pruner import Pruner
+from quota.models import find_family, model_fingerprint
+from quota.prune.call import continued_positions, generating
+from quota.prune.pruner import Pruner
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -114,7 +114,7 @@ def patched(model: Any, recipe: Recipe | str | Path, *, forced: Mapping[int, Ten
     """
     from quota.core.recipe import Recipe  # reads and checks documents: needed only with a recipe
 
-    arch = find_arch(model)
+    arch = find_family(model)
     if getattr(model, "quota_handle", None) is not None:
         raise UsageError("recipe: one is already installed on this model; call model.quota_handle.undo() first")
     if isinstance(recipe, (str, Path)):

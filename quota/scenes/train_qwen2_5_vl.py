@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from quota.arch.qwen2_5_vl import axial_rotary, geometry_of
+from quota.models.qwen2_5_vl import axial_rotary, geometry_of
 from quota.scenes import generate as g
 from quota.scenes import kinds as k
 from quota.scenes.pages import WORD_CLASSES

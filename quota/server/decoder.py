@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from quota.core import images
 from quota.core.errors import ImageError
-from quota.core.pages import return_freed_memory
+from quota.core.malloc import return_freed_memory
 
 REQUEST = struct.Struct("<QQQd")  # encoded bytes that follow, most pixels of the image, pixels from which it is called large, processor seconds
 ANSWER = struct.Struct("<BII")  # status; width and height, or bytes of the sentence and 0

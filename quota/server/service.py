@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quota.arch import model_fingerprint
 from quota.core.errors import UsageError
-from quota.core.pages import return_freed_memory
+from quota.core.malloc import return_freed_memory
 from quota.core.recipe import Recipe
+from quota.models import model_fingerprint
 from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prompt, QueueFull, Request, Sampling, Usage
 from quota.server.answers import DONE, Answer, Choice, failure
 from quota.server.bodies import Bodies

@@ -8,8 +8,8 @@ import pytest
 
 from quota.allocate.compute import DecoderSizes, cost, decoder_sizes, kv_token_bytes, language_macs, layer_macs
 from quota.allocate.solve import uniform
-from quota.arch.llava import vision_macs
 from quota.core.recipe import kept_tokens
+from quota.models.llava import vision_macs
 
 SMALL = DecoderSizes(layers=2, hidden_size=8, kv_size=4, intermediate_size=16)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from quota.arch import find_arch
 from quota.bench.archs import ARCHS, config_of
 from quota.bench.model import Job, checkpoint_bytes, measure, recipe_for
 from quota.bench.run_model import Request, ensure_checkpoint, run
 from quota.bench.synthetic import make_checkpoint, quantized_skeleton
 from quota.core.errors import QuotaError, UsageError
-from quota.nn.structure import weight_bytes
+from quota.models import find_family
+from quota.models.quantize import weight_bytes
 from quota.runtime.load import load
 
 
@@ -69,7 +69,7 @@ def test_full_size_fits_the_published_figure(arch: str, float_bytes: float, most
     """Bytes of every tensor by shape alone; the published float figure is 16 bits for every parameter."""
     config = config_of(arch)
     with torch.device("meta"):
-        floats = getattr(transformers, find_arch(config).model_class)._from_config(config)
+        floats = getattr(transformers, find_family(config).model_class)._from_config(config)
     assert abs(2 * sum(p.numel() for p in floats.parameters()) - float_bytes) < 0.01e9
     assert weight_bytes(quantized_skeleton(config)) <= most
 

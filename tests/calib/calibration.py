@@ -12,7 +12,7 @@ from PIL import Image
 from quota.calib.samples import Sample, Samples
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
-from tests.models import tiny_llava, tiny_qwen
+from tests.tiny import tiny_llava, tiny_qwen
 
 
 def float_folder(path: Path, **sizes: int) -> Path:

@@ -7,7 +7,7 @@ import torch
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
-from tests.models import llava_inputs, tiny_llava
+from tests.tiny import llava_inputs, tiny_llava
 
 TOLERANCE = 1e-3  # relative, float32
 

@@ -9,8 +9,8 @@ import torch
 from quota.calib.evidence import attention_statistics, measured_facts, withdrawal_divergence
 from quota.calib.samples import Sample, Samples, encode
 from quota.core.errors import SampleError
-from quota.nn import quantize_rtn
-from quota.nn.scores import text_queries
+from quota.models.rtn import quantize_rtn
+from quota.prune.scores import text_queries
 from quota.scenes.model import build_config, build_model, build_processor
 from tests.calib.calibration import picture_samples
 

@@ -7,8 +7,6 @@ import json
 import pytest
 import torch
 
-from quota.arch import find_arch
-from quota.arch.qwen2_5_vl import geometry_of
 from quota.calib import run
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
@@ -17,6 +15,8 @@ from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
 from quota.core.recipe import Recipe
+from quota.models import find_family
+from quota.models.qwen2_5_vl import geometry_of
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.runtime import load, patched
 from tests.calib.calibration import mixed_samples, qwen_folder
@@ -206,4 +206,4 @@ def test_profile_of_mixed_sizes(folder, finished):
     made = profile(original, quantized, original.processor, mixed_samples())
     assert made.samples == 6 and made.model.visual_tokens == 10 and len(made.sensitivity) == 4  # tokens of the six: 16, 6, none, 10, 25, 8
     assert all(0 < x < 1.5 for x in made.sensitivity[1:]) and made.model.vision_macs
-    assert find_arch(original).visual_tokens is None and geometry_of(original.config.vision_config, GRIDS[0]).patches == 64
+    assert find_family(original).visual_tokens is None and geometry_of(original.config.vision_config, GRIDS[0]).patches == 64

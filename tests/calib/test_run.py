@@ -149,7 +149,7 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
     """quota.nn's packed modules, fed the written tensors, against the frozen calibration blocks: equal weight integers, equal activations up to rounding."""
     from quota.calib.learn import Lesson, learn_block
     from quota.calib.stream import FloatSource, Stream, advance
-    from quota.nn.structure import quantize_structure
+    from quota.models.quantize import quantize_structure
 
     source = FloatSource(folder)
     for kind, path, width in (("decoder", "model.language_model.layers.1", 64), ("vision", "model.vision_tower.encoder.layers.0", 32)):
@@ -242,7 +242,7 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states agree."""
     from quota.calib.stream import FloatSource
     from quota.calib.work import WorkFolder
-    from quota.nn.pruner import Pruner
+    from quota.prune.pruner import Pruner
 
     source, samples = FloatSource(folder), picture_samples(3)
     recipe = recipe_for(source, **changes)

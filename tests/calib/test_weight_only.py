@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from quota.arch import find_arch
 from quota.calib import run
 from quota.calib.profile import profile
 from quota.calib.samples import encode
@@ -16,13 +15,14 @@ from quota.calib.stream import FloatSource
 from quota.calib.weight_only import Seen, _scale
 from quota.core.errors import CheckpointError, UsageError
 from quota.eval.compare import cache_dtype
-from quota.nn.structure import quantized_linears, quantized_modules
+from quota.models import find_family
+from quota.models.quantize import quantized_linears, quantized_modules
 from quota.nn.weight_linear import WeightLinear
 from quota.runtime import load, patched
 from quota.runtime.engine.family import LlavaFamily
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
 from tests.calib.test_qwen2_5_vl import batch_for
-from tests.nn.recipes import greedy, recipe_for
+from tests.prune.recipes import greedy, recipe_for
 
 QUICK = {"batch": 2, "search_rows": 128, "held_out": 1}
 FAMILIES = {"llava": (float_folder, picture_samples), "qwen2_5_vl": (qwen_folder, mixed_samples)}
@@ -82,7 +82,7 @@ def test_calibrated_checkpoints(finished, folders, family):
         assert all(isinstance(module, WeightLinear) for module in quantized_linears(model).values())
         assert torch.equal(model.lm_head.weight, source.tensor("lm_head.weight"))
         # what was calibrated is what runs
-        text = find_arch(model).decoder_layer(0)
+        text = find_family(model).decoder_layer(0)
         last = model.get_submodule(text).mlp.down_proj
         x = torch.randn(3, last.in_features, generator=torch.Generator().manual_seed(0))
         scaled = x if last.input_scale is None else x * last.input_scale

@@ -15,8 +15,8 @@ from quota.scenes import assets
 from quota.scenes import kinds as k
 from tests.calib.calibration import qwen_folder
 from tests.cli.conftest import make_float, make_samples
-from tests.models import tiny_llava, tiny_qwen
 from tests.study.conftest import limit_pictures
+from tests.tiny import tiny_llava, tiny_qwen
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -11,8 +11,8 @@ from torch import Tensor
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, Sampling
 from quota.runtime.engine.family import Patches
 from quota.runtime.engine.storage import unit_bytes
-from tests.models import IMAGE_TOKEN, QWEN_IDS
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
+from tests.tiny import IMAGE_TOKEN, QWEN_IDS
 
 
 class Watched(Engine):

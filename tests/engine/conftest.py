@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from quota.nn import quantize_rtn
-from tests.models import tiny_llava
+from quota.models.rtn import quantize_rtn
 from tests.one_thread import one_thread
+from tests.tiny import tiny_llava
 
 __all__ = ["one_thread"]
 

@@ -12,14 +12,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quota.core import registry
 from quota.core.errors import UsageError
 from quota.core.registry import HOST, Implementation, Op
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.ops import native
 from quota.runtime.engine import decode
 from quota.runtime.engine.decode import Buffers, chosen, describe
 from quota.runtime.engine.work import Work
 from tests.engine.asking import asked, engine, patches, picture, prompt, qwen_prompt, run, same
 from tests.engine.device import Emulated, moved
-from tests.models import tiny_qwen
+from tests.tiny import tiny_qwen
 
 
 class Traced:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from quota.core.errors import UsageError
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Prompt, QueueFull
 from quota.runtime.patch import patched
 from tests.engine.asking import asked, engine, generated, logits, picture, prompt, recipes, run, same, tokens
-from tests.models import IMAGE_TOKEN, tiny_llava
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
+from tests.tiny import IMAGE_TOKEN, tiny_llava
 
 
 def prompts(model):

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from tests.engine.asking import asked, engine, logits, patches, picture, prompt, qwen_prompt, same
-from tests.models import tiny_qwen
+from tests.tiny import tiny_qwen
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from quota.core.errors import RecipeError, UsageError
 from quota.runtime.engine.plan import Segments, at_budget, plan_prompt
 from quota.runtime.engine.pool import OutOfPages, PagePool
-from tests.models import tiny_llava
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
+from tests.tiny import tiny_llava
 
 UNITS, LAYERS = 13, (1, 2, 3)
 

@@ -9,12 +9,12 @@ import torch
 
 from quota.core.errors import UsageError
 from quota.core.recipe import kept_tokens
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Prompt
 from quota.runtime.engine.family import Patches
 from quota.runtime.patch import patched
 from tests.engine.asking import asked, engine, generated, logits, patches, pixels_of, qwen_prompt, recipes, run, same, tokens
-from tests.models import IMAGE_TOKEN, tiny_qwen
+from tests.tiny import IMAGE_TOKEN, tiny_qwen
 
 
 @pytest.fixture(scope="module")

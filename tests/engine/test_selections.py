@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from quota.core.recipe import Recipe
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
 from tests.engine.asking import asked, engine, generated, logits, patches, picture, prompt, qwen_prompt, run, same, tokens
-from tests.models import tiny_llava, tiny_qwen
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
+from tests.tiny import tiny_llava, tiny_qwen
 
 SELECTIONS = {
     "last_token": ((1, 2, 3), [{"score": "last_token"}]),

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from quota.core.registry import ops
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.ops import native
 from quota.runtime.patch import patched
-from tests.models import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
-from tests.nn.recipes import greedy, recipe_for
+from tests.prune.recipes import greedy, recipe_for
+from tests.tiny import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from quota.core.errors import UsageError
 from quota.nn.cache import Kv4Cache, Kv4Layer, PrunedLayer, kv4_layer, kv_bytes, pruned_layer
-from tests.models import tiny_llava
+from tests.tiny import tiny_llava
 
 
 def states(tokens: int, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.models import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
-from tests.nn.recipes import greedy, recipe_for
+from tests.prune.recipes import greedy, recipe_for
+from tests.tiny import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
 
 READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "item", "is_nonzero", "unique2"}
 

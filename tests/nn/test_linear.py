@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from quota.models.rtn import fill
 from quota.nn import mlp
 from quota.nn.linear import QuantLinear, row_norm
-from quota.nn.rtn import fill
 from quota.quant.transform import apply_kronecker, decompose, hadamard
 
 SIZES = [(64, 24, None), (12, 7, None), (60, 5, (4, None)), (30, 9, (None, 10)), (33, 3, (None, None)), (13, 4, (None, None))]

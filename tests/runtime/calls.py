@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quota.arch import find_arch
 from quota.core.errors import UsageError
+from quota.models import find_family
 from quota.runtime.patch import patched
-from tests.models import IMAGE_TOKEN, llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
+from tests.tiny import IMAGE_TOKEN, llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
 
 TINY = {"llava": (tiny_llava, llava_inputs), "qwen2_5_vl": (tiny_qwen, qwen_inputs)}
 CASES = [(family, kind) for family in TINY for kind in ("float", "quantized")]
@@ -24,7 +24,7 @@ PAIRS = [(case, name) for case in CASES for name in ("quota", "random" if case[1
 
 def inputs_of(model, seed: int = 1) -> dict[str, Tensor]:
     """A batch of two rows."""
-    return TINY[find_arch(model).name][1](model, seed=seed)
+    return TINY[find_family(model).name][1](model, seed=seed)
 
 
 KNOWN: dict[tuple, tuple[Tensor, dict[int, Tensor]]] = {}

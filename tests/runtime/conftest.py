@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from quota.nn import quantize_rtn
-from tests.nn.recipes import recipe_for
+from quota.models.rtn import quantize_rtn
 from tests.one_thread import one_thread
+from tests.prune.recipes import recipe_for
 from tests.runtime.calls import CASES, PAIRS, RECIPES, TINY
 
 __all__ = ["one_thread"]

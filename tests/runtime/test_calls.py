@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from quota.arch import find_arch
+from quota.models import find_family
 from quota.runtime.patch import patched
-from tests.models import IMAGE_TOKEN
-from tests.nn.recipes import greedy, recipe_for, single
+from tests.prune.recipes import greedy, recipe_for, single
 from tests.runtime.calls import PROMPTS, TINY, TOKENS, generated, inputs_of, reference, refuse, same
+from tests.tiny import IMAGE_TOKEN
 
 # every way to call `generate` or the model: (rows of the batch, arguments, what is refused with which words)
 
@@ -41,7 +41,7 @@ def test_equal_answers(pair, name, built):
         want, kept = reference(model, recipe, inputs)
         used = dict(options)
         with patched(model, recipe) as handle:
-            assistant = {"float": lambda: TINY[find_arch(model).name][0](seed=3), "self": lambda: model, "patched": lambda: assisting(model, recipe)}
+            assistant = {"float": lambda: TINY[find_family(model).name][0](seed=3), "self": lambda: model, "patched": lambda: assisting(model, recipe)}
             if "assistant_model" in used:
                 used["assistant_model"] = assistant[used["assistant_model"]]()
             if "past_key_values" in used:
@@ -59,7 +59,7 @@ def test_equal_answers(pair, name, built):
 
 def assisting(model, recipe):
     """Another model of the same vocabulary that runs under a recipe of its own."""
-    draft = TINY[find_arch(model).name][0](seed=3)
+    draft = TINY[find_family(model).name][0](seed=3)
     patched(draft, recipe_for(draft))
     return draft
 

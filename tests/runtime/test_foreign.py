@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from quota.arch import model_fingerprint
+from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
-from quota.nn import Manifest, quantize_rtn, save_checkpoint
+from quota.models import model_fingerprint
+from quota.models.rtn import quantize_rtn
 from quota.runtime.load import load
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as build_qwen_processor
-from tests.models import tiny_llava, tiny_qwen
+from tests.tiny import tiny_llava, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from quota.arch import model_fingerprint
+from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
-from quota.nn import Manifest, quantize_rtn, save_checkpoint
+from quota.models import model_fingerprint
+from quota.models.rtn import quantize_rtn
 from quota.runtime import load
 from quota.runtime.hf import QuotaConfig, QuotaQuantizer, register
-from tests.models import llava_inputs, tiny_llava
-from tests.nn.recipes import greedy
+from tests.prune.recipes import greedy
+from tests.tiny import llava_inputs, tiny_llava
 
 
 @pytest.mark.parametrize("modules", [("vision", "projector", "llm"), ("llm",)])

@@ -8,14 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quota.arch import model_fingerprint
+from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError, RecipeError, UsageError
 from quota.core.files import sha256_file
-from quota.nn import Manifest, quantize_rtn, save_checkpoint
-from quota.nn.structure import quantized_modules
+from quota.models import model_fingerprint
+from quota.models.quantize import quantized_modules
+from quota.models.rtn import quantize_rtn
 from quota.runtime.load import load
-from tests.models import llava_inputs, tiny_llava
-from tests.nn.recipes import greedy, recipe_for
+from tests.prune.recipes import greedy, recipe_for
+from tests.tiny import llava_inputs, tiny_llava
 
 ALL = ("vision", "projector", "llm")
 

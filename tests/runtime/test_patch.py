@@ -5,10 +5,10 @@ import torch
 
 import quota
 from quota.core.errors import RecipeError, UsageError
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.models import llava_inputs, tiny_llava
-from tests.nn.recipes import greedy, recipe_for
+from tests.prune.recipes import greedy, recipe_for
+from tests.tiny import llava_inputs, tiny_llava
 
 
 @pytest.fixture(scope="module", params=["float", "quantized"])

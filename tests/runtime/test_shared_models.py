@@ -14,11 +14,11 @@ from transformers import DynamicCache
 
 import quota
 from quota.core.errors import CheckpointError
-from quota.nn.pruner import Pruner
+from quota.prune.pruner import Pruner
 from quota.runtime.patch import patched
-from tests.models import IMAGE_TOKEN
-from tests.nn.recipes import recipe_for, single
+from tests.prune.recipes import recipe_for, single
 from tests.runtime.calls import TINY, generated, inputs_of, placed, reference, refuse, same
+from tests.tiny import IMAGE_TOKEN
 
 # threads
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 import uvicorn
 
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.scenes.model import build_config, build_model, build_processor
 from quota.server.app import create_app
 from quota.server.config import Settings
 from quota.server.protocol import OPTIONS
 from quota.server.service import Service
-from tests.nn.recipes import recipe_for
 from tests.one_thread import one_thread
+from tests.prune.recipes import recipe_for
 from tests.waiting import PATIENCE_S, wait_for
 
 __all__ = ["one_thread"]

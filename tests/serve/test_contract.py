@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from quota.runtime.patch import patched
 from quota.server.config import Settings
 from quota.server.schemas import ChatRequest, CompletionRequest
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
 from tests.serve.pictures import noise, user
 
 

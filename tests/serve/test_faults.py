@@ -209,8 +209,8 @@ def test_settings(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(model, recipe_file, tmp_path_factory):
-    from quota.arch import model_fingerprint
-    from quota.nn import Manifest, save_checkpoint
+    from quota.core.checkpoint import Manifest, save_checkpoint
+    from quota.models import model_fingerprint
 
     path = tmp_path_factory.mktemp("served") / "tiny"
     save_checkpoint(model, path, Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor)

@@ -9,12 +9,12 @@ import openai
 import pytest
 import torch
 
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
 from quota.scenes.qwen_model import build_config, build_model, build_processor
 from quota.server.config import Settings
 from quota.server.service import Service
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
 from tests.serve.conftest import Host, Running
 from tests.serve.pictures import noise, user
 

@@ -114,8 +114,8 @@ class Replicas:
 @pytest.fixture(scope="module")
 def replicas(model, recipe_file, tmp_path_factory):
     pytest.importorskip("ray.serve", reason="needs Ray Serve: make ray")
-    from quota.arch import model_fingerprint
-    from quota.nn import Manifest, save_checkpoint
+    from quota.core.checkpoint import Manifest, save_checkpoint
+    from quota.models import model_fingerprint
 
     folder = tmp_path_factory.mktemp("replicas")
     save_checkpoint(model, folder / "tiny", Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor)

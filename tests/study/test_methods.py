@@ -12,13 +12,13 @@ from quota.allocate.baselines import Basis, Evidence, build_baseline
 from quota.allocate.fitprune import AttentionSample
 from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.recipe_builder import build_recipe
-from quota.arch import find_arch, model_fingerprint
 from quota.core.recipe import ModelFacts, Recipe
-from quota.nn import quantize_rtn
+from quota.models import find_family, model_fingerprint
+from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
 from tests.allocate.profiles import profile
-from tests.models import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
-from tests.nn.recipes import greedy
+from tests.prune.recipes import greedy
+from tests.tiny import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
 
 MIXED = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2))  # two sizes and a row without a picture
 KEEPERS = tuple(name for name in METHODS if name != "vtw")  # VTW always withdraws everything
@@ -33,7 +33,7 @@ def models() -> dict[str, Any]:
 
 
 def everything(model: Any, method: str, keep: float) -> Recipe:
-    arch = find_arch(model)
+    arch = find_family(model)
     facts = ModelFacts(
         architecture=type(model).__name__, fingerprint=model_fingerprint(model), layers=arch.layers, visual_tokens=16, hidden_size=64, kv_size=32,
         intermediate_size=128, head_dim=16, text_tokens=8,

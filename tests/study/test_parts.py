@@ -12,7 +12,7 @@ from quota.core.errors import CheckpointError
 from quota.core.recipe import Recipe
 from quota.study.parts import assemble
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
-from tests.nn.recipes import recipe_for
+from tests.prune.recipes import recipe_for
 
 
 def contents(folder: Path) -> dict[str, bytes]:

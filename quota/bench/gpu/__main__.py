@@ -220,7 +220,7 @@ def answers(options: Options) -> dict[str, Any]:
         return {"would_run": "24 questions of the embedded model on both devices, token by token"}
     from quota.core import images
     from quota.eval.asking import ask
-    from quota.nn.rtn import quantize_rtn
+    from quota.models.rtn import quantize_rtn
     from quota.runtime.load import load
     from quota.scenes import assets
 

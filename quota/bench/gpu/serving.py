@@ -35,7 +35,7 @@ def serving(options: Options) -> dict[str, Any]:
 def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
     """The embedded model, rounded to 4 bits, and its questions as prompts."""
     from quota.core import images
-    from quota.nn.rtn import quantize_rtn
+    from quota.models.rtn import quantize_rtn
     from quota.runtime.engine import Engine, Prompt
     from quota.runtime.load import load
     from quota.scenes import assets

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe
+from quota.models.images import Pictures
 from quota.nn.attention import Record
 from quota.nn.cache import dequantize_slots
 from quota.nn.key_bias import wide_keys
-from quota.nn.pictures import Pictures
-from quota.nn.scores import text_queries
-from quota.nn.select import Alive, choose
 from quota.ops.weights import Kv
+from quota.prune.scores import text_queries
+from quota.prune.select import Alive, choose
 
 
 @dataclass(frozen=True)

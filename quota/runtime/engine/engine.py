@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch import find_arch, model_fingerprint
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
+from quota.models import find_family, model_fingerprint
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.family import Family, family_of
 from quota.runtime.engine.plan import Segments, at_budget
@@ -102,7 +102,7 @@ class Engine:
             raise UsageError(f"default: expected one of the recipes {sorted(self.recipes)}, got {default!r}")
         identity = model_fingerprint(model)
         for recipe in self.recipes.values():
-            recipe.check_model(identity, self.family.layers, find_arch(model).model_class)
+            recipe.check_model(identity, self.family.layers, find_family(model).model_class)
         self.default = default
         self.segments = Segments.between(self.family.layers, self.recipes.values())
         places = self.config.page_tokens

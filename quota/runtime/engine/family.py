@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quota.arch import find_arch
 from quota.core.errors import UsageError
+from quota.models import find_family
+from quota.models.images import Shown, shown_pictures
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
-from quota.nn.pictures import Shown, shown_pictures
 from quota.ops.weights import Kv
 from quota.runtime.engine.prefix import digest
 
@@ -92,7 +92,7 @@ class _Decoder:
     axes = 1
 
     def __init__(self, model: Any, fixed_rope: Sequence[str]) -> None:
-        arch = find_arch(model)
+        arch = find_family(model)
         self.model, self.arch = model, arch
         self.text: Any = model.get_submodule(arch.text_path)
         self.device = self.text.embed_tokens.weight.device
@@ -275,4 +275,4 @@ _FAMILIES: dict[str, type[LlavaFamily] | type[QwenFamily]] = {"llava": LlavaFami
 
 def family_of(model: Any) -> Family:
     """The family of a loaded model; CheckpointError or UsageError for one the engine cannot serve."""
-    return _FAMILIES[find_arch(model).name](model)
+    return _FAMILIES[find_family(model).name](model)

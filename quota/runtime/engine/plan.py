@@ -11,7 +11,7 @@ from torch import Tensor
 from quota.allocate.solve import allocate, uniform
 from quota.core.errors import RecipeError, UsageError
 from quota.core.recipe import Recipe, significant
-from quota.nn.budget import plan_drops
+from quota.prune.budget import plan_drops
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Segments:
 @dataclass(frozen=True)
 class DropPlan:
     """keep: decoder layer -> visual tokens kept at its input per set, only where some are dropped; what drops before the language model drops at the input
-    of layer 0. dropped: tokens missing per segment. group int64 [tokens]: the set a visual token competes in (`quota.nn.budget`), -1 for text.
+    of layer 0. dropped: tokens missing per segment. group int64 [tokens]: the set a visual token competes in (`quota.prune.budget`), -1 for text.
     """
 
     keep: dict[int, tuple[int, ...]]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
-from quota.nn.budget import picture_sizes
-from quota.nn.pictures import Pictures
-from quota.nn.select import asks_for_pictures
+from quota.models.images import Pictures
+from quota.prune.budget import picture_sizes
+from quota.prune.select import asks_for_pictures
 from quota.runtime.engine.choice import Attended, Choice
 from quota.runtime.engine.family import Family
 from quota.runtime.engine.places import Places

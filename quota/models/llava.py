@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from quota.arch.spec import ArchSpec, text_sizes
 from quota.core.errors import CheckpointError
+from quota.models.base import ArchSpec, text_sizes
 
 DESCRIPTION = "llava: CLIP vision tower + two-layer projector + LLaMA decoder"
 _VISION_DIMS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")

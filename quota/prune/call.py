@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quota.models.images import Pictures, Shown
 from quota.nn.attention import Record
-from quota.nn.pictures import Pictures, Shown
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -30,7 +30,7 @@ class Stage:
 
     index: Tensor  # int64, column of the prompt
     valid: Tensor  # bool
-    group: Tensor  # int64, the set of visual tokens it competes in (see `quota.nn.budget`), -1 for text
+    group: Tensor  # int64, the set of visual tokens it competes in (see `quota.prune.budget`), -1 for text
     text: Tensor  # bool, text queries
     dropped: Tensor  # int64 [B]
     start: Tensor | None  # int32 [B], None where nothing is padded

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.nn import policies
+from quota.models.images import Pictures
 from quota.nn.attention import Record
-from quota.nn.pictures import Pictures
-from quota.nn.scores import combine, cross_self, last_token_attention, text_attention, token_signals
+from quota.prune import policies
+from quota.prune.scores import combine, cross_self, last_token_attention, text_attention, token_signals
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe, Selection

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlavaConfig
 
-from quota.arch import find_arch, model_fingerprint, submodule
 from quota.core.errors import CheckpointError
-from tests.models import tiny_llava
+from quota.models import find_family, model_fingerprint, submodule
+from tests.tiny import tiny_llava
 
-ARCH = find_arch(tiny_llava())
+ARCH = find_family(tiny_llava())
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,13 @@ def model():
 
 
 def test_layout(model):
-    arch = find_arch(model)
+    arch = find_family(model)
     assert (arch.layers, arch.vision_layers_total, arch.vision_layers_used) == (4, 3, 2)
     assert (arch.hidden_size, arch.heads, arch.kv_heads, arch.head_dim) == (64, 4, 2, 16)
     assert (arch.visual_tokens, arch.image_token_id, arch.drops_cls) == (16, 120, True)
     for path in (arch.decoder_layer(3), arch.vision_layer(2), arch.projector_path, arch.embed_path, arch.lm_head_path, arch.text_path):
         assert submodule(model, path) is model.get_submodule(path)
-    assert find_arch(model.config) == arch
+    assert find_family(model.config) == arch
     with pytest.raises(CheckpointError, match=r"no\.such"):
         submodule(model, "no.such")
 
@@ -33,21 +33,21 @@ def test_layout(model):
 @pytest.mark.parametrize(("feature", "used"), [(-1, 3), (-2, 2), (1, 1), (0, 0)])
 def test_vision_feature_layer(model, feature, used):
     config = LlavaConfig(vision_config=model.config.vision_config, text_config=model.config.text_config, vision_feature_layer=feature)
-    assert find_arch(config).vision_layers_used == used
+    assert find_family(config).vision_layers_used == used
 
 
 @pytest.mark.parametrize("feature", [[-2, -1], -9])
 def test_unsupported_feature_layers(model, feature):
     config = LlavaConfig(vision_config=model.config.vision_config, text_config=model.config.text_config, vision_feature_layer=feature)
     with pytest.raises(CheckpointError, match="vision_feature_layer"):
-        find_arch(config)
+        find_family(config)
 
 
 def test_other_architectures_are_named():
     with pytest.raises(CheckpointError, match=r"llava.*llama"):
-        find_arch(LlamaConfig())
+        find_family(LlamaConfig())
     with pytest.raises(CheckpointError, match="mistral"):
-        find_arch(LlavaConfig(text_config={"model_type": "mistral"}))
+        find_family(LlavaConfig(text_config={"model_type": "mistral"}))
 
 
 @pytest.mark.parametrize(("stored", "canonical"), [

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quota.arch import FAMILIES, find_arch
 from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError
+from quota.models import FAMILIES, find_family
 
 REMEDY = "restore the file, or copy or calibrate the folder again"
 # Names of our folders' own entries: what marks them, and what keeps a transformers that does not know the method from opening them (`CheckpointWriter`).
@@ -114,7 +114,7 @@ def read_config(folder: str | Path) -> Any:
     try:
         config: Any = CONFIG_MAPPING[kind].from_dict(data)
         _check_sums(config)
-        find_arch(config)
+        find_family(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # transformers' own checks raise many kinds

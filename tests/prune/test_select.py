@@ -8,14 +8,14 @@ from torch import Tensor
 
 from quota.core.errors import RecipeError, UsageError
 from quota.core.recipe import Recipe
-from quota.nn import quantize_rtn
-from quota.nn.pictures import Pictures
-from quota.nn.scores import text_queries
-from quota.nn.select import Alive, choose
+from quota.models.images import Pictures
+from quota.models.rtn import quantize_rtn
+from quota.prune.scores import text_queries
+from quota.prune.select import Alive, choose
 from quota.runtime.patch import patched
-from tests.models import IMAGE_TOKEN, llava_inputs, tiny_llava
-from tests.nn.recipes import assert_recomputing_agrees, greedy, recipe_for, single
-from tests.nn.test_pruner import embeddings, recompute
+from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
+from tests.prune.test_pruner import embeddings, recompute
+from tests.tiny import IMAGE_TOKEN, llava_inputs, tiny_llava
 
 V = 16
 METHODS = {

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
-from quota.nn import policies
-from quota.nn.pictures import Pictures, Shown, picture_digest, shown_pictures
+from quota.models.images import Pictures, Shown, picture_digest, shown_pictures
+from quota.prune import policies
 
 
 def points(n: int = 14, dim: int = 6, seed: int = 0) -> torch.Tensor:

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from quota.arch import model_fingerprint
 from quota.core.errors import CheckpointError, UsageError
-from quota.nn import quantize_rtn, quantize_structure, quantized_linears, quantized_modules
+from quota.models import model_fingerprint
+from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules, weight_bytes
+from quota.models.rtn import quantize_rtn
 from quota.nn.embedding import Rotary
-from quota.nn.structure import weight_bytes
-from tests.models import llava_inputs, tiny_llava
-from tests.nn.recipes import final_states, greedy, single
+from tests.prune.recipes import final_states, greedy, single
+from tests.tiny import llava_inputs, tiny_llava
 
 ALL = ("vision", "projector", "llm")
 

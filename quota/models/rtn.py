@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quota.arch import ArchSpec, find_arch, submodule
+from quota.models import ArchSpec, find_family, submodule
+from quota.models.quantize import Shapes, check_modules, quantize_structure
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
-from quota.nn.structure import Shapes, check_modules, quantize_structure
 from quota.quant.affine import quantize_weight
 from quota.quant.transform import apply_kronecker, hadamard
 
@@ -23,7 +23,7 @@ def quantize_rtn(model: Any, modules: Collection[str] = ("vision", "projector", 
     transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections; over head_dim
     after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every group.
     """
-    chosen, arch = check_modules(modules), find_arch(model)
+    chosen, arch = check_modules(modules), find_family(model)
     weights = {path: _float_group(submodule(model, path.rpartition(".")[0]), parts) for path, parts in groups(arch, chosen).items()}
     shapes: Shapes | None = None if transforms else {f"{arch.decoder_layer(i)}.self_attn.k_bias": () for i in range(arch.layers)}
     quantize_structure(model, chosen, shapes)

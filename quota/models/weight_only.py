@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from quota.arch import ArchSpec, find_arch
 from quota.core.errors import CheckpointError
-from quota.nn.rtn import groups
-from quota.nn.structure import Shapes, check_modules, quantize_structure
+from quota.models import ArchSpec, find_family
+from quota.models.quantize import Shapes, check_modules, quantize_structure
+from quota.models.rtn import groups
 from quota.nn.weight_linear import WeightLinear
 
 
@@ -26,7 +26,7 @@ def linear_paths(arch: ArchSpec, modules: Collection[str]) -> list[str]:
 def weight_only_structure(model: Any, modules: Collection[str], shapes: Shapes | None = None) -> Any:
     """Put empty `WeightLinear`s in place of the float linears, in place; returns `model`. Arguments as of `quantize_structure`; shapes decides which inputs
     have a scale."""
-    for path in linear_paths(find_arch(model), check_modules(modules)):
+    for path in linear_paths(find_family(model), check_modules(modules)):
         parent, _, name = path.rpartition(".")
         old: nn.Linear = model.get_submodule(path)
         new = WeightLinear(

@@ -8,14 +8,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from quota.arch import model_fingerprint
-from quota.nn import QuantAttention, quantize_rtn, quantize_structure, quantized_linears, quantized_modules
+from quota.models import model_fingerprint
+from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules
+from quota.models.rtn import quantize_rtn
+from quota.models.window_tower import MultimodalRotary
+from quota.nn.attention import QuantAttention
 from quota.nn.cache import kv_bytes
 from quota.nn.key_bias import BiasedKv4Layer, QuantBiasedAttention, bias_coefficients
-from quota.nn.qwen2_5_vl import MultimodalRotary
 from quota.ops.qkv_append import apply_rotary
-from tests.models import qwen_inputs, tiny_qwen
-from tests.nn.recipes import final_states, greedy, single
+from tests.prune.recipes import final_states, greedy, single
+from tests.tiny import qwen_inputs, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
 MIXED = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))

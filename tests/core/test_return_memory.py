@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quota.core.pages import release_pages, return_freed_memory
+from quota.core.malloc import release_pages, return_freed_memory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise(MADV_PAGEOUT) is Linux's")
 _BYTES = 32 << 20

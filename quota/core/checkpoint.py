@@ -25,8 +25,8 @@ from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
 from quota.core.version import VERSION
-from quota.nn.structure import MODULES
 
+MODULES = ("vision", "projector", "llm")  # what can be quantized, in the order of a forward pass
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
 INDEX = "model.safetensors.index.json"

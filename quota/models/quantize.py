@@ -7,21 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quota.arch import ArchSpec, find_arch, submodule
+from quota.core.checkpoint import MODULES
 from quota.core.errors import CheckpointError
+from quota.models import ArchSpec, find_family, submodule
+from quota.models.clip import UnusedLayer
+from quota.models.window_tower import MultimodalRotary, PictureByPicture, QuantMerger, QuantWindowAttention
 from quota.nn.attention import QuantAttention, QuantClipAttention
-from quota.nn.clip import UnusedLayer
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.head import HeadLinear
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
 from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
 from quota.nn.norm import RmsNorm
-from quota.nn.qwen2_5_vl import MultimodalRotary, PictureByPicture, QuantMerger, QuantWindowAttention
 from quota.nn.weight_linear import WeightLinear
 from quota.quant.transform import decompose
 
-MODULES = ("vision", "projector", "llm")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -68,7 +68,7 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
     loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left factor before output projections, and
     key biases kept apart. Vision layers whose output is dropped stay as they are and are not computed. Returns `model`.
     """
-    chosen, arch = check_modules(modules), find_arch(model)
+    chosen, arch = check_modules(modules), find_family(model)
     embedding: Any = submodule(model, arch.embed_path)
     device = embedding.weight.device
     build = _Builder(device, shapes)
@@ -177,7 +177,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear | WeightLinear]
 
 def quantized_modules(model: nn.Module) -> tuple[str, ...]:
     """Which of "vision", "projector", "llm" are quantized."""
-    arch, paths = find_arch(model), list(quantized_linears(model))
+    arch, paths = find_family(model), list(quantized_linears(model))
     prefixes = {"vision": arch.encoder_path, "projector": arch.projector_path, "llm": arch.decoder_path}
     return tuple(name for name in MODULES if any(path.startswith(prefixes[name] + ".") for path in paths))
 

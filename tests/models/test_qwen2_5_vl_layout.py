@@ -7,10 +7,10 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from quota.arch import find_arch, model_fingerprint, submodule, vision_macs
-from quota.arch.qwen2_5_vl import axial_rotary, geometry_of
 from quota.core.errors import CheckpointError
-from tests.models import IMAGE_TOKEN, tiny_qwen
+from quota.models import find_family, model_fingerprint, submodule, vision_macs
+from quota.models.qwen2_5_vl import axial_rotary, geometry_of
+from tests.tiny import IMAGE_TOKEN, tiny_qwen
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +19,18 @@ def model():
 
 
 def test_layout(model):
-    arch = find_arch(model)
+    arch = find_family(model)
     assert (arch.name, arch.layers, arch.vision_layers_used, arch.visual_tokens) == ("qwen2_5_vl", 4, 3, None)
     assert (arch.hidden_size, arch.heads, arch.kv_heads, arch.head_dim) == (64, 4, 2, 16)
     for path in (arch.decoder_layer(3), arch.vision_layer(2), arch.projector_path, arch.embed_path, arch.lm_head_path, arch.vision_embed_path, arch.text_path):
         assert submodule(model, path) is model.get_submodule(path)
-    assert find_arch(model.config) == arch
+    assert find_family(model.config) == arch
 
 
 def test_sliding_windows_are_refused(model):
     config = Qwen2_5_VLConfig(text_config={**model.config.text_config.to_dict(), "use_sliding_window": True}, vision_config=model.config.vision_config)
     with pytest.raises(CheckpointError, match="use_sliding_window"):
-        find_arch(config)
+        find_family(config)
 
 
 @pytest.mark.parametrize(("stored", "canonical"), [
@@ -40,7 +40,7 @@ def test_sliding_windows_are_refused(model):
     ("language_model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
 ])  # fmt: skip
 def test_canonical_keys(model, stored, canonical):
-    arch = find_arch(model)
+    arch = find_family(model)
     assert arch.canonical_key(stored) == canonical
     assert arch.canonical_key(canonical) == canonical
     assert all(arch.canonical_key(name) == name for name in model.state_dict())
@@ -53,7 +53,7 @@ def test_saved_checkpoints_have_canonical_names(model, tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = set(file.keys())
     assert any(name.startswith("visual.") for name in stored)  # transformers writes the published names
-    assert {find_arch(model).canonical_key(name) for name in stored} == set(model.state_dict())
+    assert {find_family(model).canonical_key(name) for name in stored} == set(model.state_dict())
 
 
 @pytest.mark.parametrize("grid", [(1, 8, 8), (1, 4, 6), (1, 10, 14), (1, 2, 2)])
@@ -72,7 +72,7 @@ def test_geometry_is_upstreams(model, grid):
 def test_pictures_are_runs_of_image_tokens(model):
     ids = torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 6, 7, IMAGE_TOKEN, 8], [IMAGE_TOKEN, 4, IMAGE_TOKEN, IMAGE_TOKEN, 4, 4, 4], [3] * 7])
     wanted = torch.tensor([[-1, 0, 0, -1, -1, 1, -1], [0, -1, 1, 1, -1, -1, -1], [-1] * 7])
-    assert torch.equal(find_arch(model).image_index(ids), wanted)
+    assert torch.equal(find_family(model).image_index(ids), wanted)
 
 
 def test_fingerprint_survives_dtype_and_not_another_model(model):

@@ -9,16 +9,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from quota.arch import find_arch, model_fingerprint
+from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
-from quota.nn import Manifest, WeightLinear, quantized_linears, save_checkpoint, weight_only_structure
-from quota.nn.weight_only import linear_paths
+from quota.models import find_family, model_fingerprint
+from quota.models.quantize import quantized_linears
+from quota.models.weight_only import linear_paths, weight_only_structure
+from quota.nn.weight_linear import WeightLinear
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_uint4
 from quota.runtime import load
 from quota.runtime.hf import register
-from tests.models import llava_inputs, tiny_llava, tiny_qwen
-from tests.nn.recipes import greedy
+from tests.prune.recipes import greedy
+from tests.tiny import llava_inputs, tiny_llava, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
 
@@ -32,7 +34,7 @@ def fill(new: WeightLinear, old: nn.Linear) -> None:
 
 
 def rounded(model, modules=ALL):
-    old = {path: model.get_submodule(path) for path in linear_paths(find_arch(model), modules)}
+    old = {path: model.get_submodule(path) for path in linear_paths(find_family(model), modules)}
     weight_only_structure(model, modules)
     for path, linear in old.items():
         fill(model.get_submodule(path), linear)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch.spec import ArchSpec, text_sizes
 from quota.core.errors import CheckpointError
+from quota.models.base import ArchSpec, text_sizes
 
 DESCRIPTION = "qwen2_5_vl: windowed vision transformer + 2 x 2 merger + Qwen2 decoder"
 _VISION_DIMS = (

@@ -8,8 +8,8 @@ from quota.core.errors import UsageError
 from quota.core.recipe import Percentiles, ScoreWeights
 from quota.nn.attention import Record
 from quota.nn.padding import real_columns, row_start, start_of_mask
-from quota.nn.recording import causal_lse
-from quota.nn.scores import combine, robust_scale, text_queries, token_signals
+from quota.prune.recording import causal_lse
+from quota.prune.scores import combine, robust_scale, text_queries, token_signals
 
 
 def test_text_queries():

@@ -23,18 +23,18 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from quota import ops
-from quota.arch import ArchSpec, find_arch, submodule
 from quota.core.errors import UsageError
 from quota.core.keep import ATTENTION_SCORES, BEFORE
+from quota.models import ArchSpec, find_family, submodule
+from quota.models.images import Pictures, shown_pictures
 from quota.nn.attention import QuantAttention, Record
-from quota.nn.budget import plan_drops
 from quota.nn.cache import Rows, RowState, kv4_layer, pruned_layer
-from quota.nn.call import Call, LastOutcome, Lengths, Mark, Outcome, Prefill, Stage, ahead_of, continued_positions, prompt_columns
 from quota.nn.padding import real_columns, row_start
-from quota.nn.pictures import Pictures, shown_pictures
-from quota.nn.recording import start_recording, stop_recording
-from quota.nn.scores import text_queries
-from quota.nn.select import Alive, asks_for_pictures, choose
+from quota.prune.budget import plan_drops
+from quota.prune.call import Call, LastOutcome, Lengths, Mark, Outcome, Prefill, Stage, ahead_of, continued_positions, prompt_columns
+from quota.prune.recording import start_recording, stop_recording
+from quota.prune.scores import text_queries
+from quota.prune.select import Alive, asks_for_pictures, choose
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -50,7 +50,7 @@ class Pruner:
     """
 
     def __init__(self, model: Any, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
-        arch = find_arch(model)
+        arch = find_family(model)
         self.text: Any = submodule(model, arch.text_path)
         if any(isinstance(getattr(hook, "__self__", None), Watch) for hook in self.text._forward_pre_hooks.values()):
             raise UsageError("recipe: one is already installed on this model; undo it first")

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.arch import find_arch, model_fingerprint
 from quota.core.recipe import Recipe
+from quota.models import find_family, model_fingerprint
 from quota.runtime.patch import patched
-from tests.models import QWEN_IDS
+from tests.tiny import QWEN_IDS
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 
 
 def recipe_for(model: Any, candidates: tuple[int, ...] = (1, 2, 3), keep: tuple[float, ...] = (0.75, 0.5, 0.25), **fields: Any) -> Recipe:
-    arch = find_arch(model)
+    arch = find_family(model)
     tokens = arch.visual_tokens or REFERENCE_TOKENS
     facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
     base = {
@@ -59,7 +59,7 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def greedy(model: Any, inputs: dict[str, Tensor], tokens: int = 5, **options: Any) -> Any:
     """Greedy decoding of exactly `tokens` tokens; never an image token. Scores are returned too."""
     return model.generate(
-        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[find_arch(model).image_token_id],
+        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[find_family(model).image_token_id],
         return_dict_in_generate=True, output_scores=True, **options,
     )  # fmt: skip
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from quota import ops
 from quota.core.errors import UsageError
 from quota.core.recipe import kept_tokens
-from quota.nn import quantize_rtn
+from quota.models.rtn import quantize_rtn
 from quota.nn.attention import Record
-from quota.nn.pruner import Pruner
-from quota.nn.scores import combine, text_queries, token_signals
+from quota.prune.pruner import Pruner
+from quota.prune.scores import combine, text_queries, token_signals
 from quota.runtime.patch import patched
-from tests.models import IMAGE_TOKEN, llava_inputs, tiny_llava
-from tests.nn.recipes import assert_recomputing_agrees, greedy, recipe_for, single
+from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
+from tests.tiny import IMAGE_TOKEN, llava_inputs, tiny_llava
 
 KINDS = ("float", "quantized", "vision")
 V = 16  # visual tokens of one tiny picture

@@ -13,8 +13,8 @@ from transformers import AutoProcessor
 from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as upstream
 from transformers.processing_utils import ProcessorMixin
 
-from quota.arch.config import refuse_folder_code
 from quota.core.documents import read_object
+from quota.models.config import refuse_folder_code
 
 BACKEND = "pil"
 _CHAT_TEMPLATE = (

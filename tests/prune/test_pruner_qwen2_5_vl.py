@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from quota.core.recipe import kept_tokens
-from quota.nn import quantize_rtn
-from quota.nn.policies import even_sites
+from quota.models.rtn import quantize_rtn
+from quota.prune.policies import even_sites
 from quota.runtime.patch import patched
-from tests.models import IMAGE_TOKEN, qwen_inputs, tiny_qwen
-from tests.nn.recipes import final_states, greedy, recipe_for, single
+from tests.prune.recipes import final_states, greedy, recipe_for, single
+from tests.tiny import IMAGE_TOKEN, qwen_inputs, tiny_qwen
 
 MIXED = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))
 

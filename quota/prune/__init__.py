@@ -1,0 +1,1 @@
+"""Dropping visual tokens inside a model: hooks, scores, policies, budgets."""
