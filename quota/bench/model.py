@@ -6,7 +6,6 @@ Every process prints one JSON document. A request is a picture of 576 visual tok
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -100,18 +99,16 @@ def request(model: Any) -> dict[str, Any]:
     from quota.bench.archs import VISUAL_TOKENS
     from quota.models import find_family
 
-    arch, generator = find_family(model), torch.Generator().manual_seed(0)
-    text = torch.randint(3, min(30000, arch.image_token_id), (1, TEXT_TOKENS), generator=generator)
-    picture, vision = torch.full((1, VISUAL_TOKENS), arch.image_token_id), model.config.vision_config
-    ids = torch.cat([text[:, :_LEADING_TEXT], picture, text[:, _LEADING_TEXT:]], 1)
+    family, generator = find_family(model), torch.Generator().manual_seed(0)
+    text = torch.randint(3, min(30000, family.image_token_id), (1, TEXT_TOKENS), generator=generator)
+    image = torch.full((1, VISUAL_TOKENS), family.image_token_id)
+    ids = torch.cat([text[:, :_LEADING_TEXT], image, text[:, _LEADING_TEXT:]], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if arch.visual_tokens is not None:
-        size: tuple[int, ...] = (1, 3, vision.image_size, vision.image_size)
-    else:
-        side = arch.merge * math.isqrt(VISUAL_TOKENS)
-        size = (side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
-        inputs |= {"image_grid_thw": torch.tensor([[1, side, side]]), "mm_token_type_ids": (ids == arch.image_token_id).int()}
-    return inputs | {"pixel_values": torch.randn(size, generator=generator).to(model.dtype)}
+    shape, grid = family.pixel_shape(VISUAL_TOKENS)
+    if grid is not None:
+        inputs |= {"image_grid_thw": torch.tensor([grid]), "mm_token_type_ids": (ids == family.image_token_id).int()}
+    pixels = torch.randn(shape if grid is not None else (1, *shape), generator=generator)
+    return inputs | {"pixel_values": pixels.to(model.dtype)}
 
 
 def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "sdpa") -> Any:
@@ -121,9 +118,9 @@ def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "
 
     from quota.models import find_family, submodule
 
-    arch = find_family(config)
+    family = find_family(config)
     with torch.device("meta"):
-        model: Any = getattr(transformers, arch.model_class)._from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Any = getattr(transformers, family.model_class)._from_config(config, dtype=dtype, attn_implementation=attention)
     model = model.to_empty(device=device)
     first: dict[Any, Any] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -134,7 +131,7 @@ def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "
             tensor.data.copy_(first[kind])
         else:
             first[kind] = tensor.data.fill_(1) if tensor.ndim == 1 else tensor.data.normal_(0, 0.02)
-    text, tower = model.model.language_model, submodule(model, arch.vision_path)
+    text, tower = model.model.language_model, submodule(model, family.vision_path)
     text.rotary_emb = type(text.rotary_emb)(config=config.text_config)
     if hasattr(tower, "rotary_pos_emb"):
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)  # type: ignore[operator]

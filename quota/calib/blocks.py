@@ -1,6 +1,6 @@
 """Calibration blocks: upstream float blocks whose linears are replaced by projection groups and whose attention is ours.
 
-The upstream forward stays. Which groups a block has, their names and merges: `quota.calib.families`.
+The upstream forward stays. Which groups a block has, their names and what absorbs a diagonal: `quota.models.base.Group`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from quota.calib.families import NORMS, PLANS, Grid, GroupPlan, attention_name, run_windows
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup
+from quota.models.base import Family, Group, Part
+from quota.models.images import PatchGrid
 from quota.ops.qkv_append import apply_rotary
 from quota.quant.transform import decompose
 
@@ -33,7 +34,7 @@ class Batch:
     valid: Tensor
     positions: Tensor | None = None
     visual: Tensor | None = None
-    grids: list[Grid] | None = None
+    grids: list[PatchGrid] | None = None
 
 
 def calibration_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
@@ -55,15 +56,14 @@ def calibration_attention(module: nn.Module, query: Tensor, key: Tensor, value: 
 class Block(nn.Module):
     """One float block of the model; `quantize_linears` turns it into a calibration block in place.
 
-    layer: the upstream module with real float32 weights. kind: "decoder", "vision" or "projector". path: its name in the model. family: the
-    architecture's name. config: the text or vision configuration. rotary: the decoder's rotary embedding module.
+    layer: the upstream module with real float32 weights. kind: its part. path: its name in the model. rotary: the decoder's rotary embedding module.
     """
 
-    def __init__(self, layer: nn.Module, kind: str, path: str, family: str, config: Any, rotary: nn.Module | None = None) -> None:
+    def __init__(self, layer: nn.Module, kind: Part, path: str, family: Family, rotary: nn.Module | None = None) -> None:
         super().__init__()
         self.layer, self.kind, self.path, self.family, self.rotary = layer, kind, path, family, rotary
-        self.plans = PLANS[family][kind]
-        self.config = copy.deepcopy(config)
+        self.plans = family.groups[kind]
+        self.config = copy.deepcopy(family.config_of(kind))
         self.groups = nn.ModuleDict()
         self.heads: HeadTransforms | None = None
         self.key_bias: Tensor | None = None
@@ -76,20 +76,14 @@ class Block(nn.Module):
     @property
     def attention(self) -> Any:
         """The block's attention module."""
-        return self.layer.get_submodule(attention_name(self.family, self.kind))
+        return self.layer.get_submodule(self.family.attention[self.kind])
 
     def forward(self, batch: Batch) -> Tensor:
         """Block output [B, S, C]; rows beyond `valid` are meaningless."""
         if self.kind == "projector":
-            hidden = batch.hidden
-            if self.family == "qwen2_5_vl":  # its merger normalises single patches and flattens the batch
-                hidden = hidden.reshape(-1, self.config.hidden_size)
-            return self.layer(hidden).view(*batch.hidden.shape[:2], -1)
-        if batch.grids is not None:
-            whole = int(self.path.rpartition(".")[2]) in self.config.fullatt_block_indexes
-            return run_windows(self.layer, batch.hidden, batch.valid, batch.grids, whole)
+            return self.family.projector_block(self.layer, batch.hidden)
         if self.kind == "vision":
-            return self.layer(batch.hidden, attention_mask=None)
+            return self.family.tower_block(self.layer, int(self.path.rpartition(".")[2]), batch.hidden, batch.valid, batch.grids)
         assert self.rotary is not None and batch.positions is not None
         positions = batch.positions if batch.positions.ndim == 2 else batch.positions.permute(2, 0, 1)
         rotary = self.rotary(batch.hidden, positions)
@@ -114,7 +108,7 @@ class Block(nn.Module):
                 parent, _, leaf = part.rpartition(".")
                 setattr(self.layer.get_submodule(parent), leaf, GroupPart(group, index))
 
-    def _build_group(self, plan: GroupPlan, linears: list[nn.Linear]) -> ProjectionGroup:
+    def _build_group(self, plan: Group, linears: list[nn.Linear]) -> ProjectionGroup:
         if plan.value == "columns":
             assert self.heads is not None
             left, right = linears[0].in_features // self.heads.value.shape[0], 0
@@ -123,7 +117,7 @@ class Block(nn.Module):
         total = sum(linear.out_features for linear in linears)
         rows = slice(total - (total // 3 if plan.fused else linears[-1].out_features), total) if plan.value == "rows" else None
         left = 0 if left == 1 else left
-        return ProjectionGroup(linears, left, right, plan.merge is not None, self.heads if plan.value else None, rows)
+        return ProjectionGroup(linears, left, right, plan.absorbs is not None, self.heads if plan.value else None, rows)
 
     def set_mode(self, mode: str) -> None:
         """Switch every group and the head transforms (see flatquant.MODES)."""
@@ -136,7 +130,7 @@ class Block(nn.Module):
         """The groups in the order they run; empty while the block is float."""
         return list(self.groups.values())  # type: ignore[arg-type]
 
-    def _group(self, plan: GroupPlan) -> ProjectionGroup:
+    def _group(self, plan: Group) -> ProjectionGroup:
         return self.groups[_key(plan.name)]  # type: ignore[return-value]
 
     def matrices(self) -> list[nn.Parameter]:
@@ -177,13 +171,13 @@ class Block(nn.Module):
             first = self.attention.config.num_attention_heads * self.attention.head_dim
             out[f"{self.path}.self_attn.qkv_proj.bias"][first : first + self.key_bias.numel()] = 0
         for name, tensor in self.layer.named_parameters():  # what is left of the float block: the norms
-            if "." in name and name.rpartition(".")[0] in NORMS:
+            if name.rpartition(".")[0] in self.family.norms[self.kind]:
                 out[f"{self.path}.{name}"] = tensor.detach().cpu().float().clone()
         for plan in self.plans:
             diag = self._group(plan).diag()
             if diag is None:
                 continue
-            if plan.merge == "up":  # up's rows divided by c: its integers stay, its scales change
+            if plan.absorbs == "up":  # up's rows divided by c: its integers stay, its scales change
                 scale = out[f"{self.path}.mlp.gate_up_proj.w_scale"]
                 scale[-diag.numel() :] /= diag
                 bias = out.get(f"{self.path}.mlp.gate_up_proj.bias")
@@ -191,7 +185,7 @@ class Block(nn.Module):
                     bias[-diag.numel() :] /= diag
                 continue
             for name in ("weight", "bias"):
-                key = f"{self.path}.{plan.merge}.{name}"
+                key = f"{self.path}.{plan.absorbs}.{name}"
                 if key in out:
                     out[key] /= diag
         return out

@@ -38,12 +38,12 @@ def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
 @torch.inference_mode()
 def attention_statistics(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> list[AttentionSample]:
     """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer, unpruned."""
-    arch = find_family(model)
-    layers: Any = submodule(model, arch.text_path).layers  # type: ignore[union-attr]
+    family = find_family(model)
+    layers: Any = submodule(model, family.text_path).layers  # type: ignore[union-attr]
     out = []
     for done, sample in enumerate(samples, start=1):
         inputs = encode(processor, sample)
-        visual = inputs["input_ids"] == arch.image_token_id
+        visual = inputs["input_ids"] == family.image_token_id
         if bool(visual.any()):
             out.append(_watched(model, layers, inputs, visual))
         if tell:
@@ -77,12 +77,12 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> dict[int, float]:
     """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution, in nats, when all visual
     tokens leave before that layer."""
-    arch = find_family(model)
-    plans = {layer: _withdrawal(model, layer) for layer in range(1, arch.layers)}
+    family = find_family(model)
+    plans = {layer: _withdrawal(model, layer) for layer in range(1, family.layers)}
     seen: dict[int, list[float]] = {layer: [] for layer in plans}
     for done, sample in enumerate(samples, start=1):
         inputs = encode(processor, sample)
-        if bool((inputs["input_ids"] == arch.image_token_id).any()):
+        if bool((inputs["input_ids"] == family.image_token_id).any()):
             whole = _next(model, inputs)
             for layer, plan in plans.items():
                 pruner = Pruner(model, plan)
@@ -103,9 +103,9 @@ def _next(model: Any, inputs: Any) -> Tensor:
 
 
 def _withdrawal(model: Any, layer: int) -> Recipe:
-    arch = find_family(model)
-    tokens = arch.visual_tokens or 1  # any number will do to keep nothing of it
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
+    family = find_family(model)
+    tokens = family.visual_tokens or 1  # any number will do to keep nothing of it
+    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": family.layers, "visual_tokens": tokens}
     return Recipe.parse({
         "method": "vtw", "regime": "any", "model": facts, "candidates": [layer], "keep": [0.0], "final_keep": 0.0,
         "reference_tokens": tokens, "selections": [{"score": "none"}],

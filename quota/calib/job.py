@@ -13,7 +13,6 @@ from typing import Any, Literal, TypedDict
 from tqdm import tqdm
 
 from quota.calib.export import float_names, processor_of
-from quota.calib.families import Grid
 from quota.calib.plan import BlockSize, Plan, block_seconds, measured_rate, peak_memory
 from quota.calib.samples import Samples, check_texts, encode
 from quota.calib.settings import METHODS, MODULES, Settings, default_settings
@@ -24,6 +23,7 @@ from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
 from quota.core.recipe import BEFORE, Recipe
 from quota.core.version import VERSION
+from quota.models.images import PatchGrid
 from quota.models.processing import image_backend
 
 
@@ -75,7 +75,7 @@ class Job:
             raise UsageError(f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}")
         self.settings = settings if steps is None else replace(settings, steps=steps)
         if self.recipe is not None:
-            self.recipe.check_model(source.fingerprint, source.arch.layers, source.arch.model_class)
+            self.recipe.check_model(source.fingerprint, source.family.layers, source.family.model_class)
         self.folder = _check_out(out, source.folder)
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.resume, self.overwrite = options.get("resume", True), options.get("overwrite", False)
@@ -93,25 +93,25 @@ class Job:
         return every if self.samples is not None else (step for step in every if self.is_quantized(step))
 
     def _every_step(self) -> Iterator[Step]:
-        arch = self.source.arch
-        yield Step("images", arch.vision_path)
-        for index in range(arch.vision_layers_used):
-            yield Step("vision", arch.vision_layer(index), index)
-        yield Step("features", arch.vision_path)
-        yield Step("projector", arch.projector_path)
+        family = self.source.family
+        yield Step("images", family.vision_path)
+        for index in range(family.vision_layers_used):
+            yield Step("vision", family.vision_layer(index), index)
+        yield Step("features", family.vision_path)
+        yield Step("projector", family.projector_path)
         if "llm" not in self.modules:
             return
-        yield Step("text", arch.embed_path)
+        yield Step("text", family.embed_path)
         candidates = self.recipe.candidates if self.recipe else ()
         if BEFORE in candidates:
-            yield Step("score", arch.decoder_layer(0), BEFORE)
-            yield Step("gather", arch.decoder_layer(0), BEFORE)
-        for index in range(arch.layers):
+            yield Step("score", family.decoder_layer(0), BEFORE)
+            yield Step("gather", family.decoder_layer(0), BEFORE)
+        for index in range(family.layers):
             if index in candidates:
-                yield Step("gather", arch.decoder_layer(index), index)
+                yield Step("gather", family.decoder_layer(index), index)
             if index + 1 in candidates:
-                yield Step("score", arch.decoder_layer(index), index + 1)
-            yield Step("decoder", arch.decoder_layer(index), index)
+                yield Step("score", family.decoder_layer(index), index + 1)
+            yield Step("decoder", family.decoder_layer(index), index)
 
     def is_quantized(self, step: Step) -> bool:
         """Whether the step calibrates a block."""
@@ -122,18 +122,18 @@ class Job:
         return [step.path for step in self.steps if self.is_quantized(step)]
 
     @cached_property
-    def prompts(self) -> list[tuple[list[int], Grid | None]]:
+    def prompts(self) -> list[tuple[list[int], PatchGrid | None]]:
         """Of every sample its token ids and, where resolution is dynamic, its picture's patch grid. Everything is encoded once, before the work."""
         out = []
         for sample in self.samples or ():
             encoded = encode(self.processor, sample, answer=True)
-            grid = tuple(encoded["image_grid_thw"][0].tolist()) if "image_grid_thw" in encoded else None
-            out.append((encoded["input_ids"][0].tolist(), grid))
+            grids = [image.grid for image in self.source.family.images(encoded)]
+            out.append((encoded["input_ids"][0].tolist(), grids[0] if grids else None))
         return out
 
     @cached_property
-    def grids(self) -> list[Grid | None]:
-        """Of every picture, in order: None for an architecture of one picture size."""
+    def grids(self) -> list[PatchGrid | None]:
+        """Of every picture, in order: None for a family of one image size."""
         return [grid for (_, grid), sample in zip(self.prompts, self.samples or (), strict=True) if sample.image_bytes is not None]
 
     def settings_of_result(self) -> dict[str, Any]:
@@ -198,40 +198,39 @@ class Job:
     def _cost(self, step: Step, rate: float) -> tuple[float, float]:
         lengths = self._lengths(step)
         if step.kind in ("images", "features", "text", "gather"):
-            return 1e-3 * len(lengths) + sum(lengths) * self.source.arch.hidden_size * 64 / rate, 0.0
+            return 1e-3 * len(lengths) + sum(lengths) * self.source.family.hidden_size * 64 / rate, 0.0
         if step.kind == "score":
             return 2 * block_seconds(self.block_size(step), lengths, None, self.settings, rate)[0], 0.0
         return block_seconds(self.block_size(step), lengths, self.method if self.is_quantized(step) else None, self.settings, rate)
 
     def _lengths(self, step: Step) -> list[int]:
         """Rows of each item in the stream that the step reads."""
-        arch, text = self.source.arch, step.kind not in ("images", "vision", "features", "projector")
+        family, text = self.source.family, step.kind not in ("images", "vision", "features", "projector")
         if not text:
-            rows = [arch.visual_tokens + int(arch.drops_cls) if grid is None else grid[1] * grid[2] for grid in self.grids]  # type: ignore[operator]
-            merge = self.source.config.vision_config.spatial_merge_size**2 if arch.visual_tokens is None else 1
-            return [n // merge for n in rows] if step.kind == "projector" else rows
+            rows = [family.tower_rows(grid) for grid in self.grids]
+            return [n // family.merge**2 for n in rows] if step.kind == "projector" else rows
         share = 1.0
         for candidate, keep in zip(self.recipe.candidates, self.recipe.keep, strict=True) if self.recipe else ():
             if candidate < step.index or (candidate == step.index and step.kind == "decoder"):
                 share = keep
-        visual = [sum(token == arch.image_token_id for token in ids) for ids, _ in self.prompts]
+        visual = [sum(token == family.image_token_id for token in ids) for ids, _ in self.prompts]
         return [len(ids) - n + round(share * n) for (ids, _), n in zip(self.prompts, visual, strict=True)]
 
     def block_size(self, step: Step) -> BlockSize:
         """Of the block at the step's path."""
-        width = self.source.arch.vision_hidden_size if step.kind == "vision" else self.source.arch.hidden_size
+        width = self.source.family.vision_hidden_size if step.kind == "vision" else self.source.family.hidden_size
         return BlockSize.of(self.source.skeleton.get_submodule(step.path), width)
 
     def plan(self) -> Plan:
         """What a run takes. Encodes the samples; writes nothing."""
-        arch = self.source.arch
+        family = self.source.family
         blocks = [step for step in self.steps if step.kind in ("vision", "projector", "decoder")]
         sizes = {step.path: self.block_size(step) for step in blocks}
         stored = sum(sizes[path].quantized_bytes(self.method) for path in self.quantized_paths())
         rest = sum(self.source.stored[name][1] + 256 for name in float_names(self.source, self.quantized_paths()))
         rest += sum(path.stat().st_size for path in self.source.files() if path.suffix != ".safetensors") + 2**17
-        rows = [(self._lengths(step), arch.vision_hidden_size if step.kind in ("vision", "features") else arch.hidden_size) for step in self.steps]
-        rows += [(self._lengths(step), 4 * arch.vision_hidden_size) for step in self.steps if step.kind == "projector"]
+        rows = [(self._lengths(step), family.vision_hidden_size if step.kind in ("vision", "features") else family.hidden_size) for step in self.steps]
+        rows += [(self._lengths(step), 4 * family.vision_hidden_size) for step in self.steps if step.kind == "projector"]
         element = 4 if self.settings.stream_dtype == "float32" else 2
         streams = max((sum(lengths) * width for lengths, width in rows), default=0) * element * (2 if self.settings.inputs == "float" else 4)
         tokens = sum(len(ids) for ids, _ in self.prompts)

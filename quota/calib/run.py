@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from quota.calib.work import WorkFolder
 from quota.core.errors import UsageError
 from quota.core.files import check_space
 from quota.core.recipe import BEFORE
-from quota.models.images import Pictures, Shown, shown_pictures
+from quota.models.base import Part
+from quota.models.images import ImageInput, Pictures, Shown
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,12 @@ def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str,
 
 
 def _decoder_block(job: Job, index: int) -> Block:
-    return job.source.block("decoder", job.source.arch.decoder_layer(index), job.settings.device)
+    return job.source.block("decoder", job.source.family.decoder_layer(index), job.settings.device)
 
 
 def _pictures(job: Job, work: WorkFolder, item: int) -> Pictures:
     shown = [Shown(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
-    return Pictures.of(job.source.arch.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
+    return Pictures.of(job.source.family.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
 
 
 def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
@@ -169,29 +170,28 @@ def _embed_images(job: Job, work: WorkFolder) -> Stream:
     grids = job.grids
     shown: list[list[tuple[str, tuple[int, int] | None]]] = []
 
-    def pixels() -> Iterator[torch.Tensor]:
+    def images() -> Iterator[ImageInput]:
         for sample in job.samples or ():
             encoded = encode(job.processor, sample, answer=True)
             ids.append(encoded["input_ids"][0].tolist())
-            pictures = shown_pictures(encoded["pixel_values"], encoded.get("image_grid_thw"), job.source.arch.merge) if "pixel_values" in encoded else []
-            shown.append([(picture.digest, picture.grid) for picture in pictures])
-            if "pixel_values" in encoded:
-                yield encoded["pixel_values"]
+            own = job.source.family.images(encoded)
+            shown.append([(seen.digest, seen.grid) for seen in map(job.source.family.shown, own)])
+            yield from own
 
-    stream = embed_images(job.source, pixels(), grids, work.stream_path("float"), job.settings.stream_dtype)
+    stream = embed_images(job.source, images(), grids, work.stream_path("float"), job.settings.stream_dtype)
     work.notes["ids"], work.notes["grids"], work.notes["shown"] = ids, [grid for grid in grids if grid is not None], shown
     return stream
 
 
 def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str, Stream]:
     settings, source = job.settings, job.source
-    block = source.block(step.kind, step.path, settings.device)
+    block = source.block(cast(Part, step.kind), step.path, settings.device)
     if job.samples is None:
         tensors = round_weights(block)
         work.save_block(step.path, tensors, {"name": step.path})
         ticks.calibrated(1)
         return {}
-    width = source.arch.hidden_size if step.kind == "projector" else None
+    width = source.family.hidden_size if step.kind == "projector" else None
     inputs = work.streams["float"]
     outputs = inputs.like(work.stream_path("float"), width)
     advance(block, inputs, outputs, settings.batch, settings.device)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quota.core import images
 from quota.core.documents import read_text
 from quota.core.errors import ImageError, SampleError
-from quota.models.processing import reserved_mark
+from quota.models.processing import render, reserved_mark, user_turn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -181,13 +181,7 @@ def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
     """
     check_texts(processor, [sample])
     picture = sample.image()
-    content = [{"type": "text", "text": sample.instruction}]
-    if picture is not None:
-        content.insert(0, {"type": "image"})
-    if getattr(processor, "chat_template", None):
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        text = f"USER: {'<image>' + chr(10) if picture is not None else ''}{sample.instruction} ASSISTANT:"
+    text = render(processor, user_turn(sample.instruction, int(picture is not None)))
     if answer and sample.answer:
         text = f"{text}{'' if text.endswith(chr(10)) else ' '}{sample.answer}"
     if picture is None:

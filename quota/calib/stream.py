@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quota.calib.blocks import Batch, Block
-from quota.calib.families import Grid, Tower, decoder_positions, decoder_rotary
 from quota.core.errors import CheckpointError
 from quota.core.files import naming, read_at, reserve, sha256_file, write_at
 from quota.core.folders import resolve_folder
-from quota.models import ArchSpec, find_family, fingerprint
+from quota.models import Family, find_family, fingerprint
+from quota.models.base import Part
 from quota.models.config import read_config
+from quota.models.images import ImageInput, PatchGrid
 from quota.prune.scores import text_queries
 
 # Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
@@ -42,7 +43,7 @@ class FloatSource:
         self.config: Any = read_config(self.folder)
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model")
-        self.arch: ArchSpec = find_family(self.config)
+        self.family: Family = find_family(self.config)
         self.stored: dict[str, tuple[tuple[int, ...], int]] = {}  # canonical name -> (shape, bytes)
         self._index = self._build_index()
         self._open: dict[str, Any] = {}
@@ -68,7 +69,7 @@ class FloatSource:
             try:
                 with safe_open(self.folder / name, "pt") as handle:
                     for key in handle.keys():  # noqa: SIM118 - not a dict
-                        canonical, found = self.arch.canonical_key(key), handle.get_slice(key)
+                        canonical, found = self.family.canonical_key(key), handle.get_slice(key)
                         shape = tuple(found.get_shape())
                         index[canonical], self.stored[canonical] = (name, key), (shape, math.prod(shape) * _WIDTHS.get(found.get_dtype(), 8))
             except (OSError, SafetensorError) as error:
@@ -79,7 +80,7 @@ class FloatSource:
         import transformers
 
         with torch.device("meta"):
-            return getattr(transformers, self.arch.model_class)(self.config)
+            return getattr(transformers, self.family.model_class)(self.config)
 
     def _check_complete(self) -> None:
         """CheckpointError naming the tensors that the model has and the files lack, or hold in another shape: before hours of work, not at their block."""
@@ -98,7 +99,7 @@ class FloatSource:
     @property
     def fingerprint(self) -> str:
         """`quota.models.model_fingerprint` of this checkpoint."""
-        return fingerprint(self.config, self.tensor(f"{self.arch.embed_path}.weight"))
+        return fingerprint(self.config, self.tensor(f"{self.family.embed_path}.weight"))
 
     def files(self) -> list[Path]:
         """The files of the folder that a calibration reads, sorted."""
@@ -141,12 +142,10 @@ class FloatSource:
                 setattr(module.get_submodule(parent), leaf, fresh)
         return module.eval().requires_grad_(False)
 
-    def block(self, kind: str, path: str, device: str = "cpu") -> Block:
+    def block(self, kind: Part, path: str, device: str = "cpu") -> Block:
         """A calibration `Block` at `path`, still float."""
-        text = self.config.text_config
-        rotary = decoder_rotary(self.arch.name, text).to(device) if kind == "decoder" else None
-        config = text if kind == "decoder" else self.config.vision_config
-        return Block(self.module(path, device), kind, path, self.arch.name, config, rotary)
+        rotary = self.family.float_rotary().to(device) if kind == "decoder" else None
+        return Block(self.module(path, device), kind, path, self.family, rotary)
 
 
 class Stream:
@@ -172,7 +171,7 @@ class Stream:
         self.roles = np.zeros(total, np.int8)
         self.columns = np.zeros(total, np.int32)
         self.images: list[tuple[int, ...]] = [()] * len(self.lengths)
-        self.grids: list[Grid] = []
+        self.grids: list[PatchGrid] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -257,42 +256,45 @@ def advance(block: Block, source: Stream, target: Stream, batch: int, device: st
 
 
 @torch.no_grad()
-def embed_images(source: FloatSource, pixels: Iterable[Tensor], grids: Sequence[Grid | None], path: Path, dtype: str) -> Stream:
-    """What the tower's first block reads of each picture. pixels: one tensor per picture, as the processor makes it; grids: its patch grid, None for an
-    architecture of one picture size."""
-    tower = Tower(source)
-    stream = Stream(path, source.arch.vision_hidden_size, [tower.rows(grid) for grid in grids], dtype, create=True)
+def embed_images(source: FloatSource, images: Iterable[ImageInput], grids: Sequence[PatchGrid | None], path: Path, dtype: str) -> Stream:
+    """What the tower's first block reads of each image. grids: the patch grid of every image, None for a family of one image size: lengths are known before
+    pixels arrive."""
+    family, module = source.family, lru_cache(source.module)
+    stream = Stream(path, family.vision_hidden_size, [family.tower_rows(grid) for grid in grids], dtype, create=True)
     stream.grids = [grid for grid in grids if grid is not None]
-    for item, (picture, grid) in enumerate(zip(pixels, grids, strict=True)):
-        stream.write(item, tower.embed(picture, grid))
+    for item, image in enumerate(images):
+        stream.write(item, family.tower_input(module, image))
     return stream
 
 
 def select_features(source: FloatSource, stream: Stream, path: Path) -> Stream:
-    """What the projector reads: LLaVA's stream without the class token, Qwen2.5-VL's with the patches of a visual token side by side, in raster order."""
-    tower = Tower(source)
-    sizes = [tower.feature_size(n, stream.width) for n in stream.lengths]
-    out = stream.like(path, width=sizes[0][1] if sizes else None, lengths=[rows for rows, _ in sizes])
+    """What the projector reads of each image: a row per visual token, in raster order."""
+
+    def rows(item: int, hidden: Tensor) -> Tensor:
+        return source.family.projector_rows(hidden, stream.grids[item] if stream.grids else None)
+
+    sizes = [tuple(rows(item, torch.empty(n, stream.width, device="meta")).shape) for item, n in enumerate(stream.lengths)]
+    out = stream.like(path, width=sizes[0][1] if sizes else None, lengths=[size[0] for size in sizes])
     for item in range(len(stream)):
-        out.write(item, tower.features(stream.read(item), stream.grids[item] if stream.grids else None))
+        out.write(item, rows(item, stream.read(item)))
     return out
 
 
-def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[Grid] = ()) -> Stream:
+def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[PatchGrid] = ()) -> Stream:
     """The decoder's input stream: word embeddings with the projected pictures in their places.
 
     ids: one int64 tensor [length] per sample, pictures (and their patch grids, where resolution is dynamic) in order of appearance over all samples.
     CheckpointError when counts disagree.
     """
-    arch = source.arch
-    table = source.tensor(f"{arch.embed_path}.weight")
-    out = images.like(path, width=arch.hidden_size, lengths=[len(sample) for sample in ids])
-    if arch.visual_tokens is None:
-        out.positions = np.zeros((len(out.positions), 3), np.int32)
+    family = source.family
+    table = source.tensor(f"{family.embed_path}.weight")
+    out = images.like(path, width=family.hidden_size, lengths=[len(sample) for sample in ids])
+    if family.axes > 1:
+        out.positions = np.zeros((len(out.positions), family.axes), np.int32)
     first = 0
     for item, sample in enumerate(ids):
         hidden = table[sample].float()
-        number = arch.image_index(sample[None])[0]
+        number = family.image_index(sample[None])[0]
         own = list(range(first, first + int(number.max()) + 1))
         counts = tuple(int((number == i).sum()) for i in range(len(own)))
         if own and (own[-1] >= len(images) or counts != tuple(images.lengths[i] for i in own)):
@@ -302,7 +304,8 @@ def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path:
             hidden[number >= 0] = torch.cat([images.read(i) for i in own])
         out.write(item, hidden)
         rows = out.rows(item)
-        out.positions[rows] = decoder_positions(arch, source.skeleton, sample, [grids[i] for i in own] if grids else []).numpy()
+        positions = family.positions(source.skeleton, sample, [grids[i] for i in own] if grids else []).T
+        out.positions[rows] = (positions if family.axes > 1 else positions[:, 0]).numpy()
         out.roles[rows], out.columns[rows], out.images[item] = _roles(number >= 0), np.arange(len(sample)), counts
         first += len(own)
     return out

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from quota.calib.blocks import Block
-from quota.calib.families import NORMS, GroupPlan
 from quota.calib.learn import BlockReport, Lesson, Scorer, decibels, split
 from quota.calib.settings import Settings
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
+from quota.models.base import Group
 from quota.quant.awq import awq, search_scale
 from quota.quant.gptq import Hessian, gptq
 from quota.quant.grouped import dequantize_groups, round_groups
@@ -121,7 +121,7 @@ def _observe(block: Block, source: Stream, items: list[int], method: str, settin
     return seen
 
 
-def _gptq(block: Block, plan: GroupPlan, seen: Seen) -> dict[str, Codes]:
+def _gptq(block: Block, plan: Group, seen: Seen) -> dict[str, Codes]:
     """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
     assert seen.hessian is not None
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
@@ -133,7 +133,7 @@ def _gptq(block: Block, plan: GroupPlan, seen: Seen) -> dict[str, Codes]:
     return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
 
 
-def _scale(block: Block, plan: GroupPlan, seen: Seen, input_scales: dict[str, Tensor]) -> Tensor:
+def _scale(block: Block, plan: Group, seen: Seen, input_scales: dict[str, Tensor]) -> Tensor:
     """Search and apply the scale of a group's inputs; returns the rows it will then read."""
     linears: list[Any] = [block.layer.get_submodule(part) for part in plan.parts]
     s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude)
@@ -148,12 +148,12 @@ def _scale(block: Block, plan: GroupPlan, seen: Seen, input_scales: dict[str, Te
     return seen.rows / s
 
 
-def _absorber(block: Block, plan: GroupPlan, size: int) -> list[Tensor] | None:
+def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
     """The tensors whose rows produce the group's input channels, as views to divide in place; None where there are none."""
     layer = block.layer
-    if plan.merge in NORMS:
-        return [tensor.data for tensor in layer.get_submodule(plan.merge).parameters()]
-    if plan.merge == "up":
+    if plan.absorbs in block.family.norms[block.kind]:
+        return [tensor.data for tensor in layer.get_submodule(plan.absorbs).parameters()]
+    if plan.absorbs == "up":
         return [tensor.data for tensor in layer.get_submodule("mlp.up_proj").parameters()]
     if plan.value == "columns":
         producer = next(other for other in block.plans if other.value == "rows")

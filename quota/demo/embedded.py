@@ -49,7 +49,7 @@ def sources(family: str | None, model: str | None, samples: Path | None) -> tupl
         return str(found.checkpoint), samples or found.samples
     if family is not None:
         raise UsageError("--family: names an embedded model, and --model another one; give one of them")
-    return model, samples or assets.folder_of(FloatSource(model).arch.name) / "calibration" / "samples.json"
+    return model, samples or assets.folder_of(FloatSource(model).family.name) / "calibration" / "samples.json"
 
 
 def is_dynamic(config: Any) -> bool:

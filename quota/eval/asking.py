@@ -102,7 +102,7 @@ def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new
 def _token_grids(model: Any, inputs: dict[str, Tensor]) -> list[tuple[int, int]] | None:
     if "image_grid_thw" not in inputs:
         return None
-    side = model.config.vision_config.spatial_merge_size
+    side = find_family(model).merge
     return [(rows // side, columns // side) for _, rows, columns in inputs["image_grid_thw"].tolist()]
 
 

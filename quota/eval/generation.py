@@ -15,18 +15,15 @@ from quota.core.errors import SampleError, UsageError
 from quota.eval.gpu import GpuCost, measured, together
 from quota.eval.questions import Question
 from quota.models import find_family
-from quota.models.processing import reserved_mark
+from quota.models.processing import render, reserved_mark, user_turn
 from quota.nn.cache import kv_bytes, stored_tokens
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
 
 
 def render_prompt(processor: Any, instruction: str, images: int) -> str:
-    """The chat template's single-turn prompt; LLaVA-1.5's own form where a processor has no template."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": instruction}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-    return "USER: " + "<image>\n" * images + f"{instruction} ASSISTANT:"
+    """A single question as the processor takes it."""
+    return render(processor, user_turn(instruction, images))
 
 
 def check_questions(processor: Any, questions: Sequence[Question]) -> None:

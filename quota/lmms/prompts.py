@@ -11,17 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL.Image import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from quota.core.errors import UsageError
 from quota.core.images import to_rgb
 from quota.eval.generation import render_prompt
+from quota.models import find_family
 from quota.models.processing import reserved_mark
-
-TOKEN_PX = 28  # side of a visual token of the published Qwen2.5-VL checkpoints
-PIXELS = (256 * TOKEN_PX**2, 1_605_632)  # limits the built-in `qwen2_5_vl` gives to the processor
-_FETCHED = (4 * TOKEN_PX**2, 16_384 * TOKEN_PX**2)  # limits of qwen-vl-utils, which resizes first
-MAX_NEW_TOKENS = {"llava": 1024, "qwen2_5_vl": 128}  # where a task sets none
 
 
 @dataclass(frozen=True)
@@ -65,24 +60,9 @@ class Wrapper:
     """Renders conversations for one checkpoint. pixels: (fewest, most) per picture for Qwen2.5-VL; None takes the built-in wrapper's."""
 
     def __init__(self, config: Any, processor: Any, pixels: tuple[int | None, int | None] = (None, None)) -> None:
-        self.processor, self.family = processor, config.model_type
-        vision = config.vision_config
-        # other token sizes are not what the built-in wrapper is written for: their own processor decides alone
-        self._refetch = self.family == "qwen2_5_vl" and vision.patch_size * vision.spatial_merge_size == TOKEN_PX
-        if self.family != "qwen2_5_vl":
-            if pixels != (None, None):
-                raise UsageError(f"min_pixels, max_pixels: expected none for {self.family}, whose pictures have one size")
-            return
-        size = processor.image_processor.size
-        usual = PIXELS if self._refetch else (size["shortest_edge"], size["longest_edge"])
-        fewest, most = (given or own for given, own in zip(pixels, usual, strict=True))
-        if fewest > most:
-            raise UsageError(f"min_pixels: expected at most max_pixels ({most}), got {fewest}")
-        processor.image_processor.size = {"shortest_edge": fewest, "longest_edge": most}
-
-    @property
-    def max_new_tokens(self) -> int:
-        return MAX_NEW_TOKENS.get(self.family, 1024)
+        self.processor, family = processor, find_family(config)
+        self.max_new_tokens = family.max_new_tokens
+        self._resize = family.evaluation_pixels(processor, pixels)
 
     def render(self, asked: Conversation) -> str:
         """The prompt with image marks, ready for the processor. UsageError for a text that holds one itself."""
@@ -95,8 +75,4 @@ class Wrapper:
 
     def prepare(self, picture: Image) -> Image:
         """The picture as the built-in wrapper hands it to the processor."""
-        if not self._refetch:
-            return picture
-        width, height = picture.size
-        rows, columns = smart_resize(height, width, factor=TOKEN_PX, min_pixels=_FETCHED[0], max_pixels=_FETCHED[1])
-        return picture.resize((columns, rows))
+        return picture if self._resize is None else self._resize(picture)

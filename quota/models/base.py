@@ -1,6 +1,7 @@
-"""What every supported architecture says about itself: module paths, sizes, and how its checkpoints name tensors.
+"""What a model family says about itself, and the defaults of a LLaMA-like decoder.
 
-Everything is read from configurations by attribute name, so no model library is imported here.
+A family is one file: a subclass of `Family` and a row in `quota.models.FAMILIES`. Structure, rounding, calibration, export, hooks, engine, prompts and
+costs ask it. Module paths and sizes are read from configurations by attribute name; a file imports its model library's modules itself.
 """
 
 from __future__ import annotations
@@ -8,63 +9,102 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from quota.core.errors import CheckpointError
+from quota.core.errors import CheckpointError, UsageError
+from quota.models.images import ImageInput, PatchGrid, Shown, shown_pictures
+
+Part = Literal["vision", "projector", "decoder"]
+PARTS: dict[str, Part] = {"vision": "vision", "projector": "projector", "llm": "decoder"}
+Groups = Mapping[Part, tuple["Group", ...]]
+Norms = Mapping[Part, frozenset[str]]
+KeyRules = Sequence[tuple[re.Pattern[str], str]]
 
 _FINGERPRINT_ROWS = 256
 _TEXT_DIMS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 
-KeyRules = Sequence[tuple[re.Pattern[str], str]]
-
 
 @dataclass(frozen=True)
-class ArchSpec:
-    """Module paths and sizes of one model.
+class Group:
+    """Linears that read the same input and are quantized together. Names are relative to the block.
 
-    Paths are relative to the conditional-generation model. `vision_layers_used` counts the encoder layers that feed the projector; the others
-    (LLaVA drops the output of CLIP's last layer) are never quantized. `visual_tokens` of one picture; None where it follows the picture's size.
-    `merge` x `merge` patches make one of them. `multimodal_positions`: a token's rotary position is one number per axis.
-    `dims`: the vision sizes that are part of the fingerprint.
+    name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm that takes the per-channel
+    diagonal of the input; "up" for the rows of the group that produces it; None where nothing can. value: "rows" produces the attention's values in its
+    last rows, "columns" reads what attention gave. fused: one linear holds q, k and v.
     """
 
     name: str
-    model_class: str
-    layers: int
-    vision_layers_used: int
-    vision_layers_total: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vision_hidden_size: int
-    vision_intermediate_size: int
-    vision_heads: int
+    parts: tuple[str, ...]
+    absorbs: str | None = None
+    value: Literal["rows", "columns"] | None = None
+    fused: bool = False
+
+
+DECODER_GROUPS = (
+    Group("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "rows"),
+    Group("self_attn.o_proj", ("self_attn.o_proj",), None, "columns"),
+    Group("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    Group("mlp.down_proj", ("mlp.down_proj",), "up"),
+)
+
+
+class Family(ABC):
+    """One model of a family, known by its configuration. Weights are never held: methods that need them are given the model or its modules.
+
+    name: transformers' model_type. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part is in exactly
+    one. norms: modules of a block that stay float and travel with it. attention: where a block's attention is. axes: numbers that make a rotary position.
+    layers, heads, ...: the decoder's sizes. vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed.
+    visual_tokens: of one image; None where it follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint.
+    """
+
+    name: ClassVar[str]
+    model_class: ClassVar[str]
+    description: ClassVar[str]
+    groups: ClassVar[Groups]
+    norms: ClassVar[Norms]
+    attention: ClassVar[Mapping[Part, str]] = {"decoder": "self_attn", "vision": "self_attn"}
+    key_rules: ClassVar[KeyRules]
+    axes: ClassVar[int] = 1
+    fixed_rope: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn", "proportional")  # angles depend on the position alone
+    max_new_tokens: ClassVar[int] = 1024  # of lmms-eval's built-in wrapper, where a task sets none
+
+    vision_path: ClassVar[str]
+    vision_embed_path: ClassVar[str]
+    encoder_path: ClassVar[str]
+    projector_path: ClassVar[str]
+    model_path: ClassVar[str] = "model"
+    text_path: ClassVar[str] = "model.language_model"
+    decoder_path: ClassVar[str] = "model.language_model.layers"
+    embed_path: ClassVar[str] = "model.language_model.embed_tokens"
+    norm_path: ClassVar[str] = "model.language_model.norm"
+    lm_head_path: ClassVar[str] = "lm_head"
+
     image_token_id: int
     visual_tokens: int | None
-    dims: dict[str, Any]
-    key_rules: KeyRules = field(repr=False)
-    vision_path: str
-    vision_embed_path: str
-    encoder_path: str
-    projector_path: str
-    drops_cls: bool = False
     merge: int = 1
-    multimodal_positions: bool = False
-    model_path: str = "model"
-    text_path: str = "model.language_model"
-    decoder_path: str = "model.language_model.layers"
-    embed_path: str = "model.language_model.embed_tokens"
-    norm_path: str = "model.language_model.norm"
-    lm_head_path: str = "lm_head"
+    vision_hidden_size: int
+    vision_heads: int
+    vision_layers_used: int
+    vision_layers_total: int
+    dims: dict[str, Any]
+
+    def __init__(self, config: Any) -> None:
+        """CheckpointError for a configuration this family was not made for."""
+        self.config, self.text, self.vision = config, config.text_config, config.vision_config
+        text = self.text
+        self.layers, self.hidden_size, self.intermediate_size = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+        self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
+
+    # where things are
 
     def decoder_layer(self, index: int) -> str:
         """Path of decoder layer `index` (0-based)."""
@@ -74,6 +114,19 @@ class ArchSpec:
         """Path of vision encoder layer `index` (0-based)."""
         return f"{self.encoder_path}.{index}"
 
+    def blocks(self, part: Part) -> list[str]:
+        """Paths of the blocks of a part that are quantized, in the order they run."""
+        if part == "projector":
+            return [self.projector_path]
+        count, path = (self.layers, self.decoder_layer) if part == "decoder" else (self.vision_layers_used, self.vision_layer)
+        return [path(index) for index in range(count)]
+
+    def group_paths(self, modules: Collection[str]) -> Iterator[tuple[str, Group]]:
+        """(path of the block, group) of every projection group of the chosen modules, in model order."""
+        for part in (PARTS[name] for name in ("llm", "vision", "projector") if name in modules):
+            for path in self.blocks(part):
+                yield from ((path, group) for group in self.groups[part])
+
     def canonical_key(self, key: str) -> str:
         """Checkpoint tensor name -> name inside the model (`model.language_model...`, the tower's path, `lm_head...`)."""
         for pattern, replacement in self.key_rules:
@@ -82,31 +135,142 @@ class ArchSpec:
                 return renamed
         return key
 
-    def image_index(self, ids: Tensor) -> Tensor:
-        """ids [B, S] -> int64 [B, S]: which picture of its row a visual token belongs to (0, 1, ...), -1 for every other token.
+    def config_of(self, part: Part) -> Any:
+        """The configuration a block of `part` is built from."""
+        return self.text if part == "decoder" else self.vision
 
-        Pictures of one fixed length may stand side by side; with dynamic resolution markers stand between them, so a run is a picture.
+    # quantized modules
+
+    def value_heads(self, part: Part) -> int:
+        """Heads whose outputs the output projection of a block reads."""
+        return self.heads if part == "decoder" else self.vision_heads
+
+    @abstractmethod
+    def tower_modules(self, linears: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """Group name -> quantized linear of one tower block; returns what takes the place of the block's modules, by name."""
+
+    @abstractmethod
+    def projector_modules(self, linears: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """As `tower_modules`, for the projector; "" is the projector itself."""
+
+    @abstractmethod
+    def finish_tower(self, tower: Any) -> None:
+        """What else a quantized tower needs so that an image's features do not depend on the batch: patch embedding, unused layers, order of work."""
+
+    @abstractmethod
+    def rotary(self, device: Any) -> nn.Module:
+        """The quantized decoder's rotary embedding: cosines and sines that do not depend on what else is in a call."""
+
+    @abstractmethod
+    def float_rotary(self) -> nn.Module:
+        """The float decoder's rotary embedding."""
+
+    def fill_derived(self, model: Any) -> None:
+        """Compute the buffers that no checkpoint holds, where the meta device left nothing."""
+        text: Any = submodule(model, self.text_path)
+        text.rotary_emb = type(text.rotary_emb)(config=text.config)
+
+    # images and positions
+
+    @classmethod
+    def open_processor(cls, folder: str | Path, **options: Any) -> Any:
+        """The processor of a checkpoint; raises what transformers raises."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(str(folder), **options)
+
+    def images(self, inputs: Mapping[str, Any]) -> tuple[ImageInput, ...]:
+        """The images in what the processor returned, in order of appearance."""
+        if "pixel_values" not in inputs:
+            return ()
+        return tuple(self.split_pixels(inputs["pixel_values"], inputs.get("image_grid_thw")))
+
+    def split_pixels(self, pixels: Tensor, grids: Tensor | None) -> list[ImageInput]:
+        """pixel_values [N, ...], an image each; or, with grids int64 [N, 3] (frames, rows and columns of patches), [patches of all images, patch]."""
+        if grids is None:
+            return [ImageInput(one) for one in pixels]
+        return [ImageInput(part, (t, h, w)) for part, (t, h, w) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True)]
+
+    def shown(self, image: ImageInput) -> Shown:
+        """What selections by content or position need to know of an image."""
+        if image.grid is None:
+            return shown_pictures(image.pixels[None])[0]
+        return shown_pictures(image.pixels, torch.tensor([image.grid]), self.merge)[0]
+
+    @abstractmethod
+    def image_tokens(self, image: ImageInput) -> int:
+        """Visual tokens of one image; UsageError for what is none of this model's."""
+
+    @abstractmethod
+    def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
+        """[visual tokens, hidden] of each image in the model's dtype; an image's features do not depend on the others."""
+
+    @abstractmethod
+    def image_index(self, ids: Tensor) -> Tensor:
+        """ids [B, S] -> int64 [B, S]: which image of its row a visual token belongs to (0, 1, ...), -1 for every other token."""
+
+    def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
+        """ids int64 [S] of a prompt and the patch grids of its images -> int64 [axes, S]. model: any instance, with or without weights."""
+        return torch.arange(len(ids))[None]
+
+    def rotary_axes(self, rotary: Any) -> list[tuple[int, int, int]]:
+        """(first, end, axis) of the rotary channels that turn with each axis of a position. rotary: what `rotary` returned."""
+        return [(0, self.head_dim, 0)]
+
+    # the tower block by block, for calibration
+
+    @abstractmethod
+    def tower_rows(self, grid: PatchGrid | None) -> int:
+        """Rows of one image inside the tower."""
+
+    @abstractmethod
+    def tower_input(self, module: Callable[[str], Any], image: ImageInput) -> Tensor:
+        """One image -> [rows, vision hidden], the first block's input. module: path -> float module with its weights."""
+
+    @abstractmethod
+    def tower_block(self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None) -> Tensor:
+        """Block `index` over right-padded images: hidden [B, S, C], valid bool [B, S] -> [B, S, C]."""
+
+    @abstractmethod
+    def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
+        """[rows, vision hidden] out of the tower -> [visual tokens, width] as the projector reads them, in raster order."""
+
+    def projector_block(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The float projector over [B, S, width] of `projector_rows` -> [B, S, hidden]."""
+        return layer(hidden)
+
+    # evaluation and costs
+
+    def evaluation_pixels(self, processor: Any, limits: tuple[int | None, int | None]) -> Callable[[Any], Any] | None:
+        """Set the processor to the (fewest, most) pixels of lmms-eval's built-in wrapper, or to `limits`; returns how that wrapper resizes an image first."""
+        if limits != (None, None):
+            raise UsageError(f"min_pixels, max_pixels: expected none for {self.name}, whose images have one size")
+        return None
+
+    @abstractmethod
+    def vision_macs(self, visual_tokens: int) -> int:
+        """Multiply-accumulates of tower and projector for one image that becomes `visual_tokens` tokens."""
+
+    @abstractmethod
+    def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
+        """Shape of the processor's pixels for a square image of so many tokens, and its patch grid; for synthetic requests."""
+
+    def fingerprint(self, embed: Tensor) -> str:
+        """Identity of a model: `sha256:<hex>` over its sizes and the sign bits of the first 256 rows of the word embedding.
+
+        embed: [vocabulary, hidden], any float dtype. Signs survive every dtype change and embeddings are never quantized, so a float
+        model and its quantized checkpoint have the same fingerprint while another model of the same sizes has not.
         """
-        visual = ids == self.image_token_id
-        if self.visual_tokens is not None:
-            number = (visual.long().cumsum(-1) - 1) // self.visual_tokens
-        else:
-            begins = visual & ~torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], -1)
-            number = begins.long().cumsum(-1) - 1
-        return number.masked_fill(~visual, -1)
+        sizes = [self.head_dim if name == "head_dim" else getattr(self.text, name) for name in _TEXT_DIMS]
+        dims = {"architecture": self.name, "image_token_id": self.image_token_id, "text": sizes, **self.dims}
+        digest = hashlib.sha256(json.dumps(dims, sort_keys=True, separators=(",", ":")).encode())
+        digest.update(torch.signbit(embed[:_FINGERPRINT_ROWS].detach().cpu()).contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
 
 def head_dim(text: Any) -> int:
     """Head dimension of a language model's configuration."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def text_sizes(text: Any) -> dict[str, Any]:
-    """The ArchSpec fields that every language model's configuration answers alike."""
-    return {
-        "layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size,
-        "heads": text.num_attention_heads, "kv_heads": text.num_key_value_heads, "head_dim": head_dim(text),
-    }  # fmt: skip
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -117,15 +281,13 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         raise CheckpointError(f"module {path}: expected in the model, not found in {type(model).__name__}; use a ...ForConditionalGeneration model") from None
 
 
-def fingerprint(arch: ArchSpec, config: Any, embed: Tensor) -> str:
-    """Identity of a model: `sha256:<hex>` over its sizes and the sign bits of the first 256 rows of the word embedding.
+def submodule_weight(model: nn.Module, path: str) -> Tensor:
+    """The weight of the module at `path`."""
+    found: Any = submodule(model, path)
+    return found.weight
 
-    embed: [vocabulary, hidden], any float dtype. Signs survive every dtype change and embeddings are never quantized, so a float
-    model and its quantized checkpoint have the same fingerprint while another model of the same sizes has not.
-    """
-    text = config.text_config
-    sizes = [head_dim(text) if name == "head_dim" else getattr(text, name) for name in _TEXT_DIMS]
-    dims = {"architecture": arch.name, "image_token_id": arch.image_token_id, "text": sizes, **arch.dims}
-    digest = hashlib.sha256(json.dumps(dims, sort_keys=True, separators=(",", ":")).encode())
-    digest.update(torch.signbit(embed[:_FINGERPRINT_ROWS].detach().cpu()).contiguous().numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+
+def replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at `path` in place of the module there."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)

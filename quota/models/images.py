@@ -13,6 +13,15 @@ from torch import Tensor
 from quota.core.errors import UsageError
 
 Grid = tuple[int, int]  # rows, columns
+PatchGrid = tuple[int, int, int]  # frames, rows, columns of patches
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One image as the processor made it. pixels: [3, height, width], or [patches, patch] with its grid of patches where resolution is dynamic."""
+
+    pixels: Tensor
+    grid: PatchGrid | None = None
 
 
 @dataclass(frozen=True)

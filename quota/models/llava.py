@@ -1,62 +1,213 @@
-"""LLaVA-1.5 layout: CLIP vision tower, two-layer projector, LLaMA decoder."""
+"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual tokens."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
-from quota.core.errors import CheckpointError
-from quota.models.base import ArchSpec, text_sizes
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-DESCRIPTION = "llava: CLIP vision tower + two-layer projector + LLaMA decoder"
+from quota.core.errors import CheckpointError, UsageError
+from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, submodule_weight
+from quota.models.images import ImageInput, PatchGrid
+from quota.nn.embedding import PatchEmbedding, Rotary
+from quota.nn.float_attention import float_attention
+from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.mlp import PROLOGUES, activate
+
 _VISION_DIMS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
-# Published checkpoints name their tensors in several ways; the module path inside the model is the canonical one.
-_KEY_RULES = (
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^(?:model\.)?language_model\.model\."), "model.language_model."),
-    (re.compile(r"^language_model\."), "model.language_model."),
-    (re.compile(r"^(?:model\.)?vision_tower\.vision_model\."), "model.vision_tower."),
-    (re.compile(r"^vision_tower\."), "model.vision_tower."),
-    (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
-)
+
+class Llava(Family):
+    """See the module."""
+
+    name = "llava"
+    model_class = "LlavaForConditionalGeneration"
+    description = "llava: CLIP vision tower + two-layer projector + LLaMA decoder"
+    groups: ClassVar[Groups] = {
+        "decoder": DECODER_GROUPS,
+        "vision": (
+            Group("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1", "rows"),
+            Group("self_attn.out_proj", ("self_attn.out_proj",), None, "columns"),
+            Group("mlp.fc1", ("mlp.fc1",), "layer_norm2"),
+            Group("mlp.fc2", ("mlp.fc2",)),
+        ),
+        "projector": (Group("linear_1", ("linear_1",)), Group("linear_2", ("linear_2",))),
+    }
+    norms: ClassVar[Norms] = {
+        "decoder": frozenset({"input_layernorm", "post_attention_layernorm"}),
+        "vision": frozenset({"layer_norm1", "layer_norm2"}),
+        "projector": frozenset(),
+    }
+    # Published checkpoints name their tensors in several ways; the module path inside the model is the canonical one.
+    key_rules = (
+        (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+        (re.compile(r"^(?:model\.)?language_model\.model\."), "model.language_model."),
+        (re.compile(r"^language_model\."), "model.language_model."),
+        (re.compile(r"^(?:model\.)?vision_tower\.vision_model\."), "model.vision_tower."),
+        (re.compile(r"^vision_tower\."), "model.vision_tower."),
+        (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+    )
+    vision_path = "model.vision_tower"
+    vision_embed_path = "model.vision_tower.embeddings"
+    encoder_path = "model.vision_tower.encoder.layers"
+    projector_path = "model.multi_modal_projector"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        text, vision = self.text, self.vision
+        if text.model_type != "llama" or vision.model_type != "clip_vision_model":
+            raise CheckpointError(f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}")
+        feature = config.vision_feature_layer
+        if not isinstance(feature, int):
+            raise CheckpointError(f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not supported")
+        total = vision.num_hidden_layers
+        used = feature if feature >= 0 else total + 1 + feature  # index into hidden_states: entry i is the input of layer i
+        if not 0 <= used <= total:
+            raise CheckpointError(f"vision_feature_layer: expected an index into {total + 1} hidden states, got {feature}")
+        self.vision_layers_used, self.vision_layers_total = used, total
+        self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
+        self.drops_cls = config.vision_feature_select_strategy == "default"
+        self.patches = (vision.image_size // vision.patch_size) ** 2
+        self.visual_tokens: int = self.patches + (0 if self.drops_cls else 1)
+        token = getattr(config, "image_token_id", None)
+        self.image_token_id = int(config.image_token_index if token is None else token)
+        self.dims = {"vision": [getattr(vision, name) for name in _VISION_DIMS], "vision_layers_used": used, "visual_tokens": self.visual_tokens}
+
+    # quantized modules
+
+    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+        return {
+            "self_attn": QuantClipAttention(linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads),
+            "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
+        }
+
+    def projector_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+        return {"": QuantProjector(linears["linear_1"], linears["linear_2"], self.config.projector_hidden_act)}
+
+    def finish_tower(self, tower: Any) -> None:
+        for layer in tower.encoder.layers[self.vision_layers_used :]:
+            layer.__class__ = UnusedLayer
+        tower.embeddings.patch_embedding = PatchEmbedding.replacing(tower.embeddings.patch_embedding)
+
+    def rotary(self, device: Any) -> nn.Module:
+        return Rotary(self.text, device=device)
+
+    def float_rotary(self) -> nn.Module:
+        return LlamaRotaryEmbedding(self.text)
+
+    # images
+
+    def image_tokens(self, image: ImageInput) -> int:
+        size = self.vision.image_size
+        if tuple(image.pixels.shape) != (3, size, size):
+            raise UsageError(f"image: expected pixels {[3, size, size]}, got {list(image.pixels.shape)}")
+        return self.visual_tokens
+
+    def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
+        weight = submodule_weight(model, self.embed_path)
+        pixels = torch.stack([image.pixels for image in images]).to(weight)
+        features = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return [part.to(weight.dtype).clone() for part in features]
+
+    def image_index(self, ids: Tensor) -> Tensor:
+        visual = ids == self.image_token_id  # images may stand side by side: only their length tells them apart
+        return ((visual.long().cumsum(-1) - 1) // self.visual_tokens).masked_fill(~visual, -1)
+
+    # the tower block by block
+
+    def tower_rows(self, grid: PatchGrid | None) -> int:
+        return self.patches + 1
+
+    def tower_input(self, module: Callable[[str], Any], image: ImageInput) -> Tensor:
+        size = self.vision.image_size
+        if tuple(image.pixels.shape[-2:]) != (size, size):
+            found = list(image.pixels.shape[-2:])
+            raise CheckpointError(f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model")
+        return module(f"{self.vision_path}.pre_layrnorm")(module(self.vision_embed_path)(image.pixels[None].float()))[0]
+
+    def tower_block(self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None) -> Tensor:
+        return layer(hidden, attention_mask=None)
+
+    def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
+        return hidden[int(self.drops_cls) :]
+
+    # costs
+
+    def vision_macs(self, visual_tokens: int) -> int:
+        v, d = self.vision, self.hidden_size
+        n, h, m = self.patches + 1, v.hidden_size, v.intermediate_size
+        block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
+        return self.patches * v.num_channels * v.patch_size**2 * h + self.vision_layers_used * block + self.patches * (h * d + d * d)
+
+    def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
+        return (3, self.vision.image_size, self.vision.image_size), None
 
 
-def describe(config: Any) -> ArchSpec:
-    """The layout of a LLaVA configuration; CheckpointError for parts of another make."""
-    text, vision = config.text_config, config.vision_config
-    if text.model_type != "llama" or vision.model_type != "clip_vision_model":
-        raise CheckpointError(f"model_type: expected {DESCRIPTION}, got llava with {vision.model_type!r} and {text.model_type!r}")
-    feature = config.vision_feature_layer
-    if not isinstance(feature, int):
-        raise CheckpointError(f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not supported")
-    total = vision.num_hidden_layers
-    used = feature if feature >= 0 else total + 1 + feature  # index into hidden_states: entry i is the input of layer i
-    if not 0 <= used <= total:
-        raise CheckpointError(f"vision_feature_layer: expected an index into {total + 1} hidden states, got {feature}")
-    drops_cls = config.vision_feature_select_strategy == "default"
-    tokens = (vision.image_size // vision.patch_size) ** 2 + (0 if drops_cls else 1)
-    dims = {"vision": [getattr(vision, name) for name in _VISION_DIMS], "vision_layers_used": used, "visual_tokens": tokens}
-    return ArchSpec(
-        name="llava", model_class="LlavaForConditionalGeneration", vision_layers_used=used, vision_layers_total=total,
-        vision_hidden_size=vision.hidden_size, vision_intermediate_size=vision.intermediate_size, vision_heads=vision.num_attention_heads,
-        image_token_id=_image_token_id(config), visual_tokens=tokens, dims=dims, drops_cls=drops_cls, key_rules=_KEY_RULES,
-        vision_path="model.vision_tower", vision_embed_path="model.vision_tower.embeddings", encoder_path="model.vision_tower.encoder.layers",
-        projector_path="model.multi_modal_projector", **text_sizes(text),
-    )  # fmt: skip
+class UnusedLayer(CLIPEncoderLayer):
+    """A layer above the one LLaVA takes its features from: same fields and state, not computed."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states, as they came."""
+        return hidden_states
 
 
-def _image_token_id(config: Any) -> int:
-    token = getattr(config, "image_token_id", None)
-    return int(config.image_token_index if token is None else token)
+class QuantClipAttention(nn.Module):
+    """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that an image gives
+    the same features alone and in a batch."""
+
+    def __init__(self, qkv_proj: QuantLinear, out_proj: QuantLinear, *, heads: int) -> None:
+        super().__init__()
+        self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
+
+    @without_grad
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
+        batch, tokens, hidden = hidden_states.shape
+        x = self.qkv_proj(hidden_states.float()).view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        masks = [None] * batch if attention_mask is None else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
+        rows = []
+        for image, mask in enumerate(masks):
+            q, k, v = x[:, image : image + 1].contiguous()
+            rows.append(float_attention(q, k, v, hidden_states.dtype, mask))
+        out = torch.cat(rows).transpose(1, 2).reshape(batch, tokens, hidden)
+        return self.out_proj(out).to(hidden_states.dtype), None
 
 
-def vision_macs(config: Any) -> int:
-    """Multiply-accumulates of tower and projector for one picture: patch embedding, the layers whose output is used, two projector layers."""
-    v, d = config.vision_config, config.text_config.hidden_size
-    patches = (v.image_size // v.patch_size) ** 2
-    n, h, m = patches + 1, v.hidden_size, v.intermediate_size
-    feature = config.vision_feature_layer
-    used = v.num_hidden_layers + 1 + feature if isinstance(feature, int) and feature < 0 else v.num_hidden_layers
-    block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
-    return patches * v.num_channels * v.patch_size**2 * h + used * block + patches * (h * d + d * d)
+class QuantClipMLP(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
+        self._prologue = PROLOGUES.get(act)
+
+    @without_grad
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., hidden] -> same shape and dtype."""
+        x = self.fc1(as_float32(hidden_states))
+        if self._prologue is None:
+            x = activate(self.activation_fn, x)
+        return as_dtype_of(self.fc2(x, self._prologue), hidden_states)
+
+
+class QuantProjector(nn.Module):
+    """linear_2(act(linear_1(x))): vision features to the language model's width."""
+
+    def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
+        self._prologue = PROLOGUES.get(act)
+
+    @without_grad
+    def forward(self, image_features: Tensor) -> Tensor:
+        """image_features [..., vision hidden] -> [..., text hidden], same dtype."""
+        x = self.linear_1(as_float32(image_features))
+        if self._prologue is None:
+            x = activate(self.act, x)
+        return as_dtype_of(self.linear_2(x, self._prologue), image_features)

@@ -1,37 +1,18 @@
-"""Opening processors with one image backend (PIL), whatever is installed beside it: pixels must not depend on torchvision being there.
-
-Upstream's Qwen2.5-VL processor cannot be built without torchvision, because a video processor is a mandatory part of it. Pictures need none.
-Files that a processor writes name its class, and others open them by that name: the class here has upstream's.
-"""
+"""Opening processors with one image backend (PIL), whatever is installed beside it: pixels must not depend on torchvision being there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor
-from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as upstream
-from transformers.processing_utils import ProcessorMixin
 
 from quota.core.documents import read_object
+from quota.models import FAMILIES, family_class
 from quota.models.config import refuse_folder_code
 
 BACKEND = "pil"
-_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
-
-
-class Qwen2_5_VLProcessor(upstream.Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor for pictures and text. Videos are refused by the base class, which finds no video processor."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = (tokenizer.convert_tokens_to_ids(token) for token in (self.image_token, self.video_token))
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
 
 
 def open_processor(folder: str | Path) -> Any:
@@ -41,9 +22,9 @@ def open_processor(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     refuse_folder_code(folder)
-    own = read_object(folder / "config.json").get("model_type") == "qwen2_5_vl"
-    kind: Any = Qwen2_5_VLProcessor if own else AutoProcessor
-    processor = kind.from_pretrained(str(folder), backend=BACKEND, trust_remote_code=False, local_files_only=True)
+    kind = read_object(folder / "config.json").get("model_type")
+    opened = family_class(kind).open_processor if kind in FAMILIES else AutoProcessor.from_pretrained
+    processor = opened(str(folder), backend=BACKEND, trust_remote_code=False, local_files_only=True)
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"
     return processor
@@ -54,10 +35,40 @@ def reserved_mark(processor: Any, text: str) -> str | None:
 
     Text is text: a prompt that holds a mark is refused wherever it enters, because the processor cannot tell it from a picture's own.
     """
-    marks = (getattr(processor, "image_token", None) or "<image>", getattr(processor, "video_token", None))
+    marks = (image_mark(processor), getattr(processor, "video_token", None))
     return next((str(mark) for mark in marks if mark and str(mark) in text), None)
 
 
 def image_backend(processor: Any) -> str:
     """ "pil" or "torchvision": what turns pictures into pixels; for result files, because the two differ in the last bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"
+
+
+def image_mark(processor: Any) -> str:
+    """The text that stands for one image in a rendered prompt."""
+    return str(getattr(processor, "image_token", None) or "<image>")
+
+
+def render(processor: Any, turns: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as the prompt that the processor takes, the assistant's turn opened: its chat template, or LLaVA-1.5's form where it has none.
+
+    turns: {"role", "content": [{"type": "image"} or {"type": "text", "text": ...}]}. Raises what the template raises.
+    """
+    if getattr(processor, "chat_template", None):
+        return str(processor.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
+    return plain_prompt(turns, image_mark(processor))
+
+
+def plain_prompt(turns: Sequence[Mapping[str, Any]], mark: str) -> str:
+    """LLaVA-1.5's own form."""
+    text = ""
+    for turn in turns:
+        marks = f"{mark}\n" * sum(part["type"] == "image" for part in turn["content"])
+        words = " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
+        text += words + " " if turn["role"] == "system" else f"{turn['role'].upper()}: {marks}{words} "
+    return text + "ASSISTANT:"
+
+
+def user_turn(text: str, images: int) -> list[dict[str, Any]]:
+    """One question about `images` images, which come first."""
+    return [{"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from quota.core.checkpoint import MODULES
 from quota.core.errors import CheckpointError
-from quota.models import ArchSpec, find_family, submodule
-from quota.models.clip import UnusedLayer
-from quota.models.window_tower import MultimodalRotary, PictureByPicture, QuantMerger, QuantWindowAttention
-from quota.nn.attention import QuantAttention, QuantClipAttention
-from quota.nn.embedding import PatchEmbedding, Rotary
+from quota.models import find_family
+from quota.models.base import PARTS, Family, Group, Part, replace, submodule
+from quota.nn.attention import QuantAttention
 from quota.nn.head import HeadLinear
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
-from quota.nn.mlp import QuantClipMLP, QuantMLP, QuantProjector
+from quota.nn.mlp import QuantMLP
 from quota.nn.norm import RmsNorm
 from quota.nn.weight_linear import WeightLinear
 from quota.quant.transform import decompose
@@ -68,106 +66,62 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
     loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left factor before output projections, and
     key biases kept apart. Vision layers whose output is dropped stay as they are and are not computed. Returns `model`.
     """
-    chosen, arch = check_modules(modules), find_family(model)
-    embedding: Any = submodule(model, arch.embed_path)
-    device = embedding.weight.device
-    build = _Builder(device, shapes)
-    llava = arch.name == "llava"
+    chosen, family = check_modules(modules), find_family(model)
+    embedding: Any = submodule(model, family.embed_path)
+    build = _Builder(embedding.weight.device, shapes)
     if "llm" in chosen:
-        text: Any = submodule(model, arch.text_path)
-        for index in range(arch.layers):
-            _decoder_layer(build, model, arch, index)
-        text.rotary_emb = (Rotary if llava else MultimodalRotary)(text.config, device=device)
+        text: Any = submodule(model, family.text_path)
+        for index, path in enumerate(family.blocks("decoder")):
+            _decoder_layer(build, model, family, path, index)
+        text.rotary_emb = family.rotary(embedding.weight.device)
         text.norm = RmsNorm.replacing(text.norm)
-        _replace(model, arch.lm_head_path, HeadLinear.replacing(model.get_submodule(arch.lm_head_path)))
+        replace(model, family.lm_head_path, HeadLinear.replacing(model.get_submodule(family.lm_head_path)))
     if "vision" in chosen:
-        for index in range(arch.vision_layers_used):
-            (_clip_layer if llava else _window_layer)(build, model, arch, index)
-        tower: Any = submodule(model, arch.vision_path)
-        if llava:
-            for index in range(arch.vision_layers_used, arch.vision_layers_total):
-                submodule(model, arch.vision_layer(index)).__class__ = UnusedLayer
-            tower.embeddings.patch_embedding = PatchEmbedding.replacing(tower.embeddings.patch_embedding)
-        else:
-            tower.__class__ = PictureByPicture  # same fields; only the order of work changes
+        for path in family.blocks("vision"):
+            _replace_all(model, path, family.tower_modules(_linears(build, model, family, "vision", path)))
+        family.finish_tower(submodule(model, family.vision_path))
     if "projector" in chosen:
-        (_projector if llava else _merger)(build, model, arch)
+        for path in family.blocks("projector"):
+            _replace_all(model, path, family.projector_modules(_linears(build, model, family, "projector", path)))
     return model
 
 
-def _decoder_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
-    path = arch.decoder_layer(index)
+def _linears(build: _Builder, model: Any, family: Family, part: Part, path: str) -> dict[str, QuantLinear]:
+    """Group name -> empty quantized linear of one block."""
+    made = {}
+    for group in family.groups[part]:
+        heads = family.value_heads(part) if group.value == "columns" else None
+        made[group.name] = _linear(build, f"{path}.{group.name}", float_linears(model, path, group), heads)
+    return made
+
+
+def float_linears(model: Any, path: str, group: Group) -> list[nn.Linear]:
+    """The float linears of a group of the block at `path`, in row order."""
+    return [submodule(model, f"{path}.{part}") for part in group.parts]  # type: ignore[misc]
+
+
+def _linear(build: _Builder, path: str, floats: Sequence[nn.Linear], heads: int | None) -> QuantLinear:
+    size = floats[0].in_features, sum(linear.out_features for linear in floats)
+    return build.linear(path, size, floats[0].bias is not None, decompose(size[0]) if heads is None else (heads, None))
+
+
+def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index: int) -> None:
     layer: Any = submodule(model, path)
-    attention, mlp = layer.self_attn, layer.mlp
-    for name in ("input_layernorm", "post_attention_layernorm"):
+    biased = layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
+    linears = _linears(build, model, family, "decoder", path)
+    for name in family.norms["decoder"]:
         setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
-    attended, rows = arch.heads * arch.head_dim, (arch.heads + 2 * arch.kv_heads) * arch.head_dim
-    at = f"{path}.self_attn"
-    apart = attention.k_proj.bias is not None and build.has(f"{at}.k_bias")
-    layer.self_attn = (QuantBiasedAttention if apart else QuantAttention)(
-        build.linear(f"{at}.qkv_proj", (arch.hidden_size, rows), attention.q_proj.bias is not None, decompose(arch.hidden_size)),
-        build.linear(f"{at}.o_proj", (attended, arch.hidden_size), attention.o_proj.bias is not None, (arch.heads, None)),
-        heads=arch.heads, kv_heads=arch.kv_heads, head_dim=arch.head_dim, layer_idx=index,
-        transforms=(build.has(f"{at}.q_transform"), build.has(f"{at}.k_transform")),
+    layer.self_attn = (QuantBiasedAttention if biased else QuantAttention)(
+        linears["self_attn.qkv_proj"], linears["self_attn.o_proj"],
+        heads=family.heads, kv_heads=family.kv_heads, head_dim=family.head_dim, layer_idx=index,
+        transforms=(build.has(f"{path}.self_attn.q_transform"), build.has(f"{path}.self_attn.k_transform")),
     )  # fmt: skip
-    layer.mlp = QuantMLP(
-        build.linear(f"{path}.mlp.gate_up_proj", (arch.hidden_size, 2 * arch.intermediate_size), mlp.gate_proj.bias is not None, decompose(arch.hidden_size)),
-        build.linear(f"{path}.mlp.down_proj", (arch.intermediate_size, arch.hidden_size), mlp.down_proj.bias is not None, decompose(arch.intermediate_size)),
-        act=model.config.text_config.hidden_act,
-    )
+    layer.mlp = QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=family.text.hidden_act)
 
 
-def _clip_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
-    path, wide, inner = arch.vision_layer(index), arch.vision_hidden_size, arch.vision_intermediate_size
-    layer: Any = submodule(model, path)
-    layer.self_attn = QuantClipAttention(
-        build.linear(f"{path}.self_attn.qkv_proj", (wide, 3 * wide), True, decompose(wide)),
-        build.linear(f"{path}.self_attn.out_proj", (wide, wide), True, (arch.vision_heads, None)), heads=arch.vision_heads,
-    )  # fmt: skip
-    layer.mlp = QuantClipMLP(
-        build.linear(f"{path}.mlp.fc1", (wide, inner), True, decompose(wide)),
-        build.linear(f"{path}.mlp.fc2", (inner, wide), True, decompose(inner)),
-        act=model.config.vision_config.hidden_act,
-    )
-
-
-def _window_layer(build: _Builder, model: Any, arch: ArchSpec, index: int) -> None:
-    path, wide, inner = arch.vision_layer(index), arch.vision_hidden_size, arch.vision_intermediate_size
-    layer: Any = submodule(model, path)
-    layer.attn = QuantWindowAttention(
-        build.linear(f"{path}.attn.qkv", (wide, 3 * wide), True, decompose(wide)),
-        build.linear(f"{path}.attn.proj", (wide, wide), True, (arch.vision_heads, None)), heads=arch.vision_heads,
-    )  # fmt: skip
-    layer.mlp = QuantMLP(
-        build.linear(f"{path}.mlp.gate_up_proj", (wide, 2 * inner), True, decompose(wide)),
-        build.linear(f"{path}.mlp.down_proj", (inner, wide), True, decompose(inner)),
-        act=model.config.vision_config.hidden_act,
-    )
-
-
-def _projector(build: _Builder, model: Any, arch: ArchSpec) -> None:
-    path, parts = arch.projector_path, ("linear_1", "linear_2")
-    linear_1, linear_2 = _linears(build, path, parts, submodule(model, path))
-    _replace(model, path, QuantProjector(linear_1, linear_2, model.config.projector_hidden_act))
-
-
-def _merger(build: _Builder, model: Any, arch: ArchSpec) -> None:
-    path = f"{arch.projector_path}.mlp"
-    first, second = _linears(build, path, ("0", "2"), submodule(model, path))
-    _replace(model, path, QuantMerger(first, second))
-
-
-def _linears(build: _Builder, path: str, names: tuple[str, ...], parent: nn.Module) -> list[QuantLinear]:
-    parts: list[Any] = [parent.get_submodule(name) for name in names]
-    return [
-        build.linear(f"{path}.{name}", (part.in_features, part.out_features), part.bias is not None, decompose(part.in_features))
-        for name, part in zip(names, parts, strict=True)
-    ]
-
-
-def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+def _replace_all(model: Any, path: str, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        replace(model, f"{path}.{name}" if name else path, module)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear | WeightLinear]:
@@ -177,9 +131,9 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear | WeightLinear]
 
 def quantized_modules(model: nn.Module) -> tuple[str, ...]:
     """Which of "vision", "projector", "llm" are quantized."""
-    arch, paths = find_family(model), list(quantized_linears(model))
-    prefixes = {"vision": arch.encoder_path, "projector": arch.projector_path, "llm": arch.decoder_path}
-    return tuple(name for name in MODULES if any(path.startswith(prefixes[name] + ".") for path in paths))
+    family, paths = find_family(model), list(quantized_linears(model))
+    blocks = {name: tuple(f"{path}." for path in family.blocks(PARTS[name])) for name in MODULES}
+    return tuple(name for name in MODULES if any(path.startswith(blocks[name]) for path in paths))
 
 
 def weight_bytes(model: nn.Module) -> int:

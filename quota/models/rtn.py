@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quota.models import ArchSpec, find_family, submodule
-from quota.models.quantize import Shapes, check_modules, quantize_structure
+from quota.models import find_family
+from quota.models.quantize import Shapes, check_modules, float_linears, quantize_structure
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.nn.linear import QuantLinear
 from quota.quant.affine import quantize_weight
@@ -23,17 +23,18 @@ def quantize_rtn(model: Any, modules: Collection[str] = ("vision", "projector", 
     transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections; over head_dim
     after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every group.
     """
-    chosen, arch = check_modules(modules), find_family(model)
-    weights = {path: _float_group(submodule(model, path.rpartition(".")[0]), parts) for path, parts in groups(arch, chosen).items()}
-    shapes: Shapes | None = None if transforms else {f"{arch.decoder_layer(i)}.self_attn.k_bias": () for i in range(arch.layers)}
+    chosen, family = check_modules(modules), find_family(model)
+    weights = {f"{path}.{group.name}": _stacked(float_linears(model, path, group)) for path, group in family.group_paths(chosen)}
+    layers = family.blocks("decoder")
+    shapes: Shapes | None = None if transforms else {f"{path}.self_attn.k_bias": () for path in layers}
     quantize_structure(model, chosen, shapes)
     for path, (weight, bias) in weights.items():
-        group: Any = model.get_submodule(path)
-        fill(group, weight, bias, clip)
-    for index in range(arch.layers) if "llm" in chosen else ():
-        attention = model.get_submodule(f"{arch.decoder_layer(index)}.self_attn")
+        linear: Any = model.get_submodule(path)
+        fill(linear, weight, bias, clip)
+    for path in layers if "llm" in chosen else ():
+        attention = model.get_submodule(f"{path}.self_attn")
         if transforms:
-            _fill_heads(attention, arch.head_dim)
+            _fill_heads(attention, family.head_dim)
         if isinstance(attention, QuantBiasedAttention):
             _part_key_bias(attention)
     return model
@@ -47,39 +48,7 @@ def _part_key_bias(attention: QuantBiasedAttention) -> None:
     rows.zero_()
 
 
-def groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Path of each projection group -> names of the float linears it fuses, in row order."""
-    groups: dict[str, tuple[str, ...]] = {}
-    if "llm" in chosen:
-        for path in (arch.decoder_layer(i) for i in range(arch.layers)):
-            groups[f"{path}.self_attn.qkv_proj"] = ("q_proj", "k_proj", "v_proj")
-            groups[f"{path}.self_attn.o_proj"] = ("o_proj",)
-            groups[f"{path}.mlp.gate_up_proj"] = ("gate_proj", "up_proj")
-            groups[f"{path}.mlp.down_proj"] = ("down_proj",)
-    if arch.name == "qwen2_5_vl":
-        return groups | _tower_groups(arch, chosen)
-    if "vision" in chosen:
-        for path in (arch.vision_layer(i) for i in range(arch.vision_layers_used)):
-            groups[f"{path}.self_attn.qkv_proj"] = ("q_proj", "k_proj", "v_proj")
-            groups[f"{path}.self_attn.out_proj"] = ("out_proj",)
-            groups[f"{path}.mlp.fc1"], groups[f"{path}.mlp.fc2"] = ("fc1",), ("fc2",)
-    if "projector" in chosen:
-        groups |= {f"{arch.projector_path}.{name}": (name,) for name in ("linear_1", "linear_2")}
-    return groups
-
-
-def _tower_groups(arch: ArchSpec, chosen: Collection[str]) -> dict[str, tuple[str, ...]]:
-    groups: dict[str, tuple[str, ...]] = {}
-    for path in (arch.vision_layer(i) for i in range(arch.vision_layers_used) if "vision" in chosen):
-        groups |= {f"{path}.attn.qkv": ("qkv",), f"{path}.attn.proj": ("proj",)}
-        groups |= {f"{path}.mlp.gate_up_proj": ("gate_proj", "up_proj"), f"{path}.mlp.down_proj": ("down_proj",)}
-    if "projector" in chosen:
-        groups |= {f"{arch.projector_path}.mlp.{name}": (name,) for name in ("0", "2")}
-    return groups
-
-
-def _float_group(parent: nn.Module, parts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-    linears: list[Any] = [getattr(parent, part) for part in parts]
+def _stacked(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).float()
     return torch.cat([linear.weight for linear in linears]).float(), bias
 

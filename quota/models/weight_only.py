@@ -12,15 +12,14 @@ from typing import Any
 from torch import nn
 
 from quota.core.errors import CheckpointError
-from quota.models import ArchSpec, find_family
+from quota.models import Family, find_family
 from quota.models.quantize import Shapes, check_modules, quantize_structure
-from quota.models.rtn import groups
 from quota.nn.weight_linear import WeightLinear
 
 
-def linear_paths(arch: ArchSpec, modules: Collection[str]) -> list[str]:
+def linear_paths(family: Family, modules: Collection[str]) -> list[str]:
     """Module paths of the linears that W4A16 quantizes, in model order of each part."""
-    return [f"{path.rpartition('.')[0]}.{part}" for path, parts in groups(arch, modules).items() for part in parts]
+    return [f"{path}.{part}" for path, group in family.group_paths(modules) for part in group.parts]
 
 
 def weight_only_structure(model: Any, modules: Collection[str], shapes: Shapes | None = None) -> Any:

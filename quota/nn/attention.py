@@ -1,4 +1,4 @@
-"""Quantized attention: LLaMA's with a 4-bit cache, CLIP's with float scores."""
+"""Quantized causal attention over a 4-bit cache."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from quota import ops
 from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
-from quota.nn.float_attention import float_attention
 from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
@@ -97,25 +96,3 @@ class QuantAttention(Float32State):
         """qkv [B, T, (H + 2 Hkv) D] float32; rotary cos, sin [B or 1, T, D] float32 -> q [B, H, T, ...] as `kv4_attention` takes it. Keys and values go
         into slots position .. position + T of the caches, in place."""
         return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
-
-
-class QuantClipAttention(nn.Module):
-    """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that an image gives
-    the same features alone and in a batch."""
-
-    def __init__(self, qkv_proj: QuantLinear, out_proj: QuantLinear, *, heads: int) -> None:
-        super().__init__()
-        self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
-
-    @without_grad
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
-        """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
-        batch, tokens, hidden = hidden_states.shape
-        x = self.qkv_proj(hidden_states.float()).view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
-        masks = [None] * batch if attention_mask is None else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
-        rows = []
-        for image, mask in enumerate(masks):
-            q, k, v = x[:, image : image + 1].contiguous()
-            rows.append(float_attention(q, k, v, hidden_states.dtype, mask))
-        out = torch.cat(rows).transpose(1, 2).reshape(batch, tokens, hidden)
-        return self.out_proj(out).to(hidden_states.dtype), None

@@ -1,4 +1,4 @@
-"""Quantized feed-forward blocks: LLaMA's gated MLP, CLIP's MLP, LLaVA's projector."""
+"""The quantized gated feed-forward block, and the activations that `quantize_act` computes on its way."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers.activations import ACT2FN
 
 from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 
-_GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}  # activations that `quantize_act` computes on its way
-_PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}
+PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 _BLOCK_BYTES = 20 << 20  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
 
 
@@ -27,7 +27,7 @@ class QuantMLP(nn.Module):
     def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear, act: str = "silu") -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, ACT2FN[act]
-        self._prologue = _GATED_PROLOGUES.get(act)
+        self._prologue = GATED_PROLOGUES.get(act)
 
     @without_grad
     def forward(self, x: Tensor) -> Tensor:
@@ -43,37 +43,3 @@ class QuantMLP(nn.Module):
             return self.down_proj(both, self._prologue)
         gate, up = both.chunk(2, -1)
         return self.down_proj(activate(self.act_fn, gate) * up)
-
-
-class QuantClipMLP(nn.Module):
-    """fc2(act(fc1(x)))."""
-
-    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
-        self._prologue = _PROLOGUES.get(act)
-
-    @without_grad
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., hidden] -> same shape and dtype."""
-        x = self.fc1(as_float32(hidden_states))
-        if self._prologue is None:
-            x = activate(self.activation_fn, x)
-        return as_dtype_of(self.fc2(x, self._prologue), hidden_states)
-
-
-class QuantProjector(nn.Module):
-    """linear_2(act(linear_1(x))): vision features to the language model's width."""
-
-    def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
-        self._prologue = _PROLOGUES.get(act)
-
-    @without_grad
-    def forward(self, image_features: Tensor) -> Tensor:
-        """image_features [..., vision hidden] -> [..., text hidden], same dtype."""
-        x = self.linear_1(as_float32(image_features))
-        if self._prologue is None:
-            x = activate(self.act, x)
-        return as_dtype_of(self.linear_2(x, self._prologue), image_features)

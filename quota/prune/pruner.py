@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from quota import ops
 from quota.core.errors import UsageError
 from quota.core.keep import ATTENTION_SCORES, BEFORE
-from quota.models import ArchSpec, find_family, submodule
+from quota.models import Family, find_family, submodule
 from quota.models.images import Pictures, shown_pictures
 from quota.nn.attention import QuantAttention, Record
 from quota.nn.cache import Rows, RowState, kv4_layer, pruned_layer
@@ -50,20 +50,20 @@ class Pruner:
     """
 
     def __init__(self, model: Any, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
-        arch = find_family(model)
-        self.text: Any = submodule(model, arch.text_path)
+        family = find_family(model)
+        self.text: Any = submodule(model, family.text_path)
         if any(isinstance(getattr(hook, "__self__", None), Watch) for hook in self.text._forward_pre_hooks.values()):
             raise UsageError("recipe: one is already installed on this model; undo it first")
-        self.watch = watch = Watch(arch, recipe, forced)
+        self.watch = watch = Watch(family, recipe, forced)
         layers: Any = self.text.layers
         self._base = start_recording(self.text) if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers) else None
         self._handles: list[Any] = [
             model.register_forward_pre_hook(watch.before_model, with_kwargs=True),
-            model.get_submodule(arch.model_path).register_forward_pre_hook(watch.before_merge, with_kwargs=True),
+            model.get_submodule(family.model_path).register_forward_pre_hook(watch.before_merge, with_kwargs=True),
             self.text.register_forward_pre_hook(watch.before_text, with_kwargs=True),
             self.text.register_forward_hook(watch.after_text, with_kwargs=True),
         ]
-        vision = submodule(model, arch.vision_path)
+        vision = submodule(model, family.vision_path)
         self._handles.append(vision.register_forward_pre_hook(watch.before_vision, with_kwargs=True))
         self._handles.append(vision.register_forward_hook(watch.after_vision, with_kwargs=True))
         for number, layer in enumerate(layers):
@@ -102,15 +102,15 @@ class Pruner:
 class Watch:
     """The hooks of one recipe. It knows no module and keeps nothing of a call but its outcome, so a submodule may be deep-copied with its hooks."""
 
-    def __init__(self, arch: ArchSpec, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
-        self.arch, self.recipe, self.forced = arch, recipe, forced
+    def __init__(self, family: Family, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
+        self.family, self.recipe, self.forced = family, recipe, forced
         self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
         self.asks_for_pictures = forced is None and asks_for_pictures(recipe)
         self.keep_signals = False
         self.last = LastOutcome()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        copy = memo[id(self)] = Watch(self.arch, self.recipe, self.forced)
+        copy = memo[id(self)] = Watch(self.family, self.recipe, self.forced)
         copy.keep_signals = self.keep_signals
         return copy
 
@@ -125,13 +125,13 @@ class Watch:
 
     def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        call = Call(None if ids is None else self.arch.image_index(ids))
+        call = Call(None if ids is None else self.family.image_index(ids))
         if self.asks_for_pictures:
             pixels, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
             if pixels is None:
                 call.shown = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_shown", None)
             else:
-                call.shown = shown_pictures(pixels if grids is None else pixels.type(module.visual.dtype), grids, self.arch.merge)
+                call.shown = shown_pictures(pixels if grids is None else pixels.type(module.visual.dtype), grids, self.family.merge)
         return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
 
     def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -141,7 +141,7 @@ class Watch:
         """`generate` encodes pictures before its first forward and hands the features on: what they show goes with them."""
         if self.asks_for_pictures and not isinstance(output, tuple):
             pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
-            output.quota_shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.arch.merge)
+            output.quota_shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.family.merge)
 
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -149,7 +149,7 @@ class Watch:
         given = ids if embeds is None else embeds
         if given is None:
             return None  # upstream says what is missing
-        call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.arch.image_index(ids))
+        call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.family.image_index(ids))
         call.text = module
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
             raise UsageError("gradient_checkpointing: layers would run again without the tokens they were given; undo the recipe, or call model.eval()")
@@ -163,7 +163,7 @@ class Watch:
             raise UsageError("input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual")
         else:
             call.prefill = self._prefill(call, mask, cache)
-            call.mark = Mark(self.recipe, ahead_of(kwargs.get("position_ids"), mask, tokens) if self.arch.multimodal_positions else None)
+            call.mark = Mark(self.recipe, ahead_of(kwargs.get("position_ids"), mask, tokens) if self.family.axes > 1 else None)
         if cache is not None:
             cache.quota_mark = None  # until this call has filled all its layers
         return args, {**kwargs, "quota_call": call}
@@ -187,7 +187,7 @@ class Watch:
     def _positions(self, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """M-RoPE positions of a continued prompt, where they are not given: upstream would take the offset of the last prompt anyone gave the model."""
         cache = kwargs.get("past_key_values")
-        if not self.arch.multimodal_positions or kwargs.get("position_ids") is not None or cache is None or ids is None or not cache.get_seq_length():
+        if self.family.axes == 1 or kwargs.get("position_ids") is not None or cache is None or ids is None or not cache.get_seq_length():
             return {}
         cached, ahead = cache.get_seq_length(), self.mark_of(cache).ahead
         return {"position_ids": continued_positions(ahead, len(ids), cached, cached + ids.shape[1], ids.device)}
@@ -233,7 +233,7 @@ class Watch:
             torch.arange(tokens, device=picture.device).expand(batch, -1), valid, group, text,
             torch.zeros(batch, dtype=torch.int64, device=picture.device), start if bool(start.any()) else None,
         )  # fmt: skip
-        outcome = Outcome(cache_lengths=[tokens] * self.arch.layers)
+        outcome = Outcome(cache_lengths=[tokens] * self.family.layers)
         self.last.set(outcome)
         return Prefill(stage, keep, start.long(), tokens, prompt, Pictures.of(real, call.shown), outcome)
 

@@ -15,7 +15,7 @@ from quota.core.documents import read_object
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.folders import resolve_folder
 from quota.core.malloc import keep_freed_memory
-from quota.models import find_family, model_fingerprint, submodule
+from quota.models import find_family, model_fingerprint
 from quota.models.config import OWN_KEYS, read_config
 from quota.models.processing import open_processor
 from quota.models.weight_only import build_structure
@@ -132,12 +132,7 @@ def _assign(model: Any, files: list[Path], dtype: torch.dtype) -> None:
 
 def fill_derived(model: Any) -> None:
     """Non-persistent buffers are not in a checkpoint: compute them where the meta device left nothing."""
-    arch = find_family(model)
-    text: Any = submodule(model, arch.text_path)
-    text.rotary_emb = type(text.rotary_emb)(config=text.config)
-    tower: Any = submodule(model, arch.vision_path)
-    if hasattr(tower, "rotary_pos_emb"):
-        tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
+    find_family(model).fill_derived(model)
     for path, module in model.named_modules():
         for name, buffer in list(module._buffers.items()):
             if buffer is None or not buffer.is_meta:

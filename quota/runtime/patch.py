@@ -81,7 +81,7 @@ class PatchHandle:
             if self._drafts(kwargs):
                 raise UsageError("past_key_values: drafted decoding starts from an empty cache (transformers feeds it the whole prompt); leave it unset")
             mark = self.pruner.watch.mark_of(cache)
-            if self.pruner.watch.arch.multimodal_positions and kwargs.get("position_ids") is None:
+            if self.pruner.watch.family.axes > 1 and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = continued_positions(mark.ahead, len(ids), 0, prompt or 0, ids.device)
         with generating(self.pruner.watch, prompt):
             return type(model).generate(model, *args, **kwargs) if self._own_generate is None else self._own_generate(*args, **kwargs)
@@ -114,14 +114,14 @@ def patched(model: Any, recipe: Recipe | str | Path, *, forced: Mapping[int, Ten
     """
     from quota.core.recipe import Recipe  # reads and checks documents: needed only with a recipe
 
-    arch = find_family(model)
+    family = find_family(model)
     if getattr(model, "quota_handle", None) is not None:
         raise UsageError("recipe: one is already installed on this model; call model.quota_handle.undo() first")
     if isinstance(recipe, (str, Path)):
         recipe = Recipe.load(recipe)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe: expected a Recipe or a path, got {type(recipe).__name__}")
-    recipe.check_model(model_fingerprint(model), arch.layers, arch.model_class)
+    recipe.check_model(model_fingerprint(model), family.layers, family.model_class)
     if forced is not None and (missing := sorted(set(recipe.candidates) - set(forced))):
         raise UsageError(f"forced: expected a mask for every candidate layer, missing {missing}")
     return PatchHandle(model, recipe, forced)

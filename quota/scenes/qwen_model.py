@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from quota.models.processing import Qwen2_5_VLProcessor
+from quota.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from quota.scenes.vocabulary import QWEN_PATCH_SIZE, QWEN_SPECIAL_TOKENS, QWEN_WINDOW_PX, QWEN_WORDS
 
 WIDTH, LAYERS = 192, 8

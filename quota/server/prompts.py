@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from quota.core.errors import CheckpointError, UsageError
+from quota.models.processing import image_mark, render
 from quota.runtime.engine import Prompt
-from quota.runtime.engine.family import Family
+from quota.runtime.engine.model import EngineModel
 from quota.server.schemas import Message, TextPart
 
 log = logging.getLogger(__name__)
@@ -18,11 +19,11 @@ log = logging.getLogger(__name__)
 class PromptBuilder:
     """One processor behind a lock: fast tokenizers must not be used by two threads at once."""
 
-    def __init__(self, processor: Any, family: Family) -> None:
+    def __init__(self, processor: Any, engine_model: EngineModel) -> None:
         if processor is None:
             raise CheckpointError("checkpoint: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
-        self.processor, self.family = processor, family
-        self.mark = str(getattr(self.processor, "image_token", "<image>"))
+        self.processor, self.model = processor, engine_model
+        self.mark = image_mark(self.processor)
         self._reserved = [self.mark, *filter(None, [getattr(self.processor, "video_token", None)])]
         self._lock = threading.Lock()
 
@@ -35,7 +36,7 @@ class PromptBuilder:
                     raise UsageError(f"messages: text must not contain {mark}; send pictures as image_url parts")
             inputs = self.processor(text=[text], images=list(pictures) or None, return_tensors="pt")
             ids = inputs["input_ids"][0].tolist()
-            images = self.family.pictures(inputs)
+            images = self.model.images(inputs)
             selection = self._first_selection(messages, ids, images) if images else None
         return Prompt(ids, images, selection)
 
@@ -51,21 +52,10 @@ class PromptBuilder:
 
     def _render(self, messages: Sequence[Message]) -> str:
         turns = [{"role": _role(message), "content": _parts(message)} for message in messages]
-        if not getattr(self.processor, "chat_template", None):
-            return self._plain(turns)
         try:
-            return str(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            return render(self.processor, turns)
         except Exception as error:  # a template may raise anything about roles and their order
             raise UsageError(f"messages: the model's chat template refuses them ({error})") from None
-
-    def _plain(self, turns: list[dict[str, Any]]) -> str:
-        """LLaVA-1.5's own form, where a processor has no template."""
-        text = ""
-        for turn in turns:
-            marks = f"{self.mark}\n" * sum(part["type"] == "image" for part in turn["content"])
-            words = " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
-            text += words + " " if turn["role"] == "system" else f"{turn['role'].upper()}: {marks}{words} "
-        return text + "ASSISTANT:"
 
     def _first_selection(self, messages: Sequence[Message], ids: list[int], images: Sequence[Any]) -> int | None:
         """Tokens up to the first answer after the last picture; None when that is the whole prompt.
@@ -79,7 +69,7 @@ class PromptBuilder:
             return None
         first, *parts = self._render(messages[:answered]).split(self.mark)
         for image, part in zip(images, parts, strict=True):
-            first += self.mark * self.family.image_tokens(image) + part
+            first += self.mark * self.model.image_tokens(image) + part
         head = self.processor.tokenizer(first)["input_ids"]
         if ids[: len(head)] == head:
             return len(head)

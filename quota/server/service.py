@@ -62,8 +62,8 @@ class Service:
         # the engine decodes on its own thread, and tokenizers do not like company
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
-        self.prompts = PromptBuilder(model.processor, engine.family)
-        self._large_prompts = PromptBuilder(copy.deepcopy(model.processor), engine.family)  # large pictures take seconds: nobody waits behind them
+        self.prompts = PromptBuilder(model.processor, engine.model)
+        self._large_prompts = PromptBuilder(copy.deepcopy(model.processor), engine.model)  # large pictures take seconds: nobody waits behind them
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)

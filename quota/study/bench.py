@@ -157,7 +157,7 @@ class Bench:
     @property
     def family(self) -> str:
         """Architecture of the float model."""
-        return self.source.arch.name
+        return self.source.family.name
 
     @property
     def reference(self) -> str:

@@ -13,12 +13,12 @@ from quota.core.errors import CheckpointError
 
 def block_paths(source: FloatSource, module: str) -> list[str]:
     """Module paths of the blocks that "vision", "projector" or "llm" quantizes, in order."""
-    arch = source.arch
+    family = source.family
     if module == "projector":
-        return [arch.projector_path]
+        return [family.projector_path]
     if module == "vision":
-        return [arch.vision_layer(i) for i in range(arch.vision_layers_used)]
-    return [arch.decoder_layer(i) for i in range(arch.layers)]
+        return [family.vision_layer(i) for i in range(family.vision_layers_used)]
+    return [family.decoder_layer(i) for i in range(family.layers)]
 
 
 def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from quota.allocate.compute import DecoderSizes, cost, decoder_sizes, kv_token_bytes, language_macs, layer_macs
 from quota.allocate.solve import uniform
 from quota.core.recipe import kept_tokens
-from quota.models.llava import vision_macs
+from quota.models import vision_macs
 
 SMALL = DecoderSizes(layers=2, hidden_size=8, kv_size=4, intermediate_size=16)
 
@@ -95,10 +95,17 @@ def test_wrong_length() -> None:
 
 
 def test_sizes_from_a_config() -> None:
-    text = SimpleNamespace(num_hidden_layers=8, hidden_size=192, num_key_value_heads=3, num_attention_heads=3, head_dim=64, intermediate_size=512)
-    vision = SimpleNamespace(image_size=28, patch_size=14, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_channels=3)
-    config = SimpleNamespace(text_config=text, vision_config=vision, vision_feature_layer=-2)
+    text = SimpleNamespace(
+        model_type="llama", num_hidden_layers=8, hidden_size=192, num_key_value_heads=3, num_attention_heads=3, head_dim=64, intermediate_size=512
+    )
+    vision = SimpleNamespace(
+        model_type="clip_vision_model", image_size=28, patch_size=14, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_channels=3,
+        num_attention_heads=1,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        model_type="llava", text_config=text, vision_config=vision, vision_feature_layer=-2, vision_feature_select_strategy="default", image_token_id=3
+    )
     assert decoder_sizes(config) == DecoderSizes(8, 192, 192, 512)
     n, h, m = 5, 8, 16
     block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
-    assert vision_macs(config) == 4 * 3 * 196 * h + 2 * block + 4 * (h * 192 + 192 * 192)
+    assert vision_macs(config, 4) == 4 * 3 * 196 * h + 2 * block + 4 * (h * 192 + 192 * 192)

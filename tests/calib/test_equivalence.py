@@ -7,6 +7,7 @@ import torch
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
+from quota.models.images import ImageInput
 from tests.tiny import llava_inputs, tiny_llava
 
 TOLERANCE = 1e-3  # relative, float32
@@ -63,8 +64,8 @@ def test_streamed_blocks_reproduce_the_model(source):
         wanted = model(**inputs, output_hidden_states=True).hidden_states
     folder = source.folder / "streams"
     folder.mkdir()
-    arch = source.arch
-    current = streaming.embed_images(source, list(inputs["pixel_values"].split(1)), [None] * 2, folder / "0", "float32")
+    arch = source.family
+    current = streaming.embed_images(source, [ImageInput(pixels) for pixels in inputs["pixel_values"]], [None] * 2, folder / "0", "float32")
     for index in range(arch.vision_layers_used):
         following = current.like(folder / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")

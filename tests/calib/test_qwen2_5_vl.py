@@ -84,11 +84,11 @@ def test_planted_key_biases_do_not_reach_the_key_quantizer(source):
 def test_streamed_blocks_reproduce_the_model(source, tmp_path):
     """Pictures of two sizes and a text-only prompt, through all blocks chained by hand: upstream's hidden states, M-RoPE positions included."""
     model = load(source.folder)
-    arch, samples = source.arch, mixed_samples(((32, 32), None, (24, 16)))
+    arch, samples = source.family, mixed_samples(((32, 32), None, (24, 16)))
     encoded = [encode(model.processor, sample) for sample in samples]
     grids = [tuple(e["image_grid_thw"][0].tolist()) for e in encoded if "image_grid_thw" in e]
     assert grids == GRIDS
-    current = streaming.embed_images(source, [e["pixel_values"] for e in encoded if "pixel_values" in e], grids, tmp_path / "0", "float32")
+    current = streaming.embed_images(source, [image for e in encoded for image in arch.images(e)], grids, tmp_path / "0", "float32")
     for index in range(arch.vision_layers_used):
         following = current.like(tmp_path / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from quota.calib import run
-from quota.calib.families import PLANS
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, SampleError, UsageError
 from quota.core.recipe import Recipe
+from quota.models import family_class
 from quota.ops import quantize_act
 from quota.quant.affine import quantize_symmetric
 from quota.quant.pack import unpack_int4
@@ -131,7 +131,7 @@ def test_left_out_modules_stay_float(folder, tmp_path, modules):
         assert any(key.endswith(f"{part}.w_q") for key in quantized) == (name in modules)
     from quota.calib.stream import FloatSource
 
-    canonical_key = FloatSource(folder).arch.canonical_key
+    canonical_key = FloatSource(folder).family.canonical_key
     for key, tensor in original.items():
         if canonical_key(key) in quantized and "norm" not in key:
             assert torch.equal(quantized[canonical_key(key)], tensor)
@@ -170,7 +170,7 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
         with torch.no_grad(), block.observing():
             simulated = block(batch)
             groups = block.projection_groups()
-            for plan, group in zip(PLANS["llava"][kind], groups, strict=True):
+            for plan, group in zip(family_class("llava").groups[kind], groups, strict=True):
                 merged = torch.ones(group.out_features)
                 if plan.name == "mlp.gate_up_proj":  # up's rows carry the next group's diag
                     merged[-groups[-1].in_features :] = groups[-1].diag()

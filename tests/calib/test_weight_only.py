@@ -19,7 +19,7 @@ from quota.models import find_family
 from quota.models.quantize import quantized_linears, quantized_modules
 from quota.nn.weight_linear import WeightLinear
 from quota.runtime import load, patched
-from quota.runtime.engine.family import LlavaFamily
+from quota.runtime.engine.model import EngineModel
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
 from tests.calib.test_qwen2_5_vl import batch_for
 from tests.prune.recipes import greedy, recipe_for
@@ -143,7 +143,7 @@ def test_resumes_after_a_kill_with_the_same_bytes(folders, finished, tmp_path, m
 def test_refusals(folders, finished, tmp_path):
     out, _ = finished["llava", "rtn"]
     with pytest.raises(UsageError, match="this one is w4a16 with parts vision, projector, llm; use `quota run`"):
-        LlavaFamily(load(out))
+        EngineModel(load(out))
     for options, words in (({"method": "best"}, "flatquant"), ({"method": "awq", "steps": 3}, "steps: 3"),
                            ({"method": "gptq", "settings": Settings(inputs="mixed")}, "inputs: 'mixed'")):  # fmt: skip
         with pytest.raises(UsageError, match=words):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.models.images import ImageInput
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, Sampling
-from quota.runtime.engine.family import Patches
 from quota.runtime.engine.storage import unit_bytes
 from tests.prune.recipes import recipe_for
 from tests.tiny import IMAGE_TOKEN, QWEN_IDS
@@ -27,11 +27,11 @@ class Watched(Engine):
         super()._choose(sequence, logits)
 
 
-def picture(seed: int, size: int = 56) -> Tensor:
-    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
+def picture(seed: int, size: int = 56) -> ImageInput:
+    return ImageInput(torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed)))
 
 
-def prompt(model: Any, *parts: int | Tensor, seed: int = 0, selection: int | None = None) -> Prompt:
+def prompt(model: Any, *parts: int | ImageInput, seed: int = 0, selection: int | None = None) -> Prompt:
     """parts: a number of random words, or a picture."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = [1]
@@ -43,12 +43,12 @@ def prompt(model: Any, *parts: int | Tensor, seed: int = 0, selection: int | Non
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
-def patches(rows: int, columns: int, seed: int = 0) -> Patches:
+def patches(rows: int, columns: int, seed: int = 0) -> ImageInput:
     """A picture of Qwen2.5-VL with rows x columns patches, four of which make a visual token."""
-    return Patches(torch.randn(rows * columns, 96, generator=torch.Generator().manual_seed(seed)), (1, rows, columns))
+    return ImageInput(torch.randn(rows * columns, 96, generator=torch.Generator().manual_seed(seed)), (1, rows, columns))
 
 
-def qwen_prompt(*parts: int | Patches, seed: int = 0, selection: int | None = None) -> Prompt:
+def qwen_prompt(*parts: int | ImageInput, seed: int = 0, selection: int | None = None) -> Prompt:
     """As `prompt`, with the markers Qwen2.5-VL puts around a picture."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = [1]
@@ -105,7 +105,7 @@ def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     if not prompt.images:
         return more
     if model.config.model_type == "llava":
-        return {"pixel_values": torch.stack(list(prompt.images))}
+        return {"pixel_values": torch.stack([image.pixels for image in prompt.images])}
     return {**more, "pixel_values": torch.cat([image.pixels for image in prompt.images]), "image_grid_thw": torch.tensor([i.grid for i in prompt.images])}
 
 

@@ -90,8 +90,8 @@ def work(layers: int, at: int, shared: int = 0) -> Work:
 def test_buffers_say_where_rows_are(model):
     """Slots of the new token, tables up to its page; rows without work, and content that is there already, are not stored."""
     made = engine(model, default=None)
-    made.segments = type(made.segments)((0, made.family.layers))
-    buffers = Buffers(made.family, made.segments, 4, 4, 4)
+    made.segments = type(made.segments)((0, made.model.layers))
+    buffers = Buffers(made.model, made.segments, 4, 4, 4)
     buffers.fill([work(4, 9), work(4, 11, shared=12), work(4, 3)])
     buffers.fill([work(4, 8), work(4, 7, shared=8)])  # nothing of the step before is left
     assert buffers.length.tolist() == [[9, 8, 0, 0]] and buffers.ids.tolist() == [7, 7, 0, 0] and buffers.positions.tolist() == [[[40, 40, 0, 0]]]
@@ -145,16 +145,16 @@ def test_the_engine_keeps_to_one_device(served, emulated):
         step()  # packs weights, reads clips
         return watched
 
-    encode = made.family.encode_images
+    encode = made.model.encode_images
 
     def encoded(images):
         """The float tower's attention is composed of other operations here, and differs in its last bits."""
         features = encode(images)
         assert all(one.device.type == "meta" for one in features)
-        return [one.to("meta") for one in plain.family.encode_images(images)]
+        return [one.to("meta") for one in plain.model.encode_images(images)]
 
-    made.family.encode_images = encoded
-    assert made.family.device.type == made.storage.keys[0].device.type == "meta"
+    made.model.encode_images = encoded
+    assert made.model.device.type == made.storage.keys[0].device.type == "meta"
     made.runner.decoder.capture = capture
     run(made, asks)
     assert same(made.seen, plain.seen)

@@ -109,7 +109,7 @@ def test_chat_keeps_its_first_selection(model):
         with patched(model, recipes(model)[recipe]) as handle:
             ids = torch.tensor([list(first.ids)])
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=a[None], max_new_tokens=5, eos_token_id=None, pad_token_id=0,
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=a.pixels[None], max_new_tokens=5, eos_token_id=None, pad_token_id=0,
                 do_sample=False, return_dict_in_generate=True,
             )  # fmt: skip
             kept = {layer: mask[0].nonzero()[:, 0].tolist() for layer, mask in handle.kept.items()}
@@ -239,26 +239,26 @@ def test_random_comings_and_goings(model, mixed, seed):
 
 def test_pictures_are_encoded_once(model, monkeypatch):
     made, encoded = engine(model), []
-    encode = made.family.encode_images
-    monkeypatch.setattr(made.family, "encode_images", lambda images: encoded.extend(images) or encode(images))
+    encode = made.model.encode_images
+    monkeypatch.setattr(made.model, "encode_images", lambda images: encoded.extend(images) or encode(images))
     run(made, [asked(str(i), prompt(model, 3, picture(1), 4, picture(2), i + 1)) for i in range(3)])
     assert len(encoded) == 2
 
 
 def test_features_do_not_depend_on_company(model):
-    family, images = engine(model).family, [picture(i) for i in range(5)]
+    family, images = engine(model).model, [picture(i) for i in range(5)]
     assert all(torch.equal(together, family.encode_images([image])[0]) for together, image in zip(family.encode_images(images), images, strict=True))
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     made = engine(model)
-    encode = made.family.encode_images
+    encode = made.model.encode_images
 
     def fragile(images):
-        if any(torch.equal(image, picture(2)) for image in images):
+        if any(torch.equal(image.pixels, picture(2).pixels) for image in images):
             raise RuntimeError("a picture that breaks the tower")
         return encode(images)
 
-    monkeypatch.setattr(made.family, "encode_images", fragile)
+    monkeypatch.setattr(made.model, "encode_images", fragile)
     outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
     assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]

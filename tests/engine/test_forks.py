@@ -87,7 +87,7 @@ def test_who_leaves_leaves_the_others_alone(model):
 
 def test_a_prompt_that_fails_does_so_once_for_each(model, monkeypatch):
     made, asks = engine(model), answers(prompt(model, 4, picture(1), 3), 3)
-    monkeypatch.setattr(made.family, "encode_images", lambda images: 1 / 0)
+    monkeypatch.setattr(made.model, "encode_images", lambda images: 1 / 0)
     made.submit_all(asks)
     reasons = []
     while made.busy:

@@ -9,9 +9,9 @@ import torch
 
 from quota.core.errors import UsageError
 from quota.core.recipe import kept_tokens
+from quota.models.images import ImageInput
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Prompt
-from quota.runtime.engine.family import Patches
 from quota.runtime.patch import patched
 from tests.engine.asking import asked, engine, generated, logits, patches, pixels_of, qwen_prompt, recipes, run, same, tokens
 from tests.tiny import IMAGE_TOKEN, tiny_qwen
@@ -132,13 +132,13 @@ def test_usage_counts_each_picture(model):
 def test_pictures_of_the_processor(model):
     grids = torch.tensor([[1, 8, 8], [1, 4, 6]])
     pixels = torch.randn(88, 96)
-    first, second = engine(model).family.pictures({"pixel_values": pixels, "image_grid_thw": grids})
-    assert first.grid == (1, 8, 8) and torch.equal(second.pixels, pixels[64:]) and engine(model).family.pictures({}) == ()
+    first, second = engine(model).model.images({"pixel_values": pixels, "image_grid_thw": grids})
+    assert first.grid == (1, 8, 8) and torch.equal(second.pixels, pixels[64:]) and engine(model).model.images({}) == ()
 
 
 def test_refusals(model):
     made, good = engine(model), patches(4, 4)
-    for image in (torch.zeros(3, 8, 8), Patches(good.pixels, (2, 2, 4)), Patches(good.pixels, (1, 3, 4)), Patches(good.pixels[:8], (1, 4, 4))):
+    for image in (torch.zeros(3, 8, 8), ImageInput(good.pixels, (2, 2, 4)), ImageInput(good.pixels, (1, 3, 4)), ImageInput(good.pixels[:8], (1, 4, 4))):
         with pytest.raises(UsageError, match="image"):
             made.submit(asked("a", Prompt([122, *[IMAGE_TOKEN] * 4, 123, 5], [image])))
     with pytest.raises(UsageError, match="2 pictures"):  # nothing between them: which tokens are whose?

@@ -18,7 +18,7 @@ from PIL import Image
 import quota.lmms.model as own
 from quota.core.errors import UsageError
 from quota.lmms.prompts import Wrapper, conversation
-from quota.models.processing import Qwen2_5_VLProcessor
+from quota.models.qwen2_5_vl import Qwen2_5_VLProcessor
 
 Asked = Callable[[Any, list[str], int], dict[str, list[str]]]
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from quota.models import model_fingerprint
 from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules
+from quota.models.qwen2_5_vl import MultimodalRotary
 from quota.models.rtn import quantize_rtn
-from quota.models.window_tower import MultimodalRotary
 from quota.nn.attention import QuantAttention
 from quota.nn.cache import kv_bytes
 from quota.nn.key_bias import BiasedKv4Layer, QuantBiasedAttention, bias_coefficients

@@ -24,7 +24,7 @@ def test_layout(model):
     assert (arch.hidden_size, arch.heads, arch.kv_heads, arch.head_dim) == (64, 4, 2, 16)
     for path in (arch.decoder_layer(3), arch.vision_layer(2), arch.projector_path, arch.embed_path, arch.lm_head_path, arch.vision_embed_path, arch.text_path):
         assert submodule(model, path) is model.get_submodule(path)
-    assert find_family(model.config) == arch
+    assert find_family(model.config).dims == arch.dims
 
 
 def test_sliding_windows_are_refused(model):

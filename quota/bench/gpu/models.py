@@ -129,7 +129,7 @@ def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
 
     def prompt() -> Prompt:
         pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
-        return Prompt(ids, engine.family.pictures({**inputs, "pixel_values": pixels}))
+        return Prompt(ids, engine.model.images({**inputs, "pixel_values": pixels}))
 
     return engine, prompt
 

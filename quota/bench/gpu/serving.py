@@ -46,7 +46,7 @@ def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
     for sample in json.loads((assets.SAMPLES.parent / "samples.json").read_text())["samples"][: _BATCHES[-1]]:
         picture = images.open_file(assets.SAMPLES.parent / sample["image"])
         inputs = loaded.processor(images=[picture], text=f"USER: <image>\n{sample['instruction']} ASSISTANT:", return_tensors="pt")
-        prompts.append(Prompt(inputs["input_ids"][0].tolist(), engine.family.pictures(inputs)))
+        prompts.append(Prompt(inputs["input_ids"][0].tolist(), engine.model.images(inputs)))
     return engine, prompts
 
 

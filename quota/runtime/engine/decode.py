@@ -16,7 +16,7 @@ from torch import Tensor
 from quota import ops
 from quota.core.errors import UsageError
 from quota.core.registry import Context, Op
-from quota.runtime.engine.family import Family
+from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits, Row
 from quota.runtime.engine.storage import KvStorage
@@ -87,18 +87,18 @@ class Buffers:
     [S, A, B, W * P]. They lie in one piece of memory, on the host and on the device, so a step is told everything in one copy.
     """
 
-    def __init__(self, family: Family, segments: Segments, rows: int, width: int, places: int) -> None:
+    def __init__(self, model: EngineModel, segments: Segments, rows: int, width: int, places: int) -> None:
         self.rows, self.width, self.places, self.segments = rows, width, places, segments
-        count, axes = len(segments), family.axes
+        count, axes = len(segments), model.axes
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "ids": (torch.int64, (rows,)), "positions": (torch.int64, (count, axes, rows)), "slot": (torch.int64, (segments.layers, rows)),
-            "cached": (torch.int64, (count, axes, rows, width * places if family.biased else 0)),
+            "cached": (torch.int64, (count, axes, rows, width * places if model.biased else 0)),
             "table": (torch.int32, (segments.layers, rows, width)), "length": (torch.int32, (count, rows)),
         }  # fmt: skip
-        on_gpu = family.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
         sizes = {name: -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for name, (dtype, shape) in shapes.items()}
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = self._host if family.device.type == "cpu" else torch.zeros(len(self._host), dtype=torch.uint8, device=family.device)
+        self._device = self._host if model.device.type == "cpu" else torch.zeros(len(self._host), dtype=torch.uint8, device=model.device)
         host: dict[str, np.ndarray] = {}
         device: dict[str, Tensor] = {}
         begin = 0
@@ -133,8 +133,8 @@ class Buffers:
 class Decoder:
     """Runs decode steps on one model and one pool. capture: what makes a step replayable, for buffers that stay; None runs it anew each time."""
 
-    def __init__(self, family: Family, storage: KvStorage, segments: Segments, capture: Capture | None) -> None:
-        self.family, self.storage, self.segments, self.capture = family, storage, segments, capture
+    def __init__(self, model: EngineModel, storage: KvStorage, segments: Segments, capture: Capture | None) -> None:
+        self.model, self.storage, self.segments, self.capture = model, storage, segments, capture
         self._ready: dict[tuple[int, int], tuple[Buffers, Step]] = {}
 
     def run(self, works: Sequence[Work]) -> list[Row]:
@@ -149,7 +149,7 @@ class Decoder:
         size = (rows, pages) if self.capture is None else (_power(rows), _power(pages))
         found = self._ready.get(size)
         if found is None:
-            buffers = Buffers(self.family, self.segments, *size, self.storage.places)
+            buffers = Buffers(self.model, self.segments, *size, self.storage.places)
             step = self.step_on(buffers)
             if self.capture is None:
                 self._ready.clear()  # sizes change as answers grow
@@ -161,21 +161,21 @@ class Decoder:
 
     def step_on(self, buffers: Buffers) -> Step:
         """The step as a function of these buffers -> logits float32 [B, vocabulary], the likeliest token int64 [B]."""
-        family, storage = self.family, self.storage
+        model, storage = self.model, self.storage
 
         def step() -> tuple[Tensor, Tensor]:
-            x = family.embed(buffers.ids)
+            x = model.embed(buffers.ids)
             for segment, span in enumerate(self.segments.spans):
-                rotary, length = family.rotary(buffers.positions[segment]), buffers.length[segment]
-                angles = family.angles(buffers.cached[segment]) if family.biased else None
+                rotary, length = model.rotary(buffers.positions[segment]), buffers.length[segment]
+                angles = model.angles(buffers.cached[segment]) if model.biased else None
                 for layer in span:
-                    q, keys, values = family.project(layer, x, rotary)
+                    q, keys, values = model.project(layer, x, rotary)
                     storage.write(keys, values, buffers.slot[layer])
                     q = q.transpose(0, 2)  # [B, H, 1, D]
-                    shared = angles if q.shape[-1] > family.head_dim else None
-                    out, _ = storage.attend(q, buffers.table[layer], length, family.scaling, shared)
-                    x = family.finish(layer, x, out.view(buffers.rows, -1))
-            logits = family.logits(x)
+                    shared = angles if q.shape[-1] > model.head_dim else None
+                    out, _ = storage.attend(q, buffers.table[layer], length, model.scaling, shared)
+                    x = model.finish(layer, x, out.view(buffers.rows, -1))
+            logits = model.logits(x)
             return logits, logits.argmax(-1)
 
         return step

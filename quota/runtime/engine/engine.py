@@ -15,9 +15,9 @@ from torch import Tensor
 
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
-from quota.models import find_family, model_fingerprint
+from quota.models import model_fingerprint
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
-from quota.runtime.engine.family import Family, family_of
+from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
 from quota.runtime.engine.report import entry_of
@@ -94,27 +94,27 @@ class Engine:
     def __init__(self, model: Any, *, tokenizer: Any = None, recipes: Mapping[str, Recipe] | None = None, default: str | None = None,
                  config: EngineConfig | None = None) -> None:  # fmt: skip
         self.config = config or EngineConfig()
-        self.family: Family = family_of(model)
-        chosen(self.family.device)
+        self.model = EngineModel(model)
+        chosen(self.model.device)
         self.tokenizer = tokenizer
         self.recipes = dict(recipes or {})
         if default is not None and default not in self.recipes:
             raise UsageError(f"default: expected one of the recipes {sorted(self.recipes)}, got {default!r}")
         identity = model_fingerprint(model)
         for recipe in self.recipes.values():
-            recipe.check_model(identity, self.family.layers, find_family(model).model_class)
+            recipe.check_model(identity, self.model.layers, self.model.family.model_class)
         self.default = default
-        self.segments = Segments.between(self.family.layers, self.recipes.values())
+        self.segments = Segments.between(self.model.layers, self.recipes.values())
         places = self.config.page_tokens
-        units = self.config.kv_bytes // unit_bytes(places, self.family.kv_heads, self.family.head_dim)
-        if units < self.family.layers:
-            raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.family.layers} layers; give the pool more")
-        self.storage = KvStorage(units, places, self.family.kv_heads, self.family.head_dim, self.family.device)
+        units = self.config.kv_bytes // unit_bytes(places, self.model.kv_heads, self.model.head_dim)
+        if units < self.model.layers:
+            raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.model.layers} layers; give the pool more")
+        self.storage = KvStorage(units, places, self.model.kv_heads, self.model.head_dim, self.model.device)
         self.pool = PagePool(units, [len(span) for span in self.segments.spans])
-        capture = cuda_graphs(self.family.device) if self.config.graphs and self.family.device.type == "cuda" else None
-        self.runner = Runner(self.family, self.storage, self.segments, Decoder(self.family, self.storage, self.segments, capture))
+        capture = cuda_graphs(self.model.device) if self.config.graphs and self.model.device.type == "cuda" else None
+        self.runner = Runner(self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture))
         self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens)
-        self.max_tokens = min(self.family.max_tokens, self.config.max_tokens or self.family.max_tokens)
+        self.max_tokens = min(self.model.max_tokens, self.config.max_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
         self._features = _Features(self.config.feature_bytes)
@@ -156,7 +156,7 @@ class Engine:
         return sequences
 
     def _sequence(self, request: Request, order: int) -> Sequence:
-        sequence = Sequence(request, order, self.recipe_of(request), self.family, self.segments)
+        sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments)
         self._check_size(sequence)
         if self.config.prefix_cache:
             sequence.name_pages(self.config.page_tokens)
@@ -248,13 +248,13 @@ class Engine:
         """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be encoded fail."""
         images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
         try:
-            found: dict[bytes, Tensor] = dict(zip(images, self.family.encode_images(list(images.values())), strict=True)) if images else {}
+            found: dict[bytes, Tensor] = dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
         except Exception:
             log.exception("%d pictures could not be encoded together; encoding them one by one", len(images))
             found = {}
             for name, image in images.items():
                 try:
-                    found[name] = self.family.encode_images([image])[0]
+                    found[name] = self.model.encode_images([image])[0]
                 except Exception as error:
                     for sequence, _ in wanted[name]:
                         self._fail(sequence, error)
@@ -281,7 +281,7 @@ class Engine:
         return results
 
     def _work(self, turn: Turn) -> Work:
-        return turn.sequence.work(self.family, turn.begin, turn.end, turn.enter, turn.leave)
+        return turn.sequence.work(self.model, turn.begin, turn.end, turn.enter, turn.leave)
 
     def _guarded(self, sequence: Sequence, function: Any, *args: Any) -> None:
         try:

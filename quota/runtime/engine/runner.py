@@ -17,7 +17,7 @@ from quota.nn.attention import Record
 from quota.ops.weights import Kv
 from quota.runtime.engine.choice import Attended
 from quota.runtime.engine.decode import Decoder
-from quota.runtime.engine.family import Family
+from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits
 from quota.runtime.engine.storage import KvStorage
@@ -77,19 +77,19 @@ class _Slots:
     family asks for them, angles [1, D, length] of all slots.
     """
 
-    def __init__(self, batch: _Batch, segment: int, places: int, family: Family) -> None:
+    def __init__(self, batch: _Batch, segment: int, places: int, model: EngineModel) -> None:
         works = [(flight.work, len(flight.rows)) for flight in batch.flights]
         slots = [_slots(work, segment, rows, places) for work, rows in works]
         ends = [work.base[segment] + rows for work, rows in works]
-        self.slot = _on(np.concatenate(slots, axis=1), family)
-        self.tables = [_on(work.tables[segment][:, None, : -(-end // places)], family) for (work, _), end in zip(works, ends, strict=True)]
-        self.lengths = _on(np.array(ends, dtype=np.int32), family).split(1)
-        self.angles = [family.angles(_on(flight.filled(segment)[:, None], family)) for flight in batch.flights] if family.biased else None
+        self.slot = _on(np.concatenate(slots, axis=1), model)
+        self.tables = [_on(work.tables[segment][:, None, : -(-end // places)], model) for (work, _), end in zip(works, ends, strict=True)]
+        self.lengths = _on(np.array(ends, dtype=np.int32), model).split(1)
+        self.angles = [model.angles(_on(flight.filled(segment)[:, None], model)) for flight in batch.flights] if model.biased else None
 
 
-def _on(array: np.ndarray, family: Family) -> Tensor:
-    """A copy on the family's device, or on the host the array itself."""
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(family.device)
+def _on(array: np.ndarray, model: EngineModel) -> Tensor:
+    """A copy on the model's device, or on the host the array itself."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(model.device)
 
 
 def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
@@ -104,8 +104,8 @@ def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
 class Runner:
     """Runs works on one model and one pool. Nothing but the pool's own slots of a work is changed, so a step can be run again."""
 
-    def __init__(self, family: Family, storage: KvStorage, segments: Segments, decoder: Decoder) -> None:
-        self.family, self.storage, self.segments, self.decoder = family, storage, segments, decoder
+    def __init__(self, model: EngineModel, storage: KvStorage, segments: Segments, decoder: Decoder) -> None:
+        self.model, self.storage, self.segments, self.decoder = model, storage, segments, decoder
         self._segment_of = [s for s, span in enumerate(segments.spans) for _ in span]
 
     @torch.no_grad()
@@ -129,10 +129,10 @@ class Runner:
                 if layer in events:
                     batch = self._regroup(batch, [f for f in flights if f.work.enter <= layer < f.work.leave], layer)
                 if batch is not None:
-                    slots = _Slots(batch, segment, self.storage.places, self.family)
+                    slots = _Slots(batch, segment, self.storage.places, self.model)
                     if layer in events or compact:
                         positions = np.concatenate([flight.positions(segment) for flight in batch.flights], axis=1)
-                        rotary = self.family.rotary(_on(positions, self.family))
+                        rotary = self.model.rotary(_on(positions, self.model))
             if batch is not None:
                 self._layer(layer, segment, batch, slots, rotary)
         if batch is not None:
@@ -154,57 +154,57 @@ class Runner:
         if choice is None or layer not in choice.keep:
             return
         n = int((flight.rows < choice.selecting).sum())
-        record = flight.attended.record(n, self.family.scaling) if flight.attended is not None else None
-        module = self.family.decoder_layer(layer)
+        record = flight.attended.record(n, self.model.scaling) if flight.attended is not None else None
+        module = self.model.decoder_layer(layer)
         flight.drop(layer, choice.kept_rows(layer, module, flight.x, flight.rows, record, lambda: self._own_record(flight, layer, n)))
 
     def _own_record(self, flight: _Flight, layer: int, rows: int) -> Record:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
         segment = self._segment_of[layer]
         positions = flight.positions(segment - 1)[:, :rows]
-        q, keys, values = self.family.project(layer, flight.x[:rows], self.family.rotary(_on(positions, self.family)))
+        q, keys, values = self.model.project(layer, flight.x[:rows], self.model.rotary(_on(positions, self.model)))
         base = flight.work.base[segment]
         cached = (keys, values)
         if base:
-            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.places)], self.family)
-            before = self.storage.read(table, _on(np.array([base], dtype=np.int32), self.family), base)
+            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.places)], self.model)
+            before = self.storage.read(table, _on(np.array([base], dtype=np.int32), self.model), base)
             cached = _joined(before[0], keys), _joined(before[1], values)
         angles = None
-        if q.shape[-1] > self.family.head_dim:
+        if q.shape[-1] > self.model.head_dim:
             known = flight.work.cached[segment]
             assert known is not None
-            angles = self.family.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.family))
-        _, lse = ops.kv4_attention(q, *cached, base + rows, None, self.family.scaling, angles)
-        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).record(rows, self.family.scaling)
+            angles = self.model.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.model))
+        _, lse = ops.kv4_attention(q, *cached, base + rows, None, self.model.scaling, angles)
+        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).record(rows, self.model.scaling)
 
     def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
         counts = [0 if work.hidden is not None else len(work.ids) for work in works]
         ids = [token for work in works if work.hidden is None for token in work.ids]
-        embedded = iter(self.family.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n])) if ids else iter(())
+        embedded = iter(self.model.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n])) if ids else iter(())
         return [next(embedded) if work.hidden is None else work.hidden for work in works]
 
     def _logits(self, flights: list[_Flight], results: dict[int, Result]) -> None:
         done = [f for f in flights if f.work.leave == self.segments.layers]
         if done:
-            values = self.family.logits(torch.cat([f.x[-1:] for f in done]))
+            values = self.model.logits(torch.cat([f.x[-1:] for f in done]))
             rows = Logits(values, values.argmax(-1)).rows(len(done))
             results.update({id(f): Result(row, kept=f.kept) for f, row in zip(done, rows, strict=True)})
 
     def _layer(self, layer: int, segment: int, batch: _Batch, slots: _Slots, rotary: tuple[Tensor, Tensor]) -> None:
         local = layer - self.segments.bounds[segment]
-        q, keys, values = self.family.project(layer, batch.x, rotary)
+        q, keys, values = self.model.project(layer, batch.x, rotary)
         self.storage.write(keys, values, slots.slot[local])
         outs = []
         for number, (flight, begin, end) in enumerate(batch.spans()):
             own = q[:, :, begin:end].contiguous()
-            angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.family.head_dim else None
-            out, lse = self.storage.attend(own, slots.tables[number][local], slots.lengths[number], self.family.scaling, angles)
+            angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.model.head_dim else None
+            out, lse = self.storage.attend(own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles)
             outs.append(out.view(end - begin, -1))
             flight.attended = None
             if flight.recorded_at(layer):
                 near = None if angles is None else angles[..., flight.work.base[segment] :]
                 flight.attended = Attended(own, _cut(keys, begin, end), lse, near)
-        batch.x = self.family.finish(layer, batch.x, torch.cat(outs) if len(outs) > 1 else outs[0])
+        batch.x = self.model.finish(layer, batch.x, torch.cat(outs) if len(outs) > 1 else outs[0])
 
 
 def _joined(first: Kv, second: Kv) -> Kv:

@@ -17,7 +17,7 @@ from quota.models.images import Pictures
 from quota.prune.budget import picture_sizes
 from quota.prune.select import asks_for_pictures
 from quota.runtime.engine.choice import Attended, Choice
-from quota.runtime.engine.family import Family
+from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.places import Places
 from quota.runtime.engine.plan import Segments, plan_prompt
 from quota.runtime.engine.pool import Page, PagePool
@@ -50,23 +50,23 @@ class Sequence:
     """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of the first `computed`
     of them are in the pool."""
 
-    def __init__(self, request: Request, order: int, recipe: Recipe | None, family: Family, segments: Segments) -> None:
+    def __init__(self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments) -> None:
         self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
-        _check_tokens(self.tokens, family.vocabulary)
+        _check_tokens(self.tokens, model.vocabulary)
         ids = torch.tensor(self.tokens, dtype=torch.int64)
-        picture = family.image_index(ids[None])
+        picture = model.image_index(ids[None])
         self.visual = (picture[0] >= 0).numpy()
-        sizes = [family.image_tokens(image) for image in request.prompt.images]  # refuses what is no picture, so it comes first
-        self.pictures = [(family.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)]
+        sizes = [model.image_tokens(image) for image in request.prompt.images]  # refuses what is no picture, so it comes first
+        self.pictures = [(model.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)]
         self.features: list[Tensor | None] = [None] * len(self.pictures)
         self.selecting = self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
         self._check(picture)
         self.plan = plan_prompt(recipe, segments, picture[0])
-        shown = [family.image_shown(image) for image in request.prompt.images] if recipe is not None and asks_for_pictures(recipe) else None
+        shown = [model.image_shown(image) for image in request.prompt.images] if recipe is not None and asks_for_pictures(recipe) else None
         self.raster = Pictures.of(picture, shown)
-        self.places = Places(family.positions(ids, request.prompt.images), self.plan.dropped, recipe, family.biased)
+        self.places = Places(model.positions(ids, request.prompt.images), self.plan.dropped, recipe, model.biased)
         places = self.visual.nonzero()[0]
         self.first_visual, self.last_visual = (int(places[0]), int(places[-1])) if len(places) else (self.prompt_tokens, -1)
         self.names: list[PageNames] = []
@@ -196,10 +196,10 @@ class Sequence:
         """Whether tokens are still to be chosen."""
         return bool(self.plan.keep) and self.computed <= self.first_visual
 
-    def work(self, family: Family, begin: int, end: int, enter: int, leave: int) -> Work:
+    def work(self, model: EngineModel, begin: int, end: int, enter: int, leave: int) -> Work:
         """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to the first drop."""
         choice = attended = None
-        hidden = self._embedded(family, begin, end)
+        hidden = self._embedded(model, begin, end)
         if self.chooses and self.recipe is not None:
             group = torch.full((len(self.tokens),), -1)
             group[: self.prompt_tokens] = self.plan.group
@@ -225,12 +225,12 @@ class Sequence:
             self.places.put(segment, self.slots(segment, begin), alive)
         self.computed, self.ahead = end, []
 
-    def _embedded(self, family: Family, begin: int, end: int) -> Tensor | None:
+    def _embedded(self, model: EngineModel, begin: int, end: int) -> Tensor | None:
         """Hidden states of tokens begin .. end where some are visual; None where the ids say all."""
         inside = self.visual[begin : min(end, self.prompt_tokens)]
         if not inside.any():
             return None
-        x = family.embed(torch.tensor(self.tokens[begin:end]))
+        x = model.embed(torch.tensor(self.tokens[begin:end]))
         seen = int(self.visual[:begin].sum())
         features: Any = torch.cat([part for part in self.features if part is not None])
         x[: len(inside)][torch.from_numpy(inside).to(x.device)] = features[seen : seen + int(inside.sum())]
