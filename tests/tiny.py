@@ -136,3 +136,7 @@ def qwen_inputs(model: Any, rows: Any = ((3, ((8, 8),), 5), (9, ((4, 6),), 4)), 
         out["image_grid_thw"] = torch.tensor(sizes)
         out["pixel_values"] = torch.randn(sum(h * w for _, h, w in sizes), 96, generator=generator)
     return out
+
+
+# per family of quota.models.FAMILIES: a tiny model, and inputs for it
+TINY = {"llava": (tiny_llava, llava_inputs), "qwen2_5_vl": (tiny_qwen, qwen_inputs)}

@@ -15,7 +15,7 @@ from quota.scenes import kinds as k
 from quota.scenes.vocabulary import QWEN_SCENE_PX
 
 FAMILIES = assets.FAMILIES
-DEFAULT = FAMILIES[0]
+DEFAULT = assets.DEFAULT_FAMILY
 
 
 @dataclass(frozen=True)

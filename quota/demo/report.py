@@ -8,6 +8,7 @@ from pydantic import Field
 
 from quota.core.schema import Document
 from quota.eval.results import Evaluation
+from quota.scenes.assets import DEFAULT_FAMILY
 
 REPORT_VERSION = 1
 
@@ -30,7 +31,7 @@ class Environment(Document):
 
 class ModelFacts(Document):
     checkpoint: str = Field(description="`embedded`, or what --model said")
-    family: str = Field(default="llava", description="architecture: `llava` or `qwen2_5_vl`")
+    family: str = Field(default=DEFAULT_FAMILY, description="architecture: `llava` or `qwen2_5_vl`")
     fingerprint: str = Field(description="model fingerprint that recipes carry")
     parameters: int = Field(description="number of parameters")
     layers: int = Field(description="decoder layers")

@@ -26,7 +26,7 @@ _VISION_DIMS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_at
 class Llava(Family):
     """See the module."""
 
-    name = "llava"
+    name, title, published = "llava", "LLaVA", "LLaVA-1.5-7B"
     model_class = "LlavaForConditionalGeneration"
     description = "llava: CLIP vision tower + two-layer projector + LLaMA decoder"
     groups: ClassVar[Groups] = {

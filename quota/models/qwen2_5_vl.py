@@ -46,7 +46,7 @@ _CHAT_TEMPLATE = (
 class Qwen25VL(Family):
     """See the module."""
 
-    name = "qwen2_5_vl"
+    name, title, published = "qwen2_5_vl", "Qwen2.5-VL", "Qwen2.5-VL-7B"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     description = "qwen2_5_vl: windowed vision transformer + 2 x 2 merger + Qwen2 decoder"
     axes = 3

@@ -23,6 +23,7 @@ SAMPLES = CALIBRATION / "samples.json"
 SAMPLES_SCHEMA = "quota-samples/1"
 SAMPLE_COUNT = 128
 FAMILIES = ("llava", "qwen2_5_vl")
+DEFAULT_FAMILY = FAMILIES[0]
 _JPEG_QUALITY = 90
 _KINDS = (*g.TASKS, "caption", "caption")  # one sample in four asks for the whole picture
 

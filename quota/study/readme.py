@@ -15,6 +15,7 @@ from typing import Any
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.demo.embedded import FAMILIES
+from quota.models import family_class
 from quota.report.blocks import fill
 from quota.report.table import markdown_table
 from quota.study.layers import profile_markdown, show_markdown
@@ -25,7 +26,6 @@ from quota.study.tables import ORDERS
 
 README = Path("README.md")
 KEPT = Path("docs/tables")
-TITLES = {"llava": "LLaVA", "qwen2_5_vl": "Qwen2.5-VL"}
 SHOWN = ("modules", "keep", "pipelines")
 FOLDED = ("compute", "weights", "formats", "runtime")  # behind a click
 
@@ -58,7 +58,7 @@ def page(family: str, kept: Path = KEPT) -> str:
     found = reports(family, kept)
     missing = [name for name in STUDIES if name not in found]
     parts = [
-        f"# The tables on the embedded {TITLES[family]} model",
+        f"# The tables on the embedded {family_class(family).title} model",
         f"Written by `python -m quota.study.readme` from the reports in `docs/tables/{family}`; a row is one configuration of `quota study NAME --family "
         f"{family}`. The model is small and its questions are generated: the tables show which choice is better here, not how a 7B model scores.",
     ]
@@ -88,13 +88,13 @@ def block(kept: Path = KEPT) -> str:
                 parts += [f"<details><summary>{STUDIES[name]} (<code>quota study {name}</code>)</summary>", *tables, "</details>"]
             else:
                 parts += [f"**{STUDIES[name]}** (`quota study {name}`)", *tables]
-    pages = [f"[{TITLES[family]}](docs/tables/{family}.md)" for family, known in found.items() if known]
+    pages = [f"[{family_class(family).title}](docs/tables/{family}.md)" for family, known in found.items() if known]
     parts.append(f"All studies with accuracies per task, paired differences, layer profiles and kept tokens in pictures: {', '.join(pages)}.")
     return "\n\n".join(parts)
 
 
 def _tables(name: str, by_family: dict[str, StudyReport]) -> list[str]:
-    heads = [f"{TITLES[family]} ({report.questions} questions)" for family, report in by_family.items()]
+    heads = [f"{family_class(family).title} ({report.questions} questions)" for family, report in by_family.items()]
     rows = {family: {row.name: row for row in report.rows} for family, report in by_family.items()}
     names = list(dict.fromkeys(n for found in rows.values() for n in found))
     if name == "runtime":
@@ -107,12 +107,12 @@ def _tables(name: str, by_family: dict[str, StudyReport]) -> list[str]:
     methods = list(dict.fromkeys(n.split(", ")[0] for n in names if ", " in n))
     if methods:
         ran = [family for family in by_family if any(", " in n for n in rows[family])]
-        columns = [f"{TITLES[family]}: {order}" for family in ran for order in ORDERS]
+        columns = [f"{family_class(family).title}: {order}" for family in ran for order in ORDERS]
         parts.append("Every method at the same compute (VTW at the layer its search finds):")
         parts.append(markdown_table(["method", *columns], [[m, *(_cell(rows[f].get(f"{m}, {o}")) for f in ran for o in ORDERS)] for m in methods]))
     for family, report in by_family.items():
         said = [c for c in report.comparisons if c.row == "collaborative" and ", " not in c.against]
-        parts += [f"{TITLES[family]}, paired differences:", differences(report.model_copy(update={"comparisons": said}))]
+        parts += [f"{family_class(family).title}, paired differences:", differences(report.model_copy(update={"comparisons": said}))]
         parts += ["\n".join(f"- {note}" for note in report.notes)] if report.notes else []
     return parts
 
@@ -121,8 +121,10 @@ def _figures_table(rows: dict[str, dict[str, StudyRow]]) -> str:
     named = {family: [row for row in found.values() if row.figures] for family, found in rows.items()}
     columns = list(dict.fromkeys(key for found in named.values() for row in found for key in row.figures))
     lines = [
-        [f"{TITLES[family]} {row.name}", _cell(row), *(str(row.figures.get(key, "-")) for key in columns)] for family, found in named.items() for row in found
-    ]  # fmt: skip
+        [f"{family_class(family).title} {row.name}", _cell(row), *(str(row.figures.get(key, "-")) for key in columns)]
+        for family, found in named.items()
+        for row in found
+    ]
     return markdown_table(["row", "retention", *columns], lines)
 
 
