@@ -61,9 +61,10 @@ class Family(ABC):
     """One model of a family, known by its configuration. Weights are never held: methods that need them are given the model or its modules.
 
     name: transformers' model_type. title: for readers. published: the checkpoint whose published figures stand beside ours. model_class: the
-    conditional-generation class; paths are relative to it. groups: every linear of each part is in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's attention is. axes: numbers that make a rotary position.
-    layers, heads, ...: the decoder's sizes. vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed.
-    visual_tokens: of one image; None where it follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint.
+    conditional-generation class; paths are relative to it. groups: every linear of each part is in exactly one. norms: modules of a block that stay float
+    and travel with it. attention: where a block's attention is. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes.
+    vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed. visual_tokens: of one image; None where it
+    follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint.
     """
 
     name: ClassVar[str]
