@@ -6,11 +6,12 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo test lint sanitize bench gpu-check ray venv schema clean help
+.PHONY: demo test test-cuda-torch lint sanitize bench gpu-check ray venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
 	@echo "make test   the test suite"
+	@echo "make test-cuda-torch   the CUDA library in CUDA builds of torch, installed for the test (needs nvcc and 6 GB each, no GPU); CUDA_TORCH='2.14.1' for others"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
@@ -44,6 +45,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Gigabytes per version, so not part of `make test`: a venv for each, the library built here, no GPU needed.
+CUDA_TORCH ?= 2.11.0 2.14.1
+test-cuda-torch: $(STAMP)
+	QUOTA_TEST_CUDA_TORCH="$(CUDA_TORCH)" $(BIN)/python -m pytest -q tests/native/test_build.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ struct Device {
   size_t shared_bytes;  // that a block may ask for
 };
 
+// Throws where this library has no code for the current device. Launches nothing.
+void check_architecture();
+
 // transform: y. One launch.
 void transform(const TransformArgs&, int64_t rows, const Device&, cudaStream_t);
 // Floats of workspace for quantize_act.
@@ -33,7 +36,13 @@ void qkv_append(const HeadsArgs&, int64_t batch, cudaStream_t);
 // Weight [N, ceil(K/2)] -> blocks (layout.h; n to 128, k to 128) and col_sum [N]. Two launches.
 void w4a4_pack(const PackArgs&, cudaStream_t);
 
-// How a product is computed. `kChoose` takes what the device is best at.
+// Whether warpgroup_kernel has a body: code for 90a alone has it, and code for 90 runs on the same devices (setup.py).
+#if defined(QUOTA_EMULATED) || defined(QUOTA_WARPGROUP)
+constexpr bool kWarpgroupBuilt = true;
+#else
+constexpr bool kWarpgroupBuilt = false;
+#endif
+// How a product is computed. `kChoose` takes what the device is best at and the library has.
 enum class Way : int64_t { kChoose, kFew4, kFew8, kTile4, kTile8, kWarpgroup };
 constexpr int64_t kFewRows = 16;  // rows up to which the weights' bytes are all that matters
 

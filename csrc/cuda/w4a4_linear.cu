@@ -70,7 +70,7 @@ int64_t activation_bytes(const LinearArgs& args, const LinearPlan& plan) {
 LinearPlan plan_linear(const LinearArgs& args, Way way, const Device& device) {
   const bool native = device.arch >= 80 && device.arch < 90;
   if (way == Way::kChoose)
-    way = args.m <= kFewRows ? (native ? Way::kFew4 : Way::kFew8) : native ? Way::kTile4 : device.arch == 90 ? Way::kWarpgroup : Way::kTile8;
+    way = args.m <= kFewRows ? (native ? Way::kFew4 : Way::kFew8) : native ? Way::kTile4 : device.arch == 90 && kWarpgroupBuilt ? Way::kWarpgroup : Way::kTile8;
   LinearPlan plan{way, 0, 1, 0};
   if (way == Way::kFew4 || way == Way::kFew8) return plan;
   constexpr int kWarpgroupTokens[] = {32, 64, 96, 128, 160, 192}, kTileTokens[] = {64, 128};
