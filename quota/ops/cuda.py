@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quota.core.registry import Context
 from quota.ops.native import PROLOGUES, dense
+from quota.ops.placement import to_host
 
 if TYPE_CHECKING:
     from quota.ops.kv4_attention import Kv
@@ -79,7 +80,8 @@ def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: flo
 def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("cuda")
     if layout is None:
-        layout = weight.layouts["cuda"] = tuple(_library.w4a4_pack(weight.w_q, weight.k))
+        layout = weight.layouts["cuda"] = tuple(_library.w4a4_pack(weight.codes(), weight.k))
+        to_host(weight.w_q)
     return layout
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from quota.core.registry import Op
 from quota.ops import native, triton
 from quota.ops.fma import chain_matmul, fma
+from quota.ops.placement import beside
 from quota.quant.grouped import group_count, groups_of
 from quota.quant.pack import unpack_uint4
 
@@ -32,10 +33,14 @@ class GroupedWeight:
         self.k, self.n = k, w_q.shape[0]
         self.layouts: dict[str, Any] = {}
 
+    def codes(self) -> Tensor:
+        """w_q on the device of w_scale; Triton's implementation leaves it on the host."""
+        return beside(self.w_q, self.w_scale)
+
     def panels(self, columns: int) -> tuple[Tensor, Tensor]:
         """int32 [P, ceil(K/8), columns] of eight codes each, the lowest k lowest, and float32 [P, G, 2, columns] of scales and zeros; zero past N."""
         rows = -self.n % columns
-        bytes_ = functional.pad(self.w_q, (0, -self.w_q.shape[1] % _WORD_BYTES, 0, rows))
+        bytes_ = functional.pad(self.codes(), (0, -self.w_q.shape[1] % _WORD_BYTES, 0, rows))
         words = bytes_.view(-1).view(torch.int32).view(self.n + rows, bytes_.shape[1] // _WORD_BYTES)
         params = functional.pad(torch.stack((self.w_scale, self.w_zero.float()), -1), (0, 0, 0, 0, 0, rows))
         return words.unflatten(0, (-1, columns)).transpose(1, 2).contiguous(), params.unflatten(0, (-1, columns)).permute(0, 2, 3, 1).contiguous()
@@ -48,7 +53,7 @@ def w4a16_linear_ref(x: Tensor, weight: GroupedWeight, bias: Tensor | None = Non
     y = fma(sum, scale, y) in ascending order from zero; then + bias, rounded once to the dtype of x.
     Exactness: equal bits everywhere.
     """
-    codes = unpack_uint4(weight.w_q, weight.k)
+    codes = unpack_uint4(weight.codes(), weight.k)
     b = groups_of(codes).float() - weight.w_zero[..., None].float()  # [N, G, 128]; activations past K are zero, so what lies there adds nothing
     sums = chain_matmul(groups_of(x.float()).transpose(0, 1), b.permute(1, 2, 0))
     y = x.new_zeros(x.shape[0], weight.n, dtype=torch.float32)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quota.core.registry import Op
 from quota.ops import native, triton
+from quota.ops.placement import beside
 from quota.quant.pack import unpack_int4
 
 
@@ -21,6 +22,10 @@ class PackedWeight:
         self.w_q, self.w_scale, self.k, self.n = w_q.contiguous(), w_scale.float().contiguous(), k, w_q.shape[0]
         self.layouts: dict[str, tuple[Tensor, ...]] = {}
 
+    def codes(self) -> Tensor:
+        """w_q on the device of w_scale; the CUDA library leaves it on the host."""
+        return beside(self.w_q, self.w_scale)
+
 
 def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
     """x_q uint8 [M, ceil(K/2)], x_scale float32 [M], bias float32 [N] or None, x_zero int32 [M] or None -> float32 [M, N].
@@ -28,7 +33,7 @@ def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Te
     acc = sum_k x_q w_q (- x_zero * sum_k w_q) in int32; y = (float(acc) * w_scale[n]) * x_scale[m], then + bias[n].
     Exactness: equal bits everywhere (integers are exact, each float step is one IEEE operation).
     """
-    a, w = unpack_int4(x_q, weight.k), unpack_int4(weight.w_q, weight.k)
+    a, w = unpack_int4(x_q, weight.k), unpack_int4(weight.codes(), weight.k)
     acc = (a.double() @ w.double().T).to(torch.int32)  # |acc| <= 64 K: exact in float64
     if x_zero is not None:
         acc = acc - x_zero[:, None] * w.sum(-1, dtype=torch.int32)
