@@ -15,7 +15,7 @@ help:
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
-	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--sections build,ops' for a part, '--dry-run' without one"
+	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--call 1' for ten minutes of it, '--dry-run' without one"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"

@@ -32,7 +32,8 @@ _ALIGNMENT = 16  # bytes, of every buffer
 
 
 def chosen(device: torch.device) -> dict[str, str]:
-    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none, or is told to run a reference: those read lengths on the host."""
+    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none or is told to run a reference, which reads lengths
+    on the host."""
     ctx = Context(device.type, device.index or 0)
     found = {op.name: op.choose(ctx).name for op in OPS}
     forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
