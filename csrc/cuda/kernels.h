@@ -62,12 +62,18 @@ void linear_warpgroup(const LinearArgs&, const LinearPlan&, const int8_t* rows, 
 
 struct AttentionPlan {
   int splits;
+  int64_t tokens;  // queries whose splits are in the workspace at a time; the next ones reuse it
   int64_t workspace_floats;
 };
 AttentionPlan plan_attention(const AttentionArgs&, int64_t batch);
-// One launch, two where slots are split.
+// One launch; where slots are split, two for every `tokens` queries of the plan.
 void kv4_attention(const AttentionArgs&, const Pages&, int64_t batch, const AttentionPlan&, float* workspace, cudaStream_t);
 constexpr int64_t kSplitSlots = 1024;  // a split's slots: fixed, or bits would depend on the batch
 constexpr int64_t kLargestHead = 256;
+#ifdef QUOTA_EMULATED
+constexpr int64_t kWorkspaceFloats = 1 << 10;
+#else
+constexpr int64_t kWorkspaceFloats = 1 << 24;  // 64 MiB, except that eight queries always fit
+#endif
 
 }  // namespace quota::cuda
