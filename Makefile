@@ -6,16 +6,17 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo check test lint sanitize bench gpu-check ray venv schema clean help
+.PHONY: demo check test test-cuda-torch lint sanitize bench gpu-check ray venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
 	@echo "make check  lint and the unit tests: before every commit (3 minutes on two busy cores)"
 	@echo "make test   every test; PYTEST_ARGS='tests/eval -x' for a part, JOBS=1 for one process"
+	@echo "make test-cuda-torch   the CUDA library in CUDA builds of torch, installed for the test (needs nvcc and 6 GB each, no GPU); CUDA_TORCH='2.14.1' for others"
 	@echo "make lint   format, lint, types, import contracts"
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
-	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--sections build,ops' for a part, '--dry-run' without one"
+	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--call 1' for ten minutes of it, '--dry-run' without one"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
@@ -53,6 +54,11 @@ check: lint
 
 test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
+
+# Gigabytes per version, so not part of `make test`: a venv for each, the library built here, no GPU needed.
+CUDA_TORCH ?= 2.11.0 2.14.1
+test-cuda-torch: $(STAMP)
+	QUOTA_TEST_CUDA_TORCH="$(CUDA_TORCH)" $(BIN)/python -m pytest -q tests/native/test_build.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check --quiet .

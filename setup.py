@@ -3,7 +3,7 @@
 QUOTA_BUILD=auto  the CPU library when a C++ compiler and torch's headers are there, else say why not; the CUDA library too when torch is a CUDA build and
                   nvcc is there (default)
 QUOTA_BUILD=cpu   the CPU library or fail
-QUOTA_BUILD=cuda  both or fail; torch may be the CPU build: the CUDA library links against either and loads where torch has CUDA
+QUOTA_BUILD=cuda  both or fail; torch may be the CPU build: the CUDA library links against either, loads in either and runs where torch has CUDA
 QUOTA_BUILD=none  neither
 
 QUOTA_CUDA_ARCHS  architectures of the CUDA library, default "80;86;89;90a;90+PTX"; "+PTX" is for later ones, compiled by their driver
@@ -147,6 +147,8 @@ class NativeBuild(build_ext):
         def one(source: Path) -> str:
             target = str(folder / f"{source.stem}.o")
             extra = cuda_targets() if source.suffix == ".cu" else [f"-I{torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+            if "-gencode=arch=compute_90a,code=sm_90a" in cuda_targets():
+                extra.append("-DQUOTA_WARPGROUP")
             language = "-std=c++20" if source.suffix == ".cpp" else NVCC_FLAGS[0]
             self.spawn([compiler, language, *NVCC_FLAGS[1:], *include, *extra, "-c", str(source.relative_to(ROOT)), "-o", target])
             return target
@@ -156,7 +158,8 @@ class NativeBuild(build_ext):
             objects = list(pool.map(one, kernels))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The CUDA runtime goes in (its default); torch's own CUDA symbols are found where the library is loaded.
+        # The CUDA runtime goes in (its default). libtorch_cuda.so is not linked: the bindings look its one function up when it is first needed, so that
+        # the library loads in every torch, and links against any.
         self.spawn([compiler, "-shared", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"])
 
     def get_outputs(self) -> list[str]:

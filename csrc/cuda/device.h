@@ -3,15 +3,25 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace quota::cuda {
+
+// A grid's first dimension has 31 bits.
+inline unsigned grid(int64_t blocks) {
+  if (blocks < 1 || blocks > INT32_MAX)
+    throw std::runtime_error("launch of a kernel: expected 1 to 2147483647 blocks, got " + std::to_string(blocks) + "; give fewer rows at a time");
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace quota::cuda
 
 #ifdef QUOTA_EMULATED
 #include "emulation.h"
 #else
 
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 
 namespace quota::cuda {
 
@@ -37,7 +47,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   if (shared_bytes > (48u << 10))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), "shared memory of a kernel");
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  kernel<<<grid(blocks), threads, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), "launch of a kernel");
 }
 

@@ -17,6 +17,9 @@ struct Device {
   size_t shared_bytes;  // that a block may ask for
 };
 
+// Throws where this library has no code for the current device. Launches nothing.
+void check_architecture();
+
 // transform: y. One launch.
 void transform(const TransformArgs&, int64_t rows, const Device&, cudaStream_t);
 // Floats of workspace for quantize_act.
@@ -33,7 +36,13 @@ void qkv_append(const HeadsArgs&, int64_t batch, cudaStream_t);
 // Weight [N, ceil(K/2)] -> blocks (layout.h; n to 128, k to 128) and col_sum [N]. Two launches.
 void w4a4_pack(const PackArgs&, cudaStream_t);
 
-// How a product is computed. `kChoose` takes what the device is best at.
+// Whether warpgroup_kernel has a body: code for 90a alone has it, and code for 90 runs on the same devices (setup.py).
+#if defined(QUOTA_EMULATED) || defined(QUOTA_WARPGROUP)
+constexpr bool kWarpgroupBuilt = true;
+#else
+constexpr bool kWarpgroupBuilt = false;
+#endif
+// How a product is computed. `kChoose` takes what the device is best at and the library has.
 enum class Way : int64_t { kChoose, kFew4, kFew8, kTile4, kTile8, kWarpgroup };
 constexpr int64_t kFewRows = 16;  // rows up to which the weights' bytes are all that matters
 
@@ -53,12 +62,18 @@ void linear_warpgroup(const LinearArgs&, const LinearPlan&, const int8_t* rows, 
 
 struct AttentionPlan {
   int splits;
+  int64_t tokens;  // queries whose splits are in the workspace at a time; the next ones reuse it
   int64_t workspace_floats;
 };
 AttentionPlan plan_attention(const AttentionArgs&, int64_t batch);
-// One launch, two where slots are split.
+// One launch; where slots are split, two for every `tokens` queries of the plan.
 void kv4_attention(const AttentionArgs&, const Pages&, int64_t batch, const AttentionPlan&, float* workspace, cudaStream_t);
 constexpr int64_t kSplitSlots = 1024;  // a split's slots: fixed, or bits would depend on the batch
 constexpr int64_t kLargestHead = 256;
+#ifdef QUOTA_EMULATED
+constexpr int64_t kWorkspaceFloats = 1 << 10;
+#else
+constexpr int64_t kWorkspaceFloats = 1 << 24;  // 64 MiB, except that eight queries always fit
+#endif
 
 }  // namespace quota::cuda

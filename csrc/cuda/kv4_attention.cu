@@ -126,12 +126,17 @@ size_t memory_bytes(int rows, int padded) {
 
 __device__ inline float larger(float a, float b) { return a > b ? a : b; }
 
+// The queries of a launch: from a multiple of eight on, a multiple of eight or up to the last one, so tiles of eight rows end where they do.
+struct Queries {
+  int64_t first, count, first_tile;
+};
+
 // kWide: the head size in units of 64.
 template <int kWide>
-__global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args, Pages pages, int64_t tiles, int64_t splits, int most_rows, float* partial) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args, Pages pages, Queries part, int64_t tiles, int64_t splits, int most_rows, float* partial) {
   constexpr int kPadded = 64 * kWide, kSteps = 2 * kWide;  // of 32 dims
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group_row = lane / 4, in_group = lane % 4;
-  const int64_t split = blockIdx.x % splits, tile = blockIdx.x / splits % tiles, kv_head = blockIdx.x / splits / tiles % args.kv_heads;
+  const int64_t split = blockIdx.x % splits, tile = part.first_tile + blockIdx.x / splits % tiles, kv_head = blockIdx.x / splits / tiles % args.kv_heads;
   const int64_t batch = blockIdx.x / splits / tiles / args.kv_heads;
   const int64_t group = args.heads / args.kv_heads, d = args.dim, wide = d + args.extra, row_bytes = d / 2, first_row = tile * kRows;
   const int words = static_cast<int>(d / 8), rows = static_cast<int>(args.tokens * group - first_row < kRows ? args.tokens * group - first_row : kRows);
@@ -355,7 +360,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args,
     const bool blind = seen_by(row) <= 0;
     const float sum = __fadd_rn(memory.sums[row * memory.stride + place], offset), best = memory.best[row];
     if (partial) {
-      float* to = partial + (flat_row(row) * splits + split) * (d + 2);
+      const int64_t head = batch * args.heads + kv_head * group + (first_row + row) % group;
+      float* to = partial + ((head * part.count + query_of(row) - part.first) * splits + split) * (d + 2);
       if (dim < d) to[2 + dim] = sum;
       if (place == 0) to[0] = best, to[1] = whole_total;
       continue;
@@ -368,21 +374,22 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs args,
 }
 
 // Block: the splits of one row, in ascending order.
-__global__ void __launch_bounds__(kThreads) merge_kernel(AttentionArgs args, const float* partial, int64_t splits) {
-  const int64_t row = blockIdx.x, d = args.dim, query = row % args.tokens, head = row / args.tokens % args.heads, batch = row / args.tokens / args.heads;
-  const float* parts = partial + row * splits * (d + 2);
+__global__ void __launch_bounds__(kThreads) merge_kernel(AttentionArgs args, Queries part, const float* partial, int64_t splits) {
+  const int64_t d = args.dim, query = part.first + blockIdx.x % part.count, flat_head = blockIdx.x / part.count;
+  const int64_t head = flat_head % args.heads, batch = flat_head / args.heads;
+  const float* parts = partial + int64_t{blockIdx.x} * splits * (d + 2);
   for (int64_t c = threadIdx.x; c < d; c += kThreads) {
     float best = -infinity(), total = 0.0f, sum = 0.0f;
     for (int64_t s = 0; s < splits; ++s) {
-      const float* part = parts + s * (d + 2);
-      if (part[0] == -infinity()) continue;  // this row sees nothing of it
-      const float top = larger(best, part[0]), old = exponential(__fsub_rn(best, top)), now = exponential(__fsub_rn(part[0], top));
-      total = __fmaf_rn(part[1], now, __fmul_rn(total, old)), sum = __fmaf_rn(part[2 + c], now, __fmul_rn(sum, old));
+      const float* one = parts + s * (d + 2);
+      if (one[0] == -infinity()) continue;  // this row sees nothing of it
+      const float top = larger(best, one[0]), old = exponential(__fsub_rn(best, top)), now = exponential(__fsub_rn(one[0], top));
+      total = __fmaf_rn(one[1], now, __fmul_rn(total, old)), sum = __fmaf_rn(one[2 + c], now, __fmul_rn(sum, old));
       best = top;
     }
     const bool blind = best == -infinity();
     args.out[((batch * args.tokens + query) * args.heads + head) * d + c] = blind ? 0.0f : __fdiv_rn(sum, total);
-    if (c == 0) args.lse[row] = blind ? -infinity() : __fadd_rn(best, logf(total));
+    if (c == 0) args.lse[flat_head * args.tokens + query] = blind ? -infinity() : __fadd_rn(best, logf(total));
   }
 }
 
@@ -390,17 +397,24 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(AttentionArgs args, con
 
 AttentionPlan plan_attention(const AttentionArgs& args, int64_t batch) {
   const int64_t splits = args.length > kSplitSlots ? ceil_div(args.length, kSplitSlots) : 1;
-  return {static_cast<int>(splits), splits > 1 ? batch * args.heads * args.tokens * splits * (args.dim + 2) : 0};
+  if (splits == 1) return {1, args.tokens, 0};
+  const int64_t per_token = batch * args.heads * splits * (args.dim + 2), eights = per_token ? kWorkspaceFloats / per_token / 8 : 0;
+  const int64_t most = 8 * (eights > 0 ? eights : 1), tokens = args.tokens < most ? args.tokens : most;
+  return {static_cast<int>(splits), tokens, tokens * per_token};
 }
 
 void kv4_attention(const AttentionArgs& args, const Pages& pages, int64_t batch, const AttentionPlan& plan, float* workspace, cudaStream_t stream) {
-  const int64_t all = args.tokens * (args.heads / args.kv_heads), tiles = ceil_div(all, kRows);
-  if (batch * args.kv_heads * tiles == 0) return;
-  const int wide = args.dim <= 64 ? 1 : args.dim <= 128 ? 2 : 4, rows = static_cast<int>(all < kRows ? all : kRows);
+  const int64_t group = args.heads / args.kv_heads;
+  if (batch * args.kv_heads * args.tokens * group == 0) return;
+  const int wide = args.dim <= 64 ? 1 : args.dim <= 128 ? 2 : 4, rows = static_cast<int>(args.tokens * group < kRows ? args.tokens * group : kRows);
   const auto kernel = wide == 1 ? attention_kernel<1> : wide == 2 ? attention_kernel<2> : attention_kernel<4>;
   float* partial = plan.splits > 1 ? workspace : nullptr;
-  launch(kernel, batch * args.kv_heads * tiles * plan.splits, kThreads, memory_bytes(rows, 64 * wide), stream, args, pages, tiles, plan.splits, rows, partial);
-  if (partial) launch(merge_kernel, batch * args.heads * args.tokens, kThreads, 0, stream, args, partial, plan.splits);
+  for (int64_t first = 0; first < args.tokens; first += plan.tokens) {
+    const Queries part{first, args.tokens - first < plan.tokens ? args.tokens - first : plan.tokens, first * group / kRows};
+    const int64_t tiles = ceil_div(part.count * group, kRows), blocks = batch * args.kv_heads * tiles * plan.splits;
+    launch(kernel, blocks, kThreads, memory_bytes(rows, 64 * wide), stream, args, pages, part, tiles, plan.splits, rows, partial);
+    if (partial) launch(merge_kernel, batch * args.heads * part.count, kThreads, 0, stream, args, part, partial, plan.splits);
+  }
 }
 
 }  // namespace quota::cuda

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostSplits = 16;
+constexpr int64_t kWarpgroupChannels = 1 << 23;  // warpgroup_kernel's offsets inside a tile of up to 192 rows have 32 bits
 
 // Thread: 16 packed bytes of one activation row -> 32 bytes of layout.h's activation tiles. Rows past m are zeros.
 __global__ void __launch_bounds__(kThreads) spread_kernel(const uint8_t* x_q, int64_t m, int64_t k, int64_t padded_rows, int64_t chunks, int8_t* out) {
@@ -70,7 +71,7 @@ int64_t activation_bytes(const LinearArgs& args, const LinearPlan& plan) {
 LinearPlan plan_linear(const LinearArgs& args, Way way, const Device& device) {
   const bool native = device.arch >= 80 && device.arch < 90;
   if (way == Way::kChoose)
-    way = args.m <= kFewRows ? (native ? Way::kFew4 : Way::kFew8) : native ? Way::kTile4 : device.arch == 90 ? Way::kWarpgroup : Way::kTile8;
+    way = args.m <= kFewRows ? (native ? Way::kFew4 : Way::kFew8) : native ? Way::kTile4 : device.arch == 90 && kWarpgroupBuilt && args.n <= kWarpgroupChannels ? Way::kWarpgroup : Way::kTile8;
   LinearPlan plan{way, 0, 1, 0};
   if (way == Way::kFew4 || way == Way::kFew8) return plan;
   constexpr int kWarpgroupTokens[] = {32, 64, 96, 128, 160, 192}, kTileTokens[] = {64, 128};

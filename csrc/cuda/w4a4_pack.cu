@@ -36,6 +36,15 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(PackArgs args) {
 
 }  // namespace
 
+#ifndef QUOTA_EMULATED
+void check_architecture() {
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, pack_kernel);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  check(error, "this library has no code for this GPU, build it with QUOTA_CUDA_ARCHS naming its architecture");
+}
+#endif
+
 void w4a4_pack(const PackArgs& args, cudaStream_t stream) {
   const int64_t steps = ceil_div(args.k, kStepK), chunks = round_to(args.n, kTileRows) * steps * (kStepBytes / 16);
   if (chunks) launch(pack_kernel, ceil_div(chunks, kThreads), kThreads, 0, stream, args, chunks, steps);

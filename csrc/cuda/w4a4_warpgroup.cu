@@ -76,11 +76,42 @@ __global__ void __launch_bounds__(kThreads, 1) warpgroup_kernel(LinearArgs args,
     if (i + 1 < count) stage(a[1], a[0], i + 1);
   }
   ptx::settle(sum);
+  // A thread has two channels and every eighth pair of rows: what belongs to the channels is read once, and offsets inside a tile fit 32 bits.
+  const int n = static_cast<int>(n0) + warpgroup * 64 + warp * 16 + lane / 4, limit_m = static_cast<int>(args.m), limit_n = static_cast<int>(args.n);
+  const int first = static_cast<int>(m0) + lane % 4 * 2;
+  const bool inside[2] = {n < limit_n, n + 8 < limit_n};
+  if (partial) {
+    int32_t* to = partial + (split * args.m + first) * args.n + n;
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    const int64_t n = n0 + warpgroup * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8, m = m0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    put_sum(args, partial, split, sum[i] / kScale8, m, n);
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int row = i / 4 * 8 + i % 2, half = i / 2 % 2;
+      if (first + row < limit_m && inside[half]) to[row * limit_n + half * 8] = sum[i] / kScale8;
+    }
+    return;
   }
+  float scale[2], bias[2];
+  uint32_t column[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    scale[half] = inside[half] ? args.w_scale[n + 8 * half] : 0.0f;
+    bias[half] = args.bias && inside[half] ? args.bias[n + 8 * half] : -0.0f;  // adding it changes no bit
+    column[half] = args.x_zero && inside[half] ? static_cast<uint32_t>(args.col_sum[n + 8 * half]) : 0;
+  }
+  float* to = args.y + int64_t{first} * args.n + n;
+#pragma unroll
+  for (int i = 0; i < kTokens / 4; ++i) {
+    const int row = i / 2 * 8 + i % 2;
+    if (first + row >= limit_m) continue;
+    const float x = args.x_scale[first + row];
+    const uint32_t zero = args.x_zero ? static_cast<uint32_t>(args.x_zero[first + row]) : 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int whole = static_cast<int>(static_cast<uint32_t>(sum[i / 2 * 4 + half * 2 + i % 2] / kScale8) - zero * column[half]);
+      if (inside[half]) to[row * limit_n + half * 8] = __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(whole), scale[half]), x), bias[half]);
+    }
+  }
+#else
+  __trap();  // never uninitialised memory as a result; plan_linear does not come here
 #endif
 }
 

@@ -1,4 +1,4 @@
-// The CUDA ops as torch sees them: torch's stable ABI only. Links against any torch; loads where torch has CUDA.
+// The CUDA ops as torch sees them: torch's stable ABI only. Links against any torch and loads in any; runs where torch has CUDA.
 // With QUOTA_EMULATED the same ops run on CPU tensors (tests/native).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -20,8 +20,7 @@
 #else
 #define QUOTA_LIBRARY quota_cuda
 #define QUOTA_KEY CUDA
-// Declared for builds of torch with CUDA alone; the libraries that are loaded have it.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include <dlfcn.h>
 #endif
 
 namespace {
@@ -56,10 +55,27 @@ const quota::cuda::Device& device_of(int index) {
                          static_cast<size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
 }
 
+// Only libtorch_cuda.so has this function, and torch loads that library for itself alone: linked, the symbol would stay undefined in every process.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+CurrentStream current_stream() {
+  static const auto found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(found, "the libtorch_cuda.so of this process, expected with aoti_torch_get_current_cuda_stream, was not found; use a CUDA build of torch 2.11 or newer");
+  return found;
+}
+
+// Throws where the library has no code for GPU `index`.
+void check_device(int64_t index) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(index));
+  quota::cuda::check_architecture();
+}
+
 struct Place {  // where a call runs: the device of its first tensor, torch's current stream there
   explicit Place(const Tensor& t) : guard(t.get_device_index()), device(device_of(t.get_device_index())) {
     void* current = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current) == 0, "torch has no current CUDA stream");
+    STD_TORCH_CHECK(current_stream()(t.get_device_index(), &current) == 0, "torch has no current CUDA stream");
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;
@@ -133,7 +149,8 @@ Tensor w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Te
   STD_TORCH_CHECK(!few || m <= quota::cuda::kFewRows, "way: expected at most ", quota::cuda::kFewRows, " rows for it, got ", m);
 #ifndef QUOTA_EMULATED
   STD_TORCH_CHECK(!four || place.device.arch < 90, "way: this GPU has no 4-bit products");
-  STD_TORCH_CHECK(wanted != Way::kWarpgroup || place.device.arch == 90, "way: this GPU has no wgmma");
+  STD_TORCH_CHECK(wanted != Way::kWarpgroup || (place.device.arch == 90 && quota::cuda::kWarpgroupBuilt),
+                  "way: this GPU has no wgmma, or the library is built without QUOTA_CUDA_ARCHS=90a");
 #else
   static_cast<void>(four);
 #endif
@@ -226,6 +243,8 @@ STABLE_TORCH_LIBRARY(QUOTA_LIBRARY, m) {
       "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
 #ifdef QUOTA_EMULATED
   m.def("use_device(int arch, int processors) -> ()");
+#else
+  m.def("check_device(int index) -> ()");
 #endif
 }
 
@@ -240,6 +259,10 @@ STABLE_TORCH_LIBRARY_IMPL(QUOTA_LIBRARY, QUOTA_KEY, m) {
   m.impl("kv4_paged_attention", TORCH_BOX(&kv4_paged_attention));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(QUOTA_LIBRARY, CompositeExplicitAutograd, m) {
 #ifdef QUOTA_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(QUOTA_LIBRARY, CompositeExplicitAutograd, m) { m.impl("use_device", TORCH_BOX(&use_device)); }
+  m.impl("use_device", TORCH_BOX(&use_device));
+#else
+  m.impl("check_device", TORCH_BOX(&check_device));
 #endif
+}

@@ -1,4 +1,7 @@
-"""A table of implementations per op. The first that supports the device wins; `QUOTA_IMPL` forces one, with the reason when it cannot run."""
+"""A table of implementations per op. The first that supports the device wins; `QUOTA_IMPL` forces one, with the reason when it cannot run.
+
+On a GPU the reference runs only where it is forced: it computes in float64 and waits for the device, thousands of times slower, and would not say so.
+"""
 
 from __future__ import annotations
 
@@ -59,14 +62,22 @@ class Op:
         Op._table[self.name] = self
 
     def choose(self, ctx: Context = HOST) -> Implementation:
-        """The implementation to run. UsageError for a wrong QUOTA_IMPL."""
+        """The implementation to run. UsageError for a wrong QUOTA_IMPL, and on a GPU where there is only the reference, with the reasons."""
         forced = forced_implementations()
         unknown = [op for op in forced if op not in Op._table]
         if unknown:
             raise UsageError(f"QUOTA_IMPL: unknown op {unknown[0]!r}; expected one of {', '.join(sorted(Op._table))}")
         if self.name in forced:
             return self._named(forced[self.name], ctx)
-        return next(i for i in self.implementations if i.supports(ctx) is None)
+        chosen = next(i for i in self.implementations if i.supports(ctx) is None)
+        if ctx.device == "cuda" and chosen is self.implementations[-1]:
+            raise UsageError(f"device: cuda:{ctx.index} has no implementation of {self.name} ({self.reasons(ctx)}); install triton, build the CUDA library "
+                             f"(docs/cuda.md), use the CPU, or force the reference with QUOTA_IMPL={self.name}=ref")  # fmt: skip
+        return chosen
+
+    def reasons(self, ctx: Context) -> str:
+        """Why each implementation that cannot run in `ctx` cannot."""
+        return "; ".join(f"{i.name}: {reason}" for i in self.implementations if (reason := i.supports(ctx))) or "none is registered"
 
     def _named(self, name: str, ctx: Context) -> Implementation:
         for implementation in self.implementations:

@@ -56,7 +56,7 @@ class QuantAttention(Float32State):
         self.heads, self.kv_heads, self.head_dim, self.layer_idx = heads, kv_heads, head_dim, layer_idx
         self.scaling = head_dim**-0.5
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
-        float32: Any = {"dtype": torch.float32, "device": qkv_proj.w_q.device}
+        float32: Any = {"dtype": torch.float32, "device": qkv_proj.w_scale.device}
         for name, present in zip(("q_transform", "k_transform"), transforms, strict=True):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
         self.register_buffer("k_clip", torch.ones((), **float32))

@@ -157,7 +157,7 @@ class QuantBiasedAttention(QuantAttention):
 
     def __init__(self, qkv_proj: QuantLinear, o_proj: QuantLinear, **sizes: Any) -> None:
         super().__init__(qkv_proj, o_proj, **sizes)
-        self.register_buffer("k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=qkv_proj.w_q.device))
+        self.register_buffer("k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=qkv_proj.w_scale.device))
 
     @without_grad
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,

@@ -137,7 +137,7 @@ class QuantLinear(Float32State):
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, in the transformed basis."""
-        return unpack_int4(self.w_q, self.in_features).float() * self.w_scale[:, None]
+        return unpack_int4(self.packed.codes(), self.in_features).float() * self.w_scale[:, None]
 
     @torch.no_grad()
     def quant_risk(self, x: Tensor) -> Tensor:

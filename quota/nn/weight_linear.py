@@ -65,7 +65,7 @@ class WeightLinear(Float32State):
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, of the scaled input where there is an `input_scale`."""
-        return dequantize_groups(unpack_uint4(self.w_q, self.in_features), self.w_scale, self.w_zero)
+        return dequantize_groups(unpack_uint4(self.grouped.codes(), self.in_features), self.w_scale, self.w_zero)
 
     def extra_repr(self) -> str:
         scaled = self.input_scale is not None

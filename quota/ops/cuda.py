@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Context
+from quota.ops.placement import to_host
 from quota.ops.weights import PROLOGUES, Kv, PackedWeight, dense
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cuda.so"
@@ -35,15 +36,21 @@ def load_failure(path: Path = LIBRARY, namespace: str = "quota_cuda") -> str | N
 
 @cache
 def why_not(index: int = 0) -> str | None:
-    """None when the library runs on GPU `index`, else the reason it cannot."""
+    """None when the library runs on GPU `index`, else the first reason it cannot: a missing device is said only of a library that loads."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if _library is None and (reason := load_failure()):
+        return reason
     if index >= torch.cuda.device_count():
         return f"there is no CUDA device {index} (torch sees {torch.cuda.device_count()})"
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
         return f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; the library needs 8.0 or newer"
-    return None if _library is not None else load_failure()
+    try:
+        _library.check_device(index)
+    except RuntimeError as error:
+        return f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}: {str(error).splitlines()[0]}"
+    return None
 
 
 def supports(ctx: Context) -> str | None:
@@ -69,7 +76,8 @@ def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: flo
 def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("cuda")
     if layout is None:
-        layout = weight.layouts["cuda"] = tuple(_library.w4a4_pack(weight.w_q, weight.k))
+        layout = weight.layouts["cuda"] = tuple(_library.w4a4_pack(weight.codes(), weight.k))
+        to_host(weight.w_q)
     return layout
 
 

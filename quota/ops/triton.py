@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quota.core.env import triton_interpreted
 from quota.core.registry import Context
+from quota.ops.placement import to_host
 from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
 
+_CHECKOUT = Path(__file__).resolve().parents[2] / "kernels"
 _OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchronous copies
 
 
@@ -21,6 +25,8 @@ def why_not() -> str | None:
     """None when the kernels can be imported, else the reason."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install -e '.[gpu]' in the clone"
+    if find_spec("quota_kernels") is None and (_CHECKOUT / "quota_kernels").is_dir():
+        sys.path.append(str(_CHECKOUT))  # quota runs from its repository, where nothing is installed
     return None if find_spec("quota_kernels") else "the package quota_kernels is missing: install quota with pip, from its repository or as a wheel"
 
 
@@ -60,15 +66,16 @@ def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor
     if x_zero is not None:
         layout = weight.layouts.get("triton")
         if layout is None:
-            layout = weight.layouts["triton"] = (import_module("quota_kernels.w4a4_linear").column_sums(weight.w_q),)
+            layout = weight.layouts["triton"] = (import_module("quota_kernels.w4a4_linear").column_sums(weight.codes()),)
         zero = (x_zero, layout[0])
-    return _kernel("w4a4_linear")(x_q, x_scale, weight.w_q, weight.w_scale, bias, zero)
+    return _kernel("w4a4_linear")(x_q, x_scale, weight.codes(), weight.w_scale, bias, zero)
 
 
 def w4a16_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None = None) -> Tensor:
     layout = weight.layouts.get("triton")
     if layout is None:
         layout = weight.layouts["triton"] = weight.panels(import_module("quota_kernels.w4a16_linear").PANEL)
+        to_host(weight.w_q)
     return _kernel("w4a16_linear")(x, *layout, weight.n, bias)
 
 

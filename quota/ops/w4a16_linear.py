@@ -20,7 +20,7 @@ def w4a16_linear_ref(x: Tensor, weight: GroupedWeight, bias: Tensor | None = Non
     y = fma(sum, scale, y) in ascending order from zero; then + bias, rounded once to the dtype of x.
     Exactness: equal bits everywhere.
     """
-    codes = unpack_uint4(weight.w_q, weight.k)
+    codes = unpack_uint4(weight.codes(), weight.k)
     b = groups_of(codes).float() - weight.w_zero[..., None].float()  # [N, G, 128]; activations past K are zero, so what lies there adds nothing
     sums = chain_matmul(groups_of(x.float()).transpose(0, 1), b.permute(1, 2, 0))
     y = x.new_zeros(x.shape[0], weight.n, dtype=torch.float32)

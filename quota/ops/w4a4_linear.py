@@ -17,7 +17,7 @@ def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Te
     acc = sum_k x_q w_q (- x_zero * sum_k w_q) in int32; y = (float(acc) * w_scale[n]) * x_scale[m], then + bias[n].
     Exactness: equal bits everywhere (integers are exact, each float step is one IEEE operation).
     """
-    a, w = unpack_int4(x_q, weight.k), unpack_int4(weight.w_q, weight.k)
+    a, w = unpack_int4(x_q, weight.k), unpack_int4(weight.codes(), weight.k)
     acc = (a.double() @ w.double().T).to(torch.int32)  # |acc| <= 64 K: exact in float64
     if x_zero is not None:
         acc = acc - x_zero[:, None] * w.sum(-1, dtype=torch.int32)

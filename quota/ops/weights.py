@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quota.ops.placement import beside
 from quota.quant.grouped import group_count
 
 Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
@@ -34,6 +35,10 @@ class PackedWeight:
         self.w_q, self.w_scale, self.k, self.n = w_q.contiguous(), w_scale.float().contiguous(), k, w_q.shape[0]
         self.layouts: dict[str, tuple[Tensor, ...]] = {}
 
+    def codes(self) -> Tensor:
+        """w_q on the device of w_scale; the CUDA library leaves it on the host."""
+        return beside(self.w_q, self.w_scale)
+
 
 class GroupedWeight:
     """A weight in the portable layout (w_q uint8 [N, ceil(K/2)] of codes 0..15, w_scale float32 and w_zero uint8 [N, ceil(K/128)]) and, once asked for, a
@@ -50,10 +55,14 @@ class GroupedWeight:
         self.k, self.n = k, w_q.shape[0]
         self.layouts: dict[str, Any] = {}
 
+    def codes(self) -> Tensor:
+        """w_q on the device of w_scale; Triton's implementation leaves it on the host."""
+        return beside(self.w_q, self.w_scale)
+
     def panels(self, columns: int) -> tuple[Tensor, Tensor]:
         """int32 [P, ceil(K/8), columns] of eight codes each, the lowest k lowest, and float32 [P, G, 2, columns] of scales and zeros; zero past N."""
         rows = -self.n % columns
-        bytes_ = functional.pad(self.w_q, (0, -self.w_q.shape[1] % _WORD_BYTES, 0, rows))
+        bytes_ = functional.pad(self.codes(), (0, -self.w_q.shape[1] % _WORD_BYTES, 0, rows))
         words = bytes_.view(-1).view(torch.int32).view(self.n + rows, bytes_.shape[1] // _WORD_BYTES)
         params = functional.pad(torch.stack((self.w_scale, self.w_zero.float()), -1), (0, 0, 0, 0, 0, rows))
         return words.unflatten(0, (-1, columns)).transpose(1, 2).contiguous(), params.unflatten(0, (-1, columns)).permute(0, 2, 3, 1).contiguous()

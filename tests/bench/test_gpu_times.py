@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from quota import ops
-from quota.bench.gpu import __main__ as sections
-from quota.bench.gpu import models, peers, times
+from quota.bench.gpu import fast, models, peers, times
 from quota.bench.gpu.cublaslt import WORKSPACE_BYTES, Int8Product
+from quota.bench.gpu.options import Options
 from quota.bench.shapes import Attention, Decoder, Linear
+from quota.runtime.engine.decode import OPS
 
 
 class Event:
@@ -50,7 +51,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(times, "DEVICE", "cpu")
     for library in (times.cuda, times.triton):
-        for op in (ops.w4a4_linear, ops.w4a16_linear, ops.quantize_act, ops.kv4_attention):
+        for op in (ops.w4a4_linear, ops.w4a16_linear, ops.quantize_act, ops.kv4_attention, ops.kv4_paged_attention):
             monkeypatch.setattr(library, op.name, op.implementations[-1].run, raising=False)
     monkeypatch.setattr(times, "cublaslt_runs", lambda x, weights: peers.cublaslt_runs(x, weights, Lt()))
 
@@ -156,6 +157,7 @@ def test_linear_rows(device: None) -> None:
     assert list(found) == ["quota", "quota+quantize", "quota-triton", "quota-triton-w4a16", "cublas-bf16", "cublaslt-int8", "torch._int_mm", "fp8"]
     ran = [name for name, row in found.items() if "us" in row]
     assert set(ran) >= set(list(found)[:7]), found
+    assert [row["implementation"] for row in times.linear_rows(Linear("tiny", 128, 48), 3, peers=False)] == ["quota", "quota+quantize", "cublas-bf16"]
     assert found["quota"]["us"] == 500.0  # two copies of the weight in one millisecond
 
 
@@ -166,16 +168,44 @@ def test_humming_is_checked_then_timed(device: None, humming: type[HummingLayer]
     _, *wrong = times.humming_rows(Linear("tiny", 64, 8), 3)
     assert all("from the float product" in row["failed"] for row in wrong)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    assert sections.humming(sections.Options(dry=False, seed=0, small=False)) == {"absent": "humming-kernels is not installed"}
+    assert list(fast.humming(Options(dry=False, seed=0))) == [{"facts": {"absent": "humming-kernels is not installed"}}]
 
 
-def test_attention_and_layer_rows(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_rows(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(times.importlib.util, "find_spec", lambda name: None)
     found = list(times.attention_rows(Attention("tiny", 4, 2, 16), 2, 70))
-    assert [row["implementation"] for row in found] == ["quota", "sdpa-bf16", "flash-attn"] and all("us" in row for row in found[:2])
-    monkeypatch.setattr(times, "FULL", (Decoder("tiny", 16, 24, 4, 2, 4),))
-    (row,) = times.layer_rows(3)
-    assert row["model"] == "tiny" and row["share"] == 1.0
+    assert [row["implementation"] for row in found] == ["quota", "quota, paged", "sdpa-bf16", "flash-attn"] and all("us" in row for row in found[:3])
+
+
+def test_pages_hold_the_cache() -> None:
+    kv = times.kv_of(torch.randn(2, 3, 37, 8), 37)
+    pages, table = times._pages(kv, 3), torch.arange(6, dtype=torch.int32).view(2, 3)
+    for got, want in zip(ops.kv4_page_read.implementations[-1].run(pages, table, torch.tensor([37, 37], dtype=torch.int32), 37), kv, strict=True):
+        assert torch.equal(got[:, :, :37], want)
+
+
+def test_every_op_that_the_engine_calls_is_timed(device: None) -> None:
+    """As the registry chooses them: on the CPU, where this runs, the native library's or the references."""
+    model, found = Decoder("tiny", 16, 24, 4, 2, 4), {}
+    for m in (3, times._PROMPT):
+        for row in times.layer_rows(model, m):
+            assert "us" in row and row["case"] == f"tiny M={m} {row['op']}", row
+            found[row["op"].partition(" ")[0].rstrip(",")] = row["implementation"]
+    called = {op.name for op in OPS} - {"kv4_paged_attention"} | {"attention", "token_score"}
+    assert called <= set(found) and "attention, prefill" in {op for op, _, _ in times.layer_calls(model, times._PROMPT)}
+
+
+def test_ceilings(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "LARGE", (1 << 10, 32))
+    found = list(times.ceiling_rows())
+    assert [row["implementation"] for row in found] == list(times.CEILINGS) and all("us" in row for row in found), found
+    assert found[0]["note"] == f"{2048 / 1e3 / found[0]['us']:.4g} GB/s"
+
+
+def test_a_failing_row_of_ours_fails_its_section(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "require_library", lambda: None)
+    rows = [{"case": "a", "implementation": name, "failed": "no"} for name in ("quota", "fp8")]
+    assert list(fast._rows(Options(dry=False, seed=0), [], iter(rows))) == [{"row": rows[0]}, {"failure": "a, quota: no"}, {"row": rows[1]}]
 
 
 def test_flash_attention_is_timed_where_it_is_installed(device: None, monkeypatch: pytest.MonkeyPatch) -> None:

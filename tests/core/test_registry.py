@@ -57,6 +57,14 @@ def test_each_device_has_its_own_choice(op: Op) -> None:
     assert op.choose(Context("cuda", 3)).name == "gpu"
 
 
+def test_a_gpu_never_falls_to_the_reference_unasked(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Placed(Device("cuda", 1))
+    with pytest.raises(UsageError, match=r"device: cuda:1 has no implementation of add \(broken: it is broken\).*QUOTA_IMPL=add=ref"):
+        op(there, 0)
+    monkeypatch.setenv("QUOTA_IMPL", "add=ref")
+    assert op.choose(Context("cuda", 1)).name == "ref"
+
+
 def test_forcing(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     op = Op(add_ref, backend("fast", lambda a, b: 0), backend("broken", print, lambda ctx: "it is broken"))
     monkeypatch.setenv("QUOTA_IMPL", "add=ref")

@@ -104,10 +104,13 @@ def test_a_device_without_an_implementation_is_refused(monkeypatch):
         Implementation("cuda", print, lambda ctx: "the library is not built"), Implementation("ref", print, lambda ctx: None),
     ])  # fmt: skip
     monkeypatch.setattr(decode, "OPS", (decode.ops.kv4_paged_attention,))
-    with pytest.raises(UsageError, match=r"kv4_paged_attention to decode with \(cuda: the library is not built\).*serve on the CPU"):
+    with pytest.raises(UsageError, match=r"cuda:1 has no implementation of kv4_paged_attention \(cuda: the library is not built\).*use the CPU"):
         chosen(torch.device("cuda:1"))
     assert "kv4_paged_attention" in describe(torch.device("cuda"))
     assert chosen(torch.device("cpu")) == {"kv4_paged_attention": "ref"}
+    monkeypatch.setenv("QUOTA_IMPL", "kv4_paged_attention=ref")
+    with pytest.raises(UsageError, match="QUOTA_IMPL: kv4_paged_attention=ref cannot decode on cuda:1"):
+        chosen(torch.device("cuda:1"))
 
 
 def test_what_doctor_says():

@@ -363,8 +363,8 @@ inline unsigned char* shared_memory() { return const_cast<unsigned char*>(ptx::s
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
-  if (threads % 32 || threads > 1024 || blocks < 1 || shared_bytes > (227u << 10)) emulation::fail("a launch that no device takes");
-  blockDim = {static_cast<unsigned>(threads), 1, 1}, gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  if (threads % 32 || threads > 1024 || shared_bytes > (227u << 10)) emulation::fail("a launch that no device takes");
+  blockDim = {static_cast<unsigned>(threads), 1, 1}, gridDim = {grid(blocks), 1, 1};
   emulation::machine.body = [=] { kernel(static_cast<Parameters>(arguments)...); };
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from quota.bench import sass
 
@@ -34,13 +37,22 @@ def test_unknown_architectures_are_refused(tmp_path: Path) -> None:
     assert result.returncode and "got 'hopper'" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA library for every architecture, built with the torch at hand."""
+    folder = tmp_path_factory.mktemp("built")
+    result = setup(folder, "-q", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp"), QUOTA_BUILD="cuda")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / "lib/quota/_native/libquota_cuda.so"
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed: the CUDA library is not compiled")
+
+
 @pytest.mark.nvcc
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed: the CUDA library is not compiled")
-def test_the_library_builds_for_every_architecture_with_the_intended_instructions(tmp_path: Path) -> None:
-    result = setup(tmp_path, "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"), QUOTA_BUILD="cuda")
-    assert result.returncode == 0, result.stderr[-3000:]
-    library = tmp_path / "lib/quota/_native/libquota_cuda.so"
+@needs_nvcc
+def test_the_library_builds_for_every_architecture_with_the_intended_instructions(library: Path) -> None:
     try:
         sass.cuobjdump()
     except Exception as error:
@@ -48,6 +60,53 @@ def test_the_library_builds_for_every_architecture_with_the_intended_instruction
     found = sass.kernels([library])
     assert not [f"{k.name} {k.arch}: {k.fault()}" for k in found if k.fault()]
     assert {k.arch for k in found} == {"sm_80", "sm_86", "sm_89", "sm_90a"}
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    """Dynamic symbols without their versions: those that `library` defines, or those that it wants (weak ones aside)."""
+    lines = subprocess.run(["nm", "-D", f"--{which}-only", str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines if line.split()[-2] not in "wv"}
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+@needs_nvcc
+def test_the_library_wants_nothing_that_only_a_cuda_build_of_torch_has(library: Path) -> None:
+    """torch opens its CUDA libraries for itself alone, so a symbol of theirs would stay undefined in every process, with a CUDA build and without."""
+    torch_lib = Path(torch.__file__).parent / "lib"
+    wanted = symbols(library, "undefined")
+    linked = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True, env={**os.environ, "LD_LIBRARY_PATH": str(torch_lib)}).stdout
+    found = {path: symbols(Path(path), "defined") for path in re.findall(r"(/\S+) \(0x", linked)}  # the loader too: it has __tls_get_addr
+    assert any(path.endswith("libtorch_cpu.so") for path in found) and not wanted - set().union(*found.values())
+    loads = f"import torch; torch.ops.load_library({str(library)!r})"  # in whatever torch is here, in a process of its own: names are registered once
+    assert not subprocess.run([sys.executable, "-c", loads], check=False).returncode
+
+
+# Installs gigabytes, so only where it is asked for: make test-cuda-torch.
+@pytest.mark.nvcc
+@pytest.mark.skipif(not os.environ.get("QUOTA_TEST_CUDA_TORCH"), reason="installs a CUDA build of torch, gigabytes: make test-cuda-torch")
+@pytest.mark.parametrize("version", os.environ.get("QUOTA_TEST_CUDA_TORCH", "none").split())
+def test_the_library_loads_in_cuda_builds_of_torch(library: Path, tmp_path: Path, version: str) -> None:
+    """Where only the device is missing, `quota doctor` says that of every op of the library and nothing else."""
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", f"torch=={version}"], check=True)
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (site / "rest.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))  # behind the venv's own: all but torch
+    code = f"""
+import json, pathlib, torch
+from quota.ops import cuda
+assert torch.version.cuda, "not a CUDA build"
+assert (reason := cuda.load_failure(pathlib.Path({str(library)!r}))) is None, reason
+from quota.cli.doctor import examine
+print(json.dumps([torch.__version__, cuda.why_not(), [row for row in examine()["ops"] if row["implementation"] == "cuda"]]))
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found, reason, rows = json.loads(result.stdout.splitlines()[-1])
+    assert found.startswith(version) and reason == "there is no CUDA device 0 (torch sees 0)"
+    assert len(rows) == 7 and {row["state"] for row in rows} == {f"not here: {reason}"}
 
 
 def test_names_of_kernels_are_readable() -> None:

@@ -172,6 +172,16 @@ def test_attention_over_several_splits(emulated: ModuleType) -> None:
     assert torch.equal(emulated.kv4_attention(*alone)[0], out[1:])
 
 
+def test_attention_of_a_long_prompt_in_a_workspace_that_does_not_grow(emulated: ModuleType) -> None:
+    """Twenty queries over two splits, eight at a time: each has the bits that it has alone."""
+    args = attention_case(2, 2, 1, 20, 1100, 16)
+    (out, lse), (want, want_lse) = emulated.kv4_attention(*args), kv4_attention_ref(*args)
+    assert float((out.double() - want.double()).norm() / want.double().norm()) < 1e-6 and (lse - want_lse).abs().max() < 1e-5
+    for t in (0, 7, 8, 19):
+        one, one_lse = emulated.kv4_attention(args[0][:, :, t : t + 1].contiguous(), *args[1:3], 1100 - 19 + t, *args[4:])
+        assert torch.equal(one, out[:, t : t + 1]) and torch.equal(one_lse, lse[:, :, t : t + 1])
+
+
 @pytest.mark.parametrize("extra", [0, 5])
 def test_paged_attention(emulated: ModuleType, extra: int) -> None:
     g = torch.Generator().manual_seed(3)

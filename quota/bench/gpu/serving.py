@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-if TYPE_CHECKING:
-    from quota.bench.gpu.__main__ import Options
+from quota.bench.gpu.options import Line, Options, facts, failure
 
 _ANSWER_TOKENS, _TIMED_TOKENS = 12, 64
 _BATCHES = (1, 16)
 
 
-def serving(options: Options) -> dict[str, Any]:
+def serving(options: Options) -> Iterator[Line]:
     """The engine's greedy answers on the device are the CPU's, with CUDA graphs and without; tokens per second of its decode steps."""
-    if options.dry:
-        from quota.runtime.engine import EngineConfig
-
-        answers = _answers("cpu", EngineConfig(), 2, 2)
-        plan = [f"{_BATCHES[-1]} questions on CPU and GPU", *(f"decode at {n} requests, graphs {on}" for n in _BATCHES for on in ("on", "off"))]
-        return {"cpu_answers": answers, "would_run": plan}
     from quota.runtime.engine import EngineConfig
 
-    want, failures, rows = _answers("cpu", EngineConfig(), _BATCHES[-1], _ANSWER_TOKENS), [], []
+    if options.dry:
+        plan = [f"{_BATCHES[-1]} questions on CPU and GPU", *(f"decode at {n} requests, graphs {on}" for n in _BATCHES for on in ("on", "off"))]
+        yield facts(cpu_answers=_answers("cpu", EngineConfig(), 2, 2), would_run=plan)
+        return
+    want = _answers("cpu", EngineConfig(), _BATCHES[-1], _ANSWER_TOKENS)
+    yield facts(questions=len(want))
     for graphs in (True, False):
         config = EngineConfig(graphs=graphs, step_tokens=1 << 14)  # all prompts in one step, so that all answers grow together
         got = _answers("cuda", config, len(want), _ANSWER_TOKENS)
-        failures += [f"{name}, graphs {graphs}: CPU {want[name]}, GPU {got[name]}" for name in want if got[name] != want[name]]
-        rows += [{"requests": n, "graphs": graphs, "tokens_per_s": _speed(config, n)} for n in _BATCHES]
-    return {"questions": len(want), "rows": rows, "failures": failures}
+        yield from (failure(f"{name}, graphs {graphs}: CPU {want[name]}, GPU {got[name]}") for name in want if got[name] != want[name])
+        for n in _BATCHES:
+            yield {"row": {"requests": n, "graphs": graphs, "tokens_per_s": _speed(config, n)}}
 
 
 def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.core.registry import Context, Op
+from quota.core.registry import Context
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits, Row
@@ -32,18 +32,14 @@ _ALIGNMENT = 16  # bytes, of every buffer
 
 
 def chosen(device: torch.device) -> dict[str, str]:
-    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none: a reference reads lengths on the host."""
+    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none or is told to run a reference, which reads lengths
+    on the host."""
     ctx = Context(device.type, device.index or 0)
     found = {op.name: op.choose(ctx).name for op in OPS}
-    missing = next((op for op in OPS if found[op.name] == "ref"), None)
-    if device.type != "cpu" and missing is not None:
-        raise UsageError(f"device: {device} has no implementation of {missing.name} to decode with ({_reasons(missing, ctx)}); install triton, build "
-                         "the CUDA library (docs/cuda.md), or serve on the CPU")  # fmt: skip
+    forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
+    if device.type != "cpu" and forced is not None:
+        raise UsageError(f"QUOTA_IMPL: {forced}=ref cannot decode on {device}: a reference reads lengths on the host; leave it out, or serve on the CPU")
     return found
-
-
-def _reasons(op: Op, ctx: Context) -> str:
-    return "; ".join(f"{i.name}: {reason}" for i in op.implementations if (reason := i.supports(ctx))) or "none is registered"
 
 
 def describe(device: torch.device) -> str:
