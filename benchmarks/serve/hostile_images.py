@@ -118,8 +118,19 @@ def run_length_bmp(side: int = 6000) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + 1024 + len(body), 0, 0, 54 + 1024) + header + palette + body
 
 
-ATTACKS: dict[str, Callable[[], bytes]] = {
-    "scans": many_scans, "exif segments": many_exif_segments, "comment segments": many_comments, "text bomb": text_bomb, "profile bomb": profile_bomb,
-    "short png": short_png, "huge tile": huge_tile, "repeated strips": repeated_strips, "gif frame": large_gif_frame, "gif blocks": many_gif_blocks,
-    "webp canvas": large_webp_canvas, "run-length bmp": run_length_bmp,
+def _many(make: Callable[[int], bytes], count: int) -> Callable[[float], bytes]:
+    return lambda scale: make(max(1, int(count * scale)))
+
+
+def _square(make: Callable[[int], bytes], side: int) -> Callable[[float], bytes]:
+    return lambda scale: make(max(1, int(side * scale**0.5)))
+
+
+# kind: a share of the full size (of what is repeated, or of the pixels) -> the file
+ATTACKS: dict[str, Callable[[float], bytes]] = {
+    "scans": lambda scale: many_scans(int(6000 * scale**0.5), int(1000 * scale)), "exif segments": _many(many_exif_segments, 1_000_000),
+    "comment segments": _many(many_comments, 1_000_000), "text bomb": _many(text_bomb, 60), "profile bomb": _many(profile_bomb, 15_000),
+    "short png": _square(short_png, 60_000), "huge tile": _square(huge_tile, 16_000),
+    "repeated strips": lambda scale: repeated_strips(int(4000 * scale**0.5), int(100_000 * scale)), "gif frame": _square(large_gif_frame, 13_000),
+    "gif blocks": _many(many_gif_blocks, 5_000_000), "webp canvas": _square(large_webp_canvas, 16_000), "run-length bmp": _square(run_length_bmp, 6000),
 }  # fmt: skip

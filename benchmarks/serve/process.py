@@ -28,6 +28,12 @@ class Served:
         """Resident memory of the process, shared libraries included."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def family_bytes(self) -> int:
+        """Resident memory of the process and the processes it started."""
+        children = [pid for task in Path(f"/proc/{self.process.pid}/task").glob("*/children") for pid in _read(task).split()]
+        pages = sum(int((_read(Path(f"/proc/{pid}/statm")).split() or ["0", "0"])[1]) for pid in (self.process.pid, *children))
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def cpu_s(self) -> float:
         """Processor time of the process so far, all threads."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -37,6 +43,13 @@ class Served:
         """SIGTERM, as an operator would; the exit status."""
         self.process.terminate()
         return self.process.wait(timeout_s)
+
+
+def _read(path: Path) -> str:
+    """Empty where the process or thread has ended meanwhile."""
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
 
 
 @contextlib.contextmanager
