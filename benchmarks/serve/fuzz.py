@@ -169,7 +169,7 @@ def fuzz(seconds: float, seed: int, names: Sequence[str] = tuple(TARGETS), *, in
 
 
 _WATCHED = ("quota.core.recipe", "quota.server.errors", "quota.core.images", "quota.core.image_files", "quota.server.schemas", "quota.server.config",
-            "quota.server.bodies", "quota.calib.samples", "quota.nn.checkpoint", "quota.arch.config", "quota.calib.work", "PIL.Image", "PIL.ImageFile",
+            "quota.server.bodies", "quota.calib.samples", "quota.core.checkpoint", "quota.models.config", "quota.calib.work", "PIL.Image", "PIL.ImageFile",
             "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "PIL.GifImagePlugin", "PIL.BmpImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin")  # fmt: skip
 
 

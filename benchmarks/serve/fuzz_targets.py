@@ -232,7 +232,7 @@ def take_samples(data: bytes) -> None:
 
 
 def take_manifest(data: bytes) -> None:
-    from quota.nn.checkpoint import Manifest, verify_files
+    from quota.core.checkpoint import Manifest, verify_files
 
     def take(folder: Path) -> None:
         (folder / "config.json").write_bytes(b"{}")
@@ -245,7 +245,7 @@ def take_manifest(data: bytes) -> None:
 
 
 def take_config(data: bytes) -> None:
-    from quota.arch.config import read_config
+    from quota.models.config import read_config
 
     _in_folder("config.json", data, lambda folder: _refused(QuotaError, read_config, folder))
 
@@ -288,7 +288,7 @@ def _server() -> tuple[Any, Any]:
     """(service of a tiny model, its application). Its loop is `_loop`'s."""
     import torch
 
-    from quota.nn import quantize_rtn
+    from quota.models.rtn import quantize_rtn
     from quota.scenes.model import build_config, build_model, build_processor
     from quota.server.app import create_app
     from quota.server.config import Settings
