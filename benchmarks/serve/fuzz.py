@@ -3,7 +3,7 @@ URLs, images, prompts and stop texts, and files: recipes, manifests, config.json
 
     python -m benchmarks.serve.fuzz --seconds 600 --seed 1 --target image --target chat
     python -m benchmarks.serve.fuzz --seconds 600 --guided        (needs the package atheris: inputs are chosen by code coverage)
-    python -m benchmarks.serve.fuzz --replay fuzz-failures/image-1-20
+    python -m benchmarks.serve.fuzz --replay runs/fuzz/image-1-20
 
 Each input must be accepted or refused with the error of its kind, within a limit on processor time and memory; a process of its own takes it, is ended
 when it passes a limit, and started anew. Anything else is printed with seed and number, and the input kept in a file; the status is then 1.
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeat for several; all by default")
     parser.add_argument("--limit-seconds", type=float, default=Limits.seconds, help="processor time of one input")
     parser.add_argument("--limit-mib", type=int, default=Limits.memory_bytes // MIB, help="memory of one input")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for inputs that failed")
+    parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for inputs that failed")
     parser.add_argument("--guided", action="store_true", help="coverage-guided, with atheris")
     parser.add_argument("--replay", type=Path, help="take one kept input again, here and without limits")
     options = parser.parse_args()

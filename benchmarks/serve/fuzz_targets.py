@@ -4,7 +4,6 @@ or refuses them as it should, and raises anything else."""
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import io
@@ -17,36 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve import hostile_images as hostile
+from benchmarks.serve import fuzz_inputs as inputs
 from benchmarks.serve.traffic import picture_bytes
 from quota.core import images
 from quota.core.errors import ImageError, QuotaError, RecipeError, SampleError
 from quota.core.recipe import Recipe
 
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**63, -(2**70), 0.5, 1e308, float("inf"), "", "user", "x" * 1000, "\ud800", "\x00", "<image>", [], {}, [[]], [None],
-    {"type": "text"},
-)  # fmt: skip
-PICTURE = {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}
-CHAT = {
-    "model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, PICTURE]}],
-    "max_tokens": 3, "temperature": 0.5, "top_p": 0.5, "n": 1, "seed": 3, "stop": ["a"], "stream": False, "logprobs": True, "top_logprobs": 2, "keep": 0.5,
-}  # fmt: skip
-COMPLETION = {"model": "m", "prompt": ["x"], "max_tokens": 3, "logprobs": 1, "n": 2}
-RECIPE = {
-    "method": "quota", "regime": "w4a4kv4", "model": {"architecture": "x", "fingerprint": "sha256:" + "0" * 64, "layers": 8, "visual_tokens": 144},
-    "candidates": [2, 3], "keep": [0.5, 0.3], "final_keep": 0.3, "reference_tokens": 144, "sensitivities": [0.1, 0.2], "weights": {"inter": 0.5, "quant": 0.0},
-}  # fmt: skip
-MANIFEST = {
-    "schema_version": 1, "regime": "w4a16", "modules": ["llm"], "source_fingerprint": "sha256:0", "calibration": {"seed": 0},
-    "files": {"config.json": "0" * 64}, "bytes": {"config.json": 2}, "tool_version": "0",
-}  # fmt: skip
-SAMPLES = {"schema": "quota-samples/1", "samples": [{"id": "a", "instruction": "x ?", "image": "a.png", "answer": "y", "task": "t"}]}
-SETTINGS = (
-    "checkpoint='x'\nport=1\nhost='::1'\nrecipes=['a=b']\nkv_bytes=9\nimage_decode_s=1.5\nprefix_cache=true\nmax_images=2\napi_keys=['k']\n",
-    "QUOTA_SERVE_PORT=1\nQUOTA_SERVE_API_KEYS=a,b\nQUOTA_SERVE_DTYPE=float16\nQUOTA_SERVE_KV_BYTES=7\nQUOTA_SERVE_PREFIX_CACHE=no",
-)
-BODY_BYTES, IN_FLIGHT_BYTES, CONNECTIONS = 4 << 20, 8 << 20, 40
 LIMITS = images.Limits(pixels=1_000_000)
 
 
@@ -56,125 +31,6 @@ class Target:
 
     make: Callable[[random.Random], bytes]
     take: Callable[[bytes], None]
-
-
-# -- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def mutate(value: Any, rng: random.Random) -> Any:
-    """One random change somewhere inside."""
-    if isinstance(value, dict) and value and rng.random() < 0.8:
-        key = rng.choice(list(value))
-        changed = dict(value)
-        if rng.random() < 0.1:
-            del changed[key]
-        elif rng.random() < 0.1:
-            changed[rng.choice(("", "role", "nonsense", "\ud800"))] = rng.choice(VALUES)
-        else:
-            changed[key] = mutate(value[key], rng)
-        return changed
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        at = rng.randrange(len(value))
-        return [*value[:at], mutate(value[at], rng), *value[at + (rng.random() < 0.8) :]]
-    return rng.choice(VALUES)
-
-
-def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Bytes changed, cut or doubled."""
-    broken = bytearray(data)
-    for _ in range(rng.randint(0, 6)):
-        if broken:
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
-    if rng.random() < 0.3:
-        del broken[rng.randint(0, len(broken)) :]
-    return bytes(broken * (2 if rng.random() < 0.05 else 1))
-
-
-def document(base: Any) -> Callable[[random.Random], bytes]:
-    """JSON near `base`, or a damaged one."""
-
-    def make(rng: random.Random) -> bytes:
-        value = base() if callable(base) else base
-        for _ in range(rng.randint(0, 4)):
-            value = mutate(value, rng)
-        text = json.dumps(value).encode()
-        return damaged(text, rng) if rng.random() < 0.3 else text
-
-    return make
-
-
-def large(rng: random.Random) -> bytes:
-    """A body of up to BODY_BYTES in which one small thing stands again and again, where a list may stand or not."""
-    one = rng.choice((b"1,", b"0.5,", b'"a",', b"[],", b"{},", b'{"a":1},', b'{"role":"user","content":"x"},', b"[[", b'{"a":', b" ", b"x"))
-    many = one * (rng.randint(BODY_BYTES // 2, BODY_BYTES - 200) // len(one))
-    head = rng.choice((b'{"model":"m","messages":[', b'{"model":"m","prompt":[', b'{"model":"m","prompt":"', b"["))
-    return head + many + (b'"}' if head.endswith(b'"') else b"1]}")
-
-
-def body(base: dict[str, Any]) -> Callable[[random.Random], bytes]:
-    near = document(base)
-
-    def make(rng: random.Random) -> bytes:
-        if rng.random() < 0.2:
-            return large(rng)
-        picture = data_url(rng) if rng.random() < 0.3 else _url(picture_bytes(rng, (64, 64))) if rng.random() < 0.8 else b"data:,"
-        return near(rng).replace(b"data:,", picture, 1)
-
-    return make
-
-
-def image(rng: random.Random) -> bytes:
-    """An ordinary image or one of the hostile ones, of random size, damaged or not."""
-    if rng.random() < 0.5:
-        return damaged(picture_bytes(rng, (64, 64)), rng)
-    kind = rng.choice([*hostile.ATTACKS, "scans"])
-    if kind == "scans":
-        data = hostile.many_scans(rng.randint(16, 1000), rng.randint(1, 15_000))
-    else:
-        data = hostile.ATTACKS[kind](10 ** rng.uniform(-4, 0))
-    return damaged(data, rng) if rng.random() < 0.3 else data
-
-
-def _url(data: bytes) -> bytes:
-    return b"data:image/png;base64," + base64.b64encode(data)
-
-
-def data_url(rng: random.Random) -> bytes:
-    text = _url(damaged(picture_bytes(rng, (64, 64)), rng))
-    return damaged(text, rng) if rng.random() < 0.5 else text
-
-
-def stops(rng: random.Random) -> bytes:
-    """Stop texts, and an answer that almost holds them: all of few letters."""
-    letters = rng.choice(("x", "ab", "abc"))
-    period = "".join(rng.choices(letters, k=rng.randint(1, 4)))
-    texts = [(period * 1024)[: rng.randint(1, 1023)] + rng.choice(("!", "", "a")) for _ in range(rng.randint(1, 4))]
-    return json.dumps([texts, (period * 20_000)[: int(20_000 * rng.random())] + rng.choice(texts)[: rng.randint(0, 1024)]]).encode()
-
-
-def held_bodies(rng: random.Random) -> bytes:
-    """How much each of several connections sends of its body."""
-    return json.dumps([rng.randint(0, BODY_BYTES) for _ in range(rng.choice((1, CONNECTIONS // 2, CONNECTIONS)))]).encode()
-
-
-def settings(rng: random.Random) -> bytes:
-    """TOML, a zero byte, variables."""
-    return b"\0".join(damaged(b"\n".join(line if rng.random() < 0.8 else damaged(line, rng) for line in text.encode().split(b"\n")), rng)
-                      if rng.random() < 0.7 else text.encode() for text in SETTINGS)  # fmt: skip
-
-
-def samples(rng: random.Random) -> bytes:
-    data = document(SAMPLES)(rng)
-    return data.replace(b"a.png", rng.choice((b"a.png", b"../a.png", b"/dev/zero", b"", data_url(rng))), 1)
-
-
-def state(rng: random.Random) -> bytes:
-    """The state of a calibration's work folder, damaged."""
-    text = json.dumps({"job": {"seed": 0}, "done": rng.randint(0, 9), "blocks": {}, "notes": {}, "streams": {}})
-    return damaged(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode(), rng)
-
-
-# -- what takes them --------------------------------------------------------------------------------------------------
 
 
 def _refused(kind: type[Exception] | tuple[type[Exception], ...], function: Callable[..., Any], *args: Any) -> Any:
@@ -288,6 +144,7 @@ def _server() -> tuple[Any, Any]:
     """(service of a tiny model, its application). Its loop is `_loop`'s."""
     import torch
 
+    from quota.models import model_fingerprint
     from quota.models.rtn import quantize_rtn
     from quota.scenes.model import build_config, build_model, build_processor
     from quota.server.app import create_app
@@ -297,7 +154,12 @@ def _server() -> tuple[Any, Any]:
     torch.set_num_threads(1)
     model = quantize_rtn(build_model(build_config(56, width=64, layers=2), seed=1).eval())
     model.processor = build_processor(56)
-    service = Service(model, Settings(checkpoint="m", kv_bytes=4 << 20, max_model_tokens=64, max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT_BYTES))
+    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": 2, "visual_tokens": 16}
+    recipe = Recipe.parse({"method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": [1], "keep": [0.5], "final_keep": 0.5, "reference_tokens": 16})
+    with tempfile.TemporaryDirectory() as folder:
+        recipe.save(path := Path(folder, "r.json"))
+        service = Service(model, Settings(checkpoint="m", recipes=(f"r={path}",), kv_bytes=4 << 20, max_model_tokens=64, max_body_bytes=inputs.BODY_BYTES,
+                                          in_flight_bytes=inputs.IN_FLIGHT_BYTES))  # fmt: skip
     return service, create_app(service)
 
 
@@ -363,7 +225,7 @@ def take_http(path: str) -> Callable[[bytes], None]:
 def take_held_bodies(data: bytes) -> None:
     """Connections that send so many bytes of their bodies, wait for all others to have done so, and leave."""
     try:
-        sizes = [min(int(size), BODY_BYTES) for size in json.loads(data)][:CONNECTIONS]
+        sizes = [min(int(size), inputs.BODY_BYTES) for size in json.loads(data)][: inputs.CONNECTIONS]
     except (ValueError, TypeError):
         return
 
@@ -389,16 +251,17 @@ def _config() -> dict[str, Any]:
 
 
 TARGETS: dict[str, Target] = {
-    "chat": Target(body(CHAT), take_http("/v1/chat/completions")),
-    "completion": Target(body(COMPLETION), take_http("/v1/completions")),
-    "connections": Target(held_bodies, take_held_bodies),
-    "data-url": Target(data_url, take_data_url),
-    "image": Target(image, take_image),
-    "stop": Target(stops, take_stops),
-    "settings": Target(settings, take_settings),
-    "recipe": Target(document(RECIPE), take_recipe),
-    "manifest": Target(document(MANIFEST), take_manifest),
-    "config": Target(document(_config), take_config),
-    "samples": Target(samples, take_samples),
-    "state": Target(state, take_state),
+    "chat": Target(inputs.body(inputs.CHAT), take_http("/v1/chat/completions")),
+    "completion": Target(inputs.body(inputs.COMPLETION), take_http("/v1/completions")),
+    "prompt": Target(inputs.prompt, take_http("/v1/chat/completions")),
+    "connections": Target(inputs.held_bodies, take_held_bodies),
+    "data-url": Target(inputs.data_url, take_data_url),
+    "image": Target(inputs.image, take_image),
+    "stop": Target(inputs.stops, take_stops),
+    "settings": Target(inputs.settings, take_settings),
+    "recipe": Target(inputs.document(inputs.RECIPE), take_recipe),
+    "manifest": Target(inputs.document(inputs.MANIFEST), take_manifest),
+    "config": Target(inputs.document(_config), take_config),
+    "samples": Target(inputs.samples, take_samples),
+    "state": Target(inputs.state, take_state),
 }

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.serve.fuzz_targets import CHAT, RECIPE
+from benchmarks.serve.fuzz_inputs import CHAT, RECIPE
 from benchmarks.serve.soak import faults_in, memory_growth, recompute, report, soak
 from benchmarks.serve.throughput import body, measure
 from quota.bench.serving import soak_table
