@@ -47,7 +47,7 @@ demo: $(STAMP)
 # A process per core. Each takes neighbouring tests, so what a module or a session shares is made once or twice, and who is done early takes over.
 JOBS ?= auto
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-UNIT := $(addprefix tests/,core quant allocate arch ops nn engine runtime test_lean_import.py)
+UNIT := $(addprefix tests/,core quant allocate ops nn models prune engine runtime test_lean_import.py)
 
 check: lint
 	$(PYTEST) -q -m "not slow" $(UNIT)

@@ -1,4 +1,4 @@
-"""Markdown tables from rows of results: benchmarks/README.md, one block of the root README, two of docs/serving.md, one of SECURITY.md. `quota bench tables`"""
+"""Markdown tables from rows of results: benchmarks/README.md, one block of docs/results.md, two of docs/serving.md, one of SECURITY.md. `quota bench tables`"""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from quota.core.files import atomic_write_text
 from quota.report.blocks import fill
 from quota.report.table import byte_size, markdown_table, milliseconds
 
-RESULTS, PAGE, README = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("README.md")
+RESULTS, PAGE, DIGEST = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("docs/results.md")
 SERVING, SECURITY = Path("docs/serving.md"), Path("SECURITY.md")
 _NOTHING = "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
-_README_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
-_README_ROWS = (1, 16, 173, 640)
+_DIGEST_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
+_DIGEST_ROWS = (1, 16, 173, 640)
 _OPS = ("w4a4_linear", "w4a16_linear", "quantize_act", "kv4_attention", "kv4_append", "token_score")
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ def blocks(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     page = {op: op_block([r for r in ops if r["op"] == op]) for op in _OPS} | {"model": model_block(models)}
     served = {"throughput": throughput_block(rows.newest(rows.read(results / "serve.jsonl"))), "soak": soak_block(results / "soak.json")}
     attacked = {"attacks": attack_block(results / "attack.json")}
-    return {PAGE: page, README: {"benchmarks": readme_block(ops, models)}, SERVING: served, SECURITY: attacked}
+    return {PAGE: page, DIGEST: {"benchmarks": digest_block(ops, models)}, SERVING: served, SECURITY: attacked}
 
 
 def write(root: Path = Path()) -> list[Path]:
@@ -50,11 +50,11 @@ def op_block(found: Sequence[Row]) -> str:
     return "\n".join(parts).rstrip()
 
 
-def readme_block(ops: Sequence[Row], models: Sequence[Row]) -> str:
+def digest_block(ops: Sequence[Row], models: Sequence[Row]) -> str:
     """The few rows that say most: two projections of LLaVA-1.5-7B, one thread; the whole model."""
     best = {cpu: _best([r for r in ops if r["cpu"] == cpu]) for cpu in dict.fromkeys(r["cpu"] for r in ops)}
     linear = [
-        r for r in ops if r["op"] == "w4a4_linear" and r["shape"] in _README_SHAPES and r["size"]["m"] in _README_ROWS
+        r for r in ops if r["op"] == "w4a4_linear" and r["shape"] in _DIGEST_SHAPES and r["size"]["m"] in _DIGEST_ROWS
         and r["threads"] == 1 and r["weights"] == "resident" and (not r["ours"] or r["isa"] == best[r["cpu"]])
     ]  # fmt: skip
     text = op_block(linear)

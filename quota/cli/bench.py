@@ -163,7 +163,7 @@ def model(
 
 @app.command("tables")
 def tables() -> None:
-    """Fill the tables of benchmarks/README.md and README.md from benchmarks/results (run it at the root of the repository).
+    """Fill the tables of benchmarks/README.md, docs and SECURITY.md from benchmarks/results (run it at the root of the repository).
 
     **Example**
 

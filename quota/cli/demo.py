@@ -27,7 +27,7 @@ def demo(
     3. profiles the layers and lets QUOTA allocate a recipe
     4. answers questions side by side and draws what was kept of their pictures
     5. evaluates seven configurations on held-out questions
-    6. writes `report.json` (fields: README)
+    6. writes `report.json` (fields: docs/report.md)
 
     Finished stages are kept in `OUT/cache` by the content they were made from; a second run reuses them.
 

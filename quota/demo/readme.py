@@ -1,6 +1,6 @@
-"""Fill README.md's generated blocks: `python -m quota.demo.readme [demo-out]`.
+"""Fill the demo's blocks of README.md, docs/results.md and docs/report.md: `python -m quota.demo.readme [demo-out]`.
 
-With a folder, its report and pictures are copied to docs/demo/FAMILY first; the figures in README come from the reports there only.
+With a folder, its report and pictures are copied to docs/demo/FAMILY first; the figures come from the reports there only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
 from quota.eval.remarks import remarks
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.statistics import Interval
+from quota.models import family_class
 from quota.report.blocks import fill
+from quota.report.table import markdown_table
 
-README = Path("README.md")
+README, RESULTS, FIELDS = Path("README.md"), Path("docs/results.md"), Path("docs/report.md")
 KEPT = Path("docs/demo")
 PICTURES = ("overlay", "profile_plot", "recipe_plot")  # and every other overlay
 _DOCUMENTED: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -79,14 +81,44 @@ def fields_block() -> str:
     return "\n".join(lines)
 
 
-def blocks(kept: Path = KEPT) -> dict[str, str]:
-    """Block name -> text, for every family the figures of its kept run."""
-    out = {"fields": fields_block()}
-    for family in FAMILIES:
-        report = kept / family / "report.json"
-        known = report.exists()
-        out[f"figures:{family}"] = figures_block(Report.model_validate_json(report.read_text(encoding="utf-8"))) if known else "No run of it is kept yet."
-    return out
+def savings_block(report: Report) -> str:
+    """What a recipe saves, in a paragraph: the final share beside the mean over layers, which compute follows."""
+    rows = {row.name: row for row in report.evaluation.rows}
+    whole, pruned, told = rows["quant-only"], rows["collaborative"], report.recipes["collaborative"]
+    layers, stages = pruned.visual_tokens_by_layer, told["candidates"]
+    kept = ", ".join(f"{layers[at]:.0f} stay from layer {at}" for at in stages)
+    total, mean = whole.average_visual_tokens, pruned.average_visual_tokens
+    return (
+        f"At `--keep {report.keep:g}` on the embedded {family_class(report.model.family).title}, {total:.0f} visual tokens enter; {kept} on.\n"
+        f"That is {layers[-1]:.0f} of {total:.0f} ({100 * layers[-1] / total:.0f} %) at the end, but {mean:.0f} ({100 * mean / total:.0f} %) as the mean over "
+        f"the {len(layers)} layers, and compute follows the mean:\nthe prefill, vision tower included, takes {100 * told['compute_ratio']:.0f} % of the "
+        f"multiply-accumulates (the language model {100 * told['compute_ratio_language']:.0f} %), and the 4-bit cache\nholds {pruned.kv_bytes / 1e3:.0f} kB "
+        f"instead of {whole.kv_bytes / 1e3:.0f}."
+    )
+
+
+def summary_block(reports: dict[str, Report]) -> str:
+    """README's table: what every row of the demo keeps and costs, the families side by side. reports: family -> its kept run."""
+    heads = [f"{family_class(family).title}: {what}" for family in reports for what in ("retention", "tokens at the end, mean", "KV cache kB")]
+    rows = {family: {row.name: row for row in report.evaluation.rows} for family, report in reports.items()}
+    names = list(dict.fromkeys(name for found in rows.values() for name in found))
+    return markdown_table(["row", *heads], [[name, *(cell for f in reports for cell in _summary(rows[f].get(name)))] for name in names]).rstrip("\n")
+
+
+def _summary(row: Row | None) -> list[str]:
+    if row is None or row.retention is None:
+        return ["-"] * 3
+    tokens = f"{row.visual_tokens_by_layer[-1]:.0f}, {row.average_visual_tokens:.0f}"
+    return [f"{row.retention.value:.1f} ({row.retention.low:.1f} to {row.retention.high:.1f})", tokens, f"{row.kv_bytes / 1e3:.0f}"]
+
+
+def blocks(kept: Path = KEPT) -> dict[Path, dict[str, str]]:
+    """File -> block name -> text, for every family the figures of its kept run."""
+    files = {family: kept / family / "report.json" for family in FAMILIES}
+    reports = {family: Report.model_validate_json(file.read_text(encoding="utf-8")) for family, file in files.items() if file.exists()}
+    results = {f"figures:{family}": figures_block(reports[family]) if family in reports else "No run of it is kept yet." for family in FAMILIES}
+    said = {"savings": savings_block(reports[DEFAULT]) if DEFAULT in reports else "No run of it is kept yet.", "summary": summary_block(reports)}
+    return {README: said, RESULTS: results, FIELDS: {"fields": fields_block()}}
 
 
 def keep(source: Path, kept: Path = KEPT) -> Path:
@@ -108,8 +140,9 @@ def main() -> None:
     source = parser.parse_args().demo
     if source is not None:
         print(f"kept {keep(source)}")
-    atomic_write_text(README, fill(README.read_text(encoding="utf-8"), blocks()))
-    print(f"filled {README}")
+    for path, texts in blocks().items():
+        atomic_write_text(path, fill(path.read_text(encoding="utf-8"), texts, str(path)))
+        print(f"filled {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Keep finished studies and write the pages that show them: `python -m quota.study.readme [study-out]`.
 
-With a folder, the reports and pictures in it are copied to docs/tables/FAMILY first. The page docs/tables/FAMILY.md and README's block `tables` are written
-from the reports kept there only.
+With a folder, the reports and pictures in it are copied to docs/tables/FAMILY first. The page docs/tables/FAMILY.md and the block `tables` of
+docs/results.md are written from the reports kept there only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quota.study.results import StudyReport, StudyRow
 from quota.study.run import STUDIES
 from quota.study.tables import ORDERS
 
-README = Path("README.md")
+RESULTS = Path("docs/results.md")
 KEPT = Path("docs/tables")
 SHOWN = ("modules", "keep", "pipelines")
 FOLDED = ("compute", "weights", "formats", "runtime")  # behind a click
@@ -77,7 +77,7 @@ def section(name: str, report: dict[str, Any], family: str) -> str:
 
 
 def block(kept: Path = KEPT) -> str:
-    """README's part: every table with the families side by side, the long ones folded, and where the rest is."""
+    """The part of docs/results.md: every table with the families side by side, the long ones folded, and where the rest is."""
     found = {family: reports(family, kept) for family in FAMILIES}
     parts = []
     for name in (*SHOWN, *FOLDED):
@@ -88,7 +88,7 @@ def block(kept: Path = KEPT) -> str:
                 parts += [f"<details><summary>{STUDIES[name]} (<code>quota study {name}</code>)</summary>", *tables, "</details>"]
             else:
                 parts += [f"**{STUDIES[name]}** (`quota study {name}`)", *tables]
-    pages = [f"[{family_class(family).title}](docs/tables/{family}.md)" for family, known in found.items() if known]
+    pages = [f"[{family_class(family).title}](tables/{family}.md)" for family, known in found.items() if known]
     parts.append(f"All studies with accuracies per task, paired differences, layer profiles and kept tokens in pictures: {', '.join(pages)}.")
     return "\n\n".join(parts)
 
@@ -144,8 +144,8 @@ def main() -> None:
     for family in FAMILIES:
         if reports(family):
             atomic_write_text(KEPT / f"{family}.md", page(family))
-    atomic_write_text(README, fill(README.read_text(encoding="utf-8"), {"tables": block()}))
-    print(f"filled {README}")
+    atomic_write_text(RESULTS, fill(RESULTS.read_text(encoding="utf-8"), {"tables": block()}, str(RESULTS)))
+    print(f"filled {RESULTS}")
 
 
 if __name__ == "__main__":

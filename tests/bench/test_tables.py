@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md and README.md are what the committed rows say."""
+"""The tables of benchmarks/README.md, docs and SECURITY.md are what the committed rows say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quota.report.blocks import fill
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("path", [tables.PAGE, tables.README, tables.SERVING, tables.SECURITY], ids=str)
+@pytest.mark.parametrize("path", [tables.PAGE, tables.DIGEST, tables.SERVING, tables.SECURITY], ids=str)
 def test_tables_are_not_stale(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert fill(text, tables.blocks(ROOT / tables.RESULTS)[path], str(path)) == text, "run `quota bench tables`"
@@ -42,7 +42,7 @@ def test_more_threads_are_compared_with_one() -> None:
 
 def test_every_machine_shows_its_best_instruction_set() -> None:
     rows = [row(1, 6.0, shape="llava-1.5-7b.down"), row(1, 6.0, shape="llava-1.5-7b.down", cpu="two", isa="amx", gops=9.0)]
-    assert "avx2 |" in tables.readme_block(rows, []) and "amx" in tables.readme_block(rows, [])
+    assert "avx2 |" in tables.digest_block(rows, []) and "amx" in tables.digest_block(rows, [])
 
 
 def test_throughput_is_compared_with_one_client() -> None:
