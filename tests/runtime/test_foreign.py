@@ -209,7 +209,7 @@ def test_a_manifest_too_deep_or_endless(copy):
     one_line(folder, r"quota\.json: not readable")
     (folder / "quota.json").unlink()
     (folder / "quota.json").symlink_to("/dev/zero")
-    one_line(folder, r"quota\.json: not readable.*ordinary file")
+    one_line(folder, r"quota\.json: not readable.*regular file")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/here", "a/b/c", "~/x", "tests/nowhere", "x" * 5000, "own er/name", "..", "a\0b", "owner/"])
