@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quota.allocate.fitprune import AttentionSample
-from quota.calib.profile import model_facts
+from quota.calib.profile import model_facts, regime_of
 from quota.calib.samples import Samples, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts, Recipe
@@ -107,6 +107,6 @@ def _withdrawal(model: Any, layer: int) -> Recipe:
     tokens = family.visual_tokens or 1  # any number will do to keep nothing of it
     facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": family.layers, "visual_tokens": tokens}
     return Recipe.parse({
-        "method": "vtw", "regime": "any", "model": facts, "candidates": [layer], "keep": [0.0], "final_keep": 0.0,
+        "method": "vtw", "regime": regime_of(model), "model": facts, "candidates": [layer], "keep": [0.0], "final_keep": 0.0,
         "reference_tokens": tokens, "selections": [{"score": "none"}],
     })  # fmt: skip

@@ -1,6 +1,6 @@
 """What a calibration will take: tokens, memory, disk and time, known before it starts.
 
-The time is an estimate: the multiply-adds of every step at the speed of a matrix product measured here. The progress bar counts the same work.
+The time is a rough estimate: the multiply-adds of every step at the speed of a matrix product measured here. The progress bar counts the same work.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from quota.calib.settings import Settings
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
 from quota.quant.transform import decompose
 
-# Fitted to runs of both embedded models: quantizing in the graph costs that many products more, and a call of a block that many seconds besides them.
+# Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a call of a block besides them.
 _LEARNING, _CALL_S = 2.5, 2e-3
-_SEARCHES = {"flatquant": 12, "gptq": 4, "awq": 40, "rtn": 2}  # products with a block's own weights that searching or factoring costs, in search_rows
+_SEARCHES = {"flatquant": 12, "gptq": 4, "awq": 40, "rtn": 2}  # as rough: products with a block's own weights that searching or factoring costs, in search_rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Plan:
             f"blocks    {self.blocks} quantized of {self.blocks_all}",
             f"memory    about {_size(self.peak_memory)} at the peak",
             f"disk      about {_size(self.disk_needed)} needed, {_size(self.disk_free)} free",
-            f"time      about {duration(self.seconds)} on this machine (an estimate)",
+            f"time      about {duration(self.seconds)} on this machine (a rough estimate)",
         ]
 
 

@@ -16,7 +16,7 @@ from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource
-from quota.core.files import atomic_write_text
+from quota.core.files import atomic_write_text, claim_folder
 from quota.core.folders import resolve_folder
 from quota.core.recipe import Recipe
 from quota.demo.cache import StageCache, code_fingerprint, link
@@ -64,7 +64,7 @@ class Demo:
         self.settings = settings
         self.console = Console(stderr=settings.quiet, width=max(Console().width, 126))
         self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
-        settings.out.mkdir(parents=True, exist_ok=True)
+        claim_folder(settings.out)
         self.samples = Samples.load(samples)
         self.config = FloatSource(self.float_checkpoint).config
         self.float_key = folder_fingerprint(self.float_checkpoint)

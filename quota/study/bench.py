@@ -19,6 +19,7 @@ from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource, resolve_folder
 from quota.core.errors import UsageError
+from quota.core.files import claim_folder
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.demo.embedded import reference_of, sources
@@ -80,7 +81,7 @@ class Bench:
         if unknown:
             raise UsageError(f"--methods: expected some of {', '.join(BASELINES)}, got {unknown[0]!r}")
         self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
-        settings.out.mkdir(parents=True, exist_ok=True)
+        claim_folder(settings.out)
         self.samples = Samples.load(samples)
         self.source = FloatSource(self.float_checkpoint)
         self.code = code_fingerprint()

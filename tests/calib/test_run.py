@@ -86,7 +86,7 @@ def test_resumes_after_a_kill_with_the_same_bytes(folder, finished, tmp_path, mo
         run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
     assert not out.exists()
     done = []
-    monkeypatch.setattr(run, "_run_step", lambda job, work, step, bar: (done.append(step), real(job, work, step, bar))[1])
+    monkeypatch.setattr(run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1])
     run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
     assert len(done) + survived == 10  # images, 2 vision, features, projector, text, 4 decoder
     assert contents(out) == contents(finished[0])
@@ -104,7 +104,7 @@ def test_work_of_other_settings_is_refused_and_kept(folder, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
     done = []
-    monkeypatch.setattr(run, "_run_step", lambda job, work, step, bar: (done.append(step), real(job, work, step, bar))[1])
+    monkeypatch.setattr(run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1])
     before = {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match=r"seed is 0 there, 5 here.*--overwrite"):
         run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5)
@@ -250,7 +250,7 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     work = WorkFolder(tmp_path / "work", {})
     for step in job.steps[:-1]:
         with job.bar(work) as bar:
-            work.commit(run._run_step(job, work, step, bar))
+            work.commit(run._run_step(job, work, step, run.Ticks(bar, 0.0, 0.0)))
     assert job.steps[-1].path == "model.language_model.layers.3"
     stream = work.streams["float"]  # input of the last layer
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()

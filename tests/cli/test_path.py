@@ -251,8 +251,8 @@ _KILLED = """
 import os, signal
 from quota.calib.work import WorkFolder
 save_block = WorkFolder.save_block
-def killed(work, path, tensors):
-    save_block(work, path, tensors)
+def killed(work, path, tensors, report):
+    save_block(work, path, tensors, report)
     if len(list((work.path / "blocks").iterdir())) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 WorkFolder.save_block = killed

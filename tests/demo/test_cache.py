@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from quota.core.errors import UsageError
 from quota.demo.cache import StageCache, code_fingerprint, link
 
 
@@ -45,15 +46,18 @@ def test_a_deleted_result_is_made_again(tmp_path: Path) -> None:
     assert path.read_text() == "2"
 
 
-def test_link_replaces_links_and_folders(tmp_path: Path) -> None:
-    for name in ("a", "b", "stale"):
+def test_link_replaces_links_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("a", "b"):
         (tmp_path / "cache" / name).mkdir(parents=True)
         (tmp_path / "cache" / name / "file").write_text(name)
-    (tmp_path / "quantized").mkdir()
-    for name in ("a", "b"):
         link(tmp_path / "quantized", tmp_path / "cache" / name)
         assert (tmp_path / "quantized" / "file").read_text() == name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "quantized"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match="mine: expected a link of quota's"):
+        link(tmp_path / "mine", tmp_path / "cache" / "a")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
 
 
 def test_code_fingerprint_sees_computing_source_only(tmp_path: Path) -> None:

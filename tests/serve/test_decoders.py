@@ -175,7 +175,8 @@ def test_over_http(serving, unchecked):
     question = {"model": "tiny", "messages": [user("which shape ?", data_url(endless(), "JPEG"))], "max_tokens": 2}
     body, address = json.dumps(question).encode(), httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        raw.sendall(head.encode() + body)
         wait_for(lambda: server.service.decoders._busy)
         assert ask(server, user("which shape ?", noise(seed=1))).choices
     wait_for(lambda: not server.service.decoders._busy)
