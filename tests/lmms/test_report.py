@@ -113,7 +113,6 @@ def test_quota_eval_by_tasks(llava_folder: Path, tmp_path: Path) -> None:
         (("--tasks", ","), "--tasks: expected names"), (("--tasks", "a", "--samples", "s.json"), "--samples: not with --tasks"),
         (("--tasks", "a", "--blind"), "--blind: not with --tasks"), (("--tasks", "a", "--data", "nowhere"), "--data: no folder nowhere"),
         (("--tasks", "a", "--recipe", "none", "--recipe", "none"), "--recipe: none is given twice"), (("--limit", "3"), "--limit: only with --tasks"),
-        (("--recipe", "a", "--recipe", "b"), "--recipe: expected one without --tasks"),
     ],
 )  # fmt: skip
 def test_wrong_use_is_one_line(llava_folder: Path, args: tuple[str, ...], words: str) -> None:
