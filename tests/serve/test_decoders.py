@@ -171,7 +171,7 @@ def test_a_process_imports_little_and_knows_no_keys(monkeypatch):
 
 def test_over_http(serving, unchecked):
     """One attack that leaves, one that waits for its refusal; a question in between, and both in the metrics."""
-    server = serving(image_decode_s=1.0)
+    server = serving(image_decode_s=2.0)
     question = {"model": "tiny", "messages": [user("which shape ?", data_url(endless(), "JPEG"))], "max_tokens": 2}
     body, address = json.dumps(question).encode(), httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as raw:
