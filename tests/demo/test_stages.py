@@ -40,7 +40,7 @@ def test_all_stages(tmp_path: Path, family: str) -> None:
     assert {a.picture for a in report.answers} == {"picture.png"} | (set() if family == "llava" else {None, "scene_text.png", "document.png", "chart.png"})
     folder = readme.keep(tmp_path / "out", tmp_path / "kept")
     assert folder.name == family and {path.stem for path in folder.glob("overlay*.png")} == drawn
-    text = readme.blocks(tmp_path / "kept")[f"figures:{family}"]
+    text = readme.blocks(tmp_path / "kept")[readme.RESULTS][f"figures:{family}"]
     assert all(f"| {row.name} |" in text for row in report.evaluation.rows) and ("median picture" in text) == (family != "llava")
 
 

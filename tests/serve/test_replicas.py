@@ -52,7 +52,7 @@ def test_an_application_on_a_cluster_needs_keys():
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"quota\[serve,ray\]"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[serve,ray\]'"):
         serve_replicas(Settings(checkpoint="x", replicas=2), CountingHandler())
 
 
