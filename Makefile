@@ -10,7 +10,7 @@ NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
-	@echo "make check  lint and the unit tests: before every commit (3 minutes on two busy cores)"
+	@echo "make check  lint and the unit tests: before every commit (3 to 4 minutes on two cores)"
 	@echo "make test   every test; PYTEST_ARGS='tests/eval -x' for a part, JOBS=1 for one process"
 	@echo "make test-cuda-torch   the CUDA library in CUDA builds of torch, installed for the test (needs nvcc and 6 GB each, no GPU); CUDA_TORCH='2.14.1' for others"
 	@echo "make lint   format, lint, types, import contracts"
