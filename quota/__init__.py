@@ -1,6 +1,7 @@
 """Joint quantization and visual-token pruning of vision-language models.
 
-`quota.load` opens a checkpoint, `quota.patched` runs any LLaVA under a recipe. Importing this package imports neither torch nor transformers.
+`quota.load` opens a checkpoint, `quota.patched` runs any LLaVA under a recipe. Importing this package imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Attacks on a server of its own, each at full size while a well-behaved client asks on; how long that one waits, and what memory the server takes.
+"""Attacks on a server of its own, each at full size while a well-behaved client asks on; how long that one waits, and
+what memory the server takes.
 
     python -m benchmarks.serve.attack CHECKPOINT --out benchmarks/results/attack.json
     quota bench tables
 
-Ends with status 1 when an attack has another outcome than expected, the well-behaved client is refused or waits longer than a second more than alone,
-or memory grows by more than the bound.
+Ends with status 1 when an attack has another outcome than expected, the well-behaved client is refused or waits longer
+than a second more than alone, or memory grows by more than the bound.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ GROWTH_BYTES = 512 << 20  # the budget of bodies, and what one of them becomes w
 
 @dataclass
 class Witness:
-    """A well-behaved client: a small question, again and again. images: every other one about an image. waits_s: how long each answer took."""
+    """A well-behaved client: a small question, again and again. images: every other one about an image. waits_s: how
+    long each answer took."""
 
     target: Target
     images: bool = False
@@ -60,7 +62,11 @@ class Witness:
         with httpx.Client(base_url=self.target.url, timeout=300) as http:
             while not done.is_set() or len(self.waits_s) < 3:
                 number = len(self.waits_s)
-                body = self.target.about(ordinary(number), max_tokens=2) if self.images and number % 2 else self.target.body(max_tokens=2)
+                body = (
+                    self.target.about(ordinary(number), max_tokens=2)
+                    if self.images and number % 2
+                    else self.target.body(max_tokens=2)
+                )
                 began = time.monotonic()
                 try:
                     status = str(http.post(CHAT, json=body).status_code)
@@ -84,9 +90,16 @@ def attacked(attack: Attack, target: Target, rss_bytes: Callable[[], int] | None
     peak = max([start, *seen])
     wrong = sorted(set(outcomes) - attack.expected)
     return {
-        "attack": attack.name, "bound": attack.bound, "outcomes": dict(outcomes), "unexpected": wrong, "witness_refused": dict(during.refused),
-        "alone_s": max(before.waits_s), "attacked_s": max(during.waits_s), "questions": len(during.waits_s), "growth_bytes": peak - start,
-    }  # fmt: skip
+        "attack": attack.name,
+        "bound": attack.bound,
+        "outcomes": dict(outcomes),
+        "unexpected": wrong,
+        "witness_refused": dict(during.refused),
+        "alone_s": max(before.waits_s),
+        "attacked_s": max(during.waits_s),
+        "questions": len(during.waits_s),
+        "growth_bytes": peak - start,
+    }
 
 
 @contextlib.contextmanager
@@ -114,7 +127,12 @@ def unread_log(checkpoint: str, flags: list[str]) -> dict[str, Any]:
     try:
         with served(checkpoint, *flags, log=None, stderr=write) as server:
             target = Target(server.url, httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"])
-            flood = Attack("8000 requests while nobody reads the log", "4096 lines wait, further ones are counted as lost", _flood, OK)
+            flood = Attack(
+                "8000 requests while nobody reads the log",
+                "4096 lines wait, further ones are counted as lost",
+                _flood,
+                OK,
+            )
             found = attacked(flood, target, server.family_bytes)
             if status := server.stop():
                 found["unexpected"].append(f"status {status} after SIGTERM")
@@ -161,8 +179,12 @@ def run(options: argparse.Namespace) -> list[str]:
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
-    print(f"{row['attack']}: {row['outcomes']}, others {row['attacked_s']:.2f} s, alone {row['alone_s']:.2f} s, +{row['growth_bytes'] >> 20} MiB",
-          file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{row['attack']}: {row['outcomes']}, others {row['attacked_s']:.2f} s, alone {row['alone_s']:.2f} s,"
+        f" +{row['growth_bytes'] >> 20} MiB",
+        file=sys.stderr,
+        flush=True,
+    )
     return row
 
 

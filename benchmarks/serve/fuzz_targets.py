@@ -1,5 +1,5 @@
-"""What `fuzz.py` feeds with what. A target makes an input (bytes) from a random generator, and takes any bytes: returns when the code under test accepts
-or refuses them as it should, and raises anything else."""
+"""What `fuzz.py` feeds with what. A target makes an input (bytes) from a random generator, and takes any bytes: returns
+when the code under test accepts or refuses them as it should, and raises anything else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _in_folder(name: str, data: bytes, take: Callable[[Path], None]) -> None:
 def take_recipe(data: bytes) -> None:
     def take(folder: Path) -> None:
         recipe = _refused(RecipeError, Recipe.load, folder / "r.json")
-        assert recipe is None or Recipe.parse(json.loads(recipe.dumps())) == recipe, "a recipe that does not survive its own text"
+        assert recipe is None or Recipe.parse(json.loads(recipe.dumps())) == recipe, (
+            "a recipe that does not survive its own text"
+        )
 
     _in_folder("r.json", data, take)
 
@@ -74,7 +76,11 @@ def take_settings(data: bytes) -> None:
     toml, _, lines = data.partition(b"\0")
     pairs = [line.partition("=") for line in lines.decode("latin-1").splitlines()]
     environment = {name: value for name, _, value in pairs}
-    _in_folder("s.toml", toml, lambda folder: _refused(UsageError, lambda: read({}, folder / "s.toml", environment).accepted_keys()))
+    _in_folder(
+        "s.toml",
+        toml,
+        lambda folder: _refused(UsageError, lambda: read({}, folder / "s.toml", environment).accepted_keys()),
+    )
 
 
 def take_samples(data: bytes) -> None:
@@ -154,12 +160,36 @@ def _server() -> tuple[Any, Any]:
     torch.set_num_threads(1)
     model = quantize_rtn(build_model(build_config(56, width=64, layers=2), seed=1).eval())
     model.processor = build_processor(56)
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": 2, "visual_tokens": 16}
-    recipe = Recipe.parse({"method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": [1], "keep": [0.5], "final_keep": 0.5, "reference_tokens": 16})
+    facts = {
+        "architecture": type(model).__name__,
+        "fingerprint": model_fingerprint(model),
+        "layers": 2,
+        "visual_tokens": 16,
+    }
+    recipe = Recipe.parse(
+        {
+            "method": "quota",
+            "regime": "w4a4kv4",
+            "model": facts,
+            "candidates": [1],
+            "keep": [0.5],
+            "final_keep": 0.5,
+            "reference_tokens": 16,
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         recipe.save(path := Path(folder, "r.json"))
-        service = Service(model, Settings(checkpoint="m", recipes=(f"r={path}",), kv_bytes=4 << 20, max_model_tokens=64, max_body_bytes=inputs.BODY_BYTES,
-                                          in_flight_bytes=inputs.IN_FLIGHT_BYTES))  # fmt: skip
+        service = Service(
+            model,
+            Settings(
+                checkpoint="m",
+                recipes=(f"r={path}",),
+                kv_bytes=4 << 20,
+                max_model_tokens=64,
+                max_body_bytes=inputs.BODY_BYTES,
+                in_flight_bytes=inputs.IN_FLIGHT_BYTES,
+            ),
+        )
     return service, create_app(service)
 
 
@@ -169,7 +199,8 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class _Request:
-    """One request to the application. pieces: of its body; ended: all of it is there. `waiting` is set when no more of it comes."""
+    """One request to the application. pieces: of its body; ended: all of it is there. `waiting` is set when no more of
+    it comes."""
 
     def __init__(self, path: str, pieces: Iterable[bytes], *, ended: bool = True) -> None:
         self.path, self.pieces, self.ended = path, iter(pieces), ended
@@ -194,8 +225,20 @@ class _Request:
 
     async def run(self) -> None:
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": self.path,
-                 "raw_path": self.path.encode(), "root_path": "", "query_string": b"", "headers": headers, "client": None, "server": None}  # fmt: skip
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": headers,
+            "client": None,
+            "server": None,
+        }
         try:
             await _server()[1](scope, self.receive, self.send)
         finally:
@@ -203,7 +246,9 @@ class _Request:
 
 
 def _check(request: _Request) -> None:
-    assert request.status == 200 or 400 <= request.status < 500, f"status {request.status}: {bytes(request.answer[:300])!r}"
+    assert request.status == 200 or 400 <= request.status < 500, (
+        f"status {request.status}: {bytes(request.answer[:300])!r}"
+    )
     if request.status != 200:
         assert json.loads(request.answer)["error"]["message"]
     service = _server()[0]
@@ -230,7 +275,9 @@ def take_held_bodies(data: bytes) -> None:
         return
 
     async def ask() -> None:
-        requests = [_Request("/v1/completions", (bytes(64 << 10) for _ in range(size >> 16)), ended=False) for size in sizes]
+        requests = [
+            _Request("/v1/completions", (bytes(64 << 10) for _ in range(size >> 16)), ended=False) for size in sizes
+        ]
         running = [asyncio.ensure_future(request.run()) for request in requests]
         for request in requests:
             await request.waiting.wait()

@@ -23,8 +23,8 @@ VTW_THRESHOLD = 0.003
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method's own search reads. withdrawal: candidate layer -> mean KL divergence of the next-token distribution when every visual
-    token leaves there, over `samples` prompts; attention: FitPrune's statistics."""
+    """What a method's own search reads. withdrawal: candidate layer -> mean KL divergence of the next-token
+    distribution when every visual token leaves there, over `samples` prompts; attention: FitPrune's statistics."""
 
     withdrawal: dict[int, float] = field(default_factory=dict)
     attention: Sequence[AttentionSample] = ()
@@ -44,11 +44,17 @@ class Basis:
     seed: int = 0
 
 
-def build_baseline(basis: Basis, method: str, keep: float | None = None, layers: str | Sequence[int] | None = None, evidence: Evidence | None = None) -> Recipe:
+def build_baseline(
+    basis: Basis,
+    method: str,
+    keep: float | None = None,
+    layers: str | Sequence[int] | None = None,
+    evidence: Evidence | None = None,
+) -> Recipe:
     """The recipe of a published method; what `keep` means and its default are in `quota.allocate.methods`.
 
-    layers: instead of the method's own places (FastV and VTW one layer, PyramidDrop any number; not for the others). RecipeError or UsageError
-    name the option.
+    layers: instead of the method's own places (FastV and VTW one layer, PyramidDrop any number; not for the others).
+    RecipeError or UsageError name the option.
     """
     if method not in _BUILDERS:
         raise RecipeError(f"method: expected one of {', '.join(_BUILDERS)}, got {method!r}")
@@ -56,9 +62,17 @@ def build_baseline(basis: Basis, method: str, keep: float | None = None, layers:
     if method != "vtw":
         check_keep(asked)
     elif asked:
-        raise UsageError(f"--keep: VTW withdraws every visual token; leave it out and choose the layer with --layers, got {asked:g}")
+        raise UsageError(
+            f"--keep: VTW withdraws every visual token; leave it out and choose the layer with --layers, got {asked:g}"
+        )
     total = basis.model.layers
-    chosen = None if layers is None else parse_layers(layers, total) if isinstance(layers, str) else check_layers(layers, total)
+    chosen = (
+        None
+        if layers is None
+        else parse_layers(layers, total)
+        if isinstance(layers, str)
+        else check_layers(layers, total)
+    )
     if chosen is not None and method not in ("fastv", "vtw", "pyramiddrop"):
         raise UsageError(f"--layers: {method} has no layers to choose, got {','.join(map(str, chosen))}")
     if chosen is not None and method != "pyramiddrop" and len(chosen) > 1:
@@ -66,17 +80,31 @@ def build_baseline(basis: Basis, method: str, keep: float | None = None, layers:
     plan = _BUILDERS[method](basis, significant(asked), chosen, evidence or Evidence())
     rule = "published" if layers is None else layers if isinstance(layers, str) else ",".join(map(str, layers))
     found = plan.pop("search", ())
-    provenance = basis.provenance.model_copy(update={"model_fingerprint": basis.model.fingerprint, "layer_rule": rule, "search": tuple(found)})
-    return Recipe.parse({
-        "method": method, "regime": basis.regime, "model": basis.model, "final_keep": plan["keep"][-1], "reference": basis.reference, "seed": basis.seed,
-        "reference_tokens": basis.model.visual_tokens, "position_policy": basis.position_policy, "provenance": provenance, **plan,
-    })  # fmt: skip
+    provenance = basis.provenance.model_copy(
+        update={"model_fingerprint": basis.model.fingerprint, "layer_rule": rule, "search": tuple(found)}
+    )
+    return Recipe.parse(
+        {
+            "method": method,
+            "regime": basis.regime,
+            "model": basis.model,
+            "final_keep": plan["keep"][-1],
+            "reference": basis.reference,
+            "seed": basis.seed,
+            "reference_tokens": basis.model.visual_tokens,
+            "position_policy": basis.position_policy,
+            "provenance": provenance,
+            **plan,
+        }
+    )
 
 
 def at_compute(build: Callable[[float], Recipe], compute: float, tokens: int) -> Recipe:
-    """The recipe with the most tokens at the end whose language model costs at most `compute` of the unpruned one, text included.
+    """The recipe with the most tokens at the end whose language model costs at most `compute` of the unpruned one, text
+    included.
 
-    build: keep -> recipe, its cost growing with keep; `tokens`: of one picture. RecipeError when even one token costs more.
+    build: keep -> recipe, its cost growing with keep; `tokens`: of one picture. RecipeError when even one token costs
+    more.
     """
     low, high, best = 1, tokens, None
     while low <= high:
@@ -93,26 +121,38 @@ def at_compute(build: Callable[[float], Recipe], compute: float, tokens: int) ->
         else:
             high = middle - 1
     if best is None:
-        raise RecipeError(f"compute: no recipe of this method costs {compute:.1%} of the language model or less; ask for more")
+        raise RecipeError(
+            f"compute: no recipe of this method costs {compute:.1%} of the language model or less; ask for more"
+        )
     return best
 
 
 def _language_ratio(recipe: Recipe) -> float:
     spent = recipe_cost(recipe)
     if spent is None:
-        raise RecipeError("model: the sizes of the language model are unknown, so compute cannot be matched; make the profile again")
+        raise RecipeError(
+            "model: the sizes of the language model are unknown, so compute cannot be matched; make the profile again"
+        )
     return spent.ratio_language
 
 
 def _fastv(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
-    return {"candidates": layers or [_inside(FASTV_LAYER, basis)], "keep": [keep], "selections": [{"score": "last_token"}]}
+    return {
+        "candidates": layers or [_inside(FASTV_LAYER, basis)],
+        "keep": [keep],
+        "selections": [{"score": "last_token"}],
+    }
 
 
 def _pyramiddrop(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
     depth = basis.model.layers
     places = layers or sorted({_inside(round(depth * i / 4), basis) for i in (1, 2, 3)})
     table = [keep ** (i / len(places)) for i in range(1, len(places))]
-    return {"candidates": places, "keep": [*(significant(r) for r in table), keep], "selections": [{"score": "own_last_token"}]}
+    return {
+        "candidates": places,
+        "keep": [*(significant(r) for r in table), keep],
+        "selections": [{"score": "own_last_token"}],
+    }
 
 
 def _vtw(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
@@ -124,13 +164,26 @@ def _vtw(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence
 
 
 def withdrawal_layer(evidence: Evidence) -> tuple[int, str]:
-    """VTW's search: the first layer whose mean KL is at most the threshold, the last one where none is; and the sentence that says so."""
+    """VTW's search: the first layer whose mean KL is at most the threshold, the last one where none is; and the
+    sentence that says so."""
     known = sorted(evidence.withdrawal.items())
     for layer, kl in known:
         if kl <= evidence.threshold:
-            return layer, f"withdrawing before layer {layer} changes the next-token distribution by a mean KL of {kl:.2g} over {evidence.samples} samples"
+            return (
+                layer,
+                (
+                    f"withdrawing before layer {layer} changes the next-token distribution by a mean KL of {kl:.2g}"
+                    f" over {evidence.samples} samples"
+                ),
+            )
     layer, kl = known[-1]
-    return layer, f"no layer is within a mean KL of {evidence.threshold:g} over {evidence.samples} samples; the last one, {layer}, has {kl:.2g}"
+    return (
+        layer,
+        (
+            f"no layer is within a mean KL of {evidence.threshold:g} over {evidence.samples} samples; the last one,"
+            f" {layer}, has {kl:.2g}"
+        ),
+    )
 
 
 def _divprune(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
@@ -170,14 +223,19 @@ def _fitprune(basis: Basis, keep: float, layers: list[int] | None, evidence: Evi
             table.append(keep_of(count, tokens))
     if not candidates:
         candidates, table = [basis.model.layers - 1], [1.0]
-    note = f"alpha {alpha:.2f} over {len(evidence.attention)} samples reaches a compute ratio of {ratio(shares):.4f} for the visual tokens"
+    note = (
+        f"alpha {alpha:.2f} over {len(evidence.attention)} samples reaches a compute ratio of {ratio(shares):.4f} for"
+        " the visual tokens"
+    )
     return {"candidates": candidates, "keep": table, "selections": [{"score": "cross_self"}], "search": [note]}
 
 
 def _inside(layer: int, basis: Basis) -> int:
     """A decoder layer that exists and is not the first."""
     if basis.model.layers < 2:
-        raise UsageError(f"layers: pruning between layers needs a model of at least 2 decoder layers, got {basis.model.layers}")
+        raise UsageError(
+            f"layers: pruning between layers needs a model of at least 2 decoder layers, got {basis.model.layers}"
+        )
     return min(max(layer, 1), basis.model.layers - 1)
 
 
@@ -188,6 +246,12 @@ def _sizes(model: ModelFacts) -> DecoderSizes:
 
 
 _BUILDERS: dict[str, Callable[[Basis, float, list[int] | None, Evidence], dict[str, Any]]] = {
-    "fastv": _fastv, "pyramiddrop": _pyramiddrop, "vtw": _vtw, "divprune": _divprune, "cdpruner": _cdpruner, "random": _random, "grid": _grid,
+    "fastv": _fastv,
+    "pyramiddrop": _pyramiddrop,
+    "vtw": _vtw,
+    "divprune": _divprune,
+    "cdpruner": _cdpruner,
+    "random": _random,
+    "grid": _grid,
     "fitprune": _fitprune,
-}  # fmt: skip
+}

@@ -1,4 +1,5 @@
-"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON. `quota.calib.profile` measures them."""
+"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON. `quota.calib.profile`
+measures them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ class Profile:
         for name in _PER_LAYER:
             values = tuple(significant(float(v)) for v in getattr(self, name))
             if len(values) != self.model.layers:
-                raise RecipeError(f"profile.{name}: expected one number per decoder layer ({self.model.layers}), got {len(values)}")
+                raise RecipeError(
+                    f"profile.{name}: expected one number per decoder layer ({self.model.layers}), got {len(values)}"
+                )
             for i, v in enumerate(values):
                 if not math.isfinite(v):
                     raise RecipeError(f"profile.{name}[{i}]: expected a finite number, got {v}")

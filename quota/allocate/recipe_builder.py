@@ -24,8 +24,9 @@ def build_recipe(
     """The recipe that keeps `keep` of the visual tokens after the last candidate layer.
 
     layers: "2-6", "2,4,6", a list, or None for the rule of `quota.allocate.candidates`.
-    method: "quota" shares the drops by sensitivity, equations (1)-(4); "uniform" drops the same at every candidate and scores
-    without the quantization term, which is what stage-wise pruning does. Deterministic. RecipeError or UsageError name the option.
+    method: "quota" shares the drops by sensitivity, equations (1)-(4); "uniform" drops the same at every candidate and
+    scores without the quantization term, which is what stage-wise pruning does. Deterministic. RecipeError or
+    UsageError name the option.
     """
     check_keep(keep)
     final_keep = significant(keep)

@@ -21,7 +21,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Case:
-    """operations: of one call, a multiply-add counting two. contenders: prepares and checks everybody, the expensive part."""
+    """operations: of one call, a multiply-add counting two. contenders: prepares and checks everybody, the expensive
+    part."""
 
     op: str
     shape: str

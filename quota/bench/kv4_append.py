@@ -46,5 +46,12 @@ def _contenders(shape: Attention, tokens: int, isas: tuple[str, ...]) -> tuple[l
     return [
         *float_contenders(isas, moved, lambda: native.kv4_append(*cache, x, 0, 1.0)),
         Contender("torch", torch_float_unit(), moved, run=lambda: kv4_append_ref(*cache, x, 0, 1.0), against=NAME),
-        Contender("float32 copy", torch_float_unit(), 8.0 * x.numel(), run=lambda: copy.copy_(x), against=NAME, note="no quantization"),
+        Contender(
+            "float32 copy",
+            torch_float_unit(),
+            8.0 * x.numel(),
+            run=lambda: copy.copy_(x),
+            against=NAME,
+            note="no quantization",
+        ),
     ], []

@@ -34,14 +34,18 @@ def cache_of(shape: Attention, slots: int, seed: int) -> Kv:
 def cases(shapes: Sequence[Attention], isas: tuple[str, ...], *, quick: bool = False) -> Iterator[Case]:
     """One request: a token decoded over S cached ones, then whole prompts."""
     for shape in shapes:
-        for tokens, slots in [(1, s) for s in DECODE_SLOTS[: 1 if quick else None]] + [(t, t) for t in PREFILL_TOKENS[: 1 if quick else None]]:
+        for tokens, slots in [(1, s) for s in DECODE_SLOTS[: 1 if quick else None]] + [
+            (t, t) for t in PREFILL_TOKENS[: 1 if quick else None]
+        ]:
             pairs = slots if tokens == 1 else tokens * (tokens + 1) / 2
             operations = 4.0 * shape.heads * pairs * shape.head_dim  # a product with the key, a product with the value
             size = {"t": tokens, "s": slots, "h": shape.heads, "hkv": shape.kv_heads, "d": shape.head_dim}
             yield Case(OP, shape.name, size, operations, False, partial(_contenders, shape, tokens, slots, isas))
 
 
-def _contenders(shape: Attention, tokens: int, slots: int, isas: tuple[str, ...]) -> tuple[list[Contender], list[Skipped]]:
+def _contenders(
+    shape: Attention, tokens: int, slots: int, isas: tuple[str, ...]
+) -> tuple[list[Contender], list[Skipped]]:
     q, scaling = seeded(1, shape.heads, tokens, shape.head_dim), shape.head_dim**-0.5
     k, v, start = cache_of(shape, slots, 1), cache_of(shape, slots, 2), torch.zeros(1, dtype=torch.int32)
 
@@ -58,13 +62,17 @@ def _contenders(shape: Attention, tokens: int, slots: int, isas: tuple[str, ...]
     return own + [f for f in found if isinstance(f, Contender)], [f for f in found if isinstance(f, Skipped)]
 
 
-def _torch(shape: Attention, q: Tensor, k: Kv, v: Kv, slots: int, dtype: torch.dtype, expected: Tensor) -> Contender | Skipped:
+def _torch(
+    shape: Attention, q: Tensor, k: Kv, v: Kv, slots: int, dtype: torch.dtype, expected: Tensor
+) -> Contender | Skipped:
     """`scaled_dot_product_attention` on dequantized keys and values; dequantizing is not timed."""
     keys, values = (dequantized(kv, slots, shape.head_dim).to(dtype) for kv in (k, v))
     queries, name = q.to(dtype), "sdpa-bf16" if dtype == torch.bfloat16 else "sdpa-fp32"
 
     def run() -> Tensor:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=q.shape[2] > 1, enable_gqa=shape.heads != shape.kv_heads)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=q.shape[2] > 1, enable_gqa=shape.heads != shape.kv_heads
+        )
 
     wrong = verdict(relative_rms(run().transpose(1, 2)[:, -2:].float(), expected), _TORCH_TOLERANCE[dtype])
     if wrong:

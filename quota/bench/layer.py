@@ -1,4 +1,5 @@
-"""The prefill of one decoder layer in our ops, without norms and rotary embedding: the yardstick for what is added to a layer."""
+"""The prefill of one decoder layer in our ops, without norms and rotary embedding: the yardstick for what is added to a
+layer."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from quota.quant.transform import decompose, hadamard
 
 
 class DecoderLayer:
-    """Four projection groups, each with its transform and quantization, and the attention, for one prompt of `tokens`."""
+    """Four projection groups, each with its transform and quantization, and the attention, for one prompt of
+    `tokens`."""
 
     def __init__(self, shape: Attention, tokens: int) -> None:
         linears = next(m for m in MODELS if m.name == shape.name).linears()
@@ -27,7 +29,11 @@ class DecoderLayer:
             self.inputs.append(seeded(tokens, linear.k))
             self.weights.append(PackedWeight(*quantize_weight(weight(linear)), linear.k))
         self.q, self.scaling = seeded(1, shape.heads, tokens, shape.head_dim), shape.head_dim**-0.5
-        self.k, self.v, self.start = cache_of(shape, tokens, 1), cache_of(shape, tokens, 2), torch.zeros(1, dtype=torch.int32)
+        self.k, self.v, self.start = (
+            cache_of(shape, tokens, 1),
+            cache_of(shape, tokens, 2),
+            torch.zeros(1, dtype=torch.int32),
+        )
 
     def attend(self) -> tuple[Tensor, Tensor]:
         return native.kv4_attention(self.q, self.k, self.v, self.q.shape[2], self.start, self.scaling)

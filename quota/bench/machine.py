@@ -39,14 +39,19 @@ def versions() -> dict[str, str]:
 
 @cache
 def source() -> dict[str, Any]:
-    """{"commit", "dirty", "library": first 12 hex digits of the native library's SHA-256}; commit is the version where there is no git tree."""
+    """{"commit", "dirty", "library": first 12 hex digits of the native library's SHA-256}; commit is the version where
+    there is no git tree."""
     from quota.core.version import VERSION
 
     library = ROOT / "quota" / "_native" / "libquota_cpu.so"
     commit = _git("rev-parse", "--short=12", "HEAD")
     # results are not part of what is measured: writing them must not make the next row "dirty"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "quota", "csrc", "setup.py")
-    return {"commit": commit or f"v{VERSION}", "dirty": bool(changed), "library": sha256_file(library)[:12] if library.exists() else None}
+    return {
+        "commit": commit or f"v{VERSION}",
+        "dirty": bool(changed),
+        "library": sha256_file(library)[:12] if library.exists() else None,
+    }
 
 
 def _git(*args: str) -> str | None:
@@ -73,7 +78,8 @@ def free_bytes() -> int:
 
 
 def memory() -> dict[str, int]:
-    """This process: its largest resident set so far, the one now, and of that what is not a mapped file (those can be dropped and read again)."""
+    """This process: its largest resident set so far, the one now, and of that what is not a mapped file (those can be
+    dropped and read again)."""
     now = _kilobytes("/proc/self/status")
     return {"peak_rss_bytes": now["VmHWM"], "rss_bytes": now["VmRSS"], "anonymous_bytes": now["RssAnon"]}
 

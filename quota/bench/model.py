@@ -1,6 +1,8 @@
-"""A whole model: the quantized one with and without pruning, and transformers' float model, each in a process of its own.
+"""A whole model: the quantized one with and without pruning, and transformers' float model, each in a process of its
+own.
 
-Every process prints one JSON document. A request is a picture of 576 visual tokens with 64 text tokens, answered with 32 tokens.
+Every process prints one JSON document. A request is a picture of 576 visual tokens with 64 text tokens, answered with
+32 tokens.
 """
 
 from __future__ import annotations
@@ -45,23 +47,37 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Run a job in a fresh process and return what it measured. QuotaError with the last line it said when it failed."""
+    """Run a job in a fresh process and return what it measured. QuotaError with the last line it said when it
+    failed."""
     done = subprocess.run(
-        [sys.executable, "-m", "quota.bench.model", json.dumps(asdict(job))], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "quota.bench.model", json.dumps(asdict(job))],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
-    )  # fmt: skip
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise QuotaError(f"{job.name}: its process ended with status {done.returncode}: {said[-1] if said else 'killed, perhaps for memory'}")
+        raise QuotaError(
+            f"{job.name}: its process ended with status {done.returncode}:"
+            f" {said[-1] if said else 'killed, perhaps for memory'}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def row(job: Job, found: dict[str, Any], checkpoint_bytes: int | None) -> dict[str, Any]:
     """The row of results of a finished job."""
     return {
-        **rows.stamp(job.threads), "op": OP, "shape": job.arch, "size": {"visual": found["visual_tokens"], "text": TEXT_TOKENS, "new": NEW_TOKENS},
-        "weights": "resident", "implementation": job.name, "ours": job.float_dtype is None, "checkpoint_bytes": checkpoint_bytes, **found,
-    }  # fmt: skip
+        **rows.stamp(job.threads),
+        "op": OP,
+        "shape": job.arch,
+        "size": {"visual": found["visual_tokens"], "text": TEXT_TOKENS, "new": NEW_TOKENS},
+        "weights": "resident",
+        "implementation": job.name,
+        "ours": job.float_dtype is None,
+        "checkpoint_bytes": checkpoint_bytes,
+        **found,
+    }
 
 
 def float_layers(arch: str, dtype: str) -> int:
@@ -71,12 +87,17 @@ def float_layers(arch: str, dtype: str) -> int:
 
     config, size = config_of(arch), 4 if dtype == "float32" else 2
     sizes = find_family(config)
-    layer = size * sizes.hidden_size * (2 * sizes.hidden_size + 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.intermediate_size)
+    layer = (
+        size
+        * sizes.hidden_size
+        * (2 * sizes.hidden_size + 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.intermediate_size)
+    )
     fixed = size * (2 * config.text_config.vocab_size * sizes.hidden_size) + 2 * 10**9
     return max(2, min(sizes.layers, int((_FLOAT_SHARE * machine.free_bytes() - fixed) / layer)))
 
 
-# -- inside the process ------------------------------------------------------------------------------------------------------
+# -- inside the process
+# ------------------------------------------------------------------------------------------------------
 
 
 def recipe_for(model: Any, keep: float) -> Any:
@@ -88,12 +109,26 @@ def recipe_for(model: Any, keep: float) -> Any:
     layers = model.config.text_config.num_hidden_layers
     candidates = tuple(range(2, min(9, layers)))
     ratios = [round(1 - (1 - keep) * (i + 1) / len(candidates), 6) for i in range(len(candidates) - 1)] + [keep]
-    facts = ModelFacts(architecture=find_family(model).model_class, fingerprint=model_fingerprint(model), layers=layers, visual_tokens=VISUAL_TOKENS)
-    return Recipe(method="uniform", regime="w4a4kv4", model=facts, candidates=candidates, keep=tuple(ratios), final_keep=keep, reference_tokens=VISUAL_TOKENS)
+    facts = ModelFacts(
+        architecture=find_family(model).model_class,
+        fingerprint=model_fingerprint(model),
+        layers=layers,
+        visual_tokens=VISUAL_TOKENS,
+    )
+    return Recipe(
+        method="uniform",
+        regime="w4a4kv4",
+        model=facts,
+        candidates=candidates,
+        keep=tuple(ratios),
+        final_keep=keep,
+        reference_tokens=VISUAL_TOKENS,
+    )
 
 
 def request(model: Any) -> dict[str, Any]:
-    """Random pixels and token ids: text, picture, text. Where resolution is dynamic, the picture is a square of as many tokens."""
+    """Random pixels and token ids: text, picture, text. Where resolution is dynamic, the picture is a square of as many
+    tokens."""
     import torch
 
     from quota.bench.archs import VISUAL_TOKENS
@@ -112,7 +147,8 @@ def request(model: Any) -> dict[str, Any]:
 
 
 def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "sdpa") -> Any:
-    """transformers' model of `config` on `device`, `attention` as transformers names it; every layer holds the same random numbers, in memory of its own."""
+    """transformers' model of `config` on `device`, `attention` as transformers names it; every layer holds the same
+    random numbers, in memory of its own."""
     import torch
     import transformers
 
@@ -120,7 +156,9 @@ def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "
 
     family = find_family(config)
     with torch.device("meta"):
-        model: Any = getattr(transformers, family.model_class)._from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Any = getattr(transformers, family.model_class)._from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
     model = model.to_empty(device=device)
     first: dict[Any, Any] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -139,7 +177,8 @@ def float_model(config: Any, dtype: Any, device: str = "cpu", attention: str = "
 
 
 class _Clock:
-    """A stopping criterion that never stops: `generate` calls it once after every new token, which on a GPU it waits for."""
+    """A stopping criterion that never stops: `generate` calls it once after every new token, which on a GPU it waits
+    for."""
 
     def __init__(self) -> None:
         self.wall_s, self.cpu_s = [time.perf_counter()], [time.process_time()]
@@ -158,7 +197,12 @@ def answer(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, float], Any]:
     """One request -> (milliseconds to the first token and per later token, wall and CPU time; its cache)."""
     clock = _Clock()
     out = model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=[clock], return_dict_in_generate=True
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        stopping_criteria=[clock],
+        return_dict_in_generate=True,
     )
     spent = {}
     for name, at in (("", clock.wall_s), ("cpu_", clock.cpu_s)):
@@ -192,11 +236,17 @@ def run_job(job: Job) -> dict[str, Any]:
     made = [answer(model, inputs)[0] for _ in range(job.requests)]
     held, tokens = kv_bytes(cache), [int(layer.get_seq_length()) for layer in cache.layers]
     return {
-        "layers": model.config.text_config.num_hidden_layers, "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
-        "load_s": round(load_s, 2), "first_ttft_ms": round(first["ttft_ms"], 1), "requests": job.requests,
+        "layers": model.config.text_config.num_hidden_layers,
+        "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+        "load_s": round(load_s, 2),
+        "first_ttft_ms": round(first["ttft_ms"], 1),
+        "requests": job.requests,
         **{name: round(median(spent[name] for spent in made), 3) for name in first},
-        "kv_bytes": sum(held), "kv_bytes_per_layer": round(sum(held) / len(held)), "cache_tokens": tokens, **machine.memory(),
-    }  # fmt: skip
+        "kv_bytes": sum(held),
+        "kv_bytes_per_layer": round(sum(held) / len(held)),
+        "cache_tokens": tokens,
+        **machine.memory(),
+    }
 
 
 def checkpoint_bytes(folder: Path) -> int:

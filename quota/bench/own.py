@@ -40,7 +40,9 @@ def torch_bfloat16_unit() -> str:
 
 def float_contenders(isas: tuple[str, ...], moved: float, run: Callable[[], object]) -> list[Contender]:
     """`run` on each instruction set, for ops whose arithmetic is float32."""
-    return [Contender(NAME, float_unit(isa), moved, run=run, isa=isa, before=partial(native.set_isa, isa)) for isa in isas]
+    return [
+        Contender(NAME, float_unit(isa), moved, run=run, isa=isa, before=partial(native.set_isa, isa)) for isa in isas
+    ]
 
 
 def require(condition: bool, what: str) -> None:

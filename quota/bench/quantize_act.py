@@ -1,4 +1,5 @@
-"""`quantize_act` with the Kronecker transform of each projection group, beside torch's products and the linear it feeds."""
+"""`quantize_act` with the Kronecker transform of each projection group, beside torch's products and the linear it
+feeds."""
 
 from __future__ import annotations
 
@@ -38,7 +39,14 @@ def cases(shapes: Sequence[Linear], rows: Sequence[int], isas: tuple[str, ...]) 
         l, r = decompose(shape.k)
         for m in rows:
             # a multiply-add per row of each factor
-            yield Case(OP, shape.name, {"m": m, "l": l, "r": r}, 2.0 * m * shape.k * (l + r), False, partial(_contenders, shape, m, isas))
+            yield Case(
+                OP,
+                shape.name,
+                {"m": m, "l": l, "r": r},
+                2.0 * m * shape.k * (l + r),
+                False,
+                partial(_contenders, shape, m, isas),
+            )
 
 
 def _contenders(shape: Linear, m: int, isas: tuple[str, ...]) -> tuple[list[Contender], list[Skipped]]:
@@ -58,6 +66,13 @@ def _contenders(shape: Linear, m: int, isas: tuple[str, ...]) -> tuple[list[Cont
     return [
         *float_contenders(isas, moved, run),
         Contender("torch", torch_float_unit(), moved, run=lambda: torch_quantize_act(x, left, right), against=NAME),
-        Contender(FEEDS, None, 0.0, run=lambda: native.w4a4_linear(x_q, x_scale, packed), against=NAME,
-                  before=lambda: native.set_isa(isas[0]), note=f"w4a4_linear, N={shape.n}, {isas[0]}"),
-    ], []  # fmt: skip
+        Contender(
+            FEEDS,
+            None,
+            0.0,
+            run=lambda: native.w4a4_linear(x_q, x_scale, packed),
+            against=NAME,
+            before=lambda: native.set_isa(isas[0]),
+            note=f"w4a4_linear, N={shape.n}, {isas[0]}",
+        ),
+    ], []

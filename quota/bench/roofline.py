@@ -1,6 +1,7 @@
 """This machine's ceilings, measured: multiply-add rate per unit, and read bandwidth per size of what is read.
 
-Time of a call is bounded below by max(operations / rate of its unit, bytes that must move / bandwidth at its working set).
+Time of a call is bounded below by max(operations / rate of its unit, bytes that must move / bandwidth at its working
+set).
 """
 
 from __future__ import annotations
@@ -26,16 +27,22 @@ from quota.core.errors import BuildError
 
 _SOURCE = Path(__file__).with_name("probe.cpp")
 _UNITS = {
-    "vpdpbusd": "avx512_vnni", "vpmaddubsw": "avx2", "fma512": "avx512f", "fma256": "fma", "vdpbf16ps": "avx512_bf16", "tdpbusd": "amx_int8",
+    "vpdpbusd": "avx512_vnni",
+    "vpmaddubsw": "avx2",
+    "fma512": "avx512f",
+    "fma256": "fma",
+    "vdpbf16ps": "avx512_bf16",
+    "tdpbusd": "amx_int8",
     "tdpbf16ps": "amx_bf16",
-}  # fmt: skip
+}
 _SIZES = (1 << 20, 16 << 20, 64 << 20, 1 << 30)  # second-level cache, last-level cache twice, memory
 _ROUNDS, _ROUND_S = 5, 0.02
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """operations: unit -> operations per second (a multiply-add counts two); bandwidth: working-set bytes -> bytes per second."""
+    """operations: unit -> operations per second (a multiply-add counts two); bandwidth: working-set bytes -> bytes per
+    second."""
 
     threads: int
     operations: dict[str, float] = field(default_factory=dict)
@@ -62,7 +69,17 @@ def probe() -> ctypes.CDLL:
     library = Path(tempfile.gettempdir()) / f"quota-probe-{os.getuid()}-{stamp}.so"
     if not library.exists():
         fresh = library.with_suffix(f".{os.getpid()}")
-        command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", str(_SOURCE), "-o", str(fresh)]
+        command = [
+            compiler,
+            "-O2",
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            str(_SOURCE),
+            "-o",
+            str(fresh),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(f"the ceiling probe does not compile: {done.stderr.strip().splitlines()[-1]}")

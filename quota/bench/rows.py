@@ -1,4 +1,5 @@
-"""Rows of results: one JSON line per implementation and case, appended whole, and found again when a run is continued."""
+"""Rows of results: one JSON line per implementation and case, appended whole, and found again when a run is
+continued."""
 
 from __future__ import annotations
 
@@ -20,11 +21,15 @@ _KEY = (*_CASE, "commit", "library", "cpu")
 
 
 def newest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every case on every machine, the rows of its last measurement, and of older ones with an instruction set of ours that no later one has; in the
-    order cases were first measured."""
+    """Of every case on every machine, the rows of its last measurement, and of older ones with an instruction set of
+    ours that no later one has; in the order cases were first measured."""
     cases: dict[str, dict[str, list[dict[str, Any]]]] = {}  # case -> date of a measurement -> rows
     for row in found:
-        case = json.dumps([row.get(name) for name in (*_CASE, "cpu")] + ([row["implementation"]] if row["op"] in ("model", "serve") else []), sort_keys=True)
+        case = json.dumps(
+            [row.get(name) for name in (*_CASE, "cpu")]
+            + ([row["implementation"]] if row["op"] in ("model", "serve") else []),
+            sort_keys=True,
+        )
         cases.setdefault(case, {}).setdefault(row["date"], []).append(row)
     out: list[dict[str, Any]] = []
     for measured in cases.values():
@@ -45,7 +50,8 @@ def case_key(row: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, oldest first; UsageError naming a line that is not a row. A torn last line (an interrupted append) is left out."""
+    """The rows of a file, oldest first; UsageError naming a line that is not a row. A torn last line (an interrupted
+    append) is left out."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -57,7 +63,10 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 return  # of ours; another file's last line is not cut off
             raise UsageError(f"{path}:{number}: not a row of results ({error}); remove the line") from None
         if row.get("schema") != SCHEMA:
-            raise UsageError(f"{path}:{number}: schema: expected {SCHEMA}, got {row.get('schema')!r}; remove the line or measure again")
+            raise UsageError(
+                f"{path}:{number}: schema: expected {SCHEMA}, got {row.get('schema')!r}; remove the line or measure"
+                " again"
+            )
         yield row
 
 
@@ -82,12 +91,19 @@ def _whole_bytes(path: Path) -> int:
 def stamp(threads: int) -> dict[str, Any]:
     """The columns every row shares: when, where, on what."""
     return {
-        "schema": SCHEMA, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **machine.source(), **machine.cpu(),
-        "versions": machine.versions(), "threads": threads, "load": machine.load(),
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **machine.source(),
+        **machine.cpu(),
+        "versions": machine.versions(),
+        "threads": threads,
+        "load": machine.load(),
+    }
 
 
-def case_rows(case: dict[str, Any], contenders: Sequence[Contender], operations: float, ceilings: Ceilings | None, *, threads: int) -> list[dict[str, Any]]:
+def case_rows(
+    case: dict[str, Any], contenders: Sequence[Contender], operations: float, ceilings: Ceilings | None, *, threads: int
+) -> list[dict[str, Any]]:
     """One row per contender. case: op, shape, size and weights; operations: of one call (a multiply-add counts two).
 
     Ours carry `ratios`: peer -> [median, lower, upper quartile] of peer's time / our time.
@@ -96,14 +112,22 @@ def case_rows(case: dict[str, Any], contenders: Sequence[Contender], operations:
     return [_row(common, c, contenders, operations, ceilings) for c in contenders]
 
 
-def _row(common: dict[str, Any], c: Contender, every: Sequence[Contender], operations: float, ceilings: Ceilings | None) -> dict[str, Any]:
+def _row(
+    common: dict[str, Any], c: Contender, every: Sequence[Contender], operations: float, ceilings: Ceilings | None
+) -> dict[str, Any]:
     threads, cold = common["threads"], common["weights"] == "cold"
     spent = Spread.of(times(c, threads))
     row = {
-        **common, "implementation": c.name, "isa": c.isa, "ours": c.against is None, "rounds": len(c.samples),
-        "cpu_ms": _round(Spread.of([s.cpu_ms for s in c.samples])), "wall_ms": _round(Spread.of([s.wall_ms for s in c.samples])),
-        "gops": round(operations / spent.median / 1e6, 2) if c.unit else None, "unit": c.unit,
-    }  # fmt: skip
+        **common,
+        "implementation": c.name,
+        "isa": c.isa,
+        "ours": c.against is None,
+        "rounds": len(c.samples),
+        "cpu_ms": _round(Spread.of([s.cpu_ms for s in c.samples])),
+        "wall_ms": _round(Spread.of([s.wall_ms for s in c.samples])),
+        "gops": round(operations / spent.median / 1e6, 2) if c.unit else None,
+        "unit": c.unit,
+    }
     floor = ceilings and c.unit and ceilings.floor_ms(c.unit, operations, c.moved, cold=cold)
     if floor:
         row |= {"bound": floor[1], "percent_of_roofline": round(100 * floor[0] / spent.median, 1)}

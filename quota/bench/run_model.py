@@ -1,4 +1,5 @@
-"""`quota bench model`: make or reuse the synthetic checkpoint, then one process per variant, and the float baseline beside it."""
+"""`quota bench model`: make or reuse the synthetic checkpoint, then one process per variant, and the float baseline
+beside it."""
 
 from __future__ import annotations
 
@@ -47,10 +48,14 @@ def ensure_checkpoint(request: Request, progress: Callable[[int, int], None] | N
 
 
 def run(request: Request, checkpoint: Path, out: Path | None) -> Iterator[dict[str, Any]]:
-    """One row per variant, as each ends; a variant that `out` already holds for this commit and machine comes from there."""
+    """One row per variant, as each ends; a variant that `out` already holds for this commit and machine comes from
+    there."""
     layers = request.layers or config_of(request.arch).text_config.num_hidden_layers
     known = {_key(r): r for r in (rows.read(out) if out and not request.again else ()) if r["op"] == "model"}
-    jobs = [Job(request.arch, str(checkpoint), keep, threads=request.threads, requests=request.requests) for keep in dict.fromkeys((None, request.keep))]
+    jobs = [
+        Job(request.arch, str(checkpoint), keep, threads=request.threads, requests=request.requests)
+        for keep in dict.fromkeys((None, request.keep))
+    ]
     for job in jobs:
         yield _remember(job, known, out, layers, partial(_own_row, job, checkpoint))
     for dtype in request.floats:
@@ -59,8 +64,19 @@ def run(request: Request, checkpoint: Path, out: Path | None) -> Iterator[dict[s
         yield _remember(job, known, out, layers, partial(_float_row, job, layers))
 
 
-def _remember(job: Job, known: dict[str, dict[str, Any]], out: Path | None, layers: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    key = _key({**machine.source(), **machine.cpu(), "shape": job.arch, "implementation": job.name, "threads": job.threads, "layers": layers})
+def _remember(
+    job: Job, known: dict[str, dict[str, Any]], out: Path | None, layers: int, work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    key = _key(
+        {
+            **machine.source(),
+            **machine.cpu(),
+            "shape": job.arch,
+            "implementation": job.name,
+            "threads": job.threads,
+            "layers": layers,
+        }
+    )
     if key in known:
         return known[key]
     made = work()
@@ -74,7 +90,8 @@ def _own_row(job: Job, checkpoint: Path) -> dict[str, Any]:
 
 
 def _float_row(job: Job, layers: int) -> dict[str, Any]:
-    """The row of a float model; when only some layers fit, the rest is added at the time per layer that two depths tell."""
+    """The row of a float model; when only some layers fit, the rest is added at the time per layer that two depths
+    tell."""
     found = measure(job)
     fit = found["layers"]
     if fit < layers:

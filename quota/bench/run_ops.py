@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from quota.bench import kv4_append, kv4_attention, machine, quantize_act, roofline, rows, token_score, w4a4_linear, w4a16_linear
+from quota.bench import (
+    kv4_append,
+    kv4_attention,
+    machine,
+    quantize_act,
+    roofline,
+    rows,
+    token_score,
+    w4a4_linear,
+    w4a16_linear,
+)
 from quota.bench.case import Case, Skipped
 from quota.bench.peers import Peer, every_peer
 from quota.bench.shapes import QUICK, QUICK_ROWS, ROWS, chosen_attentions, chosen_linears
@@ -53,7 +63,9 @@ def chosen_peers(names: Sequence[str]) -> tuple[list[Peer], list[Skipped]]:
         raise UsageError(f"--peers: expected some of {', '.join(makers)}, or none; got {unknown[0]!r}")
     peers = [makers[name]() for name in makers if not names or name in names]
     reasons = {peer.name: peer.why_not() for peer in peers}
-    return [p for p in peers if reasons[p.name] is None], [Skipped("", "", name, why) for name, why in reasons.items() if why]
+    return [p for p in peers if reasons[p.name] is None], [
+        Skipped("", "", name, why) for name, why in reasons.items() if why
+    ]
 
 
 def ceilings(threads: int) -> roofline.Ceilings | None:
@@ -104,8 +116,12 @@ def _cases(selection: Selection, isas: tuple[str, ...], threads: int) -> Iterato
         return chosen_peers(selection.peers)[0]
 
     makers: dict[str, Callable[[], Iterator[Case]]] = {
-        w4a4_linear.OP: lambda: w4a4_linear.cases(linears, counts, [p for p in peers() if p.name not in w4a16_linear.ALONE], isas, threads),
-        w4a16_linear.OP: lambda: w4a16_linear.cases(linears, counts, [p for p in peers() if p.name in w4a16_linear.PEERS], isas, threads),
+        w4a4_linear.OP: lambda: w4a4_linear.cases(
+            linears, counts, [p for p in peers() if p.name not in w4a16_linear.ALONE], isas, threads
+        ),
+        w4a16_linear.OP: lambda: w4a16_linear.cases(
+            linears, counts, [p for p in peers() if p.name in w4a16_linear.PEERS], isas, threads
+        ),
         quantize_act.OP: lambda: quantize_act.cases(linears, counts, isas),
         kv4_attention.OP: lambda: kv4_attention.cases(attentions, isas, quick=selection.quick),
         kv4_append.OP: lambda: kv4_append.cases(attentions, isas, quick=selection.quick),
@@ -115,7 +131,9 @@ def _cases(selection: Selection, isas: tuple[str, ...], threads: int) -> Iterato
         yield from makers[op]()
 
 
-def _measure(case: Case, selection: Selection, known: dict[str, list[dict[str, Any]]], out: Path | None, threads: int) -> Measured:
+def _measure(
+    case: Case, selection: Selection, known: dict[str, list[dict[str, Any]]], out: Path | None, threads: int
+) -> Measured:
     key = rows.case_key({**case.facts, **machine.source(), **machine.cpu(), "threads": threads})
     if key in known:
         return Measured(case, known[key], True, [])

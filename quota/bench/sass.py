@@ -1,6 +1,8 @@
-"""What the compiler made of the CUDA kernels: `python -m quota.bench.sass [library or object ...]` checks machine code and tables registers.
+"""What the compiler made of the CUDA kernels: `python -m quota.bench.sass [library or object ...]` checks machine code
+and tables registers.
 
-Reads the built CUDA library with `cuobjdump`; no GPU is needed. Exit status 1 when an intended instruction is missing or a kernel spills.
+Reads the built CUDA library with `cuobjdump`; no GPU is needed. Exit status 1 when an intended instruction is missing
+or a kernel spills.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Kernel:
     def unused(self) -> bool:
         """Never launched on this architecture: its body is a trap or empty."""
         base, _, rest = self.name.partition("<")
-        return (base == "warpgroup_kernel" and self.arch != "sm_90a") or (base in ("few_kernel", "tile_kernel") and rest[:1] == "1" and self.arch >= "sm_90")
+        return (base == "warpgroup_kernel" and self.arch != "sm_90a") or (
+            base in ("few_kernel", "tile_kernel") and rest[:1] == "1" and self.arch >= "sm_90"
+        )
 
     def fault(self) -> str | None:
         if self.unused:
@@ -73,7 +77,9 @@ def cuobjdump() -> str:
     for path in candidates:
         if path and Path(path).exists():
             return str(path)
-    raise UsageError("cuobjdump was not found on PATH, beside nvcc or in a pip package; pip install nvidia-cuda-cuobjdump")
+    raise UsageError(
+        "cuobjdump was not found on PATH, beside nvcc or in a pip package; pip install nvidia-cuda-cuobjdump"
+    )
 
 
 def _dump(path: Path, option: str) -> Iterator[tuple[str, str, str]]:
@@ -100,20 +106,30 @@ def kernels(paths: Iterable[Path]) -> list[Kernel]:
     """Every kernel of the libraries or objects."""
     found = []
     for path in paths:
-        code = {(arch, mangled): frozenset(_INSTRUCTION.findall(body)) for arch, mangled, body in _dump(path, "--dump-sass")}
+        code = {
+            (arch, mangled): frozenset(_INSTRUCTION.findall(body)) for arch, mangled, body in _dump(path, "--dump-sass")
+        }
         for arch, mangled, body in _dump(path, "--dump-resource-usage"):
             size = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", body)}
-            found.append(Kernel(arch, readable(mangled), size["REG"], size["STACK"] + size["LOCAL"], code[arch, mangled]))
+            found.append(
+                Kernel(arch, readable(mangled), size["REG"], size["STACK"] + size["LOCAL"], code[arch, mangled])
+            )
     return sorted(found, key=lambda k: (k.name, k.arch))
 
 
 def table(found: list[Kernel]) -> str:
-    """Markdown: registers by kernel and architecture (and bytes of local memory, where there are any), matrix and copy instructions."""
+    """Markdown: registers by kernel and architecture (and bytes of local memory, where there are any), matrix and copy
+    instructions."""
     archs = sorted({k.arch for k in found})
-    lines = [f"| kernel | {' | '.join(archs)} | matrix and copy instructions |", f"| --- |{' --: |' * len(archs)} --- |"]
+    lines = [
+        f"| kernel | {' | '.join(archs)} | matrix and copy instructions |",
+        f"| --- |{' --: |' * len(archs)} --- |",
+    ]
     for name in sorted({k.name for k in found}):
         by_arch = {k.arch: k for k in found if k.name == name and not k.unused}
-        cells = [f"{k.registers}{f' + {k.local} B' if k.local else ''}" if (k := by_arch.get(arch)) else "" for arch in archs]
+        cells = [
+            f"{k.registers}{f' + {k.local} B' if k.local else ''}" if (k := by_arch.get(arch)) else "" for arch in archs
+        ]
         used = sorted(frozenset().union(*(k.instructions for k in by_arch.values())) - {"STL", "LDL"})
         lines.append(f"| `{name}` | {' | '.join(cells)} | {', '.join(used) or '-'} |")
     return "\n".join(lines)

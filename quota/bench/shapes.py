@@ -47,9 +47,11 @@ class Decoder:
         wide = (self.heads + 2 * self.kv_heads) * self.head_dim
         up = ("gate_up", 2 * self.inner) if self.gated else ("fc1", self.inner)
         return (
-            Linear(f"{self.name}.qkv", self.hidden, wide), Linear(f"{self.name}.o", self.heads * self.head_dim, self.hidden),
-            Linear(f"{self.name}.{up[0]}", self.hidden, up[1]), Linear(f"{self.name}.{'down' if self.gated else 'fc2'}", self.inner, self.hidden),
-        )  # fmt: skip
+            Linear(f"{self.name}.qkv", self.hidden, wide),
+            Linear(f"{self.name}.o", self.heads * self.head_dim, self.hidden),
+            Linear(f"{self.name}.{up[0]}", self.hidden, up[1]),
+            Linear(f"{self.name}.{'down' if self.gated else 'fc2'}", self.inner, self.hidden),
+        )
 
 
 MODELS = (
@@ -62,7 +64,9 @@ MODELS = (
     Decoder("embedded", 192, 512, 3, 3, 64),
 )
 LINEARS = tuple(linear for model in MODELS for linear in model.linears())
-ATTENTIONS = tuple(Attention(m.name, m.heads, m.kv_heads, m.head_dim) for m in MODELS if m.name not in ("clip-l", "qwen2.5-vl-vit"))
+ATTENTIONS = tuple(
+    Attention(m.name, m.heads, m.kv_heads, m.head_dim) for m in MODELS if m.name not in ("clip-l", "qwen2.5-vl-vit")
+)
 
 
 def chosen_linears(names: Iterable[str]) -> list[Linear]:
@@ -79,5 +83,8 @@ def chosen_attentions(names: Iterable[str]) -> list[Attention]:
 def _chosen(shapes: tuple[Linear, ...], names: list[str]) -> list[Linear]:
     for name in names:
         if not any(s.name.startswith(name) for s in shapes):
-            raise UsageError(f"--shape: expected the name of a shape or its beginning, one of {', '.join(s.name for s in shapes)}; got {name!r}")
+            raise UsageError(
+                f"--shape: expected the name of a shape or its beginning, one of {', '.join(s.name for s in shapes)};"
+                f" got {name!r}"
+            )
     return [s for s in shapes if not names or any(s.name.startswith(n) for n in names)]

@@ -1,4 +1,5 @@
-"""A full-size quantized checkpoint or model with random weights, made a block at a time: its size on disk, memory and speed are a real one's."""
+"""A full-size quantized checkpoint or model with random weights, made a block at a time: its size on disk, memory and
+speed are a real one's."""
 
 from __future__ import annotations
 
@@ -23,15 +24,24 @@ _REGIME, _SHARD_BYTES = "w4a4kv4", 1024**3
 _NUMBERS_AT_ONCE = 1 << 24  # of a weight, so that memory does not grow with the layer
 
 
-def make_checkpoint(config: Any, folder: Path, progress: Callable[[int, int], None] | None = None, seed: int = 0) -> Path:
-    """Write a quantized checkpoint of `config` with weights drawn from `seed`; returns `folder`. progress(done, all) counts blocks.
+def make_checkpoint(
+    config: Any, folder: Path, progress: Callable[[int, int], None] | None = None, seed: int = 0
+) -> Path:
+    """Write a quantized checkpoint of `config` with weights drawn from `seed`; returns `folder`. progress(done, all)
+    counts blocks.
 
-    Weights are normal with variance 1 / K (and 1 / (2 layers) of that into the residual stream), so that activations keep a size. All layers hold
-    the same ones: seconds per shape instead of minutes per model, and as much to store and to compute with.
+    Weights are normal with variance 1 / K (and 1 / (2 layers) of that into the residual stream), so that activations
+    keep a size. All layers hold the same ones: seconds per shape instead of minutes per model, and as much to store and
+    to compute with.
     """
     model = quantized_skeleton(config)
     embed = _embedding(config, seed, "cpu")
-    manifest = Manifest(_REGIME, MODULES, fingerprint(config, embed), calibration={"method": "synthetic weights, round to nearest", "seed": seed})
+    manifest = Manifest(
+        _REGIME,
+        MODULES,
+        fingerprint(config, embed),
+        calibration={"method": "synthetic weights, round to nearest", "seed": seed},
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter(folder, manifest, max_shard_bytes=_SHARD_BYTES) as writer:
         writer.add_config(config)
@@ -43,7 +53,8 @@ def make_checkpoint(config: Any, folder: Path, progress: Callable[[int, int], No
 
 
 def make_model(config: Any, device: str = "cpu", seed: int = 0) -> Any:
-    """The model that `make_checkpoint` would write, made on `device` a block at a time, in memory of its own and without a file. In eval mode.
+    """The model that `make_checkpoint` would write, made on `device` a block at a time, in memory of its own and
+    without a file. In eval mode.
 
     Its random numbers are those of the device's generator, so only on the CPU do they equal the checkpoint's.
     """
@@ -67,11 +78,14 @@ def quantized_skeleton(config: Any) -> Any:
 
 
 def _embedding(config: Any, seed: int, device: str) -> Tensor:
-    return _normal(seed, config.text_config.vocab_size, config.text_config.hidden_size, std=0.02, device=device).to(FLOAT)
+    return _normal(seed, config.text_config.vocab_size, config.text_config.hidden_size, std=0.02, device=device).to(
+        FLOAT
+    )
 
 
 def _blocks(model: Any, embed: Tensor, seed: int) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """(the tensors of a block, how many blocks there are), on the device of the embedding; equal groups are the same tensors again."""
+    """(the tensors of a block, how many blocks there are), on the device of the embedding; equal groups are the same
+    tensors again."""
     config, device = model.config, embed.device.type
     groups = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
     tied = f"{find_family(config).lm_head_path}.weight" if config.tie_word_embeddings else None
@@ -101,21 +115,34 @@ def _floats(model: Any, names: list[str], embed: Tensor, seed: int) -> Iterator[
             yield name, torch.ones((), device=device)
         elif meta.ndim == 1:  # norm weights, biases, the class token
             scale = "norm" in name or name.endswith("ln_q.weight")
-            yield name, torch.full(meta.shape, float(scale and name.endswith("weight")), dtype=meta.dtype, device=device)
+            yield (
+                name,
+                torch.full(meta.shape, float(scale and name.endswith("weight")), dtype=meta.dtype, device=device),
+            )
         else:
             yield name, _normal(seed - 1 - number, *meta.shape, std=0.02, device=device).to(meta.dtype)
 
 
 def _group(group: QuantLinear, std: float, seed: int, device: str) -> dict[str, Tensor]:
-    """The tensors of one projection group, its weight quantized some rows at a time. Hadamard factors are orthogonal: W' = W P."""
+    """The tensors of one projection group, its weight quantized some rows at a time. Hadamard factors are orthogonal:
+    W' = W P."""
     k, n = group.in_features, group.out_features
-    factors = {name: hadamard(f.shape[0]).float().to(device) for name in ("left", "right") if (f := getattr(group, name)) is not None}
+    factors = {
+        name: hadamard(f.shape[0]).float().to(device)
+        for name in ("left", "right")
+        if (f := getattr(group, name)) is not None
+    }
     generator, step = torch.Generator(device).manual_seed(seed), max(1, _NUMBERS_AT_ONCE // k)
     parts = []
     for first in range(0, n, step):
         w = torch.randn(min(step, n - first), k, generator=generator, device=device).mul_(std)
         parts.append(quantize_weight(apply_kronecker(w, factors.get("left"), factors.get("right"))))
-    tensors = {**factors, "clip": torch.ones((), device=device), "w_q": torch.cat([q for q, _ in parts]), "w_scale": torch.cat([s for _, s in parts])}
+    tensors = {
+        **factors,
+        "clip": torch.ones((), device=device),
+        "w_q": torch.cat([q for q, _ in parts]),
+        "w_scale": torch.cat([s for _, s in parts]),
+    }
     return tensors if group.bias is None else {**tensors, "bias": torch.zeros(n, device=device)}
 
 

@@ -1,4 +1,5 @@
-"""Markdown tables from rows of results: benchmarks/README.md, one block of docs/results.md, two of docs/serving.md, one of SECURITY.md. `quota bench tables`"""
+"""Markdown tables from rows of results: benchmarks/README.md, one block of docs/results.md, two of docs/serving.md, one
+of SECURITY.md. `quota bench tables`"""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from quota.report.table import byte_size, markdown_table, milliseconds
 
 RESULTS, PAGE, DIGEST = Path("benchmarks/results"), Path("benchmarks/README.md"), Path("docs/results.md")
 SERVING, SECURITY = Path("docs/serving.md"), Path("SECURITY.md")
-_NOTHING = "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
+_NOTHING = (
+    "Nothing has been measured yet: `quota bench ops --out benchmarks/results/ops.jsonl`, then `quota bench tables`."
+)
 _DIGEST_SHAPES = ("llava-1.5-7b.gate_up", "llava-1.5-7b.down")
 _DIGEST_ROWS = (1, 16, 173, 640)
 _OPS = ("w4a4_linear", "w4a16_linear", "quantize_act", "kv4_attention", "kv4_append", "token_score")
@@ -27,7 +30,10 @@ def blocks(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     ops = rows.newest(rows.read(results / "ops.jsonl"))
     models = rows.newest(rows.read(results / "model.jsonl"))
     page = {op: op_block([r for r in ops if r["op"] == op]) for op in _OPS} | {"model": model_block(models)}
-    served = {"throughput": throughput_block(rows.newest(rows.read(results / "serve.jsonl"))), "soak": soak_block(results / "soak.json")}
+    served = {
+        "throughput": throughput_block(rows.newest(rows.read(results / "serve.jsonl"))),
+        "soak": soak_block(results / "soak.json"),
+    }
     attacked = {"attacks": attack_block(results / "attack.json")}
     return {PAGE: page, DIGEST: {"benchmarks": digest_block(ops, models)}, SERVING: served, SECURITY: attacked}
 
@@ -54,9 +60,15 @@ def digest_block(ops: Sequence[Row], models: Sequence[Row]) -> str:
     """The few rows that say most: two projections of LLaVA-1.5-7B, one thread; the whole model."""
     best = {cpu: _best([r for r in ops if r["cpu"] == cpu]) for cpu in dict.fromkeys(r["cpu"] for r in ops)}
     linear = [
-        r for r in ops if r["op"] == "w4a4_linear" and r["shape"] in _DIGEST_SHAPES and r["size"]["m"] in _DIGEST_ROWS
-        and r["threads"] == 1 and r["weights"] == "resident" and (not r["ours"] or r["isa"] == best[r["cpu"]])
-    ]  # fmt: skip
+        r
+        for r in ops
+        if r["op"] == "w4a4_linear"
+        and r["shape"] in _DIGEST_SHAPES
+        and r["size"]["m"] in _DIGEST_ROWS
+        and r["threads"] == 1
+        and r["weights"] == "resident"
+        and (not r["ours"] or r["isa"] == best[r["cpu"]])
+    ]
     text = op_block(linear)
     return text if not models else f"{text}\n\n{model_block([m for m in models if m['threads'] == 1] or models)}"
 
@@ -77,7 +89,9 @@ def _groups(found: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
 def _where(group: Sequence[Row]) -> str:
     r, loads = group[0], [g["load"] for g in group]
     commits = ", ".join(dict.fromkeys(f"{g['commit']}{' (changed)' if g['dirty'] else ''}" for g in group))
-    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items() if name not in ("python", "transformers"))
+    versions = ", ".join(
+        f"{name} {version}" for name, version in r["versions"].items() if name not in ("python", "transformers")
+    )
     caches = ", caches emptied before every call" if r["weights"] == "cold" else ""
     judged = "CPU time" if r["threads"] == 1 and r["op"] != "serve" else "wall time"
     return (
@@ -88,11 +102,14 @@ def _where(group: Sequence[Row]) -> str:
 
 def _line(r: Row) -> str:
     """What a row of ours measures, whatever the threads."""
-    return json.dumps([r[name] for name in ("op", "shape", "size", "weights", "cpu", "implementation", "isa")], sort_keys=True)
+    return json.dumps(
+        [r[name] for name in ("op", "shape", "size", "weights", "cpu", "implementation", "isa")], sort_keys=True
+    )
 
 
 def _ops_table(group: Sequence[Row], single: Mapping[str, Row]) -> str:
-    """single: `_line` -> the row on one thread; with more, a column says how many times as fast they are, by wall time."""
+    """single: `_line` -> the row on one thread; with more, a column says how many times as fast they are, by wall
+    time."""
     own = [r for r in group if r["ours"]]
     scaling = [f"{single[_line(r)]['wall_ms'][0] / r['wall_ms'][0]:.2f}" if _line(r) in single else "" for r in own]
     scales = bool(own) and own[0]["threads"] > 1 and any(scaling)
@@ -100,10 +117,26 @@ def _ops_table(group: Sequence[Row], single: Mapping[str, Row]) -> str:
     keys = list(own[0]["size"]) if own else []
     lines = []
     for r, faster in zip(own, scaling, strict=True):
-        cells = [r["shape"], *(r["size"][k] for k in keys), r["implementation"], r["isa"], milliseconds(_judged(r)), f"{r['gops']:.0f}"]
+        cells = [
+            r["shape"],
+            *(r["size"][k] for k in keys),
+            r["implementation"],
+            r["isa"],
+            milliseconds(_judged(r)),
+            f"{r['gops']:.0f}",
+        ]
         cells.append(f"{r['percent_of_roofline']:.0f} % {r['bound']}" if "percent_of_roofline" in r else "")
         lines.append([*cells, *([faster] if scales else []), *(_ratio(r["ratios"].get(p)) for p in peers)])
-    head = ["shape", *(k.upper() for k in keys), "ours", "isa", "time", "GOPS", "of roofline", *(["× one thread"] if scales else [])]
+    head = [
+        "shape",
+        *(k.upper() for k in keys),
+        "ours",
+        "isa",
+        "time",
+        "GOPS",
+        "of roofline",
+        *(["× one thread"] if scales else []),
+    ]
     return markdown_table([*head, *(f"× {p}" for p in peers)], lines)
 
 
@@ -121,10 +154,25 @@ def _ratio(values: list[float] | None) -> str:
 def model_block(found: Sequence[Row]) -> str:
     """One table per machine and thread count."""
     if not found:
-        return "No model has been measured yet: `quota bench model --arch llava-1.5-7b --synthetic`, then `quota bench tables`."
+        return (
+            "No model has been measured yet: `quota bench model --arch llava-1.5-7b --synthetic`, then `quota bench"
+            " tables`."
+        )
     parts = []
     for group in _groups(found, ("cpu", "threads")):
-        head = ["model", "implementation", "layers", "TTFT", "TTFT, CPU time", "decode", "decode, CPU time", "peak RSS", "not mapped", "KV per layer", "disk"]
+        head = [
+            "model",
+            "implementation",
+            "layers",
+            "TTFT",
+            "TTFT, CPU time",
+            "decode",
+            "decode, CPU time",
+            "peak RSS",
+            "not mapped",
+            "KV per layer",
+            "disk",
+        ]
         parts += [_where(group), "", markdown_table(head, [_model_cells(r) for r in group])]
     return "\n".join(parts).rstrip()
 
@@ -133,10 +181,18 @@ def _model_cells(r: Row) -> list[str]:
     measured = r.get("layers_measured")
     layers = f"{r['layers']}" if not measured else f"{r['layers']}, extrapolated from {measured[0]} and {measured[1]}"
     return [
-        r["shape"], r["implementation"], layers, milliseconds(r["ttft_ms"]), milliseconds(r["ttft_cpu_ms"]), milliseconds(r["decode_ms"]),
-        milliseconds(r["decode_cpu_ms"]), byte_size(r["peak_rss_bytes"]), byte_size(r["anonymous_bytes"]), byte_size(r["kv_bytes_per_layer"]),
+        r["shape"],
+        r["implementation"],
+        layers,
+        milliseconds(r["ttft_ms"]),
+        milliseconds(r["ttft_cpu_ms"]),
+        milliseconds(r["decode_ms"]),
+        milliseconds(r["decode_cpu_ms"]),
+        byte_size(r["peak_rss_bytes"]),
+        byte_size(r["anonymous_bytes"]),
+        byte_size(r["kv_bytes_per_layer"]),
         byte_size(r["checkpoint_bytes"]),
-    ]  # fmt: skip
+    ]
 
 
 def throughput_block(found: Sequence[Row]) -> str:
@@ -154,7 +210,10 @@ def soak_block(report: Path) -> str:
     if not report.exists():
         return "No soak is kept yet: `python -m benchmarks.serve.soak`, then `quota bench tables`."
     found = json.loads(report.read_text(encoding="utf-8"))
-    return f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {found['date'][:10]}.\n\n{soak_table(found)}".rstrip()
+    return (
+        f"{found['cpu']}, {found['threads']} threads, commit {found['commit']},"
+        f" {found['date'][:10]}.\n\n{soak_table(found)}".rstrip()
+    )
 
 
 def attack_block(report: Path) -> str:
@@ -162,4 +221,7 @@ def attack_block(report: Path) -> str:
     if not report.exists():
         return "No attacks are kept yet: `python -m benchmarks.serve.attack`, then `quota bench tables`."
     found = json.loads(report.read_text(encoding="utf-8"))
-    return f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {found['date'][:10]}.\n\n{attack_table(found)}".rstrip()
+    return (
+        f"{found['cpu']}, {found['threads']} threads, commit {found['commit']},"
+        f" {found['date'][:10]}.\n\n{attack_table(found)}".rstrip()
+    )

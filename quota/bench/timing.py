@@ -39,9 +39,9 @@ def time_calls(run: Callable[[], object], calls: int, *, cold: bool = False) -> 
 class Contender:
     """One implementation of one case, ready to run and past its correctness gate.
 
-    unit: key of `Ceilings.operations`, the arithmetic it is held against; None for a yardstick that does other work than the case. moved:
-    bytes a call must read and write at least.
-    against: name of the implementation of ours this peer is compared with; None: it is ours. before: puts it in charge, untimed.
+    unit: key of `Ceilings.operations`, the arithmetic it is held against; None for a yardstick that does other work
+    than the case. moved: bytes a call must read and write at least. against: name of the implementation of ours this
+    peer is compared with; None: it is ours. before: puts it in charge, untimed.
     """
 
     name: str
@@ -86,7 +86,8 @@ class Spread:
 
 
 def interleave(contenders: Sequence[Contender], *, rounds: int, budget_s: float, cold: bool = False) -> None:
-    """Fill `samples` of every contender: at least three rounds, then until `rounds` or the time is spent. The order turns every round."""
+    """Fill `samples` of every contender: at least three rounds, then until `rounds` or the time is spent. The order
+    turns every round."""
     calls = {}
     for c in contenders:
         c.samples.clear()

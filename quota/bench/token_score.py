@@ -29,8 +29,17 @@ def cases(shapes: Sequence[Attention], isas: tuple[str, ...]) -> Iterator[Case]:
     for shape in shapes:
         queries = TEXT - _SYSTEM_TOKENS
         pairs = VISUAL * (VISUAL + 1) / 2 + queries * VISUAL
-        size = {"v": VISUAL, "t": queries, "s": VISUAL + TEXT, "h": shape.heads, "hkv": shape.kv_heads, "d": shape.head_dim}
-        yield Case(OP, shape.name, size, 2.0 * shape.heads * pairs * shape.head_dim, False, partial(_contenders, shape, isas))
+        size = {
+            "v": VISUAL,
+            "t": queries,
+            "s": VISUAL + TEXT,
+            "h": shape.heads,
+            "hkv": shape.kv_heads,
+            "d": shape.head_dim,
+        }
+        yield Case(
+            OP, shape.name, size, 2.0 * shape.heads * pairs * shape.head_dim, False, partial(_contenders, shape, isas)
+        )
 
 
 def _contenders(shape: Attention, isas: tuple[str, ...]) -> tuple[list[Contender], list[Skipped]]:
@@ -49,12 +58,29 @@ def _contenders(shape: Attention, isas: tuple[str, ...]) -> tuple[list[Contender
     expected = token_score_ref(q, k, lse, text, visual, layer.scaling)
     for isa in isas:
         native.set_isa(isa)
-        require(all(relative_rms(got, want) <= _TOLERANCE for got, want in zip(run(), expected, strict=True)), f"{OP} ({isa})")
+        require(
+            all(relative_rms(got, want) <= _TOLERANCE for got, want in zip(run(), expected, strict=True)),
+            f"{OP} ({isa})",
+        )
     moved = 4.0 * q.numel() + k[0].numel() + 8.0 * k[1].numel()
     return [
         *float_contenders(isas, moved, run),
-        Contender("torch, whole matrix", torch_float_unit(), moved, run=lambda: _whole_matrix(q, floats, text, visual, layer.scaling), against=NAME),
-        Contender(LAYER, None, 0.0, run=layer, against=NAME, before=lambda: native.set_isa(isas[0]), note=f"{isas[0]}, without norms and rotary embedding"),
+        Contender(
+            "torch, whole matrix",
+            torch_float_unit(),
+            moved,
+            run=lambda: _whole_matrix(q, floats, text, visual, layer.scaling),
+            against=NAME,
+        ),
+        Contender(
+            LAYER,
+            None,
+            0.0,
+            run=layer,
+            against=NAME,
+            before=lambda: native.set_isa(isas[0]),
+            note=f"{isas[0]}, without norms and rotary embedding",
+        ),
     ], []
 
 

@@ -21,7 +21,12 @@ from quota.quant.pack import pack_uint4
 
 OP = "w4a16_linear"
 ALONE = ("openvino-i4-g128-f32", "ort-nbits-128-f32")  # peers of no other op
-PEERS = (*ALONE, "ggml-q4_0", "torch-fp32", "torch-bf16")  # Q4_0 has no product that keeps activations whole: it rounds them to 8 bits here too
+PEERS = (
+    *ALONE,
+    "ggml-q4_0",
+    "torch-fp32",
+    "torch-bf16",
+)  # Q4_0 has no product that keeps activations whole: it rounds them to 8 bits here too
 
 
 class Ours:
@@ -44,15 +49,25 @@ class Ours:
         native.set_isa(self.isa)
         w = self.weight
         part = GroupedWeight(w.w_q[columns], w.w_scale[columns], w.w_zero[columns], self.shape.k)
-        return None if torch.equal(self.run()[rows][:, columns], w4a16_linear_ref(self.x[rows], part)) else "differs from the reference"
+        return (
+            None
+            if torch.equal(self.run()[rows][:, columns], w4a16_linear_ref(self.x[rows], part))
+            else "differs from the reference"
+        )
 
     def contenders(self, m: int) -> list[Contender]:
         k, n = self.shape.k, self.shape.n
         moved = n * k / 2 + 8 * n * group_count(k) + 4 * m * (k + n)
-        return [Contender(NAME, float_unit(self.isa), moved, run=self.run, isa=self.isa, before=partial(native.set_isa, self.isa))]
+        return [
+            Contender(
+                NAME, float_unit(self.isa), moved, run=self.run, isa=self.isa, before=partial(native.set_isa, self.isa)
+            )
+        ]
 
 
-def cases(shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], isas: Sequence[str], threads: int) -> Iterator[Case]:
+def cases(
+    shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], isas: Sequence[str], threads: int
+) -> Iterator[Case]:
     """Cases shape by shape: weights are prepared once per shape."""
     for shape in shapes:
         yield from Prepared(OP, partial(Ours, shape), shape, peers, isas, threads).cases(rows)

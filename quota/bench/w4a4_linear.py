@@ -23,7 +23,8 @@ ALONE, WITH_INPUT = "quota", "quota+quantize"
 
 
 class Ours:
-    """Our layer on one instruction set: `alone` on codes, `with_input` quantizing its float input first (no transform)."""
+    """Our layer on one instruction set: `alone` on codes, `with_input` quantizing its float input first (no
+    transform)."""
 
     def __init__(self, shape: Linear, isa: str) -> None:
         self.shape, self.isa = shape, isa
@@ -52,15 +53,22 @@ class Ours:
     def contenders(self, m: int) -> list[Contender]:
         k, n = self.shape.k, self.shape.n
         moved = n * k / 2 + 4 * n + 4 * m * n
-        common: dict[str, Any] = {"unit": byte_unit(self.isa), "isa": self.isa, "before": lambda: native.set_isa(self.isa)}
+        common: dict[str, Any] = {
+            "unit": byte_unit(self.isa),
+            "isa": self.isa,
+            "before": lambda: native.set_isa(self.isa),
+        }
         return [
             Contender(ALONE, moved=moved + m * k / 2, run=self.alone, **common),
             Contender(WITH_INPUT, moved=moved + 4 * m * k, run=self.with_input, **common),
         ]
 
 
-def cases(shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], isas: Sequence[str], threads: int) -> Iterator[Case]:
-    """Cases shape by shape: weights are prepared once per shape. A peer that fails or answers wrongly is left out and named."""
+def cases(
+    shapes: Sequence[Linear], rows: Sequence[int], peers: Sequence[Peer], isas: Sequence[str], threads: int
+) -> Iterator[Case]:
+    """Cases shape by shape: weights are prepared once per shape. A peer that fails or answers wrongly is left out and
+    named."""
     for shape in shapes:
         yield from Prepared(OP, partial(Ours, shape), shape, peers, isas, threads).cases(rows)
 
@@ -81,9 +89,18 @@ class Own(Protocol):
 
 
 class Prepared:
-    """Everything that is kept between the row counts of one shape; made when the first case is really measured. own: instruction set -> ours."""
+    """Everything that is kept between the row counts of one shape; made when the first case is really measured. own:
+    instruction set -> ours."""
 
-    def __init__(self, op: str, own: Callable[[str], Own], shape: Linear, peers: Sequence[Peer], isas: Sequence[str], threads: int) -> None:
+    def __init__(
+        self,
+        op: str,
+        own: Callable[[str], Own],
+        shape: Linear,
+        peers: Sequence[Peer],
+        isas: Sequence[str],
+        threads: int,
+    ) -> None:
         self.op, self.own, self.shape, self.peers, self.isas, self.threads = op, own, shape, peers, isas, threads
         self.ours: list[Own] | None = None
         self.against = {"codes": "", "floats": ""}
@@ -94,7 +111,14 @@ class Prepared:
         size = {"k": self.shape.k, "n": self.shape.n}
         for m in rows:
             for cold in (False, True) if m == 1 else (False,):
-                yield Case(self.op, self.shape.name, {"m": m, **size}, 2.0 * m * self.shape.k * self.shape.n, cold, partial(self.contenders, m))
+                yield Case(
+                    self.op,
+                    self.shape.name,
+                    {"m": m, **size},
+                    2.0 * m * self.shape.k * self.shape.n,
+                    cold,
+                    partial(self.contenders, m),
+                )
         for peer in self.peers:
             peer.close()
 
@@ -129,5 +153,7 @@ class Prepared:
         try:
             return step()
         except Exception as error:
-            self.skipped[peer.name] = f"failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            self.skipped[peer.name] = (
+                f"failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            )
             return None

@@ -1,4 +1,5 @@
-"""What published methods measure before they prune: attention statistics (FitPrune) and the cost of withdrawing every visual token (VTW)."""
+"""What published methods measure before they prune: attention statistics (FitPrune) and the cost of withdrawing every
+visual token (VTW)."""
 
 from __future__ import annotations
 
@@ -36,8 +37,11 @@ def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
 
 
 @torch.inference_mode()
-def attention_statistics(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> list[AttentionSample]:
-    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer, unpruned."""
+def attention_statistics(
+    model: Any, processor: Any, samples: Samples, tell: Tell | None = None
+) -> list[AttentionSample]:
+    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer,
+    unpruned."""
     family = find_family(model)
     layers: Any = submodule(model, family.text_path).layers  # type: ignore[union-attr]
     out = []
@@ -60,7 +64,9 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 
     def read(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         record = kwargs["quota_record"]
-        rows.append(tuple(head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual)))  # type: ignore[arg-type]
+        rows.append(
+            tuple(head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual))
+        )  # type: ignore[arg-type]
 
     text_model = submodule(model, find_family(model).text_path)
     with ExitStack() as stack:
@@ -75,8 +81,8 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 
 @torch.inference_mode()
 def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> dict[int, float]:
-    """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution, in nats, when all visual
-    tokens leave before that layer."""
+    """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution,
+    in nats, when all visual tokens leave before that layer."""
     family = find_family(model)
     plans = {layer: _withdrawal(model, layer) for layer in range(1, family.layers)}
     seen: dict[int, list[float]] = {layer: [] for layer in plans}
@@ -105,8 +111,21 @@ def _next(model: Any, inputs: Any) -> Tensor:
 def _withdrawal(model: Any, layer: int) -> Recipe:
     family = find_family(model)
     tokens = family.visual_tokens or 1  # any number will do to keep nothing of it
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": family.layers, "visual_tokens": tokens}
-    return Recipe.parse({
-        "method": "vtw", "regime": regime_of(model), "model": facts, "candidates": [layer], "keep": [0.0], "final_keep": 0.0,
-        "reference_tokens": tokens, "selections": [{"score": "none"}],
-    })  # fmt: skip
+    facts = {
+        "architecture": type(model).__name__,
+        "fingerprint": model_fingerprint(model),
+        "layers": family.layers,
+        "visual_tokens": tokens,
+    }
+    return Recipe.parse(
+        {
+            "method": "vtw",
+            "regime": regime_of(model),
+            "model": facts,
+            "candidates": [layer],
+            "keep": [0.0],
+            "final_keep": 0.0,
+            "reference_tokens": tokens,
+            "selections": [{"score": "none"}],
+        }
+    )

@@ -1,8 +1,9 @@
 """FlatQuant's learnable parts: fake quantizers with straight-through gradients, projection groups, head transforms.
 
-Source: FlatQuant (learnable affine transforms in Kronecker form). Differences kept on purpose: one activation clip per group (q, k and v share one
-transformed, quantized input), orthogonal deterministic initial matrices with plain inverses, clips found by a search before they are learned.
-Row-vector convention: x -> x P, W -> W P^-T leaves x W^T unchanged; P = left (x) right.
+Source: FlatQuant (learnable affine transforms in Kronecker form). Differences kept on purpose: one activation clip per
+group (q, k and v share one transformed, quantized input), orthogonal deterministic initial matrices with plain
+inverses, clips found by a search before they are learned. Row-vector convention: x -> x P, W -> W P^-T leaves x W^T
+unchanged; P = left (x) right.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ _EPS = 1e-8
 _MAX_CLIP = 0.995  # a sigmoid never reaches 1; the search treats anything above as "no clipping"
 _CLIP_GRID = tuple(0.40 + 0.05 * i for i in range(12)) + (_MAX_CLIP,)
 
-# How a group or a head transform computes: "learn" quantizes with the live parameters, "float" applies the transforms without quantizing (equivalence),
-# "rtn" quantizes without transforms or clips (the baseline), "frozen" runs the exported integers.
+# How a group or a head transform computes: "learn" quantizes with the live parameters, "float" applies the transforms
+# without quantizing (equivalence), "rtn" quantizes without transforms or clips (the baseline), "frozen" runs the
+# exported integers.
 MODES = ("learn", "float", "rtn", "frozen")
 
 
@@ -58,7 +60,8 @@ def fake_symmetric(x: Tensor, clip: Tensor | float) -> Tensor:
 
 
 def fake_asymmetric(x: Tensor, clip: Tensor | float) -> Tensor:
-    """Asymmetric 4 bit over the last dimension, as the KV cache stores it: zero = min * clip, scale = (max - min) * clip / 15, q in [0, 15]."""
+    """Asymmetric 4 bit over the last dimension, as the KV cache stores it: zero = min * clip, scale = (max - min) *
+    clip / 15, q in [0, 15]."""
     low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
     return _FakeAffine.apply(x, (high - low).clamp_min(_EPS) / 15, low, 0, 15)
 
@@ -81,7 +84,8 @@ def _logit(clip: Tensor | float) -> Tensor:
 
 
 class HeadTransforms(nn.Module):
-    """Per-layer head-dimension transforms: P_v merges into v rows and o columns, P_h acts on q and k after RoPE (decoders only), with KV clips.
+    """Per-layer head-dimension transforms: P_v merges into v rows and o columns, P_h acts on q and k after RoPE
+    (decoders only), with KV clips.
 
     head_dim: D. quantize_kv: True for decoder layers (KV4), False for vision layers (then only P_v exists).
     """
@@ -96,10 +100,13 @@ class HeadTransforms(nn.Module):
             self.k_clip = nn.Parameter(_logit(0.95))
             self.v_clip = nn.Parameter(_logit(0.95))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, apart: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, heads, T, D] after RoPE -> what the attention runs on (value already carries P_v through v_proj).
 
-        apart: the part of the keys that is never quantized, of their shape (the rotated key bias, see `quota.nn.key_bias`).
+        apart: the part of the keys that is never quantized, of their shape (the rotated key bias, see
+        `quota.nn.key_bias`).
         """
         if not self.quantize_kv:
             return query, key, value
@@ -128,23 +135,33 @@ class HeadTransforms(nn.Module):
             return {}
         key = self.key.detach().double().cpu()
         return {
-            "q_transform": torch.linalg.inv(key).T.float().contiguous(), "k_transform": key.float().contiguous(),
-            "k_clip": self.k_clip.detach().sigmoid().cpu().clone(), "v_clip": self.v_clip.detach().sigmoid().cpu().clone(),
-        }  # fmt: skip
+            "q_transform": torch.linalg.inv(key).T.float().contiguous(),
+            "k_transform": key.float().contiguous(),
+            "k_clip": self.k_clip.detach().sigmoid().cpu().clone(),
+            "v_clip": self.v_clip.detach().sigmoid().cpu().clone(),
+        }
 
 
 class ProjectionGroup(nn.Module):
-    """Linears that read the same input: one transform, one activation clip, one fused weight [N, K] with a clip per row.
+    """Linears that read the same input: one transform, one activation clip, one fused weight [N, K] with a clip per
+    row.
 
-    linears: the float linears, in fused row order. left, right: sizes (l, r) of the Kronecker factors, 0 = absent. diag: learn a per-channel scale (only where
-    it can be merged upstream). heads: the layer's HeadTransforms when this group produces V (`value_rows`) or consumes the attention output.
+    linears: the float linears, in fused row order. left, right: sizes (l, r) of the Kronecker factors, 0 = absent.
+    diag: learn a per-channel scale (only where it can be merged upstream). heads: the layer's HeadTransforms when this
+    group produces V (`value_rows`) or consumes the attention output.
     """
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(
-        self, linears: Sequence[nn.Linear], left: int, right: int, diag: bool, heads: HeadTransforms | None = None, value_rows: slice | None = None
+        self,
+        linears: Sequence[nn.Linear],
+        left: int,
+        right: int,
+        diag: bool,
+        heads: HeadTransforms | None = None,
+        value_rows: slice | None = None,
     ) -> None:
         super().__init__()
         self.mode = "learn"
@@ -160,7 +177,10 @@ class ProjectionGroup(nn.Module):
         self.log_diag = nn.Parameter(torch.zeros(self.in_features, device=device)) if diag else None
         self.clip = nn.Parameter(_logit(0.9).to(device))
         self.weight_clip = nn.Parameter(_logit(torch.full((self.out_features,), 0.9)).to(device))
-        self.heads, self.value_rows = ([heads], value_rows)  # in a list: parameters belong to the layer, not to its groups
+        self.heads, self.value_rows = (
+            [heads],
+            value_rows,
+        )  # in a list: parameters belong to the layer, not to its groups
         self._memo: tuple[Tensor, list[Tensor | None]] | None = None
         self._frozen: dict[str, Tensor] = {}
         self.observed: list[Tensor] | None = None
@@ -227,7 +247,8 @@ class ProjectionGroup(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, alpha: float) -> None:
-        """Choose the start from x [rows, K] (as observed in mode "float"): Hadamard or identity factors, with or without diag, clips searched.
+        """Choose the start from x [rows, K] (as observed in mode "float"): Hadamard or identity factors, with or
+        without diag, clips searched.
 
         The candidate with the least output error wins.
         """
@@ -255,17 +276,24 @@ class ProjectionGroup(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed checkpoint computes."""
+        """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed
+        checkpoint computes."""
         w = self._transform_weight(self._merge_value(self.weight.double())).float()
         w_q, w_scale = quantize_weight(w.cpu(), self.weight_clip.detach().sigmoid().cpu())
         dense = unpack_int4(w_q, self.in_features).float() * w_scale[:, None]
-        self._frozen = {"w_q": w_q, "w_scale": w_scale, "clip": self.clip.detach().sigmoid().clone(), "weight": dense.to(w.device)}
+        self._frozen = {
+            "w_q": w_q,
+            "w_scale": w_scale,
+            "clip": self.clip.detach().sigmoid().clone(),
+            "weight": dense.to(w.device),
+        }
         bias = self.effective_bias()
         if bias is not None:
             self._frozen["bias"] = bias.detach().clone()
 
     def export(self) -> dict[str, Tensor]:
-        """Checkpoint tensors of the group (QuantLinear's names) on the CPU: left?, right?, clip, w_q, w_scale, bias?. Call `freeze` first."""
+        """Checkpoint tensors of the group (QuantLinear's names) on the CPU: left?, right?, clip, w_q, w_scale, bias?.
+        Call `freeze` first."""
         out = {"w_q": self._frozen["w_q"], "w_scale": self._frozen["w_scale"], "clip": self._frozen["clip"]}
         for name in ("left", "right"):
             matrix = getattr(self, name)
@@ -281,7 +309,8 @@ class ProjectionGroup(nn.Module):
 
 
 def _smooth_scale(x: Tensor, w: Tensor, alpha: float) -> Tensor:
-    """SmoothQuant-style c = x_max^alpha / w_max^(1 - alpha), geometric mean 1 (the published code stores its reciprocal)."""
+    """SmoothQuant-style c = x_max^alpha / w_max^(1 - alpha), geometric mean 1 (the published code stores its
+    reciprocal)."""
     x_max, w_max = x.abs().amax(0).clamp_min(1e-5), w.abs().amax(0).clamp_min(1e-5)
     scale = x_max**alpha / w_max ** (1 - alpha)
     return (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)

@@ -1,6 +1,7 @@
 """What a calibration will take: tokens, memory, disk and time, known before it starts.
 
-The time is a rough estimate: the multiply-adds of every step at the speed of a matrix product measured here. The progress bar counts the same work.
+The time is a rough estimate: the multiply-adds of every step at the speed of a matrix product measured here. The
+progress bar counts the same work.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from quota.calib.settings import Settings
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
 from quota.quant.transform import decompose
 
-# Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a call of a block besides them.
+# Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a
+# call of a block besides them.
 _LEARNING, _CALL_S = 2.5, 2e-3
-_SEARCHES = {"flatquant": 12, "gptq": 4, "awq": 40, "rtn": 2}  # as rough: products with a block's own weights that searching or factoring costs, in search_rows
+_SEARCHES = {
+    "flatquant": 12,
+    "gptq": 4,
+    "awq": 40,
+    "rtn": 2,
+}  # as rough: products with a block's own weights that searching or factoring costs, in search_rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """tokens: of all samples, pictures included, before any drop. pictures: of the samples. blocks: quantized, blocks_all: passed through.
+    """tokens: of all samples, pictures included, before any drop. pictures: of the samples. blocks: quantized,
+    blocks_all: passed through.
 
-    Bytes: peak_memory of the process, disk_needed at the fullest moment (streams, finished blocks and the result together), disk_free where they go.
-    seconds: an estimate for this machine.
+    Bytes: peak_memory of the process, disk_needed at the fullest moment (streams, finished blocks and the result
+    together), disk_free where they go. seconds: an estimate for this machine.
     """
 
     samples: int
@@ -73,7 +81,8 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Of one block: parameters of its linears, all parameters, the linears' (outputs, inputs), and the width of its output."""
+    """Of one block: parameters of its linears, all parameters, the linears' (outputs, inputs), and the width of its
+    output."""
 
     linear: int
     parameters: int
@@ -87,17 +96,25 @@ class BlockSize:
         return cls(sum(n * k for n, k in shapes), sum(p.numel() for p in module.parameters()), shapes, width)
 
     def quantized_bytes(self, method: str) -> int:
-        """At most what the exported block takes in a file: packed weights, scales, transforms or zeros, and what stays float32."""
+        """At most what the exported block takes in a file: packed weights, scales, transforms or zeros, and what stays
+        float32."""
         total = 4 * (self.parameters - self.linear) + 4096
         for outputs, inputs in self.shapes:
             total += outputs * inputs // 2 + 16 * outputs
             left, right = decompose(inputs) if method == "flatquant" else (0, 0)
-            total += 4 * (left * left + right * right + inputs) if method == "flatquant" else 8 * outputs * (-(-inputs // 128)) + 4 * inputs
+            total += (
+                4 * (left * left + right * right + inputs)
+                if method == "flatquant"
+                else 8 * outputs * (-(-inputs // 128)) + 4 * inputs
+            )
         return total + 1024 * len(self.shapes)
 
 
-def block_seconds(size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, rate: float) -> tuple[float, float]:
-    """(passing the samples through the float block, calibrating it) in seconds. lengths: rows of each item. method None: it stays float."""
+def block_seconds(
+    size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, rate: float
+) -> tuple[float, float]:
+    """(passing the samples through the float block, calibrating it) in seconds. lengths: rows of each item. method
+    None: it stays float."""
     if not lengths:
         return 0.0, 0.0 if method is None else _search(size, method, settings, rate)
     rows, items = sum(lengths), len(lengths)
@@ -126,10 +143,16 @@ def _search(size: BlockSize, method: str, settings: Settings, rate: float) -> fl
 
 
 def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> int:
-    """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is resident now. widest: rows of the
-    longest item."""
+    """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is
+    resident now. widest: rows of the longest item."""
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    inside = max((4 * s.parameters * 6 + 4 * settings.batch * widest * (12 * s.width + 4 * sum(n for n, _ in s.shapes)) for s in sizes), default=0)
+    inside = max(
+        (
+            4 * s.parameters * 6 + 4 * settings.batch * widest * (12 * s.width + 4 * sum(n for n, _ in s.shapes))
+            for s in sizes
+        ),
+        default=0,
+    )
     return now + max(inside, 2 * min(written, DEFAULT_SHARD_BYTES))
 
 

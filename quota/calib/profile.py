@@ -1,7 +1,8 @@
 """Measures the layers: float model beside its quantized counterpart, one sample at a time.
 
-Per decoder layer: attention concentration and redundancy on the float model (where to prune), and the relative error of the layer's
-input in the quantized model (how sensitive it is), both models running unpruned on the same prompts. Memory: one sample's layer inputs.
+Per decoder layer: attention concentration and redundancy on the float model (where to prune), and the relative error of
+the layer's input in the quantized model (how sensitive it is), both models running unpruned on the same prompts.
+Memory: one sample's layer inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ TOP = 10  # attention concentration: mass of the 10 largest shares
 
 
 def concentration(attention: Tensor, top: int = TOP) -> float:
-    """Mass of the `top` largest entries of `attention` [V] (non-negative) after renormalising it to sum 1; 1.0 when V <= top."""
+    """Mass of the `top` largest entries of `attention` [V] (non-negative) after renormalising it to sum 1; 1.0 when V
+    <= top."""
     shares = attention.double() / attention.double().sum().clamp_min(1e-30)
     return float(shares.topk(min(top, shares.numel())).values.sum())
 
@@ -46,7 +48,8 @@ def text_to_visual(attention: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], 
     """Attention of the text after the picture to each visual token, from the layer's own projections.
 
     attention: a float LLaMA attention module; hidden [1, S, d]: its input; rope: (cos, sin) [1, S, D]; visual [S] bool.
-    Returns [V] float64, the mean over heads and text queries of the causal softmax's visual columns; None without text after the picture.
+    Returns [V] float64, the mean over heads and text queries of the causal softmax's visual columns; None without text
+    after the picture.
     """
     places = visual.nonzero()[:, 0]
     rows = torch.arange(int(places[-1]) + 1, hidden.shape[1], device=hidden.device)
@@ -68,18 +71,25 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def profile(float_model: nn.Module, quant_model: nn.Module, processor: Any, samples: Samples, progress: bool | Callable[[int, int], None] = False) -> Profile:
+def profile(
+    float_model: nn.Module,
+    quant_model: nn.Module,
+    processor: Any,
+    samples: Samples,
+    progress: bool | Callable[[int, int], None] = False,
+) -> Profile:
     """Profile a float model and the quantized model made from it over `samples`.
 
-    progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in float64, medians over
-    samples, figures rounded to 6 significant digits. Both models run in evaluation mode; hooks are removed whatever happens.
-    CheckpointError when the two are not the same model; SampleError when no sample has a picture followed by text.
+    progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in
+    float64, medians over samples, figures rounded to 6 significant digits. Both models run in evaluation mode; hooks
+    are removed whatever happens. CheckpointError when the two are not the same model; SampleError when no sample has a
+    picture followed by text.
     """
     fingerprint = model_fingerprint(float_model)
     if model_fingerprint(quant_model) != fingerprint:
         raise CheckpointError(
-            f"model: the quantized checkpoint was made from {model_fingerprint(quant_model)}, the float model given is {fingerprint}; "
-            "give the model it was calibrated from"
+            f"model: the quantized checkpoint was made from {model_fingerprint(quant_model)}, the float model given is"
+            f" {fingerprint}; give the model it was calibrated from"
         )
     check_texts(processor, samples)
     figures = _Figures(len(_layers(float_model)))
@@ -93,7 +103,10 @@ def profile(float_model: nn.Module, quant_model: nn.Module, processor: Any, samp
     finally:
         float_model.train(was_training[0]), quant_model.train(was_training[1])
     if not all(figures.spread):
-        raise SampleError("samples: expected at least one with a picture followed by text, got none; layers are chosen by attention to pictures")
+        raise SampleError(
+            "samples: expected at least one with a picture followed by text, got none; layers are chosen by attention"
+            " to pictures"
+        )
     return Profile(
         model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
         regime=regime_of(quant_model),
@@ -197,7 +210,13 @@ def _progress(show: bool | Callable[[int, int], None]) -> Iterator[Callable[[int
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("profiling layers"), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn())
+    columns = (
+        TextColumn("profiling layers"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task("profile", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -212,11 +231,17 @@ def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tok
     sizes = decoder_sizes(model.config)
     text = model.config.text_config
     return ModelFacts(
-        architecture=type(model).__name__, fingerprint=fingerprint, layers=sizes.layers, visual_tokens=round(median(visual_tokens)),
-        hidden_size=sizes.hidden_size, kv_size=sizes.kv_size, intermediate_size=sizes.intermediate_size,
+        architecture=type(model).__name__,
+        fingerprint=fingerprint,
+        layers=sizes.layers,
+        visual_tokens=round(median(visual_tokens)),
+        hidden_size=sizes.hidden_size,
+        kv_size=sizes.kv_size,
+        intermediate_size=sizes.intermediate_size,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        text_tokens=max(1, round(median(text_tokens))), vision_macs=vision_macs(model.config, round(median(visual_tokens))),
-    )  # fmt: skip
+        text_tokens=max(1, round(median(text_tokens))),
+        vision_macs=vision_macs(model.config, round(median(visual_tokens))),
+    )
 
 
 def regime_of(model: nn.Module) -> str:

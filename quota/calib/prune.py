@@ -1,4 +1,5 @@
-"""The pruned calibration graph: the float model's own choice decides which visual tokens the decoder's stream loses at a candidate."""
+"""The pruned calibration graph: the float model's own choice decides which visual tokens the decoder's stream loses at
+a candidate."""
 
 from __future__ import annotations
 
@@ -23,13 +24,18 @@ from quota.prune.select import Alive, choose
 
 @torch.no_grad()
 def keep_masks(
-    recipe: Recipe, candidate: int, pair: tuple[Block | None, Block], stream: Stream, pictures: Callable[[int], Pictures], device: str
+    recipe: Recipe,
+    candidate: int,
+    pair: tuple[Block | None, Block],
+    stream: Stream,
+    pictures: Callable[[int], Pictures],
+    device: str,
 ) -> list[np.ndarray]:
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
-    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; before the language model there is no first one
-    and `stream` is the input of layer 0. pictures: of one item, on the columns of its prompt. Text always stays. Items run one at a time, so
-    the choice does not depend on batching.
+    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; before the language model
+    there is no first one and `stream` is the input of layer 0. pictures: of one item, on the columns of its prompt.
+    Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
     ratio = dict(zip(recipe.candidates, recipe.keep, strict=True))[candidate]
@@ -49,13 +55,23 @@ def keep_masks(
         shown = pictures(item)
         picture = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
         group, budget = plan_budgets(recipe, ratio, picture, [stream.images[item]])
-        alive = Alive(batch.hidden, group, _queries(roles), column.to(device), after.layer, shown, record, partial(_record, after, batch))
+        alive = Alive(
+            batch.hidden,
+            group,
+            _queries(roles),
+            column.to(device),
+            after.layer,
+            shown,
+            record,
+            partial(_record, after, batch),
+        )
         masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
     return masks
 
 
 def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Stream) -> Stream:
-    """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if `compact`."""
+    """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if
+    `compact`."""
     if stream.positions.ndim > 1:
         target.positions = np.zeros((len(target.positions), 3), np.int32)
     for item, mask in enumerate(masks):

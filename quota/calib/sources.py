@@ -2,14 +2,18 @@
 
 | source | kind | layout (folder, or the annotation file in it) |
 |---|---|---|
-| llava-mix | conversation | `llava_v1_5_mix665k.json`: [{"id", "image", "conversations": [{"from", "value"}, ...]}], pictures relative to the folder |
+| llava-mix | conversation | `llava_v1_5_mix665k.json`: [{"id", "image", "conversations": [{"from", "value"}, ...]}],
+pictures relative to the folder |
 | wikitext-2 | text | `wiki.train.raw` or `wiki.train.tokens`, or parquet with column `text` |
-| textvqa | scene_text | `TextVQA_0.5.1_train.json`: {"data": [{"image_id", "question", "answers"}]} with `train_images/ID.jpg`, or parquet |
-| docvqa | document | `train_v1.0*.json`: {"data": [{"image", "question", "answers"}]}, pictures relative to the folder (or below `train/`), or parquet |
+| textvqa | scene_text | `TextVQA_0.5.1_train.json`: {"data": [{"image_id", "question", "answers"}]} with
+`train_images/ID.jpg`, or parquet |
+| docvqa | document | `train_v1.0*.json`: {"data": [{"image", "question", "answers"}]}, pictures relative to the folder
+(or below `train/`), or parquet |
 | chartqa | chart | `train/train_human.json`: [{"imgname", "query", "label"}] with `train/png/NAME`, or parquet |
 
-Parquet files are those of the data sets' Hugging Face copies (pictures inside: {"bytes", "path"}) and need pyarrow. Which records are taken follows from
-the seed alone; a record whose picture is missing or broken is passed over, and too few usable ones are an error.
+Parquet files are those of the data sets' Hugging Face copies (pictures inside: {"bytes", "path"}) and need pyarrow.
+Which records are taken follows from the seed alone; a record whose picture is missing or broken is passed over, and too
+few usable ones are an error.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ _PASSAGE_WORDS = (60, 160)  # shorter paragraphs are passed over, longer ones cu
 
 @dataclass(frozen=True)
 class Record:
-    """One usable entry of a source. picture: its bytes, or where they may be (the first file that exists), or None for text."""
+    """One usable entry of a source. picture: its bytes, or where they may be (the first file that exists), or None for
+    text."""
 
     instruction: str
     answer: str
@@ -65,7 +70,10 @@ class Source:
 
 def _llava_mix(data: Any, folder: Path) -> Iterator[Record]:
     for row in data:
-        record = _conversation(row.get("conversations") or [], (folder / row["image"], folder / "images" / row["image"]) if row.get("image") else None)
+        record = _conversation(
+            row.get("conversations") or [],
+            (folder / row["image"], folder / "images" / row["image"]) if row.get("image") else None,
+        )
         if record is not None:
             yield record
 
@@ -97,13 +105,21 @@ def _passage(text: str) -> Record | None:
 def _textvqa(data: Any, folder: Path) -> Iterator[Record]:
     for row in data["data"]:
         name = f"{row['image_id']}.jpg"
-        yield Record(row["question"], _favourite(row["answers"]), (folder / "train_images" / name, folder / "images" / name, folder / name))
+        yield Record(
+            row["question"],
+            _favourite(row["answers"]),
+            (folder / "train_images" / name, folder / "images" / name, folder / name),
+        )
 
 
 def _docvqa(data: Any, folder: Path) -> Iterator[Record]:
     for row in data["data"]:
         name = row["image"]
-        yield Record(row["question"], _favourite(row["answers"]), (folder / name, folder / "train" / name, folder / "documents" / Path(name).name))
+        yield Record(
+            row["question"],
+            _favourite(row["answers"]),
+            (folder / name, folder / "train" / name, folder / "documents" / Path(name).name),
+        )
 
 
 def _chartqa(data: Any, folder: Path) -> Iterator[Record]:
@@ -126,17 +142,27 @@ def _asked(question: str, answer: str) -> Callable[[dict[str, Any]], Record | No
 
 
 SOURCES: dict[str, Source] = {
-    "llava-mix": Source("conversation", ("llava_v1_5_mix665k.json", "*mix*.json", "*.json"), _llava_mix,
-                        lambda row: _conversation(row.get("conversations") or [], (row.get("image") or {}).get("bytes"))),
+    "llava-mix": Source(
+        "conversation",
+        ("llava_v1_5_mix665k.json", "*mix*.json", "*.json"),
+        _llava_mix,
+        lambda row: _conversation(row.get("conversations") or [], (row.get("image") or {}).get("bytes")),
+    ),
     "wikitext-2": Source("text", ("wiki.train.raw", "wiki.train.tokens"), _passages, lambda row: _passage(row["text"])),
     "textvqa": Source("scene_text", ("TextVQA_*train*.json", "*train*.json"), _textvqa, _asked("question", "answers")),
     "docvqa": Source("document", ("train_v1.0*.json", "*train*.json"), _docvqa, _asked("question", "answers")),
-    "chartqa": Source("chart", ("train_human.json", "train/train_human.json", "**/train_human.json"), _chartqa, _asked("query", "label")),
-}  # fmt: skip
+    "chartqa": Source(
+        "chart",
+        ("train_human.json", "train/train_human.json", "**/train_human.json"),
+        _chartqa,
+        _asked("query", "label"),
+    ),
+}
 
 
 def read_source(name: str, path: Path) -> list[Record]:
-    """All records of a local copy. UsageError for an unknown name or a path without the documented files; SampleError for a file of another layout."""
+    """All records of a local copy. UsageError for an unknown name or a path without the documented files; SampleError
+    for a file of another layout."""
     if name not in SOURCES:
         raise UsageError(f"--source: expected one of {', '.join(SOURCES)}, got {name!r}")
     source, file = SOURCES[name], _annotations(name, path)
@@ -150,7 +176,9 @@ def read_source(name: str, path: Path) -> list[Record]:
         else:
             records = list(source.rows(file.read_text(encoding="utf-8").splitlines(), file.parent))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SampleError(f"--source {name}: {file} does not have the documented layout ({type(error).__name__}: {error})") from error
+        raise SampleError(
+            f"--source {name}: {file} does not have the documented layout ({type(error).__name__}: {error})"
+        ) from error
     return [record for record in records if record.instruction.strip() and record.answer.strip()]
 
 
@@ -161,22 +189,30 @@ def _annotations(name: str, path: Path) -> Path:
         found = sorted(path.glob(pattern)) if path.is_dir() else []
         if found:
             return found[0]
-    raise UsageError(f"--source {name}: no {' or '.join(SOURCES[name].patterns)} and no *train*.parquet in {path}; expected a local copy of the data set")
+    raise UsageError(
+        f"--source {name}: no {' or '.join(SOURCES[name].patterns)} and no *train*.parquet in {path}; expected a local"
+        " copy of the data set"
+    )
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UsageError(f"{file}: reading parquet needs pyarrow; install it with `pip install pyarrow`, or use the data set's JSON files") from None
+        raise UsageError(
+            f"{file}: reading parquet needs pyarrow; install it with `pip install pyarrow`, or use the data set's JSON"
+            " files"
+        ) from None
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
         yield from batch.to_pylist()
 
 
 def build_samples(sources: Sequence[tuple[str, Path]], count: int, out: Path, seed: int = 0) -> Samples:
-    """Write `count` samples, shared evenly over `sources` (the first ones get the remainder), to `out` with their pictures in `<stem>_images` beside it.
+    """Write `count` samples, shared evenly over `sources` (the first ones get the remainder), to `out` with their
+    pictures in `<stem>_images` beside it.
 
-    Sources take turns in the file. Equal arguments give equal bytes. UsageError and SampleError as above, also when a source has too few.
+    Sources take turns in the file. Equal arguments give equal bytes. UsageError and SampleError as above, also when a
+    source has too few.
     """
     if count < len(sources) or not sources:
         raise UsageError(f"--count: expected at least one sample for each of the {len(sources)} sources, got {count}")

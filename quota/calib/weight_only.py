@@ -1,11 +1,13 @@
-"""One block under a weight-only method: what its linears read is observed once, then every weight is rounded with its inputs in mind.
+"""One block under a weight-only method: what its linears read is observed once, then every weight is rounded with its
+inputs in mind.
 
 | group | scaled by AWQ at the expense of |
 |---|---|
 | reads a norm | the norm's weight and bias |
 | mlp.down_proj behind gate * up | the rows of up |
 | the output projection of attention | the rows of v, where every head has its own |
-| anything else (behind a nonlinearity, grouped heads, the first layer of a projector) | nothing: `input_scale` stays with the layer |
+| anything else (behind a nonlinearity, grouped heads, the first layer of a projector) | nothing: `input_scale` stays
+with the layer |
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _UNCLIPPED = ("q_proj", "k_proj", "qkv")
 
 
 class Seen:
-    """What a projection group reads, over all training items: its Hessian (GPTQ), or mean magnitudes [K] and some rows (AWQ)."""
+    """What a projection group reads, over all training items: its Hessian (GPTQ), or mean magnitudes [K] and some rows
+    (AWQ)."""
 
     def __init__(self, in_features: int, method: str, rows_per_item: int, device: str) -> None:
         self.rows_per_item = rows_per_item
@@ -66,8 +69,9 @@ def quantize_weights(
 ) -> tuple[dict[str, Tensor], BlockReport]:
     """Round the linears of a float `block` by "gptq", "awq" or "rtn" and leave it computing with the rounded weights.
 
-    Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding to nearest: nothing is searched before).
-    progress: called with the number of finished groups. SampleError when the inputs are not finite.
+    Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding
+    to nearest: nothing is searched before). progress: called with the number of finished groups. SampleError when the
+    inputs are not finite.
     """
     train, held_out = split(len(lesson.inputs), settings.held_out)
     seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, method, settings)
@@ -88,15 +92,24 @@ def quantize_weights(
             codes |= _gptq(block, plan, seen[plan.name])
         elif method == "awq":
             for part in plan.parts:
-                codes[part] = awq(linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED)
+                codes[part] = awq(
+                    linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED
+                )
         if progress is not None:
             progress(done)
     _compute_with(linears, codes, input_scales)
     mse = score()
     signal, update = score.signal()
     report = BlockReport(
-        name=block.path, mse_rtn=mse_rtn, mse_start=mse_rtn, mse=mse, sqnr_db=decibels(signal, mse), update_sqnr_db=decibels(update, mse), best_step=0, steps=0,
-    )  # fmt: skip
+        name=block.path,
+        mse_rtn=mse_rtn,
+        mse_start=mse_rtn,
+        mse=mse,
+        sqnr_db=decibels(signal, mse),
+        update_sqnr_db=decibels(update, mse),
+        best_step=0,
+        steps=0,
+    )
     return _export(block, linears, codes, input_scales), report
 
 
@@ -149,7 +162,8 @@ def _scale(block: Block, plan: Group, seen: Seen, input_scales: dict[str, Tensor
 
 
 def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
-    """The tensors whose rows produce the group's input channels, as views to divide in place; None where there are none."""
+    """The tensors whose rows produce the group's input channels, as views to divide in place; None where there are
+    none."""
     layer = block.layer
     if plan.absorbs in block.family.norms[block.kind]:
         return [tensor.data for tensor in layer.get_submodule(plan.absorbs).parameters()]
@@ -170,11 +184,23 @@ def _compute_with(linears: dict[str, Any], codes: dict[str, Codes], input_scales
         linear.weight.data = weight * input_scales[name] if name in input_scales else weight
 
 
-def _export(block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> dict[str, Tensor]:
+def _export(
+    block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]
+) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, (q, scale, zero) in codes.items():
-        own = {"w_q": pack_uint4(q), "w_scale": scale, "w_zero": zero, "bias": linears[name].bias, "input_scale": input_scales.get(name)}
+        own = {
+            "w_q": pack_uint4(q),
+            "w_scale": scale,
+            "w_zero": zero,
+            "bias": linears[name].bias,
+            "input_scale": input_scales.get(name),
+        }
         out |= {f"{block.path}.{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
-    kept = {name: tensor.float() for name, tensor in block.layer.state_dict().items() if name.rpartition(".")[0] not in linears}
+    kept = {
+        name: tensor.float()
+        for name, tensor in block.layer.state_dict().items()
+        if name.rpartition(".")[0] not in linears
+    }
     out |= {f"{block.path}.{name}": tensor for name, tensor in kept.items()}
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in out.items()}

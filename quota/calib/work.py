@@ -1,7 +1,9 @@
-"""The work folder of a calibration (`<out>.partial`): finished blocks, the current streams and a small state file, always consistent after a kill.
+"""The work folder of a calibration (`<out>.partial`): finished blocks, the current streams and a small state file,
+always consistent after a kill.
 
-Every step reads the streams named in `state.json`, writes new files, and only then replaces `state.json`; files it no longer names are removed after that.
-The state vouches for itself and for every file by SHA-256: what is damaged is computed again, never used.
+Every step reads the streams named in `state.json`, writes new files, and only then replaces `state.json`; files it no
+longer names are removed after that. The state vouches for itself and for every file by SHA-256: what is damaged is
+computed again, never used.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text, check_removable, naming, remove_files, sha256_file
 
 LOCK, STATE = "lock", "state.json"
-_OWN = re.compile(r"lock|state\.json|(float|quantized)-\d+\.bin|blocks/[\w.]+\.safetensors|(blocks/)?\.[\w.]+\.[0-9a-f]{8}")  # the last: of a killed write
+_OWN = re.compile(
+    r"lock|state\.json|(float|quantized)-\d+\.bin|blocks/[\w.]+\.safetensors|(blocks/)?\.[\w.]+\.[0-9a-f]{8}"
+)  # the last: of a killed write
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """The first setting two calibrations do not share, as "seed is 0 there, 5 here"; None where all that both name are equal."""
+    """The first setting two calibrations do not share, as "seed is 0 there, 5 here"; None where all that both name are
+    equal."""
     for name in (name for name in ours if name in theirs):
         if theirs[name] != ours[name]:
             return f"{name} is {theirs[name]!r} there, {ours[name]!r} here"
@@ -36,12 +41,21 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
 class WorkFolder:
     """State of one calibration. `job` names everything the result depends on (JSON values).
 
-    A folder of another job is refused with the setting that differs, or emptied under `overwrite`; a folder of this job continues, or is emptied where
+    A folder of another job is refused with the setting that differs, or emptied under `overwrite`; a folder of this job
+    continues, or is emptied where
     `resume` is off. Files that are not a calibration's are never removed: UsageError.
     reuse_blocks: a finished block depends on the float model alone, so that one damaged file does not cost the others.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any], *, resume: bool = True, overwrite: bool = False, reuse_blocks: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        job: dict[str, Any],
+        *,
+        resume: bool = True,
+        overwrite: bool = False,
+        reuse_blocks: bool = True,
+    ) -> None:
         self.path, self.job = path, json.loads(json.dumps(job))
         check_removable(path, _owns)
         with naming(path):
@@ -63,17 +77,26 @@ class WorkFolder:
             other = difference(state["job"], self.job)
             if other is not None:
                 raise UsageError(
-                    f"{self.path}: belongs to another calibration ({other}); continue that one with its settings, choose another --out, or discard it with "
-                    "--overwrite"
+                    f"{self.path}: belongs to another calibration ({other}); continue that one with its settings,"
+                    " choose another --out, or discard it with --overwrite"
                 )
         if state is None or not resume or state["job"] != self.job:
             self._start_again({})
             return
-        self.blocks = {path: found for path, found in state["blocks"].items() if _digest(self._block_file(path)) == found["sha256"]}
+        self.blocks = {
+            path: found for path, found in state["blocks"].items() if _digest(self._block_file(path)) == found["sha256"]
+        }
         lost = [f"blocks/{path}.safetensors" for path in state["blocks"] if path not in self.blocks]
-        lost += [layout["file"] for layout in state["streams"].values() if _digest(self.path / layout["file"]) != layout["sha256"]]
+        lost += [
+            layout["file"]
+            for layout in state["streams"].values()
+            if _digest(self.path / layout["file"]) != layout["sha256"]
+        ]
         if lost:
-            _tell(f"{self.path / lost[0]}: damaged or missing; it is computed again" + (" (intact blocks are kept)" if reuse_blocks else ""))
+            _tell(
+                f"{self.path / lost[0]}: damaged or missing; it is computed again"
+                + (" (intact blocks are kept)" if reuse_blocks else "")
+            )
             self._start_again(self.blocks if reuse_blocks else {})
             return
         self.streams = {name: Stream.reopen(self.path, layout) for name, layout in state["streams"].items()}
@@ -114,7 +137,10 @@ class WorkFolder:
         """Tensors of a finished block, sorted by name. CheckpointError when the file was altered since."""
         data = self._block_file(path).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.blocks[path]["sha256"]:
-            raise CheckpointError(f"{self._block_file(path)}: altered while the calibration ran; run the same command again, which computes it again")
+            raise CheckpointError(
+                f"{self._block_file(path)}: altered while the calibration ran; run the same command again, which"
+                " computes it again"
+            )
         return dict(sorted(load(data).items()))
 
     def commit(self, streams: dict[str, Stream]) -> None:
@@ -128,9 +154,14 @@ class WorkFolder:
 
     def _write_state(self) -> None:
         state = {
-            "job": self.job, "done": self.done, "blocks": self.blocks, "notes": self.notes,
-            "streams": {name: {**stream.layout(), "sha256": sha256_file(stream.path)} for name, stream in self.streams.items()},
-        }  # fmt: skip
+            "job": self.job,
+            "done": self.done,
+            "blocks": self.blocks,
+            "notes": self.notes,
+            "streams": {
+                name: {**stream.layout(), "sha256": sha256_file(stream.path)} for name, stream in self.streams.items()
+            },
+        }
         body = json.dumps(state)
         atomic_write_text(self.path / STATE, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
 
@@ -168,11 +199,14 @@ def _tell(sentence: str) -> None:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """The folder's lock file, held until it is closed (also by the end of the process). UsageError when another process holds it."""
+    """The folder's lock file, held until it is closed (also by the end of the process). UsageError when another process
+    holds it."""
     file = (path / LOCK).open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise UsageError(f"{path}: another calibration is working here; wait for it or choose another output folder") from None
+        raise UsageError(
+            f"{path}: another calibration is working here; wait for it or choose another output folder"
+        ) from None
     return file

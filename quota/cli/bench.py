@@ -9,7 +9,11 @@ import typer
 
 from quota.cli.shell import JsonOption, check_writable, notes, print_json
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure this machine: ops beside named peers, whole models, ceilings.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Measure this machine: ops beside named peers, whole models, ceilings.",
+)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -31,21 +35,33 @@ def _numbers(text: str | None, option: str) -> tuple[int, ...]:
 @app.command("ops")
 def ops(
     op: Annotated[str | None, typer.Option("--op", help="Only these ops, separated by commas.")] = None,
-    shape: Annotated[str | None, typer.Option("--shape", help="Only shapes whose names begin so: `llava-1.5-7b`, `clip-l.fc1`.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Only shapes whose names begin so: `llava-1.5-7b`, `clip-l.fc1`.")
+    ] = None,
     m: Annotated[str | None, typer.Option("--m", help="Row counts, separated by commas.")] = None,
     peers: Annotated[str | None, typer.Option("--peers", help="Only these peers, or `none`.")] = None,
-    isa: Annotated[str | None, typer.Option("--isa", help="Instruction sets of ours; default: all but portable.")] = None,
-    threads: Annotated[str, typer.Option("--threads", help="Thread counts: 1 is judged by CPU time, more by wall time.")] = "1",
-    quick: Annotated[bool, typer.Option("--quick", help="One shape, three row counts, fewer rounds: half a minute.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure also what the output file already holds for this commit and machine.")] = False,
+    isa: Annotated[
+        str | None, typer.Option("--isa", help="Instruction sets of ours; default: all but portable.")
+    ] = None,
+    threads: Annotated[
+        str, typer.Option("--threads", help="Thread counts: 1 is judged by CPU time, more by wall time.")
+    ] = "1",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One shape, three row counts, fewer rounds: half a minute.")
+    ] = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Measure also what the output file already holds for this commit and machine."),
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Append rows to this file, and continue from it.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Time ops beside other engines, in turns within one run.
 
-    Nothing is timed before it is right: ours must equal the reference bit for bit, a peer must agree with its own quantization. Times are medians
-    over rounds; ratios (peer's time / ours, above 1 we are faster) are taken per round, then median and quartiles. `% roofline` is
-    against the multiply-add rate and the read bandwidth measured at the start.
+    Nothing is timed before it is right: ours must equal the reference bit for bit, a peer must agree with its own
+    quantization. Times are medians over rounds; ratios (peer's time / ours, above 1 we are faster) are taken per round,
+    then median and quartiles. `% roofline` is against the multiply-add rate and the read bandwidth measured at the
+    start.
 
     **Examples**
 
@@ -59,12 +75,30 @@ def ops(
     from quota.bench.run_ops import Selection, chosen_peers, run
     from quota.bench.show import case_table
 
-    selection = Selection(_names(op), _names(shape), _numbers(m, "--m"), _names(peers), _names(isa), _numbers(threads, "--threads"), quick, again)
+    selection = Selection(
+        _names(op),
+        _names(shape),
+        _numbers(m, "--m"),
+        _names(peers),
+        _names(isa),
+        _numbers(threads, "--threads"),
+        quick,
+        again,
+    )
     console = notes()
     if not machine.idle():
-        console.print(f"[yellow]load average {machine.load()}: the machine is not idle; CPU times hold, wall times do not[/yellow]")
-    for skipped in chosen_peers(selection.peers)[1] if not selection.ops or {"w4a4_linear", "w4a16_linear"} & set(selection.ops) else ():
-        console.print(f"without {skipped.peer}: {skipped.reason}", style="yellow", markup=False)  # "[bench]" is not markup
+        console.print(
+            f"[yellow]load average {machine.load()}: the machine is not idle; CPU times hold, wall times do"
+            " not[/yellow]"
+        )
+    for skipped in (
+        chosen_peers(selection.peers)[1]
+        if not selection.ops or {"w4a4_linear", "w4a16_linear"} & set(selection.ops)
+        else ()
+    ):
+        console.print(
+            f"without {skipped.peer}: {skipped.reason}", style="yellow", markup=False
+        )  # "[bench]" is not markup
     made = []
     from rich.console import Console
 
@@ -101,7 +135,9 @@ def ceiling(
 
     found = roofline.measure(threads)
     if json:
-        gops, bandwidth = ({key: rate / 1e9 for key, rate in table.items()} for table in (found.operations, found.bandwidth))
+        gops, bandwidth = (
+            {key: rate / 1e9 for key, rate in table.items()} for table in (found.operations, found.bandwidth)
+        )
         print_json({"threads": threads, "gops": gops, "gb_per_s": bandwidth})
         return
     for unit, rate in found.operations.items():
@@ -113,22 +149,39 @@ def ceiling(
 @app.command("model")
 def model(
     arch: Annotated[str, typer.Option("--arch", help="llava-1.5-7b, qwen2.5-vl-7b, 135m, embedded or embedded-qwen.")],
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use random weights: the only kind there is; said so that nobody mistakes them.")] = False,
+    synthetic: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic", help="Use random weights: the only kind there is; said so that nobody mistakes them."
+        ),
+    ] = False,
     keep: Annotated[float, typer.Option("--keep", help="Also run pruned to this share of the visual tokens.")] = 0.3,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint; one that is there is used again.")] = Path("bench-models"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the checkpoint; one that is there is used again.")
+    ] = Path("bench-models"),
     layers: Annotated[int | None, typer.Option("--layers", help="Only the first decoder layers.")] = None,
-    floats: Annotated[str, typer.Option("--floats", help="Dtypes of transformers' model beside ours, or `none`.")] = "bfloat16,float32",
+    floats: Annotated[
+        str, typer.Option("--floats", help="Dtypes of transformers' model beside ours, or `none`.")
+    ] = "bfloat16,float32",
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of every process.")] = 1,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Timed requests per variant, after one that warms up.")] = 3,
-    results: Annotated[Path | None, typer.Option("--results", help="Append rows to this file, and continue from it.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure also what the results file already holds for this commit and machine.")] = False,
+    requests: Annotated[
+        int, typer.Option("--requests", min=1, help="Timed requests per variant, after one that warms up.")
+    ] = 3,
+    results: Annotated[
+        Path | None, typer.Option("--results", help="Append rows to this file, and continue from it.")
+    ] = None,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Measure also what the results file already holds for this commit and machine."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a whole model of full size: time to the first token, decoding, memory, disk.
 
-    Makes a checkpoint with random weights (block by block, so memory stays small), then answers a picture of 576 visual tokens with 64 text tokens by
-    32 tokens: unpruned, pruned, and with transformers' float model, each in a process of its own. Where not all float layers fit in
-    memory, two depths are measured and the rest is added at their time per layer.
+    Makes a checkpoint with random weights (block by block, so memory stays small), then answers a picture of 576 visual
+    tokens with 64 text tokens by 32 tokens: unpruned, pruned, and with transformers' float model, each in a process of
+    its own. Where not all float layers fit in memory, two depths are measured and the rest is added at their time per
+    layer.
 
     **Examples**
 
@@ -145,16 +198,23 @@ def model(
     from quota.core.errors import UsageError
 
     if not synthetic:
-        raise UsageError("--synthetic: expected the option; weights of a full-size model are random here, `quota eval` measures real checkpoints")
+        raise UsageError(
+            "--synthetic: expected the option; weights of a full-size model are random here, `quota eval` measures real"
+            " checkpoints"
+        )
     check_writable(out / "checkpoint", "--out")
-    wanted = Request(arch, out, check_keep(keep), layers, tuple(f for f in _names(floats) if f != "none"), threads, requests, again)
+    wanted = Request(
+        arch, out, check_keep(keep), layers, tuple(f for f in _names(floats) if f != "none"), threads, requests, again
+    )
     with Progress(console=notes(), transient=True) as progress:
         task = progress.add_task(f"making {arch}", total=None)
         checkpoint = ensure_checkpoint(wanted, lambda done, total: progress.update(task, completed=done, total=total))
     made = []
     for row in run(wanted, checkpoint, results):
         made.append(row)
-        notes().print(f"{row['implementation']}: first token {row['ttft_ms']:.0f} ms, then {row['decode_ms']:.1f} ms each")
+        notes().print(
+            f"{row['implementation']}: first token {row['ttft_ms']:.0f} ms, then {row['decode_ms']:.1f} ms each"
+        )
     if json:
         print_json(made)
     else:
@@ -163,7 +223,8 @@ def model(
 
 @app.command("tables")
 def tables() -> None:
-    """Fill the tables of benchmarks/README.md, docs and SECURITY.md from benchmarks/results (run it at the root of the repository).
+    """Fill the tables of benchmarks/README.md, docs and SECURITY.md from benchmarks/results (run it at the root of the
+    repository).
 
     **Example**
 

@@ -10,9 +10,14 @@ from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, sam
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
-    name="quota", cls=ErrorReportingGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-    add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+    name="quota",
+    cls=ErrorReportingGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _version(wanted: bool) -> None:
@@ -25,12 +30,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
     """Joint quantization and visual-token pruning of vision-language models.
 
-    A float checkpoint (LLaVA-1.5, Qwen2.5-VL) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that says how many visual tokens each
-    layer keeps; both together answer questions (`run`, `eval`).
+    A float checkpoint (LLaVA-1.5, Qwen2.5-VL) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that
+    says how many visual tokens each layer keeps; both together answer questions (`run`, `eval`).
 
     **Start here:** `quota demo` does all of it on an embedded model. Every verb explains itself: `quota VERB --help`.
     """

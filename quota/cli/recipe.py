@@ -18,20 +18,26 @@ from quota.cli.shell import (
     notes,
     print_json,
     say,
-)  # fmt: skip
+)
 from quota.core.errors import RecipeError, UsageError
 
 REFERENCES = ("recorded", "per_image")
 POLICIES = ("original", "compact")
 
-app = typer.Typer(cls=BuildByDefaultGroup, no_args_is_help=True, rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    cls=BuildByDefaultGroup,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.callback()
 def about() -> None:
     """Make and read recipes: how many visual tokens each layer keeps.
 
-    `quota recipe CHECKPOINT --model MODEL --samples FILE --keep 0.3 --out FILE` makes one (options: `quota recipe build --help`).
+    `quota recipe CHECKPOINT --model MODEL --samples FILE --keep 0.3 --out FILE` makes one (options: `quota recipe build
+    --help`).
 
     **Examples**
 
@@ -47,8 +53,9 @@ def about() -> None:
 
 _BUILD_HELP = f"""Measure what a method needs, then plan the drops (this is what `quota recipe CHECKPOINT ...` runs).
 
-`quota` and `uniform` profile the float `--model` beside the quantized CHECKPOINT. The published methods need CHECKPOINT alone, quantized or
-float. With `--compute` the keep ratio is found that costs as much, so that methods can be compared at equal work.
+`quota` and `uniform` profile the float `--model` beside the quantized CHECKPOINT. The published methods need CHECKPOINT
+alone, quantized or float. With `--compute` the keep ratio is found that costs as much, so that methods can be compared
+at equal work.
 
 **Methods**
 
@@ -58,7 +65,7 @@ float. With `--compute` the keep ratio is found that costs as much, so that meth
 
     quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.3 --out recipe.json
 
-    quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.2 --layers 2-6 --tau 0.5 --out recipe.json
+    quota recipe demo-out/quantized --model ./float --samples samples.json --keep 0.2 --layers 2-6 --out recipe.json
 
     quota recipe ./float --method fastv --samples samples.json --keep 0.5 --out fastv.json
 
@@ -68,41 +75,77 @@ float. With `--compute` the keep ratio is found that costs as much, so that meth
 
 @app.command("build", help=_BUILD_HELP)
 def build(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint the recipe is for: made by `quota calibrate`, or float.")],
-    samples: Annotated[Path, typer.Option("--samples", help="Calibration samples, the same file as for `quota calibrate`.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Checkpoint the recipe is for: made by `quota calibrate`, or float."),
+    ],
+    samples: Annotated[
+        Path, typer.Option("--samples", help="Calibration samples, the same file as for `quota calibrate`.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Recipe file to write.")],
-    model: Annotated[str | None, typer.Option("--model", help="The float model CHECKPOINT was made from (methods quota and uniform).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The float model CHECKPOINT was made from (methods quota and uniform)."),
+    ] = None,
     method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}; see above.")] = "quota",
-    keep: Annotated[float | None, typer.Option("--keep", help="Share of visual tokens, above 0 and at most 1. Default: the method's.")] = None,
-    compute: Annotated[float | None, typer.Option("--compute", help="Instead of --keep: language-model compute against unpruned, text included.")] = None,
-    layers: Annotated[str | None, typer.Option("--layers", help="Pruning layers such as 2-6 or 2,4,6. Default: the method's.")] = None,
-    tau: Annotated[float, typer.Option("--tau", help="quota: softmax temperature; small spends the drops on the least sensitive layers.")] = 1.0,
-    threshold: Annotated[float, typer.Option("--threshold", help="vtw: largest mean KL divergence, in nats, that counts as unchanged.")] = 0.003,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="Share of visual tokens, above 0 and at most 1. Default: the method's."),
+    ] = None,
+    compute: Annotated[
+        float | None,
+        typer.Option("--compute", help="Instead of --keep: language-model compute against unpruned, text included."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Pruning layers such as 2-6 or 2,4,6. Default: the method's.")
+    ] = None,
+    tau: Annotated[
+        float,
+        typer.Option("--tau", help="quota: softmax temperature; small spends the drops on the least sensitive layers."),
+    ] = 1.0,
+    threshold: Annotated[
+        float, typer.Option("--threshold", help="vtw: largest mean KL divergence, in nats, that counts as unchanged.")
+    ] = 0.003,
     seed: Annotated[int, typer.Option("--seed", min=0, help="random: which tokens.")] = 0,
-    reference: Annotated[str, typer.Option("--reference", help="recorded: budgets count the model's picture size; per_image: each prompt's own.")] = "recorded",
-    position_policy: Annotated[str, typer.Option("--position-policy", help="original: kept tokens keep their positions; compact: renumbered.")] = "original",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")] = None,
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference", help="recorded: budgets count the model's picture size; per_image: each prompt's own."
+        ),
+    ] = "recorded",
+    position_policy: Annotated[
+        str, typer.Option("--position-policy", help="original: kept tokens keep their positions; compact: renumbered.")
+    ] = "original",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")
+    ] = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     from quota.allocate.candidates import parse_layers
 
     for option, value, allowed in (
-        ("--method", method, tuple(METHODS)), ("--reference", reference, REFERENCES), ("--position-policy", position_policy, POLICIES),
-    ):  # fmt: skip
+        ("--method", method, tuple(METHODS)),
+        ("--reference", reference, REFERENCES),
+        ("--position-policy", position_policy, POLICIES),
+    ):
         if value not in allowed:
             raise UsageError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
     if keep is not None:
         check_keep(keep)
     if compute is not None and (keep is not None or not 0 < compute <= 1 or method == "vtw"):
-        raise UsageError(f"--compute: expected a share above 0 and at most 1, without --keep and not with vtw, got {compute:g}")
+        raise UsageError(
+            f"--compute: expected a share above 0 and at most 1, without --keep and not with vtw, got {compute:g}"
+        )
     if layers is not None:
         parse_layers(layers, 1_000_000)  # the spelling; the model's own number of layers is checked when it is known
     if not tau > 0:
         raise UsageError(f"--tau: expected a temperature above 0, got {tau:g}")
     profiled = METHODS[method].needs == "profile"
     if profiled and model is None:
-        raise UsageError(f"--model: method {method} measures the float model beside the quantized one; give the folder or hub name")
+        raise UsageError(
+            f"--model: method {method} measures the float model beside the quantized one; give the folder or hub name"
+        )
     if plot is not None and not profiled:
         raise UsageError(f"--plot: {method} profiles no layers; leave it out")
     check_checkpoint(checkpoint)
@@ -133,7 +176,9 @@ def build(
 
 
 @app.command("explain")
-def explain(file: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe file.")], json: JsonOption = False) -> None:
+def explain(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe file.")], json: JsonOption = False
+) -> None:
     """Say in words and numbers what a recipe does: per layer, and what it costs.
 
     **Example**
@@ -153,7 +198,9 @@ def explain(file: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe fi
 @app.command("validate")
 def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipe files.")],
-    model: Annotated[str | None, typer.Option("--model", help="Also check that they belong to this model (folder or hub name).")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Also check that they belong to this model (folder or hub name).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check recipe files; every wrong field is named. Exit status 1 when any is wrong.

@@ -1,6 +1,8 @@
-"""The quantized checkpoint folder: sharded safetensors, config.json, processor files and a manifest, `quota.json`, that vouches for them.
+"""The quantized checkpoint folder: sharded safetensors, config.json, processor files and a manifest, `quota.json`, that
+vouches for them.
 
-Nothing is ever unpickled. Tensor names are the model's own (`state_dict`). The folder appears in one piece when writing ends well.
+Nothing is ever unpickled. Tensor names are the model's own (`state_dict`). The folder appears in one piece when writing
+ends well.
 """
 
 from __future__ import annotations
@@ -34,10 +36,15 @@ DEFAULT_SHARD_BYTES = 2 * 1024**3
 README = "README.md"
 # Files a processor or `generate` is made of: when they are in the folder, the manifest has to list them.
 _READ_IF_THERE = (
-    "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
-# transformers only warns about a quantization it does not know and invents the weights. A weight file that does not exist makes it stop, with this name
-# in its message; `quota.runtime.hf` takes the entry out when quota is imported.
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+# transformers only warns about a quantization it does not know and invents the weights. A weight file that does not
+# exist makes it stop, with this name in its message; `quota.runtime.hf` takes the entry out when quota is imported.
 _NO_SUCH_WEIGHTS = "import-quota-first-see-README.safetensors"
 _REMEDY = "the folder is damaged: copy or calibrate it again"
 
@@ -56,7 +63,14 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def dumps(self) -> str:
-        return json.dumps({"schema_version": self.schema_version, **asdict(self), "modules": list(self.modules)}, indent=2, sort_keys=True) + "\n"
+        return (
+            json.dumps(
+                {"schema_version": self.schema_version, **asdict(self), "modules": list(self.modules)},
+                indent=2,
+                sort_keys=True,
+            )
+            + "\n"
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -65,12 +79,17 @@ class Manifest:
         try:
             data = read_object(path)
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: expected the manifest of a quantized checkpoint, found no file; {_REMEDY}") from None
+            raise CheckpointError(
+                f"{path}: expected the manifest of a quantized checkpoint, found no file; {_REMEDY}"
+            ) from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error}); {_REMEDY}") from None
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {shown(version)}; calibrate again with this version")
+            raise CheckpointError(
+                f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {shown(version)}; calibrate again with"
+                " this version"
+            )
         _check_fields(path, data)
         return cls(**{**data, "modules": tuple(data["modules"])})
 
@@ -86,7 +105,10 @@ def _is_size(value: Any) -> bool:
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "regime": ("a name", lambda v: isinstance(v, str)),
-    "modules": (f"a list of some of {list(MODULES)}", lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, str) and m in MODULES for m in v)),
+    "modules": (
+        f"a list of some of {list(MODULES)}",
+        lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, str) and m in MODULES for m in v),
+    ),
     "source_fingerprint": ("a name", lambda v: isinstance(v, str)),
     "calibration": ("an object", lambda v: isinstance(v, dict)),
     "files": ("an object", lambda v: isinstance(v, dict)),
@@ -102,10 +124,14 @@ def _check_fields(path: Path, data: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(data.get(name))}; {_REMEDY}")
     unknown = sorted(set(data) - set(_FIELDS))
     if unknown:
-        raise CheckpointError(f"{path}: {unknown[0][:80]}: unknown field; use the version of quota that wrote the folder")
+        raise CheckpointError(
+            f"{path}: {unknown[0][:80]}: unknown field; use the version of quota that wrote the folder"
+        )
     for name, digest in data["files"].items():
         if not (_is_file_name(name) and isinstance(digest, str) and _is_size(data["bytes"].get(name))):
-            raise CheckpointError(f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {_REMEDY}"
+            )
 
 
 def is_quantized_folder(folder: str | Path) -> bool:
@@ -129,25 +155,32 @@ def verify_files(folder: str | Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: listed in {MANIFEST} but missing; {_REMEDY}")
         size = path.stat().st_size
         if size != manifest.bytes[name]:
-            raise CheckpointError(f"{path}: expected {manifest.bytes[name]} bytes, got {size} (truncated or altered); {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: expected {manifest.bytes[name]} bytes, got {size} (truncated or altered); {_REMEDY}"
+            )
         found = sha256_file(path)
         if found != digest:
-            raise CheckpointError(f"{path}: expected sha256 {digest}, got {found}: the contents were altered; {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: expected sha256 {digest}, got {found}: the contents were altered; {_REMEDY}"
+            )
 
 
 @contextmanager
 def listed_files(folder: str | Path, manifest: Manifest) -> Iterator[Path]:
-    """A temporary folder with copies of all files the manifest lists but the weights: what is not listed cannot be read there.
+    """A temporary folder with copies of all files the manifest lists but the weights: what is not listed cannot be read
+    there.
 
-    CheckpointError when config.json is not listed, or a file of a processor or of `generate` lies in the folder unlisted; those raised inside the block
-    name the checkpoint's own folder.
+    CheckpointError when config.json is not listed, or a file of a processor or of `generate` lies in the folder
+    unlisted; those raised inside the block name the checkpoint's own folder.
     """
     folder = Path(folder)
     if "config.json" not in manifest.files:
         raise CheckpointError(f"{folder / MANIFEST}: files: expected config.json among them; {_REMEDY}")
     for name in _READ_IF_THERE:
         if name not in manifest.files and (folder / name).exists():
-            raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}, so it is not used; remove it, or {_REMEDY}")
+            raise CheckpointError(
+                f"{folder / name}: not listed in {MANIFEST}, so it is not used; remove it, or {_REMEDY}"
+            )
     with tempfile.TemporaryDirectory(prefix="quota-") as copies:
         for name in manifest.files:
             if not name.endswith((".safetensors", INDEX)):
@@ -165,7 +198,9 @@ def weight_files(folder: str | Path, manifest: Manifest) -> list[Path]:
     """The safetensors files the manifest vouches for, in order."""
     names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
     if not names:
-        raise CheckpointError(f"{Path(folder) / MANIFEST}: files: expected at least one .safetensors file, got none; {_REMEDY}")
+        raise CheckpointError(
+            f"{Path(folder) / MANIFEST}: files: expected at least one .safetensors file, got none; {_REMEDY}"
+        )
     return [Path(folder) / name for name in names]
 
 
@@ -198,7 +233,8 @@ def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_destination(folder: str | Path, overwrite: bool = False) -> None:
-    """UsageError unless a checkpoint may be written at `folder`: a new path, an empty folder or, under `overwrite`, a checkpoint of ours and nothing else."""
+    """UsageError unless a checkpoint may be written at `folder`: a new path, an empty folder or, under `overwrite`, a
+    checkpoint of ours and nothing else."""
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         example = min(path.name for path in folder.iterdir())
@@ -206,7 +242,10 @@ def check_destination(folder: str | Path, overwrite: bool = False) -> None:
     if overwrite or not (folder / MANIFEST).is_file():
         check_removable(folder, _owned(folder))
     else:
-        raise UsageError(f"{folder}: holds a quantized checkpoint; choose another folder, or replace it with --overwrite (overwrite=True)")
+        raise UsageError(
+            f"{folder}: holds a quantized checkpoint; choose another folder, or replace it with --overwrite"
+            " (overwrite=True)"
+        )
 
 
 def _owned(folder: Path) -> Callable[[Path], bool]:
@@ -216,16 +255,30 @@ def _owned(folder: Path) -> Callable[[Path], bool]:
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
-    """Streams a checkpoint: `add` blocks as they are made; a shard is written whenever `max_shard_bytes` would be exceeded.
+    """Streams a checkpoint: `add` blocks as they are made; a shard is written whenever `max_shard_bytes` would be
+    exceeded.
 
-    `folder` appears when the `with` block ends well; after an error nothing is left. What is already there: `check_destination`. `calibration` may be filled
+    `folder` appears when the `with` block ends well; after an error nothing is left. What is already there:
+    `check_destination`. `calibration` may be filled
     until the end.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+    ) -> None:
         if max_shard_bytes < 1:
             raise CheckpointError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
-        self.folder, self.manifest, self.max_shard_bytes, self.overwrite = Path(folder), manifest, max_shard_bytes, overwrite
+        self.folder, self.manifest, self.max_shard_bytes, self.overwrite = (
+            Path(folder),
+            manifest,
+            max_shard_bytes,
+            overwrite,
+        )
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
@@ -237,7 +290,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self.work = self._scope.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             try:
                 self._finish()
@@ -252,7 +307,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             if name in self._names:
                 raise CheckpointError(f"tensor {name}: written twice")
             self._names.add(name)
-            tensor = tensor.detach().to("cpu").contiguous().clone()  # clone: tied tensors must not share storage in a shard
+            tensor = (
+                tensor.detach().to("cpu").contiguous().clone()
+            )  # clone: tied tensors must not share storage in a shard
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > self.max_shard_bytes:
                 self._flush()
@@ -263,7 +320,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Write config.json from a transformers configuration (or its dict), marked as quantized by this project."""
         data = dict(config) if isinstance(config, Mapping) else config.to_dict()
         data["transformers_weights"] = _NO_SUCH_WEIGHTS
-        data["quantization_config"] = {"quant_method": "quota", "regime": self.manifest.regime, "modules": list(self.manifest.modules)}
+        data["quantization_config"] = {
+            "quant_method": "quota",
+            "regime": self.manifest.regime,
+            "modules": list(self.manifest.modules),
+        }
         atomic_write_text(self.work / "config.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
 
     def add_processor(self, processor: Any) -> None:
@@ -328,15 +389,24 @@ model = quota.load("path/to/this/folder")  # a transformers model; model.process
 
 or by command: `quota run path/to/this/folder --image photo.jpg -p "What is this?"`, `quota serve path/to/this/folder`.
 
-transformers reads the folder with `from_pretrained` only after `import quota.runtime`. Without it, transformers stops because it finds no file
-`{_NO_SUCH_WEIGHTS}`: config.json names that file on purpose, since the weights here mean nothing to a program that does not know their format.
+transformers reads the folder with `from_pretrained` only after `import quota.runtime`. Without it, transformers stops
+because it finds no file `{_NO_SUCH_WEIGHTS}`: config.json names that file on purpose, since the weights here mean
+nothing to a program that does not know their format.
 
 To keep or to share the checkpoint, copy the folder whole. `save_pretrained` does not write one.
 """
 
 
-def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processor: Any = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Manifest:
-    """Write a model quantized in memory; returns the completed manifest. Tied tensors are written once, under their first name."""
+def save_checkpoint(
+    model: Any,
+    folder: str | Path,
+    manifest: Manifest,
+    processor: Any = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Manifest:
+    """Write a model quantized in memory; returns the completed manifest. Tied tensors are written once, under their
+    first name."""
     with CheckpointWriter(folder, manifest, max_shard_bytes=max_shard_bytes) as writer:
         writer.add_config(model.config)
         if processor is not None:
@@ -346,7 +416,9 @@ def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processo
         seen: set[int] = set()
         for name, tensor in model.state_dict().items():
             if tensor.is_meta:
-                raise CheckpointError(f"tensor {name}: expected data, got a meta tensor; load the model before saving it")
+                raise CheckpointError(
+                    f"tensor {name}: expected data, got a meta tensor; load the model before saving it"
+                )
             if tensor.data_ptr() in seen and tensor.numel():
                 continue
             seen.add(tensor.data_ptr())
@@ -355,9 +427,12 @@ def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processo
 
 
 def check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
-    """CheckpointError unless `tensor` has the shape and kind of the model's own; floats may differ in width where the model casts."""
+    """CheckpointError unless `tensor` has the shape and kind of the model's own; floats may differ in width where the
+    model casts."""
     if tuple(tensor.shape) != tuple(expected.shape):
-        raise CheckpointError(f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {_REMEDY}")
+        raise CheckpointError(
+            f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {_REMEDY}"
+        )
     same_kind = (tensor.dtype.is_floating_point and expected.dtype.is_floating_point) or tensor.dtype == expected.dtype
     if not same_kind or (tensor.dtype.itemsize < 2 and tensor.dtype not in (torch.uint8, torch.int8, torch.bool)):
         raise CheckpointError(f"tensor {name}: expected {expected.dtype}, got {tensor.dtype}; {_REMEDY}")

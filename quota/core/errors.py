@@ -1,4 +1,5 @@
-"""Every error a person can meet. Messages say which field or tensor, what was expected, what was found, and the remedy."""
+"""Every error a person can meet. Messages say which field or tensor, what was expected, what was found, and the
+remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Keep ratios and the few names that recipes, the pruner and the allocator share. Plain Python: what runs a model needs no parser of documents."""
+"""Keep ratios and the few names that recipes, the pruner and the allocator share. Plain Python: what runs a model needs
+no parser of documents."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import math
 from fractions import Fraction
 
 BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
-ATTENTION_SCORES: frozenset[str] = frozenset({"quota", "text", "last_token", "cross_self"})  # they read the attention of the layer before
+ATTENTION_SCORES: frozenset[str] = frozenset(
+    {"quota", "text", "last_token", "cross_self"}
+)  # they read the attention of the layer before
 
 
 def significant(x: float, digits: int = 6) -> float:
@@ -15,11 +18,13 @@ def significant(x: float, digits: int = 6) -> float:
 
 
 def kept_tokens(ratio: float, tokens: int) -> int:
-    """Equation (5): ceil(ratio * tokens), computed on the decimal value of `ratio`, so 0.07 of 100 is 7 and 0.3 of 576 is 173."""
+    """Equation (5): ceil(ratio * tokens), computed on the decimal value of `ratio`, so 0.07 of 100 is 7 and 0.3 of 576
+    is 173."""
     return math.ceil(Fraction(repr(float(ratio))) * tokens)
 
 
 def keep_of(count: int, tokens: int) -> float:
-    """The ratio, 6 significant digits, for which `kept_tokens(ratio, tokens)` is exactly `count` (0 .. tokens; tokens below 200 000)."""
+    """The ratio, 6 significant digits, for which `kept_tokens(ratio, tokens)` is exactly `count` (0 .. tokens; tokens
+    below 200 000)."""
     ratio = significant(count / tokens)
     return ratio if kept_tokens(ratio, tokens) == count else significant((count - 0.5) / tokens)

@@ -1,7 +1,8 @@
 """The recipe: which decoder layers drop visual tokens, how many stay, and where those numbers came from.
 
-A versioned JSON file; `Recipe` is its only reader and writer. Floats are rounded to 6 significant digits when a recipe is made,
-so a recipe in memory equals the file it is saved to, byte for byte. `python -m quota.core.recipe` writes the JSON schema.
+A versioned JSON file; `Recipe` is its only reader and writer. Floats are rounded to 6 significant digits when a recipe
+is made, so a recipe in memory equals the file it is saved to, byte for byte. `python -m quota.core.recipe` writes the
+JSON schema.
 """
 
 from __future__ import annotations
@@ -41,29 +42,42 @@ Kept = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), Aft
 
 def _not_zero(layer: int) -> int:
     if layer == 0:
-        raise ValueError("expected -1 (before the language model) or a decoder layer from 1 on: what enters layer 0 is candidate -1")
+        raise ValueError(
+            "expected -1 (before the language model) or a decoder layer from 1 on: what enters layer 0 is candidate -1"
+        )
     return layer
 
 
-Candidate = Annotated[int, Field(strict=True, ge=BEFORE, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
+Candidate = Annotated[
+    int, Field(strict=True, ge=BEFORE, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)
+]
 Regime = Literal["float", "w4a4kv4", "w4a16"]
-Method = Literal["quota", "uniform", "fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune", "custom"]
+Method = Literal[
+    "quota", "uniform", "fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune", "custom"
+]
 Score = Literal["quota", "text", "last_token", "own_last_token", "cross_self", "relevance", "random", "none"]
 Policy = Literal["topk", "mmr", "maxmin", "dpp", "grid"]
 
 
 class ModelFacts(Document):
-    """The model a recipe belongs to. The sizes from hidden_size on let the cost model run without the model; null when unknown."""
+    """The model a recipe belongs to. The sizes from hidden_size on let the cost model run without the model; null when
+    unknown."""
 
     architecture: str = Field(description="class name, for example LlavaForConditionalGeneration")
-    fingerprint: str = Field(description="fingerprint shared by the float model and its quantized checkpoint; a mismatch is an error")
+    fingerprint: str = Field(
+        description="fingerprint shared by the float model and its quantized checkpoint; a mismatch is an error"
+    )
     layers: Layers = Field(description="number of decoder layers")
     visual_tokens: Tokens = Field(description="visual tokens of one picture after the projector")
     hidden_size: Positive | None = Field(default=None, description="d of the cost model")
-    kv_size: Positive | None = Field(default=None, description="d_kv of the cost model: key/value heads x head dimension")
+    kv_size: Positive | None = Field(
+        default=None, description="d_kv of the cost model: key/value heads x head dimension"
+    )
     intermediate_size: Positive | None = Field(default=None, description="m of the cost model: width of the gated MLP")
     head_dim: Positive | None = Field(default=None, description="head dimension of the language model")
-    text_tokens: Positive | None = Field(default=None, description="T_text of the cost model: text tokens of a typical prompt")
+    text_tokens: Positive | None = Field(
+        default=None, description="T_text of the cost model: text tokens of a typical prompt"
+    )
     vision_macs: Annotated[int, Field(strict=True, ge=1, le=2**53)] | None = Field(
         default=None, description="multiply-accumulates of vision tower and projector for one picture"
     )
@@ -78,8 +92,14 @@ class ScoreWeights(Document):
     inter: Signal = Field(default=0.45, description="attention from the text after the image")
     mag: Signal = Field(default=0.25, description="norm of the hidden state")
     intra: Signal = Field(default=0.10, description="attention from visual tokens")
-    quant: Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False), AfterValidator(significant)] = Field(
-        default=0.20, description="error of the deployed activation quantizer: the low-bit risk; below 0 prefers tokens that quantize well"
+    quant: Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False), AfterValidator(significant)] = (
+        Field(
+            default=0.20,
+            description=(
+                "error of the deployed activation quantizer: the low-bit risk; below 0 prefers tokens that quantize"
+                " well"
+            ),
+        )
     )
 
     @model_validator(mode="after")
@@ -92,7 +112,10 @@ class ScoreWeights(Document):
         """The stage-wise baselines' score: no low-bit term, the others rescaled to the same sum."""
         total = self.inter + self.mag + self.intra
         if total <= 0:
-            raise RecipeError("weights: expected a weight other than quant above 0 to drop the quant term; give inter, mag or intra a weight")
+            raise RecipeError(
+                "weights: expected a weight other than quant above 0 to drop the quant term; give inter, mag or intra a"
+                " weight"
+            )
         factor = (total + max(self.quant, 0.0)) / total
         return ScoreWeights(inter=self.inter * factor, mag=self.mag * factor, intra=self.intra * factor, quant=0.0)
 
@@ -111,7 +134,8 @@ class Percentiles(Document):
 
 
 class Selection(Document):
-    """How a candidate chooses: a score per visual token, and a policy that turns scores into a set of the size of the budget.
+    """How a candidate chooses: a score per visual token, and a policy that turns scores into a set of the size of the
+    budget.
 
     Every policy is deterministic and ties go to the lower index.
     """
@@ -119,22 +143,24 @@ class Selection(Document):
     score: Score = Field(
         default="quota",
         description=(
-            "quota: equation (8); text: mean attention of the text after the image in the layer before; last_token: attention of the last prompt token "
-            "in the layer before (FastV); own_last_token: the same under the candidate's own projections (PyramidDrop); cross_self: largest head of the "
-            "attention from text times that from visual tokens (FitPrune); relevance: mean cosine to the word embeddings after the image; "
-            "random: a hash of seed, picture and place; none: zeros"
+            "quota: equation (8); text: mean attention of the text after the image in the layer before; last_token:"
+            " attention of the last prompt token in the layer before (FastV); own_last_token: the same under the"
+            " candidate's own projections (PyramidDrop); cross_self: largest head of the attention from text times that"
+            " from visual tokens (FitPrune); relevance: mean cosine to the word embeddings after the image; random: a"
+            " hash of seed, picture and place; none: zeros"
         ),
     )
     policy: Policy = Field(
         default="topk",
         description=(
-            "topk: the largest scores; mmr: greedy, score against the cosine to what is already kept; maxmin: greedy, farthest in cosine from what is "
-            "already kept (DivPrune, no score); dpp: greedy maximum of the determinant of score x cosine x score (CDPruner); grid: a part of the budget "
-            "spread evenly over the picture, the rest by score"
+            "topk: the largest scores; mmr: greedy, score against the cosine to what is already kept; maxmin: greedy,"
+            " farthest in cosine from what is already kept (DivPrune, no score); dpp: greedy maximum of the determinant"
+            " of score x cosine x score (CDPruner); grid: a part of the budget spread evenly over the picture, the rest"
+            " by score"
         ),
     )
-    mmr_score: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), AfterValidator(significant)] = Field(
-        default=0.5, description="mmr: lambda, the weight of the score; the cosine has 1 - lambda"
+    mmr_score: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), AfterValidator(significant)] = (
+        Field(default=0.5, description="mmr: lambda, the weight of the score; the cosine has 1 - lambda")
     )
     grid_share: Share = Field(default=1.0, description="grid: share of the budget that is spread evenly")
 
@@ -149,53 +175,79 @@ class Provenance(Document):
     calibration_fingerprint: str | None = Field(default=None, description="fingerprint of the samples file")
     tool_version: str | None = None
     samples: Positive | None = Field(default=None, description="number of profiled samples")
-    layer_rule: str | None = Field(default=None, description='how the candidates were chosen: "auto" or the --layers text')
+    layer_rule: str | None = Field(
+        default=None, description='how the candidates were chosen: "auto" or the --layers text'
+    )
     search: tuple[str, ...] = Field(default=(), description="what the method's own search found, one sentence each")
 
 
 class Recipe(Document):
-    """One pruning plan. `keep[i]` is the share of the reference visual tokens alive from decoder layer `candidates[i]` on.
+    """One pruning plan. `keep[i]` is the share of the reference visual tokens alive from decoder layer `candidates[i]`
+    on.
 
     Candidate -1 drops before the language model; decoder layer 0 then runs on what is left.
 
-    Immutable; sequences are tuples. Build one with `Recipe.parse` or `Recipe.load`, which raise RecipeError naming the field.
+    Immutable; sequences are tuples. Build one with `Recipe.parse` or `Recipe.load`, which raise RecipeError naming the
+    field.
     """
 
     schema_version: Literal[1] = 1
-    method: Method = Field(description="quota: drops follow the sensitivities; uniform: equal drops; custom: written by hand; else a published method")
+    method: Method = Field(
+        description=(
+            "quota: drops follow the sensitivities; uniform: equal drops; custom: written by hand; else a published"
+            " method"
+        )
+    )
     regime: Regime = Field(
-        description="regime the recipe was made under; a record, not a condition: a recipe runs on the float model and on any checkpoint of it"
+        description=(
+            "regime the recipe was made under; a record, not a condition: a recipe runs on the float model and on any"
+            " checkpoint of it"
+        )
     )
     model: ModelFacts
     candidates: tuple[Candidate, ...] = Field(
-        min_length=1, description="decoder layers that drop tokens at their input, ascending; -1 is before the language model, 0 does not exist"
+        min_length=1,
+        description=(
+            "decoder layers that drop tokens at their input, ascending; -1 is before the language model, 0 does not"
+            " exist"
+        ),
     )
-    keep: tuple[Kept, ...] = Field(min_length=1, description="share of the reference tokens kept per candidate, non-increasing; 0 only for vtw")
+    keep: tuple[Kept, ...] = Field(
+        min_length=1, description="share of the reference tokens kept per candidate, non-increasing; 0 only for vtw"
+    )
     final_keep: Kept = Field(description="r_min: the last entry of keep")
     tau: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(significant)] = Field(
         default=1.0, description="softmax temperature of equation (3)"
     )
     reference: Literal["recorded", "per_image"] = Field(
-        default="recorded", description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens"
+        default="recorded",
+        description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens",
     )
     reference_tokens: Tokens = Field(description="V_ref: visual tokens of one picture that keep refers to")
     selections: tuple[Selection, ...] = Field(
-        default=(), description="how each candidate chooses; empty: all by the quota score and topk; one entry: all by that one"
+        default=(),
+        description="how each candidate chooses; empty: all by the quota score and topk; one entry: all by that one",
     )
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = Field(default=0, description="of the random score")
     weights: ScoreWeights = Field(default_factory=ScoreWeights)
     percentiles: Percentiles = Field(default_factory=Percentiles)
     position_policy: Literal["original", "compact"] = Field(
-        default="original", description="original: kept tokens keep their rotary positions; compact: positions are renumbered"
+        default="original",
+        description="original: kept tokens keep their rotary positions; compact: positions are renumbered",
     )
-    sensitivities: tuple[Weight, ...] = Field(default=(), description="s_l of equation (1) per candidate; empty when unknown")
+    sensitivities: tuple[Weight, ...] = Field(
+        default=(), description="s_l of equation (1) per candidate; empty when unknown"
+    )
     provenance: Provenance = Field(default_factory=Provenance)
 
     @field_validator("schema_version", mode="before")
     @classmethod
     def _version(cls, value: object) -> object:
         if value != SCHEMA_VERSION or isinstance(value, bool):
-            raise ValueError(f"this quota reads recipes of schema_version {SCHEMA_VERSION}; make the recipe again with `quota recipe`")
+            raise ValueError(
+                f"this quota reads recipes of schema_version {SCHEMA_VERSION}; make the recipe again with `quota"
+                " recipe`"
+            )
         return value
 
     @field_validator("candidates")
@@ -211,29 +263,51 @@ class Recipe(Document):
     def _non_increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         for i, (a, b) in enumerate(pairwise(value), start=1):
             if b > a:
-                raise ValueError(f"ratios must not increase, entry {i} is {b:g} after {a:g}: a dropped token cannot come back")
+                raise ValueError(
+                    f"ratios must not increase, entry {i} is {b:g} after {a:g}: a dropped token cannot come back"
+                )
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if len(self.selections) not in (0, 1, len(self.candidates)):
-            raise ValueError(f"selections: expected none, one for all, or one per candidate ({len(self.candidates)}), got {len(self.selections)}")
+            raise ValueError(
+                f"selections: expected none, one for all, or one per candidate ({len(self.candidates)}), got"
+                f" {len(self.selections)}"
+            )
         if self.method != "vtw" and 0 in self.keep:
-            raise ValueError(f"keep: expected ratios greater than 0, entry {self.keep.index(0)} is 0: only method vtw withdraws every visual token")
+            raise ValueError(
+                f"keep: expected ratios greater than 0, entry {self.keep.index(0)} is 0: only method vtw withdraws"
+                " every visual token"
+            )
         first = self.selection_at(self.candidates[0])
         if self.candidates[0] == BEFORE and first.score in (ATTENTION_SCORES | {"own_last_token"}):
-            raise ValueError(f"selections: candidate -1 runs before any attention: expected score relevance, random or none, got {first.score!r}")
+            raise ValueError(
+                "selections: candidate -1 runs before any attention: expected score relevance, random or none, got"
+                f" {first.score!r}"
+            )
         if len(self.keep) != len(self.candidates):
-            raise ValueError(f"keep: expected one ratio per candidate layer ({len(self.candidates)}), got {len(self.keep)}")
+            raise ValueError(
+                f"keep: expected one ratio per candidate layer ({len(self.candidates)}), got {len(self.keep)}"
+            )
         if self.sensitivities and len(self.sensitivities) != len(self.candidates):
-            raise ValueError(f"sensitivities: expected none or one per candidate layer ({len(self.candidates)}), got {len(self.sensitivities)}")
+            raise ValueError(
+                f"sensitivities: expected none or one per candidate layer ({len(self.candidates)}), got"
+                f" {len(self.sensitivities)}"
+            )
         if self.keep[-1] != self.final_keep:
-            raise ValueError(f"keep: expected the last ratio to equal final_keep {self.final_keep:g}, got {self.keep[-1]:g}")
+            raise ValueError(
+                f"keep: expected the last ratio to equal final_keep {self.final_keep:g}, got {self.keep[-1]:g}"
+            )
         if self.candidates[-1] >= self.model.layers:
-            raise ValueError(f"candidates: expected layers below model.layers {self.model.layers}, got {self.candidates[-1]}")
+            raise ValueError(
+                f"candidates: expected layers below model.layers {self.model.layers}, got {self.candidates[-1]}"
+            )
         made_for = self.provenance.model_fingerprint
         if made_for is not None and made_for != self.model.fingerprint:
-            raise ValueError(f"provenance.model_fingerprint: expected model.fingerprint {self.model.fingerprint}, got {made_for}")
+            raise ValueError(
+                f"provenance.model_fingerprint: expected model.fingerprint {self.model.fingerprint}, got {made_for}"
+            )
         return self
 
     @classmethod
@@ -251,17 +325,22 @@ class Recipe(Document):
         try:
             text = read_text(path, MOST_BYTES)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"recipe {path}: cannot be read ({_reason(error)}); expected a file written by `quota recipe`") from None
+            raise RecipeError(
+                f"recipe {path}: cannot be read ({_reason(error)}); expected a file written by `quota recipe`"
+            ) from None
         try:
             data = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"recipe {path}: not valid JSON ({error}); expected a file written by `quota recipe`") from None
+            raise RecipeError(
+                f"recipe {path}: not valid JSON ({error}); expected a file written by `quota recipe`"
+            ) from None
         if not isinstance(data, dict):
             raise RecipeError(f"recipe {path}: expected a JSON object, got {type(data).__name__}")
         return cls.parse(data, f"recipe {path}")
 
     def dumps(self) -> str:
-        """Canonical text: fields in schema order, two-space indent, one final newline. Equal recipes give equal bytes."""
+        """Canonical text: fields in schema order, two-space indent, one final newline. Equal recipes give equal
+        bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -275,7 +354,8 @@ class Recipe(Document):
         return self.selections[0] if self.selections else DEFAULT_SELECTION
 
     def keep_at(self, layer: int) -> float:
-        """Share of the reference visual tokens alive inside decoder layer `layer` (0-based); 1.0 before the first candidate."""
+        """Share of the reference visual tokens alive inside decoder layer `layer` (0-based); 1.0 before the first
+        candidate."""
         if not 0 <= layer < self.model.layers:
             raise RecipeError(f"layer: expected 0 to {self.model.layers - 1}, got {layer}")
         alive = 1.0
@@ -285,20 +365,27 @@ class Recipe(Document):
         return alive
 
     def tokens_at(self, layer: int, tokens: int | None = None) -> int:
-        """Visual tokens of one picture alive inside `layer`: ceil(keep * V), with V = `tokens` or `reference_tokens`."""
+        """Visual tokens of one picture alive inside `layer`: ceil(keep * V), with V = `tokens` or
+        `reference_tokens`."""
         return kept_tokens(self.keep_at(layer), self.reference_tokens if tokens is None else tokens)
 
     def check_model(self, fingerprint: str, layers: int | None = None, architecture: str | None = None) -> None:
-        """RecipeError unless the recipe was made for this model; layers, architecture (class name): compared where they are given."""
+        """RecipeError unless the recipe was made for this model; layers, architecture (class name): compared where they
+        are given."""
         if fingerprint != self.model.fingerprint:
             raise RecipeError(
-                f"model.fingerprint: the recipe is for {self.model.architecture} {self.model.fingerprint}, this model is {fingerprint}; "
-                "make a recipe for this model with `quota recipe`"
+                f"model.fingerprint: the recipe is for {self.model.architecture} {self.model.fingerprint}, this model"
+                f" is {fingerprint}; make a recipe for this model with `quota recipe`"
             )
         if layers is not None and layers != self.model.layers:
-            raise RecipeError(f"model.layers: the recipe expects {self.model.layers} decoder layers, this model has {layers}")
+            raise RecipeError(
+                f"model.layers: the recipe expects {self.model.layers} decoder layers, this model has {layers}"
+            )
         if architecture is not None and architecture != self.model.architecture:
-            raise RecipeError(f"model.architecture: the recipe is for {shown(self.model.architecture)}, this model is {architecture!r}")
+            raise RecipeError(
+                f"model.architecture: the recipe is for {shown(self.model.architecture)}, this model is"
+                f" {architecture!r}"
+            )
 
 
 def _describe(error: ValidationError, source: str) -> str:
@@ -354,7 +441,10 @@ def is_schema(path: Path) -> bool:
     if not isinstance(found, dict) or found.get("title") != _SCHEMA_TITLE or "$schema" not in found:
         return False
     if text != schema_text():
-        raise RecipeError(f"{path}: this is the recipe schema of another version; write this one's by `python -m quota.core.recipe --out {path}`")
+        raise RecipeError(
+            f"{path}: this is the recipe schema of another version; write this one's by `python -m quota.core.recipe"
+            f" --out {path}`"
+        )
     return True
 
 

@@ -25,13 +25,21 @@ def profile_models(model: str | Path, checkpoint: str | Path, samples: Any, *, q
 
 
 def allocate(
-    profile: Any, *, keep: float, layers: str | list[int] | None = None, tau: float = 1.0, method: str = "quota", reference: str = "recorded",
+    profile: Any,
+    *,
+    keep: float,
+    layers: str | list[int] | None = None,
+    tau: float = 1.0,
+    method: str = "quota",
+    reference: str = "recorded",
     position_policy: str = "original",
-) -> Any:  # fmt: skip
+) -> Any:
     """A recipe of `method` that ends at `keep`."""
     from quota.allocate.recipe_builder import build_recipe
 
-    return build_recipe(profile, keep=keep, layers=layers, tau=tau, method=method, reference=reference, position_policy=position_policy)
+    return build_recipe(
+        profile, keep=keep, layers=layers, tau=tau, method=method, reference=reference, position_policy=position_policy
+    )
 
 
 SEARCH_SAMPLES = 20  # VTW's published number
@@ -49,7 +57,9 @@ def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> Basis:
     return Basis(measured_facts(model, processor, samples), regime, source, **fields)
 
 
-def measure_evidence(method: str, model: Any, processor: Any, samples: Any, *, threshold: float = VTW_THRESHOLD, quiet: bool = False) -> Evidence:
+def measure_evidence(
+    method: str, model: Any, processor: Any, samples: Any, *, threshold: float = VTW_THRESHOLD, quiet: bool = False
+) -> Evidence:
     """What the method's own search reads, measured on a loaded model; empty for methods that search nothing."""
     from quota.calib.evidence import attention_statistics, withdrawal_divergence
     from quota.eval.compare import bars
@@ -66,12 +76,15 @@ def measure_evidence(method: str, model: Any, processor: Any, samples: Any, *, t
         if needs == "attention":
             return Evidence(attention=attention_statistics(model, processor, samples, tell))
         few = samples.first(SEARCH_SAMPLES)
-        return Evidence(withdrawal=withdrawal_divergence(model, processor, few, tell), samples=len(few), threshold=threshold)
+        return Evidence(
+            withdrawal=withdrawal_divergence(model, processor, few, tell), samples=len(few), threshold=threshold
+        )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A recipe as it was asked for. keep None is the method's default; `compute` instead finds the keep that costs as much."""
+    """A recipe as it was asked for. keep None is the method's default; `compute` instead finds the keep that costs as
+    much."""
 
     method: str
     keep: float | None = None
@@ -86,7 +99,13 @@ class Asked:
 
         def build(keep: float) -> Recipe:
             return allocate(
-                profile, keep=keep, layers=self.layers, tau=self.tau, method=self.method, reference=self.reference, position_policy=self.position_policy
+                profile,
+                keep=keep,
+                layers=self.layers,
+                tau=self.tau,
+                method=self.method,
+                reference=self.reference,
+                position_policy=self.position_policy,
             )
 
         return self._matched(build, profile.model.visual_tokens)
@@ -95,9 +114,13 @@ class Asked:
         """By a published method."""
         if self.method == "vtw":
             return build_baseline(basis, self.method, None, self.layers, evidence)
-        return self._matched(lambda keep: build_baseline(basis, self.method, keep, self.layers, evidence), basis.model.visual_tokens)
+        return self._matched(
+            lambda keep: build_baseline(basis, self.method, keep, self.layers, evidence), basis.model.visual_tokens
+        )
 
-    def from_checkpoint(self, checkpoint: str, samples: Path, *, seed: int = 0, threshold: float = VTW_THRESHOLD, quiet: bool = False) -> Recipe:
+    def from_checkpoint(
+        self, checkpoint: str, samples: Path, *, seed: int = 0, threshold: float = VTW_THRESHOLD, quiet: bool = False
+    ) -> Recipe:
         """By a published method for a checkpoint, float or quantized."""
         from quota.calib.samples import Samples
 
@@ -105,7 +128,9 @@ class Asked:
         model, processor = load_model(checkpoint)
         searched = self.method if self.layers is None else "fastv"  # a given layer is not searched for
         evidence = measure_evidence(searched, model, processor, loaded, threshold=threshold, quiet=quiet)
-        basis = basis_of(model, processor, loaded, reference=self.reference, position_policy=self.position_policy, seed=seed)
+        basis = basis_of(
+            model, processor, loaded, reference=self.reference, position_policy=self.position_policy, seed=seed
+        )
         return self.from_basis(basis, evidence)
 
     def _matched(self, build: Callable[[float], Recipe], tokens: int) -> Recipe:

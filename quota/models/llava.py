@@ -1,4 +1,5 @@
-"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual tokens."""
+"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual
+tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ from quota.nn.float_attention import float_attention
 from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.mlp import PROLOGUES, activate
 
-_VISION_DIMS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+_VISION_DIMS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 
 
 class Llava(Family):
@@ -32,7 +40,12 @@ class Llava(Family):
     groups: ClassVar[Groups] = {
         "decoder": DECODER_GROUPS,
         "vision": (
-            Group("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1", "rows"),
+            Group(
+                "self_attn.qkv_proj",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "layer_norm1",
+                "rows",
+            ),
             Group("self_attn.out_proj", ("self_attn.out_proj",), None, "columns"),
             Group("mlp.fc1", ("mlp.fc1",), "layer_norm2"),
             Group("mlp.fc2", ("mlp.fc2",)),
@@ -62,14 +75,23 @@ class Llava(Family):
         super().__init__(config)
         text, vision = self.text, self.vision
         if text.model_type != "llama" or vision.model_type != "clip_vision_model":
-            raise CheckpointError(f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}")
+            raise CheckpointError(
+                f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}"
+            )
         feature = config.vision_feature_layer
         if not isinstance(feature, int):
-            raise CheckpointError(f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not supported")
+            raise CheckpointError(
+                f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not"
+                " supported"
+            )
         total = vision.num_hidden_layers
-        used = feature if feature >= 0 else total + 1 + feature  # index into hidden_states: entry i is the input of layer i
+        used = (
+            feature if feature >= 0 else total + 1 + feature
+        )  # index into hidden_states: entry i is the input of layer i
         if not 0 <= used <= total:
-            raise CheckpointError(f"vision_feature_layer: expected an index into {total + 1} hidden states, got {feature}")
+            raise CheckpointError(
+                f"vision_feature_layer: expected an index into {total + 1} hidden states, got {feature}"
+            )
         self.vision_layers_used, self.vision_layers_total = used, total
         self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
         self.drops_cls = config.vision_feature_select_strategy == "default"
@@ -77,13 +99,19 @@ class Llava(Family):
         self.visual_tokens: int = self.patches + (0 if self.drops_cls else 1)
         token = getattr(config, "image_token_id", None)
         self.image_token_id = int(config.image_token_index if token is None else token)
-        self.dims = {"vision": [getattr(vision, name) for name in _VISION_DIMS], "vision_layers_used": used, "visual_tokens": self.visual_tokens}
+        self.dims = {
+            "vision": [getattr(vision, name) for name in _VISION_DIMS],
+            "vision_layers_used": used,
+            "visual_tokens": self.visual_tokens,
+        }
 
     # quantized modules
 
     def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
         return {
-            "self_attn": QuantClipAttention(linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads),
+            "self_attn": QuantClipAttention(
+                linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
+            ),
             "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
@@ -128,10 +156,14 @@ class Llava(Family):
         size = self.vision.image_size
         if tuple(image.pixels.shape[-2:]) != (size, size):
             found = list(image.pixels.shape[-2:])
-            raise CheckpointError(f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model")
+            raise CheckpointError(
+                f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model"
+            )
         return module(f"{self.vision_path}.pre_layrnorm")(module(self.vision_embed_path)(image.pixels[None].float()))[0]
 
-    def tower_block(self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None) -> Tensor:
+    def tower_block(
+        self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
+    ) -> Tensor:
         return layer(hidden, attention_mask=None)
 
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
@@ -143,7 +175,11 @@ class Llava(Family):
         v, d = self.vision, self.hidden_size
         n, h, m = self.patches + 1, v.hidden_size, v.intermediate_size
         block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
-        return self.patches * v.num_channels * v.patch_size**2 * h + self.vision_layers_used * block + self.patches * (h * d + d * d)
+        return (
+            self.patches * v.num_channels * v.patch_size**2 * h
+            + self.vision_layers_used * block
+            + self.patches * (h * d + d * d)
+        )
 
     def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
         return (3, self.vision.image_size, self.vision.image_size), None
@@ -158,19 +194,29 @@ class UnusedLayer(CLIPEncoderLayer):
 
 
 class QuantClipAttention(nn.Module):
-    """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that an image gives
-    the same features alone and in a batch."""
+    """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that
+    an image gives the same features alone and in a batch."""
 
     def __init__(self, qkv_proj: QuantLinear, out_proj: QuantLinear, *, heads: int) -> None:
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
 
     @without_grad
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
         batch, tokens, hidden = hidden_states.shape
-        x = self.qkv_proj(hidden_states.float()).view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
-        masks = [None] * batch if attention_mask is None else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
+        x = (
+            self.qkv_proj(hidden_states.float())
+            .view(batch, tokens, 3, self.heads, hidden // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
+        masks = (
+            [None] * batch
+            if attention_mask is None
+            else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
+        )
         rows = []
         for image, mask in enumerate(masks):
             q, k, v = x[:, image : image + 1].contiguous()

@@ -33,18 +33,24 @@ def check_modules(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 class _Builder:
-    """Makes quantized modules with the factors a checkpoint has (`shapes`), or the default factors when there is no checkpoint."""
+    """Makes quantized modules with the factors a checkpoint has (`shapes`), or the default factors when there is no
+    checkpoint."""
 
     def __init__(self, device: Any, shapes: Shapes | None) -> None:
         self.device, self.shapes = device, shapes
 
-    def linear(self, path: str, size: tuple[int, int], bias: bool, default: tuple[int | None, int | None]) -> QuantLinear:
+    def linear(
+        self, path: str, size: tuple[int, int], bias: bool, default: tuple[int | None, int | None]
+    ) -> QuantLinear:
         """size (K, N); default factors (left, right)."""
         left, right = default
         if self.shapes is not None:
             left, right = (self._factor(f"{path}.{side}", size[0]) for side in ("left", "right"))
             if left is not None and right is not None and left * right != size[0]:
-                raise CheckpointError(f"tensor {path}.left: expected left * right == {size[0]} inputs, got {left} * {right}; the checkpoint is damaged")
+                raise CheckpointError(
+                    f"tensor {path}.left: expected left * right == {size[0]} inputs, got {left} * {right}; the"
+                    " checkpoint is damaged"
+                )
         return QuantLinear(*size, bias=bias, left=left, right=right, device=self.device)
 
     def has(self, name: str) -> bool:
@@ -55,16 +61,20 @@ class _Builder:
         if shape is None:
             return None
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1 or in_features % shape[0]:
-            raise CheckpointError(f"tensor {name}: expected a square matrix whose size divides {in_features}, got {list(shape)}; the checkpoint is damaged")
+            raise CheckpointError(
+                f"tensor {name}: expected a square matrix whose size divides {in_features}, got {list(shape)}; the"
+                " checkpoint is damaged"
+            )
         return shape[0]
 
 
 def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | None = None) -> Any:
     """Put empty quantized modules in place of the float ones, in place.
 
-    modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint that will be
-    loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left factor before output projections, and
-    key biases kept apart. Vision layers whose output is dropped stay as they are and are not computed. Returns `model`.
+    modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint
+    that will be loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left
+    factor before output projections, and key biases kept apart. Vision layers whose output is dropped stay as they are
+    and are not computed. Returns `model`.
     """
     chosen, family = check_modules(modules), find_family(model)
     embedding: Any = submodule(model, family.embed_path)
@@ -112,10 +122,14 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
     for name in family.norms["decoder"]:
         setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
     layer.self_attn = (QuantBiasedAttention if biased else QuantAttention)(
-        linears["self_attn.qkv_proj"], linears["self_attn.o_proj"],
-        heads=family.heads, kv_heads=family.kv_heads, head_dim=family.head_dim, layer_idx=index,
+        linears["self_attn.qkv_proj"],
+        linears["self_attn.o_proj"],
+        heads=family.heads,
+        kv_heads=family.kv_heads,
+        head_dim=family.head_dim,
+        layer_idx=index,
         transforms=(build.has(f"{path}.self_attn.q_transform"), build.has(f"{path}.self_attn.k_transform")),
-    )  # fmt: skip
+    )
     layer.mlp = QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=family.text.hidden_act)
 
 

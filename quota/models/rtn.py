@@ -1,4 +1,5 @@
-"""Round-to-nearest quantization in memory: fixed orthogonal transforms, no calibration data. The fallback and the baseline."""
+"""Round-to-nearest quantization in memory: fixed orthogonal transforms, no calibration data. The fallback and the
+baseline."""
 
 from __future__ import annotations
 
@@ -17,14 +18,20 @@ from quota.quant.transform import apply_kronecker, hadamard
 
 
 @torch.no_grad()
-def quantize_rtn(model: Any, modules: Collection[str] = ("vision", "projector", "llm"), *, transforms: bool = True, clip: float = 1.0) -> Any:
+def quantize_rtn(
+    model: Any, modules: Collection[str] = ("vision", "projector", "llm"), *, transforms: bool = True, clip: float = 1.0
+) -> Any:
     """Quantize a float model in place to W4A4KV4 by rounding to nearest; returns it.
 
-    transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections; over head_dim
-    after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every group.
+    transforms: spread outliers with Hadamard/DCT transforms (Kronecker-factored; over heads before output projections;
+    over head_dim after the rotary embedding). False: no transforms at all. clip in (0, 1]: activation clip of every
+    group.
     """
     chosen, family = check_modules(modules), find_family(model)
-    weights = {f"{path}.{group.name}": _stacked(float_linears(model, path, group)) for path, group in family.group_paths(chosen)}
+    weights = {
+        f"{path}.{group.name}": _stacked(float_linears(model, path, group))
+        for path, group in family.group_paths(chosen)
+    }
     layers = family.blocks("decoder")
     shapes: Shapes | None = None if transforms else {f"{path}.self_attn.k_bias": () for path in layers}
     quantize_structure(model, chosen, shapes)
@@ -54,7 +61,8 @@ def _stacked(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def fill(group: QuantLinear, weight: Tensor, bias: Tensor | None, clip: float) -> None:
-    """Set a group from a float weight [N, K]: Hadamard factors where it has any. They are orthogonal, so P^-T = P and W' = W P."""
+    """Set a group from a float weight [N, K]: Hadamard factors where it has any. They are orthogonal, so P^-T = P and
+    W' = W P."""
     for factor in (group.left, group.right):
         if factor is not None:
             factor.copy_(hadamard(factor.shape[0]))

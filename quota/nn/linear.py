@@ -1,4 +1,5 @@
-"""W4A4 linear layer: one projection group, that is one input transform, one activation clip and the fused rows that read it."""
+"""W4A4 linear layer: one projection group, that is one input transform, one activation clip and the fused rows that
+read it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ R = TypeVar("R")
 
 
 def without_grad(function: Callable[P, R]) -> Callable[P, R]:
-    """`torch.no_grad()` that costs nothing where gradients are off already: a decode step passes eight of these per layer."""
+    """`torch.no_grad()` that costs nothing where gradients are off already: a decode step passes eight of these per
+    layer."""
     guarded = torch.no_grad()(function)
 
     @wraps(function)
@@ -38,7 +40,8 @@ def as_dtype_of(y: Tensor, x: Tensor) -> Tensor:
 
 
 class Float32State(nn.Module):
-    """A module whose floating buffers are part of a format: `half()`, `bfloat16()` and `to(dtype)` move them but never round them."""
+    """A module whose floating buffers are part of a format: `half()`, `bfloat16()` and `to(dtype)` move them but never
+    round them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if recurse:
@@ -47,7 +50,11 @@ class Float32State(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 device = fn(torch.zeros(0, device=buffer.device)).device
-                self._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta and device.type != "meta" else buffer.to(device)
+                self._buffers[name] = (
+                    torch.empty_like(buffer, device=device)
+                    if buffer.is_meta and device.type != "meta"
+                    else buffer.to(device)
+                )
         self.forget()
         return self
 
@@ -56,14 +63,17 @@ class Float32State(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Drop whatever was derived from the buffers; it is derived again when needed. Call it after writing into a buffer."""
+        """Drop whatever was derived from the buffers; it is derived again when needed. Call it after writing into a
+        buffer."""
 
 
 class QuantLinear(Float32State):
     """y = dequant(Qa(x (left kron right))) w^T + bias with int4 weights and int4 activations.
 
-    Buffers, which are also the checkpoint's tensors: `left` [l, l] and `right` [r, r] float32 (each may be absent; l * r == K),
-    `clip` float32 scalar, `w_q` [N, ceil(K/2)] uint8 (two nibbles, low = even k), `w_scale` [N] float32, `bias` [N] float32 or absent.
+    Buffers, which are also the checkpoint's tensors: `left` [l, l] and `right` [r, r] float32 (each may be absent; l *
+    r == K),
+    `clip` float32 scalar, `w_q` [N, ceil(K/2)] uint8 (two nibbles, low = even k), `w_scale` [N] float32, `bias` [N]
+    float32 or absent.
     The weight is already expressed in the transformed basis.
     """
 
@@ -74,13 +84,24 @@ class QuantLinear(Float32State):
     w_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, left: int | None = None, right: int | None = None,
-                 device: torch.device | str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        left: int | None = None,
+        right: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         left, right = left or None, right or None
         _check_factors(in_features, left, right)
-        float32: Any = {"dtype": torch.float32, "device": device}  # whatever the default dtype is while a model is being built
+        float32: Any = {
+            "dtype": torch.float32,
+            "device": device,
+        }  # whatever the default dtype is while a model is being built
         self.register_buffer("left", None if left is None else torch.zeros(left, left, **float32))
         self.register_buffer("right", None if right is None else torch.zeros(right, right, **float32))
         self.register_buffer("clip", torch.ones((), **float32))
@@ -141,7 +162,8 @@ class QuantLinear(Float32State):
 
     @torch.no_grad()
     def quant_risk(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation quantizer."""
+        """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation
+        quantizer."""
         rows = self._rows(x)
         u = ops.transform(rows, self.left, self.right)
         x_q, x_scale = self._quantize(rows)
@@ -152,7 +174,10 @@ class QuantLinear(Float32State):
 
     def extra_repr(self) -> str:
         left, right = (None if t is None else t.shape[0] for t in (self.left, self.right))
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, left={left}, right={right}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" left={left}, right={right}"
+        )
 
 
 def row_norm(x: Tensor) -> Tensor:
@@ -162,6 +187,8 @@ def row_norm(x: Tensor) -> Tensor:
 
 def _check_factors(in_features: int, left: int | None, right: int | None) -> None:
     if (left is not None and in_features % left) or (right is not None and in_features % right):
-        raise ValueError(f"transform: expected factors dividing {in_features} input features, got left {left} and right {right}")
+        raise ValueError(
+            f"transform: expected factors dividing {in_features} input features, got left {left} and right {right}"
+        )
     if left is not None and right is not None and left * right != in_features:
         raise ValueError(f"transform: expected left * right == {in_features} input features, got {left} * {right}")

@@ -12,12 +12,14 @@ from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 
 GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}
 PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-_BLOCK_BYTES = 20 << 20  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
+_BLOCK_BYTES = (
+    20 << 20
+)  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
 
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels disagree in the
-    last bit, so a float32 result would depend on where a token lies in the batch."""
+    """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels
+    disagree in the last bit, so a float32 result would depend on where a token lies in the batch."""
     return function(x.double()).float()
 
 
@@ -31,10 +33,15 @@ class QuantMLP(nn.Module):
 
     @without_grad
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> same shape and dtype. Rows do not depend on each other, so a long prompt goes in blocks of them."""
+        """x [..., hidden] -> same shape and dtype. Rows do not depend on each other, so a long prompt goes in blocks of
+        them."""
         rows = as_float32(x.reshape(-1, x.shape[-1]))
         blocks = -(-4 * len(rows) * self.gate_up_proj.out_features // _BLOCK_BYTES) if rows.is_cpu else 1
-        y = self._rows(rows) if blocks <= 1 else torch.cat([self._rows(part) for part in rows.split(-(-len(rows) // blocks))])
+        y = (
+            self._rows(rows)
+            if blocks <= 1
+            else torch.cat([self._rows(part) for part in rows.split(-(-len(rows) // blocks))])
+        )
         return as_dtype_of(y.view(x.shape), x)
 
     def _rows(self, rows: Tensor) -> Tensor:

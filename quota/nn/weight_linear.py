@@ -18,8 +18,9 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 class WeightLinear(Float32State):
     """y = (x * input_scale) w^T + bias with w = (q - zero) * scale, in groups of 128 along K.
 
-    Buffers, which are also the checkpoint's tensors: `w_q` [N, ceil(K/2)] uint8 (two codes 0..15, low = even k), `w_scale` float32 and `w_zero` uint8
-    [N, ceil(K/128)], `bias` [N] float32 or absent, `input_scale` [K] float32 or absent (AWQ's, where no module before could take it).
+    Buffers, which are also the checkpoint's tensors: `w_q` [N, ceil(K/2)] uint8 (two codes 0..15, low = even k),
+    `w_scale` float32 and `w_zero` uint8 [N, ceil(K/128)], `bias` [N] float32 or absent, `input_scale` [K] float32 or
+    absent (AWQ's, where no module before could take it).
     """
 
     w_q: Tensor
@@ -28,7 +29,9 @@ class WeightLinear(Float32State):
     bias: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, input_scale: bool = False, device: Any = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, input_scale: bool = False, device: Any = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         float32: Any = {"dtype": torch.float32, "device": device}
@@ -69,4 +72,7 @@ class WeightLinear(Float32State):
 
     def extra_repr(self) -> str:
         scaled = self.input_scale is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, input_scale={scaled}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" input_scale={scaled}"
+        )

@@ -13,13 +13,16 @@ from quota.ops.weights import Kv
 _ROWS_AT_ONCE = 128
 
 
-def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """q float32 [B, H, S, D], k float32 [B, Hkv, S, D] or S packed slots of a cache, lse float32 [B, H, S]; text and visual bool [B, S]
-    -> (inter, intra) float32 [B, S].
+def token_score_ref(
+    q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """q float32 [B, H, S, D], k float32 [B, Hkv, S, D] or S packed slots of a cache, lse float32 [B, H, S]; text and
+    visual bool [B, S] -> (inter, intra) float32 [B, S].
 
-    inter_i = mean over heads and text queries of A[h, t, i]; intra_i the same over visual queries; 0 where i is not visual, and where there
-    are no queries. A[h, t, i] = exp(q_t . k_i * scaling - lse_t) for i <= t (method.md, equation 6).
-    Exactness: float stage, relative RMS; bits independent of batch, threads and instruction set. The Triton kernel gives the native library's bits.
+    inter_i = mean over heads and text queries of A[h, t, i]; intra_i the same over visual queries; 0 where i is not
+    visual, and where there are no queries. A[h, t, i] = exp(q_t . k_i * scaling - lse_t) for i <= t (method.md,
+    equation 6). Exactness: float stage, relative RMS; bits independent of batch, threads and instruction set. The
+    Triton kernel gives the native library's bits.
     """
     b, h, s, d = q.shape
     k = k if isinstance(k, Tensor) else dequantized(k, s, d)
@@ -31,7 +34,9 @@ def token_score_ref(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual
             queries = mask[row].nonzero()[:, 0]
             total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
             for block in queries.split(_ROWS_AT_ONCE):
-                p = torch.exp(q[row, :, block].double() @ keys.transpose(-1, -2) * scaling - lse[row, :, block, None].double())
+                p = torch.exp(
+                    q[row, :, block].double() @ keys.transpose(-1, -2) * scaling - lse[row, :, block, None].double()
+                )
                 total += (p * (columns[None, :] <= block[:, None])).sum((0, 1))
             out[row, columns] = (total / max(1, h * len(queries))).float()
     return inter, intra

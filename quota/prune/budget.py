@@ -1,8 +1,9 @@
 """How many visual tokens each picture keeps at a layer.
 
-`reference: recorded` counts V_ref tokens per picture of the prompt, and the pictures of a prompt compete for the sum. `reference: per_image` gives
-every picture ceil(r_l * V) of its own V and chooses inside it: a picture of dynamic resolution keeps the same share however large its neighbours
-are, and what is kept of it depends on them only through the scores.
+`reference: recorded` counts V_ref tokens per picture of the prompt, and the pictures of a prompt compete for the sum.
+`reference: per_image` gives
+every picture ceil(r_l * V) of its own V and chooses inside it: a picture of dynamic resolution keeps the same share
+however large its neighbours are, and what is kept of it depends on them only through the scores.
 """
 
 from __future__ import annotations
@@ -19,21 +20,28 @@ if TYPE_CHECKING:
     from quota.core.recipe import Recipe
 
 
-def plan_budgets(recipe: Recipe, ratio: float, picture: Tensor, counts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(group, budget) of equation (5): group int64 [B, S], the set a token competes in (-1: not visual), and budget int64 [B, sets].
+def plan_budgets(
+    recipe: Recipe, ratio: float, picture: Tensor, counts: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """(group, budget) of equation (5): group int64 [B, S], the set a token competes in (-1: not visual), and budget
+    int64 [B, sets].
 
-    picture [B, S]: number of the picture a token belongs to, -1 where not visual. counts: per row, V of each picture of the unpruned prompt.
+    picture [B, S]: number of the picture a token belongs to, -1 where not visual. counts: per row, V of each picture of
+    the unpruned prompt.
     """
     if recipe.reference == "recorded":
         budget = torch.tensor([[kept_tokens(ratio, recipe.reference_tokens * len(row))] for row in counts])
         return picture.clamp_max(0), budget.to(picture.device)
     widest = max(map(len, counts), default=0)
-    budget = torch.tensor([[kept_tokens(ratio, v) for v in (*row, *[0] * (widest - len(row)))] for row in counts], dtype=torch.int64)
+    budget = torch.tensor(
+        [[kept_tokens(ratio, v) for v in (*row, *[0] * (widest - len(row)))] for row in counts], dtype=torch.int64
+    )
     return picture, budget.to(picture.device)
 
 
 def plan_drops(recipe: Recipe, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """picture [B, S] as above -> (group, candidate -> budget), only candidates where some set has more tokens than its budget."""
+    """picture [B, S] as above -> (group, candidate -> budget), only candidates where some set has more tokens than its
+    budget."""
     counts = picture_sizes(picture)
     group, alive = picture, None
     plan: dict[int, Tensor] = {}
@@ -53,4 +61,8 @@ def picture_sizes(picture: Tensor) -> list[list[int]]:
 
 def set_sizes(group: Tensor, sets: int) -> Tensor:
     """group [B, S] -> [B, sets] int64, the tokens of each set."""
-    return torch.stack([(group == number).sum(-1) for number in range(sets)], -1) if sets else group.new_zeros(len(group), 0)
+    return (
+        torch.stack([(group == number).sum(-1) for number in range(sets)], -1)
+        if sets
+        else group.new_zeros(len(group), 0)
+    )

@@ -1,6 +1,7 @@
 """Policies: from scores and similarities of the tokens of one row to the set that stays.
 
-All are greedy on the host in numpy: elementwise IEEE steps and exact integers, so neither threads nor batch nor instruction set can show.
+All are greedy on the host in numpy: elementwise IEEE steps and exact integers, so neither threads nor batch nor
+instruction set can show.
 `argmax` returns the first maximum, which is the rule for ties: the lower index.
 """
 
@@ -25,8 +26,8 @@ _NO_GAIN = 1e-10
 def cosines(x: Tensor, y: Tensor | None = None) -> np.ndarray:
     """x [V, d], y [W, d] (default x) -> float64 [V, W]: cosines times `ONE`, whole numbers.
 
-    Unit vectors are rounded to 22 bits, so that products and all partial sums are whole numbers below 2^53: the matrix product is exact
-    in whatever order it is summed.
+    Unit vectors are rounded to 22 bits, so that products and all partial sums are whole numbers below 2^53: the matrix
+    product is exact in whatever order it is summed.
     """
     u = _unit(x)
     return (u @ (u if y is None else _unit(y)).T).cpu().numpy()
@@ -49,7 +50,8 @@ def topk(score: np.ndarray, keep: int) -> np.ndarray:
 
 
 def farthest(distance: np.ndarray, keep: int, first: int) -> list[int]:
-    """Greedy max-min: from `first`, always the element whose distance to the nearest chosen one is largest. distance [V, V]."""
+    """Greedy max-min: from `first`, always the element whose distance to the nearest chosen one is largest. distance
+    [V, V]."""
     chosen = [first]
     nearest = distance[first].copy()
     taken = np.full(len(nearest), False)
@@ -61,7 +63,8 @@ def farthest(distance: np.ndarray, keep: int, first: int) -> list[int]:
 
 
 def maxmin(similarity: np.ndarray, keep: int) -> list[int]:
-    """DivPrune: greedy max-min of 1 - cosine, from the token whose nearest neighbour is farthest. similarity as from `cosines`."""
+    """DivPrune: greedy max-min of 1 - cosine, from the token whose nearest neighbour is farthest. similarity as from
+    `cosines`."""
     distance = np.maximum(ONE - similarity, 0.0)
     apart = distance.copy()
     np.fill_diagonal(apart, np.inf)
@@ -69,7 +72,8 @@ def maxmin(similarity: np.ndarray, keep: int) -> list[int]:
 
 
 def mmr(score: np.ndarray, similarity: np.ndarray, keep: int, share: float) -> list[int]:
-    """Maximal marginal relevance: greedy maximum of share * score - (1 - share) * largest cosine to a chosen token; scores scaled to 0..1."""
+    """Maximal marginal relevance: greedy maximum of share * score - (1 - share) * largest cosine to a chosen token;
+    scores scaled to 0..1."""
     value = share * scaled(score)
     closest = np.full(len(value), 0.0)
     chosen: list[int] = []
@@ -85,12 +89,13 @@ def mmr(score: np.ndarray, similarity: np.ndarray, keep: int, share: float) -> l
 def dpp(score: np.ndarray, similarity: np.ndarray, keep: int) -> list[int]:
     """CDPruner: greedy MAP of a determinantal point process with kernel r_i cos(i, j) r_j, r the scores scaled to 0..1.
 
-    Rows of the Cholesky factor are kept, so a step costs what was chosen so far times V (Chen, Zhang and Zhou, NeurIPS 2018). Where nothing
-    enlarges the determinant any more (more tokens than dimensions), the rest is taken by score.
+    Rows of the Cholesky factor are kept, so a step costs what was chosen so far times V (Chen, Zhang and Zhou, NeurIPS
+    2018). Where nothing enlarges the determinant any more (more tokens than dimensions), the rest is taken by score.
 
-    It wants features of many dimensions: once the chosen tokens span those that carry signal, every token's gain is noise. The embedded LLaVA's features hold
-    99 % of the energy of cos(i, j) in 17 of 192 directions, so at 64 of 576 tokens this stays below a random choice there, whatever the relevance (float model,
-    120 questions, per cent right: dpp 49, dpp of equal scores 46, random 58; top-k of the same relevance 73, `maxmin` 78).
+    It wants features of many dimensions: once the chosen tokens span those that carry signal, every token's gain is
+    noise. The embedded LLaVA's features hold 99 % of the energy of cos(i, j) in 17 of 192 directions, so at 64 of 576
+    tokens this stays below a random choice there, whatever the relevance (float model, 120 questions, per cent right:
+    dpp 49, dpp of equal scores 46, random 58; top-k of the same relevance 73, `maxmin` 78).
     """
     r = scaled(score) + 1e-6
     kernel = r[:, None] * (similarity / ONE) * r[None, :]
@@ -113,8 +118,8 @@ def dpp(score: np.ndarray, similarity: np.ndarray, keep: int) -> list[int]:
 
 
 def grid(score: np.ndarray, places: np.ndarray, sizes: Sequence[tuple[int, int]], keep: int, share: float) -> list[int]:
-    """ceil(share * keep) tokens spread evenly over the pictures, the rest by score. places int64 [V, 3]: picture, row, column; sizes: (rows,
-    columns) per picture. An even site takes the nearest token that is alive and free."""
+    """ceil(share * keep) tokens spread evenly over the pictures, the rest by score. places int64 [V, 3]: picture, row,
+    column; sizes: (rows, columns) per picture. An even site takes the nearest token that is alive and free."""
     even = min(keep, math.ceil(share * keep))
     alive = np.bincount(places[:, 0], minlength=len(sizes)).tolist()
     free = np.full(len(score), True)
@@ -130,7 +135,8 @@ def grid(score: np.ndarray, places: np.ndarray, sizes: Sequence[tuple[int, int]]
 
 
 def even_sites(rows: int, columns: int, count: int) -> list[tuple[int, int]]:
-    """`count` distinct places (row, column) at the centres of equal parts of a picture: about square parts, in rows of equal height."""
+    """`count` distinct places (row, column) at the centres of equal parts of a picture: about square parts, in rows of
+    equal height."""
     if not count:
         return []
     used = min(rows, max(-(-count // columns), round(math.sqrt(count * rows / columns)), 1))
@@ -142,7 +148,8 @@ def even_sites(rows: int, columns: int, count: int) -> list[tuple[int, int]]:
 
 
 def _divide(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` <= sum(weights) shared in proportion, largest remainders first, ties to the earlier; never more than the weight."""
+    """`total` <= sum(weights) shared in proportion, largest remainders first, ties to the earlier; never more than the
+    weight."""
     whole = sum(weights)
     parts = [total * w // whole for w in weights]
     order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
@@ -152,6 +159,9 @@ def _divide(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def random_scores(seed: int, digests: Sequence[str], number: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """float32 [V] in [0, 1): a hash of seed, picture content and place, so a picture's order is the same in any prompt, batch and layer."""
+    """float32 [V] in [0, 1): a hash of seed, picture content and place, so a picture's order is the same in any prompt,
+    batch and layer."""
     keys = (f"{seed} {digests[n]} {p}".encode() for n, p in zip(number.tolist(), place.tolist(), strict=True))
-    return np.array([int.from_bytes(hashlib.blake2b(key, digest_size=3).digest()) for key in keys], dtype=np.float32) / np.float32(1 << 24)
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(key, digest_size=3).digest()) for key in keys], dtype=np.float32
+    ) / np.float32(1 << 24)

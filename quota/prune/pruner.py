@@ -1,15 +1,16 @@
 """Pruning visual tokens between decoder layers with forward pre-hooks; the model's own forwards stay as they are.
 
-Before each candidate layer the recipe's selection chooses among the visual tokens alive, and only the kept ones go on: hidden states,
-rotary positions, masks and the layer caches all follow. Tokens are dropped at prefill only.
+Before each candidate layer the recipe's selection chooses among the visual tokens alive, and only the kept ones go on:
+hidden states, rotary positions, masks and the layer caches all follow. Tokens are dropped at prefill only.
 
-Candidate -1 chooses among the merged embeddings, before layer 0 sees them. Layer 0's cache then holds the kept tokens and still reports the
-whole prompt's length, by which `generate` and the text model count positions.
+Candidate -1 chooses among the merged embeddings, before layer 0 sees them. Layer 0's cache then holds the kept tokens
+and still reports the whole prompt's length, by which `generate` and the text model count positions.
 
-Positions. "original": kept tokens keep the prompt's rotary positions and decoding continues the unpruned counter. "compact": inside each
-layer the alive tokens are renumbered without gaps from the row's first position, and decoding at a layer continues from that layer's own
-last number; what a layer cached and what it computes later therefore always use one numbering. Under M-RoPE "original" keeps a token's three
-positions together; "compact" gives the alive tokens one consecutive number for all three, so the picture's layout is no longer in them.
+Positions. "original": kept tokens keep the prompt's rotary positions and decoding continues the unpruned counter.
+"compact": inside each layer the alive tokens are renumbered without gaps from the row's first position, and decoding at
+a layer continues from that layer's own last number; what a layer cached and what it computes later therefore always use
+one numbering. Under M-RoPE "original" keeps a token's three positions together; "compact" gives the alive tokens one
+consecutive number for all three, so the picture's layout is no longer in them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,18 @@ from quota.nn.attention import QuantAttention, Record
 from quota.nn.cache import Rows, RowState, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
 from quota.prune.budget import plan_drops
-from quota.prune.call import Call, LastOutcome, Lengths, Mark, Outcome, Prefill, Stage, ahead_of, continued_positions, prompt_columns
+from quota.prune.call import (
+    Call,
+    LastOutcome,
+    Lengths,
+    Mark,
+    Outcome,
+    Prefill,
+    Stage,
+    ahead_of,
+    continued_positions,
+    prompt_columns,
+)
 from quota.prune.recording import start_recording, stop_recording
 from quota.prune.scores import text_queries
 from quota.prune.select import Alive, asks_for_pictures, choose
@@ -43,10 +55,11 @@ if TYPE_CHECKING:
 class Pruner:
     """Installs a recipe on a model, float or quantized. `remove()` takes every trace away.
 
-    forced: candidate layer -> bool [B, prompt tokens] to keep instead of the scored choice (visual tokens only; others stay).
-    After a prefill `kept` maps each candidate to bool [B, prompt tokens] (True = alive from there on) and `cache_lengths` lists the tokens
-    each decoder layer ran on; `signals` maps each candidate that dropped tokens to its raw scores when `keep_signals` is set. All three are of
-    the last prefill of the thread that reads them. Threads may share the model; a deep copy has the recipe installed for itself.
+    forced: candidate layer -> bool [B, prompt tokens] to keep instead of the scored choice (visual tokens only; others
+    stay). After a prefill `kept` maps each candidate to bool [B, prompt tokens] (True = alive from there on) and
+    `cache_lengths` lists the tokens each decoder layer ran on; `signals` maps each candidate that dropped tokens to its
+    raw scores when `keep_signals` is set. All three are of the last prefill of the thread that reads them. Threads may
+    share the model; a deep copy has the recipe installed for itself.
     """
 
     def __init__(self, model: Any, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
@@ -56,7 +69,11 @@ class Pruner:
             raise UsageError("recipe: one is already installed on this model; undo it first")
         self.watch = watch = Watch(family, recipe, forced)
         layers: Any = self.text.layers
-        self._base = start_recording(self.text) if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers) else None
+        self._base = (
+            start_recording(self.text)
+            if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers)
+            else None
+        )
         self._handles: list[Any] = [
             model.register_forward_pre_hook(watch.before_model, with_kwargs=True),
             model.get_submodule(family.model_path).register_forward_pre_hook(watch.before_merge, with_kwargs=True),
@@ -100,7 +117,8 @@ class Pruner:
 
 
 class Watch:
-    """The hooks of one recipe. It knows no module and keeps nothing of a call but its outcome, so a submodule may be deep-copied with its hooks."""
+    """The hooks of one recipe. It knows no module and keeps nothing of a call but its outcome, so a submodule may be
+    deep-copied with its hooks."""
 
     def __init__(self, family: Family, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
         self.family, self.recipe, self.forced = family, recipe, forced
@@ -115,13 +133,19 @@ class Watch:
         return copy
 
     def __reduce__(self) -> Any:
-        raise UsageError("pickle: a model under a recipe cannot be pickled (transformers' own hooks cannot); call quota.load(..., recipe=...) in the worker")
+        raise UsageError(
+            "pickle: a model under a recipe cannot be pickled (transformers' own hooks cannot); call quota.load(...,"
+            " recipe=...) in the worker"
+        )
 
     # what the hooks see, from the outside in
 
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is not None:
-            raise UsageError("labels: a pruned forward returns logits of the surviving tokens only, so a loss is undefined; undo the recipe first")
+            raise UsageError(
+                "labels: a pruned forward returns logits of the surviving tokens only, so a loss is undefined; undo the"
+                " recipe first"
+            )
 
     def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -131,14 +155,17 @@ class Watch:
             if pixels is None:
                 call.shown = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_shown", None)
             else:
-                call.shown = shown_pictures(pixels if grids is None else pixels.type(module.visual.dtype), grids, self.family.merge)
+                call.shown = shown_pictures(
+                    pixels if grids is None else pixels.type(module.visual.dtype), grids, self.family.merge
+                )
         return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
 
     def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return args, {name: value for name, value in kwargs.items() if name != "quota_call"}
 
     def after_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """`generate` encodes pictures before its first forward and hands the features on: what they show goes with them."""
+        """`generate` encodes pictures before its first forward and hands the features on: what they show goes with
+        them."""
         if self.asks_for_pictures and not isinstance(output, tuple):
             pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
             output.quota_shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.family.merge)
@@ -152,7 +179,10 @@ class Watch:
         call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.family.image_index(ids))
         call.text = module
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
-            raise UsageError("gradient_checkpointing: layers would run again without the tokens they were given; undo the recipe, or call model.eval()")
+            raise UsageError(
+                "gradient_checkpointing: layers would run again without the tokens they were given; undo the recipe, or"
+                " call model.eval()"
+            )
         cached = 0 if cache is None else cache.get_seq_length()
         tokens = given.shape[1]
         if cached:
@@ -160,10 +190,14 @@ class Watch:
             if tokens > 1:
                 self._check_continuation(call.picture, mask, cached, tokens)
         elif call.picture is None:
-            raise UsageError("input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual")
+            raise UsageError(
+                "input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual"
+            )
         else:
             call.prefill = self._prefill(call, mask, cache)
-            call.mark = Mark(self.recipe, ahead_of(kwargs.get("position_ids"), mask, tokens) if self.family.axes > 1 else None)
+            call.mark = Mark(
+                self.recipe, ahead_of(kwargs.get("position_ids"), mask, tokens) if self.family.axes > 1 else None
+            )
         if cache is not None:
             cache.quota_mark = None  # until this call has filled all its layers
         return args, {**kwargs, "quota_call": call}
@@ -177,17 +211,27 @@ class Watch:
         mark: Mark | None = getattr(cache, "quota_mark", None)
         if mark is None:
             raise UsageError(
-                "past_key_values: expected a cache filled under this recipe, got one that another model or no recipe filled, or whose last call is not "
-                "finished; start from an empty cache"
+                "past_key_values: expected a cache filled under this recipe, got one that another model or no recipe"
+                " filled, or whose last call is not finished; start from an empty cache"
             )
         if mark.recipe is not self.recipe and mark.recipe != self.recipe:
-            raise UsageError("past_key_values: expected a cache filled under this recipe, got one of another recipe; start from an empty cache")
+            raise UsageError(
+                "past_key_values: expected a cache filled under this recipe, got one of another recipe; start from an"
+                " empty cache"
+            )
         return mark
 
     def _positions(self, ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """M-RoPE positions of a continued prompt, where they are not given: upstream would take the offset of the last prompt anyone gave the model."""
+        """M-RoPE positions of a continued prompt, where they are not given: upstream would take the offset of the last
+        prompt anyone gave the model."""
         cache = kwargs.get("past_key_values")
-        if self.family.axes == 1 or kwargs.get("position_ids") is not None or cache is None or ids is None or not cache.get_seq_length():
+        if (
+            self.family.axes == 1
+            or kwargs.get("position_ids") is not None
+            or cache is None
+            or ids is None
+            or not cache.get_seq_length()
+        ):
             return {}
         cached, ahead = cache.get_seq_length(), self.mark_of(cache).ahead
         return {"position_ids": continued_positions(ahead, len(ids), cached, cached + ids.shape[1], ids.device)}
@@ -197,26 +241,33 @@ class Watch:
         own = tokens if known is None else max(known - cached, 0)  # behind them: what `generate` drafted
         if picture is not None and bool((picture[:, :own] >= 0).any()):
             raise UsageError(
-                "past_key_values: image tokens arrived after cached ones; pruning ranks a whole prompt at once, so give all images in one "
-                "prefill (no prefill_chunk_size, no new images on a cached conversation)"
+                "past_key_values: image tokens arrived after cached ones; pruning ranks a whole prompt at once, so give"
+                " all images in one prefill (no prefill_chunk_size, no new images on a cached conversation)"
             )
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -tokens:].all()):
-            raise UsageError("attention_mask: padding inside a continued conversation is not supported; continue rows one at a time")
+            raise UsageError(
+                "attention_mask: padding inside a continued conversation is not supported; continue rows one at a time"
+            )
 
     def _prefill(self, call: Call, mask: Any, cache: Any) -> Prefill:
         assert call.picture is not None
         picture = call.picture
         batch, tokens = picture.shape
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise UsageError("attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the tokenizer's mask")
+            raise UsageError(
+                "attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the"
+                " tokenizer's mask"
+            )
         if mask is not None and mask.shape[1] != tokens:
             raise UsageError(
-                f"attention_mask: expected {tokens} columns, one per prompt token, got {mask.shape[1]}; pruning needs the whole prompt in one prefill "
-                "(no prefill_chunk_size, no static cache)"
+                f"attention_mask: expected {tokens} columns, one per prompt token, got {mask.shape[1]}; pruning needs"
+                " the whole prompt in one prefill (no prefill_chunk_size, no static cache)"
             )
         if cache is not None:
             if any(layer.is_compileable for layer in cache.layers):
-                raise UsageError("past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset")
+                raise UsageError(
+                    "past_key_values: a static cache cannot hold pruned layers; leave cache_implementation unset"
+                )
             for layer in cache.layers:
                 if isinstance(layer, RowState):
                     layer.forget_rows()
@@ -230,20 +281,27 @@ class Watch:
         text = torch.zeros_like(valid)
         text[:, :prompt] = text_queries(real[:, :prompt] >= 0, valid[:, :prompt])
         stage = Stage(
-            torch.arange(tokens, device=picture.device).expand(batch, -1), valid, group, text,
-            torch.zeros(batch, dtype=torch.int64, device=picture.device), start if bool(start.any()) else None,
-        )  # fmt: skip
+            torch.arange(tokens, device=picture.device).expand(batch, -1),
+            valid,
+            group,
+            text,
+            torch.zeros(batch, dtype=torch.int64, device=picture.device),
+            start if bool(start.any()) else None,
+        )
         outcome = Outcome(cache_lengths=[tokens] * self.family.layers)
         self.last.set(outcome)
         return Prefill(stage, keep, start.long(), tokens, prompt, Pictures.of(real, call.shown), outcome)
 
     def _plan(self, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than its budget."""
+        """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has
+        more tokens than its budget."""
         if self.forced is not None:
             return picture, {layer: torch.zeros(0) for layer in self.ratios} if bool((picture >= 0).any()) else {}
         return plan_drops(self.recipe, picture)
 
-    def before_layer(self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def before_layer(
+        self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
         call: Call | None = kwargs.pop("quota_call", None)
         if call is None:
             return None
@@ -262,7 +320,11 @@ class Watch:
         prefill.outcome.cache_lengths[number] = hidden.shape[1]
         if prefill.pruned:
             self._align(call, number, layer, hidden, kwargs)
-        if number + 1 in prefill.keep and self.forced is None and self.recipe.selection_at(number + 1).score in ATTENTION_SCORES:
+        if (
+            number + 1 in prefill.keep
+            and self.forced is None
+            and self.recipe.selection_at(number + 1).score in ATTENTION_SCORES
+        ):
             prefill.record = kwargs["quota_record"] = Record()
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -277,10 +339,15 @@ class Watch:
         else:
             own = hidden.shape[1] - (prefill.tokens - prefill.prompt)  # tokens of the prompt: no later one has a say
             alive = Alive(
-                hidden[:, :own], stage.group[:, :own], stage.text[:, :own], stage.index[:, :own], layer, prefill.pictures,
+                hidden[:, :own],
+                stage.group[:, :own],
+                stage.text[:, :own],
+                stage.index[:, :own],
+                layer,
+                prefill.pictures,
                 None if prefill.record is None else prefill.record.first(own),
                 lambda: self._own_record(call, max(candidate, 0), layer, hidden, kwargs).first(own),
-            )  # fmt: skip
+            )
             signals: dict[str, Tensor] = {}
             chosen = torch.zeros_like(stage.valid)
             chosen[:, :own] = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
@@ -291,10 +358,21 @@ class Watch:
         if torch.equal(keep, stage.valid):
             return hidden
         counts = keep.sum(-1)
-        order = torch.sort(keep.int(), dim=-1, stable=True).indices[:, hidden.shape[1] - int(counts.max()) :]  # dropped first, kept in order last
-        index, valid, group, text = (t.gather(1, order) for t in (stage.index, keep, stage.group.masked_fill(~keep, -1), stage.text & keep))
+        order = torch.sort(keep.int(), dim=-1, stable=True).indices[
+            :, hidden.shape[1] - int(counts.max()) :
+        ]  # dropped first, kept in order last
+        index, valid, group, text = (
+            t.gather(1, order) for t in (stage.index, keep, stage.group.masked_fill(~keep, -1), stage.text & keep)
+        )
         start = (order.shape[1] - counts).int()
-        prefill.stage = Stage(index, valid, group, text, stage.dropped + stage.valid.sum(-1) - counts, start if bool(start.any()) else None)
+        prefill.stage = Stage(
+            index,
+            valid,
+            group,
+            text,
+            stage.dropped + stage.valid.sum(-1) - counts,
+            start if bool(start.any()) else None,
+        )
         prefill.pruned = True
         return ops.token_gather(hidden, order)
 
@@ -340,7 +418,9 @@ class Watch:
         cos, sin = (t.expand(len(stage.index), -1, -1) for t in kwargs["position_embeddings"])
         return ops.token_gather(cos, stage.index), ops.token_gather(sin, stage.index)
 
-    def _decode(self, call: Call, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _decode(
+        self, call: Call, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         cache = kwargs.get("past_key_values")
         rows = cache.layers[number] if cache is not None and number < len(cache.layers) else None
         if isinstance(rows, RowState):
@@ -370,13 +450,22 @@ def _rows(cache: Any, number: int, layer: Any) -> Rows:
 
 
 def _float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
-    """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend wants."""
+    """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend
+    wants."""
     lengths: Any = Lengths(stored)
-    return create_causal_mask(config=text.config, inputs_embeds=hidden, attention_mask=valid, past_key_values=lengths, position_ids=None, layer_idx=0)
+    return create_causal_mask(
+        config=text.config,
+        inputs_embeds=hidden,
+        attention_mask=valid,
+        past_key_values=lengths,
+        position_ids=None,
+        layer_idx=0,
+    )
 
 
 def _first_position(positions: Tensor | None, first_column: Tensor) -> Tensor:
-    """[B, 1]: the rotary position of each row's first real token; 0 where a model keeps only positions of several axes."""
+    """[B, 1]: the rotary position of each row's first real token; 0 where a model keeps only positions of several
+    axes."""
     if positions is None:
         return torch.zeros_like(first_column)[:, None]
     rows = positions.expand(len(first_column), -1)

@@ -1,4 +1,5 @@
-"""Recording q, k and the log-sum-exp of a float model's attention: an attention function that delegates to the one in use."""
+"""Recording q, k and the log-sum-exp of a float model's attention: an attention function that delegates to the one in
+use."""
 
 from __future__ import annotations
 
@@ -23,8 +24,15 @@ _ROWS_AT_ONCE = 128
 
 
 def _recording(base: str) -> Any:
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, quota_record: Record | None = None,
-                  **kwargs: Any) -> Any:  # fmt: skip
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        quota_record: Record | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if quota_record is not None:
             scaling = kwargs.get("scaling") or module.scaling
             q, k = query.float().contiguous(), key.float().contiguous()
@@ -37,7 +45,8 @@ def _recording(base: str) -> Any:
 
 
 def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """q [B, H, T, D] for the last T of the keys k [B, Hkv, S, D] -> log-sum-exp [B, H, T] of what each query sees; -inf for padding."""
+    """q [B, H, T, D] for the last T of the keys k [B, Hkv, S, D] -> log-sum-exp [B, H, T] of what each query sees; -inf
+    for padding."""
     batch, heads, tokens, _ = q.shape
     length = k.shape[2]
     start = torch.zeros(batch, dtype=torch.int32, device=q.device) if mask is None else start_of_mask(mask, batch)
@@ -47,14 +56,17 @@ def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Ten
     for first in range(0, tokens, _ROWS_AT_ONCE):
         rows = slot[length - tokens + first : length - tokens + min(first + _ROWS_AT_ONCE, tokens)]
         seen = (slot >= start[:, None, None]) & (slot <= rows[:, None])
-        score = (q[:, :, first : first + len(rows)] @ keys.transpose(-1, -2) * scaling).masked_fill(~seen[:, None], float("-inf"))
+        score = (q[:, :, first : first + len(rows)] @ keys.transpose(-1, -2) * scaling).masked_fill(
+            ~seen[:, None], float("-inf")
+        )
         out[:, :, first : first + len(rows)] = score.logsumexp(-1)
     return out
 
 
 @contextmanager
 def recording(text_model: Any) -> Iterator[None]:
-    """While open, the float attentions of `text_model` accept `quota_record=`. UsageError for another backend than sdpa or eager."""
+    """While open, the float attentions of `text_model` accept `quota_record=`. UsageError for another backend than sdpa
+    or eager."""
     base = start_recording(text_model)
     try:
         yield
@@ -66,9 +78,14 @@ def start_recording(text_model: Any) -> str:
     """As `recording`; returns the backend for `stop_recording`."""
     base: str = text_model.config._attn_implementation
     if base.startswith(_PREFIX):
-        raise UsageError("recipe: one is already installed on this model or on another of the same configuration object; undo it first")
+        raise UsageError(
+            "recipe: one is already installed on this model or on another of the same configuration object; undo it"
+            " first"
+        )
     if base not in _BASES:
-        raise UsageError(f"attn_implementation: expected one of {list(_BASES)} for a model with float attention, got {base!r}")
+        raise UsageError(
+            f"attn_implementation: expected one of {list(_BASES)} for a model with float attention, got {base!r}"
+        )
     text_model.config._attn_implementation = _PREFIX + base
     return base
 

@@ -1,4 +1,5 @@
-"""Which visual tokens matter: equations (6) to (9), and published attention scores, on what the deployed layer computed anyway."""
+"""Which visual tokens matter: equations (6) to (9), and published attention scores, on what the deployed layer computed
+anyway."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _ROWS_AT_ONCE = 128
 
 
 def text_queries(visual: Tensor, valid: Tensor) -> Tensor:
-    """visual, valid [B, S] bool -> [B, S] bool: real tokens after the row's last visual token; its last token where there are none."""
+    """visual, valid [B, S] bool -> [B, S] bool: real tokens after the row's last visual token; its last token where
+    there are none."""
     column = torch.arange(visual.shape[1], device=visual.device)
     last_visual = torch.where(visual, column, -1).amax(-1, keepdim=True)
     text = valid & (column > last_visual)
@@ -30,7 +32,9 @@ def text_queries(visual: Tensor, valid: Tensor) -> Tensor:
     return text | (none & valid & (column == visual.shape[1] - 1))
 
 
-def token_signals(record: Record, hidden: Tensor, layer: Any, visual: Tensor, text: Tensor, quant: bool) -> dict[str, Tensor]:
+def token_signals(
+    record: Record, hidden: Tensor, layer: Any, visual: Tensor, text: Tensor, quant: bool
+) -> dict[str, Tensor]:
     """Equation (6), float32 [B, S] each, 0 where not visual: inter, intra, mag and, if asked, quant.
 
     record: attention of the layer before; hidden [B, S, hidden]: input of `layer`; visual, text [B, S] bool.
@@ -46,12 +50,16 @@ def token_signals(record: Record, hidden: Tensor, layer: Any, visual: Tensor, te
 
 def _filled(record: Record) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:
     if record.q is None or record.k is None or record.lse is None:
-        raise UsageError("attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was installed")
+        raise UsageError(
+            "attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was"
+            " installed"
+        )
     return record.q, record.k, record.lse
 
 
 def text_attention(record: Record, visual: Tensor, text: Tensor) -> Tensor:
-    """Attention of the text queries to each visual token, mean over heads and queries: float32 [B, S], 0 where not visual."""
+    """Attention of the text queries to each visual token, mean over heads and queries: float32 [B, S], 0 where not
+    visual."""
     return _column_mean(record, visual, text, torch.mean)
 
 
@@ -63,7 +71,8 @@ def last_token_attention(record: Record, visual: Tensor) -> Tensor:
 
 
 def cross_self(record: Record, visual: Tensor, text: Tensor) -> Tensor:
-    """FitPrune: of the largest head, mean attention from text queries times mean attention from visual queries. float32 [B, S]."""
+    """FitPrune: of the largest head, mean attention from text queries times mean attention from visual queries. float32
+    [B, S]."""
     return head_max_attention(record, visual, text) * head_max_attention(record, visual, visual)
 
 
@@ -73,7 +82,8 @@ def head_max_attention(record: Record, visual: Tensor, queries: Tensor) -> Tenso
 
 
 def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
-    """queries [B, S]: whose attention. Softmax rows in float64, rounded once, so that the order of summation cannot show."""
+    """queries [B, S]: whose attention. Softmax rows in float64, rounded once, so that the order of summation cannot
+    show."""
     (q, _, lse), k = _filled(record), record.float_keys()
     out = q.new_zeros(visual.shape)
     for row in range(len(visual)):
@@ -83,14 +93,17 @@ def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Ca
         keys = k[row, :, columns].double().repeat_interleave(q.shape[1] // k.shape[1], 0)
         total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
         for block in asking.split(_ROWS_AT_ONCE):
-            p = torch.exp(q[row, :, block].double() @ keys.transpose(-1, -2) * record.scaling - lse[row, :, block, None].double())
+            p = torch.exp(
+                q[row, :, block].double() @ keys.transpose(-1, -2) * record.scaling - lse[row, :, block, None].double()
+            )
             total += over_heads(p * (columns[None, :] <= block[:, None]), 0).sum(0)
         out[row, columns] = (total / len(asking)).float()
     return out
 
 
 def quant_risk(layer: Any, tokens: Tensor) -> Tensor:
-    """tokens [M, hidden] at the input of decoder layer `layer` -> [M] float32: error of the activation quantizer its attention deploys.
+    """tokens [M, hidden] at the input of decoder layer `layer` -> [M] float32: error of the activation quantizer its
+    attention deploys.
 
     A float layer is asked what per-token int4 rounding would cost it.
     """
@@ -110,12 +123,15 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 def robust_scale(values: Tensor, percentiles: Percentiles) -> Tensor:
     """Equation (7) on the tokens of one row: float [n] -> float64 [n] in 0..1, percentiles interpolated linearly."""
     x = values.double()
-    low, high = torch.quantile(x, torch.tensor([percentiles.low / 100, percentiles.high / 100], dtype=torch.float64, device=x.device))
+    low, high = torch.quantile(
+        x, torch.tensor([percentiles.low / 100, percentiles.high / 100], dtype=torch.float64, device=x.device)
+    )
     return ((x - low) / (high - low + _EPS)).clamp(0, 1)
 
 
 def combine(signals: Mapping[str, Tensor], visual: Tensor, weights: ScoreWeights, percentiles: Percentiles) -> Tensor:
-    """Equation (8): signals and visual [B, S] -> score [B, S] float32, 0 where not visual. Each row is scaled on its own."""
+    """Equation (8): signals and visual [B, S] -> score [B, S] float32, 0 where not visual. Each row is scaled on its
+    own."""
     score = torch.zeros(visual.shape, dtype=torch.float64, device=visual.device)
     for row, mask in enumerate(visual):
         if bool(mask.any()):

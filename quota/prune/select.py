@@ -1,4 +1,5 @@
-"""One interface for choosing: a recipe's candidate names a score and a policy, `choose` applies them to the tokens alive there."""
+"""One interface for choosing: a recipe's candidate names a score and a policy, `choose` applies them to the tokens
+alive there."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def asks_for_pictures(recipe: Recipe) -> bool:
 class Alive:
     """What a candidate chooses from; rows are padded on the left. [B, n] unless said otherwise.
 
-    hidden [B, n, d]: input of the candidate layer (merged embeddings at candidate -1). group int64: the set a visual token competes in, -1 for
-    text. text bool: text queries. column: place in the prompt. record: attention of the layer before, over the same n tokens. own_record: runs the
-    candidate layer's attention on them and returns what it left.
+    hidden [B, n, d]: input of the candidate layer (merged embeddings at candidate -1). group int64: the set a visual
+    token competes in, -1 for text. text bool: text queries. column: place in the prompt. record: attention of the layer
+    before, over the same n tokens. own_record: runs the candidate layer's attention on them and returns what it left.
     """
 
     hidden: Tensor
@@ -51,10 +52,14 @@ class Alive:
         return self.group >= 0
 
 
-def choose(recipe: Recipe, candidate: int, alive: Alive, keep: Tensor, signals: dict[str, Tensor] | None = None) -> Tensor:
-    """keep int64 [B, sets] -> bool [B, n]: the visual tokens that stay at `candidate`, keep[b, g] of each set g or all where there are fewer.
+def choose(
+    recipe: Recipe, candidate: int, alive: Alive, keep: Tensor, signals: dict[str, Tensor] | None = None
+) -> Tensor:
+    """keep int64 [B, sets] -> bool [B, n]: the visual tokens that stay at `candidate`, keep[b, g] of each set g or all
+    where there are fewer.
 
-    signals: filled with the terms of the quota score, if given. Deterministic; a row's choice does not depend on the others.
+    signals: filled with the terms of the quota score, if given. Deterministic; a row's choice does not depend on the
+    others.
     """
     selection, visual = recipe.selection_at(candidate), alive.visual
     if selection.policy in _INDIFFERENT or not keep.numel() or not int(keep.max()):
@@ -99,11 +104,15 @@ def _places(alive: Alive, row: int, columns: Tensor) -> np.ndarray:
     return np.stack([number, place // width, place % width], axis=-1)
 
 
-def token_scores(recipe: Recipe, selection: Selection, alive: Alive, signals: dict[str, Tensor] | None = None) -> Tensor:
+def token_scores(
+    recipe: Recipe, selection: Selection, alive: Alive, signals: dict[str, Tensor] | None = None
+) -> Tensor:
     """The selection's score, float32 [B, n], 0 where not visual."""
     name = selection.score
     if name == "quota":
-        terms = token_signals(_recorded(alive), alive.hidden, alive.layer, alive.visual, alive.text, quant=recipe.weights.quant != 0)
+        terms = token_signals(
+            _recorded(alive), alive.hidden, alive.layer, alive.visual, alive.text, quant=recipe.weights.quant != 0
+        )
         if signals is not None:
             signals.update(terms)
         return combine(terms, alive.visual, recipe.weights, recipe.percentiles)
@@ -128,25 +137,34 @@ def token_scores(recipe: Recipe, selection: Selection, alive: Alive, signals: di
 
 def _recorded(alive: Alive) -> Record:
     if alive.record is None:
-        raise UsageError("attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was installed")
+        raise UsageError(
+            "attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was"
+            " installed"
+        )
     return alive.record
 
 
 def _relevance(recipe: Recipe, alive: Alive, row: int, columns: Tensor) -> Tensor:
     """Mean cosine of each visual token to the row's text tokens [V].
 
-    The published method asks CLIP's text tower, which a LLaVA checkpoint does not hold; here both sides are what the language model reads. Its code takes the
-    negative of CLIP's cosine, because there patches resemble least the words for what they show; in this space they resemble them most (embedded model
-    as in `policies.dpp`, top-k: 73 % right, of the negative 38 %).
+    The published method asks CLIP's text tower, which a LLaVA checkpoint does not hold; here both sides are what the
+    language model reads. Its code takes the negative of CLIP's cosine, because there patches resemble least the words
+    for what they show; in this space they resemble them most (embedded model as in `policies.dpp`, top-k: 73 % right,
+    of the negative 38 %).
     """
     words = alive.hidden[row, alive.text[row]]
-    return torch.from_numpy(policies.cosines(alive.hidden[row, columns], words).sum(-1) / (policies.ONE * len(words))).float()
+    return torch.from_numpy(
+        policies.cosines(alive.hidden[row, columns], words).sum(-1) / (policies.ONE * len(words))
+    ).float()
 
 
 def _random(recipe: Recipe, alive: Alive, row: int, columns: Tensor) -> Tensor:
     digests = alive.pictures.digests
     if digests is None:
-        raise UsageError("pixel_values: the random score is seeded by the pictures' content, and none was encoded; pass pixels, not features")
+        raise UsageError(
+            "pixel_values: the random score is seeded by the pictures' content, and none was encoded; pass pixels, not"
+            " features"
+        )
     prompt = alive.column[row, columns]
     number, place = (t[row, prompt].cpu().numpy() for t in (alive.pictures.number, alive.pictures.place))
     return torch.from_numpy(policies.random_scores(recipe.seed, digests[row], number, place))

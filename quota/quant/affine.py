@@ -11,7 +11,8 @@ SMALLEST_RANGE = 1e-8  # an all-zero row still has a positive scale
 
 
 def _codes(scaled: Tensor, low: int, high: int) -> Tensor:
-    """Rounded and clamped. A NaN becomes code 0: its row's scale is NaN or infinite too, so the fault reaches the output."""
+    """Rounded and clamped. A NaN becomes code 0: its row's scale is NaN or infinite too, so the fault reaches the
+    output."""
     return torch.nan_to_num(torch.round(scaled), nan=0.0).clamp(low, high)
 
 
@@ -43,7 +44,8 @@ def quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_kv(x: Tensor, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [..., D] -> (uint8 [..., D] in 0..15, scale [...], zero [...]) with x ~ q * scale + zero, per token and head."""
+    """float32 [..., D] -> (uint8 [..., D] in 0..15, scale [...], zero [...]) with x ~ q * scale + zero, per token and
+    head."""
     low, high = x.amin(-1) * clip, x.amax(-1) * clip
     scale = (high - low).clamp_min(SMALLEST_RANGE) / 15.0
     return _codes((x - low[..., None]) * (1.0 / scale)[..., None], 0, 15).to(torch.uint8), scale, low
@@ -55,6 +57,7 @@ def dequantize_kv(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def quantize_weight(w: Tensor, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Round to nearest per output channel: float [N, K] -> (packed uint8 [N, ceil(K/2)], float32 scale [N]). `clip`: number or [N]."""
+    """Round to nearest per output channel: float [N, K] -> (packed uint8 [N, ceil(K/2)], float32 scale [N]). `clip`:
+    number or [N]."""
     q, scale = quantize_symmetric(w.float(), clip)
     return pack_int4(q), scale

@@ -1,9 +1,10 @@
 """AWQ: scaling the input channels that matter before rounding, and clipping each group's range.
 
-Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (MLSys 2024). With x W^T = (x / s) (W s)^T,
-rounding W s leaves less error on a channel whose s is large, as long as the channel does not decide its group's range. s = a^alpha, a the mean magnitude of
-each input channel; alpha is searched on a grid for the least output error on samples of the input. Then the range of every group is shrunk by the factor of
-a second grid that gives the least error of the group's share of the output.
+Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (MLSys 2024). With
+x W^T = (x / s) (W s)^T, rounding W s leaves less error on a channel whose s is large, as long as the channel does not
+decide its group's range. s = a^alpha, a the mean magnitude of each input channel; alpha is searched on a grid for the
+least output error on samples of the input. Then the range of every group is shrunk by the factor of a second grid that
+gives the least error of the group's share of the output.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ _LEAST_MAGNITUDE = 1e-4
 _ROWS_AT_ONCE = 64  # weight rows of a clip search: bounds its memory
 
 
-def search_scale(weights: Sequence[Tensor], x: Tensor, magnitude: Tensor, symmetric: bool = False) -> tuple[Tensor, float]:
-    """weights [N_i, K] that read the same input, x [R, K] samples of it, magnitude [K] the mean |x| over all inputs -> (s [K] float32, alpha).
+def search_scale(
+    weights: Sequence[Tensor], x: Tensor, magnitude: Tensor, symmetric: bool = False
+) -> tuple[Tensor, float]:
+    """weights [N_i, K] that read the same input, x [R, K] samples of it, magnitude [K] the mean |x| over all inputs ->
+    (s [K] float32, alpha).
 
-    s minimises the squared output error of all weights together, rounded to nearest; geometric mean of its extremes 1. alpha 0 (s = 1) is among the candidates
-    and wins ties, so the error on x is never larger than that of rounding to nearest.
+    s minimises the squared output error of all weights together, rounded to nearest; geometric mean of its extremes 1.
+    alpha 0 (s = 1) is among the candidates and wins ties, so the error on x is never larger than that of rounding to
+    nearest.
     """
     x, whole = x.float(), torch.cat(list(weights)).float()
     target = x @ whole.T
@@ -42,8 +47,9 @@ def search_scale(weights: Sequence[Tensor], x: Tensor, magnitude: Tensor, symmet
 
 
 def search_clip(weight: Tensor, x: Tensor, symmetric: bool = False) -> Tensor:
-    """weight [N, K] and x [R, K], both already scaled -> [N, G]: the factor of each group's range. All 1 for a weight whose output error on x
-    the searched factors would enlarge (each group is judged by its own share, and shares add up)."""
+    """weight [N, K] and x [R, K], both already scaled -> [N, G]: the factor of each group's range. All 1 for a weight
+    whose output error on x the searched factors would enlarge (each group is judged by its own share, and shares add
+    up)."""
     x, weight = x.float(), weight.float()
     parts = groups_of(x).transpose(0, 1)  # [G, R, 128]
     clips = torch.cat([_search_rows(rows, parts, symmetric) for rows in weight.split(_ROWS_AT_ONCE)])
@@ -70,9 +76,15 @@ def _output_error(weight: Tensor, x: Tensor, clips: Tensor, symmetric: bool) -> 
 
 
 def awq(weight: Tensor, x: Tensor, *, symmetric: bool = False, clip: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """An already scaled weight [N, K] and samples [R, K] of its already scaled input -> (codes uint8 [N, K], scale float32, zero uint8 [N, G]).
+    """An already scaled weight [N, K] and samples [R, K] of its already scaled input -> (codes uint8 [N, K], scale
+    float32, zero uint8 [N, G]).
 
-    clip: search each group's range; the paper leaves queries and keys unclipped, since their error is felt through the scores.
+    clip: search each group's range; the paper leaves queries and keys unclipped, since their error is felt through the
+    scores.
     """
-    clips = search_clip(weight, x, symmetric) if clip else weight.new_ones(len(weight), group_count(weight.shape[1]), dtype=torch.float32)
+    clips = (
+        search_clip(weight, x, symmetric)
+        if clip
+        else weight.new_ones(len(weight), group_count(weight.shape[1]), dtype=torch.float32)
+    )
     return round_groups(weight.float(), symmetric, clips)

@@ -1,4 +1,5 @@
-"""int4 weights in groups of 128 along K: one scale and one zero code per row and group; the last group may be short. w = (q - zero) * scale."""
+"""int4 weights in groups of 128 along K: one scale and one zero code per row and group; the last group may be short. w
+= (q - zero) * scale."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def groups_of(w: Tensor) -> Tensor:
 
 
 def grid_asymmetric(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The grid over [min(low, 0), max(high, 0)]: (scale float32 at least 1e-8 / 15, zero uint8 in 0..15), shaped as the bounds."""
+    """The grid over [min(low, 0), max(high, 0)]: (scale float32 at least 1e-8 / 15, zero uint8 in 0..15), shaped as the
+    bounds."""
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = (high - low).clamp_min(SMALLEST_RANGE) / 15.0
     return scale, torch.round(-low / scale).clamp(0, 15).to(torch.uint8)
@@ -52,7 +54,8 @@ def value_of(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def round_groups(w: Tensor, symmetric: bool = False, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Round to nearest: float32 [N, K] -> (codes uint8 [N, K], scale float32 [N, G], zero uint8 [N, G]). clip in (0, 1]: a number or [N, G]."""
+    """Round to nearest: float32 [N, K] -> (codes uint8 [N, K], scale float32 [N, G], zero uint8 [N, G]). clip in (0,
+    1]: a number or [N, G]."""
     groups = groups_of(w)
     scale, zero = grid_of(groups, symmetric, clip)
     return round_to(groups, scale[..., None], zero[..., None]).flatten(-2)[:, : w.shape[1]], scale, zero

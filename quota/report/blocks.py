@@ -8,7 +8,8 @@ from quota.core.errors import UsageError
 
 
 def fill(text: str, blocks: dict[str, str], where: str) -> str:
-    """Replace what stands between `<!-- generated:NAME ... -->` and `<!-- end:NAME -->`; UsageError when a block is missing."""
+    """Replace what stands between `<!-- generated:NAME ... -->` and `<!-- end:NAME -->`; UsageError when a block is
+    missing."""
     for name, content in blocks.items():
         pattern = re.compile(rf"(<!-- generated:{name}[^>]*-->\n).*?(<!-- end:{name} -->)", re.DOTALL)
         found = pattern.search(text)

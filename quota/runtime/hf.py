@@ -1,8 +1,9 @@
 """transformers' own door: after `import quota.runtime`, `from_pretrained` and pipelines open quantized folders too.
 
-`quota.load` is the documented way: it verifies every file and names what is wrong. A transformers without this registration would only warn about an
-unknown quantization type and invent weights, so config.json names a weight file that does not exist (`CheckpointWriter`): it refuses instead, and the
-quantizer here takes the name out again.
+`quota.load` is the documented way: it verifies every file and names what is wrong. A transformers without this
+registration would only warn about an
+unknown quantization type and invent weights, so config.json names a weight file that does not exist
+(`CheckpointWriter`): it refuses instead, and the quantizer here takes the name out again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class QuotaConfig(QuantizationConfigMixin):
 
 
 class QuotaQuantizer(HfQuantizer):
-    """Puts the quantized modules in place before the weights arrive. Only reads checkpoints that `quota calibrate` wrote."""
+    """Puts the quantized modules in place before the weights arrive. Only reads checkpoints that `quota calibrate`
+    wrote."""
 
     requires_calibration = True
 
@@ -39,10 +41,14 @@ class QuotaQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         files = [Path(name) for name in checkpoint_files or []]
         if not files or any(path.suffix != ".safetensors" for path in files):
-            raise CheckpointError("weights: expected the safetensors files of a quantized folder; open it with quota.load")
+            raise CheckpointError(
+                "weights: expected the safetensors files of a quantized folder; open it with quota.load"
+            )
         config: Any = self.quantization_config
         build_structure(model, config.regime, config.modules, tensor_shapes(files))
 
@@ -53,9 +59,11 @@ class QuotaQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """`save_pretrained` asks this first. It would leave out the manifest, without which the folder cannot be opened."""
+        """`save_pretrained` asks this first. It would leave out the manifest, without which the folder cannot be
+        opened."""
         raise CheckpointError(
-            "save_pretrained: a quantized checkpoint is its folder, with the manifest that vouches for every file; copy the folder it was loaded from"
+            "save_pretrained: a quantized checkpoint is its folder, with the manifest that vouches for every file; copy"
+            " the folder it was loaded from"
         )
 
     @property

@@ -1,5 +1,5 @@
-"""Train an embedded model from scratch: `python -m quota.scenes.train --out DIR [--family qwen2_5_vl]`. Resumable; CPU or GPU.
-A model this small gains nothing from a second thread; a second process shares the pictures of every step:
+"""Train an embedded model from scratch: `python -m quota.scenes.train --out DIR [--family qwen2_5_vl]`. Resumable; CPU
+or GPU. A model this small gains nothing from a second thread; a second process shares the pictures of every step:
 `torchrun --nproc_per_node 2 -m quota.scenes.train --threads 1 ...`.
 
 Stages, in LLaVA's own order (question answering alone does not leave its plateau at this size):
@@ -8,8 +8,8 @@ Stages, in LLaVA's own order (question answering alone does not leave its platea
 3. questions with 30 % captions kept in
 4. the same at 336 px (24 x 24 patches), position embeddings interpolated from 12 x 12
 
-Several question-answer segments of one picture share a sequence: each attends to the picture and itself only, and positions
-restart after the picture, so training sees exactly what single-question inference does.
+Several question-answer segments of one picture share a sequence: each attends to the picture and itself only, and
+positions restart after the picture, so training sees exactly what single-question inference does.
 """
 
 from __future__ import annotations
@@ -57,13 +57,26 @@ def merge_figures(figures: dict[str, float], world: int) -> dict[str, float]:
     return {k: float(np.mean([s[k] for s in seen if k in s])) for s in seen for k in s}
 
 
-def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bool, schedule: tuple[Any, ...], family: str = "llava") -> None:
-    """Run the schedule, continuing from `out/training.pt` when it is there. Under torchrun the processes share every step; the first one writes."""
+def train(
+    out: Path,
+    *,
+    width: int,
+    layers: int,
+    seed: int,
+    device: str,
+    amp: bool,
+    schedule: tuple[Any, ...],
+    family: str = "llava",
+) -> None:
+    """Run the schedule, continuing from `out/training.pt` when it is there. Under torchrun the processes share every
+    step; the first one writes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
     made = find_family(family)
     state_file = out / "training.pt"
-    saved: dict[str, Any] = torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "pictures": 0}
+    saved: dict[str, Any] = (
+        torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "pictures": 0}
+    )
     model = made.build(schedule[saved["stage"]], width, layers, seed).to(device)
     head = made.head(width).to(device)
     if "model" in saved:
@@ -82,7 +95,9 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
             optimizer.load_state_dict(saved["optimizer"])
         first_step = saved["step"] if resumed else 0
         model.train()
-        batches = iter(DataLoader(made.batches(stage, pictures, rank, world), batch_size=None, num_workers=1, prefetch_factor=8))
+        batches = iter(
+            DataLoader(made.batches(stage, pictures, rank, world), batch_size=None, num_workers=1, prefetch_factor=8)
+        )
         began, last_save, window = time.time(), time.time(), []
         for step in range(first_step, stage.steps):
             warm = min(1.0, (step + 1) / 200)
@@ -105,12 +120,28 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
                 seen = {k for w in window for k in w}
                 mean = {k: round(float(np.mean([w[k] for w in window if k in w])), 4) for k in sorted(seen)}
                 rate = (step + 1 - first_step) * stage.batch / (time.time() - began)
-                print(json.dumps({"stage": stage.name, "step": step + 1, "of": stage.steps, "pictures_per_s": round(rate, 1), **mean}), flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "stage": stage.name,
+                            "step": step + 1,
+                            "of": stage.steps,
+                            "pictures_per_s": round(rate, 1),
+                            **mean,
+                        }
+                    ),
+                    flush=True,
+                )
             if (step + 1) % 50 == 0:
                 window = []
             if rank == 0 and (time.time() - last_save > 120 or step + 1 == stage.steps):
                 modules = {"model": model, "head": head, "optimizer": optimizer}
-                record = {"stage": number, "step": step + 1, "pictures": pictures, **{k: m.state_dict() for k, m in modules.items()}}
+                record = {
+                    "stage": number,
+                    "step": step + 1,
+                    "pictures": pictures,
+                    **{k: m.state_dict() for k, m in modules.items()},
+                }
                 torch.save(record, state_file.with_suffix(".tmp"))
                 state_file.with_suffix(".tmp").replace(state_file)
                 last_save = time.time()
@@ -123,7 +154,9 @@ def train(out: Path, *, width: int, layers: int, seed: int, device: str, amp: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for training.pt (to resume) and checkpoint/ (the result)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for training.pt (to resume) and checkpoint/ (the result)"
+    )
     parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
     parser.add_argument("--width", type=int, default=0, help="width of the language model (default: 192)")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: 8)")
@@ -143,7 +176,15 @@ def main() -> None:
         counts = [int(c) for c in args.steps.split(",")]
         schedule = tuple(replace(s, steps=c) for s, c in zip(schedule, counts, strict=True))
     sizes = {"width": args.width or made.width, "layers": args.layers or made.layers}
-    train(args.out, **sizes, seed=args.seed, device=args.device, amp=not args.no_amp, schedule=schedule, family=args.family)
+    train(
+        args.out,
+        **sizes,
+        seed=args.seed,
+        device=args.device,
+        amp=not args.no_amp,
+        schedule=schedule,
+        family=args.family,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The embedded LLaVA in training: pictures with packed questions, the dense head, one step's loss. The loop is `quota.scenes.train`."""
+"""The embedded LLaVA in training: pictures with packed questions, the dense head, one step's loss. The loop is
+`quota.scenes.train`."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ SCHEDULE = (
     Stage("dense", 1000, 168, 16, 2e-3, dense_weight=1.0, language=False),
     Stage("caption", 1300, 168, 16, 1.5e-3, dense_weight=0.3),
     Stage("questions", 1900, 168, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1),
-    Stage("questions-336", 1050, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.3, hard_tasks=True),
+    Stage(
+        "questions-336", 1050, 336, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.3, hard_tasks=True
+    ),
 )
 
 
@@ -45,7 +48,8 @@ def segments_of(s: g.Scene, stage: Stage, rng: np.random.Generator) -> list[tupl
 
 
 class Pictures(IterableDataset):
-    """Endless batches for one stage, starting at picture `first`: of every step's pictures those of process `rank` of `world`."""
+    """Endless batches for one stage, starting at picture `first`: of every step's pictures those of process `rank` of
+    `world`."""
 
     def __init__(self, stage: Stage, first: int, rank: int = 0, world: int = 1) -> None:
         self.stage, self.first, self.rank, self.world = stage, first, rank, world
@@ -53,13 +57,16 @@ class Pictures(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         index = self.first
         while True:
-            scenes = [g.scene("train", index + i, self.stage.size_px) for i in range(self.rank, self.stage.batch, self.world)]
+            scenes = [
+                g.scene("train", index + i, self.stage.size_px) for i in range(self.rank, self.stage.batch, self.world)
+            ]
             index += self.stage.batch
             yield collate(scenes, self.stage)
 
 
 def collate(scenes: list[g.Scene], stage: Stage) -> dict[str, Tensor]:
-    """Pictures [B, size, size, 3] uint8, dense labels [B, V], and the packed text: ids, labels, segment, positions [B, T]."""
+    """Pictures [B, size, size, 3] uint8, dense labels [B, V], and the packed text: ids, labels, segment, positions [B,
+    T]."""
     pixels = torch.from_numpy(np.stack([np.asarray(g.draw(s)) for s in scenes]))
     dense = [g.patch_labels(s, PATCH_SIZE) for s in scenes]
     batch = {
@@ -86,9 +93,11 @@ def collate(scenes: list[g.Scene], stage: Stage) -> dict[str, Tensor]:
 
 
 class DenseHead(nn.Module):
-    """Classifies visual tokens against word vectors: shape, colour (or a learned background vector), top or bottom, left or right.
+    """Classifies visual tokens against word vectors: shape, colour (or a learned background vector), top or bottom,
+    left or right.
 
-    Finer places have learned vectors of their own (`_BINS` rows and columns), so that "left of" can be read off a token. Not saved.
+    Finer places have learned vectors of their own (`_BINS` rows and columns), so that "left of" can be read off a
+    token. Not saved.
     """
 
     _BINS = 12
@@ -112,7 +121,9 @@ class DenseHead(nn.Module):
             right &= logits.argmax(-1) == target
         side = math.isqrt(tokens.shape[1])
         raster = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        share = torch.where(shape >= 0, 1.0, 0.05)  # the place of an object must be said by its own tokens, and they are few
+        share = torch.where(
+            shape >= 0, 1.0, 0.05
+        )  # the place of an object must be said by its own tokens, and they are few
         share = share / share.sum()
         for i, (ends, line) in enumerate(((("top", "bottom"), raster // side), (("left", "right"), raster % side))):
             coarse, fine = self._logits(tokens, words[[_IDS[n] for n in ends]]), self._logits(tokens, self.places[i])
@@ -125,7 +136,9 @@ class DenseHead(nn.Module):
         return tokens @ vectors.float().T * self.log_scale.exp()
 
 
-def forward(model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage, amp: bool) -> tuple[Tensor, dict[str, float]]:
+def forward(
+    model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage, amp: bool
+) -> tuple[Tensor, dict[str, float]]:
     """Loss and figures of one packed batch; the loss is weighed by the batch's share of the step's pictures."""
     device, share = model.device, len(batch["pixels"]) / stage.batch
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
@@ -147,13 +160,19 @@ def forward(model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage,
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         mask = block_mask(batch["segment"].to(device), prefix)
         out = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask.to(torch.bfloat16) if amp else mask, position_ids=positions, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=mask.to(torch.bfloat16) if amp else mask,
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
     target = labels[:, 1:]
     chosen = target != -100
     logits = model.lm_head(out[:, prefix:-1][chosen].float())
     loss = F.cross_entropy(logits, target[chosen])
-    figures["text_loss"], figures["token_right"] = float(loss.detach()), float((logits.argmax(-1) == target[chosen]).float().mean())
+    figures["text_loss"], figures["token_right"] = (
+        float(loss.detach()),
+        float((logits.argmax(-1) == target[chosen]).float().mean()),
+    )
     return (loss + stage.dense_weight * dense_loss) * share, figures
 
 
@@ -180,10 +199,21 @@ def save_checkpoint(model: Any, out: Path) -> None:
 
 
 def _resize(model: Any, stage: Stage, width: int, layers: int) -> Any:
-    return model if model.config.vision_config.image_size == stage.size_px else enlarge(model, stage.size_px, width, layers)
+    return (
+        model
+        if model.config.vision_config.image_size == stage.size_px
+        else enlarge(model, stage.size_px, width, layers)
+    )
 
 
 FAMILY = Family(
-    SCHEDULE, 192, 8, lambda stage, width, layers, seed: build_model(build_config(stage.size_px, width, layers), seed), DenseHead, Pictures, forward,
-    _resize, save_checkpoint,
-)  # fmt: skip
+    SCHEDULE,
+    192,
+    8,
+    lambda stage, width, layers, seed: build_model(build_config(stage.size_px, width, layers), seed),
+    DenseHead,
+    Pictures,
+    forward,
+    _resize,
+    save_checkpoint,
+)

@@ -1,9 +1,11 @@
-"""The curriculum of the embedded Qwen2.5-VL model: as LLaVA's (dense, captions, questions, larger), over five kinds of pages.
+"""The curriculum of the embedded Qwen2.5-VL model: as LLaVA's (dense, captions, questions, larger), over five kinds of
+pages.
 
-Every step sees all kinds, each a part of its own of pages of one size: with one kind a step their gradients undo each other, and questions stay at
-their priors. Reading is learned like seeing: each visual token is first classified against the vectors of the words and digits it shows, then whole
-pages are read out, then questions are asked. The tower knows no absolute places (its rotary embedding is relative), so where things are is supervised
-inside the decoder, on the visual tokens' states after its second layer, which M-RoPE has reached.
+Every step sees all kinds, each a part of its own of pages of one size: with one kind a step their gradients undo each
+other, and questions stay at their priors. Reading is learned like seeing: each visual token is first classified against
+the vectors of the words and digits it shows, then whole pages are read out, then questions are asked. The tower knows
+no absolute places (its rotary embedding is relative), so where things are is supervised inside the decoder, on the
+visual tokens' states after its second layer, which M-RoPE has reached.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from quota.scenes import kinds as k
 from quota.scenes.pages import WORD_CLASSES
 from quota.scenes.qwen_model import LAYERS, WIDTH, build_config, build_model, build_processor
 from quota.scenes.training import CLIP_MEAN, CLIP_STD, HARD_MIX, Family, Stage, block_mask
-from quota.scenes.vocabulary import CAPTION_REQUEST, COLORS, QWEN_PATCH_SIZE, QWEN_TOKEN_PX, QWEN_WORDS, READ_REQUEST, SHAPES
+from quota.scenes.vocabulary import (
+    CAPTION_REQUEST,
+    COLORS,
+    QWEN_PATCH_SIZE,
+    QWEN_TOKEN_PX,
+    QWEN_WORDS,
+    READ_REQUEST,
+    SHAPES,
+)
 
 _IDS = {word: i for i, word in enumerate(QWEN_WORDS)}
 BEFORE_PICTURE = ("<|im_start|>", "user", "<|vision_start|>")
@@ -38,14 +48,19 @@ _PLACE_LAYER = 1  # the decoder layer after which places are supervised
 
 @dataclass(frozen=True)
 class MixedStage(Stage):
-    """`mix`: (kind, share of a step's pages); conversation pictures are `size_px` square, pages come in their own sizes."""
+    """`mix`: (kind, share of a step's pages); conversation pictures are `size_px` square, pages come in their own
+    sizes."""
 
     mix: tuple[tuple[str, float], ...] = ((k.CONVERSATION, 1.0),)
 
     def pages(self) -> list[tuple[str, int]]:
         """Kind and number of pages of every part of a step; together `batch`."""
         ends = [int(sum(share for _, share in self.mix[: n + 1]) * self.batch + 0.5) for n in range(len(self.mix))]
-        return [(kind, end - begin) for (kind, _), begin, end in zip(self.mix, [0, *ends], ends, strict=False) if end > begin]
+        return [
+            (kind, end - begin)
+            for (kind, _), begin, end in zip(self.mix, [0, *ends], ends, strict=False)
+            if end > begin
+        ]
 
 
 _SEEN = ((k.CONVERSATION, 0.4), ("scene_text", 0.2), ("document", 0.2), ("chart", 0.2))
@@ -54,7 +69,18 @@ SCHEDULE = (
     MixedStage("dense", 700, 160, 16, 2e-3, dense_weight=1.0, language=False, mix=_SEEN),
     MixedStage("caption", 1200, 160, 16, 1.5e-3, dense_weight=0.3, mix=_SEEN),
     MixedStage("questions", 1700, 160, 16, 1.5e-3, questions_per_task=3, caption_share=0.3, dense_weight=0.1, mix=_ALL),
-    MixedStage("questions-320", 1000, 320, 8, 8e-4, questions_per_task=4, caption_share=0.3, dense_weight=0.2, hard_tasks=True, mix=_ALL),
+    MixedStage(
+        "questions-320",
+        1000,
+        320,
+        8,
+        8e-4,
+        questions_per_task=4,
+        caption_share=0.3,
+        dense_weight=0.2,
+        hard_tasks=True,
+        mix=_ALL,
+    ),
 )
 
 
@@ -63,7 +89,8 @@ def encode(text: str) -> list[int]:
 
 
 class MixedPages(IterableDataset):
-    """Endless steps of one stage, starting at page `first`: {"parts": one batch for each kind}, of them those of process `rank` of `world`."""
+    """Endless steps of one stage, starting at page `first`: {"parts": one batch for each kind}, of them those of
+    process `rank` of `world`."""
 
     def __init__(self, stage: MixedStage, first: int, rank: int = 0, world: int = 1) -> None:
         self.stage, self.first, self.rank, self.world = stage, first, rank, world
@@ -75,8 +102,13 @@ class MixedPages(IterableDataset):
             for kind, pages in self.stage.pages():
                 planned.append((kind, choose_size(self.stage, kind, index), index, pages))
                 index += pages
-            mine = share_out([pages * tokens_of(kind, size_px, self.stage) for kind, size_px, _, pages in planned], self.world)[self.rank]
-            parts = [collate(kind, size_px, range(begin, begin + pages), self.stage) for kind, size_px, begin, pages in (planned[i] for i in mine)]
+            mine = share_out(
+                [pages * tokens_of(kind, size_px, self.stage) for kind, size_px, _, pages in planned], self.world
+            )[self.rank]
+            parts = [
+                collate(kind, size_px, range(begin, begin + pages), self.stage)
+                for kind, size_px, begin, pages in (planned[i] for i in mine)
+            ]
             yield {"parts": parts}
 
 
@@ -89,7 +121,8 @@ def share_out(work: list[int], world: int) -> list[list[int]]:
 
 
 def tokens_of(kind: str, size_px: tuple[int, int], stage: MixedStage) -> int:
-    """About how many tokens a page of this kind is, with its packed text: a conversation has a question of every task."""
+    """About how many tokens a page of this kind is, with its packed text: a conversation has a question of every
+    task."""
     visual = 0 if kind == k.TEXT else size_px[0] * size_px[1] // QWEN_TOKEN_PX**2
     return visual + ((270 if kind == k.CONVERSATION and stage.questions_per_task else 100) if stage.language else 0)
 
@@ -101,22 +134,30 @@ def choose_size(stage: MixedStage, kind: str, index: int) -> tuple[int, int]:
 
 
 def collate(kind: str, size_px: tuple[int, int], indices: range, stage: MixedStage) -> dict[str, Any]:
-    """Pictures [B, H, W, 3] uint8 with labels shape, color, word [B, V] (absent for text), and the packed text: ids, labels, segment, positions [B, T]."""
+    """Pictures [B, H, W, 3] uint8 with labels shape, color, word [B, V] (absent for text), and the packed text: ids,
+    labels, segment, positions [B, T]."""
     batch: dict[str, Any] = {"kind": kind, "pages": len(indices)}
     if kind != k.TEXT:
-        batch["pixels"] = torch.from_numpy(np.stack([np.asarray(k.picture(kind, "train", i, size_px)) for i in indices]))
+        batch["pixels"] = torch.from_numpy(
+            np.stack([np.asarray(k.picture(kind, "train", i, size_px)) for i in indices])
+        )
         seen = [k.dense_labels(kind, "train", i, size_px) for i in indices]
         for number, name in enumerate(("shape", "color", "word")):
             batch[name] = torch.from_numpy(np.stack([row[number] for row in seen]))
     if not stage.language:
         return batch
-    start = 2 if kind == k.TEXT else len(BEFORE_PICTURE) + max(size_px) // QWEN_TOKEN_PX + 1  # after the picture: its longer side, then its end marker
+    start = (
+        2 if kind == k.TEXT else len(BEFORE_PICTURE) + max(size_px) // QWEN_TOKEN_PX + 1
+    )  # after the picture: its longer side, then its end marker
     rows = []
     for i in indices:
         row: list[tuple[int, int, int, int]] = []  # (id, label, segment, position) per text token
         for number, (prompt, answer) in enumerate(segments_of(kind, i, size_px, stage), start=1):
             labels = [-100] * len(prompt) + answer
-            row.extend((t, label, number, start + at) for at, (t, label) in enumerate(zip(prompt + answer, labels, strict=True)))
+            row.extend(
+                (t, label, number, start + at)
+                for at, (t, label) in enumerate(zip(prompt + answer, labels, strict=True))
+            )
         rows.append(row)
     length = math.ceil(max(len(r) for r in rows) / 16) * 16
     packed = torch.tensor([r + [(_IDS["<|endoftext|>"], -100, -1, 0)] * (length - len(r)) for r in rows])
@@ -125,7 +166,9 @@ def collate(kind: str, size_px: tuple[int, int], indices: range, stage: MixedSta
     return batch
 
 
-def segments_of(kind: str, index: int, size_px: tuple[int, int], stage: MixedStage) -> list[tuple[list[int], list[int]]]:
+def segments_of(
+    kind: str, index: int, size_px: tuple[int, int], stage: MixedStage
+) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of every segment packed behind this page."""
     if kind == k.CONVERSATION:
         s = g.scene("train", index, size_px[0])
@@ -144,11 +187,13 @@ def segments_of(kind: str, index: int, size_px: tuple[int, int], stage: MixedSta
     return [(encode(f"{text} {ANSWER_TURN}"), encode(f"{answer} <|im_end|>")) for text, answer in pairs]
 
 
-# -- the model in training ---------------------------------------------------------------------------------------------------------------
+# -- the model in training
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class DenseHead(nn.Module):
-    """Classifies visual tokens against word vectors: shape, colour and rendered word, or a learned background vector each. Not saved.
+    """Classifies visual tokens against word vectors: shape, colour and rendered word, or a learned background vector
+    each. Not saved.
 
     `places`: the same for top or bottom and left or right, and finer, on the decoder's states.
     """
@@ -166,7 +211,9 @@ class DenseHead(nn.Module):
         """tokens [B, V, D], targets: three [B, V] -> (loss, share of labelled tokens that are right)."""
         tokens, loss, right, count = tokens.float(), tokens.new_zeros((), dtype=torch.float32), 0.0, 0
         for number, (names, target) in enumerate(zip(self._CLASSES, targets, strict=True)):
-            logits = self._logits(tokens, torch.cat([words[[_IDS[n] for n in names]], self.background[number : number + 1]]))
+            logits = self._logits(
+                tokens, torch.cat([words[[_IDS[n] for n in names]], self.background[number : number + 1]])
+            )
             wanted = torch.where(target == -1, len(names), target).masked_fill(target == -2, -100)
             balance = torch.ones(len(names) + 1, device=tokens.device)
             balance[-1] = 0.15  # most tokens are background
@@ -176,13 +223,19 @@ class DenseHead(nn.Module):
         return loss, torch.tensor(right / max(1, count))
 
     def place_loss(self, states: Tensor, words: Tensor, shape: Tensor) -> Tensor:
-        """states [B, V, D] of square pictures: their own row and column, said mostly by the tokens that show an object."""
+        """states [B, V, D] of square pictures: their own row and column, said mostly by the tokens that show an
+        object."""
         states, side = states.float(), math.isqrt(states.shape[1])
         raster = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
         share = torch.where(shape >= 0, 1.0, 0.05)
         share, loss = share / share.sum(), states.new_zeros(())
-        for number, (ends, line) in enumerate(((("top", "bottom"), raster // side), (("left", "right"), raster % side))):
-            coarse, fine = self._logits(states, words[[_IDS[n] for n in ends]]), self._logits(states, self.lines[number])
+        for number, (ends, line) in enumerate(
+            ((("top", "bottom"), raster // side), (("left", "right"), raster % side))
+        ):
+            coarse, fine = (
+                self._logits(states, words[[_IDS[n] for n in ends]]),
+                self._logits(states, self.lines[number]),
+            )
             for logits, wanted, weight in ((coarse, line * 2 // side, 1.0), (fine, line * self._BINS // side, 0.3)):
                 loss = loss + weight * (F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none") * share).sum()
         return loss
@@ -192,12 +245,15 @@ class DenseHead(nn.Module):
 
 
 def patches(pixels: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> [B, patches, 3 * 2 * p * p] float32 as the processor makes them: normalised, four patches of a token together."""
+    """uint8 [B, H, W, 3] -> [B, patches, 3 * 2 * p * p] float32 as the processor makes them: normalised, four patches
+    of a token together."""
     mean, std = (torch.tensor(v, device=pixels.device) for v in (CLIP_MEAN, CLIP_STD))
     x = pixels.float().div(255).sub(mean).div(std)
     b, height, width, _ = x.shape
     p = QWEN_PATCH_SIZE
-    x = x.view(b, height // (2 * p), 2, p, width // (2 * p), 2, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # row, column, inner row, inner column, channel, y, x
+    x = x.view(b, height // (2 * p), 2, p, width // (2 * p), 2, p, 3).permute(
+        0, 1, 4, 2, 5, 7, 3, 6
+    )  # row, column, inner row, inner column, channel, y, x
     return x[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(b, -1, 6 * p * p)
 
 
@@ -210,7 +266,9 @@ def tower(visual: Any, pixels: Tensor) -> Tensor:
     grid = (1, pixels.shape[1] // QWEN_PATCH_SIZE, pixels.shape[2] // QWEN_PATCH_SIZE)
     where = geometry_of(config, grid)
     if len(set(where.windows)) != 1:
-        raise ValueError(f"pixels: expected a multiple of {config.window_size} px, got {pixels.shape[2]} x {pixels.shape[1]}")
+        raise ValueError(
+            f"pixels: expected a multiple of {config.window_size} px, got {pixels.shape[2]} x {pixels.shape[1]}"
+        )
     cos, sin = (t.to(x.device) for t in axial_rotary(where.places, config))
     x = F.linear(x, visual.patch_embed.proj.weight.flatten(1))
     b, n, width = x.shape
@@ -226,7 +284,9 @@ def tower(visual: Any, pixels: Tensor) -> Tensor:
     return visual.merger(x.view(b * n, width)).view(b, n // 4, -1)[:, where.inverse]
 
 
-def forward(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStage, amp: bool) -> tuple[Tensor, dict[str, float]]:
+def forward(
+    model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStage, amp: bool
+) -> tuple[Tensor, dict[str, float]]:
     """Loss and figures of one step: its parts, weighed by their pages."""
     losses: list[Tensor] = []
     figures: dict[str, float] = {}
@@ -237,7 +297,9 @@ def forward(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStag
     return torch.stack(losses).sum(), figures
 
 
-def part_loss(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStage, amp: bool) -> tuple[Tensor, dict[str, float]]:
+def part_loss(
+    model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedStage, amp: bool
+) -> tuple[Tensor, dict[str, float]]:
     """Loss and figures of pages of one kind with their packed questions."""
     device, kind = model.device, batch["kind"]
     words = model.get_input_embeddings().weight
@@ -253,18 +315,26 @@ def part_loss(model: Any, head: DenseHead, batch: dict[str, Any], stage: MixedSt
     ids, labels = batch["ids"].to(device), batch["labels"].to(device)
     embeds, positions, prefix = _inputs(words, visual, batch, ids)
     seen: list[Tensor] = []
-    hook = model.model.language_model.layers[_PLACE_LAYER].register_forward_hook(lambda module, args, out: seen.append(out))
+    hook = model.model.language_model.layers[_PLACE_LAYER].register_forward_hook(
+        lambda module, args, out: seen.append(out)
+    )
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         mask = block_mask(batch["segment"].to(device), prefix)
         out = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask.to(torch.bfloat16) if amp else mask, position_ids=positions, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=mask.to(torch.bfloat16) if amp else mask,
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
     hook.remove()
     target = labels[:, 1:]
     chosen = target != -100
     logits = model.lm_head(out[:, prefix:-1][chosen].float())
     text_loss = F.cross_entropy(logits, target[chosen])
-    figures |= {f"loss_{kind}": float(text_loss.detach()), f"right_{kind}": float((logits.argmax(-1) == target[chosen]).float().mean())}
+    figures |= {
+        f"loss_{kind}": float(text_loss.detach()),
+        f"right_{kind}": float((logits.argmax(-1) == target[chosen]).float().mean()),
+    }
     if kind == k.CONVERSATION and visual is not None:
         states = seen[0][:, len(BEFORE_PICTURE) : len(BEFORE_PICTURE) + visual.shape[1]]
         loss = loss + stage.dense_weight * head.place_loss(states, words, batch["shape"].to(device))
@@ -277,12 +347,19 @@ def _inputs(words: Tensor, visual: Tensor | None, batch: dict[str, Any], ids: Te
     text = batch["positions"].to(device).expand(3, -1, -1)
     if visual is None:
         lead = words[[_IDS[w] for w in BEFORE_PICTURE[:2]]].expand(b, -1, -1)
-        return torch.cat([lead, words[ids]], 1), torch.cat([torch.arange(2, device=device).expand(3, b, -1), text], -1), 2
+        return (
+            torch.cat([lead, words[ids]], 1),
+            torch.cat([torch.arange(2, device=device).expand(3, b, -1), text], -1),
+            2,
+        )
     rows, columns = (batch["pixels"].shape[axis] // QWEN_TOKEN_PX for axis in (1, 2))
     first = len(BEFORE_PICTURE)
     raster = torch.arange(rows * columns, device=device)
     picture = torch.stack([torch.zeros_like(raster), raster // columns, raster % columns]) + first
-    begin, end = torch.arange(first, device=device).expand(3, -1), torch.full((3, 1), first + max(rows, columns), device=device)
+    begin, end = (
+        torch.arange(first, device=device).expand(3, -1),
+        torch.full((3, 1), first + max(rows, columns), device=device),
+    )
     shared = torch.cat([begin, picture, end], -1)[:, None].expand(3, b, -1)
     lead, close = (words[[_IDS[w] for w in names]].expand(b, -1, -1) for names in (BEFORE_PICTURE, ("<|vision_end|>",)))
     embeds = torch.cat([lead, visual.to(words.dtype), close, words[ids]], 1)
@@ -298,6 +375,13 @@ def save_checkpoint(model: Any, out: Path) -> None:
 
 
 FAMILY = Family(
-    SCHEDULE, WIDTH, LAYERS, lambda stage, width, layers, seed: build_model(build_config(width, layers), seed), DenseHead, MixedPages, forward,
-    lambda model, stage, width, layers: model, save_checkpoint,
-)  # fmt: skip
+    SCHEDULE,
+    WIDTH,
+    LAYERS,
+    lambda stage, width, layers, seed: build_model(build_config(width, layers), seed),
+    DenseHead,
+    MixedPages,
+    forward,
+    lambda model, stage, width, layers: model,
+    save_checkpoint,
+)

@@ -1,4 +1,5 @@
-"""What the trainers of both families share: a stage of the schedule, the mask of packed segments, and what the loop asks of a family."""
+"""What the trainers of both families share: a stage of the schedule, the mask of packed segments, and what the loop
+asks of a family."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ HARD_MIX = {"existence": 6, "attribute": 2, "position": 7, "relation": 5, "count
 
 @dataclass(frozen=True)
 class Stage:
-    """One leg of the schedule. `questions_per_task` 0 trains captions alone; `language` False the vision side alone; `hard_tasks` asks by HARD_MIX."""
+    """One leg of the schedule. `questions_per_task` 0 trains captions alone; `language` False the vision side alone;
+    `hard_tasks` asks by HARD_MIX."""
 
     name: str
     steps: int
@@ -45,7 +47,8 @@ def block_mask(segment: Tensor, prefix: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """What the loop (`quota.scenes.train`) must know of an architecture. batches: endless batches from the first picture on."""
+    """What the loop (`quota.scenes.train`) must know of an architecture. batches: endless batches from the first
+    picture on."""
 
     schedule: tuple[Any, ...]
     width: int
@@ -53,6 +56,8 @@ class Family:
     build: Callable[[Any, int, int, int], Any]  # stage, width, layers, seed -> model
     head: Callable[[int], nn.Module]  # width -> the dense head
     batches: Callable[[Any, int, int, int], IterableDataset]  # stage, first picture, rank, world
-    forward: Callable[..., tuple[Tensor, dict[str, float]]]  # model, head, batch, stage, amp -> this process's share of the loss, figures
+    forward: Callable[
+        ..., tuple[Tensor, dict[str, float]]
+    ]  # model, head, batch, stage, amp -> this process's share of the loss, figures
     resize: Callable[[Any, Any, int, int], Any]  # model, stage, width, layers -> the model for that stage
     save: Callable[[Any, Path], None]

@@ -41,23 +41,51 @@ class Answer:
         """The body of a response that is not streamed, as JSON."""
         listed = []
         for choice in choices:
-            said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}} if self.chat else {"text": choice.text}
-            listed.append({"index": choice.index, "finish_reason": choice.reason, "logprobs": self._logprobs(choice.logprobs, 0), **said})
+            said = (
+                {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+                if self.chat
+                else {"text": choice.text}
+            )
+            listed.append(
+                {
+                    "index": choice.index,
+                    "finish_reason": choice.reason,
+                    "logprobs": self._logprobs(choice.logprobs, 0),
+                    **said,
+                }
+            )
         kind = "chat.completion" if self.chat else "text_completion"
-        body = {"object": kind, **self.head, "choices": listed, "usage": usage([c.usage for c in choices if c.usage is not None])}
+        body = {
+            "object": kind,
+            **self.head,
+            "choices": listed,
+            "usage": usage([c.usage for c in choices if c.usage is not None]),
+        }
         return _json(body).encode()
 
     def opening(self, index: int) -> str:
         """The first event of a choice; plain completions have none."""
-        return self._event({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}) if self.chat else ""
+        return (
+            self._event(
+                {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+            )
+            if self.chat
+            else ""
+        )
 
     def delta(self, index: int, output: Output, offset: int) -> str:
         """What one step added. offset: characters of the tokens that were reported before."""
         reason = output.reason if output.reason in ("stop", "length") else None
         if not (output.text or output.logprobs or reason):
             return ""
-        said = {"delta": {"content": output.text} if output.text or output.logprobs else {}} if self.chat else {"text": output.text}
-        return self._event({"index": index, "finish_reason": reason, "logprobs": self._logprobs(output.logprobs, offset), **said})
+        said = (
+            {"delta": {"content": output.text} if output.text or output.logprobs else {}}
+            if self.chat
+            else {"text": output.text}
+        )
+        return self._event(
+            {"index": index, "finish_reason": reason, "logprobs": self._logprobs(output.logprobs, offset), **said}
+        )
 
     def closing(self, usages: Sequence[Usage]) -> str:
         """The event with the usage, where the client asked for it."""
@@ -74,13 +102,17 @@ class Answer:
         if not self.logprobs:
             return None
         if self.chat:
-            return {"content": [{**_entry(e), "top_logprobs": [_entry(other) for other in e.top]} for e in entries], "refusal": None}
+            return {
+                "content": [{**_entry(e), "top_logprobs": [_entry(other) for other in e.top]} for e in entries],
+                "refusal": None,
+            }
         lengths = [len(e.text) for e in entries]
         return {
-            "tokens": [e.text for e in entries], "token_logprobs": [e.logprob for e in entries],
+            "tokens": [e.text for e in entries],
+            "token_logprobs": [e.logprob for e in entries],
             "text_offset": list(itertools.accumulate(lengths[:-1], initial=offset))[: len(lengths)],
             "top_logprobs": [_by_text(e) for e in entries],
-        }  # fmt: skip
+        }
 
 
 def _entry(entry: TokenLogprob) -> dict[str, Any]:
@@ -109,14 +141,20 @@ def _sse(body: dict[str, Any]) -> str:
 
 
 def usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """Tokens of all choices; the prompt counts once per prompt, as OpenAI counts it. `quota` is ours: visual tokens before and after pruning."""
+    """Tokens of all choices; the prompt counts once per prompt, as OpenAI counts it. `quota` is ours: visual tokens
+    before and after pruning."""
     first = usages[0]
     completion = sum(u.completion_tokens for u in usages)
     return {
-        "prompt_tokens": first.prompt_tokens, "completion_tokens": completion, "total_tokens": first.prompt_tokens + completion,
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": first.prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
         "quota": {
-            "visual_tokens": first.visual_tokens, "visual_tokens_kept": first.visual_kept, "visual_tokens_by_layer": list(first.visual_by_layer),
-            "selection_tokens": first.selection_tokens, "selection": "prompt" if first.selection_tokens == first.prompt_tokens else "first_turn",
+            "visual_tokens": first.visual_tokens,
+            "visual_tokens_kept": first.visual_kept,
+            "visual_tokens_by_layer": list(first.visual_by_layer),
+            "selection_tokens": first.selection_tokens,
+            "selection": "prompt" if first.selection_tokens == first.prompt_tokens else "first_turn",
         },
-    }  # fmt: skip
+    }

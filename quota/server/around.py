@@ -19,7 +19,11 @@ from quota.server.service import Service
 log = logging.getLogger("quota.server")
 _ID = re.compile(r"[\w.-]{1,64}\Z", re.ASCII)
 _OPEN = {"/health", "/ready", "/metrics"}  # without a key: for probes and scrapers, which the operator keeps inside
-_KNOWN = _OPEN | {"/v1/models", "/v1/chat/completions", "/v1/completions"}  # other paths are one metric, so that a scan adds no labels
+_KNOWN = _OPEN | {
+    "/v1/models",
+    "/v1/chat/completions",
+    "/v1/completions",
+}  # other paths are one metric, so that a scan adds no labels
 
 
 class Around:
@@ -58,7 +62,11 @@ class Around:
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self._hosts is not None and not _known(headers.get("host"), self._hosts):
-            return ApiError(403, "the Host header holds no name of this server; its operator can add it to allowed_hosts", code="unknown_host")
+            return ApiError(
+                403,
+                "the Host header holds no name of this server; its operator can add it to allowed_hosts",
+                code="unknown_host",
+            )
         if self._keys and path not in _OPEN and not self._authorised(headers):
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return None
@@ -72,13 +80,19 @@ class Around:
     def _record(self, scope: Scope, id: str, status: int, seconds: float) -> None:
         path = scope["path"] if scope["path"] in _KNOWN else "other"
         self.service.metrics.http.labels(path, status).inc()
-        extra: dict[str, Any] = {"request": id, "method": scope["method"], "path": path, "status": status, "ms": round(1e3 * seconds, 1)}
+        extra: dict[str, Any] = {
+            "request": id,
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "ms": round(1e3 * seconds, 1),
+        }
         log.info("answered", extra=extra)
 
 
 def _known(given: str | None, hosts: Sequence[str]) -> bool:
-    """Whether a Host header (a name or address, maybe with a port) is one of these names, or below one that begins with a dot. Who sends none is no
-    browser, and passes."""
+    """Whether a Host header (a name or address, maybe with a port) is one of these names, or below one that begins with
+    a dot. Who sends none is no browser, and passes."""
     if given is None:
         return True
     name = given.strip().lower()

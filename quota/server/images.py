@@ -1,7 +1,9 @@
-"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request, nobody else's.
+"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request, nobody
+else's.
 
-A request first tries the common way: every image within `LARGE_PIXELS` and a fraction of a second. One that needs more moves to another queue, which
-never takes the last process, so that ordinary images go on. Few requests hold decoded images at a time, and hold them until their prompt is made.
+A request first tries the common way: every image within `LARGE_PIXELS` and a fraction of a second. One that needs more
+moves to another queue, which never takes the last process, so that ordinary images go on. Few requests hold decoded
+images at a time, and hold them until their prompt is made.
 """
 
 from __future__ import annotations
@@ -49,14 +51,28 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         # nothing of the server's environment: API keys are in it
-        environment = {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ.get("PATH", os.defpath)}
+        environment = {
+            "PYTHONPATH": paths,
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": os.environ.get("PATH", os.defpath),
+        }
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        command = [sys.executable, "-m", "quota.server.decoder", str(settings.max_image_bytes), str(settings.image_decode_bytes)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "quota.server.decoder",
+            str(settings.max_image_bytes),
+            str(settings.image_decode_bytes),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
 
     def ask(self, data: bytes, pixels: int, large_pixels: int, seconds: float) -> Image.Image | None:
-        """The image as RGB; None when it has more than `large_pixels`. ImageError when it is refused, Lost when the process ends over it. Blocks."""
+        """The image as RGB; None when it has more than `large_pixels`. ImageError when it is refused, Lost when the
+        process ends over it. Blocks."""
         try:
             given, taken = cast("BinaryIO", self.process.stdin), cast("BinaryIO", self.process.stdout)
             given.write(REQUEST.pack(len(data), pixels, large_pixels, seconds))
@@ -99,7 +115,11 @@ class Decoders:
         self._idle = [Worker(settings) for _ in range(count)]
         self._busy: set[Worker] = set()
         self._closed = False
-        self._free, self._few, self._large = asyncio.Semaphore(count), asyncio.Semaphore(2 * count), asyncio.Semaphore(count - 1)
+        self._free, self._few, self._large = (
+            asyncio.Semaphore(count),
+            asyncio.Semaphore(2 * count),
+            asyncio.Semaphore(count - 1),
+        )
         self._remote = asyncio.Semaphore(_REMOTE)
         self._threads = ThreadPoolExecutor(max_workers=4 * count + _REMOTE, thread_name_prefix="quota-images")
 
@@ -110,7 +130,8 @@ class Decoders:
 
     @asynccontextmanager
     async def opened(self, urls: Sequence[str]) -> AsyncGenerator[tuple[list[Image.Image], bool]]:
-        """(RGB images of data URLs or of allowed hosts, whether they are large); they are to be let go on exit. ApiError 400 says what is wrong."""
+        """(RGB images of data URLs or of allowed hosts, whether they are large); they are to be let go on exit.
+        ApiError 400 says what is wrong."""
         fetched: dict[str, bytes] = {}
         async with self._remote if any(not _is_data(url) for url in urls) else nullcontext():
             for url in urls:
@@ -136,7 +157,11 @@ class Decoders:
         found = []
         for url in urls:
             try:
-                data = fetched[url] if url in fetched else await self._off_loop(images.read_data_url, url, self._limits, "image_url")
+                data = (
+                    fetched[url]
+                    if url in fetched
+                    else await self._off_loop(images.read_data_url, url, self._limits, "image_url")
+                )
                 image = await self._decode(data, large=large)
             except ImageError as error:
                 raise _bad(str(error), "image_too_large" if error.too_large else "invalid_image") from None
@@ -154,7 +179,13 @@ class Decoders:
             self._busy.add(worker)
             reason = "left"  # unless it answers, or says otherwise
             try:
-                asked = self._off_loop(worker.ask, data, self.settings.max_image_pixels, self.settings.max_image_pixels if large else LARGE_PIXELS, seconds)
+                asked = self._off_loop(
+                    worker.ask,
+                    data,
+                    self.settings.max_image_pixels,
+                    self.settings.max_image_pixels if large else LARGE_PIXELS,
+                    seconds,
+                )
                 try:
                     image = await asyncio.wait_for(asked, _WALL * max(1.0, seconds))
                 except TimeoutError:

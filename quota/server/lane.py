@@ -1,4 +1,5 @@
-"""One thread for work that must not stop the event loop: the smallest first, so that nobody waits for the large requests of others."""
+"""One thread for work that must not stop the event loop: the smallest first, so that nobody waits for the large
+requests of others."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _R = TypeVar("_R")
 
 
 class Lane:
-    """Jobs run one after the other; what waits is ordered by size, then by arrival. A small job waits for the one that runs and for smaller ones only."""
+    """Jobs run one after the other; what waits is ordered by size, then by arrival. A small job waits for the one that
+    runs and for smaller ones only."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -25,7 +27,8 @@ class Lane:
         self._thread: threading.Thread | None = None
 
     async def run(self, size: int, function: Callable[_P, _R], *args: _P.args, **options: _P.kwargs) -> _R:
-        """The function's result or exception. size: of its input, in bytes or characters. A job whose caller was cancelled before its turn is left out."""
+        """The function's result or exception. size: of its input, in bytes or characters. A job whose caller was
+        cancelled before its turn is left out."""
         future: Future[_R] = Future()
         with self._news:
             if self._thread is None:

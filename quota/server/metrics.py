@@ -43,9 +43,13 @@ class Metrics:
         self.cached = counter("prompt_tokens_cached", "Prompt tokens of finished requests that were not computed again")
         self.visual = counter("visual_tokens", "Visual tokens of finished requests")
         self.kept = counter("visual_tokens_kept", "Those alive in the last layer")
-        self.ratio = gauge("kept_token_ratio", "Visual tokens alive in the last layer over all, last finished request that had any")
+        self.ratio = gauge(
+            "kept_token_ratio", "Visual tokens alive in the last layer over all, last finished request that had any"
+        )
         self.preemptions = counter("preemptions", "Requests that gave their pages back to older ones")
-        self.decoders_lost = counter("image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason")
+        self.decoders_lost = counter(
+            "image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason"
+        )
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token")
         self.between = histogram("inter_token_seconds", "Between tokens of a request")
         gauge("log_lines_lost", "Lines of the log that could not be written").set_function(lost_lines)
@@ -94,7 +98,9 @@ class _Merged(Collector):
         for replica, text in sorted(self.texts.items()):
             for family in text_string_to_metric_families(text.decode()):
                 known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                known.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
+                known.samples += [
+                    sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
+                ]
         yield from families.values()
 
 

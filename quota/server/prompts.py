@@ -1,4 +1,5 @@
-"""From messages to what the engine runs: chat template, processor, pictures, and how much of the prompt chooses the visual tokens."""
+"""From messages to what the engine runs: chat template, processor, pictures, and how much of the prompt chooses the
+visual tokens."""
 
 from __future__ import annotations
 
@@ -21,14 +22,18 @@ class PromptBuilder:
 
     def __init__(self, processor: Any, engine_model: EngineModel) -> None:
         if processor is None:
-            raise CheckpointError("checkpoint: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
+            raise CheckpointError(
+                "checkpoint: holds no processor files (processor_config.json, tokenizer.json); copy them from the float"
+                " model"
+            )
         self.processor, self.model = processor, engine_model
         self.mark = image_mark(self.processor)
         self._reserved = [self.mark, *filter(None, [getattr(self.processor, "video_token", None)])]
         self._lock = threading.Lock()
 
     def chat(self, messages: Sequence[Message], pictures: Sequence[Any]) -> Prompt:
-        """pictures: RGB, in the order of the messages' image parts. UsageError for text that contains the picture mark."""
+        """pictures: RGB, in the order of the messages' image parts. UsageError for text that contains the picture
+        mark."""
         with self._lock:
             text = self._render(messages)
             for mark in self._reserved:  # here and not in the parts: a template may join two of them to a mark
@@ -60,8 +65,8 @@ class PromptBuilder:
     def _first_selection(self, messages: Sequence[Message], ids: list[int], images: Sequence[Any]) -> int | None:
         """Tokens up to the first answer after the last picture; None when that is the whole prompt.
 
-        A later turn then prunes exactly as the first did, and reuses its keys and values. A template whose first turn is no prefix of the
-        whole (some rewrite earlier turns) chooses by the whole prompt instead.
+        A later turn then prunes exactly as the first did, and reuses its keys and values. A template whose first turn
+        is no prefix of the whole (some rewrite earlier turns) chooses by the whole prompt instead.
         """
         last = max(i for i, message in enumerate(messages) if message.images)
         answered = next((i for i in range(last + 1, len(messages)) if messages[i].role == "assistant"), None)
@@ -73,7 +78,9 @@ class PromptBuilder:
         head = self.processor.tokenizer(first)["input_ids"]
         if ids[: len(head)] == head:
             return len(head)
-        log.warning("the chat template's first turn is no prefix of the chat: visual tokens are chosen by the whole prompt")
+        log.warning(
+            "the chat template's first turn is no prefix of the chat: visual tokens are chosen by the whole prompt"
+        )
         return None
 
 
@@ -84,4 +91,7 @@ def _role(message: Message) -> str:
 def _parts(message: Message) -> list[dict[str, str]]:
     if isinstance(message.content, str):
         return [{"type": "text", "text": message.content}]
-    return [{"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"} for part in message.content]
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in message.content
+    ]

@@ -1,4 +1,5 @@
-"""HTTP/1.1 as uvicorn speaks it, with limits it lacks: for headers, and for clients that do not read, go on sending or have closed their side."""
+"""HTTP/1.1 as uvicorn speaks it, with limits it lacks: for headers, and for clients that do not read, go on sending or
+have closed their side."""
 
 from __future__ import annotations
 
@@ -24,13 +25,15 @@ _PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 class PatientProtocol(H11Protocol):
     """Closes a connection
 
-    - whose next request has not come `headers_s` after it was opened, or after a request's first bytes, or has a head of more than HEAD_BYTES or HEAD_LINES;
+    - whose next request has not come `headers_s` after it was opened, or after a request's first bytes, or has a head
+    of more than HEAD_BYTES or HEAD_LINES;
     - that takes nothing of its answer for `unread_s`;
-    - whose request was answered before it was there: after LINGER_S or LINGER_BYTES more, so that the client can read why.
+    - whose request was answered before it was there: after LINGER_S or LINGER_BYTES more, so that the client can read
+    why.
 
-    A client that has sent its request and closed its side is answered. Nothing but a write tells such a client from one that has left, so one that waits
-    is sent an interim response every PROBE_S, which the other end of a closed connection answers with a reset; HTTP/1.0 has none, so there an answer has to
-    begin within `half_closed_s`.
+    A client that has sent its request and closed its side is answered. Nothing but a write tells such a client from one
+    that has left, so one that waits is sent an interim response every PROBE_S, which the other end of a closed
+    connection answers with a reset; HTTP/1.0 has none, so there an answer has to begin within `half_closed_s`.
     """
 
     headers_s = HEADERS_S
@@ -94,7 +97,9 @@ class PatientProtocol(H11Protocol):
             end = _END_OF_HEAD.search(waiting)
             head = waiting[: end.start()] if end else waiting
             if len(head) > HEAD_BYTES or head.count(b"\n") >= HEAD_LINES:
-                self._refuse(431, f"the headers have more than {HEAD_BYTES} bytes or {HEAD_LINES} lines", "headers_too_large")
+                self._refuse(
+                    431, f"the headers have more than {HEAD_BYTES} bytes or {HEAD_LINES} lines", "headers_too_large"
+                )
                 return
         super().handle_events()
 
@@ -123,15 +128,21 @@ class PatientProtocol(H11Protocol):
         """Answer what is no request that could be handed on; then nothing more is read."""
         if self._lingering or self.transport.is_closing():
             return
-        body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}).encode()
+        body = json.dumps(
+            {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+        ).encode()
         reason = {400: "Bad Request", 431: "Request Header Fields Too Large"}[status]
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length:"
+            f" {len(body)}\r\nconnection: close\r\n\r\n"
+        )
         self.transport.write(head.encode() + body)
         log.info("refused", extra={"status": status, "code": code})
         self._linger()
 
     def _linger(self) -> None:
-        """Close so that the client can read the answer: a socket closed with bytes unread resets the connection, answer included."""
+        """Close so that the client can read the answer: a socket closed with bytes unread resets the connection, answer
+        included."""
         if self._lingering or self.transport.is_closing():
             return
         self._lingering = True
@@ -181,6 +192,11 @@ class PatientProtocol(H11Protocol):
 
 
 OPTIONS: dict[str, Any] = {  # of uvicorn's Config: not whatever else is installed
-    "http": PatientProtocol, "ws": "none", "loop": "asyncio", "log_config": None, "access_log": False, "server_header": False,
+    "http": PatientProtocol,
+    "ws": "none",
+    "loop": "asyncio",
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
     "h11_max_incomplete_event_size": HEAD_BYTES,
-}  # fmt: skip
+}

@@ -1,7 +1,8 @@
-"""Fetching pictures from the network: off unless hosts are allowed, and then only from public addresses, within size and time.
+"""Fetching pictures from the network: off unless hosts are allowed, and then only from public addresses, within size
+and time.
 
-Every hop is checked, and the connection goes to the very address that was checked, so that a name cannot resolve to something else between
-check and use.
+Every hop is checked, and the connection goes to the very address that was checked, so that a name cannot resolve to
+something else between check and use.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _CHUNK = 64 << 10
 
 
 def fetch(url: str, hosts: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
-    """The body at `url`. hosts: exact names, or ".example.org" for all below it. ApiError 400 for anything not allowed or not delivered."""
+    """The body at `url`. hosts: exact names, or ".example.org" for all below it. ApiError 400 for anything not allowed
+    or not delivered."""
     if not hosts:
         raise refusal("remote pictures are switched off; send a data URL")
     deadline = time.monotonic() + timeout_s
@@ -57,7 +59,8 @@ def _checked(url: str, hosts: Sequence[str]) -> SplitResult:
 
 
 def public_address(parts: SplitResult) -> str:
-    """An address of the host. ApiError when any of its addresses is not public: a mixed answer is how a rebinding attack looks."""
+    """An address of the host. ApiError when any of its addresses is not public: a mixed answer is how a rebinding
+    attack looks."""
     try:
         found = {item[4][0] for item in socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)}
     except OSError:
@@ -75,7 +78,9 @@ def _get(parts: SplitResult, address: str, max_bytes: int, deadline: float) -> t
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, timeout=_left(deadline))
     wire = socket.create_connection((address, _PORTS[parts.scheme]), timeout=_left(deadline))
-    watchdog = threading.Timer(_left(deadline), _hang_up, (wire.dup(),))  # a timeout per read would let a trickle go on for ever
+    watchdog = threading.Timer(
+        _left(deadline), _hang_up, (wire.dup(),)
+    )  # a timeout per read would let a trickle go on for ever
     watchdog.daemon = True
     watchdog.start()
     try:

@@ -56,14 +56,22 @@ class Service:
         self.settings, self.name = settings, settings.name
         recipes = load_recipes(settings)
         config = EngineConfig(
-            settings.kv_bytes, settings.page_tokens, settings.max_running, settings.max_waiting, settings.step_tokens, settings.max_model_tokens,
-            settings.feature_bytes, settings.prefix_cache,
-        )  # fmt: skip
+            settings.kv_bytes,
+            settings.page_tokens,
+            settings.max_running,
+            settings.max_waiting,
+            settings.step_tokens,
+            settings.max_model_tokens,
+            settings.feature_bytes,
+            settings.prefix_cache,
+        )
         # the engine decodes on its own thread, and tokenizers do not like company
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
         self.prompts = PromptBuilder(model.processor, engine.model)
-        self._large_prompts = PromptBuilder(copy.deepcopy(model.processor), engine.model)  # large pictures take seconds: nobody waits behind them
+        self._large_prompts = PromptBuilder(
+            copy.deepcopy(model.processor), engine.model
+        )  # large pictures take seconds: nobody waits behind them
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
@@ -79,14 +87,27 @@ class Service:
 
     def card(self) -> dict[str, Any]:
         """The model's entry in /v1/models."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "quota", "max_model_len": self.limit, "recipes": self.recipes}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "quota",
+            "max_model_len": self.limit,
+            "recipes": self.recipes,
+        }
 
     def check_model(self, name: str) -> None:
         if name != self.name:
-            raise ApiError(404, f"the model {name!r} does not exist here; this server has {self.name!r}", code="model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist here; this server has {self.name!r}",
+                code="model_not_found",
+                param="model",
+            )
 
     def check_open(self) -> None:
-        """Refuse early: before a body is read, when the server stops or as much as it may hold is being prepared already."""
+        """Refuse early: before a body is read, when the server stops or as much as it may hold is being prepared
+        already."""
         if self.draining or not self.engine.healthy:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         if self._preparing >= self.settings.max_waiting:
@@ -97,14 +118,21 @@ class Service:
         self.check_model(body.model)
         urls = [url for message in body.messages for url in message.images]
         if len(urls) > self.settings.max_images:
-            raise ApiError(400, f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}", code="too_many_images", param="messages")
+            raise ApiError(
+                400,
+                f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}",
+                code="too_many_images",
+                param="messages",
+            )
         characters = sum(len(text) for message in body.messages for text in message.texts)
         self._check_length("messages", characters)
         self._preparing += 1
         try:
             async with self.decoders.opened(urls) as (images, large):
                 size = characters + sum(image.width * image.height for image in images)
-                prompt = await (self._large_lane if large else self._lane).run(size, self._chat_prompt, body.messages, images, large)
+                prompt = await (self._large_lane if large else self._lane).run(
+                    size, self._chat_prompt, body.messages, images, large
+                )
         finally:
             self._preparing -= 1
         return self._spoken("chatcmpl", [prompt], body, chat=True)
@@ -122,7 +150,9 @@ class Service:
         self.check_model(body.model)
         given = body.prompts()
         if not 0 < len(given) <= self.settings.max_running:
-            raise ApiError(400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(given)}", param="prompt")
+            raise ApiError(
+                400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(given)}", param="prompt"
+            )
         for prompt in given:
             self._check_length("prompt", len(prompt) if isinstance(prompt, str) else 0)
         self._preparing += 1
@@ -133,7 +163,8 @@ class Service:
         return self._spoken("cmpl", prompts, body, chat=False)
 
     def _check_length(self, where: str, characters: int) -> None:
-        """Refuse before tokenizing what cannot fit: a tokenizer takes about a second for a million characters, and others wait."""
+        """Refuse before tokenizing what cannot fit: a tokenizer takes about a second for a million characters, and
+        others wait."""
         most = min(_MAX_CHARACTERS, _TOKEN_CHARACTERS * self.limit)
         if characters > most:
             message = f"{where}: {characters} characters; a model of {self.limit} tokens takes at most {most}"
@@ -145,29 +176,49 @@ class Service:
         for prompt in prompts:
             if len(prompt.ids) >= self.limit:
                 where = "messages" if chat else "prompt"
-                raise ApiError(400, f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}", code="context_length_exceeded", param=where)
+                raise ApiError(
+                    400,
+                    f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}",
+                    code="context_length_exceeded",
+                    param=where,
+                )
         samplings: list[Sampling] = body.samplings()
         self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
-        requests = [Request(f"{id}-{i}", prompt, sampling, recipe, body.keep) for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))]
+        requests = [
+            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep)
+            for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))
+        ]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
 
     def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
-        """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice and thousand tokens."""
+        """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice
+        and thousand tokens."""
         answers = max(self.settings.max_running, MAX_CHOICES)
         if len(prompts) * n > answers:
-            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {answers} answers are taken at once", param="n")
+            raise ApiError(
+                400,
+                f"n: {len(prompts)} prompts with {n} choices each, at most {answers} answers are taken at once",
+                param="n",
+            )
         tokens, most = n * sum(len(prompt.ids) for prompt in prompts), max(_MAX_TOKENS, MAX_CHOICES * self.limit)
         if tokens > most:
-            raise ApiError(400, f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once", param=where)
+            raise ApiError(
+                400,
+                f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once",
+                param=where,
+            )
 
     def _check_reports(self, choices: int, sampling: Sampling) -> None:
         """Bound what log-probabilities one answer collects: each takes some hundred bytes, and time to write."""
         if sampling.logprobs is not None:
             entries = choices * min(sampling.max_tokens, self.limit) * (1 + sampling.logprobs)
             if entries > _MAX_ENTRIES:
-                message = f"logprobs: {entries} of them, the limit is {_MAX_ENTRIES}; ask for fewer choices, tokens or alternatives"
+                message = (
+                    f"logprobs: {entries} of them, the limit is {_MAX_ENTRIES}; ask for fewer choices, tokens or"
+                    " alternatives"
+                )
                 raise ApiError(400, message, param="logprobs")
 
     async def outputs(self, spoken: Spoken) -> AsyncGenerator[tuple[int, Output]]:
@@ -196,7 +247,8 @@ class Service:
         return answer.whole(choices) if entries < _FEW_ENTRIES else await asyncio.to_thread(answer.whole, choices)
 
     async def events(self, spoken: Spoken, answer: Answer) -> AsyncGenerator[str]:
-        """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be plain responses."""
+        """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be
+        plain responses."""
         usages: list[Usage] = []
         offsets = [0] * len(spoken.requests)
         opened = False

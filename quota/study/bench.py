@@ -1,4 +1,5 @@
-"""What every study shares: calibrated checkpoints, recipes and answers, each made once and kept under the content it depends on."""
+"""What every study shares: calibrated checkpoints, recipes and answers, each made once and kept under the content it
+depends on."""
 
 from __future__ import annotations
 
@@ -38,9 +39,10 @@ FLOAT, QUANTIZED, WEIGHT_ONLY = "float", "w4a4kv4", "w4a16"
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the default. tasks: "scenes" (held-out
-    generated questions) or a samples file with answers. methods: the published ones that `pipelines` and `compute` have rows for. place: where rows are
-    answered; what they are made of (checkpoints, profiles, recipes) comes from the CPU in float32 everywhere."""
+    """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the
+    default. tasks: "scenes" (held-out generated questions) or a samples file with answers. methods: the published ones
+    that `pipelines` and `compute` have rows for. place: where rows are answered; what they are made of (checkpoints,
+    profiles, recipes) comes from the CPU in float32 everywhere."""
 
     out: Path = Path("study-out")
     family: str | None = None
@@ -99,16 +101,24 @@ class Bench:
     def quantized(self, modules: Sequence[str] = MODULES, recipe: Recipe | None = None) -> str:
         """A W4A4KV4 checkpoint of the float model; `recipe`: the decoder calibrated on the graph it prunes.
 
-        Blocks learn from the float model's hidden states, so those of the tower, the projector and the decoder are the same whichever of them are asked for:
-        they are calibrated once, and a checkpoint of some of them takes the finished blocks. Pruning inside the language model concerns the decoder alone.
+        Blocks learn from the float model's hidden states, so those of the tower, the projector and the decoder are the
+        same whichever of them are asked for: they are calibrated once, and a checkpoint of some of them takes the
+        finished blocks. Pruning inside the language model concerns the decoder alone.
         """
         whole = MODULES if recipe is None else ("llm",)
         calibrated = self._calibrated(whole, recipe)
         if recipe is None and tuple(modules) == MODULES:
             return calibrated
         sources = {name: calibrated if name in whole else self._calibrated(MODULES, None) for name in modules}
-        parts = {"float": self.content(self.float_checkpoint), "sources": {name: self.content(folder) for name, folder in sources.items()}}
-        return str(self.cache.make("assembled", parts, lambda path: assemble(self.source, {k: Path(v) for k, v in sources.items()}, path)))
+        parts = {
+            "float": self.content(self.float_checkpoint),
+            "sources": {name: self.content(folder) for name, folder in sources.items()},
+        }
+        return str(
+            self.cache.make(
+                "assembled", parts, lambda path: assemble(self.source, {k: Path(v) for k, v in sources.items()}, path)
+            )
+        )
 
     def weight_only(self, method: str) -> str:
         """A W4A16 checkpoint of the float model by `method`: rtn, gptq or awq."""
@@ -119,16 +129,32 @@ class Bench:
 
         s, steps = self.settings, self.settings.steps if method == "flatquant" else None
         parts = {
-            "float": self.content(self.float_checkpoint), "samples": self.samples.fingerprint, "modules": list(modules), "steps": steps, "seed": s.seed,
-            "recipe": recipe and recipe.dumps(), "method": method,
-        }  # fmt: skip
+            "float": self.content(self.float_checkpoint),
+            "samples": self.samples.fingerprint,
+            "modules": list(modules),
+            "steps": steps,
+            "seed": s.seed,
+            "recipe": recipe and recipe.dumps(),
+            "method": method,
+        }
 
         def work(path: Path) -> None:
-            self.console.print(f"calibrating {'+'.join(modules)} by {method}{f' on the graph {recipe.method} prunes' if recipe else ''}")
+            self.console.print(
+                f"calibrating {'+'.join(modules)} by"
+                f" {method}{f' on the graph {recipe.method} prunes' if recipe else ''}"
+            )
             calibrate(
-                self.float_checkpoint, self.samples, modules=tuple(modules), out=path, method=method, seed=s.seed, steps=steps, recipe=recipe,
-                progress=not s.quiet, overwrite=True,
-            )  # fmt: skip
+                self.float_checkpoint,
+                self.samples,
+                modules=tuple(modules),
+                out=path,
+                method=method,
+                seed=s.seed,
+                steps=steps,
+                recipe=recipe,
+                progress=not s.quiet,
+                overwrite=True,
+            )
 
         return str(self.cache.make("quantized", parts, work))
 
@@ -136,12 +162,28 @@ class Bench:
     def profile(self) -> Profile:
         """Of the float model beside the fully quantized one."""
         quantized = self.quantized()
-        parts = {"float": self.content(self.float_checkpoint), "quantized": self.content(quantized), "samples": self.samples.fingerprint}
-        path = self.cache.make("profile", parts, lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=self.settings.quiet).save(p))
+        parts = {
+            "float": self.content(self.float_checkpoint),
+            "quantized": self.content(quantized),
+            "samples": self.samples.fingerprint,
+        }
+        path = self.cache.make(
+            "profile",
+            parts,
+            lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=self.settings.quiet).save(p),
+        )
         return Profile.load(path)
 
-    def planned(self, method: str, keep: float | None = None, compute: float | None = None, checkpoint: str | None = None, tau: float = 1.0) -> Recipe:
-        """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized model)."""
+    def planned(
+        self,
+        method: str,
+        keep: float | None = None,
+        compute: float | None = None,
+        checkpoint: str | None = None,
+        tau: float = 1.0,
+    ) -> Recipe:
+        """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized
+        model)."""
         asked = Asked(method, keep, compute, tau=tau, reference=self.reference)
         if METHODS[method].needs == "profile":
             return asked.from_profile(self.profile)
@@ -175,7 +217,9 @@ class Bench:
         assert f.hidden_size and f.kv_size and f.intermediate_size and f.head_dim
         sizes = DecoderSizes(f.layers, f.hidden_size, f.kv_size, f.intermediate_size)
         if recipe is None:
-            return cost([f.visual_tokens] * f.layers, f.visual_tokens, f.text_tokens or 0, sizes, f.vision_macs or 0, f.head_dim)
+            return cost(
+                [f.visual_tokens] * f.layers, f.visual_tokens, f.text_tokens or 0, sizes, f.vision_macs or 0, f.head_dim
+            )
         spent = recipe_cost(recipe)
         assert spent is not None
         return spent
@@ -183,7 +227,8 @@ class Bench:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def answered(self, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-        """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed study goes on from there.
+        """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed
+        study goes on from there.
 
         Rows of the same weights and recipe are answered once, in whichever study comes first.
         """
@@ -195,21 +240,29 @@ class Bench:
 
         settings = Settings(batch=s.batch, max_new_tokens=s.max_new_tokens, resamples=s.resamples, seed=s.seed)
         specs = {key: self._spec(key, e) for key, e in plan.items()}
-        done = answer_rows(list(specs.values()), self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet)
+        done = answer_rows(
+            list(specs.values()), self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet
+        )
         return {e.name: done[specs[self._key(e)].name][0] for e in entries}
 
     def _key(self, entry: Entry) -> str:
-        return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}{self.settings.place.key}"
+        return (
+            f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'}"
+            f" {self.code}{self.settings.place.key}"
+        )
 
     def _spec(self, key: str, entry: Entry) -> RowSpec:
         """Named by what answers, not by the row: that name is the file of the answers."""
         folder = resolve_folder(entry.checkpoint)
         name = f"{entry.recipe.method if entry.recipe else 'unpruned'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         stored = cache_dtype(folder, self.settings.place.dtype)
-        return RowSpec(name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), stored, _never)
+        return RowSpec(
+            name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), stored, _never
+        )
 
     def opened_with(self, checkpoint: str, recipe: Recipe | None) -> tuple[Any, Any]:
-        """(model under the recipe, processor) where rows are answered: loaded once for neighbouring rows of one checkpoint, the recipe exchanged."""
+        """(model under the recipe, processor) where rows are answered: loaded once for neighbouring rows of one
+        checkpoint, the recipe exchanged."""
         from quota.runtime.patch import patched
 
         model, processor = self.loaded(checkpoint, self.settings.place)

@@ -1,7 +1,7 @@
 """Keep finished studies and write the pages that show them: `python -m quota.study.readme [study-out]`.
 
-With a folder, the reports and pictures in it are copied to docs/tables/FAMILY first. The page docs/tables/FAMILY.md and the block `tables` of
-docs/results.md are written from the reports kept there only.
+With a folder, the reports and pictures in it are copied to docs/tables/FAMILY first. The page docs/tables/FAMILY.md and
+the block `tables` of docs/results.md are written from the reports kept there only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def keep(source: Path, kept: Path = KEPT) -> list[Path]:
             report = json.loads(path.read_text(encoding="utf-8"))
             folder = kept / report["family"]
             folder.mkdir(parents=True, exist_ok=True)
-            pictures = [report["files"]["plot"]] if "plot" in report["files"] else [a["overlay"] for a in report["methods"].values()]
+            pictures = (
+                [report["files"]["plot"]]
+                if "plot" in report["files"]
+                else [a["overlay"] for a in report["methods"].values()]
+            )
             for name in (path.name, *pictures):
                 shutil.copyfile(source / name, folder / name)
             out.append(folder / path.name)
@@ -59,8 +63,11 @@ def page(family: str, kept: Path = KEPT) -> str:
     missing = [name for name in STUDIES if name not in found]
     parts = [
         f"# The tables on the embedded {family_class(family).title} model",
-        f"Written by `python -m quota.study.readme` from the reports in `docs/tables/{family}`; a row is one configuration of `quota study NAME --family "
-        f"{family}`. The model is small and its questions are generated: the tables show which choice is better here, not how a 7B model scores.",
+        (
+            f"Written by `python -m quota.study.readme` from the reports in `docs/tables/{family}`; a row is one"
+            f" configuration of `quota study NAME --family {family}`. The model is small and its questions are"
+            " generated: the tables show which choice is better here, not how a 7B model scores."
+        ),
     ]
     if missing:
         parts.append(f"Not run on this model yet: {', '.join(missing)}.")
@@ -77,19 +84,29 @@ def section(name: str, report: dict[str, Any], family: str) -> str:
 
 
 def block(kept: Path = KEPT) -> str:
-    """The part of docs/results.md: every table with the families side by side, the long ones folded, and where the rest is."""
+    """The part of docs/results.md: every table with the families side by side, the long ones folded, and where the rest
+    is."""
     found = {family: reports(family, kept) for family in FAMILIES}
     parts = []
     for name in (*SHOWN, *FOLDED):
-        by_family = {family: StudyReport.model_validate(known[name]) for family, known in found.items() if name in known}
+        by_family = {
+            family: StudyReport.model_validate(known[name]) for family, known in found.items() if name in known
+        }
         if by_family:
             tables = [part.rstrip("\n") for part in _tables(name, by_family)]
             if name in FOLDED:
-                parts += [f"<details><summary>{STUDIES[name]} (<code>quota study {name}</code>)</summary>", *tables, "</details>"]
+                parts += [
+                    f"<details><summary>{STUDIES[name]} (<code>quota study {name}</code>)</summary>",
+                    *tables,
+                    "</details>",
+                ]
             else:
                 parts += [f"**{STUDIES[name]}** (`quota study {name}`)", *tables]
     pages = [f"[{family_class(family).title}](tables/{family}.md)" for family, known in found.items() if known]
-    parts.append(f"All studies with accuracies per task, paired differences, layer profiles and kept tokens in pictures: {', '.join(pages)}.")
+    parts.append(
+        "All studies with accuracies per task, paired differences, layer profiles and kept tokens in pictures:"
+        f" {', '.join(pages)}."
+    )
     return "\n\n".join(parts)
 
 
@@ -101,7 +118,12 @@ def _tables(name: str, by_family: dict[str, StudyReport]) -> list[str]:
         return [_figures_table(rows)]
     if name != "pipelines":
         with_compute = name == "compute"
-        return [markdown_table(["row", *heads], [[n, *(_cell(rows[f].get(n), with_compute) for f in by_family)] for n in names if n != "float"])]
+        return [
+            markdown_table(
+                ["row", *heads],
+                [[n, *(_cell(rows[f].get(n), with_compute) for f in by_family)] for n in names if n != "float"],
+            )
+        ]
     own = [n for n in names if ", " not in n and n != "float"]
     parts = [markdown_table(["row", *heads], [[n, *(_cell(rows[f].get(n)) for f in by_family)] for n in own])]
     methods = list(dict.fromkeys(n.split(", ")[0] for n in names if ", " in n))
@@ -109,10 +131,18 @@ def _tables(name: str, by_family: dict[str, StudyReport]) -> list[str]:
         ran = [family for family in by_family if any(", " in n for n in rows[family])]
         columns = [f"{family_class(family).title}: {order}" for family in ran for order in ORDERS]
         parts.append("Every method at the same compute (VTW at the layer its search finds):")
-        parts.append(markdown_table(["method", *columns], [[m, *(_cell(rows[f].get(f"{m}, {o}")) for f in ran for o in ORDERS)] for m in methods]))
+        parts.append(
+            markdown_table(
+                ["method", *columns],
+                [[m, *(_cell(rows[f].get(f"{m}, {o}")) for f in ran for o in ORDERS)] for m in methods],
+            )
+        )
     for family, report in by_family.items():
         said = [c for c in report.comparisons if c.row == "collaborative" and ", " not in c.against]
-        parts += [f"{family_class(family).title}, paired differences:", differences(report.model_copy(update={"comparisons": said}))]
+        parts += [
+            f"{family_class(family).title}, paired differences:",
+            differences(report.model_copy(update={"comparisons": said})),
+        ]
         parts += ["\n".join(f"- {note}" for note in report.notes)] if report.notes else []
     return parts
 
@@ -137,7 +167,9 @@ def _cell(row: StudyRow | None, with_compute: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, nargs="?", help="folder of finished studies to take reports and pictures from")
+    parser.add_argument(
+        "study", type=Path, nargs="?", help="folder of finished studies to take reports and pictures from"
+    )
     source = parser.parse_args().study
     if source is not None:
         print(f"kept {', '.join(str(path) for path in keep(source))}")

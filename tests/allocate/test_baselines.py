@@ -20,9 +20,17 @@ from tests.allocate.profiles import profile
 
 def basis(layers: int = 32, tokens: int = 576) -> Basis:
     model = ModelFacts(
-        architecture="LlavaForConditionalGeneration", fingerprint="sha256:aa", layers=layers, visual_tokens=tokens, hidden_size=4096, kv_size=4096,
-        intermediate_size=11008, head_dim=128, text_tokens=64, vision_macs=10**11,
-    )  # fmt: skip
+        architecture="LlavaForConditionalGeneration",
+        fingerprint="sha256:aa",
+        layers=layers,
+        visual_tokens=tokens,
+        hidden_size=4096,
+        kv_size=4096,
+        intermediate_size=11008,
+        head_dim=128,
+        text_tokens=64,
+        vision_macs=10**11,
+    )
     return Basis(model, "w4a4kv4")
 
 
@@ -32,16 +40,26 @@ def attention(layers: int = 8, tokens: int = 50, seed: int = 0) -> AttentionSamp
 
 
 def evidence() -> Evidence:
-    return Evidence(withdrawal={i: 0.1 / i for i in range(1, 32)}, attention=[attention(32, 576, s) for s in range(3)], samples=20, threshold=0.01)
+    return Evidence(
+        withdrawal={i: 0.1 / i for i in range(1, 32)},
+        attention=[attention(32, 576, s) for s in range(3)],
+        samples=20,
+        threshold=0.01,
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "candidates", "tokens"),
     [
-        ("fastv", (2,), [288]), ("pyramiddrop", (8, 16, 24), [288, 144, 72]), ("vtw", (15,), [0]), ("divprune", (BEFORE,), [57]),
-        ("cdpruner", (BEFORE,), [64]), ("random", (BEFORE,), [173]), ("grid", (BEFORE,), [173]),
+        ("fastv", (2,), [288]),
+        ("pyramiddrop", (8, 16, 24), [288, 144, 72]),
+        ("vtw", (15,), [0]),
+        ("divprune", (BEFORE,), [57]),
+        ("cdpruner", (BEFORE,), [64]),
+        ("random", (BEFORE,), [173]),
+        ("grid", (BEFORE,), [173]),
     ],
-)  # fmt: skip
+)
 def test_published_schedules(method: str, candidates: tuple[int, ...], tokens: list[int]) -> None:
     recipe = build_baseline(basis(), method)
     assert recipe.candidates == candidates and recipe.method == method
@@ -89,17 +107,22 @@ def test_shallow_models(layers: int) -> None:
 
 def test_withdrawal_search_takes_the_first_layer_within_the_threshold() -> None:
     recipe = build_baseline(basis(), "vtw", evidence=evidence())
-    assert recipe.candidates == (10,) and "layer 10" in recipe.provenance.search[0] and "Search: " in explain_text(recipe)
+    assert (
+        recipe.candidates == (10,) and "layer 10" in recipe.provenance.search[0] and "Search: " in explain_text(recipe)
+    )
     never = build_baseline(basis(), "vtw", evidence=Evidence(withdrawal={1: 3.0, 2: 2.0}, samples=4))
     assert never.candidates == (2,) and "no layer is within" in never.provenance.search[0]
 
 
 def test_fitprune_deletes_what_both_lists_hold() -> None:
-    """Layer 0: tokens 0 and 1 have no mass in either list, token 2 none in one; alpha 0 deletes exactly what costs nothing."""
+    """Layer 0: tokens 0 and 1 have no mass in either list, token 2 none in one; alpha 0 deletes exactly what costs
+    nothing."""
     cross = np.array([[0.0, 0, 0, 4, 6], [1, 1, 1, 1, 1.0]])
     own = np.array([[0.0, 0, 5, 1, 4], [1, 1, 1, 1, 1.0]])
     assert keep_shares(AttentionSample(cross, own), 0.0).tolist() == [1.0, 0.6]
-    assert keep_shares(AttentionSample(cross, own), 0.4).tolist() == [1.0, 0.4], "alpha 0.4 allows tokens 0-3 in cross and 0, 1, 3 in self"
+    assert keep_shares(AttentionSample(cross, own), 0.4).tolist() == [1.0, 0.4], (
+        "alpha 0.4 allows tokens 0-3 in cross and 0, 1, 3 in self"
+    )
 
 
 def test_fitprune_counts_what_earlier_layers_took() -> None:

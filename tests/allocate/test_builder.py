@@ -29,7 +29,9 @@ def test_quota_recipe() -> None:
 
 
 def test_same_input_same_bytes() -> None:
-    assert build_recipe(profile(), 0.3, "2-6", 0.5).dumps() == build_recipe(profile(), 0.3, [2, 3, 4, 5, 6], 0.5).dumps().replace('"2,3,4,5,6"', '"2-6"')
+    assert build_recipe(profile(), 0.3, "2-6", 0.5).dumps() == build_recipe(
+        profile(), 0.3, [2, 3, 4, 5, 6], 0.5
+    ).dumps().replace('"2,3,4,5,6"', '"2-6"')
 
 
 def test_uniform_recipe_has_equal_drops_and_no_quant_term() -> None:

@@ -27,18 +27,30 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> tup
     return status, json.loads((tmp_path / ("gpu-dry-run.json" if "--dry-run" in arguments else "gpu.json")).read_text())
 
 
-def test_a_dry_run_plans_every_section_and_makes_every_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_plans_every_section_and_makes_every_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("machine", "build", "sass"):  # these look for programs that a CI machine need not have
         monkeypatch.setitem(gpu.SECTIONS, name, lambda options: iter([facts(skipped=True)]))
     status, records = run(monkeypatch, tmp_path, "--dry-run", "--seed", "5")
     assert status == 0 and [r["section"] for r in records] == list(gpu.SECTIONS) and all(r["passed"] for r in records)
     by_name = {r["section"]: r for r in records}
     for section, implementation in (("ops", "cuda"), ("triton", "triton")):
-        offered = [check for check in checks.all_checks(5, True) if implementation in [i.name for i in check.op.implementations]]
+        offered = [
+            check
+            for check in checks.all_checks(5, True)
+            if implementation in [i.name for i in check.op.implementations]
+        ]
         assert len(by_name[section]["rows"]) == len(offered) > 15
     assert {check.op.name for check in checks.all_checks(5, True)} == set(registered())  # no op without a check
-    assert "llava-1.5-7b.down M=640" in by_name["linears"]["would_time"] and "compute-sanitizer" in by_name["racecheck"]["would_run"]
-    assert by_name["models"]["would_time"][1] == "llava-1.5-7b B=1: quota, keep 0.3" and len(by_name["models"]["would_time"]) == 10
+    assert (
+        "llava-1.5-7b.down M=640" in by_name["linears"]["would_time"]
+        and "compute-sanitizer" in by_name["racecheck"]["would_run"]
+    )
+    assert (
+        by_name["models"]["would_time"][1] == "llava-1.5-7b B=1: quota, keep 0.3"
+        and len(by_name["models"]["would_time"]) == 10
+    )
     assert all((r["seed"], len(r["digest"])) == (5, 12) and r["commit"] for r in records)
     assert "call 1: " in (said := capsys.readouterr().out) and "of 600" in said and "of 240" in said
 
@@ -71,7 +83,8 @@ def test_one_failing_section_leaves_the_others_alone(monkeypatch: pytest.MonkeyP
 
 WORKER = """
 import json, subprocess, sys, time
-print(json.dumps({"facts": {"arch": "9.0"}}), json.dumps({"row": {"case": "a", "implementation": "quota", "us": 2.0}}), "noise", sep="\\n", flush=True)
+row = {"case": "a", "implementation": "quota", "us": 2.0}
+print(json.dumps({"facts": {"arch": "9.0"}}), json.dumps({"row": row}), "noise", sep="\\n", flush=True)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(json.dumps({"facts": {"child": child.pid}}), flush=True)
 print(json.dumps({"row": {"case": "cut"}})[:9], end="", flush=True)
@@ -82,7 +95,11 @@ END
 def worker(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     """Sections run this in place of themselves, in their own process."""
     code, popen = WORKER.replace("END", end), subprocess.Popen
-    monkeypatch.setattr(apart.subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", code] if "--worker" in command else command, **more))
+    monkeypatch.setattr(
+        apart.subprocess,
+        "Popen",
+        lambda command, **more: popen([sys.executable, "-c", code] if "--worker" in command else command, **more),
+    )
 
 
 def gone(pid: int) -> bool:
@@ -97,12 +114,22 @@ def gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("end", "said"), [("time.sleep(600)", "cut off after 20 s"), ("raise SystemExit(3)", "ended with 3"), ("", None)])
-def test_a_cut_off_section_keeps_its_lines_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str, said: str | None) -> None:
+@pytest.mark.parametrize(
+    ("end", "said"), [("time.sleep(600)", "cut off after 20 s"), ("raise SystemExit(3)", "ended with 3"), ("", None)]
+)
+def test_a_cut_off_section_keeps_its_lines_and_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str, said: str | None
+) -> None:
     worker(monkeypatch, end)
     status, (record,) = run(monkeypatch, tmp_path, "--sections", "linears", "--limit-s", "20")
-    assert status == (1 if said else 0) and record["rows"] == [{"case": "a", "implementation": "quota", "us": 2.0}] and record["arch"] == "9.0"
-    assert "linears" in record["section"] and (record.get("failures", []) == [] if said is None else record["failures"][0].startswith(said))
+    assert (
+        status == (1 if said else 0)
+        and record["rows"] == [{"case": "a", "implementation": "quota", "us": 2.0}]
+        and record["arch"] == "9.0"
+    )
+    assert "linears" in record["section"] and (
+        record.get("failures", []) == [] if said is None else record["failures"][0].startswith(said)
+    )
     assert gone(record["child"]) and '"row"' in (tmp_path / "gpu-linears.jsonl").read_text()
 
 

@@ -1,4 +1,5 @@
-"""The timing sections of `make gpu-check` with their own code and stand-ins for the device: no line of theirs runs for the first time on a GPU."""
+"""The timing sections of `make gpu-check` with their own code and stand-ins for the device: no line of theirs runs for
+the first time on a GPU."""
 
 from __future__ import annotations
 
@@ -44,9 +45,14 @@ class Event:
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda's streams, graphs and events without a device; the ops' CUDA implementations are the references."""
     fakes: dict[str, Any] = {
-        "Stream": lambda: None, "stream": nullcontext, "synchronize": lambda *_: None, "graph": nullcontext, "Event": Event,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1 << 10),
-    }  # fmt: skip
+        "Stream": lambda: None,
+        "stream": nullcontext,
+        "synchronize": lambda *_: None,
+        "graph": nullcontext,
+        "Event": Event,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1 << 10),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(times, "DEVICE", "cpu")
@@ -57,7 +63,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Lt:
-    """cuBLASLt's calls, computed by NumPy the way its documentation defines them: matrices column by column, op(A) op(B)."""
+    """cuBLASLt's calls, computed by NumPy the way its documentation defines them: matrices column by column, op(A)
+    op(B)."""
 
     def __init__(self, algorithms: int = 1) -> None:
         self.algorithms, self.made, self.workspace, self.wrong = algorithms, {}, 0, 0
@@ -95,15 +102,41 @@ class Lt:
 
     def _matrix(self, at: Any, layout: Any) -> np.ndarray:
         kind, rows, columns, stride = self.made[layout.value]
-        flat = np.frombuffer((ctypes.c_char * (stride * columns * (1 if kind == 3 else 4))).from_address(at.value), np.int8 if kind == 3 else np.int32)
+        flat = np.frombuffer(
+            (ctypes.c_char * (stride * columns * (1 if kind == 3 else 4))).from_address(at.value),
+            np.int8 if kind == 3 else np.int32,
+        )
         return flat.reshape(columns, stride)[:, :rows].T
 
-    def cublasLtMatmul(self, handle: Any, product: Any, alpha: Any, a: Any, a_of: Any, b: Any, b_of: Any, beta: Any, c: Any, c_of: Any, d: Any, d_of: Any,
-                       best: Any, workspace: Any, size: Any, stream: Any) -> int:  # fmt: skip
+    def cublasLtMatmul(
+        self,
+        handle: Any,
+        product: Any,
+        alpha: Any,
+        a: Any,
+        a_of: Any,
+        b: Any,
+        b_of: Any,
+        beta: Any,
+        c: Any,
+        c_of: Any,
+        d: Any,
+        d_of: Any,
+        best: Any,
+        workspace: Any,
+        size: Any,
+        stream: Any,
+    ) -> int:
         described = self.made[product.value]
-        assert described["types"] == (72, 10) and (alpha._obj.value, beta._obj.value) == (1, 0) and size.value == self.workspace == WORKSPACE_BYTES
+        assert (
+            described["types"] == (72, 10)
+            and (alpha._obj.value, beta._obj.value) == (1, 0)
+            and size.value == self.workspace == WORKSPACE_BYTES
+        )
         left = self._matrix(a, a_of).astype(np.int32)
-        self._matrix(d, d_of)[:] = (left.T if described.get(3) else left) @ self._matrix(b, b_of).astype(np.int32) + self.wrong
+        self._matrix(d, d_of)[:] = (left.T if described.get(3) else left) @ self._matrix(b, b_of).astype(
+            np.int32
+        ) + self.wrong
         return 0
 
 
@@ -122,7 +155,9 @@ def test_the_int8_peer_asks_cublaslt_for_the_product_we_mean() -> None:
 class HummingLayer(torch.nn.Module):
     """The part of humming 0.1.19's layer that is called: int4 weights, quantized rows or float ones."""
 
-    def __init__(self, shape_n: int, shape_k: int, weight_config: dict, input_config: dict, torch_dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape_n: int, shape_k: int, weight_config: dict, input_config: dict, torch_dtype: torch.dtype
+    ) -> None:
         super().__init__()
         assert (weight_config, input_config, torch_dtype) == ({"dtype": "int4"}, {"dtype": "int8"}, torch.bfloat16)
         self.shape, self.humming_config, self.off = (shape_n, shape_k), None, 0.0
@@ -154,16 +189,33 @@ def humming(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HummingLayer]]:
 
 def test_linear_rows(device: None) -> None:
     found = {row["implementation"]: row for row in times.linear_rows(Linear("tiny", 128, 48), 3)}
-    assert list(found) == ["quota", "quota+quantize", "quota-triton", "quota-triton-w4a16", "cublas-bf16", "cublaslt-int8", "torch._int_mm", "fp8"]
+    assert list(found) == [
+        "quota",
+        "quota+quantize",
+        "quota-triton",
+        "quota-triton-w4a16",
+        "cublas-bf16",
+        "cublaslt-int8",
+        "torch._int_mm",
+        "fp8",
+    ]
     ran = [name for name, row in found.items() if "us" in row]
     assert set(ran) >= set(list(found)[:7]), found
-    assert [row["implementation"] for row in times.linear_rows(Linear("tiny", 128, 48), 3, peers=False)] == ["quota", "quota+quantize", "cublas-bf16"]
+    assert [row["implementation"] for row in times.linear_rows(Linear("tiny", 128, 48), 3, peers=False)] == [
+        "quota",
+        "quota+quantize",
+        "cublas-bf16",
+    ]
     assert found["quota"]["us"] == 500.0  # two copies of the weight in one millisecond
 
 
-def test_humming_is_checked_then_timed(device: None, humming: type[HummingLayer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_humming_is_checked_then_timed(
+    device: None, humming: type[HummingLayer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = list(times.humming_rows(Linear("tiny", 64, 8), 3))
-    assert [row["implementation"] for row in found] == ["quota", "humming-w4a8", "humming-w4a8+quantize"] and all("us" in row for row in found)
+    assert [row["implementation"] for row in found] == ["quota", "humming-w4a8", "humming-w4a8+quantize"] and all(
+        "us" in row for row in found
+    )
     monkeypatch.setattr(peers, "_HUMMING_TOLERANCE", 0.0)
     _, *wrong = times.humming_rows(Linear("tiny", 64, 8), 3)
     assert all("from the float product" in row["failed"] for row in wrong)
@@ -174,13 +226,19 @@ def test_humming_is_checked_then_timed(device: None, humming: type[HummingLayer]
 def test_attention_rows(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(times.importlib.util, "find_spec", lambda name: None)
     found = list(times.attention_rows(Attention("tiny", 4, 2, 16), 2, 70))
-    assert [row["implementation"] for row in found] == ["quota", "quota, paged", "sdpa-bf16", "flash-attn"] and all("us" in row for row in found[:3])
+    assert [row["implementation"] for row in found] == ["quota", "quota, paged", "sdpa-bf16", "flash-attn"] and all(
+        "us" in row for row in found[:3]
+    )
 
 
 def test_pages_hold_the_cache() -> None:
     kv = times.kv_of(torch.randn(2, 3, 37, 8), 37)
     pages, table = times._pages(kv, 3), torch.arange(6, dtype=torch.int32).view(2, 3)
-    for got, want in zip(ops.kv4_page_read.implementations[-1].run(pages, table, torch.tensor([37, 37], dtype=torch.int32), 37), kv, strict=True):
+    for got, want in zip(
+        ops.kv4_page_read.implementations[-1].run(pages, table, torch.tensor([37, 37], dtype=torch.int32), 37),
+        kv,
+        strict=True,
+    ):
         assert torch.equal(got[:, :, :37], want)
 
 
@@ -205,7 +263,11 @@ def test_ceilings(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_row_of_ours_fails_its_section(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "require_library", lambda: None)
     rows = [{"case": "a", "implementation": name, "failed": "no"} for name in ("quota", "fp8")]
-    assert list(fast._rows(Options(dry=False, seed=0), [], iter(rows))) == [{"row": rows[0]}, {"failure": "a, quota: no"}, {"row": rows[1]}]
+    assert list(fast._rows(Options(dry=False, seed=0), [], iter(rows))) == [
+        {"row": rows[0]},
+        {"failure": "a, quota: no"},
+        {"row": rows[1]},
+    ]
 
 
 def test_flash_attention_is_timed_where_it_is_installed(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +276,11 @@ def test_flash_attention_is_timed_where_it_is_installed(device: None, monkeypatc
     monkeypatch.setitem(sys.modules, "flash_attn", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(times.importlib.util, "find_spec", lambda name: object())
     found = list(times.attention_rows(Attention("tiny", 4, 2, 16), 2, 70))
-    assert found[-1]["implementation"] == "flash-attn" and "us" in found[-1] and set(shapes) == {((2, 1, 4, 16), (2, 70, 2, 16))}
+    assert (
+        found[-1]["implementation"] == "flash-attn"
+        and "us" in found[-1]
+        and set(shapes) == {((2, 1, 4, 16), (2, 70, 2, 16))}
+    )
 
 
 @pytest.mark.parametrize(("arch", "batches"), [("embedded", (1, 2)), ("embedded-qwen", (2,))])
@@ -222,13 +288,23 @@ def test_whole_models_answer_alone_and_in_batches(arch: str, batches: tuple[int,
     found = list(models.rows(arch, models.Sizes("cpu", layers=3, batches=batches, repeats=1)))
     assert not models.failures(found) and not any("failed" in row for row in found), found
     names = ("quota", "quota, keep 0.3", "quota, engine", "quota, engine, keep 0.3", "transformers bf16, sdpa")
-    assert [(row["implementation"], row["case"]) for row in found] == [(name, f"{arch} B={batch}") for name in names for batch in batches]
+    assert [(row["implementation"], row["case"]) for row in found] == [
+        (name, f"{arch} B={batch}") for name in names for batch in batches
+    ]
     whole, pruned, served, served_pruned, floats = found[:: len(batches)]
     assert 0 < served_pruned["kv_bytes"] < served["kv_bytes"] and min(served["ttft_ms"], served["decode_ms"]) > 0
-    assert whole["cache_tokens"] == floats["cache_tokens"] == 640 + 31 and pruned["cache_tokens"] == 640 + 31 - (576 - 173) / 3
+    assert (
+        whole["cache_tokens"] == floats["cache_tokens"] == 640 + 31
+        and pruned["cache_tokens"] == 640 + 31 - (576 - 173) / 3
+    )
     if len(batches) > 1:
-        assert pruned["kv_bytes"] < whole["kv_bytes"] < floats["kv_bytes"] and found[1]["kv_bytes"] == 2 * whole["kv_bytes"]
-    assert models.table(found).count("\n") == len(found) + 1 and f"| {arch} B=2 | quota, keep 0.3 |" in models.table(found)
+        assert (
+            pruned["kv_bytes"] < whole["kv_bytes"] < floats["kv_bytes"]
+            and found[1]["kv_bytes"] == 2 * whole["kv_bytes"]
+        )
+    assert models.table(found).count("\n") == len(found) + 1 and f"| {arch} B=2 | quota, keep 0.3 |" in models.table(
+        found
+    )
 
 
 def test_a_model_that_cannot_run_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

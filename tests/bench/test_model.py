@@ -40,7 +40,9 @@ def test_a_job_measures_and_pruning_shrinks_the_cache(checkpoint: Path) -> None:
     whole, pruned = (measure(Job("embedded", str(checkpoint), keep, requests=1)) for keep in (None, 0.3))
     assert whole["cache_tokens"] == [640 + 31] * 4
     assert pruned["cache_tokens"] == [671, 671, 671 - 576 + 375, 671 - 576 + 173]
-    assert pruned["kv_bytes"] < whole["kv_bytes"] and whole["ttft_ms"] > 0 and whole["peak_rss_bytes"] > whole["kv_bytes"]
+    assert (
+        pruned["kv_bytes"] < whole["kv_bytes"] and whole["ttft_ms"] > 0 and whole["peak_rss_bytes"] > whole["kv_bytes"]
+    )
 
 
 def test_the_float_baseline_runs() -> None:
@@ -53,7 +55,9 @@ def test_a_failing_job_says_why(tmp_path: Path) -> None:
         measure(Job("embedded", str(tmp_path / "nowhere"), requests=1))
 
 
-def test_an_existing_checkpoint_is_used_again(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_checkpoint_is_used_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = Request("embedded", tmp_path, None, 4, floats=(), requests=1)
     made = ensure_checkpoint(request)
     before = made.stat().st_mtime_ns
@@ -64,7 +68,9 @@ def test_an_existing_checkpoint_is_used_again(checkpoint: Path, tmp_path: Path, 
     assert list(run(request, made, out)) == first and first[0]["checkpoint_bytes"] == checkpoint_bytes(made)
 
 
-@pytest.mark.parametrize(("arch", "float_bytes", "most"), [("llava-1.5-7b", 14.13e9, 3.97e9), ("qwen2.5-vl-7b", 16.58e9, 5.86e9)])
+@pytest.mark.parametrize(
+    ("arch", "float_bytes", "most"), [("llava-1.5-7b", 14.13e9, 3.97e9), ("qwen2.5-vl-7b", 16.58e9, 5.86e9)]
+)
 def test_full_size_fits_the_published_figure(arch: str, float_bytes: float, most: float) -> None:
     """Bytes of every tensor by shape alone; the published float figure is 16 bits for every parameter."""
     config = config_of(arch)

@@ -1,4 +1,5 @@
-"""Every op's case runs: ours passes its gate, rows carry ratios, a wrong peer is left out, a known case is not measured again."""
+"""Every op's case runs: ours passes its gate, rows carry ratios, a wrong peer is left out, a known case is not measured
+again."""
 
 from __future__ import annotations
 
@@ -9,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from quota.bench import kv4_append, kv4_attention, peers, quantize_act, run_ops, shapes, token_score, w4a4_linear, w4a16_linear
+from quota.bench import (
+    kv4_append,
+    kv4_attention,
+    peers,
+    quantize_act,
+    run_ops,
+    shapes,
+    token_score,
+    w4a4_linear,
+    w4a16_linear,
+)
 from quota.bench.case import Case
 from quota.bench.peers import child
 from quota.bench.peers.torch_float import TorchFloat
@@ -37,7 +48,8 @@ def first(cases: object) -> Case:
 
 
 class Engine:
-    """Another engine's layer whose arithmetic is ours: float64, times `factor`. What real ones compute on this CPU is the benchmark's business."""
+    """Another engine's layer whose arithmetic is ours: float64, times `factor`. What real ones compute on this CPU is
+    the benchmark's business."""
 
     unit, tolerance = "fma256", 1e-5
 
@@ -68,7 +80,9 @@ class Engine:
 def exact_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's attention, a peer too, in float64."""
     real = kv4_attention.F.scaled_dot_product_attention
-    exact = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v, **how: real(q.double(), k.double(), v.double(), **how).float())
+    exact = SimpleNamespace(
+        scaled_dot_product_attention=lambda q, k, v, **how: real(q.double(), k.double(), v.double(), **how).float()
+    )
     monkeypatch.setattr(kv4_attention, "F", exact)
 
 
@@ -78,7 +92,9 @@ CASES = {
     "kv4_append": lambda: kv4_append.cases(SMALL, isas(), quick=True),
     "token_score": lambda: token_score.cases(SMALL, isas()),
     "w4a16_linear": lambda: w4a16_linear.cases([SHAPE], [3], [peers.Here(Engine("floats"))], isas(), 1),
-    "w4a4_linear": lambda: w4a4_linear.cases([SHAPE], [3], [peers.Here(Engine("codes")), peers.Here(Engine("floats"))], isas(), 1),
+    "w4a4_linear": lambda: w4a4_linear.cases(
+        [SHAPE], [3], [peers.Here(Engine("codes")), peers.Here(Engine("floats"))], isas(), 1
+    ),
 }
 
 
@@ -96,9 +112,14 @@ def test_a_case_prepares_checks_and_runs(op: str) -> None:
 
 @pytest.mark.parametrize("takes", ["codes", "floats"])
 def test_a_wrong_peer_is_not_timed(takes: str) -> None:
-    contenders, skipped = first(w4a4_linear.cases([SHAPE], [3], [peers.Here(Engine(takes, 1.1))], isas()[:1], 1)).contenders()
+    contenders, skipped = first(
+        w4a4_linear.cases([SHAPE], [3], [peers.Here(Engine(takes, 1.1))], isas()[:1], 1)
+    ).contenders()
     assert [c.name for c in contenders] == ["quota", "quota+quantize"]
-    assert skipped[0].peer == f"engine-{takes}" and skipped[0].reason == "peer is wrong on this CPU by 1.0e-01 (relative), allowed 1e-05"
+    assert (
+        skipped[0].peer == f"engine-{takes}"
+        and skipped[0].reason == "peer is wrong on this CPU by 1.0e-01 (relative), allowed 1e-05"
+    )
 
 
 def test_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +127,9 @@ def test_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kv4_attention.F, "scaled_dot_product_attention", lambda *a, **how: 1.1 * right(*a, **how))
     contenders, skipped = first(CASES["kv4_attention"]()).contenders()
     assert {c.name for c in contenders} == {"quota"}
-    assert [s.peer for s in skipped] == ["sdpa-fp32", "sdpa-bf16"] and all("peer is wrong on this CPU by 1.0e-01" in s.reason for s in skipped)
+    assert [s.peer for s in skipped] == ["sdpa-fp32", "sdpa-bf16"] and all(
+        "peer is wrong on this CPU by 1.0e-01" in s.reason for s in skipped
+    )
 
 
 def test_wrong_results_of_ours_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +165,9 @@ def test_rows_are_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run_ops, "ceilings", lambda threads: None)
     monkeypatch.setattr(run_ops, "every_peer", lambda: {"engine-floats": lambda: peers.Here(Engine("floats"))})
     out = tmp_path / "ops.jsonl"
-    selection = run_ops.Selection(ops=("w4a4_linear",), shapes=(SHAPE.name,), rows=(2,), peers=("engine-floats",), isas=isas()[:1], quick=True)
+    selection = run_ops.Selection(
+        ops=("w4a4_linear",), shapes=(SHAPE.name,), rows=(2,), peers=("engine-floats",), isas=isas()[:1], quick=True
+    )
     measured = list(run_ops.run(selection, out))
     assert [m.reused for m in measured] == [False]
     own = next(r for r in measured[0].rows if r["implementation"] == "quota+quantize")

@@ -13,9 +13,19 @@ from quota.core.errors import UsageError
 
 def row(**changes: Any) -> dict[str, Any]:
     return {
-        "schema": rows.SCHEMA, "op": "w4a4_linear", "shape": "a", "size": {"m": 1}, "threads": 1, "weights": "resident", "commit": "c", "library": "l",
-        "cpu": "x", "date": "2026-01-01", "implementation": "quota", **changes,
-    }  # fmt: skip
+        "schema": rows.SCHEMA,
+        "op": "w4a4_linear",
+        "shape": "a",
+        "size": {"m": 1},
+        "threads": 1,
+        "weights": "resident",
+        "commit": "c",
+        "library": "l",
+        "cpu": "x",
+        "date": "2026-01-01",
+        "implementation": "quota",
+        **changes,
+    }
 
 
 def test_append_and_read(tmp_path: Path) -> None:
@@ -45,7 +55,10 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
         list(rows.read(path))
 
 
-@pytest.mark.parametrize("changed", [{"commit": "d"}, {"library": "m"}, {"threads": 2}, {"size": {"m": 2}}, {"weights": "cold"}, {"cpu": "y"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"commit": "d"}, {"library": "m"}, {"threads": 2}, {"size": {"m": 2}}, {"weights": "cold"}, {"cpu": "y"}],
+)
 def test_a_case_is_known_only_when_all_of_it_is_the_same(changed: dict[str, Any]) -> None:
     assert rows.case_key(row()) == rows.case_key(row(date="2027-01-01", implementation="peer"))
     assert rows.case_key(row()) != rows.case_key(row(**changed))

@@ -29,9 +29,30 @@ def test_a_loss_is_said_in_words() -> None:
 
 
 def row(threads: int, wall_ms: float, **other: object) -> dict[str, object]:
-    same = {"op": "w4a4_linear", "shape": "a.down", "size": {"m": 1}, "weights": "resident", "implementation": "quota", "features": ["avx2"], "load": 0.1,
-            "commit": "c", "dirty": False, "versions": {}, "ours": True, "ratios": {}, "gops": 1.0, "cpu": "one", "isa": "avx2"}  # fmt: skip
-    return {**same, "threads": threads, "wall_ms": [wall_ms, wall_ms, wall_ms], "cpu_ms": [wall_ms, wall_ms, wall_ms], **other}
+    same = {
+        "op": "w4a4_linear",
+        "shape": "a.down",
+        "size": {"m": 1},
+        "weights": "resident",
+        "implementation": "quota",
+        "features": ["avx2"],
+        "load": 0.1,
+        "commit": "c",
+        "dirty": False,
+        "versions": {},
+        "ours": True,
+        "ratios": {},
+        "gops": 1.0,
+        "cpu": "one",
+        "isa": "avx2",
+    }
+    return {
+        **same,
+        "threads": threads,
+        "wall_ms": [wall_ms, wall_ms, wall_ms],
+        "cpu_ms": [wall_ms, wall_ms, wall_ms],
+        **other,
+    }
 
 
 def test_more_threads_are_compared_with_one() -> None:
@@ -41,17 +62,40 @@ def test_more_threads_are_compared_with_one() -> None:
 
 
 def test_every_machine_shows_its_best_instruction_set() -> None:
-    rows = [row(1, 6.0, shape="llava-1.5-7b.down"), row(1, 6.0, shape="llava-1.5-7b.down", cpu="two", isa="amx", gops=9.0)]
+    rows = [
+        row(1, 6.0, shape="llava-1.5-7b.down"),
+        row(1, 6.0, shape="llava-1.5-7b.down", cpu="two", isa="amx", gops=9.0),
+    ]
     assert "avx2 |" in tables.digest_block(rows, []) and "amx" in tables.digest_block(rows, [])
 
 
 def test_throughput_is_compared_with_one_client() -> None:
     rows = [
-        row(2, 0.0, op="serve", shape="embedded", implementation=name, ours=name == "quota serve", size={"clients": clients, "new": 32}, tokens_per_s=speed,
-            cpu_ms_per_token=2.0, ttft_ms=[10.0, 20.0], inter_token_ms=[1.0, None], **({"note": "on two legs"} if name == "a peer" else {}))
+        row(
+            2,
+            0.0,
+            op="serve",
+            shape="embedded",
+            implementation=name,
+            ours=name == "quota serve",
+            size={"clients": clients, "new": 32},
+            tokens_per_s=speed,
+            cpu_ms_per_token=2.0,
+            ttft_ms=[10.0, 20.0],
+            inter_token_ms=[1.0, None],
+            **({"note": "on two legs"} if name == "a peer" else {}),
+        )
         for name, clients, speed in (("a peer", 1, 50.0), ("quota serve", 16, 300.0), ("quota serve", 1, 100.0))
-    ]  # fmt: skip
+    ]
     lines = tables.throughput_block(rows).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines if line.startswith("| quota") or line.startswith("| a peer")]
-    assert cells == [["quota serve", "32", "1", "100", "1.00"], ["quota serve", "32", "16", "300", "3.00"], ["a peer", "32", "1", "50", "1.00"]]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:6]]
+        for line in lines
+        if line.startswith("| quota") or line.startswith("| a peer")
+    ]
+    assert cells == [
+        ["quota serve", "32", "1", "100", "1.00"],
+        ["quota serve", "32", "16", "300", "3.00"],
+        ["a peer", "32", "1", "50", "1.00"],
+    ]
     assert "*a peer*: on two legs." in lines

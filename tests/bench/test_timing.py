@@ -11,7 +11,10 @@ from quota.bench.timing import Contender, Sample, Spread, interleave, ratio, tim
 
 def test_contenders_take_turns() -> None:
     order: list[str] = []
-    pair = [Contender(name, "fma256", 1.0, sampler=lambda calls, cold, name=name: order.append(name) or Sample(9.0, 9.0)) for name in "ab"]  # type: ignore[misc]
+    pair = [
+        Contender(name, "fma256", 1.0, sampler=lambda calls, cold, name=name: order.append(name) or Sample(9.0, 9.0))
+        for name in "ab"
+    ]  # type: ignore[misc]
     interleave(pair, rounds=4, budget_s=60)
     assert order[4:] == ["a", "b", "b", "a", "a", "b", "b", "a"]  # after two untimed calls each
     assert [len(c.samples) for c in pair] == [4, 4]

@@ -36,8 +36,12 @@ def test_attention_statistics_are_the_largest_head_of_the_full_matrix(world):
     finally:
         model.set_attn_implementation("sdpa")
     for layer, a in enumerate(attentions):
-        np.testing.assert_allclose(found[0].cross[layer], a[0][:, text][:, :, visual].amax(0).mean(0).numpy(), rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(found[0].self_[layer], a[0][:, visual][:, :, visual].amax(0).mean(0).numpy(), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            found[0].cross[layer], a[0][:, text][:, :, visual].amax(0).mean(0).numpy(), rtol=1e-3, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            found[0].self_[layer], a[0][:, visual][:, :, visual].amax(0).mean(0).numpy(), rtol=1e-3, atol=1e-6
+        )
 
 
 @torch.no_grad()
@@ -52,7 +56,8 @@ def test_statistics_leave_the_model_as_it_was(world):
 
 @torch.no_grad()
 def test_withdrawal_before_the_last_layer_changes_least_of_all_it_can(world):
-    """KL is positive, and 0 where the last layers do not look at the picture: with values of later layers zeroed, withdrawing there is free."""
+    """KL is positive, and 0 where the last layers do not look at the picture: with values of later layers zeroed,
+    withdrawing there is free."""
     model, processor, samples = world
     kl = withdrawal_divergence(model, processor, samples)
     assert sorted(kl) == [1, 2] and all(v > 0 for v in kl.values())
@@ -70,8 +75,13 @@ def test_quantized_models_are_measured_as_deployed(world):
     model = quantize_rtn(build_model(build_config(56, 64, LAYERS)).eval())
     told: list[tuple[int, int]] = []
     first, second = (attention_statistics(model, processor, samples, lambda *at: told.append(at)) for _ in range(2))
-    assert all(np.array_equal(a.cross, b.cross) and np.array_equal(a.self_, b.self_) for a, b in zip(first, second, strict=True))
-    assert told == [(1, 2), (2, 2)] * 2 and all(v >= 0 for v in withdrawal_divergence(model, processor, samples).values())
+    assert all(
+        np.array_equal(a.cross, b.cross) and np.array_equal(a.self_, b.self_)
+        for a, b in zip(first, second, strict=True)
+    )
+    assert told == [(1, 2), (2, 2)] * 2 and all(
+        v >= 0 for v in withdrawal_divergence(model, processor, samples).values()
+    )
 
 
 def test_facts_need_no_forward_and_a_picture(world):

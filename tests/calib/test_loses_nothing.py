@@ -1,4 +1,5 @@
-"""What calibration finds at its output stays: refused before the work, damaged work computed again, a full disk said in figures, files readable by all."""
+"""What calibration finds at its output stays: refused before the work, damaged work computed again, a full disk said in
+figures, files readable by all."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def folder(tmp_path_factory):
 
 
 def make(folder, out, **options):
-    return run.calibrate(folder, picture_samples(2), out=out, progress=False, settings=QUICK, modules=("projector", "llm"), **options)
+    return run.calibrate(
+        folder, picture_samples(2), out=out, progress=False, settings=QUICK, modules=("projector", "llm"), **options
+    )
 
 
 def contents(folder):
@@ -124,7 +127,9 @@ def test_rounding_needs_no_samples(folder, tmp_path):
     given = {"progress": False, "method": "rtn"}
     run.calibrate(folder, None, out=tmp_path / "none", **given)
     run.calibrate(folder, picture_samples(2), out=tmp_path / "some", **given)
-    assert (tmp_path / "none" / "model.safetensors").read_bytes() == (tmp_path / "some" / "model.safetensors").read_bytes()
+    assert (tmp_path / "none" / "model.safetensors").read_bytes() == (
+        tmp_path / "some" / "model.safetensors"
+    ).read_bytes()
     with pytest.raises(UsageError, match="samples"):
         run.calibrate(folder, None, out=tmp_path / "gptq", progress=False, method="gptq")
 
@@ -133,16 +138,27 @@ def test_a_lacking_tensor_is_named_before_the_work(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     name = next(name for name in tensors if name.endswith("layers.3.mlp.down_proj.weight"))
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != name},
+        tmp_path / "model" / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight"):
         make(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_plan_covers_what_the_run_writes(folder, finished, tmp_path):
-    plan = run.plan_calibration(folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK, modules=("projector", "llm"))
+    plan = run.plan_calibration(
+        folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK, modules=("projector", "llm")
+    )
     written = sum(path.stat().st_size for path in finished.iterdir())
     assert (plan.samples, plan.pictures, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
-    assert written < plan.disk_needed < 20 * written and plan.disk_free > 0 and plan.seconds > 0 and plan.peak_memory > written
+    assert (
+        written < plan.disk_needed < 20 * written
+        and plan.disk_free > 0
+        and plan.seconds > 0
+        and plan.peak_memory > written
+    )
     assert not list(tmp_path.iterdir())
     assert "estimate" in "\n".join(plan.lines())

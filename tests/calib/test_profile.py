@@ -68,7 +68,9 @@ def test_a_model_against_itself_is_not_sensitive(model: nn.Module, processor: ob
     assert p.model.layers == 4
     assert p.model.text_tokens == round(sorted(int((encode(processor, s)["input_ids"] != 4).sum()) for s in samples)[1])
     assert p.calibration_fingerprint == samples.fingerprint
-    assert all(a <= b <= c for a, b, c in zip(p.concentration_q25, p.concentration_median, p.concentration_q75, strict=True))
+    assert all(
+        a <= b <= c for a, b, c in zip(p.concentration_q25, p.concentration_median, p.concentration_q75, strict=True)
+    )
 
 
 def test_matches_direct_computation(model: nn.Module, processor: object, samples: Samples) -> None:
@@ -95,7 +97,10 @@ def test_matches_direct_computation(model: nn.Module, processor: object, samples
 
 
 def test_coarser_is_more_sensitive_and_runs_are_equal(model: nn.Module, processor: object, samples: Samples) -> None:
-    fine, coarse = profile(model, rounded(model, 127), processor, samples), profile(model, rounded(model, 2), processor, samples)
+    fine, coarse = (
+        profile(model, rounded(model, 127), processor, samples),
+        profile(model, rounded(model, 2), processor, samples),
+    )
     assert all(a < b for a, b in zip(fine.sensitivity[1:], coarse.sensitivity[1:], strict=True))
     assert fine.dumps() == profile(model, rounded(model, 127), processor, samples).dumps()
 
@@ -117,7 +122,10 @@ def test_hooks_are_removed_even_after_an_error(model: nn.Module, processor: obje
 def test_text_only_samples_count_for_sensitivity_only(model: nn.Module, processor: object, samples: Samples) -> None:
     text = Sample("t", "is there red star in the picture ?")
     mixed = Samples.of([*samples, text])
-    assert profile(model, model, processor, mixed).concentration_median == profile(model, model, processor, samples).concentration_median
+    assert (
+        profile(model, model, processor, mixed).concentration_median
+        == profile(model, model, processor, samples).concentration_median
+    )
     with pytest.raises(SampleError, match="at least one with a picture"):
         profile(model, model, processor, Samples.of([text]))
 
@@ -133,7 +141,11 @@ def test_the_number_of_threads_cannot_show(model: nn.Module, processor: object, 
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(profile(model, rounded(model, 7), processor, samples, lambda *_: inside.append(torch.get_num_threads())).dumps())
+            found.append(
+                profile(
+                    model, rounded(model, 7), processor, samples, lambda *_: inside.append(torch.get_num_threads())
+                ).dumps()
+            )
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -21,7 +21,11 @@ def test_a_finished_stage_is_reused_and_other_parts_are_another_stage(tmp_path: 
     assert cache.make("profile", {"keep": 0.2}, work) != first
     assert StageCache(tmp_path / "cache", "other code").make("profile", {"keep": 0.3}, work) != first
     assert len(runs) == 3
-    assert [(t["stage"], t["reused"]) for t in cache.timings] == [("profile", False), ("profile", True), ("profile", False)]
+    assert [(t["stage"], t["reused"]) for t in cache.timings] == [
+        ("profile", False),
+        ("profile", True),
+        ("profile", False),
+    ]
 
 
 def test_an_interrupted_stage_runs_again_on_what_it_left(tmp_path: Path) -> None:

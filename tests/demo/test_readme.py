@@ -18,7 +18,9 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROO
 @pytest.mark.parametrize("path", readme.blocks(ROOT / "docs" / "demo"), ids=str)
 def test_pages_are_not_stale(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
-    assert readme.fill(text, readme.blocks(ROOT / "docs" / "demo")[path], str(path)) == text, "run `python -m quota.demo.readme`"
+    assert readme.fill(text, readme.blocks(ROOT / "docs" / "demo")[path], str(path)) == text, (
+        "run `python -m quota.demo.readme`"
+    )
 
 
 def test_readme_is_a_front_door() -> None:

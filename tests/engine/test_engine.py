@@ -20,9 +20,13 @@ from tests.tiny import IMAGE_TOKEN, tiny_llava
 def prompts(model):
     a, b = picture(1), picture(2)
     return {
-        "text": prompt(model, 9, seed=1), "one picture": prompt(model, 3, a, 5, seed=2), "no text after": prompt(model, 4, b, seed=3),
-        "two pictures": prompt(model, 2, a, 3, b, 6, seed=4), "picture first": prompt(model, b, 7, seed=5), "long": prompt(model, 40, a, 20, seed=6),
-    }  # fmt: skip
+        "text": prompt(model, 9, seed=1),
+        "one picture": prompt(model, 3, a, 5, seed=2),
+        "no text after": prompt(model, 4, b, seed=3),
+        "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
+        "picture first": prompt(model, b, 7, seed=5),
+        "long": prompt(model, 40, a, 20, seed=6),
+    }
 
 
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
@@ -35,7 +39,9 @@ def test_agrees_with_generate(model, recipe):
         else:
             with patched(model, recipes(model)[recipe]):
                 want[name] = generated(model, case)
-    alone = {name: tokens(run(engine(model, default=recipe), [asked(name, case)])[name]) for name, case in cases.items()}
+    alone = {
+        name: tokens(run(engine(model, default=recipe), [asked(name, case)])[name]) for name, case in cases.items()
+    }
     assert alone == want
     together = run(engine(model, default=recipe), [asked(name, case) for name, case in cases.items()])
     assert {name: tokens(out) for name, out in together.items()} == want
@@ -109,19 +115,33 @@ def test_chat_keeps_its_first_selection(model):
         with patched(model, recipes(model)[recipe]) as handle:
             ids = torch.tensor([list(first.ids)])
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=a.pixels[None], max_new_tokens=5, eos_token_id=None, pad_token_id=0,
-                do_sample=False, return_dict_in_generate=True,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=a.pixels[None],
+                max_new_tokens=5,
+                eos_token_id=None,
+                pad_token_id=0,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
             kept = {layer: mask[0].nonzero()[:, 0].tolist() for layer, mask in handle.kept.items()}
             question = torch.tensor([[17, 33, 99, 41]])
             second = torch.cat([out.sequences, question], 1)
             more = model.generate(
-                input_ids=second, attention_mask=torch.ones_like(second), past_key_values=out.past_key_values, max_new_tokens=5, eos_token_id=None,
-                pad_token_id=0, do_sample=False,
-            )  # fmt: skip
+                input_ids=second,
+                attention_mask=torch.ones_like(second),
+                past_key_values=out.past_key_values,
+                max_new_tokens=5,
+                eos_token_id=None,
+                pad_token_id=0,
+                do_sample=False,
+            )
         whole = Prompt(second[0].tolist(), [a], len(first.ids))
         for made in (engine(model, default=recipe), engine(model, default=recipe, step_tokens=9)):
-            assert tokens(run(made, [asked("first", first, tokens=5)])["first"]) == out.sequences[0, ids.shape[1] :].tolist()
+            assert (
+                tokens(run(made, [asked("first", first, tokens=5)])["first"])
+                == out.sequences[0, ids.shape[1] :].tolist()
+            )
             sequence = made.submit(asked("second", whole, tokens=5))
             answer = tokens([output for _ in range(60) if made.busy for output in made.step()])
             assert answer == more[0, second.shape[1] :].tolist()
@@ -197,7 +217,9 @@ def test_only_the_request_that_fails_fails(model, monkeypatch):
     monkeypatch.setattr(made.runner, "run", fragile)
     outputs = run(made, asks)
     assert outputs["text"][-1].reason == "error" and "a fault inside" in outputs["text"][-1].error
-    assert {name: tokens(out) for name, out in outputs.items() if name != "text"} == {name: found for name, found in want.items() if name != "text"}
+    assert {name: tokens(out) for name, out in outputs.items() if name != "text"} == {
+        name: found for name, found in want.items() if name != "text"
+    }
 
 
 def test_unsuitable_models():
@@ -214,7 +236,8 @@ def test_unsuitable_models():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_comings_and_goings(model, mixed, seed):
-    """Submissions, aborts and steps in random order on a small pool: accounts balance after every operation, and who ends, ends as alone."""
+    """Submissions, aborts and steps in random order on a small pool: accounts balance after every operation, and who
+    ends, ends as alone."""
     asks, alone = mixed
     rng = random.Random(seed)
     made = engine(model, pages=200, max_running=4, step_tokens=rng.choice((7, 30, 500)))
@@ -247,7 +270,10 @@ def test_pictures_are_encoded_once(model, monkeypatch):
 
 def test_features_do_not_depend_on_company(model):
     family, images = engine(model).model, [picture(i) for i in range(5)]
-    assert all(torch.equal(together, family.encode_images([image])[0]) for together, image in zip(family.encode_images(images), images, strict=True))
+    assert all(
+        torch.equal(together, family.encode_images([image])[0])
+        for together, image in zip(family.encode_images(images), images, strict=True)
+    )
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):

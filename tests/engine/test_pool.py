@@ -18,7 +18,8 @@ UNITS, LAYERS = 13, (1, 2, 3)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model: which units each hold covers, and for each key the units that hold its content until they are given to someone else."""
+    """The model: which units each hold covers, and for each key the units that hold its content until they are given to
+    someone else."""
 
     holds = Bundle("holds")
 
@@ -114,7 +115,9 @@ def test_segments_and_plans(model):
     segments = Segments.between(4, [recipe, recipe_for(model, (2,), (0.1,))])
     assert segments.bounds == (0, 1, 2, 3, 4) and segments.names() == ["0", "1", "2", "3"]
     assert Segments.between(4, [recipe_for(model, (2,), (0.1,))]).names() == ["0-1", "2-3"]
-    before = recipe_for(model, (-1, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
+    before = recipe_for(
+        model, (-1, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}]
+    )
     assert Segments.between(4, [before]).names() == ["0-1", "2-3"]
 
     def plan(recipe, *pictures):
@@ -141,7 +144,10 @@ def test_budgets_share_the_drop_alike(model):
     assert at_budget(recipe, 1.0).keep == (1.0, 1.0, 1.0)
     assert at_budget(recipe_for(model, keep=(1.0, 1.0, 1.0)), 0.25).keep == (0.75, 0.5, 0.25)
     profiled = recipe_for(model, keep=(0.8, 0.7, 0.5), sensitivities=[0.1, 0.2, 0.3])
-    assert at_budget(profiled, 0.4).final_keep == 0.4 and at_budget(profiled, 0.4).keep[0] < at_budget(profiled, 0.6).keep[0]
+    assert (
+        at_budget(profiled, 0.4).final_keep == 0.4
+        and at_budget(profiled, 0.4).keep[0] < at_budget(profiled, 0.6).keep[0]
+    )
     for wrong in (0, 1.1, True, -1):
         with pytest.raises(RecipeError, match="keep"):
             at_budget(recipe, wrong)

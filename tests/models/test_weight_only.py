@@ -1,4 +1,5 @@
-"""WeightLinear and the structure of a W4A16 model: exact buffers in any dtype, one checkpoint format, transformers' door."""
+"""WeightLinear and the structure of a W4A16 model: exact buffers in any dtype, one checkpoint format, transformers'
+door."""
 
 from __future__ import annotations
 
@@ -62,9 +63,14 @@ def test_layer_equals_its_dequantized_weight_in_every_dtype():
 @torch.no_grad()
 def test_saved_loaded_and_opened_by_transformers(tmp_path, modules):
     model = rounded(tiny_llava(), modules)
-    save_checkpoint(model, tmp_path / "out", Manifest("w4a16", modules, model_fingerprint(model)), max_shard_bytes=100_000)
+    save_checkpoint(
+        model, tmp_path / "out", Manifest("w4a16", modules, model_fingerprint(model)), max_shard_bytes=100_000
+    )
     register()
-    own, opened = load(tmp_path / "out"), AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    own, opened = (
+        load(tmp_path / "out"),
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32),
+    )
     inputs = llava_inputs(model)
     logits = model(**inputs).logits
     assert torch.equal(own(**inputs).logits, logits) and torch.equal(opened(**inputs).logits, logits)

@@ -67,7 +67,9 @@ def test_maxmin_starts_at_the_loneliest_and_is_greedy() -> None:
 
 def test_maxmin_spreads_where_topk_does_not() -> None:
     """Two tight clusters, all large scores in one of them: top-k takes one cluster, diversity both."""
-    x = torch.cat([points(6, 4) * 0.01 + torch.tensor([1.0, 0, 0, 0]), points(6, 4) * 0.01 + torch.tensor([0, 1.0, 0, 0])])
+    x = torch.cat(
+        [points(6, 4) * 0.01 + torch.tensor([1.0, 0, 0, 0]), points(6, 4) * 0.01 + torch.tensor([0, 1.0, 0, 0])]
+    )
     s = np.r_[np.ones(6), np.zeros(6)].astype(np.float32)
     assert set(policies.topk(s, 4).tolist()) <= set(range(6))
     assert {i // 6 for i in policies.maxmin(policies.cosines(x), 2)} == {0, 1}
@@ -80,7 +82,11 @@ def test_mmr_ends_are_topk_and_diversity() -> None:
     chosen = policies.mmr(s, c, 5, 0.5)
     value = policies.scaled(s)
     for step in range(1, 5):
-        gain = {i: 0.5 * value[i] - 0.5 * max(c[i, j] for j in chosen[:step]) / policies.ONE for i in range(len(s)) if i not in chosen[:step]}
+        gain = {
+            i: 0.5 * value[i] - 0.5 * max(c[i, j] for j in chosen[:step]) / policies.ONE
+            for i in range(len(s))
+            if i not in chosen[:step]
+        }
         assert gain[chosen[step]] == pytest.approx(max(gain.values()), abs=1e-12)
 
 
@@ -114,7 +120,9 @@ def test_even_sites_are_distinct_and_even(rows: int, columns: int) -> None:
         assert all(0 <= r < rows and 0 <= c < columns for r, c in sites)
         left = sum(2 * c + 1 < columns for _, c in sites) - sum(2 * c + 1 > columns for _, c in sites)
         top = sum(2 * r + 1 < rows for r, _ in sites) - sum(2 * r + 1 > rows for r, _ in sites)
-        assert abs(left) <= rows + 1 and abs(top) <= columns + 1, "no side of the picture is preferred by more than one site a line"
+        assert abs(left) <= rows + 1 and abs(top) <= columns + 1, (
+            "no side of the picture is preferred by more than one site a line"
+        )
     assert policies.even_sites(24, 24, 144) == [(2 * i + 1, 2 * j + 1) for i in range(12) for j in range(12)]
 
 
@@ -144,7 +152,12 @@ def test_every_policy_gives_distinct_tokens_of_the_asked_number(n: int, seed: in
     c = policies.cosines(x)
     places = np.array([(0, i // 5, i % 5) for i in range(n)], dtype=np.int64)
     for keep in {1, n // 2, n} - {0}:
-        for chosen in (policies.maxmin(c, keep), policies.mmr(s, c, keep, 0.5), policies.dpp(s, c, keep), policies.grid(s, places, [(4, 5)], keep, 0.3)):
+        for chosen in (
+            policies.maxmin(c, keep),
+            policies.mmr(s, c, keep, 0.5),
+            policies.dpp(s, c, keep),
+            policies.grid(s, places, [(4, 5)], keep, 0.3),
+        ):
             assert len(set(chosen)) == len(chosen) == keep and all(0 <= i < n for i in chosen)
             assert not equal or keep != n or sorted(chosen) == list(range(n))
 
@@ -161,7 +174,9 @@ def test_random_scores_belong_to_the_picture() -> None:
     assert np.array_equal(policies.random_scores(0, ["b", "a"], number + 1, place), first)
     assert not np.array_equal(policies.random_scores(1, ["a"], number, place), first)
     assert not np.array_equal(policies.random_scores(0, ["b"], number, place), first)
-    many = np.concatenate([policies.random_scores(0, [f"{i}"], np.zeros(576, np.int64), np.arange(576)) for i in range(20)])
+    many = np.concatenate(
+        [policies.random_scores(0, [f"{i}"], np.zeros(576, np.int64), np.arange(576)) for i in range(20)]
+    )
     assert abs(many.mean() - 0.5) < 0.01 and abs(many.std() - 12**-0.5) < 0.01
 
 
@@ -170,7 +185,11 @@ def test_pictures_know_their_places() -> None:
     picture[0, 1:5], picture[0, 6:12], picture[1, 8:12] = 0, 1, 0
     shown = [Shown("a"), Shown("b", (2, 3)), Shown("c")]
     p = Pictures.of(picture, shown)
-    assert p.number[0, 6:10].tolist() == [1] * 4 and p.place[0, 6:12].tolist() == list(range(6)) and p.place[0, 1:5].tolist() == [0, 1, 2, 3]
+    assert (
+        p.number[0, 6:10].tolist() == [1] * 4
+        and p.place[0, 6:12].tolist() == list(range(6))
+        and p.place[0, 1:5].tolist() == [0, 1, 2, 3]
+    )
     assert p.grids == [[(2, 2), (2, 3)], [(2, 2)]] and p.digests == [["a", "b"], ["c"]]
     repeated = Pictures.of(picture.repeat_interleave(2, 0), shown)
     assert repeated.digests == [["a", "b"], ["a", "b"], ["c"], ["c"]]
@@ -190,4 +209,6 @@ def test_digests_do_not_depend_on_the_float_dtype() -> None:
 def test_pictures_of_dynamic_resolution_are_told_apart_by_their_grids() -> None:
     patches = torch.rand(4 * 6 + 2 * 2, 8, generator=torch.Generator().manual_seed(0))
     first, second = shown_pictures(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]), merge=2)
-    assert first == Shown(picture_digest(patches[:24]), (2, 3)) and second == Shown(picture_digest(patches[24:]), (1, 1))
+    assert first == Shown(picture_digest(patches[:24]), (2, 3)) and second == Shown(
+        picture_digest(patches[24:]), (1, 1)
+    )

@@ -22,7 +22,11 @@ def test_text_queries():
 def test_robust_scale_is_numpy_percentile():
     x = torch.randn(37, generator=torch.Generator().manual_seed(0))
     low, high = np.percentile(x.double().numpy(), [5, 95])
-    np.testing.assert_allclose(robust_scale(x, Percentiles()).numpy(), np.clip((x.double().numpy() - low) / (high - low + 1e-12), 0, 1), rtol=1e-9)
+    np.testing.assert_allclose(
+        robust_scale(x, Percentiles()).numpy(),
+        np.clip((x.double().numpy() - low) / (high - low + 1e-12), 0, 1),
+        rtol=1e-9,
+    )
     assert robust_scale(torch.ones(4), Percentiles()).tolist() == [0, 0, 0, 0]
     assert robust_scale(torch.ones(1), Percentiles()).tolist() == [0]
 
@@ -33,7 +37,10 @@ def test_combination_is_the_weighted_sum_per_row():
     visual = torch.zeros(2, 9, dtype=torch.bool)
     visual[0, 2:8] = True
     score = combine(signals, visual, ScoreWeights(), Percentiles())
-    want = sum(w * robust_scale(signals[n][0, 2:8], Percentiles()) for n, w in (("inter", 0.45), ("mag", 0.25), ("intra", 0.10), ("quant", 0.20)))
+    want = sum(
+        w * robust_scale(signals[n][0, 2:8], Percentiles())
+        for n, w in (("inter", 0.45), ("mag", 0.25), ("intra", 0.10), ("quant", 0.20))
+    )
     torch.testing.assert_close(score[0, 2:8], want.float())
     assert float(score[~visual].abs().sum()) == 0
     other = combine({n: s[:1] for n, s in signals.items()}, visual[:1], ScoreWeights(), Percentiles())
@@ -42,7 +49,9 @@ def test_combination_is_the_weighted_sum_per_row():
 
 def test_unrecorded_attention_is_an_error():
     with pytest.raises(UsageError, match="recorded nothing"):
-        token_signals(Record(), torch.zeros(1, 2, 4), None, torch.ones(1, 2).bool(), torch.ones(1, 2).bool(), quant=False)
+        token_signals(
+            Record(), torch.zeros(1, 2, 4), None, torch.ones(1, 2).bool(), torch.ones(1, 2).bool(), quant=False
+        )
 
 
 def test_causal_lse():

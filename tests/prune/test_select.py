@@ -1,4 +1,5 @@
-"""Every selection inside a model, float and quantized: exact budgets, the same choice alone and in a batch, and decoding that equals recomputation."""
+"""Every selection inside a model, float and quantized: exact budgets, the same choice alone and in a batch, and
+decoding that equals recomputation."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ METHODS = {
     "grid_floor": dict(candidates=(1, 2), keep=(0.75, 0.25), selections=[{"policy": "grid", "grid_share": 0.5}]),
     "mmr": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"policy": "mmr"}]),
     "fitprune": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"score": "cross_self"}]),
-    "mixed": dict(candidates=(-1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}]),
+    "mixed": dict(
+        candidates=(-1, 2, 3),
+        keep=(0.75, 0.5, 0.25),
+        selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}],
+    ),
 }
 
 
@@ -55,9 +60,13 @@ def visual_kept(handle, inputs) -> dict[int, list[int]]:
     return {layer: (mask & visual).sum(-1).tolist() for layer, mask in handle.kept.items()}
 
 
-@pytest.mark.parametrize(("name", "policy"), [*((name, "original") for name in METHODS), *((name, "compact") for name in ("pyramiddrop", "divprune", "mixed"))])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [*((name, "original") for name in METHODS), *((name, "compact") for name in ("pyramiddrop", "divprune", "mixed"))],
+)
 def test_decoding_equals_recomputation(model, name, policy):
-    """Exact budgets; then prefill plus decode against a forward without cache, padding or hooks. Cache lengths are those of the tokens alive."""
+    """Exact budgets; then prefill plus decode against a forward without cache, padding or hooks. Cache lengths are
+    those of the tokens alive."""
     inputs = llava_inputs(model, rows=((3, 5), (9, 4), (0, 2)))
     table = model.get_input_embeddings()
     recipe = method_recipe(model, name, position_policy=policy)
@@ -66,7 +75,9 @@ def test_decoding_equals_recomputation(model, name, policy):
         kept, lengths = dict(handle.kept), list(handle.cache_lengths)
         assert visual_kept(handle, inputs) == {c: [recipe.tokens_at(max(c, 0))] * 3 for c in recipe.candidates}
     prompt = inputs["input_ids"].shape[1]
-    stored = [layer.stored if hasattr(layer, "stored") else layer.get_seq_length() for layer in out.past_key_values.layers]
+    stored = [
+        layer.stored if hasattr(layer, "stored") else layer.get_seq_length() for layer in out.past_key_values.layers
+    ]
     assert stored == [n + 2 for n in lengths] == [prompt - V + recipe.tokens_at(i) + 2 for i in range(4)]
     assert out.past_key_values.get_seq_length() == prompt + 2, "generate counts the whole prompt"
     for row in range(3):
@@ -126,7 +137,9 @@ def test_threads_do_not_show(models, name):
                 seen.append((model(**inputs).logits[:, -1], dict(handle.kept)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(seen[0][0], seen[1][0]) and all(torch.equal(seen[0][1][c], mask) for c, mask in seen[1][1].items())
+    assert torch.equal(seen[0][0], seen[1][0]) and all(
+        torch.equal(seen[0][1][c], mask) for c, mask in seen[1][1].items()
+    )
 
 
 @pytest.mark.parametrize("name", ["divprune", "random", "grid"])
@@ -178,12 +191,21 @@ def test_second_turn_continues_a_cache_pruned_before_the_model(model):
     inputs = llava_inputs(model, rows=((3, 5),))
     recipe = method_recipe(model, "mixed")
     with patched(model, recipe) as handle, torch.no_grad():
-        first = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, suppress_tokens=[IMAGE_TOKEN])
+        first = model.generate(
+            **inputs,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            suppress_tokens=[IMAGE_TOKEN],
+        )
         kept = dict(handle.kept)
         more = torch.cat([first.sequences, torch.tensor([[17, 23, 31]])], dim=1)
         fed = dict(input_ids=more, attention_mask=torch.ones_like(more))
         second = greedy(model, fed, tokens=2, past_key_values=first.past_key_values)
-    embeds = torch.cat([embeddings(model, inputs)[0], model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])])
+    embeds = torch.cat(
+        [embeddings(model, inputs)[0], model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])]
+    )
     own = {max(layer, 0): mask[0] for layer, mask in kept.items()}
     got, logits = second.scores[0][0], recompute(model, embeds, own)
     finite = got.isfinite()
@@ -199,7 +221,13 @@ def test_beams_and_cropping_keep_rows_together(model, name):
             alone = model.generate(**single(inputs, row), max_new_tokens=4, num_beams=3, do_sample=False)
             new = alone[0, -4:]
             assert torch.equal(one[row, -len(new) :], new)
-        lookup = model.generate(**single(inputs, 0), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE_TOKEN], prompt_lookup_num_tokens=3)
+        lookup = model.generate(
+            **single(inputs, 0),
+            max_new_tokens=8,
+            do_sample=False,
+            suppress_tokens=[IMAGE_TOKEN],
+            prompt_lookup_num_tokens=3,
+        )
         plain = model.generate(**single(inputs, 0), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE_TOKEN])
         assert torch.equal(lookup, plain)
 
@@ -221,7 +249,9 @@ def full_attention(model, layer: int, hidden: Tensor) -> Tensor:
 def inputs_of(model, layer: int, inputs) -> Tensor:
     """Unpruned input of a decoder layer."""
     seen: list[Tensor] = []
-    handle = model.model.language_model.layers[layer].register_forward_pre_hook(lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    handle = model.model.language_model.layers[layer].register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True
+    )
     model(**inputs)
     handle.remove()
     return seen[0]
@@ -229,7 +259,8 @@ def inputs_of(model, layer: int, inputs) -> Tensor:
 
 @torch.no_grad()
 def test_scores_are_what_their_papers_define(models):
-    """FastV: layer K-1, last row. PyramidDrop: layer K's own projections, last row. FitPrune: head maximum of cross times self. Text: mean over text."""
+    """FastV: layer K-1, last row. PyramidDrop: layer K's own projections, last row. FitPrune: head maximum of cross
+    times self. Text: mean over text."""
     model = models["float"]
     inputs = single(llava_inputs(model), 0)
     visual = (inputs["input_ids"] == IMAGE_TOKEN)[0]
@@ -238,11 +269,15 @@ def test_scores_are_what_their_papers_define(models):
     cross = before[:, text][:, :, visual].amax(0).mean(0)
     itself = before[:, visual][:, :, visual].amax(0).mean(0)
     wanted = {
-        "last_token": before[:, -1, visual].mean(0), "own_last_token": own[:, -1, visual].mean(0), "text": before[:, text][:, :, visual].mean((0, 1)),
+        "last_token": before[:, -1, visual].mean(0),
+        "own_last_token": own[:, -1, visual].mean(0),
+        "text": before[:, text][:, :, visual].mean((0, 1)),
         "cross_self": cross * itself,
-    }  # fmt: skip
+    }
     for score, values in wanted.items():
-        with patched(model, recipe_for(model, candidates=(2,), keep=(0.25,), method="custom", selections=[{"score": score}])) as handle:
+        with patched(
+            model, recipe_for(model, candidates=(2,), keep=(0.25,), method="custom", selections=[{"score": score}])
+        ) as handle:
             model(**inputs)
             best = torch.sort(values, descending=True, stable=True).indices[:4].sort().values
             assert torch.equal(handle.kept[2][0][visual].nonzero()[:, 0], best), score
@@ -285,7 +320,11 @@ def test_text_only_rows_and_two_pictures(model):
     g = torch.Generator().manual_seed(4)
     image = torch.full((V,), IMAGE_TOKEN)
     words = torch.randint(3, 119, (24,), generator=g)
-    rows = [words[:7], torch.cat([words[:1], image, words[:4]]), torch.cat([words[:2], image, words[2:5], image, words[:2]])]
+    rows = [
+        words[:7],
+        torch.cat([words[:1], image, words[:4]]),
+        torch.cat([words[:2], image, words[2:5], image, words[:2]]),
+    ]
     longest = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(longest - len(r)).long(), r]) for r in rows])
     mask = torch.stack([torch.cat([torch.zeros(longest - len(r)), torch.ones(len(r))]) for r in rows]).long()
@@ -303,21 +342,32 @@ def test_sets_have_budgets_of_their_own() -> None:
     g = torch.Generator().manual_seed(0)
     group = torch.tensor([[0] * 8 + [-1] + [1] * 8 + [-1]])
     picture = Pictures.of(group)
-    ways = ({"policy": "maxmin", "score": "none"}, {"policy": "dpp", "score": "relevance"}, {"policy": "grid", "score": "none"}, {"score": "relevance"})
+    ways = (
+        {"policy": "maxmin", "score": "none"},
+        {"policy": "dpp", "score": "relevance"},
+        {"policy": "grid", "score": "none"},
+        {"score": "relevance"},
+    )
     column = torch.arange(18)[None]
     for selection in ways:
         recipe = recipe_for(tiny_llava(), candidates=(-1,), keep=(0.5,), method="custom", selections=[selection])
         hidden = torch.randn(1, 18, 12, generator=g)
         other = hidden.clone()
         other[:, 9:17] = torch.randn(1, 8, 12, generator=g)
-        kept = [choose(recipe, -1, Alive(x, group, column == 17, column, None, picture), torch.tensor([[3, 5]])) for x in (hidden, other)]
+        kept = [
+            choose(recipe, -1, Alive(x, group, column == 17, column, None, picture), torch.tensor([[3, 5]]))
+            for x in (hidden, other)
+        ]
         assert all([int((mask & (group == n)).sum()) for n in (0, 1)] == [3, 5] for mask in kept)
         assert torch.equal(kept[0][:, :8], kept[1][:, :8])
 
 
 def test_recipes_that_cannot_work_say_so(models):
     model = models["float"]
-    with pytest.raises(RecipeError, match="candidate -1 runs before any attention: expected score relevance, random or none, got 'quota'"):
+    with pytest.raises(
+        RecipeError,
+        match="candidate -1 runs before any attention: expected score relevance, random or none, got 'quota'",
+    ):
         recipe_for(model, candidates=(-1,), keep=(0.5,))
     with pytest.raises(RecipeError, match="only method vtw withdraws every visual token"):
         recipe_for(model, candidates=(2,), keep=(0.0,), method="fastv")

@@ -36,11 +36,18 @@ def test_rounding_to_nearest(k: int, symmetric: bool) -> None:
     w = normal(7, k)
     w[3] = 0
     q, scale, zero = round_groups(w, symmetric)
-    assert q.shape == w.shape and q.dtype == zero.dtype == torch.uint8 and int(q.max()) <= 15 and scale.shape == zero.shape == (7, -(-k // 128))
+    assert (
+        q.shape == w.shape
+        and q.dtype == zero.dtype == torch.uint8
+        and int(q.max()) <= 15
+        and scale.shape == zero.shape == (7, -(-k // 128))
+    )
     assert not symmetric or bool((zero == 8).all())
     back = dequantize_groups(q, scale, zero)
     step = scale.repeat_interleave(128, 1)[:, :k]
-    assert bool(((back - w).abs() <= step * (0.5 + 1e-5) + 1e-12).all()) or not symmetric  # the zero of an asymmetric grid is rounded too
+    assert (
+        bool(((back - w).abs() <= step * (0.5 + 1e-5) + 1e-12).all()) or not symmetric
+    )  # the zero of an asymmetric grid is rounded too
     assert bool(((back - w).abs() <= step * (1 + 1e-5)).all())
     again = round_groups(back, symmetric)
     assert torch.allclose(dequantize_groups(*again), back, atol=1e-6) and bool((back[3] == 0).all())
@@ -111,7 +118,9 @@ def test_awq_never_does_worse_than_nearest_on_its_samples() -> None:
     for seed in range(5):
         w, x = normal(20, 200, seed=seed), normal(64, 200, seed=seed + 50)
         s, _ = search_scale([w], x, x.abs().mean(0))
-        assert error_of(w, x, dequantize_groups(*awq(w * s, x / s)) / s) <= error_of(w, x, dequantize_groups(*round_groups(w))) * (1 + 1e-6)
+        assert error_of(w, x, dequantize_groups(*awq(w * s, x / s)) / s) <= error_of(
+            w, x, dequantize_groups(*round_groups(w))
+        ) * (1 + 1e-6)
 
 
 def test_clipping_pays_where_one_weight_is_an_outlier_nobody_uses() -> None:
@@ -119,5 +128,7 @@ def test_clipping_pays_where_one_weight_is_an_outlier_nobody_uses() -> None:
     w[:, 5], x[:, 5] = 6.0, 0.0
     clips = search_clip(w, x)
     assert bool((clips < 1).all())
-    assert error_of(w, x, dequantize_groups(*round_groups(w, clip=clips))) < 0.5 * error_of(w, x, dequantize_groups(*round_groups(w)))
+    assert error_of(w, x, dequantize_groups(*round_groups(w, clip=clips))) < 0.5 * error_of(
+        w, x, dequantize_groups(*round_groups(w))
+    )
     assert torch.equal(clips, search_clip(w, x))

@@ -25,7 +25,8 @@ def test_tokenizer_reads_text_as_training_does() -> None:
 
 
 def test_packed_segments_equal_separate_questions() -> None:
-    """Logits of a packed segment equal those of the processor's own single prompt: same picture tensor, ids, positions and mask."""
+    """Logits of a packed segment equal those of the processor's own single prompt: same picture tensor, ids, positions
+    and mask."""
     model = build_model(build_config(168, width=64, layers=2)).eval()
     processor = build_processor(168)
     s = g.scene("train", 1, 168)
@@ -38,7 +39,8 @@ def test_packed_segments_equal_separate_questions() -> None:
         row = batch["segment"][0]
         for number, text in enumerate(texts, start=1):
             prompt = processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], add_generation_prompt=True
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
             )
             inputs = processor(images=[g.draw(s)], text=[prompt], return_tensors="pt")
             alone = model(**inputs).logits[0, -1]
@@ -75,5 +77,6 @@ def test_stopped_training_continues_to_the_same_weights(tmp_path) -> None:
     whole, parts = (torch.load(tmp_path / d / "training.pt", weights_only=True) for d in ("whole", "parts"))
     assert whole["stage"] == parts["stage"] == 1 and whole["step"] == 2
     for name, tensor in whole["model"].items():
-        # Adam's first steps have the size of the learning rate whatever the gradient: rounding noise can turn one (5e-6) around.
+        # Adam's first steps have the size of the learning rate whatever the gradient: rounding noise can turn one
+        # (5e-6) around.
         torch.testing.assert_close(parts["model"][name], tensor, atol=5e-5, rtol=0)

@@ -29,12 +29,15 @@ def test_tower_is_upstreams(model, kind, size):
     torch.testing.assert_close(q.patches(batch["pixels"]).flatten(0, 1), inputs["pixel_values"], atol=1e-5, rtol=0)
     with torch.no_grad():
         wanted = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-        torch.testing.assert_close(q.tower(model.model.visual, batch["pixels"]).flatten(0, 1), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            q.tower(model.model.visual, batch["pixels"]).flatten(0, 1), wanted, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("kind", "size"), [("document", (160, 160)), (k.TEXT, (0, 0))])
 def test_packed_segments_equal_separate_questions(model, kind, size):
-    """Logits behind a packed prompt are those of the processor's own single prompt: tokens, M-RoPE positions and mask agree."""
+    """Logits behind a packed prompt are those of the processor's own single prompt: tokens, M-RoPE positions and mask
+    agree."""
     processor, stage = build_processor(), replace(TINY, batch=1)
     batch = q.collate(kind, size, range(3, 4), stage)
     segments = q.segments_of(kind, 3, size, stage)
@@ -48,7 +51,9 @@ def test_packed_segments_equal_separate_questions(model, kind, size):
     picture = None if kind == k.TEXT else k.picture(kind, "train", 3, size)
     for number, (prompt, _) in enumerate(segments, start=1):
         text = " ".join(QWEN_WORDS[i] for i in prompt[:-3])
-        content = [{"type": "text", "text": text}] if picture is None else [{"type": "image"}, {"type": "text", "text": text}]
+        content = (
+            [{"type": "text", "text": text}] if picture is None else [{"type": "image"}, {"type": "text", "text": text}]
+        )
         rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=None if picture is None else [picture], text=[rendered], return_tensors="pt")
         assert inputs["input_ids"][0, -len(prompt) :].tolist() == prompt

@@ -76,12 +76,18 @@ class Host:
 
     def __init__(self, service: Service) -> None:
         # an idle connection outlives every test, so that what closes one is a limit of ours
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, timeout_keep_alive=600, **OPTIONS))
+        self.server = uvicorn.Server(
+            uvicorn.Config(create_app(service), host="127.0.0.1", port=0, timeout_keep_alive=600, **OPTIONS)
+        )
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
         wait_for(lambda: self.server.started)
         port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.running = Running(f"http://127.0.0.1:{port}", service, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0))
+        self.running = Running(
+            f"http://127.0.0.1:{port}",
+            service,
+            openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0),
+        )
 
     def stop(self) -> None:
         self.running.client.close()

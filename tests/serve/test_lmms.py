@@ -1,4 +1,5 @@
-"""lmms-eval asks the running server through its own OpenAI client: the answers are those of the engine asked directly, one at a time."""
+"""lmms-eval asks the running server through its own OpenAI client: the answers are those of the engine asked directly,
+one at a time."""
 
 from __future__ import annotations
 
@@ -68,8 +69,17 @@ def test_lmms_eval_gets_the_engines_answers(server, model, tmp_path, monkeypatch
     arguments = f"model_version=tiny,base_url={server.url}/v1,api_key=none,num_concurrent=4,max_retries=1"
     client = get_model("openai_compatible").create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
     tasks = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False, model_name="openai_compatible")
-    found = evaluator.simple_evaluate(model=client, tasks=["quota_noise"], task_manager=tasks, log_samples=True, bootstrap_iters=0, process_docs_parallel=1)
+    found = evaluator.simple_evaluate(
+        model=client,
+        tasks=["quota_noise"],
+        task_manager=tasks,
+        log_samples=True,
+        bootstrap_iters=0,
+        process_docs_parallel=1,
+    )
     samples = sorted(found["samples"]["quota_noise"], key=lambda sample: sample["doc_id"])
     want = directly(server.service, model, docs)
-    assert [sample["filtered_resps"][0].strip() for sample in samples] == [text.strip() for text in want] and len(set(want)) > 3
+    assert [sample["filtered_resps"][0].strip() for sample in samples] == [text.strip() for text in want] and len(
+        set(want)
+    ) > 3
     assert found["results"]["quota_noise"]["words,none"] > 0

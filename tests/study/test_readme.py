@@ -32,7 +32,11 @@ def test_pages_are_not_stale(family: str) -> None:
 def test_pictures_of_a_page_are_beside_it() -> None:
     for family in FAMILIES:
         for report in readme.reports(family, KEPT).values():
-            named = [report["files"]["plot"]] if "plot" in report["files"] else [a["overlay"] for a in report["methods"].values()]
+            named = (
+                [report["files"]["plot"]]
+                if "plot" in report["files"]
+                else [a["overlay"] for a in report["methods"].values()]
+            )
             assert all((KEPT / family / name).read_bytes()[:4] == b"\x89PNG" for name in named)
 
 
@@ -44,4 +48,6 @@ def test_keep_copies_reports_with_their_pictures(tmp_path: Path) -> None:
     (source / "keep.json").write_text(json.dumps({"study": "keep", "family": "llava", "files": {"plot": "keep.png"}}))
     (source / "keep.png").write_bytes(b"png")
     assert readme.keep(source, tmp_path / "kept") == [tmp_path / "kept" / "llava" / "keep.json"]
-    assert (tmp_path / "kept" / "llava" / "keep.png").read_bytes() == b"png" and list(readme.reports("llava", tmp_path / "kept")) == ["keep"]
+    assert (tmp_path / "kept" / "llava" / "keep.png").read_bytes() == b"png" and list(
+        readme.reports("llava", tmp_path / "kept")
+    ) == ["keep"]

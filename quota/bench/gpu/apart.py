@@ -21,7 +21,8 @@ _HASHED = ("quota/**/*.py", "kernels/**/*.py", "csrc/**/*.*", "setup.py")
 
 @cache
 def source() -> dict[str, str]:
-    """commit: of the repository, with "+" where files differ from it, "unknown" without git; digest: of everything that is built or run."""
+    """commit: of the repository, with "+" where files differ from it, "unknown" without git; digest: of everything that
+    is built or run."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -38,9 +39,24 @@ def source() -> dict[str, str]:
 
 
 def apart(name: str, options: Options, limit_s: float, lines: Path) -> dict[str, Any]:
-    """The section's record; its lines also lie in `lines` while it runs. What it started is killed with it, at `limit_s` or when it ends."""
-    command = [sys.executable, "-u", "-m", "quota.bench.gpu", "--worker", "--sections", name, "--seed", str(options.seed)]
-    command += [flag for flag, on in (("--small", options.small), ("--no-poison", not options.poison), ("--reuse", options.reuse)) if on]
+    """The section's record; its lines also lie in `lines` while it runs. What it started is killed with it, at
+    `limit_s` or when it ends."""
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "quota.bench.gpu",
+        "--worker",
+        "--sections",
+        name,
+        "--seed",
+        str(options.seed),
+    ]
+    command += [
+        flag
+        for flag, on in (("--small", options.small), ("--no-poison", not options.poison), ("--reuse", options.reuse))
+        if on
+    ]
     with lines.open("wb") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         worker = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
         try:

@@ -68,17 +68,27 @@ def _attention(options: Options, more: bool) -> Iterator[Line]:
     from quota.bench.gpu import times
     from quota.bench.shapes import ATTENTIONS
 
-    cases = [(a, b, s) for b, s in (times.MORE_CONTEXTS if more else times.CONTEXTS) for a in ATTENTIONS if a.name in {m.name for m in times.FULL}]
+    cases = [
+        (a, b, s)
+        for b, s in (times.MORE_CONTEXTS if more else times.CONTEXTS)
+        for a in ATTENTIONS
+        if a.name in {m.name for m in times.FULL}
+    ]
     found = ({"case": f"{a.name} B={b} S={s}", **row} for a, b, s in cases for row in times.attention_rows(a, b, s))
     yield from _rows(options, [f"{a.name} B={b} S={s}" for a, b, s in cases], found)
 
 
 def layer(options: Options) -> Iterator[Line]:
-    """Every op that the engine calls, as it calls it, at the sizes of 7B models; the share of quantizing beside the linears follows from these."""
+    """Every op that the engine calls, as it calls it, at the sizes of 7B models; the share of quantizing beside the
+    linears follows from these."""
     from quota.bench.gpu import times
 
     cases = [(model, m) for m in times.FEW_ROWS for model in times.FULL]
-    yield from _rows(options, [f"{model.name} M={m}" for model, m in cases], (row for model, m in cases for row in times.layer_rows(model, m)))
+    yield from _rows(
+        options,
+        [f"{model.name} M={m}" for model, m in cases],
+        (row for model, m in cases for row in times.layer_rows(model, m)),
+    )
 
 
 def _models(options: Options, archs: tuple[str, ...], repeats: int) -> Iterator[Line]:
@@ -86,8 +96,12 @@ def _models(options: Options, archs: tuple[str, ...], repeats: int) -> Iterator[
 
     sizes = models.Sizes(repeats=repeats)
     if options.dry:
-        names = [f"{name}{kept}" for name in ("quota", "quota, engine") for kept in ("", f", keep {models.KEEP:g}")] + ["transformers bf16"]
-        yield facts(would_time=[f"{arch} B={batch}: {name}" for arch in archs for batch in sizes.batches for name in names])
+        names = [f"{name}{kept}" for name in ("quota", "quota, engine") for kept in ("", f", keep {models.KEEP:g}")] + [
+            "transformers bf16"
+        ]
+        yield facts(
+            would_time=[f"{arch} B={batch}: {name}" for arch in archs for batch in sizes.batches for name in names]
+        )
         return
     require_library()
     found = []
@@ -100,7 +114,8 @@ def _models(options: Options, archs: tuple[str, ...], repeats: int) -> Iterator[
 
 
 def models(options: Options) -> Iterator[Line]:
-    """LLaVA-1.5-7B with random weights: first token, tokens per second, memory and power, beside transformers in bf16."""
+    """LLaVA-1.5-7B with random weights: first token, tokens per second, memory and power, beside transformers in
+    bf16."""
     yield from _models(options, ("llava-1.5-7b",), 2)
 
 

@@ -1,4 +1,5 @@
-"""Sections about the machine and the build: what is here, the ceilings of its memory and products, both libraries, their machine code, sanitizer, counters."""
+"""Sections about the machine and the build: what is here, the ceilings of its memory and products, both libraries,
+their machine code, sanitizer, counters."""
 
 from __future__ import annotations
 
@@ -17,15 +18,20 @@ from quota.bench.gpu.options import ROOT, Line, Options, facts, failure
 
 _PACKAGES = ("torch", "triton", "transformers", "humming-kernels", "flash-attn", "pydantic", "nvidia-ml-py")
 _COUNTERS = (
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed", "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed.avg.per_cycle_elapsed", "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed", "gpu__time_duration.sum",
-)  # fmt: skip
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_executed.avg.per_cycle_elapsed",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "gpu__time_duration.sum",
+)
 _COUNTED = "regex:(warpgroup|few|attention|transform|quantize|heads)_kernel"
 
 
 def shell(command: list[str], **environment: str) -> str:
     """What it printed. RuntimeError with the end of it where it fails."""
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     output = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{output[-3000:]}")
@@ -65,9 +71,22 @@ def machine(options: Options) -> Iterator[Line]:
         if torch.version.cuda and cuda.LIBRARY.exists() and (reason := cuda.load_failure()):
             yield failure(reason)
         return
-    yield facts(smi=shell([_require("nvidia-smi"), "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm", "--format=csv,noheader"]).strip())
+    yield facts(
+        smi=shell(
+            [
+                _require("nvidia-smi"),
+                "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm",
+                "--format=csv,noheader",
+            ]
+        ).strip()
+    )
     found = torch.cuda.get_device_properties(0)
-    yield facts(name=found.name, arch=f"{found.major}.{found.minor}", processors=found.multi_processor_count, l2_bytes=found.L2_cache_size)
+    yield facts(
+        name=found.name,
+        arch=f"{found.major}.{found.minor}",
+        processors=found.multi_processor_count,
+        l2_bytes=found.L2_cache_size,
+    )
 
 
 def ceilings(options: Options) -> Iterator[Line]:
@@ -108,7 +127,9 @@ def sass(options: Options) -> Iterator[Line]:
     from quota.ops.cuda import LIBRARY
 
     if options.dry and not LIBRARY.exists():
-        yield facts(would_run=f"python -m quota.bench.sass {LIBRARY.relative_to(ROOT)}", cuobjdump=Path(cuobjdump()).name)
+        yield facts(
+            would_run=f"python -m quota.bench.sass {LIBRARY.relative_to(ROOT)}", cuobjdump=Path(cuobjdump()).name
+        )
         return
     found = kernels([LIBRARY])
     yield facts(table=table(found), kernels=len(found))
@@ -116,7 +137,17 @@ def sass(options: Options) -> Iterator[Line]:
 
 
 def _sanitizer(tool: str, options: Options, *more: str) -> Iterator[Line]:
-    worker = [sys.executable, "-m", "quota.bench.gpu", "--worker", "--sections", "first", "--small", "--seed", str(options.seed)]
+    worker = [
+        sys.executable,
+        "-m",
+        "quota.bench.gpu",
+        "--worker",
+        "--sections",
+        "first",
+        "--small",
+        "--seed",
+        str(options.seed),
+    ]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *more, *worker]
     if tool == "initcheck":
         command.append("--no-poison")  # a tensor that was filled hides what nobody wrote
@@ -136,7 +167,8 @@ def memcheck(options: Options) -> Iterator[Line]:
 
 
 def racecheck(options: Options) -> Iterator[Line]:
-    """compute-sanitizer: races in shared memory, without the kernel whose bulk copies and mbarriers the tool does not follow."""
+    """compute-sanitizer: races in shared memory, without the kernel whose bulk copies and mbarriers the tool does not
+    follow."""
     yield from _sanitizer("racecheck", options, "--kernel-name-exclude", "kernel_substring=warpgroup_kernel")
 
 
@@ -148,7 +180,17 @@ def initcheck(options: Options) -> Iterator[Line]:
 def counters(options: Options) -> Iterator[Line]:
     """Nsight Compute on a few launches of the hot kernels: how busy memory, cache, issue slots and tensor cores are."""
     worker = [sys.executable, "-m", "quota.bench.gpu", "--worker", "--sections", "hot", "--seed", str(options.seed)]
-    command = ["ncu", "--clock-control", "none", "--csv", "--kernel-name", _COUNTED, "--metrics", ",".join(_COUNTERS), *worker]
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--csv",
+        "--kernel-name",
+        _COUNTED,
+        "--metrics",
+        ",".join(_COUNTERS),
+        *worker,
+    ]
     if options.dry:
         yield facts(would_run=" ".join(command))
         return

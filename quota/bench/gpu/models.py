@@ -1,7 +1,9 @@
-"""Whole 7B models with random weights, made on the device: ours unpruned and with 30 % of the visual tokens, transformers in bfloat16 beside them.
+"""Whole 7B models with random weights, made on the device: ours unpruned and with 30 % of the visual tokens,
+transformers in bfloat16 beside them.
 
-A request is that of `quota bench model`: 576 visual and 64 text tokens, answered with 32. A batch is the same request several times; the serving engine,
-whose decode steps are CUDA graphs, gets another picture each time, since it computes equal ones once.
+A request is that of `quota bench model`: 576 visual and 64 text tokens, answered with 32. A batch is the same request
+several times; the serving engine, whose decode steps are CUDA graphs, gets another picture each time, since it computes
+equal ones once.
 """
 
 from __future__ import annotations
@@ -44,11 +46,17 @@ def rows(arch: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
     yield from _served(arch, sizes)
     attention = "flash_attention_2" if why_not_flash(torch.device(sizes.device), FLOAT) is None else "sdpa"
     yield from _measured(
-        arch, f"transformers bf16, {attention}", lambda: float_model(config_of(arch, sizes.layers), FLOAT, sizes.device, attention), sizes, None
+        arch,
+        f"transformers bf16, {attention}",
+        lambda: float_model(config_of(arch, sizes.layers), FLOAT, sizes.device, attention),
+        sizes,
+        None,
     )
 
 
-def _measured(arch: str, name: str, make: Callable[[], Any], sizes: Sizes, keep: float | None) -> Iterator[dict[str, Any]]:
+def _measured(
+    arch: str, name: str, make: Callable[[], Any], sizes: Sizes, keep: float | None
+) -> Iterator[dict[str, Any]]:
     try:
         model = make()
         if keep is not None:
@@ -85,9 +93,16 @@ def _answers(model: Any, batch: int, sizes: Sizes) -> dict[str, Any]:
 def _row(batch: int, spent: list[dict[str, float]], cost: Any) -> dict[str, Any]:
     ttft_ms, decode_ms = (median(s[name] for s in spent) for name in ("ttft_ms", "decode_ms"))
     found = {
-        "ttft_ms": round(ttft_ms, 3), "decode_ms": round(decode_ms, 3), "tokens_per_s": round(1e3 * batch / decode_ms, 1), "new_tokens": NEW_TOKENS,
-    }  # fmt: skip
-    return found if cost is None else found | {"peak_bytes": cost.peak_bytes, "power_w": cost.power_w, "power_why_not": cost.power_why_not}
+        "ttft_ms": round(ttft_ms, 3),
+        "decode_ms": round(decode_ms, 3),
+        "tokens_per_s": round(1e3 * batch / decode_ms, 1),
+        "new_tokens": NEW_TOKENS,
+    }
+    return (
+        found
+        if cost is None
+        else found | {"peak_bytes": cost.peak_bytes, "power_w": cost.power_w, "power_why_not": cost.power_why_not}
+    )
 
 
 def _served(arch: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -122,9 +137,12 @@ def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
     text, ids = model.config.text_config, inputs["input_ids"][0].tolist()
     pages = max(sizes.batches) * text.num_hidden_layers * -(-(len(ids) + NEW_TOKENS) // page_tokens)
     config = EngineConfig(
-        kv_bytes=pages * unit_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads), prefix_cache=False, feature_bytes=0,
+        kv_bytes=pages
+        * unit_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads),
+        prefix_cache=False,
+        feature_bytes=0,
         step_tokens=max(sizes.batches) * len(ids),  # all prompts in one step, as `generate` takes them
-    )  # fmt: skip
+    )
     engine = Engine(model, recipes={"q": recipe_for(model, KEEP)}, config=config)
 
     def prompt() -> Prompt:
@@ -135,11 +153,17 @@ def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
 
 
 def _batch(engine: Any, prompts: list[Any], recipe: str | None) -> dict[str, float]:
-    """Answer these together -> milliseconds until the last of them has its first token and per later token, and the most bytes of keys and values held."""
+    """Answer these together -> milliseconds until the last of them has its first token and per later token, and the
+    most bytes of keys and values held."""
     from quota.runtime.engine import Request, Sampling
 
     began, first, units = time.perf_counter(), dict[str, float](), 0
-    engine.submit_all([Request(str(n), prompt, Sampling(max_tokens=NEW_TOKENS, ignore_eos=True), recipe) for n, prompt in enumerate(prompts)])
+    engine.submit_all(
+        [
+            Request(str(n), prompt, Sampling(max_tokens=NEW_TOKENS, ignore_eos=True), recipe)
+            for n, prompt in enumerate(prompts)
+        ]
+    )
     while engine.busy:
         outputs, now = engine.step(), time.perf_counter()
         units = max(units, engine.pool.units - engine.pool.available)
@@ -153,7 +177,8 @@ def _batch(engine: Any, prompts: list[Any], recipe: str | None) -> dict[str, flo
 
 
 def _repeated(name: str, tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """Rows of a batch lie along the first dimension of every input; patches and grids of pictures too, one after the other."""
+    """Rows of a batch lie along the first dimension of every input; patches and grids of pictures too, one after the
+    other."""
     return tensor.repeat(batch, *[1] * (tensor.ndim - 1))
 
 
@@ -163,17 +188,27 @@ def _said(error: Exception) -> str:
 
 def failures(found: list[dict[str, Any]]) -> list[str]:
     """What of ours did not run; a peer that did not is in its row alone."""
-    return [f"{r['case']}, {r['implementation']}: {r['failed']}" for r in found if "failed" in r and r["implementation"].startswith("quota")]
+    return [
+        f"{r['case']}, {r['implementation']}: {r['failed']}"
+        for r in found
+        if "failed" in r and r["implementation"].startswith("quota")
+    ]
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| case | implementation | TTFT ms | tokens/s | KV cache MB | peak GiB | average W |", "| --- | --- | --: | --: | --: | --: | --: |"]
+    lines = [
+        "| case | implementation | TTFT ms | tokens/s | KV cache MB | peak GiB | average W |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
+    ]
     for r in found:
         if "failed" in r:
             lines.append(f"| {r['case']} | {r['implementation']} | {r['failed']} | | | | |")
             continue
         peak = f"{r['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in r else ""
         power = format(r["power_w"], ".0f") if r.get("power_w") is not None else r.get("power_why_not") or ""
-        lines.append(f"| {r['case']} | {r['implementation']} | {r['ttft_ms']:.1f} | {r['tokens_per_s']:.1f} | {r['kv_bytes'] / 1e6:.1f} | {peak} | {power} |")
+        lines.append(
+            f"| {r['case']} | {r['implementation']} | {r['ttft_ms']:.1f} | {r['tokens_per_s']:.1f} |"
+            f" {r['kv_bytes'] / 1e6:.1f} | {peak} | {power} |"
+        )
     return "\n".join(lines)

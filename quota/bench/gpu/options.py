@@ -10,12 +10,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 
 Line = dict[str, Any]
-"""One of {"facts": {...}}, {"row": {...}}, {"failure": "..."}; a section's process prints each as it comes, so that a cut-off keeps all before it."""
+"""One of {"facts": {...}}, {"row": {...}}, {"failure": "..."}; a section's process prints each as it comes, so that a
+cut-off keeps all before it."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """dry: no GPU. seed: of all random inputs. small: the sizes of the sanitizer. poison: fill new tensors, or leave them as the allocator gives them."""
+    """dry: no GPU. seed: of all random inputs. small: the sizes of the sanitizer. poison: fill new tensors, or leave
+    them as the allocator gives them."""
 
     dry: bool
     seed: int

@@ -39,7 +39,12 @@ def body(record: dict[str, Any]) -> list[str]:
 
 def markdown(records: list[dict[str, Any]], sections: dict[str, Callable[..., Any]]) -> str:
     """One line per section with the sources and the seed it ran on, then failures, plans and tables."""
-    lines = ["# GPU check", "", "| section | result | seconds | commit | sources | seed |", "| --- | --- | --: | --- | --- | --- |"]
+    lines = [
+        "# GPU check",
+        "",
+        "| section | result | seconds | commit | sources | seed |",
+        "| --- | --- | --: | --- | --- | --- |",
+    ]
     for r in records:
         state = "FAILED" if not r["passed"] else "planned" if r["dry_run"] else "passed"
         lines.append(f"| {r['section']} | {state} | {r['seconds']} | {r['commit']} | {r['digest']} | {r['seed']} |")

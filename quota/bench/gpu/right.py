@@ -11,7 +11,8 @@ from quota.bench.gpu.options import Line, Options, facts, failure
 
 
 def first(options: Options) -> Iterator[Line]:
-    """Every op at small sizes against its reference on the CPU, by every implementation; every kernel of w4a4_linear."""
+    """Every op at small sizes against its reference on the CPU, by every implementation; every kernel of
+    w4a4_linear."""
     from dataclasses import replace
 
     small = replace(options, small=True)
@@ -22,7 +23,8 @@ def first(options: Options) -> Iterator[Line]:
 
 
 def ops(options: Options) -> Iterator[Line]:
-    """Every op of the CUDA library against the native CPU library, whose bits tests/ops compares with the references'."""
+    """Every op of the CUDA library against the native CPU library, whose bits tests/ops compares with the
+    references'."""
     yield from _compared(options, "cuda")
 
 
@@ -60,7 +62,11 @@ def _compared(options: Options, implementation: str) -> Iterator[Line]:
             raise RuntimeError(f"{check.op.name}: {reason}")
         against = "ref" if options.small or options.dry else "native"
         difference = checks.run(check, device, "ref" if options.dry else implementation, against)
-        yield failure(f"{check.title}: {difference}") if difference else {"row": {"check": f"{implementation} {check.title}"}}
+        yield (
+            failure(f"{check.title}: {difference}")
+            if difference
+            else {"row": {"check": f"{implementation} {check.title}"}}
+        )
 
 
 def hot(options: Options) -> Iterator[Line]:
@@ -77,11 +83,16 @@ def hot(options: Options) -> Iterator[Line]:
 
 
 def graph(options: Options) -> Iterator[Line]:
-    """A decode step's kernels captured once and replayed on other inputs and other lengths: nothing synchronises, nothing is baked in."""
+    """A decode step's kernels captured once and replayed on other inputs and other lengths: nothing synchronises,
+    nothing is baked in."""
     from quota.bench.gpu import checks
 
     if options.dry:
-        yield facts(would_run="capture of quantize_act, w4a4_linear and kv4_paged_attention; three replays compared with eager calls")
+        yield facts(
+            would_run=(
+                "capture of quantize_act, w4a4_linear and kv4_paged_attention; three replays compared with eager calls"
+            )
+        )
         return
     import torch
 
@@ -94,7 +105,10 @@ def graph(options: Options) -> Iterator[Line]:
     q, k, v, table, length, scaling = checks._to(checks._paged(g, 4, 2, 64), "cuda")
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        return cuda.w4a4_linear(*cuda.quantize_act(x, left, right, clip), weight), cuda.kv4_paged_attention(q, k, v, table, length, scaling)[0]
+        return (
+            cuda.w4a4_linear(*cuda.quantize_act(x, left, right, clip), weight),
+            cuda.kv4_paged_attention(q, k, v, table, length, scaling)[0],
+        )
 
     step()
     captured = torch.cuda.CUDAGraph()
@@ -120,8 +134,13 @@ def answers(options: Options) -> Iterator[Line]:
     from quota.scenes import assets
 
     samples = json.loads((assets.SAMPLES.parent / "samples.json").read_text())["samples"][:24]
-    models: dict[str, Any] = {device: quantize_rtn(load(assets.CHECKPOINT)).eval().to(device) for device in ("cpu", "cuda")}
+    models: dict[str, Any] = {
+        device: quantize_rtn(load(assets.CHECKPOINT)).eval().to(device) for device in ("cpu", "cuda")
+    }
     for sample in samples:
         picture = Image.open(assets.SAMPLES.parent / sample["image"])
-        a, b = (ask(model, model.processor, sample["instruction"], [picture], max_new_tokens=12).text for model in models.values())
+        a, b = (
+            ask(model, model.processor, sample["instruction"], [picture], max_new_tokens=12).text
+            for model in models.values()
+        )
         yield {"row": {"question": sample["id"]}} if a == b else failure(f"{sample['id']}: CPU {a!r}, GPU {b!r}")

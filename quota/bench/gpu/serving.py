@@ -14,19 +14,29 @@ _BATCHES = (1, 16)
 
 
 def serving(options: Options) -> Iterator[Line]:
-    """The engine's greedy answers on the device are the CPU's, with CUDA graphs and without; tokens per second of its decode steps."""
+    """The engine's greedy answers on the device are the CPU's, with CUDA graphs and without; tokens per second of its
+    decode steps."""
     from quota.runtime.engine import EngineConfig
 
     if options.dry:
-        plan = [f"{_BATCHES[-1]} questions on CPU and GPU", *(f"decode at {n} requests, graphs {on}" for n in _BATCHES for on in ("on", "off"))]
+        plan = [
+            f"{_BATCHES[-1]} questions on CPU and GPU",
+            *(f"decode at {n} requests, graphs {on}" for n in _BATCHES for on in ("on", "off")),
+        ]
         yield facts(cpu_answers=_answers("cpu", EngineConfig(), 2, 2), would_run=plan)
         return
     want = _answers("cpu", EngineConfig(), _BATCHES[-1], _ANSWER_TOKENS)
     yield facts(questions=len(want))
     for graphs in (True, False):
-        config = EngineConfig(graphs=graphs, step_tokens=1 << 14)  # all prompts in one step, so that all answers grow together
+        config = EngineConfig(
+            graphs=graphs, step_tokens=1 << 14
+        )  # all prompts in one step, so that all answers grow together
         got = _answers("cuda", config, len(want), _ANSWER_TOKENS)
-        yield from (failure(f"{name}, graphs {graphs}: CPU {want[name]}, GPU {got[name]}") for name in want if got[name] != want[name])
+        yield from (
+            failure(f"{name}, graphs {graphs}: CPU {want[name]}, GPU {got[name]}")
+            for name in want
+            if got[name] != want[name]
+        )
         for n in _BATCHES:
             yield {"row": {"requests": n, "graphs": graphs, "tokens_per_s": _speed(config, n)}}
 
@@ -44,7 +54,9 @@ def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
     prompts = []
     for sample in json.loads((assets.SAMPLES.parent / "samples.json").read_text())["samples"][: _BATCHES[-1]]:
         picture = images.open_file(assets.SAMPLES.parent / sample["image"])
-        inputs = loaded.processor(images=[picture], text=f"USER: <image>\n{sample['instruction']} ASSISTANT:", return_tensors="pt")
+        inputs = loaded.processor(
+            images=[picture], text=f"USER: <image>\n{sample['instruction']} ASSISTANT:", return_tensors="pt"
+        )
         prompts.append(Prompt(inputs["input_ids"][0].tolist(), engine.model.images(inputs)))
     return engine, prompts
 
@@ -52,7 +64,9 @@ def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
 def _submit(engine: Any, prompts: list[Any], tokens: int) -> None:
     from quota.runtime.engine import Request, Sampling
 
-    engine.submit_all([Request(str(i), prompt, Sampling(max_tokens=tokens, ignore_eos=True)) for i, prompt in enumerate(prompts)])
+    engine.submit_all(
+        [Request(str(i), prompt, Sampling(max_tokens=tokens, ignore_eos=True)) for i, prompt in enumerate(prompts)]
+    )
 
 
 def _answers(device: str, config: Any, questions: int, tokens: int) -> dict[str, list[int]]:
@@ -70,7 +84,10 @@ def _speed(config: Any, requests: int) -> float:
     engine, prompts = _engine("cuda", config)
     for _ in range(2):
         _submit(engine, prompts[:requests], _TIMED_TOKENS)
-        while not all(len(s.answer) >= _TIMED_TOKENS // 2 for s in engine.scheduler.running) or len(engine.scheduler.running) < requests:
+        while (
+            not all(len(s.answer) >= _TIMED_TOKENS // 2 for s in engine.scheduler.running)
+            or len(engine.scheduler.running) < requests
+        ):
             engine.step()
         began, before = time.perf_counter(), engine.stats.tokens
         while engine.busy:

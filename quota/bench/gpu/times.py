@@ -1,4 +1,5 @@
-"""Times on the device beside other libraries: graphs of calls between events, inputs rotated past the second-level cache, medians."""
+"""Times on the device beside other libraries: graphs of calls between events, inputs rotated past the second-level
+cache, medians."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ Run = Callable[[], object]
 
 
 def median_us(runs: Sequence[Run], repeats: int = 20, captured: bool = True) -> float:
-    """Median microseconds per call of `runs`, the same call on different buffers, captured as one graph and replayed, or called anew each time."""
+    """Median microseconds per call of `runs`, the same call on different buffers, captured as one graph and replayed,
+    or called anew each time."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for run in runs:  # loads modules and asks for shared memory outside the capture
@@ -78,7 +80,10 @@ def timed(name: str, runs: Sequence[Run] | Callable[[], Sequence[Run]], captured
         return {"implementation": name, "us": median_us(runs() if callable(runs) else runs, captured=captured)}
     except Exception as error:
         torch.cuda.synchronize()
-        return {"implementation": name, "failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
+        return {
+            "implementation": name,
+            "failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+        }
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,7 +109,9 @@ def ceiling_rows() -> Iterator[dict[str, Any]]:
     source = torch.empty(LARGE[0], dtype=torch.uint8, device=DEVICE)
     yield row(CEILINGS[0], partial(torch.empty_like(source).copy_, source), 2 * source.numel() / 1e3, "GB/s")
     del source
-    near = torch.ones(4 << 20, dtype=torch.float32, device=DEVICE).expand(64, -1)  # 16 MiB, read 64 times: no processor's own cache holds its part
+    near = torch.ones(4 << 20, dtype=torch.float32, device=DEVICE).expand(
+        64, -1
+    )  # 16 MiB, read 64 times: no processor's own cache holds its part
     yield row(CEILINGS[1], partial(near.sum, 1), 4 * near.numel() / 1e3, "GB/s")
     size = LARGE[1]
     half = [_random(size, size, dtype=torch.bfloat16) for _ in range(2)]
@@ -122,7 +129,8 @@ def _factors(k: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_rows(shape: Linear, m: int, peers: bool = True) -> Iterator[dict[str, Any]]:
-    """w4a4_linear beside a bf16 product of the same size and, with `peers`, int8 and FP8 products and our Triton kernels."""
+    """w4a4_linear beside a bf16 product of the same size and, with `peers`, int8 and FP8 products and our Triton
+    kernels."""
     n, k = shape.n, shape.k
     count = copies(n * k // 2)
     weights = [_weight(shape)]
@@ -140,21 +148,30 @@ def linear_rows(shape: Linear, m: int, peers: bool = True) -> Iterator[dict[str,
     if peers:
         yield timed("quota-triton", [partial(triton.w4a4_linear, x_q, x_scale, w) for w in weights])
         grouped = [_grouped(shape)]
-        grouped += [GroupedWeight(grouped[0].codes().clone(), grouped[0].w_scale, grouped[0].w_zero, k) for _ in range(count - 1)]
+        grouped += [
+            GroupedWeight(grouped[0].codes().clone(), grouped[0].w_scale, grouped[0].w_zero, k)
+            for _ in range(count - 1)
+        ]
         yield timed("quota-triton-w4a16", [partial(triton.w4a16_linear, x.half(), w) for w in grouped])
         del grouped
     del weights
     half, w_half = x.bfloat16(), [_random(n, k, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
-    yield timed("cublas-bf16", [partial(torch.nn.functional.linear, half, w) for w in w_half]) | {"note": "bf16 out, ours float32"}
+    yield timed("cublas-bf16", [partial(torch.nn.functional.linear, half, w) for w in w_half]) | {
+        "note": "bf16 out, ours float32"
+    }
     del w_half
     if not peers:
         return
     x8 = torch.randint(-8, 8, (m, k), device=DEVICE, dtype=torch.int8)
     w8 = [torch.randint(-8, 8, (n, k), device=DEVICE, dtype=torch.int8) for _ in range(copies(n * k))]
-    yield timed("cublaslt-int8", partial(cublaslt_runs, x8, w8)) | {"note": "32 MiB of workspace, the heuristic's first algorithm, int32 out"}
+    yield timed("cublaslt-int8", partial(cublaslt_runs, x8, w8)) | {
+        "note": "32 MiB of workspace, the heuristic's first algorithm, int32 out"
+    }
     rows = max(m, 17)  # torch._int_mm wants more than 16
     wide = torch.randint(-8, 8, (rows, k), device=DEVICE, dtype=torch.int8)
-    yield timed("torch._int_mm", [partial(torch._int_mm, wide, w.t()) for w in w8]) | {"note": f"{rows} rows, no workspace, int32 out"}
+    yield timed("torch._int_mm", [partial(torch._int_mm, wide, w.t()) for w in w8]) | {
+        "note": f"{rows} rows, no workspace, int32 out"
+    }
     one = torch.ones((), device=DEVICE)
     x_fp8, w_fp8 = x.to(torch.float8_e4m3fn), [w.to(torch.float8_e4m3fn).t() for w in w8]
     yield timed("fp8", [partial(torch._scaled_mm, x_fp8, w, one, one, out_dtype=torch.bfloat16) for w in w_fp8])
@@ -164,14 +181,19 @@ def humming_rows(shape: Linear, m: int) -> Iterator[dict[str, Any]]:
     """w4a4_linear beside humming's W4A8; the first call of every size compiles."""
     weight, x = _weight(shape), _random(m, shape.k)
     x_q, x_scale = cuda.quantize_act(x, None, None, 1.0)
-    weights = [PackedWeight(weight.codes().clone(), weight.w_scale, shape.k) for _ in range(copies(shape.n * shape.k // 2))]
+    weights = [
+        PackedWeight(weight.codes().clone(), weight.w_scale, shape.k) for _ in range(copies(shape.n * shape.k // 2))
+    ]
     yield timed("quota", [partial(cuda.w4a4_linear, x_q, x_scale, w) for w in weights])
-    runs = functools.cache(lambda: humming_runs(x.bfloat16(), _random(shape.n, shape.k, dtype=torch.bfloat16), len(weights)))
+    runs = functools.cache(
+        lambda: humming_runs(x.bfloat16(), _random(shape.n, shape.k, dtype=torch.bfloat16), len(weights))
+    )
     yield from (timed(name, partial(lambda of: runs()[of], name)) for name in ("humming-w4a8", "humming-w4a8+quantize"))
 
 
 def attention_rows(shape: Attention, batch: int, slots: int) -> Iterator[dict[str, Any]]:
-    """Decode: one query per row over `slots` slots, contiguous and in pages, beside attention on bf16 keys and values."""
+    """Decode: one query per row over `slots` slots, contiguous and in pages, beside attention on bf16 keys and
+    values."""
     heads, kv_heads, d = shape.heads, shape.kv_heads, shape.head_dim
     q = _random(batch, heads, 1, d)
     one = [tuple(t.to(DEVICE) for t in kv_of(torch.randn(1, kv_heads, slots, d), slots)) for _ in range(2)]
@@ -183,10 +205,15 @@ def attention_rows(shape: Attention, batch: int, slots: int) -> Iterator[dict[st
     del caches
     table = torch.randperm(batch * width, device=DEVICE).view(batch, width).int()
     length = torch.full((batch,), slots, dtype=torch.int32, device=DEVICE)
-    yield timed("quota, paged", [partial(cuda.kv4_paged_attention, q, c[0], c[1], table, length, d**-0.5) for c in paged])
+    yield timed(
+        "quota, paged", [partial(cuda.kv4_paged_attention, q, c[0], c[1], table, length, d**-0.5) for c in paged]
+    )
     del paged
     half = q.bfloat16()
-    floats = [[_random(batch, kv_heads, slots, d, dtype=torch.bfloat16) for _ in range(2)] for _ in range(copies(4 * batch * kv_heads * slots * d))]
+    floats = [
+        [_random(batch, kv_heads, slots, d, dtype=torch.bfloat16) for _ in range(2)]
+        for _ in range(copies(4 * batch * kv_heads * slots * d))
+    ]
     yield timed("sdpa-bf16", [partial(_sdpa, False, half, *c) for c in floats])
     if importlib.util.find_spec("flash_attn") is None:
         yield {"implementation": "flash-attn", "failed": "flash-attn is not installed"}
@@ -198,7 +225,9 @@ def attention_rows(shape: Attention, batch: int, slots: int) -> Iterator[dict[st
 
 
 def _sdpa(causal: bool, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=causal, enable_gqa=q.shape[1] != keys.shape[1])
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, is_causal=causal, enable_gqa=q.shape[1] != keys.shape[1]
+    )
 
 
 def _pages(kv: tuple[Tensor, ...], width: int) -> Kv:
@@ -213,7 +242,8 @@ _PROMPT = 640  # tokens, as in `quota bench model`; of them 64 are text
 
 
 def layer_calls(model: Decoder, m: int) -> Iterator[tuple[str, str, Run]]:
-    """(op, implementation, call) of all that the engine calls in a layer for m tokens, and at a model's end: ours as the registry chooses, then bf16's.
+    """(op, implementation, call) of all that the engine calls in a layer for m tokens, and at a model's end: ours as
+    the registry chooses, then bf16's.
 
     Up to 16 tokens are rows that decode over 700 slots, more are one prompt.
     """
@@ -223,9 +253,17 @@ def layer_calls(model: Decoder, m: int) -> Iterator[tuple[str, str, Run]]:
         x, weight, prologue = _random(m, 2 * shape.k if down else shape.k), _weight(shape), "silu_mul" if down else None
         factors, name = _factors(shape.k), shape.name.rpartition(".")[2]
         yield f"quantize_act {name}", "quota", partial(ops.quantize_act, x, *factors, 1.0, prologue)
-        yield f"w4a4_linear {name}", "quota", partial(ops.w4a4_linear, *ops.quantize_act(x, *factors, 1.0, prologue), weight)
+        yield (
+            f"w4a4_linear {name}",
+            "quota",
+            partial(ops.w4a4_linear, *ops.quantize_act(x, *factors, 1.0, prologue), weight),
+        )
         if not down:
-            yield f"w4a4_linear {name}", "cublas-bf16", partial(f.linear, x.bfloat16(), _random(shape.n, shape.k, dtype=torch.bfloat16))
+            yield (
+                f"w4a4_linear {name}",
+                "cublas-bf16",
+                partial(f.linear, x.bfloat16(), _random(shape.n, shape.k, dtype=torch.bfloat16)),
+            )
     decodes = m <= 16
     batch, tokens, slots = (m, 1, 700) if decodes else (1, m, m)
     qkv, rotary = _random(1, m, (heads + 2 * kv_heads) * d), (_random(1, m, d), _random(1, m, d))
@@ -234,21 +272,35 @@ def layer_calls(model: Decoder, m: int) -> Iterator[tuple[str, str, Run]]:
     matrix = hadamard(d).float().contiguous().to(DEVICE)
     yield "qkv_append", "quota", partial(ops.qkv_append, qkv, rotary, (matrix, matrix), *own, 0, (1.0, 1.0))
     q = _random(batch, heads, tokens, d)
-    half = [_random(batch, n, t, d, dtype=torch.bfloat16) for n, t in ((heads, tokens), (kv_heads, slots), (kv_heads, slots))]
+    half = [
+        _random(batch, n, t, d, dtype=torch.bfloat16)
+        for n, t in ((heads, tokens), (kv_heads, slots), (kv_heads, slots))
+    ]
     if decodes:
         width = -(-slots // PAGE)
         table = torch.randperm(batch * width, device=DEVICE).view(batch, width).int()
         length = torch.full((batch,), slots, dtype=torch.int32, device=DEVICE)
-        yield "attention, paged", "quota", partial(ops.kv4_paged_attention, q, _pages(k, width), _pages(v, width), table, length, d**-0.5)
+        yield (
+            "attention, paged",
+            "quota",
+            partial(ops.kv4_paged_attention, q, _pages(k, width), _pages(v, width), table, length, d**-0.5),
+        )
         yield "attention, paged", "sdpa-bf16", partial(_sdpa, False, *half)
-        yield "kv4_page_write", "quota", partial(ops.kv4_page_write, _pages(k, width), own[0], torch.arange(m, device=DEVICE))
+        yield (
+            "kv4_page_write",
+            "quota",
+            partial(ops.kv4_page_write, _pages(k, width), own[0], torch.arange(m, device=DEVICE)),
+        )
     else:
         yield "attention, prefill", "quota", partial(ops.kv4_attention, q, k, v, slots, None, d**-0.5)
         yield "attention, prefill", "sdpa-bf16", partial(_sdpa, True, *half)
     x, gain = _random(m, model.hidden), _random(model.hidden)
     yield "rms_norm", "quota", partial(ops.rms_norm, x, gain, 1e-5)
     yield "rms_norm", "torch-bf16", partial(f.rms_norm, x.bfloat16(), (model.hidden,), gain.bfloat16(), 1e-5)
-    rows, head = x[: min(m, 16)], FloatWeight(_random(_VOCABULARY.get(model.name, 64), model.hidden, dtype=torch.float16))
+    rows, head = (
+        x[: min(m, 16)],
+        FloatWeight(_random(_VOCABULARY.get(model.name, 64), model.hidden, dtype=torch.float16)),
+    )
     yield f"float_linear M={len(rows)}", "quota", partial(ops.float_linear, rows, head)
     yield f"float_linear M={len(rows)}", "cublas-bf16", partial(f.linear, rows.bfloat16(), head.w.bfloat16())
     if m == _PROMPT:
@@ -257,7 +309,10 @@ def layer_calls(model: Decoder, m: int) -> Iterator[tuple[str, str, Run]]:
 
 
 def layer_rows(model: Decoder, m: int) -> Iterator[dict[str, Any]]:
-    """A row per op and implementation. token_score reads on the host which tokens are pictures', so it is timed call by call."""
+    """A row per op and implementation. token_score reads on the host which tokens are pictures', so it is timed call by
+    call."""
     for op, implementation, run in layer_calls(model, m):
         one = [run] if op == "token_score" else [run] * 4
-        yield {"case": f"{model.name} M={m} {op}", "op": op, "model": model.name, "m": m} | timed(implementation, one, op != "token_score")
+        yield {"case": f"{model.name} M={m} {op}", "op": op, "model": model.name, "m": m} | timed(
+            implementation, one, op != "token_score"
+        )

@@ -1,4 +1,5 @@
-"""Other engines' linear layers behind one protocol. Each is an optional package; one that is absent says how to get it."""
+"""Other engines' linear layers behind one protocol. Each is an optional package; one that is absent says how to get
+it."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from quota.bench.timing import Sample, time_calls
 class Layer(Protocol):
     """An engine's linear layer in this process, prepared for a shape once and fed batches of rows.
 
-    takes: "codes" when its input is already quantized (compared with `w4a4_linear` alone), "floats" when a call includes whatever the
-    engine does to its input (compared with `quantize_act` + `w4a4_linear`). unit: the arithmetic it is held against. tolerance: relative
-    error it may have against float64 arithmetic on its own quantized weights; it covers its own rounding of activations and no more.
+    takes: "codes" when its input is already quantized (compared with `w4a4_linear` alone), "floats" when a call
+    includes whatever the engine does to its input (compared with `quantize_act` + `w4a4_linear`). unit: the arithmetic
+    it is held against. tolerance: relative error it may have against float64 arithmetic on its own quantized weights;
+    it covers its own rounding of activations and no more.
     """
 
     name: str
@@ -116,8 +118,11 @@ def gate(layer: Layer, shape: Linear, m: int) -> str | None:
 
 
 def verdict(error: float, tolerance: float) -> str | None:
-    """Of a peer's relative error: None when it is rounding, else what the benchmark prints. A peer that is wrong is no fault of this project."""
-    return None if error <= tolerance else f"peer is wrong on this CPU by {error:.1e} (relative), allowed {tolerance:.0e}"
+    """Of a peer's relative error: None when it is rounding, else what the benchmark prints. A peer that is wrong is no
+    fault of this project."""
+    return (
+        None if error <= tolerance else f"peer is wrong on this CPU by {error:.1e} (relative), allowed {tolerance:.0e}"
+    )
 
 
 def every_peer() -> dict[str, Callable[[], Peer]]:
@@ -131,7 +136,9 @@ def every_peer() -> dict[str, Callable[[], Peer]]:
 
     return {
         "onednn-w8a8": lambda: Here(OneDnnInt8()),
-        "onednn-w8a8-vnni": lambda: ChildPeer("onednn-w8a8-vnni", OneDnnInt8(), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, unit="vpdpbusd"),
+        "onednn-w8a8-vnni": lambda: ChildPeer(
+            "onednn-w8a8-vnni", OneDnnInt8(), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, unit="vpdpbusd"
+        ),
         "openvino-i4": lambda: Here(OpenVinoInt4("f32")),
         "openvino-i4-bf16": lambda: Here(OpenVinoInt4("bf16")),
         "openvino-i4-g128-f32": lambda: Here(OpenVinoInt4("f32", whole=True)),

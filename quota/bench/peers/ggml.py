@@ -1,7 +1,7 @@
 """llama.cpp's Q4_0 product: ggml's CPU backend through its C interface.
 
-The libraries are those of llama-cpp-python (`pip install -e '.[bench-llama]'` compiles them for the machine at hand), or any build of ggml in the
-folder that QUOTA_GGML names.
+The libraries are those of llama-cpp-python (`pip install -e '.[bench-llama]'` compiles them for the machine at hand),
+or any build of ggml in the folder that QUOTA_GGML names.
 """
 
 from __future__ import annotations
@@ -85,14 +85,19 @@ class _Ggml:
 def _library() -> _Ggml:
     folder = _folder()
     if folder is None:
-        raise OSError("llama-cpp-python is not installed; pip install -e '.[bench-llama]' in the clone builds it from source (minutes)")
+        raise OSError(
+            "llama-cpp-python is not installed; pip install -e '.[bench-llama]' in the clone builds it from source"
+            " (minutes)"
+        )
     return _Ggml(folder)
 
 
 class GgmlQ4:
-    """`ggml_mul_mat` of a Q4_0 weight, in the first of the CPU backend's weight layouts that takes it: llama.cpp chooses the same way.
+    """`ggml_mul_mat` of a Q4_0 weight, in the first of the CPU backend's weight layouts that takes it: llama.cpp
+    chooses the same way.
 
-    amx: allow the AMX layout. ggml configures the tile registers once per thread, so that layout needs a process without other users of them.
+    amx: allow the AMX layout. ggml configures the tile registers once per thread, so that layout needs a process
+    without other users of them.
     """
 
     takes, tolerance = "floats", 2e-2  # 8-bit activations in blocks of 32

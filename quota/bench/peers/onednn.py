@@ -1,4 +1,5 @@
-"""oneDNN's int8 linear through torch: 8-bit weights per channel, 8-bit activations per tensor. The ceiling of W8A8 on a CPU."""
+"""oneDNN's int8 linear through torch: 8-bit weights per channel, 8-bit activations per tensor. The ceiling of W8A8 on a
+CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class OneDnnInt8:
         self.x = (x / _X_SCALE + _X_ZERO).round().clamp(0, 255).to(torch.uint8)
 
     def run(self) -> None:
-        self.y = torch.ops.onednn.qlinear_pointwise(self.x, _X_SCALE, _X_ZERO, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")
+        self.y = torch.ops.onednn.qlinear_pointwise(
+            self.x, _X_SCALE, _X_ZERO, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
 
     def result(self) -> Tensor:
         return self.y

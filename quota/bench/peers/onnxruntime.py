@@ -1,4 +1,5 @@
-"""ONNX Runtime's MatMulNBits: int4 weights in blocks along K, activations quantized to int8 (accuracy_level 4) or float32 (1)."""
+"""ONNX Runtime's MatMulNBits: int4 weights in blocks along K, activations quantized to int8 (accuracy_level 4) or
+float32 (1)."""
 
 from __future__ import annotations
 
@@ -43,15 +44,26 @@ class MatMulNBits:
         unsigned = (self.codes + 8).numpy().astype(np.uint8).reshape(shape.n, -1, self.block)
         packed = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
         node = helper.make_node(
-            "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=shape.k, N=shape.n, bits=4, block_size=self.block,
+            "MatMulNBits",
+            ["x", "w", "s"],
+            ["y"],
+            domain="com.microsoft",
+            K=shape.k,
+            N=shape.n,
+            bits=4,
+            block_size=self.block,
             accuracy_level=self.accuracy_level,
-        )  # fmt: skip
+        )
         graph = helper.make_graph(
-            [node], "linear", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", shape.k])],
+            [node],
+            "linear",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", shape.k])],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", shape.n])],
             [numpy_helper.from_array(packed, "w"), numpy_helper.from_array(self.scale.numpy().reshape(-1), "s")],
-        )  # fmt: skip
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+        )
         onnx.checker.check_model(model)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
@@ -71,5 +83,8 @@ class MatMulNBits:
         return self.y
 
     def expected(self, rows: slice, columns: slice) -> Tensor:
-        w = self.codes[columns].double().view(-1, self.scale.shape[1], self.block) * self.scale[columns, :, None].double()
+        w = (
+            self.codes[columns].double().view(-1, self.scale.shape[1], self.block)
+            * self.scale[columns, :, None].double()
+        )
         return self.x[rows].double() @ w.flatten(1)[:, : self.k].T

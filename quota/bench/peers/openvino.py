@@ -1,4 +1,5 @@
-"""OpenVINO: int4 weights per output channel and activations quantized on the fly in groups of 128, or weights in groups of 128 and activations float."""
+"""OpenVINO: int4 weights per output channel and activations quantized on the fly in groups of 128, or weights in groups
+of 128 and activations float."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ _GROUP = 128
 
 
 class OpenVinoInt4:
-    """A compressed MatMul compiled for the CPU. precision: inference precision hint, "f32" or "bf16" (OpenVINO's default on AMX machines).
-    whole: keep the activations float32, and scale the weights in groups."""
+    """A compressed MatMul compiled for the CPU. precision: inference precision hint, "f32" or "bf16" (OpenVINO's
+    default on AMX machines). whole: keep the activations float32, and scale the weights in groups."""
 
     takes = "floats"
 
@@ -48,15 +49,21 @@ class OpenVinoInt4:
         size = [shape.n, shape.k // self.block, self.block]
         constant = opset13.constant(ov.Tensor(self.packed, size if self.whole else [shape.n, shape.k], ov.Type.i4))
         scale = self.scale.numpy()
-        scaled = opset13.multiply(opset13.convert(constant, "f32"), opset13.constant(scale[..., None] if self.whole else scale))
+        scaled = opset13.multiply(
+            opset13.convert(constant, "f32"), opset13.constant(scale[..., None] if self.whole else scale)
+        )
         if self.whole:
             scaled = opset13.reshape(scaled, opset13.constant([shape.n, shape.k]), False)
         x = opset13.parameter([-1, shape.k], np.float32)
         model = ov.Model([opset13.matmul(x, scaled, False, True)], [x])
         settings: dict[str, Any] = {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0" if self.whole else str(_GROUP), "INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False, "PERFORMANCE_HINT": "LATENCY",
-        }  # fmt: skip
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0" if self.whole else str(_GROUP),
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         self.request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
         self.weight_bytes = shape.n * shape.k // 2 + 4 * self.scale.numel()
 

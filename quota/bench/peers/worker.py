@@ -1,4 +1,5 @@
-"""A peer in a process of its own, for engines that read an environment variable once or cannot share a process. JSON lines both ways.
+"""A peer in a process of its own, for engines that read an environment variable once or cannot share a process. JSON
+lines both ways.
 
 The child is `python -m quota.bench.peers.child NAME`; it takes turns with the parent like any other contender.
 """
@@ -18,7 +19,8 @@ from quota.core.errors import QuotaError
 
 
 class ChildPeer:
-    """`layer` (asked for facts only here) run elsewhere with `environment` added; the child passes the correctness gate itself."""
+    """`layer` (asked for facts only here) run elsewhere with `environment` added; the child passes the correctness gate
+    itself."""
 
     def __init__(self, name: str, layer: Layer, environment: dict[str, str], unit: str) -> None:
         self.name, self.takes, self.unit, self.layer, self.environment = name, layer.takes, unit, layer, environment
@@ -31,9 +33,12 @@ class ChildPeer:
     def prepare(self, shape: Linear, threads: int) -> None:
         self.close()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "quota.bench.peers.child", self.layer.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "quota.bench.peers.child", self.layer.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, **self.environment},
-        )  # fmt: skip
+        )
         self.weight_bytes = self._ask(prepare=[shape.name, shape.k, shape.n], threads=threads)["weight_bytes"]
 
     def check(self, m: int) -> str | None:

@@ -21,8 +21,8 @@ from quota.prune.select import Alive, choose
 
 @dataclass(frozen=True)
 class Attended:
-    """What one layer's attention left for n rows of a request: q float32 [1, H, n, D], packed keys [1, Hkv, n, ...], lse [1, H, n]; where the key bias is
-    kept apart q is 2 D wide and angles [1, D, n] are those of the keys."""
+    """What one layer's attention left for n rows of a request: q float32 [1, H, n, D], packed keys [1, Hkv, n, ...],
+    lse [1, H, n]; where the key bias is kept apart q is 2 D wide and angles [1, D, n] are those of the keys."""
 
     q: Tensor
     keys: Kv
@@ -37,13 +37,20 @@ class Attended:
         keys = tuple(torch.cat([part.keys[i] for part in parts], 2) for i in range(3))
         angles = [part.angles for part in parts if part.angles is not None]
         return Attended(
-            torch.cat([p.q for p in parts], 2), (keys[0], keys[1], keys[2]), torch.cat([p.lse for p in parts], 2), torch.cat(angles, 2) if angles else None
+            torch.cat([p.q for p in parts], 2),
+            (keys[0], keys[1], keys[2]),
+            torch.cat([p.lse for p in parts], 2),
+            torch.cat(angles, 2) if angles else None,
         )
 
     def record(self, rows: int, scaling: float) -> Record:
         """The first `rows` rows, for token scores."""
         q, scale, zero = (t[:, :, :rows].contiguous() for t in self.keys)
-        keys: Any = (q, scale, zero) if self.angles is None else wide_keys(dequantize_slots(q, scale, zero), self.angles[..., :rows])
+        keys: Any = (
+            (q, scale, zero)
+            if self.angles is None
+            else wide_keys(dequantize_slots(q, scale, zero), self.angles[..., :rows])
+        )
         return Record(self.q[:, :, :rows].contiguous(), keys, self.lse[:, :, :rows].contiguous(), scaling)
 
 
@@ -51,8 +58,9 @@ class Attended:
 class Choice:
     """What to choose and by what, for the tokens of a request from `first` on, called rows.
 
-    keep: layer -> visual tokens kept at its input, per set. group int64, text bool [rows]: the set a visual token competes in (-1: text), and rows whose
-    attention counts as the question's; rows from `selecting` on have no say. pictures: of the whole prompt.
+    keep: layer -> visual tokens kept at its input, per set. group int64, text bool [rows]: the set a visual token
+    competes in (-1: text), and rows whose attention counts as the question's; rows from `selecting` on have no say.
+    pictures: of the whole prompt.
     """
 
     recipe: Recipe
@@ -64,7 +72,15 @@ class Choice:
     selecting: int
 
     @classmethod
-    def of_prompt(cls, recipe: Recipe, keep: dict[int, tuple[int, ...]], group: Tensor, pictures: Pictures, selecting: int, first: int) -> Choice:
+    def of_prompt(
+        cls,
+        recipe: Recipe,
+        keep: dict[int, tuple[int, ...]],
+        group: Tensor,
+        pictures: Pictures,
+        selecting: int,
+        first: int,
+    ) -> Choice:
         """group int64 [tokens]: of all tokens of a request; rows are the tokens from `first` on."""
         text = torch.zeros(len(group), dtype=torch.bool)
         text[:selecting] = text_queries(group[None, :selecting] >= 0, torch.ones(1, selecting, dtype=torch.bool))[0]
@@ -74,7 +90,9 @@ class Choice:
         """Whether what is dropped at the input of `layer` is chosen by the attention of the layer before."""
         return layer in self.keep and self.recipe.selection_at(layer or BEFORE).score in ATTENTION_SCORES
 
-    def kept_rows(self, layer: int, module: Any, x: Tensor, rows: Tensor, record: Record | None, own_record: Callable[[], Record]) -> Tensor:
+    def kept_rows(
+        self, layer: int, module: Any, x: Tensor, rows: Tensor, record: Record | None, own_record: Callable[[], Record]
+    ) -> Tensor:
         """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n] -> bool [n], both on
         the host.
 
@@ -84,7 +102,9 @@ class Choice:
         n = int((rows < self.selecting).sum())
         of_prompt = (group[:n], self.text[rows[:n]], rows[:n] + self.first, torch.tensor(self.keep[layer]))
         own, text, column, budget = (t[None].to(x.device) for t in of_prompt)
-        pictures = replace(self.pictures, number=self.pictures.number.to(x.device), place=self.pictures.place.to(x.device))
+        pictures = replace(
+            self.pictures, number=self.pictures.number.to(x.device), place=self.pictures.place.to(x.device)
+        )
         alive = Alive(x[None, :n], own, text, column, module, pictures, record, own_record)
         kept = group < 0
         kept[:n] |= choose(self.recipe, layer or BEFORE, alive, budget)[0].cpu()

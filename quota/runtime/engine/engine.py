@@ -40,10 +40,11 @@ class QueueFull(QuotaError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share more. step_tokens: most
-    prefill rows per step, the bound on how long a decoding request waits for others. max_tokens: longest prompt plus answer, None for the
-    model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again. graphs: whether decode steps on
-    a GPU are captured and replayed as CUDA graphs.
+    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share
+    more. step_tokens: most prefill rows per step, the bound on how long a decoding request waits for others.
+    max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for encoded pictures,
+    so that a picture asked about again is not encoded again. graphs: whether decode steps on a GPU are captured and
+    replayed as CUDA graphs.
     """
 
     kv_bytes: int = 256 << 20
@@ -87,12 +88,20 @@ class _Features:
 class Engine:
     """Continuous batching over one model.
 
-    model: from `quota.load`, without a recipe installed. recipes: name -> Recipe; all their prune points become segment boundaries. default: the
-    name of the recipe for requests that ask for none in particular; None prunes nothing. tokenizer: for texts and stop texts; None reports ids.
+    model: from `quota.load`, without a recipe installed. recipes: name -> Recipe; all their prune points become segment
+    boundaries. default: the name of the recipe for requests that ask for none in particular; None prunes nothing.
+    tokenizer: for texts and stop texts; None reports ids.
     """
 
-    def __init__(self, model: Any, *, tokenizer: Any = None, recipes: Mapping[str, Recipe] | None = None, default: str | None = None,
-                 config: EngineConfig | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        recipes: Mapping[str, Recipe] | None = None,
+        default: str | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
         self.config = config or EngineConfig()
         self.model = EngineModel(model)
         chosen(self.model.device)
@@ -108,12 +117,19 @@ class Engine:
         places = self.config.page_tokens
         units = self.config.kv_bytes // unit_bytes(places, self.model.kv_heads, self.model.head_dim)
         if units < self.model.layers:
-            raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.model.layers} layers; give the pool more")
+            raise UsageError(
+                f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.model.layers} layers; give"
+                " the pool more"
+            )
         self.storage = KvStorage(units, places, self.model.kv_heads, self.model.head_dim, self.model.device)
         self.pool = PagePool(units, [len(span) for span in self.segments.spans])
         capture = cuda_graphs(self.model.device) if self.config.graphs and self.model.device.type == "cuda" else None
-        self.runner = Runner(self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture))
-        self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens)
+        self.runner = Runner(
+            self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture)
+        )
+        self.scheduler = Scheduler(
+            self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens
+        )
         self.max_tokens = min(self.model.max_tokens, self.config.max_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
@@ -130,8 +146,8 @@ class Engine:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Iterable[Request]) -> list[Sequence]:
-        """Accept all of these requests or none. Those of one `Prompt` object, recipe and keep ratio compute it once: the first does, the others go on
-        from its pages. An empty queue takes a group of any size.
+        """Accept all of these requests or none. Those of one `Prompt` object, recipe and keep ratio compute it once:
+        the first does, the others go on from its pages. An empty queue takes a group of any size.
         """
         requests, ids = list(requests), set(self._sequences)
         for request in requests:
@@ -144,7 +160,10 @@ class Engine:
         sequences = [self._sequence(request, self._order + number) for number, request in enumerate(requests)]
         leaders: list[Sequence] = []
         for sequence in sequences:
-            leader = next((s for s in leaders if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe), None)
+            leader = next(
+                (s for s in leaders if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe),
+                None,
+            )
             if leader is not None:
                 leader.followers.append(sequence)
             else:
@@ -190,11 +209,17 @@ class Engine:
 
     def _check_size(self, sequence: Sequence) -> None:
         if sequence.prompt_tokens >= self.max_tokens:
-            raise UsageError(f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is {self.max_tokens} together")
+            raise UsageError(
+                f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is {self.max_tokens}"
+                " together"
+            )
         longest = min(self.max_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
         need = sequence.units(longest, self.config.page_tokens)
         if need > self.pool.units:
-            raise UsageError(f"prompt: {longest} tokens need {need} units of the key/value pool, which has {self.pool.units}; ask for less or give it more")
+            raise UsageError(
+                f"prompt: {longest} tokens need {need} units of the key/value pool, which has {self.pool.units}; ask"
+                " for less or give it more"
+            )
 
     def abort(self, id: str) -> None:
         """Stop a request; its last output has the reason "abort". Unknown ids are ignored: it may just have ended."""
@@ -227,7 +252,8 @@ class Engine:
         return outputs
 
     def _encode_pictures(self) -> None:
-        """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that decoding goes on meanwhile."""
+        """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that
+        decoding goes on meanwhile."""
         wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
         rows = 0
         room = self.config.max_running - len(self.scheduler.running)
@@ -245,10 +271,13 @@ class Engine:
         return self._encode(wanted)
 
     def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
-        """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be encoded fail."""
+        """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be
+        encoded fail."""
         images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
         try:
-            found: dict[bytes, Tensor] = dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
+            found: dict[bytes, Tensor] = (
+                dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
+            )
         except Exception:
             log.exception("%d pictures could not be encoded together; encoding them one by one", len(images))
             found = {}
@@ -318,7 +347,11 @@ class Engine:
         token = logits.choose(sampling, sequence.seed, place)
         ends = token in self.eos and not sampling.ignore_eos
         last = ends or place + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
-        entry = None if sampling.logprobs is None else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
+        entry = (
+            None
+            if sampling.logprobs is None
+            else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
+        )
         sequence.append(token)
         self.stats.observe_token(sequence.times)
         text = sequence.said(token, last)
@@ -328,8 +361,15 @@ class Engine:
         else:
             self._outputs.append(Output(sequence.request.id, text, (token,), report))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = (),
-                report: tuple[TokenLogprob, ...] = (), error: str | None = None) -> None:  # fmt: skip
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        report: tuple[TokenLogprob, ...] = (),
+        error: str | None = None,
+    ) -> None:
         if self._sequences.pop(sequence.request.id, None) is None:
             return
         self.scheduler.remove(sequence)
@@ -347,7 +387,12 @@ class Engine:
 
     def check_integrity(self) -> None:
         """AssertionError unless every unit of the pool is accounted for."""
-        holders = [page for sequence in [*self.scheduler.running, *self.scheduler.waiting] for pages in sequence.pages for page in pages]
+        holders = [
+            page
+            for sequence in [*self.scheduler.running, *self.scheduler.waiting]
+            for pages in sequence.pages
+            for page in pages
+        ]
         self.pool.check_integrity(holders)
 
 

@@ -65,7 +65,8 @@ class AsyncEngine:
         return await asyncio.wrap_future(future)
 
     async def stream(self, *requests: Request) -> AsyncGenerator[Output]:
-        """Outputs of all requests as they come, until each had one with a reason. Leaving early aborts them. Raises what `Engine.submit_all` raises."""
+        """Outputs of all requests as they come, until each had one with a reason. Leaving early aborts them. Raises
+        what `Engine.submit_all` raises."""
         stream: asyncio.Queue[Output] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         submitted = False

@@ -1,7 +1,8 @@
 """Where the tokens of a request are: rotary positions of its tokens, and of what lies in the slots of each segment.
 
-Positions are int64 [A, ...] (see `Family.axes`). Where nothing was dropped, slot i holds token i. Where something was, the slots hold the
-tokens that were chosen; their positions are asked for again when a key's bias is added to scores, so they are kept, and go with shared pages.
+Positions are int64 [A, ...] (see `Family.axes`). Where nothing was dropped, slot i holds token i. Where something was,
+the slots hold the tokens that were chosen; their positions are asked for again when a key's bias is added to scores, so
+they are kept, and go with shared pages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from quota.core.recipe import Recipe
 
 
 class Places:
-    """Positions of one request. prompt [A, S]: of its prompt. dropped: tokens missing per segment. biased: whether positions of slots are asked for."""
+    """Positions of one request. prompt [A, S]: of its prompt. dropped: tokens missing per segment. biased: whether
+    positions of slots are asked for."""
 
     def __init__(self, prompt: np.ndarray, dropped: Sequence[int], recipe: Recipe | None, biased: bool) -> None:
         self._prompt, self._next, self._biased = prompt, int(prompt.max()) + 1, biased
@@ -30,7 +32,9 @@ class Places:
         if end <= prompt:
             return self._prompt[:, begin:end]
         after = np.arange(max(begin, prompt), end) - prompt + self._next
-        return np.concatenate([self._prompt[:, begin:], np.broadcast_to(after, (len(self._prompt), len(after)))], axis=1)
+        return np.concatenate(
+            [self._prompt[:, begin:], np.broadcast_to(after, (len(self._prompt), len(after)))], axis=1
+        )
 
     def of_slots(self, segment: int, begin: int, end: int) -> np.ndarray | None:
         """Of filled slots begin .. end; None where nobody asks."""

@@ -1,4 +1,5 @@
-"""What a recipe will do to a prompt, known before prefill: which layers share a length, and how many visual tokens each keeps."""
+"""What a recipe will do to a prompt, known before prefill: which layers share a length, and how many visual tokens each
+keeps."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from quota.prune.budget import plan_drops
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of decoder layers between the prune points of all recipes an engine serves: layers bounds[s] .. bounds[s + 1]."""
+    """Runs of decoder layers between the prune points of all recipes an engine serves: layers bounds[s] .. bounds[s +
+    1]."""
 
     bounds: tuple[int, ...]
 
@@ -46,13 +48,17 @@ class Segments:
         """UsageError when the recipe drops inside a segment."""
         inside = [c for c in recipe.candidates if max(c, 0) not in self.bounds]
         if inside:
-            raise UsageError(f"recipe: prunes at layer {inside[0]}, where this engine has no segment boundary; give it the recipe when it is built")
+            raise UsageError(
+                f"recipe: prunes at layer {inside[0]}, where this engine has no segment boundary; give it the recipe"
+                " when it is built"
+            )
 
 
 @dataclass(frozen=True)
 class DropPlan:
-    """keep: decoder layer -> visual tokens kept at its input per set, only where some are dropped; what drops before the language model drops at the input
-    of layer 0. dropped: tokens missing per segment. group int64 [tokens]: the set a visual token competes in (`quota.prune.budget`), -1 for text.
+    """keep: decoder layer -> visual tokens kept at its input per set, only where some are dropped; what drops before
+    the language model drops at the input of layer 0. dropped: tokens missing per segment. group int64 [tokens]: the set
+    a visual token competes in (`quota.prune.budget`), -1 for text.
     """
 
     keep: dict[int, tuple[int, ...]]
@@ -67,7 +73,9 @@ class DropPlan:
 
 def plan_prompt(recipe: Recipe | None, segments: Segments, picture: Tensor) -> DropPlan:
     """Equation (5) for a prompt. picture int64 [tokens]: the picture a token belongs to, -1 for text."""
-    group, budgets = (picture[None], {}) if recipe is None or not bool((picture >= 0).any()) else plan_drops(recipe, picture[None])
+    group, budgets = (
+        (picture[None], {}) if recipe is None or not bool((picture >= 0).any()) else plan_drops(recipe, picture[None])
+    )
     keep = {max(candidate, 0): tuple(budget[0].tolist()) for candidate, budget in budgets.items()}
     sizes = [int((group == number).sum()) for number in range(int(group.max()) + 1)]
     visual, alive, dropped = sum(sizes), sizes, []

@@ -1,9 +1,10 @@
 """The pages of the key/value pool: who holds which, which are shared, which may be evicted. No tensors here.
 
-A page holds P tokens of all layers of one segment. It is made of units, one per layer of its segment; a unit is P tokens of one layer. All
-units are alike, so memory that pruning frees in late segments serves whoever needs it. A page is filled from the front and never changed
-once full. Full pages get a key and are shared by content. A page that is not full has several holders only where answers to one prompt were forked;
-a holder that goes on writing copies it first, the last one need not.
+A page holds P tokens of all layers of one segment. It is made of units, one per layer of its segment; a unit is P
+tokens of one layer. All units are alike, so memory that pruning frees in late segments serves whoever needs it. A page
+is filled from the front and never changed once full. Full pages get a key and are shared by content. A page that is not
+full has several holders only where answers to one prompt were forked; a holder that goes on writing copies it first,
+the last one need not.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class OutOfPages(QuotaError):
 
 
 class Page:
-    """Units of one page in layer order, the number of holders, and, once it is full and published, the key of its content and where needed the rotary
-    positions int64 [A, P] of its tokens."""
+    """Units of one page in layer order, the number of holders, and, once it is full and published, the key of its
+    content and where needed the rotary positions int64 [A, P] of its tokens."""
 
     __slots__ = ("key", "positions", "refs", "segment", "units")
 
@@ -33,7 +34,8 @@ class Page:
 
 
 class PagePool:
-    """Allocates pages, counts their holders, and keeps published pages that nobody holds until their units are needed."""
+    """Allocates pages, counts their holders, and keeps published pages that nobody holds until their units are
+    needed."""
 
     def __init__(self, units: int, segment_layers: Iterable[int]) -> None:
         if units < 1:
@@ -64,7 +66,9 @@ class PagePool:
         """A page of its own for the caller; OutOfPages when the pool cannot give one."""
         need = self.segment_layers[segment]
         if self.available < need:
-            raise OutOfPages(f"pool: a page of segment {segment} needs {need} units, {self.available} of {self.units} are available")
+            raise OutOfPages(
+                f"pool: a page of segment {segment} needs {need} units, {self.available} of {self.units} are available"
+            )
         while len(self._free) < need:
             self._evict()
         units = tuple(self._free.pop() for _ in range(need))
@@ -124,20 +128,29 @@ class PagePool:
         self.evictions += 1
 
     def check_integrity(self, holders: Iterable[Page]) -> None:
-        """AssertionError unless every unit is free, idle or held, exactly once, and holds equal `holders` (one entry per hold)."""
+        """AssertionError unless every unit is free, idle or held, exactly once, and holds equal `holders` (one entry
+        per hold)."""
         holders = list(holders)
         counts = Counter(id(page) for page in holders)
         pages = {id(page): page for page in holders} | {id(page): page for page in self._published.values()}
         for number, page in pages.items():
-            assert page.refs == counts[number], f"page of units {page.units}: {page.refs} holds counted, {counts[number]} found"
-            assert len(page.units) == self.segment_layers[page.segment], f"page of units {page.units}: wrong size for segment {page.segment}"
-            assert (page.refs == 0) == (page.key is not None and self._idle.get(page.key) is page), f"page of units {page.units}: idle or held, not both"
+            assert page.refs == counts[number], (
+                f"page of units {page.units}: {page.refs} holds counted, {counts[number]} found"
+            )
+            assert len(page.units) == self.segment_layers[page.segment], (
+                f"page of units {page.units}: wrong size for segment {page.segment}"
+            )
+            assert (page.refs == 0) == (page.key is not None and self._idle.get(page.key) is page), (
+                f"page of units {page.units}: idle or held, not both"
+            )
         for key, page in self._published.items():
             assert page.key == key, "a published page has another key"
         found = Counter(self._free)
         for page in pages.values():
             found.update(page.units)
-        assert found == Counter(range(self.units)), "units lost or given twice: " + str([u for u in range(self.units) if found[u] != 1][:8])
+        assert found == Counter(range(self.units)), "units lost or given twice: " + str(
+            [u for u in range(self.units) if found[u] != 1][:8]
+        )
         assert self._idle_units == sum(len(page.units) for page in self._idle.values()), "idle units miscounted"
         held = Counter(page.segment for page in pages.values() if page.refs)
         assert +self._held == held, f"held pages miscounted: {self._held} for {held}"

@@ -1,8 +1,9 @@
 """Names for the content of pages: equal names, equal keys and values, bit for bit.
 
-Keys and values of a token are a function of the tokens before it: word ids and the content of pictures. In a segment that lost visual tokens
-they are, from the first visual token on, also a function of what was chosen, that is of the recipe and of the tokens it was chosen by. So a
-name is a hash chain over the page's tokens, and where something was dropped the recipe and the selecting tokens enter it.
+Keys and values of a token are a function of the tokens before it: word ids and the content of pictures. In a segment
+that lost visual tokens they are, from the first visual token on, also a function of what was chosen, that is of the
+recipe and of the tokens it was chosen by. So a name is a hash chain over the page's tokens, and where something was
+dropped the recipe and the selecting tokens enter it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def _picture_rows(name: bytes, tokens: int) -> Content:
 class PageNames:
     """Names of the pages of one request in one segment, in order; grows with the answer.
 
-    chosen: None where the segment holds every token, else (first visual token, tokens dropped, selecting tokens, digest of the recipe).
+    chosen: None where the segment holds every token, else (first visual token, tokens dropped, selecting tokens, digest
+    of the recipe).
     """
 
     def __init__(self, segment: str, places: int, prompt: Content, chosen: tuple[int, int, int, bytes] | None) -> None:

@@ -12,7 +12,8 @@ from quota.runtime.engine.text import Detokenizer
 
 
 def entry_of(detokenizer: Detokenizer | None, logits: np.ndarray, token: int, top: int, last: bool) -> TokenLogprob:
-    """The entry of a token that was chosen from `logits` (float [N]) and is about to be pushed. last: the answer ends with it."""
+    """The entry of a token that was chosen from `logits` (float [N]) and is about to be pushed. last: the answer ends
+    with it."""
     own, best = logprobs(logits, token, top)
     if detokenizer is None:
         return TokenLogprob(token, "", None, own, tuple(TokenLogprob(other, "", None, value) for other, value in best))
@@ -23,14 +24,16 @@ def entry_of(detokenizer: Detokenizer | None, logits: np.ndarray, token: int, to
 
 
 class Entries:
-    """Entries on their way out. One is given when all its text was shown; at a stop text they are cut as the answer is."""
+    """Entries on their way out. One is given when all its text was shown; at a stop text they are cut as the answer
+    is."""
 
     def __init__(self) -> None:
         self._held: list[TokenLogprob] = []
         self._shown = 0  # characters that were shown and are none of a given entry
 
     def push(self, entry: TokenLogprob, shown: str, stopped: bool) -> tuple[TokenLogprob, ...]:
-        """The entries that can be given now. shown: the text that was shown with this token; stopped: a stop text was found."""
+        """The entries that can be given now. shown: the text that was shown with this token; stopped: a stop text was
+        found."""
         self._held.append(entry)
         self._shown += len(shown)
         given = []

@@ -1,7 +1,9 @@
-"""One step of the model for a mixed batch: requests that decode go through `Decoder`, rows of prefills through the decoder layers together, here.
+"""One step of the model for a mixed batch: requests that decode go through `Decoder`, rows of prefills through the
+decoder layers together, here.
 
-Linear layers, norms and feed-forward blocks see one matrix of rows; attention and the choice of tokens see requests. No result depends on
-what else is in the batch: a row's dot products are exact integers or chains in a fixed order, whatever the number of rows and threads.
+Linear layers, norms and feed-forward blocks see one matrix of rows; attention and the choice of tokens see requests. No
+result depends on what else is in the batch: a row's dot products are exact integers or chains in a fixed order,
+whatever the number of rows and threads.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ class _Batch:
 
 
 class _Slots:
-    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each flight the tables int32 [layers, 1, W], length int32 [1] and, where the
-    family asks for them, angles [1, D, length] of all slots.
+    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each flight the tables int32 [layers, 1,
+    W], length int32 [1] and, where the family asks for them, angles [1, D, length] of all slots.
     """
 
     def __init__(self, batch: _Batch, segment: int, places: int, model: EngineModel) -> None:
@@ -82,9 +84,16 @@ class _Slots:
         slots = [_slots(work, segment, rows, places) for work, rows in works]
         ends = [work.base[segment] + rows for work, rows in works]
         self.slot = _on(np.concatenate(slots, axis=1), model)
-        self.tables = [_on(work.tables[segment][:, None, : -(-end // places)], model) for (work, _), end in zip(works, ends, strict=True)]
+        self.tables = [
+            _on(work.tables[segment][:, None, : -(-end // places)], model)
+            for (work, _), end in zip(works, ends, strict=True)
+        ]
         self.lengths = _on(np.array(ends, dtype=np.int32), model).split(1)
-        self.angles = [model.angles(_on(flight.filled(segment)[:, None], model)) for flight in batch.flights] if model.biased else None
+        self.angles = (
+            [model.angles(_on(flight.filled(segment)[:, None], model)) for flight in batch.flights]
+            if model.biased
+            else None
+        )
 
 
 def _on(array: np.ndarray, model: EngineModel) -> Tensor:
@@ -102,7 +111,8 @@ def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
 
 
 class Runner:
-    """Runs works on one model and one pool. Nothing but the pool's own slots of a work is changed, so a step can be run again."""
+    """Runs works on one model and one pool. Nothing but the pool's own slots of a work is changed, so a step can be run
+    again."""
 
     def __init__(self, model: EngineModel, storage: KvStorage, segments: Segments, decoder: Decoder) -> None:
         self.model, self.storage, self.segments, self.decoder = model, storage, segments, decoder
@@ -120,7 +130,11 @@ class Runner:
 
     def _prefill(self, works: Sequence[Work]) -> list[Result]:
         flights = [_Flight(work, x) for work, x in zip(works, self._inputs(works), strict=True)]
-        events = {layer for work in works for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))}
+        events = {
+            layer
+            for work in works
+            for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))
+        }
         compact = any(any(work.compact) for work in works)
         results: dict[int, Result] = {}
         batch: _Batch | None = None
@@ -156,7 +170,10 @@ class Runner:
         n = int((flight.rows < choice.selecting).sum())
         record = flight.attended.record(n, self.model.scaling) if flight.attended is not None else None
         module = self.model.decoder_layer(layer)
-        flight.drop(layer, choice.kept_rows(layer, module, flight.x, flight.rows, record, lambda: self._own_record(flight, layer, n)))
+        flight.drop(
+            layer,
+            choice.kept_rows(layer, module, flight.x, flight.rows, record, lambda: self._own_record(flight, layer, n)),
+        )
 
     def _own_record(self, flight: _Flight, layer: int, rows: int) -> Record:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
@@ -180,7 +197,11 @@ class Runner:
     def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
         counts = [0 if work.hidden is not None else len(work.ids) for work in works]
         ids = [token for work in works if work.hidden is None for token in work.ids]
-        embedded = iter(self.model.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n])) if ids else iter(())
+        embedded = (
+            iter(self.model.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n]))
+            if ids
+            else iter(())
+        )
         return [next(embedded) if work.hidden is None else work.hidden for work in works]
 
     def _logits(self, flights: list[_Flight], results: dict[int, Result]) -> None:
@@ -198,7 +219,9 @@ class Runner:
         for number, (flight, begin, end) in enumerate(batch.spans()):
             own = q[:, :, begin:end].contiguous()
             angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.model.head_dim else None
-            out, lse = self.storage.attend(own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles)
+            out, lse = self.storage.attend(
+                own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles
+            )
             outs.append(out.view(end - begin, -1))
             flight.attended = None
             if flight.recorded_at(layer):

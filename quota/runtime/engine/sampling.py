@@ -1,5 +1,6 @@
-"""From a row of logits to a token: the likeliest (the lower of equals), or one drawn. Drawing runs on one row in float64, and randomness is a hash of
-(seed, place), so a request's tokens depend neither on the batch nor on what happened before: after a preemption the same token is drawn again."""
+"""From a row of logits to a token: the likeliest (the lower of equals), or one drawn. Drawing runs on one row in
+float64, and randomness is a hash of (seed, place), so a request's tokens depend neither on the batch nor on what
+happened before: after a preemption the same token is drawn again."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from quota.runtime.engine.request import Sampling
 
 
 class Logits:
-    """Logits [M, N] of a step's rows and the likeliest token int64 [M] of each. On a GPU only the tokens are fetched, until a row's logits are asked for;
-    they hold until the next step."""
+    """Logits [M, N] of a step's rows and the likeliest token int64 [M] of each. On a GPU only the tokens are fetched,
+    until a row's logits are asked for; they hold until the next step."""
 
     def __init__(self, values: Tensor, likeliest: Tensor) -> None:
         self._values, self.likeliest = values, likeliest.tolist()
@@ -44,7 +45,11 @@ class Row:
 
     def choose(self, sampling: Sampling, seed: int, place: int) -> int:
         """The next token; place: how many were chosen before."""
-        return self.logits.likeliest[self.number] if sampling.temperature == 0 else draw_token(self.values, sampling, seed, place)
+        return (
+            self.logits.likeliest[self.number]
+            if sampling.temperature == 0
+            else draw_token(self.values, sampling, seed, place)
+        )
 
 
 def draw_token(logits: np.ndarray, sampling: Sampling, seed: int, place: int) -> int:

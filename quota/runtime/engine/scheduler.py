@@ -1,4 +1,5 @@
-"""Who runs in the next step: decoding requests first, then prefills in order of arrival, within a budget of rows and the pages there are."""
+"""Who runs in the next step: decoding requests first, then prefills in order of arrival, within a budget of rows and
+the pages there are."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ class Turn:
 
 
 class Scheduler:
-    """First come, first served. When pages run out the youngest running request gives all of its pages back and is computed again later; the
-    oldest always gets on, so everything ends."""
+    """First come, first served. When pages run out the youngest running request gives all of its pages back and is
+    computed again later; the oldest always gets on, so everything ends."""
 
-    def __init__(self, pool: PagePool, storage: KvStorage, segments: Segments, max_running: int, step_tokens: int) -> None:
+    def __init__(
+        self, pool: PagePool, storage: KvStorage, segments: Segments, max_running: int, step_tokens: int
+    ) -> None:
         self.pool, self.storage, self.segments, self.places = pool, storage, segments, storage.places
         self.max_running, self.step_tokens = max_running, step_tokens
         self.waiting: deque[Sequence] = deque()
@@ -50,7 +53,8 @@ class Scheduler:
         return turns
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Pages for one more token; younger requests are preempted for it, and the request itself when it is the youngest."""
+        """Pages for one more token; younger requests are preempted for it, and the request itself when it is the
+        youngest."""
         while sequence in self.running:
             try:
                 self._own_last_pages(sequence)
@@ -70,7 +74,8 @@ class Scheduler:
                 self.pool.release(sequence.replace(segment, last, own))
 
     def fork(self, leader: Sequence, follower: Sequence) -> bool:
-        """Let a request of the same prompt go on from the leader's pages, just computed; False where no more may run."""
+        """Let a request of the same prompt go on from the leader's pages, just computed; False where no more may
+        run."""
         if len(self.running) >= self.max_running:
             return False
         for segment, pages in enumerate(leader.pages):
@@ -99,7 +104,8 @@ class Scheduler:
         self.waiting.insert(at, sequence)
 
     def prefills(self, budget: int) -> list[Turn]:
-        """Prefills under way, then new ones, until `budget` rows are given out. A request whose pictures are not encoded yet waits."""
+        """Prefills under way, then new ones, until `budget` rows are given out. A request whose pictures are not
+        encoded yet waits."""
         turns: list[Turn] = []
         for sequence in sorted((s for s in self.running if not s.decoding), key=lambda s: s.order):
             budget -= self._prefill(sequence, budget, turns)
@@ -112,8 +118,9 @@ class Scheduler:
     def _prefill(self, sequence: Sequence, budget: int, turns: list[Turn]) -> int:
         """Rows given to one prefill.
 
-        Where tokens are still to be chosen, pieces go only as far as the first layer that drops, because a choice needs the whole prompt; the
-        rest of the layers runs in one step, on fewer rows. Everywhere else a piece passes all layers.
+        Where tokens are still to be chosen, pieces go only as far as the first layer that drops, because a choice needs
+        the whole prompt; the rest of the layers runs in one step, on fewer rows. Everywhere else a piece passes all
+        layers.
         """
         if budget <= 0 or any(part is None for part in sequence.features):
             return 0
@@ -122,7 +129,8 @@ class Scheduler:
             end = min(total, sequence.computed + budget)
             turns.append(Turn(sequence, sequence.computed, end, 0, self.segments.layers))
             return end - sequence.computed
-        if not first:  # tokens are chosen before the first layer: from the whole prompt, and what is dropped passes no layer at all
+        # tokens are chosen before the first layer: from the whole prompt, and what is dropped passes no layer at all
+        if not first:
             turns.append(Turn(sequence, sequence.computed, total, 0, self.segments.layers))
             return total - sequence.computed - sequence.plan.dropped[0]
         begin = sequence.computed + sum(len(piece.hidden) for piece in sequence.ahead)

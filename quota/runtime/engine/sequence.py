@@ -47,10 +47,12 @@ class Times:
 
 
 class Sequence:
-    """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of the first `computed`
-    of them are in the pool."""
+    """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of
+    the first `computed` of them are in the pool."""
 
-    def __init__(self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments) -> None:
+    def __init__(
+        self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments
+    ) -> None:
         self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
@@ -58,17 +60,29 @@ class Sequence:
         ids = torch.tensor(self.tokens, dtype=torch.int64)
         picture = model.image_index(ids[None])
         self.visual = (picture[0] >= 0).numpy()
-        sizes = [model.image_tokens(image) for image in request.prompt.images]  # refuses what is no picture, so it comes first
-        self.pictures = [(model.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)]
+        sizes = [
+            model.image_tokens(image) for image in request.prompt.images
+        ]  # refuses what is no picture, so it comes first
+        self.pictures = [
+            (model.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)
+        ]
         self.features: list[Tensor | None] = [None] * len(self.pictures)
-        self.selecting = self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
+        self.selecting = (
+            self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
+        )
         self._check(picture)
         self.plan = plan_prompt(recipe, segments, picture[0])
-        shown = [model.image_shown(image) for image in request.prompt.images] if recipe is not None and asks_for_pictures(recipe) else None
+        shown = (
+            [model.image_shown(image) for image in request.prompt.images]
+            if recipe is not None and asks_for_pictures(recipe)
+            else None
+        )
         self.raster = Pictures.of(picture, shown)
         self.places = Places(model.positions(ids, request.prompt.images), self.plan.dropped, recipe, model.biased)
         places = self.visual.nonzero()[0]
-        self.first_visual, self.last_visual = (int(places[0]), int(places[-1])) if len(places) else (self.prompt_tokens, -1)
+        self.first_visual, self.last_visual = (
+            (int(places[0]), int(places[-1])) if len(places) else (self.prompt_tokens, -1)
+        )
         self.names: list[PageNames] = []
         self.pages: list[list[Page]] = [[] for _ in segments.spans]
         self.tables = [np.zeros((len(span), 0), dtype=np.int32) for span in segments.spans]
@@ -88,9 +102,15 @@ class Sequence:
     def _check(self, picture: Tensor) -> None:
         pictures, found = [tokens for _, tokens in self.pictures], picture_sizes(picture)[0]
         if pictures != found:
-            raise UsageError(f"prompt: expected image tokens for {len(pictures)} pictures of {pictures or 'no'} visual tokens, got {found or 'none'}")
+            raise UsageError(
+                f"prompt: expected image tokens for {len(pictures)} pictures of {pictures or 'no'} visual tokens, got"
+                f" {found or 'none'}"
+            )
         if not 0 < self.selecting <= self.prompt_tokens or self.visual[self.selecting :].any():
-            raise UsageError(f"selection_tokens: expected a part of the prompt that holds every picture, got {self.selecting} of {self.prompt_tokens}")
+            raise UsageError(
+                f"selection_tokens: expected a part of the prompt that holds every picture, got {self.selecting} of"
+                f" {self.prompt_tokens}"
+            )
 
     def name_pages(self, places: int) -> None:
         """Prepare the names under which pages can be shared."""
@@ -121,8 +141,12 @@ class Sequence:
 
     def usage(self) -> Usage:
         visual = int(self.visual.sum())
-        by_layer = tuple(visual - dropped for span, dropped in zip(self.segments.spans, self.plan.dropped, strict=True) for _ in span)
-        return Usage(self.prompt_tokens, len(self.answer), visual, by_layer, self.cached, self.selecting, self.preemptions)
+        by_layer = tuple(
+            visual - dropped for span, dropped in zip(self.segments.spans, self.plan.dropped, strict=True) for _ in span
+        )
+        return Usage(
+            self.prompt_tokens, len(self.answer), visual, by_layer, self.cached, self.selecting, self.preemptions
+        )
 
     # pages
 
@@ -131,7 +155,9 @@ class Sequence:
         self.pages[segment].append(page)
         if page.positions is not None:
             self.places.extend(segment, page.positions)
-        self.tables[segment] = np.concatenate([self.tables[segment], np.array(page.units, dtype=np.int32)[:, None]], axis=1)
+        self.tables[segment] = np.concatenate(
+            [self.tables[segment], np.array(page.units, dtype=np.int32)[:, None]], axis=1
+        )
 
     def replace(self, segment: int, place: int, page: Page) -> Page:
         """Put a page with the same content in the place of another, which is returned."""
@@ -184,7 +210,8 @@ class Sequence:
     # work
 
     def reusable(self, matched: list[int]) -> int:
-        """Tokens that need not be computed when the first matched[s] slots of each segment are there; the last token always is."""
+        """Tokens that need not be computed when the first matched[s] slots of each segment are there; the last token
+        always is."""
         most = len(self.tokens) - 1
         if not self.plan.keep:
             return min(*matched, most)
@@ -197,7 +224,8 @@ class Sequence:
         return bool(self.plan.keep) and self.computed <= self.first_visual
 
     def work(self, model: EngineModel, begin: int, end: int, enter: int, leave: int) -> Work:
-        """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to the first drop."""
+        """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to
+        the first drop."""
         choice = attended = None
         hidden = self._embedded(model, begin, end)
         if self.chooses and self.recipe is not None:
@@ -209,13 +237,28 @@ class Sequence:
             parts = [piece.attended for piece in self.ahead if piece.attended is not None]
             attended = Attended.joined(parts) if parts else None
         base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
-        positions, cached = self.places.of_tokens(begin, end), tuple(self.places.of_slots(s, 0, slots) for s, slots in enumerate(base))
+        positions, cached = (
+            self.places.of_tokens(begin, end),
+            tuple(self.places.of_slots(s, 0, slots) for s, slots in enumerate(base)),
+        )
         return Work(
-            self.tokens[begin:end], positions, base, tuple(self.shared), self.tables, enter, leave, hidden, choice, attended, self.places.compact, cached
+            self.tokens[begin:end],
+            positions,
+            base,
+            tuple(self.shared),
+            self.tables,
+            enter,
+            leave,
+            hidden,
+            choice,
+            attended,
+            self.places.compact,
+            cached,
         )
 
     def advance(self, begin: int, end: int, kept: Mapping[int, Tensor]) -> None:
-        """Tokens begin .. end have passed all layers; kept: layer -> which of them, as rows, were alive from there on."""
+        """Tokens begin .. end have passed all layers; kept: layer -> which of them, as rows, were alive from there
+        on."""
         for layer, rows in kept.items():
             self.kept[layer] = rows.numpy() + begin
         alive = np.arange(begin, end)

@@ -12,7 +12,8 @@ from quota.ops.weights import Kv
 
 
 def unit_bytes(places: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes of `places` tokens of one layer: two nibbles per channel, and scale and zero per head, for keys and for values."""
+    """Bytes of `places` tokens of one layer: two nibbles per channel, and scale and zero per head, for keys and for
+    values."""
     return 2 * places * kv_heads * (head_dim // 2 + 8)
 
 
@@ -44,9 +45,15 @@ class KvStorage:
         ops.kv4_page_write(self.values, values, slot)
 
     def read(self, table: Tensor, length: Tensor, capacity: int) -> tuple[Kv, Kv]:
-        """table int32 [B, W], length int32 [B] -> contiguous caches [B, Hkv, capacity, ...], filled at the right end."""
-        return ops.kv4_page_read(self.keys, table, length, capacity), ops.kv4_page_read(self.values, table, length, capacity)
+        """table int32 [B, W], length int32 [B] -> contiguous caches [B, Hkv, capacity, ...], filled at the right
+        end."""
+        return ops.kv4_page_read(self.keys, table, length, capacity), ops.kv4_page_read(
+            self.values, table, length, capacity
+        )
 
-    def attend(self, q: Tensor, table: Tensor, length: Tensor, scaling: float, angles: Tensor | None) -> tuple[Tensor, Tensor]:
-        """q [B, H, T, ...] of the last T of length[b] slots -> out [B, T, H, D], lse [B, H, T]; angles [B, D, length] where q is wide."""
+    def attend(
+        self, q: Tensor, table: Tensor, length: Tensor, scaling: float, angles: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, H, T, ...] of the last T of length[b] slots -> out [B, T, H, D], lse [B, H, T]; angles [B, D, length]
+        where q is wide."""
         return ops.kv4_paged_attention(q, self.keys, self.values, table, length, scaling, angles)

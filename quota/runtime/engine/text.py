@@ -16,8 +16,8 @@ _REPLACEMENT = "\ufffd"  # a tokenizer's answer to bytes that do not make a char
 class Detokenizer:
     """Decodes one answer piece by piece: what `push` and `flush` return, joined, is `tokenizer.decode` of all tokens.
 
-    Tokens are decoded together with those before them, from the last place where the text was settled, because a tokenizer may join or space
-    a token by its neighbours.
+    Tokens are decoded together with those before them, from the last place where the text was settled, because a
+    tokenizer may join or space a token by its neighbours.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -40,7 +40,8 @@ class Detokenizer:
         return self._news([*self._tokens[self._settled :], token], final) or ""
 
     def utf8(self, token: int) -> bytes | None:
-        """UTF-8 of what `token` would add, its share where several tokens make a character; None for one that adds nothing, as special ones."""
+        """UTF-8 of what `token` would add, its share where several tokens make a character; None for one that adds
+        nothing, as special ones."""
         own = None
         if self._given < len(self._tokens) or not self.peek(token):
             own = self._own_bytes(token)
@@ -82,10 +83,11 @@ class Detokenizer:
 
 
 class StopWatch:
-    """Passes text on, but never a part of a stop text: what may be the beginning of one is held back until it is certain.
+    """Passes text on, but never a part of a stop text: what may be the beginning of one is held back until it is
+    certain.
 
-    Every character is looked at once, however long the stop texts are and wherever the text is cut (Knuth, Morris and Pratt, SIAM J. Comput. 6, 1977).
-    Of stop texts that end at the same character the longest counts.
+    Every character is looked at once, however long the stop texts are and wherever the text is cut (Knuth, Morris and
+    Pratt, SIAM J. Comput. 6, 1977). Of stop texts that end at the same character the longest counts.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -96,7 +98,8 @@ class StopWatch:
         self._matched = [0] * len(self.stops)  # characters of each that the text ends with
 
     def push(self, text: str) -> str:
-        """Text that may be shown; after a stop text was seen, `found` is set and only what came before it is returned."""
+        """Text that may be shown; after a stop text was seen, `found` is set and only what came before it is
+        returned."""
         if not self.stops or self.found:
             return "" if self.found else text
         known, self._held = len(self._held), self._held + text

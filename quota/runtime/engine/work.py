@@ -18,10 +18,11 @@ Tables = list[np.ndarray]  # per segment int32 [layers, pages]: units
 class Work:
     """Consecutive tokens of one request, and the decoder layers enter .. leave they pass in this step.
 
-    ids: the tokens, used where there is no `hidden` [rows, d] (input of layer `enter`). positions int64 [A, rows]: rotary positions. base, shared: per
-    segment, slots before the first row, and slots that hold shared content already and are not written. attended: of layer enter - 1, where a choice is
-    due at `enter`. compact: segments whose rotary positions count the tokens alive. cached: per segment int64 [A, base], positions of the slots before
-    the first row, where the family asks for them.
+    ids: the tokens, used where there is no `hidden` [rows, d] (input of layer `enter`). positions int64 [A, rows]:
+    rotary positions. base, shared: per segment, slots before the first row, and slots that hold shared content already
+    and are not written. attended: of layer enter - 1, where a choice is due at `enter`. compact: segments whose rotary
+    positions count the tokens alive. cached: per segment int64 [A, base], positions of the slots before the first row,
+    where the family asks for them.
     """
 
     ids: Sequence[int]
@@ -39,7 +40,12 @@ class Work:
 
     def decodes(self, layers: int) -> bool:
         """Whether this is one token through all `layers`, and nothing is chosen on its way."""
-        return len(self.ids) == 1 and (self.enter, self.leave) == (0, layers) and self.hidden is None and self.choice is None
+        return (
+            len(self.ids) == 1
+            and (self.enter, self.leave) == (0, layers)
+            and self.hidden is None
+            and self.choice is None
+        )
 
 
 @dataclass(frozen=True)
