@@ -64,9 +64,10 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 
     def read(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         record = kwargs["quota_record"]
-        rows.append(
-            tuple(head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual))
-        )  # type: ignore[arg-type]
+        from_text, from_visual = (
+            head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual)
+        )
+        rows.append((from_text, from_visual))
 
     text_model = submodule(model, find_family(model).text_path)
     with ExitStack() as stack:

@@ -43,11 +43,11 @@ class PatchEmbedding(nn.Conv2d):
         new = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
             bias=conv.bias is not None,
             device="meta",
-        )  # type: ignore[arg-type]
+        )
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
