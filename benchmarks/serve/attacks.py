@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serve import hostile_images
-from benchmarks.serve.traffic import picture_bytes
+from benchmarks.serve.traffic import image_bytes
 
 MB, MIB = 1_000_000, 1 << 20
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -242,7 +242,7 @@ def hostile(kind: str) -> Callable[[Target], Iterator[str]]:
 
 def ordinary(number: int) -> bytes:
     """An image as the well-behaved client sends it."""
-    return picture_bytes(random.Random(number), (64, 64))
+    return image_bytes(random.Random(number), (64, 64))
 
 
 OK, REFUSED, BUSY = frozenset({"200"}), frozenset({"400"}), frozenset({"429"})

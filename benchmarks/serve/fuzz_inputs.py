@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.serve import hostile_images as hostile
-from benchmarks.serve.traffic import picture_bytes
+from benchmarks.serve.traffic import image_bytes
 
 VALUES: tuple[Any, ...] = (
     None,
@@ -175,7 +175,7 @@ def body(base: dict[str, Any]) -> Callable[[random.Random], bytes]:
         picture = (
             data_url(rng)
             if rng.random() < 0.3
-            else _url(picture_bytes(rng, (64, 64)))
+            else _url(image_bytes(rng, (64, 64)))
             if rng.random() < 0.8
             else b"data:,"
         )
@@ -187,7 +187,7 @@ def body(base: dict[str, Any]) -> Callable[[random.Random], bytes]:
 def image(rng: random.Random) -> bytes:
     """An ordinary image or one of the hostile ones, of random size, damaged or not."""
     if rng.random() < 0.5:
-        return damaged(picture_bytes(rng, (64, 64)), rng)
+        return damaged(image_bytes(rng, (64, 64)), rng)
     kind = rng.choice([*hostile.ATTACKS, "scans"])
     if kind == "scans":
         data = hostile.many_scans(rng.randint(16, 1000), rng.randint(1, 15_000))
@@ -204,7 +204,7 @@ def prompt(rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             return texts[0]
         pictures = [
-            {"type": "image_url", "image_url": {"url": _url(picture_bytes(rng, (64, 64))).decode()}}
+            {"type": "image_url", "image_url": {"url": _url(image_bytes(rng, (64, 64))).decode()}}
             for _ in range(rng.choice((0, 0, 1, 2)))
         ]
         return rng.sample(parts := [*({"type": "text", "text": text} for text in texts), *pictures], len(parts))
@@ -223,7 +223,7 @@ def _url(data: bytes) -> bytes:
 
 
 def data_url(rng: random.Random) -> bytes:
-    text = _url(damaged(picture_bytes(rng, (64, 64)), rng))
+    text = _url(damaged(image_bytes(rng, (64, 64)), rng))
     return damaged(text, rng) if rng.random() < 0.5 else text
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serve import fuzz_inputs as inputs
-from benchmarks.serve.traffic import picture_bytes
+from benchmarks.serve.traffic import image_bytes
 from quota.core import images
 from quota.core.errors import ImageError, QuotaError, RecipeError, SampleError
 from quota.core.recipe import Recipe
@@ -87,7 +87,7 @@ def take_samples(data: bytes) -> None:
     from quota.calib.samples import Samples
 
     def take(folder: Path) -> None:
-        (folder / "a.png").write_bytes(picture_bytes(random.Random(0), (24, 24)))
+        (folder / "a.png").write_bytes(image_bytes(random.Random(0), (24, 24)))
         _refused(SampleError, Samples.load, folder / "s.json")
 
     _in_folder("s.json", data, take)
@@ -132,11 +132,11 @@ def take_state(data: bytes) -> None:
 
 def take_stops(data: bytes) -> None:
     """The text is cut where the first stop text ends, as a plain search says."""
-    from quota.runtime.engine.text import StopWatch
+    from quota.runtime.engine.detokenize import StopStrings
 
     try:
         texts, answer = json.loads(data)
-        watch = StopWatch([str(text) for text in texts if text])
+        watch = StopStrings([str(text) for text in texts if text])
     except (ValueError, TypeError):
         return
     shown = "".join(watch.push(answer[at : at + 3]) for at in range(0, len(answer), 3)) + watch.flush()

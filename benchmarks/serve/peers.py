@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.serve.traffic import QUESTIONS, picture_bytes
+from benchmarks.serve.traffic import QUESTIONS, image_bytes
 from quota.core.images import decode
 from quota.runtime.load import load
 
@@ -30,7 +30,7 @@ _PLAIN = (
 
 def question(number: int, size: tuple[int, int]) -> tuple[str, bytes]:
     """Text and encoded picture of question `number`, always exactly the same."""
-    return QUESTIONS[number % len(QUESTIONS)], picture_bytes(random.Random(number), size)
+    return QUESTIONS[number % len(QUESTIONS)], image_bytes(random.Random(number), size)
 
 
 class _Clock(BaseStreamer):

@@ -63,7 +63,7 @@ class Account:
         if len(self.problems) < 20:
             self.problems.append(text)
 
-    def note_pictures(self, asked: Asked) -> None:
+    def note_images(self, asked: Asked) -> None:
         """Format, mode and size of every picture that was sent well."""
         if isinstance(asked.body, bytes) or asked.expected == "refusal":
             return
@@ -134,7 +134,7 @@ def _prepared(number: int, model: str, account: Account | None = None) -> tuple[
     limit."""
     asked = request(number, model)
     if account is not None:
-        account.note_pictures(asked)
+        account.note_images(asked)
     return asked, asked.body if isinstance(asked.body, bytes) else json.dumps(asked.body).encode()
 
 
@@ -192,9 +192,9 @@ async def _settle(http: httpx.AsyncClient, account: Account) -> None:
         if metric(text, "requests_running") == metric(text, "requests_waiting") == 0:
             break
         await asyncio.sleep(0.1)
-    if metric(text, "kv_units_available") != metric(text, "kv_units"):
+    if metric(text, "kv_blocks_available") != metric(text, "kv_blocks"):
         account.problem(
-            f"pages leaked: {metric(text, 'kv_units_available'):.0f} of {metric(text, 'kv_units'):.0f} units are"
+            f"pages leaked: {metric(text, 'kv_blocks_available'):.0f} of {metric(text, 'kv_blocks'):.0f} blocks are"
             " available"
         )
 

@@ -34,7 +34,7 @@ class Asked:
     expected: str
 
 
-def picture_bytes(rng: random.Random, largest: tuple[int, int] = (4000, 3000)) -> bytes:
+def image_bytes(rng: random.Random, largest: tuple[int, int] = (4000, 3000)) -> bytes:
     """An encoded picture of random size, mode and format; small ones are likelier, and one in a hundred is 1 x 1 or as
     large as may be. Never a strip the server refuses."""
     width, height = (max(1, int(limit ** rng.random())) for limit in largest)
@@ -81,7 +81,7 @@ def request(number: int, model: str, max_tokens: int = 24) -> Asked:
     kind = rng.random()
     if kind < 0.1:
         return Asked(number, _malformed(rng, model), "refusal")
-    pictures = [picture_bytes(rng) for _ in range(rng.choice((0, 1, 1, 1, 1, 2)))]
+    pictures = [image_bytes(rng) for _ in range(rng.choice((0, 1, 1, 1, 1, 2)))]
     messages = [user(rng.choice(QUESTIONS), *pictures)]
     if rng.random() < 0.2:
         messages.insert(0, {"role": "system", "content": "answer with yes or no ."})
@@ -112,7 +112,7 @@ def request(number: int, model: str, max_tokens: int = 24) -> Asked:
 
 
 def _malformed(rng: random.Random, model: str) -> dict[str, Any] | bytes:
-    header = picture_bytes(rng, (200, 200))[: rng.randint(1, 24)]
+    header = image_bytes(rng, (200, 200))[: rng.randint(1, 24)]
     buffer = io.BytesIO()
     _noise(rng, 64, 64).save(buffer, rng.choice(("PNG", "JPEG")))
     half = buffer.getvalue()[: len(buffer.getvalue()) // 2]

@@ -22,7 +22,7 @@ VTW_THRESHOLD = 0.003
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SearchStats:
     """What a method's own search reads. withdrawal: candidate layer -> mean KL divergence of the next-token
     distribution when every visual token leaves there, over `samples` prompts; attention: FitPrune's statistics."""
 
@@ -33,7 +33,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Basis:
+class RecipeContext:
     """What every recipe of one model shares."""
 
     model: ModelFacts
@@ -45,11 +45,11 @@ class Basis:
 
 
 def build_baseline(
-    basis: Basis,
+    basis: RecipeContext,
     method: str,
     keep: float | None = None,
     layers: str | Sequence[int] | None = None,
-    evidence: Evidence | None = None,
+    evidence: SearchStats | None = None,
 ) -> Recipe:
     """The recipe of a published method; what `keep` means and its default are in `quota.allocate.methods`.
 
@@ -77,7 +77,7 @@ def build_baseline(
         raise UsageError(f"--layers: {method} has no layers to choose, got {','.join(map(str, chosen))}")
     if chosen is not None and method != "pyramiddrop" and len(chosen) > 1:
         raise UsageError(f"--layers: {METHODS[method].title} drops before one layer, got {','.join(map(str, chosen))}")
-    plan = _BUILDERS[method](basis, significant(asked), chosen, evidence or Evidence())
+    plan = _BUILDERS[method](basis, significant(asked), chosen, evidence or SearchStats())
     rule = "published" if layers is None else layers if isinstance(layers, str) else ",".join(map(str, layers))
     found = plan.pop("search", ())
     provenance = basis.provenance.model_copy(
@@ -103,7 +103,7 @@ def at_compute(build: Callable[[float], Recipe], compute: float, tokens: int) ->
     """The recipe with the most tokens at the end whose language model costs at most `compute` of the unpruned one, text
     included.
 
-    build: keep -> recipe, its cost growing with keep; `tokens`: of one picture. RecipeError when even one token costs
+    build: keep -> recipe, its cost growing with keep; `tokens`: of one image. RecipeError when even one token costs
     more.
     """
     low, high, best = 1, tokens, None
@@ -136,7 +136,7 @@ def _language_ratio(recipe: Recipe) -> float:
     return spent.ratio_language
 
 
-def _fastv(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _fastv(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     return {
         "candidates": layers or [_inside(FASTV_LAYER, basis)],
         "keep": [keep],
@@ -144,7 +144,7 @@ def _fastv(basis: Basis, keep: float, layers: list[int] | None, evidence: Eviden
     }
 
 
-def _pyramiddrop(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _pyramiddrop(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     depth = basis.model.layers
     places = layers or sorted({_inside(round(depth * i / 4), basis) for i in (1, 2, 3)})
     table = [keep ** (i / len(places)) for i in range(1, len(places))]
@@ -155,7 +155,7 @@ def _pyramiddrop(basis: Basis, keep: float, layers: list[int] | None, evidence: 
     }
 
 
-def _vtw(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _vtw(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     place, found = layers[0] if layers else _inside(round(VTW_LAYER * basis.model.layers), basis), []
     if layers is None and evidence.withdrawal:
         place, sentence = withdrawal_layer(evidence)
@@ -163,7 +163,7 @@ def _vtw(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence
     return {"candidates": [place], "keep": [0.0], "selections": [{"score": "none"}], "search": found}
 
 
-def withdrawal_layer(evidence: Evidence) -> tuple[int, str]:
+def withdrawal_layer(evidence: SearchStats) -> tuple[int, str]:
     """VTW's search: the first layer whose mean KL is at most the threshold, the last one where none is; and the
     sentence that says so."""
     known = sorted(evidence.withdrawal.items())
@@ -186,19 +186,19 @@ def withdrawal_layer(evidence: Evidence) -> tuple[int, str]:
     )
 
 
-def _divprune(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _divprune(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     return _first(keep, {"score": "none", "policy": "maxmin"})
 
 
-def _cdpruner(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _cdpruner(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     return _first(keep, {"score": "relevance", "policy": "dpp"})
 
 
-def _random(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _random(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     return _first(keep, {"score": "random"})
 
 
-def _grid(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _grid(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     return _first(keep, {"score": "none", "policy": "grid"})
 
 
@@ -206,7 +206,7 @@ def _first(keep: float, selection: dict[str, Any]) -> dict[str, Any]:
     return {"candidates": [BEFORE], "keep": [keep], "selections": [selection]}
 
 
-def _fitprune(basis: Basis, keep: float, layers: list[int] | None, evidence: Evidence) -> dict[str, Any]:
+def _fitprune(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
     tokens, sizes = basis.model.visual_tokens, _sizes(basis.model)
     unpruned = basis.model.layers * layer_macs(tokens, sizes)
 
@@ -230,7 +230,7 @@ def _fitprune(basis: Basis, keep: float, layers: list[int] | None, evidence: Evi
     return {"candidates": candidates, "keep": table, "selections": [{"score": "cross_self"}], "search": [note]}
 
 
-def _inside(layer: int, basis: Basis) -> int:
+def _inside(layer: int, basis: RecipeContext) -> int:
     """A decoder layer that exists and is not the first."""
     if basis.model.layers < 2:
         raise UsageError(
@@ -245,7 +245,7 @@ def _sizes(model: ModelFacts) -> DecoderSizes:
     return DecoderSizes(model.layers, model.hidden_size, model.kv_size, model.intermediate_size)
 
 
-_BUILDERS: dict[str, Callable[[Basis, float, list[int] | None, Evidence], dict[str, Any]]] = {
+_BUILDERS: dict[str, Callable[[RecipeContext, float, list[int] | None, SearchStats], dict[str, Any]]] = {
     "fastv": _fastv,
     "pyramiddrop": _pyramiddrop,
     "vtw": _vtw,

@@ -4,7 +4,7 @@ The rule, for L decoder layers with median attention concentration c_0 .. c_{L-1
 
 - the jump is the first layer whose concentration is at least half way from the lowest to the highest value of the first
 half
-  of the layers (c_0 .. c_{floor(L/2)}): before it text attention is still spread over the picture and ranks tokens
+  of the layers (c_0 .. c_{floor(L/2)}): before it text attention is still spread over the image and ranks tokens
   poorly;
 - the range starts there, but never before layer 2 (layer 1 when L < 4): a score at layer l reads the attention of layer
 l-1,

@@ -31,7 +31,7 @@ def layer_rows(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def recipe_cost(recipe: Recipe) -> Cost | None:
-    """Equations (10)-(13) for one picture of reference size; None where the recipe lacks the model's sizes."""
+    """Equations (10)-(13) for one image of reference size; None where the recipe lacks the model's sizes."""
     model = recipe.model
     if model.hidden_size is None or model.kv_size is None or model.intermediate_size is None:
         return None
@@ -86,7 +86,7 @@ def explain_text(recipe: Recipe) -> str:
         f"{f['method']} recipe for {f['architecture']} ({f['fingerprint'][:19]}), regime {f['regime']}",
         _where(recipe),
         (
-            f"Of {f['reference_tokens']} visual tokens per picture {f['final_tokens']} ({f['final_keep']:.4g}) reach"
+            f"Of {f['reference_tokens']} visual tokens per image {f['final_tokens']} ({f['final_keep']:.4g}) reach"
             f" the end; {f['average_visual_tokens']:.1f} ({f['average_keep']:.4g}) on average over"
             f" {recipe.model.layers} layers."
         ),
@@ -146,7 +146,7 @@ def _sentence(recipe: Recipe, selection: Selection) -> str:
         return "Tokens are chosen greedily, each the least similar to those already kept"
     if selection.policy == "grid":
         rest = "" if selection.grid_share == 1 else f"; the rest is ranked by {by}"
-        return f"{selection.grid_share:.0%} of the kept tokens are spread evenly over the picture{rest}"
+        return f"{selection.grid_share:.0%} of the kept tokens are spread evenly over the image{rest}"
     if selection.policy == "mmr":
         return (
             f"Tokens are chosen greedily by {selection.mmr_score:g} x score - {1 - selection.mmr_score:g} x cosine to"
@@ -164,7 +164,7 @@ _SCORES = {
     "own_last_token": "attention from the last token under the layer's own projections",
     "cross_self": "attention from text times attention from visual tokens, largest head each",
     "relevance": "mean cosine to the question's word embeddings",
-    "random": "a hash of seed, picture and place",
+    "random": "a hash of seed, image and place",
     "none": "place alone",
 }
 

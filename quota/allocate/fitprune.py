@@ -56,7 +56,7 @@ def search(
     RecipeError when there are no samples or even alpha 1 costs more.
     """
     if not samples:
-        raise RecipeError("samples: FitPrune's search needs at least one prompt with a picture, got none")
+        raise RecipeError("samples: FitPrune's search needs at least one prompt with an image, got none")
     low, high = 0, STEPS
     if ratio(_mean(samples, 1.0)) > budget:
         raise RecipeError(f"keep: FitPrune cannot reach a compute ratio of {budget:g} on these samples; ask for more")

@@ -106,7 +106,7 @@ METHODS: dict[str, Method] = {
             0.3,
             _ONCE,
             "once, before the language model",
-            "a hash of seed, picture and place",
+            "a hash of seed, image and place",
             "The floor every method must beat.",
         ),
         Method(
@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
             0.3,
             _ONCE,
             "once, before the language model",
-            "places spread evenly over the picture",
+            "places spread evenly over the image",
             "The other floor; knows neither question nor content.",
         ),
         Method(

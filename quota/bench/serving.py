@@ -59,7 +59,7 @@ def soak_table(found: Mapping[str, Any]) -> str:
             "pictures",
             (
                 f"{sum(found['pictures'].values())}, shortest side {found['shortest_side_px']} px, largest"
-                f" {found['largest_picture_px']} px"
+                f" {found['largest_image_px']} px"
             ),
         ),
         ("kinds of picture", kinds),

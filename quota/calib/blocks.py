@@ -30,7 +30,7 @@ ATTENTION = "quota_calibration"
 @dataclass
 class Batch:
     """Right-padded hidden states. hidden [B, S, C] float32; valid, visual [B, S] bool; positions [B, S] (or [B, S, 3]
-    under M-RoPE) int64 (decoder only, else None); grids: of each picture (towers of dynamic resolution only)."""
+    under M-RoPE) int64 (decoder only, else None); grids: of each image (towers of dynamic resolution only)."""
 
     hidden: Tensor
     valid: Tensor

@@ -18,7 +18,7 @@ from quota.calib.samples import Samples, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint, submodule
-from quota.nn.attention import QuantAttention, Record
+from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.prune.pruner import Pruner
 from quota.prune.recording import recording
 from quota.prune.scores import head_max_attention, text_queries
@@ -32,7 +32,7 @@ def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
     ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
     visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
     if not visual:
-        raise SampleError("samples: expected at least one with a picture, got none; budgets count a picture's tokens")
+        raise SampleError("samples: expected at least one with an image, got none; budgets count an image's tokens")
     return model_facts(model, model_fingerprint(model), visual, [int((row != token).sum()) for row in ids])
 
 
@@ -40,7 +40,7 @@ def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
 def attention_statistics(
     model: Any, processor: Any, samples: Samples, tell: Tell | None = None
 ) -> list[AttentionSample]:
-    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer,
+    """FitPrune's input: per sample with an image, attention of the largest head to each visual token in every layer,
     unpruned."""
     family = find_family(model)
     layers: Any = submodule(model, family.text_path).layers  # type: ignore[union-attr]
@@ -60,12 +60,12 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
     rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, {**kwargs, "quota_record": Record()}
+        return args, {**kwargs, "quota_trace": AttentionTrace()}
 
     def read(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        record = kwargs["quota_record"]
+        trace = kwargs["quota_trace"]
         from_text, from_visual = (
-            head_max_attention(record, visual, queries)[visual].cpu().numpy() for queries in (text, visual)
+            head_max_attention(trace, visual, queries)[visual].cpu().numpy() for queries in (text, visual)
         )
         rows.append((from_text, from_visual))
 
@@ -101,7 +101,7 @@ def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Te
         if tell:
             tell(done, len(samples))
     if not all(seen.values()):
-        raise SampleError("samples: expected at least one with a picture, got none; VTW measures what pictures add")
+        raise SampleError("samples: expected at least one with an image, got none; VTW measures what images add")
     return {layer: fmean(values) for layer, values in seen.items()}
 
 

@@ -90,7 +90,7 @@ class Job:
             )
         if samples is not None and not self.pictures and {"vision", "projector"} & set(self.modules):
             raise SampleError(
-                "samples: expected at least one picture to calibrate the vision tower and projector, found text only;"
+                "samples: expected at least one image to calibrate the vision tower and projector, found text only;"
                 " use modules=('llm',)"
             )
         self.processor = processor_of(source.folder)
@@ -132,7 +132,7 @@ class Job:
 
     @cached_property
     def prompts(self) -> list[tuple[list[int], PatchGrid | None]]:
-        """Of every sample its token ids and, where resolution is dynamic, its picture's patch grid. Everything is
+        """Of every sample its token ids and, where resolution is dynamic, its image's patch grid. Everything is
         encoded once, before the work."""
         out = []
         for sample in self.samples or ():
@@ -143,7 +143,7 @@ class Job:
 
     @cached_property
     def grids(self) -> list[PatchGrid | None]:
-        """Of every picture, in order: None for a family of one image size."""
+        """Of every image, in order: None for a family of one image size."""
         return [
             grid
             for (_, grid), sample in zip(self.prompts, self.samples or (), strict=True)
@@ -280,7 +280,7 @@ class Job:
         tokens = sum(len(ids) for ids, _ in self.prompts)
         return Plan(
             samples=len(self.samples or ()),
-            pictures=self.pictures,
+            images=self.pictures,
             tokens=tokens,
             blocks=len(self.quantized_paths()),
             blocks_all=len(blocks),

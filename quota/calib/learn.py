@@ -40,7 +40,7 @@ class BlockReport:
 
 
 @dataclass
-class Lesson:
+class BlockData:
     """What a block learns from: inputs (and the quantized inputs, or None), float outputs, and the seed of the batch
     order."""
 
@@ -51,7 +51,7 @@ class Lesson:
 
 
 def learn_block(
-    block: Block, lesson: Lesson, settings: Settings, progress: Callable[[int], None] | None = None
+    block: Block, lesson: BlockData, settings: Settings, progress: Callable[[int], None] | None = None
 ) -> BlockReport:
     """Calibrate `block` (already `quantize_linears`-ed, on settings.device) and leave it frozen.
 
@@ -130,7 +130,7 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
             )
 
 
-def _loss(block: Block, lesson: Lesson, items: list[int], settings: Settings) -> Tensor:
+def _loss(block: Block, lesson: BlockData, items: list[int], settings: Settings) -> Tensor:
     target = lesson.targets.batch(items, settings.device)
     if lesson.quantized is None or settings.inputs == "float":
         return _weighted(block(lesson.inputs.batch(items, settings.device)), target, settings)
@@ -143,7 +143,7 @@ def _loss(block: Block, lesson: Lesson, items: list[int], settings: Settings) ->
 
 
 def token_weights(target: Batch, settings: Settings) -> Tensor:
-    """[B, S], sum 1: how much each token's squared error counts. Where pictures and text share the stream, text has
+    """[B, S], sum 1: how much each token's squared error counts. Where images and text share the stream, text has
     `text_share` of the total."""
     weight = target.valid.float()
     if settings.relative:
@@ -166,7 +166,7 @@ def _weighted(out: Tensor, target: Batch, settings: Settings) -> Tensor:
 class Scorer:
     """Mean squared error of the block in its current mode over the held-out items, with float inputs."""
 
-    def __init__(self, block: Block, lesson: Lesson, items: list[int], settings: Settings) -> None:
+    def __init__(self, block: Block, lesson: BlockData, items: list[int], settings: Settings) -> None:
         self.block, self.device = block, settings.device
         self.groups = [items[i : i + settings.batch] for i in range(0, len(items), settings.batch)]
         self.lesson, self.settings = lesson, settings

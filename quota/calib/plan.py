@@ -33,7 +33,7 @@ _SEARCHES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """tokens: of all samples, pictures included, before any drop. pictures: of the samples. blocks: quantized,
+    """tokens: of all samples, images included, before any drop. images: of the samples. blocks: quantized,
     blocks_all: passed through.
 
     Bytes: peak_memory of the process, disk_needed at the fullest moment (streams, finished blocks and the result
@@ -41,7 +41,7 @@ class Plan:
     """
 
     samples: int
-    pictures: int
+    images: int
     tokens: int
     blocks: int
     blocks_all: int
@@ -57,7 +57,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The same as text."""
         return [
-            f"samples   {self.samples} ({self.pictures} pictures), {self.tokens} tokens",
+            f"samples   {self.samples} ({self.images} images), {self.tokens} tokens",
             f"blocks    {self.blocks} quantized of {self.blocks_all}",
             f"memory    about {_size(self.peak_memory)} at the peak",
             f"disk      about {_size(self.disk_needed)} needed, {_size(self.disk_free)} free",

@@ -45,11 +45,11 @@ def redundancy(hidden: Tensor) -> float:
 
 
 def text_to_visual(attention: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], visual: Tensor) -> Tensor | None:
-    """Attention of the text after the picture to each visual token, from the layer's own projections.
+    """Attention of the text after the image to each visual token, from the layer's own projections.
 
     attention: a float LLaMA attention module; hidden [1, S, d]: its input; rope: (cos, sin) [1, S, D]; visual [S] bool.
     Returns [V] float64, the mean over heads and text queries of the causal softmax's visual columns; None without text
-    after the picture.
+    after the image.
     """
     places = visual.nonzero()[:, 0]
     rows = torch.arange(int(places[-1]) + 1, hidden.shape[1], device=hidden.device)
@@ -83,7 +83,7 @@ def profile(
     progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in
     float64, medians over samples, figures rounded to 6 significant digits. Both models run in evaluation mode; hooks
     are removed whatever happens. CheckpointError when the two are not the same model; SampleError when no sample has a
-    picture followed by text.
+    image followed by text.
     """
     fingerprint = model_fingerprint(float_model)
     if model_fingerprint(quant_model) != fingerprint:
@@ -104,8 +104,8 @@ def profile(
         float_model.train(was_training[0]), quant_model.train(was_training[1])
     if not all(figures.spread):
         raise SampleError(
-            "samples: expected at least one with a picture followed by text, got none; layers are chosen by attention"
-            " to pictures"
+            "samples: expected at least one with an image followed by text, got none; layers are chosen by attention"
+            " to images"
         )
     return Profile(
         model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),

@@ -15,8 +15,8 @@ from torch import Tensor
 from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
 from quota.core.recipe import Recipe
-from quota.models.images import Pictures
-from quota.nn.attention import Record
+from quota.models.images import ImageTokens
+from quota.nn.attention import AttentionTrace
 from quota.prune.budget import plan_budgets
 from quota.prune.recording import causal_lse
 from quota.prune.select import Alive, choose
@@ -28,13 +28,13 @@ def keep_masks(
     candidate: int,
     pair: tuple[Block | None, Block],
     stream: Stream,
-    pictures: Callable[[int], Pictures],
+    pictures: Callable[[int], ImageTokens],
     device: str,
 ) -> list[np.ndarray]:
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
     pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; before the language model
-    there is no first one and `stream` is the input of layer 0. pictures: of one item, on the columns of its prompt.
+    there is no first one and `stream` is the input of layer 0. images: of one item, on the columns of its prompt.
     Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
@@ -47,14 +47,14 @@ def keep_masks(
             masks.append(np.ones(stream.lengths[item], bool))
             continue
         batch = stream.batch([item], device)
-        record = None
+        trace = None
         if before is not None:
-            record, hidden = _recorded(before, batch)
+            trace, hidden = _recorded(before, batch)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
         shown = pictures(item)
-        picture = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
-        group, budget = plan_budgets(recipe, ratio, picture, [stream.images[item]])
+        image_index = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
+        group, budget = plan_budgets(recipe, ratio, image_index, [stream.images[item]])
         alive = Alive(
             batch.hidden,
             group,
@@ -62,7 +62,7 @@ def keep_masks(
             column.to(device),
             after.layer,
             shown,
-            record,
+            trace,
             partial(_record, after, batch),
         )
         masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
@@ -85,27 +85,27 @@ def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Strea
     return target
 
 
-def _record(block: Block, batch: Batch) -> Record:
+def _record(block: Block, batch: Batch) -> AttentionTrace:
     return _recorded(block, batch)[0]
 
 
-def _recorded(block: Block, batch: Batch) -> tuple[Record, Tensor]:
+def _recorded(block: Block, batch: Batch) -> tuple[AttentionTrace, Tensor]:
     """What the block's attention left, and the block's output."""
     attention: Any = block.layer.get_submodule("self_attn")
     attention.quota_trace = []
     try:
         hidden = block(batch)
-        (query, key), record = attention.quota_trace[0], Record()
+        (query, key), trace = attention.quota_trace[0], AttentionTrace()
     finally:
         del attention.quota_trace
     query, key = query.float().contiguous(), key.float().contiguous()
-    record.q, record.k, record.scaling = query, key, float(attention.scaling)
-    record.lse = causal_lse(query, key, None, record.scaling)
-    return record, hidden
+    trace.q, trace.k, trace.scaling = query, key, float(attention.scaling)
+    trace.lse = causal_lse(query, key, None, trace.scaling)
+    return trace, hidden
 
 
 def _queries(roles: Tensor) -> Tensor:
-    """Text queries [1, S]; the last token where nothing follows the picture."""
+    """Text queries [1, S]; the last token where nothing follows the image."""
     text = roles == QUERY
     if not bool(text.any()):
         text = text.clone()

@@ -19,7 +19,7 @@ from quota.calib import prune
 from quota.calib.blocks import Block
 from quota.calib.export import write_checkpoint
 from quota.calib.job import Job, Options, Step
-from quota.calib.learn import Lesson, learn_block
+from quota.calib.learn import BlockData, learn_block
 from quota.calib.plan import Plan
 from quota.calib.samples import Samples, encode
 from quota.calib.settings import Settings
@@ -30,7 +30,7 @@ from quota.core.errors import UsageError
 from quota.core.files import check_space
 from quota.core.recipe import BEFORE
 from quota.models.base import Part
-from quota.models.images import ImageInput, Pictures, Shown
+from quota.models.images import ImageInfo, ImageInput, ImageTokens
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def _decoder_block(job: Job, index: int) -> Block:
     return job.source.block("decoder", job.source.family.decoder_layer(index), job.settings.device)
 
 
-def _pictures(job: Job, work: WorkFolder, item: int) -> Pictures:
-    shown = [Shown(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
-    return Pictures.of(job.source.family.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
+def _pictures(job: Job, work: WorkFolder, item: int) -> ImageTokens:
+    shown = [ImageInfo(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
+    return ImageTokens.of(job.source.family.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
 
 
 def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
@@ -231,7 +231,7 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
         return {"float": outputs}
     if quantized is None and settings.inputs != "float":
         quantized = inputs
-    lesson = Lesson(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
+    lesson = BlockData(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
     parts = 1 + (settings.steps if job.regime == "w4a4kv4" else len(block.plans))
     if job.regime == "w4a16":
         tensors, report = quantize_weights(

@@ -1,4 +1,4 @@
-"""The calibration samples: a static JSON of pictures and instructions, so that every run and every method sees the same
+"""The calibration samples: a static JSON of images and instructions, so that every run and every method sees the same
 ones.
 
     {"schema": "quota-samples/1",
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 SCHEMA = "quota-samples/1"
 MAX_FILE_BYTES = 128 << 20  # a parsed document takes up to some twenty times its text
 MAX_SAMPLES = 100_000
-MAX_IMAGE_BYTES = 4 << 30  # of all pictures together, which are held in memory as they are stored
+MAX_IMAGE_BYTES = 4 << 30  # of all images together, which are held in memory as they are stored
 _OPTIONAL = ("image", "answer", "task")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture (encoded bytes, as stored) and what is asked about it."""
+    """One image (encoded bytes, as stored) and what is asked about it."""
 
     id: str
     instruction: str
@@ -46,7 +46,7 @@ class Sample:
     task: str | None = None
 
     def image(self) -> Image.Image | None:
-        """The picture decoded to RGB, or None for a text-only sample. ImageError, a SampleError, names the sample when
+        """The image decoded to RGB, or None for a text-only sample. ImageError, a SampleError, names the sample when
         it is refused."""
         return None if self.image_bytes is None else images.decode(self.image_bytes, name=f"sample {self.id!r}: image")
 
@@ -85,9 +85,9 @@ class Samples:
 
     @classmethod
     def load(cls, path: str | Path) -> Samples:
-        """Read a samples file and decode every picture once, so that a bad one is found before the work starts.
+        """Read a samples file and decode every image once, so that a bad one is found before the work starts.
 
-        SampleError says what is wrong and names the sample: missing or corrupt picture, wrong type, unknown key,
+        SampleError says what is wrong and names the sample: missing or corrupt image, wrong type, unknown key,
         repeated id, empty file.
         """
         path = Path(path)
@@ -96,7 +96,7 @@ class Samples:
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise SampleError(
-                f"samples {path}: cannot be read ({reason}); expected a {SCHEMA} JSON file with pictures as files"
+                f"samples {path}: cannot be read ({reason}); expected a {SCHEMA} JSON file with images as files"
                 " beside it"
             ) from None
         try:
@@ -124,7 +124,7 @@ class Samples:
             held += len(items[-1].image_bytes or b"")
             if held > MAX_IMAGE_BYTES:
                 raise SampleError(
-                    f"samples {path}: expected at most {MAX_IMAGE_BYTES} bytes of pictures, passed at sample"
+                    f"samples {path}: expected at most {MAX_IMAGE_BYTES} bytes of images, passed at sample"
                     f" {items[-1].id!r}; cut the file"
                 )
         samples = cls.of(items)
@@ -194,25 +194,25 @@ def _fingerprint(items: list[Sample]) -> str:
 
 
 def check_texts(processor: Any, samples: Iterable[Sample]) -> None:
-    """SampleError for the first sample whose instruction or answer holds the processor's mark for a picture; before the
+    """SampleError for the first sample whose instruction or answer holds the processor's mark for an image; before the
     work, not in its middle."""
     for sample in samples:
         for name, text in (("instruction", sample.instruction), ("answer", sample.answer or "")):
             mark = reserved_mark(processor, text)
             if mark is not None:
                 raise SampleError(
-                    f"sample {sample.id!r}: {name}: expected text without {mark}, which stands for a picture; name the"
-                    " picture in `image`"
+                    f"sample {sample.id!r}: {name}: expected text without {mark}, which stands for an image; name the"
+                    " image in `image`"
                 )
 
 
 def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
-    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and, with a picture,
+    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and, with an image,
     pixel_values [1, 3, H, W] (patches [n, patch] and image_grid_thw [1, 3] where resolution is dynamic).
 
     The prompt is rendered by the processor's chat template (LLaVA-1.5's form where it has none), with the assistant's
     turn opened; with
-    `answer` the stored answer follows it. SampleError for a text that holds the mark for a picture.
+    `answer` the stored answer follows it. SampleError for a text that holds the mark for an image.
     """
     check_texts(processor, [sample])
     picture = sample.image()

@@ -19,7 +19,7 @@ class Settings:
     steps: optimiser steps per block (0 keeps the searched initial values). batch: samples per step. search_rows: tokens
     used by the one-dimensional clip searches. held_out: samples kept out of training, on which the best iterate is
     chosen. evaluate_every: steps between two such looks. matrix_lr, clip_lr: AdamW rates (cosine decay) for the
-    transforms and for the clip logits. text_share: where pictures and text share the stream, the share of the loss that
+    transforms and for the clip logits. text_share: where images and text share the stream, the share of the loss that
     text tokens have together; None: every token counts alike. relative: divide each token's squared error by its float
     output's mean square, so that large tokens do not outweigh the others. inputs: what a block sees while it learns to
     reproduce the float block's output on the float input: "float" (as published), "quantized" (the output of the

@@ -3,16 +3,16 @@
 | source | kind | layout (folder, or the annotation file in it) |
 |---|---|---|
 | llava-mix | conversation | `llava_v1_5_mix665k.json`: [{"id", "image", "conversations": [{"from", "value"}, ...]}],
-pictures relative to the folder |
+images relative to the folder |
 | wikitext-2 | text | `wiki.train.raw` or `wiki.train.tokens`, or parquet with column `text` |
 | textvqa | scene_text | `TextVQA_0.5.1_train.json`: {"data": [{"image_id", "question", "answers"}]} with
 `train_images/ID.jpg`, or parquet |
-| docvqa | document | `train_v1.0*.json`: {"data": [{"image", "question", "answers"}]}, pictures relative to the folder
+| docvqa | document | `train_v1.0*.json`: {"data": [{"image", "question", "answers"}]}, images relative to the folder
 (or below `train/`), or parquet |
 | chartqa | chart | `train/train_human.json`: [{"imgname", "query", "label"}] with `train/png/NAME`, or parquet |
 
-Parquet files are those of the data sets' Hugging Face copies (pictures inside: {"bytes", "path"}) and need pyarrow.
-Which records are taken follows from the seed alone; a record whose picture is missing or broken is passed over, and too
+Parquet files are those of the data sets' Hugging Face copies (images inside: {"bytes", "path"}) and need pyarrow.
+Which records are taken follows from the seed alone; a record whose image is missing or broken is passed over, and too
 few usable ones are an error.
 """
 
@@ -37,16 +37,16 @@ _PASSAGE_WORDS = (60, 160)  # shorter paragraphs are passed over, longer ones cu
 
 @dataclass(frozen=True)
 class Record:
-    """One usable entry of a source. picture: its bytes, or where they may be (the first file that exists), or None for
+    """One usable entry of a source. image: its bytes, or where they may be (the first file that exists), or None for
     text."""
 
     instruction: str
     answer: str
-    picture: bytes | tuple[Path, ...] | None = None
+    image: bytes | tuple[Path, ...] | None = None
 
-    def picture_bytes(self) -> bytes | None:
-        """The encoded picture; None when it is missing or refused (or the record is text)."""
-        data = self.picture
+    def image_bytes(self) -> bytes | None:
+        """The encoded image; None when it is missing or refused (or the record is text)."""
+        data = self.image
         try:
             if isinstance(data, tuple):
                 found = next((path for path in data if path.is_file()), None)
@@ -78,12 +78,12 @@ def _llava_mix(data: Any, folder: Path) -> Iterator[Record]:
             yield record
 
 
-def _conversation(turns: Any, picture: bytes | tuple[Path, ...] | None) -> Record | None:
-    """The first question and its answer; only records with a picture (text has a source of its own)."""
-    if picture is None or len(turns) < 2:
+def _conversation(turns: Any, image: bytes | tuple[Path, ...] | None) -> Record | None:
+    """The first question and its answer; only records with an image (text has a source of its own)."""
+    if image is None or len(turns) < 2:
         return None
     said = [str(turn.get("value", "")).replace("<image>", "").strip() for turn in turns[:2]]
-    return Record(said[0], said[1], picture) if all(said) else None
+    return Record(said[0], said[1], image) if all(said) else None
 
 
 def _passages(lines: Any, folder: Path) -> Iterator[Record]:
@@ -135,8 +135,8 @@ def _favourite(answers: Any) -> str:
 
 def _asked(question: str, answer: str) -> Callable[[dict[str, Any]], Record | None]:
     def read(row: dict[str, Any]) -> Record | None:
-        picture = (row.get("image") or {}).get("bytes")
-        return Record(row[question], _favourite(row[answer]), picture) if picture else None
+        image = (row.get("image") or {}).get("bytes")
+        return Record(row[question], _favourite(row[answer]), image) if image else None
 
     return read
 
@@ -209,7 +209,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def build_samples(sources: Sequence[tuple[str, Path]], count: int, out: Path, seed: int = 0) -> Samples:
     """Write `count` samples, shared evenly over `sources` (the first ones get the remainder), to `out` with their
-    pictures in `<stem>_images` beside it.
+    images in `<stem>_images` beside it.
 
     Sources take turns in the file. Equal arguments give equal bytes. UsageError and SampleError as above, also when a
     source has too few.
@@ -240,13 +240,13 @@ def _take(name: str, path: Path, share: int, seed: int) -> list[tuple[Record, by
     for index in order:
         if len(taken) == share:
             break
-        data = records[index].picture_bytes()
-        if data is None and records[index].picture is not None:
+        data = records[index].image_bytes()
+        if data is None and records[index].image is not None:
             missing += 1
             continue
         taken.append((records[index], data))
     if len(taken) < share:
-        lost = f"{missing} of {len(records)} have no readable picture in {path}"
+        lost = f"{missing} of {len(records)} have no readable image in {path}"
         raise SampleError(f"--source {name}: expected {share} usable records, got {len(taken)} ({lost})")
     return taken
 

@@ -188,7 +188,7 @@ class Stream:
 
     path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8
     [total], columns int32 [total] (places in the unpruned prompt): decoder stream, zeros elsewhere. images: per item
-    the visual tokens of each picture before any drop (decoder stream). grids: per item the picture's patch grid (tower
+    the visual tokens of each image before any drop (decoder stream). grids: per item the image's patch grid (tower
     streams of dynamic resolution, else empty).
     """
 
@@ -327,9 +327,9 @@ def select_features(source: FloatSource, stream: Stream, path: Path) -> Stream:
 def embed_text(
     source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[PatchGrid] = ()
 ) -> Stream:
-    """The decoder's input stream: word embeddings with the projected pictures in their places.
+    """The decoder's input stream: word embeddings with the projected images in their places.
 
-    ids: one int64 tensor [length] per sample, pictures (and their patch grids, where resolution is dynamic) in order of
+    ids: one int64 tensor [length] per sample, images (and their patch grids, where resolution is dynamic) in order of
     appearance over all samples. CheckpointError when counts disagree.
     """
     family = source.family
@@ -346,7 +346,7 @@ def embed_text(
         if own and (own[-1] >= len(images) or counts != tuple(images.lengths[i] for i in own)):
             stored = images.lengths[own[0] : own[-1] + 1]
             raise CheckpointError(
-                f"sample {item}: expected pictures of {stored} image tokens, got {list(counts)}; the processor does not"
+                f"sample {item}: expected images of {stored} image tokens, got {list(counts)}; the processor does not"
                 " fit the model"
             )
         if own:

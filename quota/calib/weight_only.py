@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quota.calib.blocks import Block
-from quota.calib.learn import BlockReport, Lesson, Scorer, decibels, split
+from quota.calib.learn import BlockData, BlockReport, Scorer, decibels, split
 from quota.calib.settings import Settings
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
@@ -34,7 +34,7 @@ Codes = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scale and zero [N, G]
 _UNCLIPPED = ("q_proj", "k_proj", "qkv")
 
 
-class Seen:
+class InputStats:
     """What a projection group reads, over all training items: its Hessian (GPTQ), or mean magnitudes [K] and some rows
     (AWQ)."""
 
@@ -65,7 +65,7 @@ class Seen:
 
 @torch.no_grad()
 def quantize_weights(
-    block: Block, lesson: Lesson, method: str, settings: Settings, progress: Callable[[int], None] | None = None
+    block: Block, lesson: BlockData, method: str, settings: Settings, progress: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Tensor], BlockReport]:
     """Round the linears of a float `block` by "gptq", "awq" or "rtn" and leave it computing with the rounded weights.
 
@@ -120,21 +120,21 @@ def round_weights(block: Block) -> dict[str, Tensor]:
     return _export(block, linears, {name: round_groups(linear.weight.data) for name, linear in linears.items()}, {})
 
 
-def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, Seen]:
+def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, InputStats]:
     """One pass, item by item (so nothing is padding)."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, InputStats] = {}
     rows = -(-settings.search_rows // len(items))
     with ExitStack() as stack:
         for plan in block.plans:
             first: Any = block.layer.get_submodule(plan.parts[0])
-            seen[plan.name] = Seen(first.in_features, method, rows, settings.device)
+            seen[plan.name] = InputStats(first.in_features, method, rows, settings.device)
             stack.callback(first.register_forward_pre_hook(lambda _, args, at=seen[plan.name]: at.add(args[0])).remove)
         for item in items:
             block(source.batch([item], settings.device))
     return seen
 
 
-def _gptq(block: Block, plan: Group, seen: Seen) -> dict[str, Codes]:
+def _gptq(block: Block, plan: Group, seen: InputStats) -> dict[str, Codes]:
     """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
     assert seen.hessian is not None
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
@@ -146,7 +146,7 @@ def _gptq(block: Block, plan: Group, seen: Seen) -> dict[str, Codes]:
     return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
 
 
-def _scale(block: Block, plan: Group, seen: Seen, input_scales: dict[str, Tensor]) -> Tensor:
+def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor]) -> Tensor:
     """Search and apply the scale of a group's inputs; returns the rows it will then read."""
     linears: list[Any] = [block.layer.get_submodule(part) for part in plan.parts]
     s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude)

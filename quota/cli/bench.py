@@ -178,7 +178,7 @@ def model(
 ) -> None:
     """Run a whole model of full size: time to the first token, decoding, memory, disk.
 
-    Makes a checkpoint with random weights (block by block, so memory stays small), then answers a picture of 576 visual
+    Makes a checkpoint with random weights (block by block, so memory stays small), then answers an image of 576 visual
     tokens with 64 text tokens by 32 tokens: unpruned, pruned, and with transformers' float model, each in a process of
     its own. Where not all float layers fit in memory, two depths are measured and the rest is added at their time per
     layer.

@@ -11,9 +11,9 @@ from quota.cli.shell import JsonOption, check_checkpoint, check_keep, check_outp
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder for checkpoint, recipes, pictures and report.json.")
-    ] = Path("demo-out"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint, recipes, images and report.json.")] = Path(
+        "demo-out"
+    ),
     family: Annotated[
         str | None, typer.Option("--family", help="Embedded model: `llava` (default) or `qwen2_5_vl`.")
     ] = None,
@@ -38,7 +38,7 @@ def demo(
     1. checks the float checkpoint and its 128 calibration samples
     2. calibrates W4A4KV4 (vision tower, projector, language model)
     3. profiles the layers and lets QUOTA allocate a recipe
-    4. answers questions side by side and draws what was kept of their pictures
+    4. answers questions side by side and draws what was kept of their images
     5. evaluates seven configurations on held-out questions
     6. writes `report.json` (fields: docs/report.md)
 

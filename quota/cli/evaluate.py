@@ -61,7 +61,7 @@ def evaluate(
         typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens; default 6. Tasks have their own."),
     ] = None,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Also ask without the picture: what the questions give away.")
+        bool, typer.Option("--blind", help="Also ask without the image: what the questions give away.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -80,7 +80,7 @@ def evaluate(
 
     With `--tasks`, lmms-eval asks and scores (`gqa,mme,pope,seedbench,scienceqa_img,mmbench_en_dev_static`, the
     embedded `quota_scenes` and
-    `quota_pages`, or any other task about pictures); `--out` then also gets eval.md and eval.png.
+    `quota_pages`, or any other task about images); `--out` then also gets eval.md and eval.png.
 
     Without `--tasks` the models of all rows are in memory together, because single requests are timed in turns. A
     samples file (`--samples`) is described in `quota calibrate --help`; evaluation needs an `answer` in every sample
@@ -125,7 +125,7 @@ def evaluate(
             raise UsageError(f"{name}: only with --tasks")
     from quota.eval.asking import Placement
     from quota.eval.benchmark import Settings
-    from quota.eval.compare import Asked, evaluate_checkpoint
+    from quota.eval.compare import EvalRequest, evaluate_checkpoint
     from quota.eval.remarks import remarks
     from quota.eval.tables import evaluation_tables
 
@@ -133,7 +133,7 @@ def evaluate(
         checkpoint,
         [None if name == "none" else Path(name) for name in recipe or ["none"]],
         float_model=model,
-        asked=Asked(samples, questions or 600, blind, out),
+        asked=EvalRequest(samples, questions or 600, blind, out),
         settings=Settings(batch=batch, max_new_tokens=max_new_tokens or 6, place=Placement(device, dtype.value)),
     )
     if json:

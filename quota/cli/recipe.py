@@ -110,7 +110,7 @@ def build(
     reference: Annotated[
         str,
         typer.Option(
-            "--reference", help="recorded: budgets count the model's picture size; per_image: each prompt's own."
+            "--reference", help="recorded: budgets count the model's image size; per_image: each prompt's own."
         ),
     ] = "recorded",
     position_policy: Annotated[
@@ -158,7 +158,7 @@ def build(
     from quota.allocate.explain import explain_text
     from quota.eval import profiling
 
-    how = profiling.Asked(method, keep, compute, layers, tau, reference, position_policy)
+    how = profiling.RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
     if profiled:
         profile = profiling.profile_models(str(model), checkpoint, samples, quiet=json)
         recipe = how.from_profile(profile)

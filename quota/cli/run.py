@@ -27,7 +27,7 @@ def run(
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="Picture file; repeat for several, leave out for none.")
+        list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat for several, leave out for none.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
     show: Annotated[
@@ -39,7 +39,7 @@ def run(
     dtype: DtypeOption = FloatType.float32,
     json: JsonOption = False,
 ) -> None:
-    """Ask one question about a picture (greedy decoding).
+    """Ask one question about an image (greedy decoding).
 
     **Examples**
 
@@ -48,7 +48,7 @@ def run(
         quota run demo-out/quantized --recipe demo-out/recipe.json --image photo.jpg -p "describe the picture ." --show
         kept.png
 
-        quota run llava-w4a4kv4 --device cuda --dtype float16 --image photo.jpg -p "What is unusual about this picture?"
+        quota run llava-w4a4kv4 --device cuda --dtype float16 --image photo.jpg -p "What is unusual about this image?"
     """
     check_checkpoint(checkpoint)
     if not prompt.strip():
@@ -57,7 +57,7 @@ def run(
         if recipe is None:
             raise UsageError("--show: needs --recipe; without one every token is kept")
         if not image:
-            raise UsageError("--show: needs --image; there is no picture to draw on")
+            raise UsageError("--show: needs --image; there is no image to draw on")
         check_output(show, "--show")
     pictures = [images.open_file(path, name="--image") for path in image or []]
 

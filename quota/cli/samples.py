@@ -27,9 +27,7 @@ def build(
         list[str],
         typer.Option("--source", metavar="NAME=PATH", help="A data set and its local copy; repeat for a mixed set."),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", help="Samples file to write; pictures go to `<stem>_images` beside it.")
-    ],
+    out: Annotated[Path, typer.Option("--out", help="Samples file to write; images go to `<stem>_images` beside it.")],
     count: Annotated[
         int, typer.Option("--count", min=1, help="Number of samples, shared evenly over the sources.")
     ] = 128,

@@ -54,7 +54,7 @@ def serve(
     ] = None,
     image_host: Annotated[
         list[str] | None,
-        typer.Option("--image-host", help="Host that pictures may be fetched from; repeat. None by default."),
+        typer.Option("--image-host", help="Host that images may be fetched from; repeat. None by default."),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,

@@ -52,7 +52,7 @@ def study(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 6,
     resamples: Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap resamples.")] = 10_000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of calibration, bootstrap and the random method.")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="Folder for reports, pictures, recipes and the cache.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Folder for reports, images, recipes and the cache.")] = Path(
         "study-out"
     ),
     device: DeviceOption = "cpu",
@@ -70,7 +70,7 @@ def study(
     - `formats` weights alone in 4 bits (RTN, GPTQ, AWQ) beside W4A4KV4, with and without the recipe
     - `runtime` disk, peak memory, power (of the GPU too, where one answers), native against reference arithmetic (Table
     7)
-    - `profile` the layers (Figures 3, 5) and `show` the kept tokens over a picture (Figure 4)
+    - `profile` the layers (Figures 3, 5) and `show` the kept tokens over an image (Figure 4)
 
     Writes NAME.md, NAME.json and NAME.png to --out. Checkpoints, searches and answers are kept in OUT/cache by the
     content they were made from: an interrupted study goes on where it stopped, and studies share them. --device and

@@ -25,7 +25,7 @@ class RecipeError(QuotaError):
 
 
 class SampleError(QuotaError):
-    """A samples file or picture that cannot be read."""
+    """A samples file or image that cannot be read."""
 
 
 class ImageError(SampleError):

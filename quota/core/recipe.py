@@ -68,7 +68,7 @@ class ModelFacts(Document):
         description="fingerprint shared by the float model and its quantized checkpoint; a mismatch is an error"
     )
     layers: Layers = Field(description="number of decoder layers")
-    visual_tokens: Tokens = Field(description="visual tokens of one picture after the projector")
+    visual_tokens: Tokens = Field(description="visual tokens of one image after the projector")
     hidden_size: Positive | None = Field(default=None, description="d of the cost model")
     kv_size: Positive | None = Field(
         default=None, description="d_kv of the cost model: key/value heads x head dimension"
@@ -79,7 +79,7 @@ class ModelFacts(Document):
         default=None, description="T_text of the cost model: text tokens of a typical prompt"
     )
     vision_macs: Annotated[int, Field(strict=True, ge=1, le=2**53)] | None = Field(
-        default=None, description="multiply-accumulates of vision tower and projector for one picture"
+        default=None, description="multiply-accumulates of vision tower and projector for one image"
     )
 
 
@@ -147,7 +147,7 @@ class Selection(Document):
             " attention of the last prompt token in the layer before (FastV); own_last_token: the same under the"
             " candidate's own projections (PyramidDrop); cross_self: largest head of the attention from text times that"
             " from visual tokens (FitPrune); relevance: mean cosine to the word embeddings after the image; random: a"
-            " hash of seed, picture and place; none: zeros"
+            " hash of seed, image and place; none: zeros"
         ),
     )
     policy: Policy = Field(
@@ -155,7 +155,7 @@ class Selection(Document):
         description=(
             "topk: the largest scores; mmr: greedy, score against the cosine to what is already kept; maxmin: greedy,"
             " farthest in cosine from what is already kept (DivPrune, no score); dpp: greedy maximum of the determinant"
-            " of score x cosine x score (CDPruner); grid: a part of the budget spread evenly over the picture, the rest"
+            " of score x cosine x score (CDPruner); grid: a part of the budget spread evenly over the image, the rest"
             " by score"
         ),
     )
@@ -223,7 +223,7 @@ class Recipe(Document):
         default="recorded",
         description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens",
     )
-    reference_tokens: Tokens = Field(description="V_ref: visual tokens of one picture that keep refers to")
+    reference_tokens: Tokens = Field(description="V_ref: visual tokens of one image that keep refers to")
     selections: tuple[Selection, ...] = Field(
         default=(),
         description="how each candidate chooses; empty: all by the quota score and topk; one entry: all by that one",
@@ -365,7 +365,7 @@ class Recipe(Document):
         return alive
 
     def tokens_at(self, layer: int, tokens: int | None = None) -> int:
-        """Visual tokens of one picture alive inside `layer`: ceil(keep * V), with V = `tokens` or
+        """Visual tokens of one image alive inside `layer`: ceil(keep * V), with V = `tokens` or
         `reference_tokens`."""
         return kept_tokens(self.keep_at(layer), self.reference_tokens if tokens is None else tokens)
 

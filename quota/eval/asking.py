@@ -59,7 +59,7 @@ def load_model(
 class Answer:
     """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool
     [prompt tokens].
-    `grids`: (rows, columns) of each picture's tokens where resolution is dynamic."""
+    `grids`: (rows, columns) of each image's tokens where resolution is dynamic."""
 
     text: str
     made: Generated
@@ -93,14 +93,14 @@ class Answer:
 
 
 def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new_tokens: int = 64) -> Answer:
-    """One greedy answer to `prompt` as the chat template renders it, the pictures before it.
+    """One greedy answer to `prompt` as the chat template renders it, the images before it.
 
-    UsageError for a prompt that holds the mark for a picture, is no Unicode text, or leaves no room for an answer.
+    UsageError for a prompt that holds the mark for an image, is no Unicode text, or leaves no room for an answer.
     """
     mark = reserved_mark(processor, prompt)
     if mark is not None:
         raise UsageError(
-            f"prompt: must not contain {mark}; it stands for a picture: give pictures by --image, they come before the"
+            f"prompt: must not contain {mark}; it stands for an image: give images by --image, they come before the"
             " text"
         )
     try:

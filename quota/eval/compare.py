@@ -119,8 +119,8 @@ def answer_rows(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What every row answers. samples: a file instead of `number` generated questions; blind: also without the picture;
+class EvalRequest:
+    """What every row answers. samples: a file instead of `number` generated questions; blind: also without the image;
     out: folder to continue from."""
 
     samples: Path | None = None
@@ -159,7 +159,7 @@ class _Stages:
 
 
 def evaluate_checkpoint(
-    checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: Asked, settings: Settings
+    checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: EvalRequest, settings: Settings
 ) -> Evaluation:
     """Everything `quota eval` prints: a row per recipe (None: unpruned), before them the float model's. Later rows are
     compared with the first."""

@@ -27,13 +27,13 @@ def render_prompt(processor: Any, instruction: str, images: int) -> str:
 
 
 def check_questions(processor: Any, questions: Sequence[Question]) -> None:
-    """SampleError for the first question whose text holds the mark for a picture."""
+    """SampleError for the first question whose text holds the mark for an image."""
     for q in questions:
         mark = reserved_mark(processor, q.instruction)
         if mark is not None:
             raise SampleError(
-                f"sample {q.id!r}: instruction: expected text without {mark}, which stands for a picture; name the"
-                " picture in `image`"
+                f"sample {q.id!r}: instruction: expected text without {mark}, which stands for an image; name the"
+                " image in `image`"
             )
 
 
@@ -51,7 +51,7 @@ def encode(model: Any, processor: Any, questions: Sequence[Question]) -> dict[st
 
 
 def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:
-    """Rendered prompts and their pictures in order -> left-padded inputs on the model's device."""
+    """Rendered prompts and their images in order -> left-padded inputs on the model's device."""
     processor.tokenizer.padding_side = "left"
     inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
     kept = {k: v.to(model.device) for k, v in inputs.items() if k in _MODEL_INPUTS}
@@ -96,7 +96,7 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Generated:
-    """`new_ids` [B, new] and the cache they left behind. prefill_ms: from `generate` to the first token, picture
+    """`new_ids` [B, new] and the cache they left behind. prefill_ms: from `generate` to the first token, image
     encoding included (decoding the image file and resizing it are not); decode_ms: per later token; gpu: what it took
     of a CUDA device."""
 
@@ -140,7 +140,7 @@ def generate(
 
 def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
     """One batch of questions -> texts without special tokens. SampleError names a question whose text holds the mark
-    for a picture; UsageError for a batch whose longest prompt leaves no room for an answer."""
+    for an image; UsageError for a batch whose longest prompt leaves no room for an answer."""
     inputs = encode(model, processor, questions)
     made = generate(
         model, inputs, max_new_tokens=min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))

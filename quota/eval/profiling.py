@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quota.allocate.baselines import VTW_THRESHOLD, Basis, Evidence, at_compute, build_baseline
+from quota.allocate.baselines import VTW_THRESHOLD, RecipeContext, SearchStats, at_compute, build_baseline
 from quota.allocate.methods import METHODS
 from quota.core.recipe import Provenance, Recipe
 from quota.eval.asking import load_model
@@ -45,7 +45,7 @@ def allocate(
 SEARCH_SAMPLES = 20  # VTW's published number
 
 
-def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> Basis:
+def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> RecipeContext:
     """What every baseline recipe of this loaded model shares. fields: reference, position_policy, seed."""
     from quota.calib.evidence import measured_facts
     from quota.calib.profile import regime_of
@@ -54,19 +54,19 @@ def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> Basis:
 
     source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=VERSION, samples=len(samples))
     regime = regime_of(model) if quantized_linears(model) else "float"
-    return Basis(measured_facts(model, processor, samples), regime, source, **fields)
+    return RecipeContext(measured_facts(model, processor, samples), regime, source, **fields)
 
 
 def measure_evidence(
     method: str, model: Any, processor: Any, samples: Any, *, threshold: float = VTW_THRESHOLD, quiet: bool = False
-) -> Evidence:
+) -> SearchStats:
     """What the method's own search reads, measured on a loaded model; empty for methods that search nothing."""
     from quota.calib.evidence import attention_statistics, withdrawal_divergence
     from quota.eval.compare import bars
 
     needs = METHODS[method].needs
     if needs not in ("withdrawal", "attention"):
-        return Evidence()
+        return SearchStats()
     with bars(quiet) as progress:
         task = progress.add_task(f"{METHODS[method].title}: search", total=None)
 
@@ -74,15 +74,15 @@ def measure_evidence(
             progress.update(task, completed=done, total=total)
 
         if needs == "attention":
-            return Evidence(attention=attention_statistics(model, processor, samples, tell))
+            return SearchStats(attention=attention_statistics(model, processor, samples, tell))
         few = samples.first(SEARCH_SAMPLES)
-        return Evidence(
+        return SearchStats(
             withdrawal=withdrawal_divergence(model, processor, few, tell), samples=len(few), threshold=threshold
         )
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecipeRequest:
     """A recipe as it was asked for. keep None is the method's default; `compute` instead finds the keep that costs as
     much."""
 
@@ -110,7 +110,7 @@ class Asked:
 
         return self._matched(build, profile.model.visual_tokens)
 
-    def from_basis(self, basis: Basis, evidence: Evidence) -> Recipe:
+    def from_basis(self, basis: RecipeContext, evidence: SearchStats) -> Recipe:
         """By a published method."""
         if self.method == "vtw":
             return build_baseline(basis, self.method, None, self.layers, evidence)

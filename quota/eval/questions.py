@@ -21,10 +21,10 @@ DEFAULT_QUESTIONS = 600
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its answer. `open_image` draws or reads the picture when it is needed; None is a text-only
+    """One question with its answer. `open_image` draws or reads the image when it is needed; None is a text-only
     question.
 
-    `picture`: names the picture's content where the id does not.
+    `image`: names the image's content where the id does not.
     """
 
     id: str
@@ -32,13 +32,13 @@ class Question:
     instruction: str
     answer: str
     open_image: Callable[[], Image] | None
-    picture: str = ""
+    image: str = ""
 
     def without_image(self) -> Question:
         return Question(self.id, self.task, self.instruction, self.answer, None)
 
 
-@lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the pictures
+@lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the images
 def _picture(split: str, index: int, size_px: int) -> Image:
     return g.draw(g.scene(split, index, size_px))
 
@@ -47,7 +47,7 @@ def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) 
     """`number` questions of the test split, balanced over the tasks: always the same list, a longer one starts with a
     shorter one.
 
-    Every question has its own picture, so questions are independent draws (what the bootstrap over questions assumes).
+    Every question has its own image, so questions are independent draws (what the bootstrap over questions assumes).
     """
     if number < 1:
         raise UsageError(f"questions: expected at least 1, got {number}")
@@ -57,7 +57,7 @@ def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) 
             break
         task = g.TASKS[len(out) % len(g.TASKS)]
         asked = next((q for q in g.questions(g.scene("test", index, size_px)) if q.task == task), None)
-        if asked is None:  # this picture allows no question of this task: take the next picture
+        if asked is None:  # this image allows no question of this task: take the next image
             continue
         out.append(
             Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, _opener("test", index, size_px))
@@ -95,7 +95,7 @@ def _page_picture(kind: str, index: int) -> Image:
 
 
 def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:
-    """One question per task about one test picture, and the request for its caption; for side-by-side answers."""
+    """One question per task about one test image, and the request for its caption; for side-by-side answers."""
     s = g.scene("test", index, size_px)
     tour = [
         Question(f"test-{index:05d}-{q.task}", q.task, q.text, q.answer, _opener("test", index, size_px))
@@ -138,11 +138,11 @@ def sample_questions(samples: Iterable[Any]) -> list[Question]:
 
 
 def questions_fingerprint(questions: Iterable[Question]) -> str:
-    """sha256 over ids, instructions and answers, in order (the ids of generated questions name their pictures)."""
+    """sha256 over ids, instructions and answers, in order (the ids of generated questions name their images)."""
     digest = hashlib.sha256()
     for q in questions:
         digest.update(
-            f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\0{q.picture}\n".encode()
+            f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\0{q.image}\n".encode()
         )
     return "sha256:" + digest.hexdigest()
 

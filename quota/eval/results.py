@@ -90,12 +90,12 @@ class Evaluation(Document):
         ),
     )
     blind_accuracy_by_task: dict[str, float] | None = Field(
-        description="the first row's model asked without the picture; null when not run"
+        description="the first row's model asked without the image; null when not run"
     )
     resamples: int = Field(description="bootstrap resamples")
     seed: int = Field(description="bootstrap seed")
     image_backend: str | None = Field(
-        default=None, description="what turned pictures into pixels (`pil`); null in reports of before it was recorded"
+        default=None, description="what turned images into pixels (`pil`); null in reports of before it was recorded"
     )
     seconds_by_stage: dict[str, float] | None = Field(
         default=None,

@@ -24,7 +24,7 @@ def accuracy_table(result: Evaluation) -> Table:
     table.add_section()
     baselines = {
         "most frequent answer": result.majority_accuracy_by_task,
-        "blind (no picture)": result.blind_accuracy_by_task,
+        "blind (no image)": result.blind_accuracy_by_task,
     }
     for name, values in baselines.items():
         if values is not None:

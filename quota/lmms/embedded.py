@@ -1,7 +1,7 @@
 """The embedded benchmark as lmms-eval tasks: `quota_scenes` (six kinds of question, for LLaVA) and `quota_pages` (five
 kinds of page, for Qwen2.5-VL).
 
-The task files hold questions and answers; pictures are drawn when they are asked for, so everything works offline. The
+The task files hold questions and answers; images are drawn when they are asked for, so everything works offline. The
 questions are those of
 `quota eval`: `python -m quota.lmms.embedded` writes them again.
 """

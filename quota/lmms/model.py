@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import lmms_eval.api.task  # noqa: F401  (lets Pillow read truncated pictures from here on; taken back below)
+import lmms_eval.api.task  # noqa: F401  (lets Pillow read truncated images from here on; taken back below)
 import torch
 from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -35,7 +35,7 @@ from quota.lmms.prompts import Conversation, Wrapper, conversation
 from quota.models import find_family
 from quota.models.processing import BACKEND
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated picture is an error everywhere but in lmms-eval's own runs
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated image is an error everywhere but in lmms-eval's own runs
 
 SAMPLES = 8
 _LOG_SCHEMA = "quota-lmms-answers/1"
@@ -54,8 +54,8 @@ class ModelArgs(Document):
     answers: Path | None = Field(
         default=None, description="folder for the log of answers; a run that was stopped goes on from it"
     )
-    min_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: fewest pixels of a picture")
-    max_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: most pixels of a picture")
+    min_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: fewest pixels of an image")
+    max_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: most pixels of an image")
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> ModelArgs:
@@ -73,7 +73,7 @@ class ModelArgs(Document):
 class Quota(lmms):
     """Greedy answers, batched, one whole model per process; lmms-eval shares out the documents under torchrun.
 
-    Prompts and pictures are those of the built-in wrappers (`quota.lmms.prompts`). With `answers=DIR` every request
+    Prompts and images are those of the built-in wrappers (`quota.lmms.prompts`). With `answers=DIR` every request
     leaves a line there: text, prompt and new tokens, visual tokens per decoder layer, milliseconds, and on a GPU peak
     memory and power.
     """
@@ -181,7 +181,7 @@ class Quota(lmms):
         raise UsageError("task: asks in several rounds; quota answers one prompt, choose a generate_until task")
 
     def conversation(self, request: Instance) -> Conversation:
-        """The request's document as chat messages, pictures as the processor gets them."""
+        """The request's document as chat messages, images as the processor gets them."""
         _, to_messages, _, doc_id, task, split = request.args
         return conversation(to_messages(self.task_dict[task][split][doc_id]), task)
 
@@ -198,7 +198,7 @@ class Quota(lmms):
                 asked = [self.conversation(request) for request in batch]
                 for request, one in zip(batch, asked, strict=True):
                     first = self.samples.setdefault(request.args[4], [])
-                    if len(first) < SAMPLES and len(one.messages) == 1 and len(one.pictures) <= 1:
+                    if len(first) < SAMPLES and len(one.messages) == 1 and len(one.images) <= 1:
                         first.append(one)
                 keys = [_key(request, one) for request, one in zip(batch, asked, strict=True)]
                 if not all(key in self._known for key in keys):
@@ -230,7 +230,7 @@ class Quota(lmms):
         options = _options(batch[0])
         prompts = [wrapper.render(one) for one in asked]
         inputs = encode_prompts(
-            model, processor, prompts, [wrapper.prepare(picture) for one in asked for picture in one.pictures]
+            model, processor, prompts, [wrapper.prepare(image) for one in asked for image in one.images]
         )
         stop = processor.tokenizer.eos_token_id
         longest = min(

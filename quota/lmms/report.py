@@ -1,4 +1,4 @@
-"""Rows over named tasks: answered by lmms-eval, compared, written as JSON, Markdown and a picture."""
+"""Rows over named tasks: answered by lmms-eval, compared, written as JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -116,23 +116,21 @@ def _outcome(model: Any, settings: EvalSettings, manager: Any) -> Outcome:
 
 
 def timed_questions(samples: dict[str, list[Conversation]], wrapper: Wrapper) -> list[Question]:
-    """The first questions of each task in turn, those about a picture where there are any."""
-    pools = {task: [one for one in asked if one.pictures] or asked for task, asked in samples.items()}
+    """The first questions of each task in turn, those about an image where there are any."""
+    pools = {task: [one for one in asked if one.images] or asked for task, asked in samples.items()}
     turns = [(task, asked[turn]) for turn in range(TIMED) for task, asked in pools.items() if turn < len(asked)]
-    with_picture = [turn for turn in turns if turn[1].pictures] or turns
+    with_picture = [turn for turn in turns if turn[1].images] or turns
     if not with_picture:
-        raise UsageError("tasks: none asks about at most one picture in one turn, so no single request can be timed")
+        raise UsageError("tasks: none asks about at most one image in one turn, so no single request can be timed")
     return [
-        Question(
-            f"timed-{number}", task, one.text, "", partial(wrapper.prepare, one.pictures[0]) if one.pictures else None
-        )
+        Question(f"timed-{number}", task, one.text, "", partial(wrapper.prepare, one.images[0]) if one.images else None)
         for number, (task, one) in enumerate(with_picture[:TIMED])
     ]
 
 
 def compute_ratio(config: Any, records: Sequence[dict[str, Any]]) -> float:
     """Mean over questions of pruned / unpruned multiply-accumulates of the prefill, vision tower included where there
-    is a picture."""
+    is an image."""
     sizes, ratios = decoder_sizes(config), []
     for record in records:
         visual = record["visual_tokens"]
@@ -322,7 +320,7 @@ def markdown(report: TaskReport) -> str:
     gpu = "" if report.device.startswith("cuda") else " No GPU was used, so there is no power or GPU memory."
     parts.append(
         f"Scores are lmms-eval's: {metrics}{f', the first {report.limit} questions of each' if report.limit else ''};"
-        f" lmms-eval {report.lmms_eval}, batch {report.batch}, pictures by {report.image_backend},"
+        f" lmms-eval {report.lmms_eval}, batch {report.batch}, images by {report.image_backend},"
         f" {report.device}.{compared} Visual tokens are means over questions and layers, compute is the prefill's"
         f" multiply-accumulates over the unpruned prefill's; KV, prefill and decode come from {report.timed_requests}"
         f" single requests, row after row.{gpu}"

@@ -62,7 +62,7 @@ class TaskReport(Document):
     limit: int | None = Field(description="first questions of each task that were asked; null for all")
     batch: int = Field(description="questions answered at once")
     lmms_eval: str = Field(description="version of lmms-eval")
-    image_backend: str = Field(description="what turned pictures into pixels")
+    image_backend: str = Field(description="what turned images into pixels")
     device: str = Field(description="where the models ran")
     resamples: int = Field(description="bootstrap resamples")
     seed: int = Field(description="bootstrap seed")

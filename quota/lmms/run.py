@@ -20,7 +20,7 @@ INSTALL = "pip install -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
 
 
 def check_installed() -> None:
-    """UsageError with the remedy where lmms-eval, or something it needs for pictures, is missing."""
+    """UsageError with the remedy where lmms-eval, or something it needs for images, is missing."""
     try:
         import lmms_eval.evaluator  # noqa: F401
     except ImportError as error:
@@ -73,7 +73,7 @@ def run_tasks(model: Any, plan: Plan, manager: Any) -> dict[str, Benchmark]:
     from lmms_eval.tasks import get_task_dict
 
     plan.out.mkdir(parents=True, exist_ok=True)
-    with _quiet(), _inside(plan.data), _truncated_pictures():
+    with _quiet(), _inside(plan.data), _truncated_images():
         tasks: dict[str, Any] = {}
         for name in plan.tasks:
             try:
@@ -140,8 +140,8 @@ def _inside(data: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _truncated_pictures() -> Iterator[None]:
-    """Some benchmarks hold truncated pictures, and lmms-eval reads them all the same."""
+def _truncated_images() -> Iterator[None]:
+    """Some benchmarks hold truncated images, and lmms-eval reads them all the same."""
     from PIL import ImageFile
 
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True

@@ -1,6 +1,6 @@
 """From lmms-eval's samples to scores that can be resampled.
 
-A benchmark's score is a mean over independent units (a question; in MME the two questions about a picture; in MMBench
+A benchmark's score is a mean over independent units (a question; in MME the two questions about an image; in MMBench
 one question in its rotated forms), or a sum of such means over strata (MME's categories). Each unit is scored by the
 task's own aggregation, and the whole must equal the figure lmms-eval gives, so what is resampled is what is published.
 """

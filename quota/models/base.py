@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.images import ImageInput, PatchGrid, Shown, shown_pictures
+from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_infos
 
 Part = Literal["vision", "projector", "decoder"]
 PARTS: dict[str, Part] = {"vision": "vision", "projector": "projector", "llm": "decoder"}
@@ -225,11 +225,11 @@ class Family(ABC):
             for part, (t, h, w) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True)
         ]
 
-    def shown(self, image: ImageInput) -> Shown:
+    def shown(self, image: ImageInput) -> ImageInfo:
         """What selections by content or position need to know of an image."""
         if image.grid is None:
-            return shown_pictures(image.pixels[None])[0]
-        return shown_pictures(image.pixels, torch.tensor([image.grid]), self.merge)[0]
+            return image_infos(image.pixels[None])[0]
+        return image_infos(image.pixels, torch.tensor([image.grid]), self.merge)[0]
 
     @abstractmethod
     def image_tokens(self, image: ImageInput) -> int:

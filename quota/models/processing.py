@@ -17,7 +17,7 @@ BACKEND = "pil"
 
 
 def open_processor(folder: str | Path) -> Any:
-    """The processor of a checkpoint folder, left padding, PIL pictures. Code of the folder's own never runs.
+    """The processor of a checkpoint folder, left padding, PIL images. Code of the folder's own never runs.
 
     CheckpointError where a file names such code; else what transformers raises (OSError, ValueError, ...).
     """
@@ -32,17 +32,17 @@ def open_processor(folder: str | Path) -> Any:
 
 
 def reserved_mark(processor: Any, text: str) -> str | None:
-    """The first mark in `text` that the processor would replace by a picture or a video; None for plain text.
+    """The first mark in `text` that the processor would replace by an image or a video; None for plain text.
 
     Text is text: a prompt that holds a mark is refused wherever it enters, because the processor cannot tell it from a
-    picture's own.
+    image's own.
     """
     marks = (image_mark(processor), getattr(processor, "video_token", None))
     return next((str(mark) for mark in marks if mark and str(mark) in text), None)
 
 
 def image_backend(processor: Any) -> str:
-    """ "pil" or "torchvision": what turns pictures into pixels; for result files, because the two differ in the last
+    """ "pil" or "torchvision": what turns images into pixels; for result files, because the two differ in the last
     bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"
 

@@ -283,7 +283,7 @@ class Qwen2_5_VLProcessor(upstream.Qwen2_5_VLProcessor):
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """Where the patches of one picture are, in the tower's own order.
+    """Where the patches of one image are, in the tower's own order.
 
     order: [V] int64, raster numbers of the merged tokens in window order; inverse: back. windows: patches per window,
     in order. places: [n, 2] int64, (row, column) of every patch in window order.
@@ -320,11 +320,11 @@ def geometry(rows: int, columns: int, merge: int, window: int) -> TowerGeometry:
 
 
 def geometry_of(vision: Any, grid: tuple[int, int, int]) -> TowerGeometry:
-    """Geometry of a picture of grid (t, h, w) under a vision configuration. CheckpointError for more than one frame."""
+    """Geometry of an image of grid (t, h, w) under a vision configuration. CheckpointError for more than one frame."""
     frames, rows, columns = grid
     if frames != 1:
         raise CheckpointError(
-            f"image_grid_thw: expected single pictures (t = 1), got {frames} frames; videos are not supported"
+            f"image_grid_thw: expected single images (t = 1), got {frames} frames; videos are not supported"
         )
     return geometry(
         rows, columns, vision.spatial_merge_size, vision.window_size // vision.patch_size // vision.spatial_merge_size
@@ -373,7 +373,7 @@ class MultimodalRotary(nn.Module):
 
 class QuantWindowAttention(nn.Module):
     """The tower's attention: quantized projections, float scores inside each window. Windows of one size run together;
-    as a call holds one picture (`ImageByImage`), what they run with is a function of the picture alone."""
+    as a call holds one image (`ImageByImage`), what they run with is a function of the image alone."""
 
     def __init__(self, qkv: QuantLinear, proj: QuantLinear, *, heads: int) -> None:
         super().__init__()
@@ -417,10 +417,10 @@ class QuantMerger(nn.Sequential):
 
 
 class ImageByImage(Qwen2_5_VisionTransformerPretrainedModel):
-    """The upstream tower, run on one picture at a time: its features are the same alone and in any batch."""
+    """The upstream tower, run on one image at a time: its features are the same alone and in any batch."""
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """hidden_states [patches of all pictures, patch], grid_thw [pictures, 3] -> as upstream."""
+        """hidden_states [patches of all images, patch], grid_thw [images, 3] -> as upstream."""
         parts = hidden_states.split(grid_thw.prod(-1).tolist())
         outs: list[Any] = [
             super(ImageByImage, self).forward(part, grid_thw=grid[None], **kwargs)

@@ -16,7 +16,7 @@ from quota.nn.padding import start_of_mask
 
 
 @dataclass
-class Record:
+class AttentionTrace:
     """What one attention leaves for scoring tokens, as deployed: q [B, H, T, D] and lse [B, H, T] float32, and k [B,
     Hkv, T, D] float32 or its T packed slots of the cache."""
 
@@ -30,13 +30,13 @@ class Record:
         assert self.k is not None
         return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
 
-    def first(self, tokens: int) -> Record:
+    def first(self, tokens: int) -> AttentionTrace:
         """Of the first `tokens` alone, which by causality is what they leave without the others; call it on a filled
         record."""
         if self.q is None or self.k is None or self.lse is None or self.q.shape[2] == tokens:
             return self
         k = self.k[:, :, :tokens] if isinstance(self.k, Tensor) else tuple(t[:, :, :tokens] for t in self.k)
-        return Record(self.q[:, :, :tokens].contiguous(), k, self.lse[:, :, :tokens].contiguous(), self.scaling)  # type: ignore[arg-type]
+        return AttentionTrace(self.q[:, :, :tokens].contiguous(), k, self.lse[:, :, :tokens].contiguous(), self.scaling)  # type: ignore[arg-type]
 
 
 class QuantAttention(Float32State):
@@ -92,7 +92,7 @@ class QuantAttention(Float32State):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        quota_record: Record | None = None,
+        quota_trace: AttentionTrace | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden]; position_embeddings cos, sin [B or 1, T, D]; attention_mask as transformers
@@ -111,8 +111,8 @@ class QuantAttention(Float32State):
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         q = self.append(qkv, rotary, cache.key, cache.value, position)
         out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
-        if quota_record is not None:
-            quota_record.q, quota_record.k, quota_record.lse, quota_record.scaling = (
+        if quota_trace is not None:
+            quota_trace.q, quota_trace.k, quota_trace.lse, quota_trace.scaling = (
                 q,
                 cache.filled_key,
                 lse,

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from quota import ops
-from quota.nn.attention import QuantAttention, Record
+from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.nn.cache import Kv4Layer, kv4_layer
 from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
@@ -186,7 +186,7 @@ class QuantBiasedAttention(QuantAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        quota_record: Record | None = None,
+        quota_trace: AttentionTrace | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As QuantAttention.forward; position_embeddings are required."""
@@ -206,10 +206,10 @@ class QuantBiasedAttention(QuantAttention):
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         wide = self.append(qkv, (cos, sin), cache.key, cache.value, position)
         out, lse = ops.kv4_attention(wide, cache.key, cache.value, cache.length, cache.start, self.scaling, table.slots)
-        if quota_record is not None:
+        if quota_trace is not None:
             assert table.slots is not None
-            quota_record.q, quota_record.k = wide, wide_keys(cache.dequantize_keys(), table.slots[..., : cache.length])
-            quota_record.lse, quota_record.scaling = lse, self.scaling
+            quota_trace.q, quota_trace.k = wide, wide_keys(cache.dequantize_keys(), table.slots[..., : cache.length])
+            quota_trace.lse, quota_trace.scaling = lse, self.scaling
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
     def append(

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quota.models.images import Pictures, Shown
-from quota.nn.attention import Record
+from quota.models.images import ImageInfo, ImageTokens
+from quota.nn.attention import AttentionTrace
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -75,10 +75,10 @@ class Prefill:
     first_column: Tensor  # int64 [B], the prompt's first real token
     tokens: int  # columns of this forward
     prompt: int  # columns of the prompt; those behind are drafted or, without a cache, generated, and never asked
-    pictures: Pictures
+    pictures: ImageTokens
     outcome: Outcome
     pruned: bool = False
-    record: Record | None = None
+    trace: AttentionTrace | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def continued_positions(ahead: Tensor | None, batch: int, first: int, end: int, 
 
 @dataclass
 class Call:
-    """One forward. picture int64 [B, T]: see `ArchSpec.image_index`; shown: the pictures given with it; text: the
+    """One forward. image int64 [B, T]: see `ArchSpec.image_index`; shown: the images given with it; text: the
     language model it runs through."""
 
-    picture: Tensor | None
-    shown: list[Shown] | None = None
+    image_index: Tensor | None
+    shown: list[ImageInfo] | None = None
     text: Any = None
     prefill: Prefill | None = None
     mark: Mark | None = None

@@ -118,15 +118,15 @@ def dpp(score: np.ndarray, similarity: np.ndarray, keep: int) -> list[int]:
 
 
 def grid(score: np.ndarray, places: np.ndarray, sizes: Sequence[tuple[int, int]], keep: int, share: float) -> list[int]:
-    """ceil(share * keep) tokens spread evenly over the pictures, the rest by score. places int64 [V, 3]: picture, row,
-    column; sizes: (rows, columns) per picture. An even site takes the nearest token that is alive and free."""
+    """ceil(share * keep) tokens spread evenly over the images, the rest by score. places int64 [V, 3]: image, row,
+    column; sizes: (rows, columns) per image. An even site takes the nearest token that is alive and free."""
     even = min(keep, math.ceil(share * keep))
     alive = np.bincount(places[:, 0], minlength=len(sizes)).tolist()
     free = np.full(len(score), True)
     chosen: list[int] = []
-    for picture, count in enumerate(_divide(even, alive)):
-        own = places[:, 0] == picture
-        for site in even_sites(*sizes[picture], count):
+    for image, count in enumerate(_divide(even, alive)):
+        own = places[:, 0] == image
+        for site in even_sites(*sizes[image], count):
             away = ((places[:, 1:] - np.array(site)) ** 2).sum(-1)
             chosen.append(int(np.argmin(np.where(own & free, away, _ELSEWHERE))))
             free[chosen[-1]] = False
@@ -135,7 +135,7 @@ def grid(score: np.ndarray, places: np.ndarray, sizes: Sequence[tuple[int, int]]
 
 
 def even_sites(rows: int, columns: int, count: int) -> list[tuple[int, int]]:
-    """`count` distinct places (row, column) at the centres of equal parts of a picture: about square parts, in rows of
+    """`count` distinct places (row, column) at the centres of equal parts of an image: about square parts, in rows of
     equal height."""
     if not count:
         return []
@@ -159,7 +159,7 @@ def _divide(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def random_scores(seed: int, digests: Sequence[str], number: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """float32 [V] in [0, 1): a hash of seed, picture content and place, so a picture's order is the same in any prompt,
+    """float32 [V] in [0, 1): a hash of seed, image content and place, so an image's order is the same in any prompt,
     batch and layer."""
     keys = (f"{seed} {digests[n]} {p}".encode() for n, p in zip(number.tolist(), place.tolist(), strict=True))
     return np.array(

@@ -10,7 +10,7 @@ Positions. "original": kept tokens keep the prompt's rotary positions and decodi
 "compact": inside each layer the alive tokens are renumbered without gaps from the row's first position, and decoding at
 a layer continues from that layer's own last number; what a layer cached and what it computes later therefore always use
 one numbering. Under M-RoPE "original" keeps a token's three positions together; "compact" gives the alive tokens one
-consecutive number for all three, so the picture's layout is no longer in them.
+consecutive number for all three, so the image's layout is no longer in them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from quota import ops
 from quota.core.errors import UsageError
 from quota.core.keep import ATTENTION_SCORES, BEFORE
 from quota.models import Family, find_family, submodule
-from quota.models.images import Pictures, shown_pictures
-from quota.nn.attention import QuantAttention, Record
+from quota.models.images import ImageTokens, image_infos
+from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.nn.cache import Rows, RowState, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
 from quota.prune.budget import plan_drops
@@ -46,7 +46,7 @@ from quota.prune.call import (
 )
 from quota.prune.recording import start_recording, stop_recording
 from quota.prune.scores import text_queries
-from quota.prune.select import Alive, asks_for_pictures, choose
+from quota.prune.select import Alive, choose, needs_images
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -123,7 +123,7 @@ class Watch:
     def __init__(self, family: Family, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
         self.family, self.recipe, self.forced = family, recipe, forced
         self.ratios = dict(zip(recipe.candidates, recipe.keep, strict=True))
-        self.asks_for_pictures = forced is None and asks_for_pictures(recipe)
+        self.needs_images = forced is None and needs_images(recipe)
         self.keep_signals = False
         self.last = LastOutcome()
 
@@ -150,12 +150,12 @@ class Watch:
     def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
         call = Call(None if ids is None else self.family.image_index(ids))
-        if self.asks_for_pictures:
+        if self.needs_images:
             pixels, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
             if pixels is None:
                 call.shown = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_shown", None)
             else:
-                call.shown = shown_pictures(
+                call.shown = image_infos(
                     pixels if grids is None else pixels.type(module.visual.dtype), grids, self.family.merge
                 )
         return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
@@ -164,11 +164,11 @@ class Watch:
         return args, {name: value for name, value in kwargs.items() if name != "quota_call"}
 
     def after_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """`generate` encodes pictures before its first forward and hands the features on: what they show goes with
+        """`generate` encodes images before its first forward and hands the features on: what they show goes with
         them."""
-        if self.asks_for_pictures and not isinstance(output, tuple):
+        if self.needs_images and not isinstance(output, tuple):
             pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
-            output.quota_shown = shown_pictures(pixels, kwargs.get("grid_thw"), self.family.merge)
+            output.quota_shown = image_infos(pixels, kwargs.get("grid_thw"), self.family.merge)
 
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -188,8 +188,8 @@ class Watch:
         if cached:
             call.mark = self.mark_of(cache)
             if tokens > 1:
-                self._check_continuation(call.picture, mask, cached, tokens)
-        elif call.picture is None:
+                self._check_continuation(call.image_index, mask, cached, tokens)
+        elif call.image_index is None:
             raise UsageError(
                 "input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual"
             )
@@ -236,10 +236,10 @@ class Watch:
         cached, ahead = cache.get_seq_length(), self.mark_of(cache).ahead
         return {"position_ids": continued_positions(ahead, len(ids), cached, cached + ids.shape[1], ids.device)}
 
-    def _check_continuation(self, picture: Tensor | None, mask: Any, cached: int, tokens: int) -> None:
+    def _check_continuation(self, image_index: Tensor | None, mask: Any, cached: int, tokens: int) -> None:
         known = prompt_columns(self)
         own = tokens if known is None else max(known - cached, 0)  # behind them: what `generate` drafted
-        if picture is not None and bool((picture[:, :own] >= 0).any()):
+        if image_index is not None and bool((image_index[:, :own] >= 0).any()):
             raise UsageError(
                 "past_key_values: image tokens arrived after cached ones; pruning ranks a whole prompt at once, so give"
                 " all images in one prefill (no prefill_chunk_size, no new images on a cached conversation)"
@@ -250,9 +250,9 @@ class Watch:
             )
 
     def _prefill(self, call: Call, mask: Any, cache: Any) -> Prefill:
-        assert call.picture is not None
-        picture = call.picture
-        batch, tokens = picture.shape
+        assert call.image_index is not None
+        image_index = call.image_index
+        batch, tokens = image_index.shape
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError(
                 "attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the"
@@ -273,31 +273,33 @@ class Watch:
                     layer.forget_rows()
         known = prompt_columns(self)
         prompt = tokens if known is None else min(known, tokens)
-        valid = torch.ones_like(picture, dtype=torch.bool) if mask is None else mask.bool()
+        valid = torch.ones_like(image_index, dtype=torch.bool) if mask is None else mask.bool()
         start = row_start(valid)
-        real = picture.masked_fill(~valid, -1)
+        real = image_index.masked_fill(~valid, -1)
         real[:, prompt:] = -1
         group, keep = self._plan(real)
         text = torch.zeros_like(valid)
         text[:, :prompt] = text_queries(real[:, :prompt] >= 0, valid[:, :prompt])
         stage = Stage(
-            torch.arange(tokens, device=picture.device).expand(batch, -1),
+            torch.arange(tokens, device=image_index.device).expand(batch, -1),
             valid,
             group,
             text,
-            torch.zeros(batch, dtype=torch.int64, device=picture.device),
+            torch.zeros(batch, dtype=torch.int64, device=image_index.device),
             start if bool(start.any()) else None,
         )
         outcome = Outcome(cache_lengths=[tokens] * self.family.layers)
         self.last.set(outcome)
-        return Prefill(stage, keep, start.long(), tokens, prompt, Pictures.of(real, call.shown), outcome)
+        return Prefill(stage, keep, start.long(), tokens, prompt, ImageTokens.of(real, call.shown), outcome)
 
-    def _plan(self, picture: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """picture [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has
+    def _plan(self, image_index: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """image [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has
         more tokens than its budget."""
         if self.forced is not None:
-            return picture, {layer: torch.zeros(0) for layer in self.ratios} if bool((picture >= 0).any()) else {}
-        return plan_drops(self.recipe, picture)
+            return image_index, {layer: torch.zeros(0) for layer in self.ratios} if bool(
+                (image_index >= 0).any()
+            ) else {}
+        return plan_drops(self.recipe, image_index)
 
     def before_layer(
         self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -325,7 +327,7 @@ class Watch:
             and self.forced is None
             and self.recipe.selection_at(number + 1).score in ATTENTION_SCORES
         ):
-            prefill.record = kwargs["quota_record"] = Record()
+            prefill.trace = kwargs["quota_trace"] = AttentionTrace()
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _drop(self, call: Call, candidate: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -345,13 +347,13 @@ class Watch:
                 stage.index[:, :own],
                 layer,
                 prefill.pictures,
-                None if prefill.record is None else prefill.record.first(own),
+                None if prefill.trace is None else prefill.trace.first(own),
                 lambda: self._own_record(call, max(candidate, 0), layer, hidden, kwargs).first(own),
             )
             signals: dict[str, Tensor] = {}
             chosen = torch.zeros_like(stage.valid)
             chosen[:, :own] = choose(self.recipe, candidate, alive, prefill.keep[candidate], signals)
-            prefill.record = None
+            prefill.trace = None
             if self.keep_signals:
                 prefill.outcome.signals[candidate] = signals
         keep = stage.valid & (chosen | ~stage.visual)
@@ -376,15 +378,17 @@ class Watch:
         prefill.pruned = True
         return ops.token_gather(hidden, order)
 
-    def _own_record(self, call: Call, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Record:
+    def _own_record(
+        self, call: Call, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> AttentionTrace:
         """What the attention of layer `number` itself makes of its input, without touching the cache."""
         assert call.prefill is not None
-        record = Record()
+        trace = AttentionTrace()
         inputs = {"attention_mask": kwargs["attention_mask"], "position_embeddings": kwargs["position_embeddings"]}
         if call.prefill.pruned:
             inputs = self._inputs(call, layer, hidden, kwargs)
-        layer.self_attn(layer.input_layernorm(hidden), past_key_values=None, quota_record=record, **inputs)
-        return record
+        layer.self_attn(layer.input_layernorm(hidden), past_key_values=None, quota_trace=trace, **inputs)
+        return trace
 
     def _align(self, call: Call, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give a layer after a drop the rotary embedding, mask and cache layer of its own tokens."""

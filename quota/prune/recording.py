@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from quota.core.errors import UsageError
-from quota.nn.attention import Record
+from quota.nn.attention import AttentionTrace
 from quota.nn.padding import start_of_mask
 
 _PREFIX = "quota_"
@@ -30,14 +30,14 @@ def _recording(base: str) -> Any:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        quota_record: Record | None = None,
+        quota_trace: AttentionTrace | None = None,
         **kwargs: Any,
     ) -> Any:
-        if quota_record is not None:
+        if quota_trace is not None:
             scaling = kwargs.get("scaling") or module.scaling
             q, k = query.float().contiguous(), key.float().contiguous()
-            quota_record.q, quota_record.k, quota_record.scaling = q, k, scaling
-            quota_record.lse = causal_lse(q, k, attention_mask, scaling)
+            quota_trace.q, quota_trace.k, quota_trace.scaling = q, k, scaling
+            quota_trace.lse = causal_lse(q, k, attention_mask, scaling)
         deployed = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
         return deployed(module, query, key, value, attention_mask, **kwargs)
 
@@ -65,7 +65,7 @@ def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Ten
 
 @contextmanager
 def recording(text_model: Any) -> Iterator[None]:
-    """While open, the float attentions of `text_model` accept `quota_record=`. UsageError for another backend than sdpa
+    """While open, the float attentions of `text_model` accept `quota_trace=`. UsageError for another backend than sdpa
     or eager."""
     base = start_recording(text_model)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.nn.attention import QuantAttention, Record
+from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.nn.linear import row_norm
 from quota.quant.affine import dequantize_symmetric, quantize_symmetric
 
@@ -33,14 +33,14 @@ def text_queries(visual: Tensor, valid: Tensor) -> Tensor:
 
 
 def token_signals(
-    record: Record, hidden: Tensor, layer: Any, visual: Tensor, text: Tensor, quant: bool
+    trace: AttentionTrace, hidden: Tensor, layer: Any, visual: Tensor, text: Tensor, quant: bool
 ) -> dict[str, Tensor]:
     """Equation (6), float32 [B, S] each, 0 where not visual: inter, intra, mag and, if asked, quant.
 
     record: attention of the layer before; hidden [B, S, hidden]: input of `layer`; visual, text [B, S] bool.
     """
-    q, k, lse = _filled(record)
-    inter, intra = ops.token_score(q, k, lse, text, visual, record.scaling)
+    q, k, lse = _filled(trace)
+    inter, intra = ops.token_score(q, k, lse, text, visual, trace.scaling)
     tokens = hidden[visual]
     signals = {"inter": inter, "intra": intra, "mag": _spread(row_norm(tokens), visual)}
     if quant:
@@ -48,43 +48,43 @@ def token_signals(
     return signals
 
 
-def _filled(record: Record) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:
-    if record.q is None or record.k is None or record.lse is None:
+def _filled(trace: AttentionTrace) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:
+    if trace.q is None or trace.k is None or trace.lse is None:
         raise UsageError(
             "attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was"
             " installed"
         )
-    return record.q, record.k, record.lse
+    return trace.q, trace.k, trace.lse
 
 
-def text_attention(record: Record, visual: Tensor, text: Tensor) -> Tensor:
+def text_attention(trace: AttentionTrace, visual: Tensor, text: Tensor) -> Tensor:
     """Attention of the text queries to each visual token, mean over heads and queries: float32 [B, S], 0 where not
     visual."""
-    return _column_mean(record, visual, text, torch.mean)
+    return _column_mean(trace, visual, text, torch.mean)
 
 
-def last_token_attention(record: Record, visual: Tensor) -> Tensor:
+def last_token_attention(trace: AttentionTrace, visual: Tensor) -> Tensor:
     """The same for the last token of each row: what FastV's and PyramidDrop's code rank by."""
     last = torch.zeros_like(visual)
     last[:, -1] = True
-    return _column_mean(record, visual, last, torch.mean)
+    return _column_mean(trace, visual, last, torch.mean)
 
 
-def cross_self(record: Record, visual: Tensor, text: Tensor) -> Tensor:
+def cross_self(trace: AttentionTrace, visual: Tensor, text: Tensor) -> Tensor:
     """FitPrune: of the largest head, mean attention from text queries times mean attention from visual queries. float32
     [B, S]."""
-    return head_max_attention(record, visual, text) * head_max_attention(record, visual, visual)
+    return head_max_attention(trace, visual, text) * head_max_attention(trace, visual, visual)
 
 
-def head_max_attention(record: Record, visual: Tensor, queries: Tensor) -> Tensor:
+def head_max_attention(trace: AttentionTrace, visual: Tensor, queries: Tensor) -> Tensor:
     """Attention of the largest head, mean over `queries` [B, S]: float32 [B, S], 0 where not visual."""
-    return _column_mean(record, visual, queries, torch.amax)
+    return _column_mean(trace, visual, queries, torch.amax)
 
 
-def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
+def _column_mean(trace: AttentionTrace, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
     """queries [B, S]: whose attention. Softmax rows in float64, rounded once, so that the order of summation cannot
     show."""
-    (q, _, lse), k = _filled(record), record.float_keys()
+    (q, _, lse), k = _filled(trace), trace.float_keys()
     out = q.new_zeros(visual.shape)
     for row in range(len(visual)):
         columns, asking = visual[row].nonzero()[:, 0], queries[row].nonzero()[:, 0]
@@ -94,7 +94,7 @@ def _column_mean(record: Record, visual: Tensor, queries: Tensor, over_heads: Ca
         total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
         for block in asking.split(_ROWS_AT_ONCE):
             p = torch.exp(
-                q[row, :, block].double() @ keys.transpose(-1, -2) * record.scaling - lse[row, :, block, None].double()
+                q[row, :, block].double() @ keys.transpose(-1, -2) * trace.scaling - lse[row, :, block, None].double()
             )
             total += over_heads(p * (columns[None, :] <= block[:, None]), 0).sum(0)
         out[row, columns] = (total / len(asking)).float()

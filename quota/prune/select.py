@@ -13,8 +13,8 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.models.images import Pictures
-from quota.nn.attention import Record
+from quota.models.images import ImageTokens
+from quota.nn.attention import AttentionTrace
 from quota.prune import policies
 from quota.prune.scores import combine, cross_self, last_token_attention, text_attention, token_signals
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _INDIFFERENT = ("maxmin",)  # policies that do not look at the score
 
 
-def asks_for_pictures(recipe: Recipe) -> bool:
-    """Whether some candidate looks at the pictures themselves: at their content, or at where in them a token lies."""
+def needs_images(recipe: Recipe) -> bool:
+    """Whether some candidate looks at the images themselves: at their content, or at where in them a token lies."""
     return any(s.score == "random" or s.policy == "grid" for s in map(recipe.selection_at, recipe.candidates))
 
 
@@ -43,9 +43,9 @@ class Alive:
     text: Tensor
     column: Tensor
     layer: Any
-    pictures: Pictures
-    record: Record | None = None
-    own_record: Callable[[], Record] | None = None
+    pictures: ImageTokens
+    trace: AttentionTrace | None = None
+    own_record: Callable[[], AttentionTrace] | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -97,7 +97,7 @@ def _row(selection: Selection, alive: Alive, row: int, columns: Tensor, score: T
 
 
 def _places(alive: Alive, row: int, columns: Tensor) -> np.ndarray:
-    """int64 [V, 3]: picture, row and column of each visual token."""
+    """int64 [V, 3]: image, row and column of each visual token."""
     prompt = alive.column[row, columns]
     number, place = (t[row, prompt].cpu().numpy() for t in (alive.pictures.number, alive.pictures.place))
     width = np.array([columns_ for _, columns_ in alive.pictures.grids[row]], dtype=np.int64)[number]
@@ -135,13 +135,13 @@ def token_scores(
     return score
 
 
-def _recorded(alive: Alive) -> Record:
-    if alive.record is None:
+def _recorded(alive: Alive) -> AttentionTrace:
+    if alive.trace is None:
         raise UsageError(
             "attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was"
             " installed"
         )
-    return alive.record
+    return alive.trace
 
 
 def _relevance(recipe: Recipe, alive: Alive, row: int, columns: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _random(recipe: Recipe, alive: Alive, row: int, columns: Tensor) -> Tensor:
     digests = alive.pictures.digests
     if digests is None:
         raise UsageError(
-            "pixel_values: the random score is seeded by the pictures' content, and none was encoded; pass pixels, not"
+            "pixel_values: the random score is seeded by the images' content, and none was encoded; pass pixels, not"
             " features"
         )
     prompt = alive.column[row, columns]

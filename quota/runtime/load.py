@@ -51,7 +51,7 @@ def load(
     for `generate`.
 
     Threads may share it, each with a cache of its own; see `patched` for what holds under a recipe.
-    `.processor` is attached (None where the folder has none) and uses PIL pictures. From now on the process keeps freed
+    `.processor` is attached (None where the folder has none) and uses PIL images. From now on the process keeps freed
     memory (`keep_freed_memory`).
 
     checkpoint: a folder written by `quota calibrate`, or a float folder or hub name. recipe: installed if given, see

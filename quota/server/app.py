@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from quota.core.errors import QuotaError
-from quota.server.answers import Answer
-from quota.server.around import Around
 from quota.server.errors import ApiError, handle
+from quota.server.middleware import RequestMiddleware
+from quota.server.responses import Answer
 from quota.server.schemas import ChatRequest, CompletionRequest
-from quota.server.service import Service, Spoken
+from quota.server.service import EngineRequest, Service
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
@@ -42,7 +42,7 @@ def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None =
     app.state.service = service
     for kind in (ApiError, QuotaError, HTTPException):
         app.add_exception_handler(kind, handle)  # type: ignore[arg-type]
-    app.add_middleware(Around, service=service, keys=service.settings.accepted_keys())
+    app.add_middleware(RequestMiddleware, service=service, keys=service.settings.accepted_keys())
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -94,15 +94,18 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
 
 async def _prepared(
-    request: Request, service: Service, kind: type[_Body], prepare: Callable[[_Body], Coroutine[Any, Any, Spoken]]
-) -> Spoken:
+    request: Request,
+    service: Service,
+    kind: type[_Body],
+    prepare: Callable[[_Body], Coroutine[Any, Any, EngineRequest]],
+) -> EngineRequest:
     """What the engine is to do. Nothing of the body outlives this."""
     service.check_open()
     with service.bodies.held() as held:
         return await _unless_gone(request, prepare(await service.bodies.parsed(request, kind, held)))
 
 
-async def _answer(request: Request, service: Service, spoken: Spoken) -> Response:
+async def _answer(request: Request, service: Service, spoken: EngineRequest) -> Response:
     answer = Answer(
         spoken.id, service.name, chat=spoken.chat, logprobs=spoken.logprobs, fingerprint=service.fingerprint
     )

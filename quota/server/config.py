@@ -35,7 +35,7 @@ class Settings(Document):
     threads: int = Field(default=0, ge=0, description="compute threads, 0: all cores")
     kv_bytes: int = Field(default=256 << 20, ge=1)
     feature_bytes: int = Field(
-        default=256 << 20, ge=0, description="memory for encoded pictures that may be asked about again"
+        default=256 << 20, ge=0, description="memory for encoded images that may be asked about again"
     )
     page_tokens: int = Field(default=16, ge=1, le=4096)
     max_running: int = Field(default=64, ge=1)
@@ -57,20 +57,20 @@ class Settings(Document):
     in_flight_bytes: int = Field(
         default=256 << 20, ge=1, description="memory for the bodies of all requests that are arriving or being prepared"
     )
-    max_images: int = Field(default=8, ge=0, description="pictures per request")
+    max_images: int = Field(default=8, ge=0, description="images per request")
     max_image_bytes: int = Field(default=20 << 20, ge=1)
     max_image_pixels: int = Field(default=40_000_000, ge=1)
     image_workers: int = Field(
-        default=2, ge=2, le=64, description="processes that decode pictures; large or slow ones never take the last"
+        default=2, ge=2, le=64, description="processes that decode images; large or slow ones never take the last"
     )
     image_decode_s: float = Field(
-        default=10.0, gt=0, le=600, description="processor time one picture's decoding may take"
+        default=10.0, gt=0, le=600, description="processor time one image's decoding may take"
     )
     image_decode_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="memory of each of those processes, over what it starts with"
     )
     image_hosts: tuple[str, ...] = Field(
-        default=(), description="hosts pictures may be fetched from; none: only data URLs"
+        default=(), description="hosts images may be fetched from; none: only data URLs"
     )
     image_timeout_s: float = Field(default=10.0, gt=0)
     replicas: int = Field(

@@ -1,4 +1,4 @@
-"""From messages to what the engine runs: chat template, processor, pictures, and how much of the prompt chooses the
+"""From messages to what the engine runs: chat template, processor, images, and how much of the prompt chooses the
 visual tokens."""
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ class PromptBuilder:
         self._reserved = [self.mark, *filter(None, [getattr(self.processor, "video_token", None)])]
         self._lock = threading.Lock()
 
-    def chat(self, messages: Sequence[Message], pictures: Sequence[Any]) -> Prompt:
-        """pictures: RGB, in the order of the messages' image parts. UsageError for text that contains the picture
+    def chat(self, messages: Sequence[Message], images: Sequence[Any]) -> Prompt:
+        """images: RGB, in the order of the messages' image parts. UsageError for text that contains the image
         mark."""
         with self._lock:
             text = self._render(messages)
             for mark in self._reserved:  # here and not in the parts: a template may join two of them to a mark
-                if text.count(mark) != (len(pictures) if mark == self.mark else 0):
-                    raise UsageError(f"messages: text must not contain {mark}; send pictures as image_url parts")
-            inputs = self.processor(text=[text], images=list(pictures) or None, return_tensors="pt")
+                if text.count(mark) != (len(images) if mark == self.mark else 0):
+                    raise UsageError(f"messages: text must not contain {mark}; send images as image_url parts")
+            inputs = self.processor(text=[text], images=list(images) or None, return_tensors="pt")
             ids = inputs["input_ids"][0].tolist()
             images = self.model.images(inputs)
             selection = self._first_selection(messages, ids, images) if images else None
         return Prompt(ids, images, selection)
 
     def text(self, prompt: str | list[int]) -> Prompt:
-        """A prompt without pictures; ids are taken as they are."""
+        """A prompt without images; ids are taken as they are."""
         if not isinstance(prompt, str):
             return Prompt(prompt)
         for mark in self._reserved:
             if mark in prompt:
-                raise UsageError(f"prompt: must not contain {mark}; use /v1/chat/completions for pictures")
+                raise UsageError(f"prompt: must not contain {mark}; use /v1/chat/completions for images")
         with self._lock:
             return Prompt(self.processor.tokenizer(prompt)["input_ids"])
 
@@ -63,7 +63,7 @@ class PromptBuilder:
             raise UsageError(f"messages: the model's chat template refuses them ({error})") from None
 
     def _first_selection(self, messages: Sequence[Message], ids: list[int], images: Sequence[Any]) -> int | None:
-        """Tokens up to the first answer after the last picture; None when that is the whole prompt.
+        """Tokens up to the first answer after the last image; None when that is the whole prompt.
 
         A later turn then prunes exactly as the first did, and reuses its keys and values. A template whose first turn
         is no prefix of the whole (some rewrite earlier turns) chooses by the whole prompt instead.

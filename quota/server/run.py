@@ -14,8 +14,8 @@ import uvicorn
 from quota.core.errors import UsageError
 from quota.server.app import create_app
 from quota.server.config import Settings
+from quota.server.header_timeout import OPTIONS
 from quota.server.logs import configure
-from quota.server.protocol import OPTIONS
 from quota.server.service import Service, with_model
 
 log = logging.getLogger("quota.server")

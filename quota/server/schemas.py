@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from quota.runtime.engine import Sampling
+from quota.runtime.engine import SamplingParams
 from quota.runtime.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS
 
 MAX_CHOICES = 8
@@ -147,9 +147,9 @@ class Message(_Body):
         return values
 
     @model_validator(mode="after")
-    def _pictures_from_users(self) -> Message:
+    def _images_from_users(self) -> Message:
         if self.role != "user" and self.images:
-            raise ValueError("only user messages can hold pictures")
+            raise ValueError("only user messages can hold images")
         return self
 
     @property
@@ -225,10 +225,10 @@ class _Common(_Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
+    def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
         """Choice i of a seeded request draws with seed + i, so choices differ and each can be had again."""
         seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        return Sampling(
+        return SamplingParams(
             max_tokens, self.temperature, self.top_p, max(0, self.top_k), seed, self.stops, logprobs, self.ignore_eos
         )
 
@@ -254,7 +254,7 @@ class ChatRequest(_Common):
             raise ValueError("top_logprobs: needs logprobs to be true")
         return self
 
-    def samplings(self) -> list[Sampling]:
+    def samplings(self) -> list[SamplingParams]:
         limit = self.max_completion_tokens or self.max_tokens or _CHAT_TOKENS
         return [self.sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, i) for i in range(self.n)]
 
@@ -274,5 +274,5 @@ class CompletionRequest(_Common):
         many: Any = [self.prompt] if one else self.prompt
         return list(many)
 
-    def samplings(self) -> list[Sampling]:
+    def samplings(self) -> list[SamplingParams]:
         return [self.sampling(self.max_tokens or _COMPLETION_TOKENS, self.logprobs, i) for i in range(self.n)]

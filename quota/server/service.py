@@ -18,8 +18,17 @@ from quota.core.errors import UsageError
 from quota.core.malloc import return_freed_memory
 from quota.core.recipe import Recipe
 from quota.models import model_fingerprint
-from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prompt, QueueFull, Request, Sampling, Usage
-from quota.server.answers import DONE, Answer, Choice, failure
+from quota.runtime.engine import (
+    AsyncEngine,
+    Engine,
+    EngineConfig,
+    Output,
+    Prompt,
+    QueueFull,
+    Request,
+    SamplingParams,
+    Usage,
+)
 from quota.server.bodies import Bodies
 from quota.server.config import Settings
 from quota.server.errors import ApiError, as_api_error
@@ -27,6 +36,7 @@ from quota.server.images import Decoders
 from quota.server.lane import Lane
 from quota.server.metrics import Metrics
 from quota.server.prompts import PromptBuilder
+from quota.server.responses import DONE, Answer, Choice, failure
 from quota.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger("quota.server")
@@ -38,7 +48,7 @@ _FEW_ENTRIES = 64  # which are written faster than a thread is asked
 
 
 @dataclass(frozen=True)
-class Spoken:
+class EngineRequest:
     """A request the engine can run: one engine request per choice."""
 
     id: str
@@ -71,7 +81,7 @@ class Service:
         self.prompts = PromptBuilder(model.processor, engine.model)
         self._large_prompts = PromptBuilder(
             copy.deepcopy(model.processor), engine.model
-        )  # large pictures take seconds: nobody waits behind them
+        )  # large images take seconds: nobody waits behind them
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
@@ -113,14 +123,14 @@ class Service:
         if self._preparing >= self.settings.max_waiting:
             raise QueueFull(f"queue: {self._preparing} requests are being prepared already")
 
-    async def chat(self, body: ChatRequest) -> Spoken:
-        """Decode pictures, render and tokenize, off the event loop."""
+    async def chat(self, body: ChatRequest) -> EngineRequest:
+        """Decode images, render and tokenize, off the event loop."""
         self.check_model(body.model)
         urls = [url for message in body.messages for url in message.images]
         if len(urls) > self.settings.max_images:
             raise ApiError(
                 400,
-                f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}",
+                f"messages: {len(urls)} images, the limit is {self.settings.max_images}",
                 code="too_many_images",
                 param="messages",
             )
@@ -145,7 +155,7 @@ class Service:
             if large:
                 return_freed_memory()
 
-    async def complete(self, body: CompletionRequest) -> Spoken:
+    async def complete(self, body: CompletionRequest) -> EngineRequest:
         """Tokenize, off the event loop."""
         self.check_model(body.model)
         given = body.prompts()
@@ -170,7 +180,9 @@ class Service:
             message = f"{where}: {characters} characters; a model of {self.limit} tokens takes at most {most}"
             raise ApiError(400, message, code="context_length_exceeded", param=where)
 
-    def _spoken(self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool) -> Spoken:
+    def _spoken(
+        self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool
+    ) -> EngineRequest:
         id = f"{kind}-{uuid.uuid4().hex}"
         recipe = "default" if body.recipe is None else None if body.recipe == NO_RECIPE else body.recipe
         for prompt in prompts:
@@ -182,7 +194,7 @@ class Service:
                     code="context_length_exceeded",
                     param=where,
                 )
-        samplings: list[Sampling] = body.samplings()
+        samplings: list[SamplingParams] = body.samplings()
         self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
         requests = [
@@ -190,7 +202,7 @@ class Service:
             for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))
         ]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
+        return EngineRequest(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
 
     def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
         """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice
@@ -210,7 +222,7 @@ class Service:
                 param=where,
             )
 
-    def _check_reports(self, choices: int, sampling: Sampling) -> None:
+    def _check_reports(self, choices: int, sampling: SamplingParams) -> None:
         """Bound what log-probabilities one answer collects: each takes some hundred bytes, and time to write."""
         if sampling.logprobs is not None:
             entries = choices * min(sampling.max_tokens, self.limit) * (1 + sampling.logprobs)
@@ -221,7 +233,7 @@ class Service:
                 )
                 raise ApiError(400, message, param="logprobs")
 
-    async def outputs(self, spoken: Spoken) -> AsyncGenerator[tuple[int, Output]]:
+    async def outputs(self, spoken: EngineRequest) -> AsyncGenerator[tuple[int, Output]]:
         """(choice, output) of all choices as they come. An error of one ends all."""
         numbers = {request.id: index for index, request in enumerate(spoken.requests)}
         async with aclosing(self.engine.stream(*spoken.requests)) as stream:
@@ -232,7 +244,7 @@ class Service:
                     self.metrics.observe_usage(output.usage)
                 yield numbers[output.id], output
 
-    async def collect(self, spoken: Spoken) -> list[Choice]:
+    async def collect(self, spoken: EngineRequest) -> list[Choice]:
         """All choices, complete."""
         choices = [Choice(index) for index in range(len(spoken.requests))]
         async with aclosing(self.outputs(spoken)) as outputs:
@@ -240,13 +252,13 @@ class Service:
                 choices[index].add(output)
         return choices
 
-    async def whole(self, spoken: Spoken, answer: Answer) -> bytes:
+    async def whole(self, spoken: EngineRequest, answer: Answer) -> bytes:
         """The body of an answer that is not streamed, written off the event loop."""
         choices = await self.collect(spoken)
         entries = sum(len(choice.logprobs) for choice in choices)
         return answer.whole(choices) if entries < _FEW_ENTRIES else await asyncio.to_thread(answer.whole, choices)
 
-    async def events(self, spoken: Spoken, answer: Answer) -> AsyncGenerator[str]:
+    async def events(self, spoken: EngineRequest, answer: Answer) -> AsyncGenerator[str]:
         """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be
         plain responses."""
         usages: list[Usage] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from quota.allocate.baselines import Basis, Evidence
+from quota.allocate.baselines import RecipeContext, SearchStats
 from quota.allocate.compute import Cost, DecoderSizes, cost
 from quota.allocate.explain import recipe_cost
 from quota.allocate.methods import BASELINES, METHODS
@@ -27,7 +27,7 @@ from quota.demo.embedded import reference_of, sources
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.compare import answer_rows, cache_dtype, folder_fingerprint
-from quota.eval.profiling import Asked, basis_of, measure_evidence, profile_models
+from quota.eval.profiling import RecipeRequest, basis_of, measure_evidence, profile_models
 from quota.eval.questions import Question
 from quota.runtime.load import checked_device
 from quota.study.parts import assemble
@@ -89,7 +89,7 @@ class Bench:
         self.code = code_fingerprint()
         self.cache = StageCache(settings.out / "cache", self.code)
         self._fingerprints: dict[str, str] = {}
-        self._evidence: dict[str, Evidence] = {}
+        self._evidence: dict[str, SearchStats] = {}
         self._loaded: tuple[tuple[str, Placement], Any, Any] | None = None
 
     # -- things made once ----------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class Bench:
     ) -> Recipe:
         """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized
         model)."""
-        asked = Asked(method, keep, compute, tau=tau, reference=self.reference)
+        asked = RecipeRequest(method, keep, compute, tau=tau, reference=self.reference)
         if METHODS[method].needs == "profile":
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
@@ -193,7 +193,7 @@ class Bench:
         return asked.from_basis(self.basis, self._evidence[key])
 
     @cached_property
-    def basis(self) -> Basis:
+    def basis(self) -> RecipeContext:
         model, processor = self.loaded(self.quantized())
         return basis_of(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
 

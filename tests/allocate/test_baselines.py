@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from quota.allocate.baselines import Basis, Evidence, at_compute, build_baseline
+from quota.allocate.baselines import RecipeContext, SearchStats, at_compute, build_baseline
 from quota.allocate.explain import explain_text, facts, recipe_cost
 from quota.allocate.fitprune import AttentionSample, keep_shares, search
 from quota.allocate.methods import BASELINES, METHODS, methods_help
@@ -18,7 +18,7 @@ from quota.core.recipe import Method, ModelFacts, Recipe
 from tests.allocate.profiles import profile
 
 
-def basis(layers: int = 32, tokens: int = 576) -> Basis:
+def basis(layers: int = 32, tokens: int = 576) -> RecipeContext:
     model = ModelFacts(
         architecture="LlavaForConditionalGeneration",
         fingerprint="sha256:aa",
@@ -31,7 +31,7 @@ def basis(layers: int = 32, tokens: int = 576) -> Basis:
         text_tokens=64,
         vision_macs=10**11,
     )
-    return Basis(model, "w4a4kv4")
+    return RecipeContext(model, "w4a4kv4")
 
 
 def attention(layers: int = 8, tokens: int = 50, seed: int = 0) -> AttentionSample:
@@ -39,8 +39,8 @@ def attention(layers: int = 8, tokens: int = 50, seed: int = 0) -> AttentionSamp
     return AttentionSample(r.random((layers, tokens)) ** 4, r.random((layers, tokens)) ** 2)
 
 
-def evidence() -> Evidence:
-    return Evidence(
+def evidence() -> SearchStats:
+    return SearchStats(
         withdrawal={i: 0.1 / i for i in range(1, 32)},
         attention=[attention(32, 576, s) for s in range(3)],
         samples=20,
@@ -100,7 +100,7 @@ def test_layers_can_be_chosen_where_a_method_has_them() -> None:
 @pytest.mark.parametrize("layers", [2, 3, 4, 8])
 def test_shallow_models(layers: int) -> None:
     for method in BASELINES:
-        shallow = Evidence(withdrawal={i: 1.0 for i in range(1, layers)}, attention=[attention(layers)], samples=1)
+        shallow = SearchStats(withdrawal={i: 1.0 for i in range(1, layers)}, attention=[attention(layers)], samples=1)
         recipe = build_baseline(basis(layers, 50), method, 0.8 if method == "fitprune" else None, evidence=shallow)
         assert all(c == BEFORE or 1 <= c < layers for c in recipe.candidates)
 
@@ -110,7 +110,7 @@ def test_withdrawal_search_takes_the_first_layer_within_the_threshold() -> None:
     assert (
         recipe.candidates == (10,) and "layer 10" in recipe.provenance.search[0] and "Search: " in explain_text(recipe)
     )
-    never = build_baseline(basis(), "vtw", evidence=Evidence(withdrawal={1: 3.0, 2: 2.0}, samples=4))
+    never = build_baseline(basis(), "vtw", evidence=SearchStats(withdrawal={1: 3.0, 2: 2.0}, samples=4))
     assert never.candidates == (2,) and "no layer is within" in never.provenance.search[0]
 
 

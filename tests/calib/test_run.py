@@ -188,7 +188,7 @@ def test_text_only_samples(folder, tmp_path):
 def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
     """quota.nn's packed modules, fed the written tensors, against the frozen calibration blocks: equal weight integers,
     equal activations up to rounding."""
-    from quota.calib.learn import Lesson, learn_block
+    from quota.calib.learn import BlockData, learn_block
     from quota.calib.stream import FloatSource, Stream, advance
     from quota.models.quantize import quantize_structure
 
@@ -204,7 +204,7 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
         block, out = source.block(kind, path), stream.like(tmp_path / f"{kind}-out")
         advance(block, stream, out, 2, "cpu")
         block.quantize_linears()
-        learn_block(block, Lesson(stream, out, None, 0), QUICK)
+        learn_block(block, BlockData(stream, out, None, 0), QUICK)
         tensors = block.export()
         model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
         quantize_structure(model, ("vision", "llm"), {name: tuple(t.shape) for name, t in tensors.items()})

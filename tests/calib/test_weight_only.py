@@ -13,7 +13,7 @@ from quota.calib.profile import profile
 from quota.calib.samples import encode
 from quota.calib.settings import Settings, default_settings
 from quota.calib.stream import FloatSource
-from quota.calib.weight_only import Seen, _scale
+from quota.calib.weight_only import InputStats, _scale
 from quota.core.errors import CheckpointError, UsageError
 from quota.eval.compare import cache_dtype
 from quota.models import find_family
@@ -71,7 +71,7 @@ def test_scaling_alone_changes_nothing(folders, kind, path, kept):
     before, scales = block(batch), {}
     for plan in block.plans:
         linear = block.layer.get_submodule(plan.parts[0])
-        seen = Seen(linear.in_features, "awq", 64, "cpu")
+        seen = InputStats(linear.in_features, "awq", 64, "cpu")
         seen.add(
             torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(1))
             * torch.linspace(0.1, 9, linear.in_features)

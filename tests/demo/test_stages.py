@@ -15,7 +15,7 @@ from quota.scenes import assets
 from quota.scenes import kinds as k
 from tests.calib.calibration import qwen_folder
 from tests.cli.conftest import make_float, make_samples
-from tests.study.conftest import limit_pictures
+from tests.study.conftest import limit_images
 from tests.tiny import tiny_llava, tiny_qwen
 
 
@@ -28,7 +28,7 @@ def test_all_stages(tmp_path: Path, family: str) -> None:
             qwen_folder(tmp_path / "float", layers=3),
             assets.write_calibration(tmp_path / "calibration", 5, family=family),
         )
-        limit_pictures(model, 64)
+        limit_images(model, 64)
     settings = DemoSettings(out=tmp_path / "out", model=str(model), samples=samples, questions=12, steps=0, quiet=True)
     report = run_demo(settings)
     assert Report.model_validate_json((tmp_path / "out" / "report.json").read_text()).model_dump(

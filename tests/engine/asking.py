@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quota.models.images import ImageInput
-from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, Sampling
-from quota.runtime.engine.storage import unit_bytes
+from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
+from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for
 from tests.tiny import IMAGE_TOKEN, QWEN_IDS
 
@@ -80,7 +80,7 @@ def engine(
     """A pool of `pages` units."""
     places = config.get("page_tokens", 4)
     text = model.config.get_text_config()
-    size = unit_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    size = block_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
     options = EngineConfig(
         kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"}
     )
@@ -111,7 +111,7 @@ def tokens(outputs: list[Output]) -> list[int]:
 def asked(
     id: str, prompt: Prompt, tokens: int = 6, recipe: Any = "default", keep: float | None = None, **sampling: Any
 ) -> Request:
-    return Request(id, prompt, Sampling(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep)
+    return Request(id, prompt, SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep)
 
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from quota.models.rtn import quantize_rtn
 from quota.ops import native
 from quota.runtime.engine import decode
 from quota.runtime.engine.decode import Buffers, chosen, describe
-from quota.runtime.engine.work import Work
+from quota.runtime.engine.forward_batch import Work
 from tests.engine.asking import asked, engine, patches, picture, prompt, qwen_prompt, run, same
 from tests.engine.device import Emulated, moved
 from tests.tiny import tiny_qwen
@@ -91,8 +91,8 @@ def test_replays_survive_preemption(model):
 
 
 def work(layers: int, at: int, shared: int = 0) -> Work:
-    units = np.arange(layers * 3, dtype=np.int32).reshape(layers, 3) + 1
-    return Work([7], np.array([[40]]), (at,), (shared,), [units], 0, layers, compact=(False,))
+    blocks = np.arange(layers * 3, dtype=np.int32).reshape(layers, 3) + 1
+    return Work([7], np.array([[40]]), (at,), (shared,), [blocks], 0, layers, compact=(False,))
 
 
 def test_buffers_say_where_rows_are(model):

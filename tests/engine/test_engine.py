@@ -76,7 +76,7 @@ def test_logits_survive_preemption(model):
     assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
     assert same(tight.seen, ample.seen)
     tight.pool.forget()
-    assert tight.pool.available == tight.pool.units
+    assert tight.pool.available == tight.pool.blocks
 
 
 def test_logits_do_not_depend_on_threads(model, mixed):
@@ -152,19 +152,19 @@ def test_chat_keeps_its_first_selection(model):
 
 def test_pruning_gives_memory_back(model):
     case = prompt(model, 3, picture(1), 5)
-    units = {}
+    blocks = {}
     for recipe in (None, "pruned"):
         made = engine(model, default=recipe)
         made.submit(asked("a", case))
         while not made.scheduler.running or not made.scheduler.running[0].decoding:
             made.step()
-        units[recipe] = made.pool.units - made.pool.available
+        blocks[recipe] = made.pool.blocks - made.pool.available
         made.abort("a")
         made.step()
         made.check_integrity()
     text, visual, layers = 9, model.config.image_seq_length, 4
-    assert units[None] == layers * -(-(text + visual + 1) // 4)
-    assert units["pruned"] == sum(-(-(text + kept + 1) // 4) for kept in (16, 12, 8, 4))
+    assert blocks[None] == layers * -(-(text + visual + 1) // 4)
+    assert blocks["pruned"] == sum(-(-(text + kept + 1) // 4) for kept in (16, 12, 8, 4))
 
 
 def test_usage(model):
@@ -184,7 +184,7 @@ def test_refusals(model):
         made.submit(asked("a", Prompt([1, 5000])))
     with pytest.raises(UsageError, match="selection_tokens"):
         made.submit(asked("a", prompt(model, 3, picture(1), 2, selection=9)))
-    with pytest.raises(UsageError, match="units"):
+    with pytest.raises(UsageError, match="blocks"):
         made.submit(asked("a", good, tokens=200))
     with pytest.raises(UsageError, match="no room"):
         made.submit(asked("a", prompt(model, 2048)))

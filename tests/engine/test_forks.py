@@ -55,7 +55,7 @@ def test_bits_are_those_of_answers_given_alone(model, qwen):
             together(made, asks)
             assert same(made.seen, alone), (recipe, options)
             made.pool.forget()
-            assert made.pool.available == made.pool.units
+            assert made.pool.available == made.pool.blocks
 
 
 def test_the_prompt_is_computed_and_held_once(model):
@@ -104,7 +104,7 @@ def test_a_prompt_that_fails_does_so_once_for_each(model, monkeypatch):
     while made.busy:
         reasons += [output.reason for output in made.step()]
         made.check_integrity()
-    assert reasons == ["error"] * 3 and made.pool.available == made.pool.units
+    assert reasons == ["error"] * 3 and made.pool.available == made.pool.blocks
 
 
 @pytest.mark.parametrize("seed", range(2))

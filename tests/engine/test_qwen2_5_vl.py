@@ -99,7 +99,7 @@ def test_logits_survive_preemption(model, prompts):
     assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
     assert same(tight.seen, ample.seen)
     tight.pool.forget()
-    assert tight.pool.available == tight.pool.units
+    assert tight.pool.available == tight.pool.blocks
 
 
 def test_logits_do_not_depend_on_threads(model, mixed):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
+from quota.runtime.engine.detokenize import Detokenizer, StopStrings
+from quota.runtime.engine.logprobs import LogprobBuffer
 from quota.runtime.engine.prefix import PageNames, content_of
-from quota.runtime.engine.report import Entries
-from quota.runtime.engine.request import Sampling, TokenLogprob
-from quota.runtime.engine.sampling import Logits, draw_token, logprobs, uniform
-from quota.runtime.engine.text import Detokenizer, StopWatch
+from quota.runtime.engine.request import SamplingParams, TokenLogprob
+from quota.runtime.engine.sampling import Logits, logprobs, sample_token, uniform
 from quota.scenes.model import build_tokenizer
 from tests.engine.tokenizers import byte_tokenizer
 
@@ -62,7 +62,7 @@ def test_a_special_token_has_a_name_and_no_text():
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_entries_come_with_their_text(pieces, stops):
     """Never before it, and at the end they are the answer."""
-    watch, entries, shown, given = StopWatch(stops), Entries(), "", ""
+    watch, entries, shown, given = StopStrings(stops), LogprobBuffer(), "", ""
     for place, piece in enumerate(pieces):
         text = watch.push(piece) + (watch.flush() if place == len(pieces) - 1 else "")
         shown += text
@@ -80,7 +80,7 @@ def test_entries_come_with_their_text(pieces, stops):
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_stop_texts_never_leak(pieces, stops):
-    watch, whole = StopWatch(stops), "".join(pieces)
+    watch, whole = StopStrings(stops), "".join(pieces)
     shown = ""
     for piece in pieces:
         shown += watch.push(piece)
@@ -93,7 +93,7 @@ def test_stop_texts_never_leak(pieces, stops):
 
 
 def test_text_before_a_stop_is_complete():
-    watch = StopWatch(["</end>"])
+    watch = StopStrings(["</end>"])
     assert [watch.push(t) for t in ("x <", "/en", "q </", "end> y")] == ["x ", "", "</enq ", ""]
     assert watch.found and watch.flush() == ""
 
@@ -111,7 +111,7 @@ class Counted(str):
 def test_stop_texts_are_matched_in_linear_time():
     """The old watch compared every beginning of the stop text at every token."""
     stop, text = Counted("ab" * 500 + "x"), "ab" * 5000
-    watch, Counted.looks = StopWatch([stop]), 0
+    watch, Counted.looks = StopStrings([stop]), 0
     shown = "".join(watch.push(character) for character in text)
     assert Counted.looks < 3 * len(text) and len(text) - 1001 <= len(shown) <= len(text)
     assert shown + watch.flush() == text
@@ -123,42 +123,45 @@ def test_stop_texts_are_matched_in_linear_time():
     st.integers(1, 7),
 )
 def test_where_a_text_is_cut_changes_nothing(text, stops, size):
-    whole, pieces = StopWatch(stops), StopWatch(stops)
+    whole, pieces = StopStrings(stops), StopStrings(stops)
     want = whole.push(text)
     got = "".join(pieces.push(text[at : at + size]) for at in range(0, len(text), size))
     assert (got + pieces.flush(), pieces.found) == (want + whole.flush(), whole.found)
 
 
 def test_stop_texts_have_a_length():
-    Sampling(stop=("x" * 1024,))
+    SamplingParams(stop=("x" * 1024,))
     for wrong in (("x" * 1025,), ("",), ("x",) * 17):
         with pytest.raises(UsageError, match="stop: expected at most 16 texts of 1 to 1024 characters"):
-            Sampling(stop=wrong)
+            SamplingParams(stop=wrong)
 
 
 def test_greedy_and_limits():
     x = np.array([0.0, 3.0, 3.0, 1.0], dtype=np.float32)
     (row,) = Logits(torch.from_numpy(x)[None], torch.from_numpy(x)[None].argmax(-1)).rows(1)
     assert (
-        row.choose(Sampling(), 0, 0) == 1 == row.choose(Sampling(temperature=1.0, top_k=1), 5, 0)
+        row.choose(SamplingParams(), 0, 0) == 1 == row.choose(SamplingParams(temperature=1.0, top_k=1), 5, 0)
         and (row.values == x).all()
     )
-    drawn = {draw_token(x, Sampling(temperature=1.0, top_k=2), 5, place) for place in range(50)}
+    drawn = {sample_token(x, SamplingParams(temperature=1.0, top_k=2), 5, place) for place in range(50)}
     assert drawn == {1, 2}
-    assert {draw_token(x, Sampling(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
-    assert draw_token(np.array([1e4, -1e4], dtype=np.float32), Sampling(temperature=1e-3), 5, 0) == 0
+    assert {sample_token(x, SamplingParams(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
+    assert sample_token(np.array([1e4, -1e4], dtype=np.float32), SamplingParams(temperature=1e-3), 5, 0) == 0
 
 
 def test_samples_follow_the_distribution():
     x = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
     counts = (
-        np.bincount([draw_token(x, Sampling(temperature=1.0), 11, place) for place in range(20_000)], minlength=4)
+        np.bincount(
+            [sample_token(x, SamplingParams(temperature=1.0), 11, place) for place in range(20_000)], minlength=4
+        )
         / 20_000
     )
     assert np.abs(counts - [0.1, 0.2, 0.3, 0.4]).max() < 0.015
     cut = (
         np.bincount(
-            [draw_token(x, Sampling(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)], minlength=4
+            [sample_token(x, SamplingParams(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)],
+            minlength=4,
         )
         / 20_000
     )
@@ -187,7 +190,7 @@ def test_logprobs_sum_to_one():
 )
 def test_sampling_out_of_range(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        Sampling(**wrong)
+        SamplingParams(**wrong)
 
 
 def test_names_of_pages():

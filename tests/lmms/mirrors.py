@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Pictures
+from PIL import Image as ImageTokens
 
 ORGANISATION = "lmms-lab-encoder"
 
 
-def picture(seed: int) -> Pictures.Image:
-    return Pictures.fromarray(np.random.default_rng(seed).integers(0, 255, (40 + seed, 56, 3), dtype=np.uint8))
+def picture(seed: int) -> ImageTokens.Image:
+    return ImageTokens.fromarray(np.random.default_rng(seed).integers(0, 255, (40 + seed, 56, 3), dtype=np.uint8))
 
 
 def features(**columns: Any) -> Features:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
-from quota.models.images import Pictures, Shown, picture_digest, shown_pictures
+from quota.models.images import ImageInfo, ImageTokens, image_digest, image_infos
 from quota.prune import policies
 
 
@@ -183,32 +183,32 @@ def test_random_scores_belong_to_the_picture() -> None:
 def test_pictures_know_their_places() -> None:
     picture = torch.full((2, 12), -1)
     picture[0, 1:5], picture[0, 6:12], picture[1, 8:12] = 0, 1, 0
-    shown = [Shown("a"), Shown("b", (2, 3)), Shown("c")]
-    p = Pictures.of(picture, shown)
+    shown = [ImageInfo("a"), ImageInfo("b", (2, 3)), ImageInfo("c")]
+    p = ImageTokens.of(picture, shown)
     assert (
         p.number[0, 6:10].tolist() == [1] * 4
         and p.place[0, 6:12].tolist() == list(range(6))
         and p.place[0, 1:5].tolist() == [0, 1, 2, 3]
     )
     assert p.grids == [[(2, 2), (2, 3)], [(2, 2)]] and p.digests == [["a", "b"], ["c"]]
-    repeated = Pictures.of(picture.repeat_interleave(2, 0), shown)
+    repeated = ImageTokens.of(picture.repeat_interleave(2, 0), shown)
     assert repeated.digests == [["a", "b"], ["a", "b"], ["c"], ["c"]]
     with pytest.raises(UsageError, match="the prompt has 3 pictures, 2 were encoded"):
-        Pictures.of(picture, shown[:2])
-    unseen = Pictures.of(picture)
+        ImageTokens.of(picture, shown[:2])
+    unseen = ImageTokens.of(picture)
     assert unseen.grids == [[(2, 2), (1, 6)], [(2, 2)]] and unseen.digests is None
-    assert Pictures.of(torch.full((2, 3), -1), []).grids == [[], []]
+    assert ImageTokens.of(torch.full((2, 3), -1), []).grids == [[], []]
 
 
 def test_digests_do_not_depend_on_the_float_dtype() -> None:
     pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert shown_pictures(pixels) == shown_pictures(pixels.bfloat16()) == [Shown(picture_digest(p)) for p in pixels]
-    assert picture_digest(pixels[0]) != picture_digest(pixels[1])
+    assert image_infos(pixels) == image_infos(pixels.bfloat16()) == [ImageInfo(image_digest(p)) for p in pixels]
+    assert image_digest(pixels[0]) != image_digest(pixels[1])
 
 
 def test_pictures_of_dynamic_resolution_are_told_apart_by_their_grids() -> None:
     patches = torch.rand(4 * 6 + 2 * 2, 8, generator=torch.Generator().manual_seed(0))
-    first, second = shown_pictures(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]), merge=2)
-    assert first == Shown(picture_digest(patches[:24]), (2, 3)) and second == Shown(
-        picture_digest(patches[24:]), (1, 1)
+    first, second = image_infos(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]), merge=2)
+    assert first == ImageInfo(image_digest(patches[:24]), (2, 3)) and second == ImageInfo(
+        image_digest(patches[24:]), (1, 1)
     )

@@ -10,7 +10,7 @@ from quota import ops
 from quota.core.errors import UsageError
 from quota.core.recipe import kept_tokens
 from quota.models.rtn import quantize_rtn
-from quota.nn.attention import Record
+from quota.nn.attention import AttentionTrace
 from quota.prune.pruner import Pruner
 from quota.prune.scores import combine, text_queries, token_signals
 from quota.runtime.patch import patched
@@ -162,10 +162,10 @@ def test_quantized_risk_comes_from_the_deployed_quantizer(models):
         else:
             scale = normed.abs().amax(-1, keepdim=True) / 7
             want = (normed - (normed / scale).round().clamp(-8, 7) * scale).norm(dim=-1)
-        record = Record(torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 4, 3))
+        trace = AttentionTrace(torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 4, 3))
         mask = torch.ones(1, 3, dtype=torch.bool)
         torch.testing.assert_close(
-            token_signals(record, x, layer, mask, mask, quant=True)["quant"], want, rtol=1e-4, atol=1e-5
+            token_signals(trace, x, layer, mask, mask, quant=True)["quant"], want, rtol=1e-4, atol=1e-5
         )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from quota.core.errors import UsageError
 from quota.core.recipe import Percentiles, ScoreWeights
-from quota.nn.attention import Record
+from quota.nn.attention import AttentionTrace
 from quota.nn.padding import real_columns, row_start, start_of_mask
 from quota.prune.recording import causal_lse
 from quota.prune.scores import combine, robust_scale, text_queries, token_signals
@@ -50,7 +50,7 @@ def test_combination_is_the_weighted_sum_per_row():
 def test_unrecorded_attention_is_an_error():
     with pytest.raises(UsageError, match="recorded nothing"):
         token_signals(
-            Record(), torch.zeros(1, 2, 4), None, torch.ones(1, 2).bool(), torch.ones(1, 2).bool(), quant=False
+            AttentionTrace(), torch.zeros(1, 2, 4), None, torch.ones(1, 2).bool(), torch.ones(1, 2).bool(), quant=False
         )
 
 

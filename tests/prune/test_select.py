@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quota.core.errors import RecipeError, UsageError
 from quota.core.recipe import Recipe
-from quota.models.images import Pictures
+from quota.models.images import ImageTokens
 from quota.models.rtn import quantize_rtn
 from quota.prune.scores import text_queries
 from quota.prune.select import Alive, choose
@@ -341,7 +341,7 @@ def test_sets_have_budgets_of_their_own() -> None:
     """Two sets of one row, a policy each: what one keeps does not depend on the other's tokens."""
     g = torch.Generator().manual_seed(0)
     group = torch.tensor([[0] * 8 + [-1] + [1] * 8 + [-1]])
-    picture = Pictures.of(group)
+    picture = ImageTokens.of(group)
     ways = (
         {"policy": "maxmin", "score": "none"},
         {"policy": "dpp", "score": "relevance"},

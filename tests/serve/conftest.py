@@ -19,7 +19,7 @@ from quota.models.rtn import quantize_rtn
 from quota.scenes.model import build_config, build_model, build_processor
 from quota.server.app import create_app
 from quota.server.config import Settings
-from quota.server.protocol import OPTIONS
+from quota.server.header_timeout import OPTIONS
 from quota.server.service import Service
 from tests.one_thread import one_thread
 from tests.prune.recipes import recipe_for
@@ -68,7 +68,7 @@ class Running:
         engine = self.service.engine.engine
         wait_for(lambda: not (self.service.engine.active or engine.busy))
         engine.check_integrity()
-        assert engine.pool.available == engine.pool.units
+        assert engine.pool.available == engine.pool.blocks
 
 
 class Host:

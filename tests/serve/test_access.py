@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.serve.process import served
 from quota.core.errors import UsageError
-from quota.server import logs, protocol
+from quota.server import header_timeout, logs
 from quota.server.app import create_app
 from quota.server.config import Settings, settings
 from quota.server.logs import CountingHandler
@@ -225,7 +225,7 @@ def test_a_refused_body_is_not_taken(server, extra, status):
 
 
 def test_an_answer_that_nobody_takes_ends_its_connection(server, monkeypatch):
-    monkeypatch.setattr(protocol.PatientProtocol, "unread_s", 0.3)
+    monkeypatch.setattr(header_timeout.HeaderTimeoutProtocol, "unread_s", 0.3)
     body = json.dumps(
         {**BODY, "max_tokens": 800, "n": 5, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}
     ).encode()

@@ -18,8 +18,8 @@ import pytest
 from benchmarks.serve.process import served
 from quota.core.errors import UsageError
 from quota.server.config import settings
+from quota.server.header_timeout import HeaderTimeoutProtocol
 from quota.server.logs import CountingHandler
-from quota.server.protocol import PatientProtocol
 from tests.serve.pictures import noise, user
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -193,7 +193,7 @@ def test_slow_bodies_are_cut_off(serving):
 
 def test_headers_that_do_not_come_are_not_awaited(server, monkeypatch):
     monkeypatch.setattr(
-        PatientProtocol, "headers_s", 1.0
+        HeaderTimeoutProtocol, "headers_s", 1.0
     )  # a client gets that far between two calls even on a busy machine
     address = httpx.URL(server.url)
     whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -303,11 +303,11 @@ def test_a_public_address_needs_keys(folder):
 
 
 def test_the_worker_ends_its_streams_when_it_closes(model):
-    from quota.runtime.engine import AsyncEngine, Closed, Engine, Prompt, Request, Sampling
+    from quota.runtime.engine import AsyncEngine, Closed, Engine, Prompt, Request, SamplingParams
 
     async def scenario() -> list[str | None]:
         engine = AsyncEngine(Engine(model))
-        stream = engine.stream(Request("a", Prompt([1, 5, 9]), Sampling(max_tokens=3000, ignore_eos=True)))
+        stream = engine.stream(Request("a", Prompt([1, 5, 9]), SamplingParams(max_tokens=3000, ignore_eos=True)))
         first = await anext(stream)
         closing = asyncio.ensure_future(engine.close())
         reasons = [output.reason async for output in stream]

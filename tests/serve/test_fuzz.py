@@ -12,7 +12,7 @@ from benchmarks.serve.fuzz import MIB, Limits, fuzz
 from benchmarks.serve.fuzz_targets import TARGETS
 from quota.core import image_files
 from quota.core.image_files import Survey
-from quota.runtime.engine import text
+from quota.runtime.engine import detokenize
 from quota.server import bodies
 
 LIMITS = Limits(seconds=8.0, memory_bytes=112 * MIB)
@@ -46,7 +46,7 @@ def quadratic_stops() -> None:
         shown, self._held = self._held[: len(self._held) - longest], self._held[len(self._held) - longest :]
         return "" if self.found else shown
 
-    text.StopWatch.push = push  # type: ignore[method-assign]
+    detokenize.StopStrings.push = push  # type: ignore[method-assign]
 
 
 def uncounted_bodies() -> None:

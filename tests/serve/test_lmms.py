@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quota.runtime.engine import Engine, Request, Sampling
+from quota.runtime.engine import Engine, Request, SamplingParams
 from quota.server.schemas import Message
 from quota.server.service import Service, load_recipes
 from tests.serve.pictures import noise
@@ -47,7 +47,7 @@ def directly(service: Service, model: Any, docs: list[dict[str, Any]]) -> list[s
     for doc in docs:
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": doc["question"]}]
         prompt = service.prompts.chat([Message.model_validate({"role": "user", "content": parts})], picture(doc))
-        engine.submit(Request(str(doc["seed"]), prompt, Sampling(max_tokens=TOKENS, temperature=0.0)))
+        engine.submit(Request(str(doc["seed"]), prompt, SamplingParams(max_tokens=TOKENS, temperature=0.0)))
         text = ""
         while engine.busy:
             text += "".join(output.text for output in engine.step())

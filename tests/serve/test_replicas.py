@@ -129,7 +129,9 @@ class Replicas:
         with contextlib.suppress(httpx.TransportError):
             return len(
                 set(
-                    re.findall(r'^quota_kv_units{replica="(\w+)"}', httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+                    re.findall(
+                        r'^quota_kv_blocks{replica="(\w+)"}', httpx.get(f"{self.url}/metrics").text, re.MULTILINE
+                    )
                 )
             )
         return 0
@@ -224,10 +226,10 @@ def test_a_client_that_leaves_frees_its_pages(replicas):
         text = httpx.get(f"{replicas.url}/metrics").text
         values = {
             name: re.findall(rf"^quota_{name}{{\S+}} (\S+)$", text, re.MULTILINE)
-            for name in ("requests_running", "kv_units", "kv_units_available")
+            for name in ("requests_running", "kv_blocks", "kv_blocks_available")
         }
-        return values["requests_running"] == ["0.0", "0.0"] and sorted(values["kv_units"]) == sorted(
-            values["kv_units_available"]
+        return values["requests_running"] == ["0.0", "0.0"] and sorted(values["kv_blocks"]) == sorted(
+            values["kv_blocks_available"]
         )
 
     wait_for(idle)

@@ -36,7 +36,7 @@ def qwen_settings(tmp_path_factory: pytest.TempPathFactory) -> StudySettings:
     """The second family: three decoder layers, pictures of at most 64 visual tokens, the five kinds of questions."""
     root: Path = tmp_path_factory.mktemp("qwen-study")
     qwen_folder(root / "float", layers=3, key_bias=100)
-    limit_pictures(root / "float", 64)
+    limit_images(root / "float", 64)
     samples = assets.write_calibration(root / "calibration", 5, family="qwen2_5_vl")
     return StudySettings(
         out=root / "out",
@@ -50,7 +50,7 @@ def qwen_settings(tmp_path_factory: pytest.TempPathFactory) -> StudySettings:
     )
 
 
-def limit_pictures(checkpoint: Path, tokens: int) -> None:
+def limit_images(checkpoint: Path, tokens: int) -> None:
     """Have the processor reduce pictures to at most `tokens` visual tokens (of 8 px)."""
     path = checkpoint / "processor_config.json"
     known = json.loads(path.read_text())

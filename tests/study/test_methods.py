@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from quota.allocate.baselines import Basis, Evidence, build_baseline
+from quota.allocate.baselines import RecipeContext, SearchStats, build_baseline
 from quota.allocate.fitprune import AttentionSample
 from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.recipe_builder import build_recipe
@@ -53,10 +53,10 @@ def everything(model: Any, method: str, keep: float) -> Recipe:
         return build_recipe(profile(arch.layers, model=facts), keep, layers="1-2", method=method, reference=reference)
     seen = np.random.default_rng(0).random((2, arch.layers, 16))
     return build_baseline(
-        Basis(facts, "w4a4kv4", reference=reference),
+        RecipeContext(facts, "w4a4kv4", reference=reference),
         method,
         keep,
-        evidence=Evidence(attention=[AttentionSample(*seen)]),
+        evidence=SearchStats(attention=[AttentionSample(*seen)]),
     )
 
 

@@ -130,7 +130,7 @@ def _served(arch: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
 def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
     """An engine with room for the largest batch, and what makes a prompt with a picture of its own."""
     from quota.runtime.engine import Engine, EngineConfig, Prompt
-    from quota.runtime.engine.storage import unit_bytes
+    from quota.runtime.engine.kv_storage import block_bytes
 
     model = make_model(config_of(arch, sizes.layers), sizes.device)
     inputs, generator, page_tokens = request(model), torch.Generator().manual_seed(1), EngineConfig.page_tokens
@@ -138,7 +138,7 @@ def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
     pages = max(sizes.batches) * text.num_hidden_layers * -(-(len(ids) + NEW_TOKENS) // page_tokens)
     config = EngineConfig(
         kv_bytes=pages
-        * unit_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads),
+        * block_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads),
         prefix_cache=False,
         feature_bytes=0,
         step_tokens=max(sizes.batches) * len(ids),  # all prompts in one step, as `generate` takes them
@@ -155,25 +155,29 @@ def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
 def _batch(engine: Any, prompts: list[Any], recipe: str | None) -> dict[str, float]:
     """Answer these together -> milliseconds until the last of them has its first token and per later token, and the
     most bytes of keys and values held."""
-    from quota.runtime.engine import Request, Sampling
+    from quota.runtime.engine import Request, SamplingParams
 
-    began, first, units = time.perf_counter(), dict[str, float](), 0
+    began, first, blocks = time.perf_counter(), dict[str, float](), 0
     engine.submit_all(
         [
-            Request(str(n), prompt, Sampling(max_tokens=NEW_TOKENS, ignore_eos=True), recipe)
+            Request(str(n), prompt, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True), recipe)
             for n, prompt in enumerate(prompts)
         ]
     )
     while engine.busy:
         outputs, now = engine.step(), time.perf_counter()
-        units = max(units, engine.pool.units - engine.pool.available)
+        blocks = max(blocks, engine.pool.blocks - engine.pool.available)
         for output in outputs:
             if output.reason == "error":
                 raise RuntimeError(output.error)
             first.setdefault(output.id, now)
     answered = max(first.values())
     decode_ms = 1e3 * (now - answered) / (NEW_TOKENS - 1)
-    return {"ttft_ms": 1e3 * (answered - began), "decode_ms": decode_ms, "kv_bytes": units * engine.storage.unit_bytes}
+    return {
+        "ttft_ms": 1e3 * (answered - began),
+        "decode_ms": decode_ms,
+        "kv_bytes": blocks * engine.storage.block_bytes,
+    }
 
 
 def _repeated(name: str, tensor: torch.Tensor, batch: int) -> torch.Tensor:

@@ -62,10 +62,13 @@ def _engine(device: str, config: Any) -> tuple[Any, list[Any]]:
 
 
 def _submit(engine: Any, prompts: list[Any], tokens: int) -> None:
-    from quota.runtime.engine import Request, Sampling
+    from quota.runtime.engine import Request, SamplingParams
 
     engine.submit_all(
-        [Request(str(i), prompt, Sampling(max_tokens=tokens, ignore_eos=True)) for i, prompt in enumerate(prompts)]
+        [
+            Request(str(i), prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
+            for i, prompt in enumerate(prompts)
+        ]
     )
 
 

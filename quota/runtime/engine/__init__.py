@@ -1,8 +1,8 @@
 """Serving many requests at once: a paged 4-bit cache by segment, continuous batching, deterministic sampling."""
 
+from quota.runtime.engine.async_engine import AsyncEngine, Closed
 from quota.runtime.engine.engine import Engine, EngineConfig, QueueFull
-from quota.runtime.engine.front import AsyncEngine, Closed
-from quota.runtime.engine.request import Output, Prompt, Request, Sampling, TokenLogprob, Usage
+from quota.runtime.engine.request import Output, Prompt, Request, SamplingParams, TokenLogprob, Usage
 
 __all__ = [
     "AsyncEngine",
@@ -13,7 +13,7 @@ __all__ = [
     "Prompt",
     "QueueFull",
     "Request",
-    "Sampling",
+    "SamplingParams",
     "TokenLogprob",
     "Usage",
 ]

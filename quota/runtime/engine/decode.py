@@ -17,11 +17,11 @@ from torch import Tensor
 from quota import ops
 from quota.core.errors import UsageError
 from quota.core.registry import Context
+from quota.runtime.engine.forward_batch import Work
+from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits, Row
-from quota.runtime.engine.storage import KvStorage
-from quota.runtime.engine.work import Work
+from quota.runtime.engine.segments import Segments
 
 OPS = (
     ops.rms_norm,
@@ -101,14 +101,14 @@ class Buffers:
     and on the device, so a step is told everything in one copy.
     """
 
-    def __init__(self, model: EngineModel, segments: Segments, rows: int, width: int, places: int) -> None:
-        self.rows, self.width, self.places, self.segments = rows, width, places, segments
+    def __init__(self, model: EngineModel, segments: Segments, rows: int, width: int, page_size: int) -> None:
+        self.rows, self.width, self.page_size, self.segments = rows, width, page_size, segments
         count, axes = len(segments), model.axes
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "ids": (torch.int64, (rows,)),
             "positions": (torch.int64, (count, axes, rows)),
             "slot": (torch.int64, (segments.layers, rows)),
-            "cached": (torch.int64, (count, axes, rows, width * places if model.biased else 0)),
+            "cached": (torch.int64, (count, axes, rows, width * page_size if model.biased else 0)),
             "table": (torch.int32, (segments.layers, rows, width)),
             "length": (torch.int32, (count, rows)),
         }
@@ -140,7 +140,7 @@ class Buffers:
 
     def fill(self, works: Sequence[Work]) -> None:
         """The rows of these works, at most as many as there are, then rows without work."""
-        n, places, biased = len(works), self.places, self._cached.shape[-1] > 0
+        n, page_size, biased = len(works), self.page_size, self._cached.shape[-1] > 0
         self._ids[:n], self._ids[n:] = [work.ids[0] for work in works], 0
         self._slot[:, n:] = -1
         self._table[:], self._length[:, n:], self._positions[..., n:], self._cached[:] = 0, 0, 0, 0
@@ -148,10 +148,12 @@ class Buffers:
             layers = slice(span[0], span[-1] + 1)
             for row, work in enumerate(works):
                 at = work.base[segment]
-                units = work.tables[segment][:, : at // places + 1]
-                self._table[layers, row, : units.shape[1]] = units
+                blocks = work.tables[segment][:, : at // page_size + 1]
+                self._table[layers, row, : blocks.shape[1]] = blocks
                 self._slot[layers, row] = (
-                    -1 if at < work.shared[segment] else units[:, at // places].astype(np.int64) * places + at % places
+                    -1
+                    if at < work.shared[segment]
+                    else blocks[:, at // page_size].astype(np.int64) * page_size + at % page_size
                 )
                 self._length[segment, row] = at + 1
                 self._positions[segment, :, row] = position = at if work.compact[segment] else work.positions[:, 0]
@@ -176,7 +178,7 @@ class Decoder:
 
     def run(self, works: Sequence[Work]) -> list[Row]:
         """The logits after each work, all of which decode."""
-        pages = max(max(work.base) for work in works) // self.storage.places + 1
+        pages = max(max(work.base) for work in works) // self.storage.page_size + 1
         buffers, step = self._prepared(len(works), pages, works)
         buffers.fill(works)
         values, likeliest = step()
@@ -186,7 +188,7 @@ class Decoder:
         size = (rows, pages) if self.capture is None else (_power(rows), _power(pages))
         found = self._ready.get(size)
         if found is None:
-            buffers = Buffers(self.model, self.segments, *size, self.storage.places)
+            buffers = Buffers(self.model, self.segments, *size, self.storage.page_size)
             step = self.step_on(buffers)
             if self.capture is None:
                 self._ready.clear()  # sizes change as answers grow

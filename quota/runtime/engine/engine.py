@@ -17,19 +17,19 @@ from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
 from quota.models import model_fingerprint
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
+from quota.runtime.engine.detokenize import Detokenizer
+from quota.runtime.engine.forward_batch import Result, Work
+from quota.runtime.engine.kv_storage import KvStorage, block_bytes
+from quota.runtime.engine.logprobs import entry_of
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
-from quota.runtime.engine.report import entry_of
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
 from quota.runtime.engine.runner import Runner
 from quota.runtime.engine.sampling import Row
 from quota.runtime.engine.scheduler import Scheduler, Turn
+from quota.runtime.engine.segments import Segments, at_budget
 from quota.runtime.engine.sequence import Piece, Sequence
 from quota.runtime.engine.stats import Stats
-from quota.runtime.engine.storage import KvStorage, unit_bytes
-from quota.runtime.engine.text import Detokenizer
-from quota.runtime.engine.work import Result, Work
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class QueueFull(QuotaError):
 class EngineConfig:
     """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share
     more. step_tokens: most prefill rows per step, the bound on how long a decoding request waits for others.
-    max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for encoded pictures,
-    so that a picture asked about again is not encoded again. graphs: whether decode steps on a GPU are captured and
+    max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for encoded images,
+    so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU are captured and
     replayed as CUDA graphs.
     """
 
@@ -65,7 +65,7 @@ class EngineConfig:
 
 @dataclass
 class _Features:
-    """Encoded pictures by content, least recently used first out."""
+    """Encoded images by content, least recently used first out."""
 
     limit_bytes: int
     kept: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
@@ -114,15 +114,15 @@ class Engine:
             recipe.check_model(identity, self.model.layers, self.model.family.model_class)
         self.default = default
         self.segments = Segments.between(self.model.layers, self.recipes.values())
-        places = self.config.page_tokens
-        units = self.config.kv_bytes // unit_bytes(places, self.model.kv_heads, self.model.head_dim)
-        if units < self.model.layers:
+        page_size = self.config.page_tokens
+        blocks = self.config.kv_bytes // block_bytes(page_size, self.model.kv_heads, self.model.head_dim)
+        if blocks < self.model.layers:
             raise UsageError(
-                f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.model.layers} layers; give"
-                " the pool more"
+                f"kv_bytes: {self.config.kv_bytes} hold no page of {page_size} tokens in {self.model.layers} layers;"
+                " give the pool more"
             )
-        self.storage = KvStorage(units, places, self.model.kv_heads, self.model.head_dim, self.model.device)
-        self.pool = PagePool(units, [len(span) for span in self.segments.spans])
+        self.storage = KvStorage(blocks, page_size, self.model.kv_heads, self.model.head_dim, self.model.device)
+        self.pool = PagePool(blocks, [len(span) for span in self.segments.spans])
         capture = cuda_graphs(self.model.device) if self.config.graphs and self.model.device.type == "cuda" else None
         self.runner = Runner(
             self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture)
@@ -154,20 +154,20 @@ class Engine:
             if request.id in ids:
                 raise UsageError(f"id: {request.id!r} is in use")
             ids.add(request.id)
-        waiting = len(self.scheduler.waiting) + sum(len(s.followers) for s in self._sequences.values())
+        waiting = len(self.scheduler.waiting) + sum(len(s.siblings) for s in self._sequences.values())
         if waiting and waiting + len(requests) > self.config.max_waiting:
             raise QueueFull(f"queue: {self.config.max_waiting} requests wait already")
         sequences = [self._sequence(request, self._order + number) for number, request in enumerate(requests)]
-        leaders: list[Sequence] = []
+        parents: list[Sequence] = []
         for sequence in sequences:
-            leader = next(
-                (s for s in leaders if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe),
+            parent = next(
+                (s for s in parents if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe),
                 None,
             )
-            if leader is not None:
-                leader.followers.append(sequence)
+            if parent is not None:
+                parent.siblings.append(sequence)
             else:
-                leaders.append(sequence)
+                parents.append(sequence)
                 self.scheduler.queue(sequence)
             self._sequences[sequence.request.id] = sequence
         self._order += len(sequences)
@@ -214,10 +214,10 @@ class Engine:
                 " together"
             )
         longest = min(self.max_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
-        need = sequence.units(longest, self.config.page_tokens)
-        if need > self.pool.units:
+        need = sequence.blocks(longest, self.config.page_tokens)
+        if need > self.pool.blocks:
             raise UsageError(
-                f"prompt: {longest} tokens need {need} units of the key/value pool, which has {self.pool.units}; ask"
+                f"prompt: {longest} tokens need {need} blocks of the key/value pool, which has {self.pool.blocks}; ask"
                 " for less or give it more"
             )
 
@@ -239,7 +239,7 @@ class Engine:
         """Advance every request that can; returns what each gained."""
         began = time.monotonic()
         turns = self.scheduler.decodes()
-        self._encode_pictures()
+        self._encode_images()
         turns += self.scheduler.prefills(self.config.step_tokens)
         for turn in turns:
             if turn.sequence.times.admitted is None:
@@ -251,7 +251,7 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _encode_pictures(self) -> None:
+    def _encode_images(self) -> None:
         """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that
         decoding goes on meanwhile."""
         wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
@@ -260,7 +260,7 @@ class Engine:
         for sequence in [*self.scheduler.running, *islice(self.scheduler.waiting, room)]:
             if sequence.decoding:
                 continue
-            for number, (name, tokens) in enumerate(sequence.pictures):
+            for number, (name, tokens) in enumerate(sequence.images):
                 if sequence.features[number] is None:
                     sequence.features[number] = self._features.get(name)
                 if sequence.features[number] is None:
@@ -271,7 +271,7 @@ class Engine:
         return self._encode(wanted)
 
     def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
-        """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be
+        """All in one batch; after an exception each alone, so that only the requests of an image that cannot be
         encoded fail."""
         images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
         try:
@@ -279,7 +279,7 @@ class Engine:
                 dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
             )
         except Exception:
-            log.exception("%d pictures could not be encoded together; encoding them one by one", len(images))
+            log.exception("%d images could not be encoded together; encoding them one by one", len(images))
             found = {}
             for name, image in images.items():
                 try:
@@ -333,20 +333,20 @@ class Engine:
         sequence.publish(self.pool, self.config.page_tokens)
         if turn.end == len(sequence.tokens):
             sequence.features = [None] * len(sequence.features)
-            while sequence.followers:
-                follower = sequence.followers.pop(0)
-                if self.scheduler.fork(sequence, follower):
-                    self._guarded(follower, self._choose, follower, result.logits)
+            while sequence.siblings:
+                sibling = sequence.siblings.pop(0)
+                if self.scheduler.fork(sequence, sibling):
+                    self._guarded(sibling, self._choose, sibling, result.logits)
                 else:
-                    self.scheduler.queue(follower)
+                    self.scheduler.queue(sibling)
             self._choose(sequence, result.logits)
 
     def _choose(self, sequence: Sequence, logits: Row) -> None:
         """The next token of a request from its logits."""
-        sampling, place = sequence.request.sampling, len(sequence.answer)
-        token = logits.choose(sampling, sequence.seed, place)
+        sampling, step = sequence.request.sampling, len(sequence.answer)
+        token = logits.choose(sampling, sequence.seed, step)
         ends = token in self.eos and not sampling.ignore_eos
-        last = ends or place + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
+        last = ends or step + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
         entry = (
             None
             if sampling.logprobs is None
@@ -354,7 +354,7 @@ class Engine:
         )
         sequence.append(token)
         self.stats.observe_token(sequence.times)
-        text = sequence.said(token, last)
+        text = sequence.next_text(token, last)
         report = () if entry is None else sequence.entries.push(entry, text, sequence.stops.found)
         if last or sequence.stops.found:
             self._finish(sequence, "stop" if ends or sequence.stops.found else "length", text, (token,), report)
@@ -373,20 +373,20 @@ class Engine:
         if self._sequences.pop(sequence.request.id, None) is None:
             return
         self.scheduler.remove(sequence)
-        for leader in self._sequences.values():
-            if sequence in leader.followers:
-                leader.followers.remove(sequence)
-        if sequence.followers:  # the next one computes the prompt for the others
-            heir = sequence.followers[0]
-            heir.followers, sequence.followers = sequence.followers[1:], []
-            self.scheduler.queue(heir)
+        for parent in self._sequences.values():
+            if sequence in parent.siblings:
+                parent.siblings.remove(sequence)
+        if sequence.siblings:  # the next one computes the prompt for the others
+            successor = sequence.siblings[0]
+            successor.siblings, sequence.siblings = sequence.siblings[1:], []
+            self.scheduler.queue(successor)
         self.stats.finished[reason] += 1
         self._outputs.append(Output(sequence.request.id, text, tokens, report, reason, sequence.usage(), error))
 
-    # for whoever watches
+    # introspection
 
     def check_integrity(self) -> None:
-        """AssertionError unless every unit of the pool is accounted for."""
+        """AssertionError unless every block of the pool is accounted for."""
         holders = [
             page
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]

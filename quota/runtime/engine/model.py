@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quota.core.errors import UsageError
 from quota.models import find_family
-from quota.models.images import ImageInput, Shown
+from quota.models.images import ImageInfo, ImageInput
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
 from quota.ops.weights import Kv
@@ -95,7 +95,7 @@ class EngineModel:
             )
         return self.family.image_tokens(image)
 
-    def image_shown(self, image: ImageInput) -> Shown:
+    def image_shown(self, image: ImageInput) -> ImageInfo:
         """What selections by content or position need to know of it."""
         return self.family.shown(image)
 

@@ -18,7 +18,7 @@ MAX_STOP_CHARACTERS = (
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to choose tokens. temperature 0 is greedy; top_k 0 is no limit.
 
     seed: None draws one. stop: texts that end the answer and are not part of it. logprobs: how many alternatives to
@@ -68,11 +68,11 @@ def _check(good: bool, name: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with one image token per visual token, and the pictures in order, as the model family's processor made
+    """Token ids with one image token per visual token, and the images in order, as the model family's processor made
     them.
 
     selection_tokens: the visual tokens are chosen by what this many leading tokens say; None is the whole prompt. A
-    chat passes the length of its prompt up to the first answer after the last picture, so that later turns keep the
+    chat passes the length of its prompt up to the first answer after the last image, so that later turns keep the
     first selection.
     """
 
@@ -88,7 +88,7 @@ class Request:
 
     id: str
     prompt: Prompt
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     recipe: Recipe | str | None = "default"
     keep: float | None = None
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from quota import ops
-from quota.nn.attention import Record
+from quota.nn.attention import AttentionTrace
 from quota.ops.weights import Kv
-from quota.runtime.engine.choice import Attended
 from quota.runtime.engine.decode import Decoder
+from quota.runtime.engine.forward_batch import Result, Work
+from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits
-from quota.runtime.engine.storage import KvStorage
-from quota.runtime.engine.work import Result, Work
+from quota.runtime.engine.segments import Segments
+from quota.runtime.engine.selection import Attended
 
 
 class _Flight:
@@ -79,13 +79,13 @@ class _Slots:
     W], length int32 [1] and, where the family asks for them, angles [1, D, length] of all slots.
     """
 
-    def __init__(self, batch: _Batch, segment: int, places: int, model: EngineModel) -> None:
+    def __init__(self, batch: _Batch, segment: int, page_size: int, model: EngineModel) -> None:
         works = [(flight.work, len(flight.rows)) for flight in batch.flights]
-        slots = [_slots(work, segment, rows, places) for work, rows in works]
+        slots = [_slots(work, segment, rows, page_size) for work, rows in works]
         ends = [work.base[segment] + rows for work, rows in works]
         self.slot = _on(np.concatenate(slots, axis=1), model)
         self.tables = [
-            _on(work.tables[segment][:, None, : -(-end // places)], model)
+            _on(work.tables[segment][:, None, : -(-end // page_size)], model)
             for (work, _), end in zip(works, ends, strict=True)
         ]
         self.lengths = _on(np.array(ends, dtype=np.int32), model).split(1)
@@ -101,11 +101,11 @@ def _on(array: np.ndarray, model: EngineModel) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(model.device)
 
 
-def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
+def _slots(work: Work, segment: int, rows: int, page_size: int) -> np.ndarray:
     """int64 [layers, rows]; -1 where the content is there already."""
     first = work.base[segment]
     at = np.arange(first, first + rows)
-    slot = work.tables[segment][:, at // places].astype(np.int64) * places + at % places
+    slot = work.tables[segment][:, at // page_size].astype(np.int64) * page_size + at % page_size
     slot[:, at < work.shared[segment]] = -1
     return slot
 
@@ -143,7 +143,7 @@ class Runner:
                 if layer in events:
                     batch = self._regroup(batch, [f for f in flights if f.work.enter <= layer < f.work.leave], layer)
                 if batch is not None:
-                    slots = _Slots(batch, segment, self.storage.places, self.model)
+                    slots = _Slots(batch, segment, self.storage.page_size, self.model)
                     if layer in events or compact:
                         positions = np.concatenate([flight.positions(segment) for flight in batch.flights], axis=1)
                         rotary = self.model.rotary(_on(positions, self.model))
@@ -168,14 +168,14 @@ class Runner:
         if choice is None or layer not in choice.keep:
             return
         n = int((flight.rows < choice.selecting).sum())
-        record = flight.attended.record(n, self.model.scaling) if flight.attended is not None else None
+        trace = flight.attended.trace(n, self.model.scaling) if flight.attended is not None else None
         module = self.model.decoder_layer(layer)
         flight.drop(
             layer,
-            choice.kept_rows(layer, module, flight.x, flight.rows, record, lambda: self._own_record(flight, layer, n)),
+            choice.kept_rows(layer, module, flight.x, flight.rows, trace, lambda: self._own_record(flight, layer, n)),
         )
 
-    def _own_record(self, flight: _Flight, layer: int, rows: int) -> Record:
+    def _own_record(self, flight: _Flight, layer: int, rows: int) -> AttentionTrace:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
         segment = self._segment_of[layer]
         positions = flight.positions(segment - 1)[:, :rows]
@@ -183,7 +183,7 @@ class Runner:
         base = flight.work.base[segment]
         cached = (keys, values)
         if base:
-            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.places)], self.model)
+            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.page_size)], self.model)
             before = self.storage.read(table, _on(np.array([base], dtype=np.int32), self.model), base)
             cached = _joined(before[0], keys), _joined(before[1], values)
         angles = None
@@ -192,7 +192,7 @@ class Runner:
             assert known is not None
             angles = self.model.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.model))
         _, lse = ops.kv4_attention(q, *cached, base + rows, None, self.model.scaling, angles)
-        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).record(rows, self.model.scaling)
+        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).trace(rows, self.model.scaling)
 
     def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
         counts = [0 if work.hidden is not None else len(work.ids) for work in works]

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from quota.runtime.engine.request import Sampling
+from quota.runtime.engine.request import SamplingParams
 
 
 class Logits:
@@ -43,16 +43,16 @@ class Row:
         """float32 [N]."""
         return self.logits.host[self.number]
 
-    def choose(self, sampling: Sampling, seed: int, place: int) -> int:
+    def choose(self, sampling: SamplingParams, seed: int, step: int) -> int:
         """The next token; place: how many were chosen before."""
         return (
             self.logits.likeliest[self.number]
             if sampling.temperature == 0
-            else draw_token(self.values, sampling, seed, place)
+            else sample_token(self.values, sampling, seed, step)
         )
 
 
-def draw_token(logits: np.ndarray, sampling: Sampling, seed: int, place: int) -> int:
+def sample_token(logits: np.ndarray, sampling: SamplingParams, seed: int, step: int) -> int:
     """logits float [N], a temperature above 0. Ties go to the lower token."""
     x = logits.astype(np.float64)
     order = np.argsort(-x, kind="stable")
@@ -64,13 +64,13 @@ def draw_token(logits: np.ndarray, sampling: Sampling, seed: int, place: int) ->
     if sampling.top_p < 1:
         kept = int(np.searchsorted(total, sampling.top_p * total[-1])) + 1
         order, total = order[:kept], total[:kept]
-    at = int(np.searchsorted(total, uniform(seed, place) * total[-1], side="right"))
+    at = int(np.searchsorted(total, uniform(seed, step) * total[-1], side="right"))
     return int(order[min(at, len(order) - 1)])
 
 
-def uniform(seed: int, place: int) -> float:
+def uniform(seed: int, step: int) -> float:
     """In [0, 1), 53 bits."""
-    digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / (1 << 53)
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from quota.runtime.engine.plan import Segments
+from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.pool import OutOfPages, PagePool
+from quota.runtime.engine.segments import Segments
 from quota.runtime.engine.sequence import Sequence
-from quota.runtime.engine.storage import KvStorage
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scheduler:
     def __init__(
         self, pool: PagePool, storage: KvStorage, segments: Segments, max_running: int, step_tokens: int
     ) -> None:
-        self.pool, self.storage, self.segments, self.places = pool, storage, segments, storage.places
+        self.pool, self.storage, self.segments, self.page_size = pool, storage, segments, storage.page_size
         self.max_running, self.step_tokens = max_running, step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -67,27 +67,27 @@ class Scheduler:
     def _own_last_pages(self, sequence: Sequence) -> None:
         """Copy the pages the next token is written to where others hold them too."""
         for segment in range(len(self.segments)):
-            last = sequence.slots(segment, sequence.computed) // self.places
+            last = sequence.slots(segment, sequence.computed) // self.page_size
             if last < len(sequence.pages[segment]) and sequence.pages[segment][last].refs > 1:
                 own = self.pool.allocate(segment)
-                self.storage.copy(sequence.pages[segment][last].units, own.units)
+                self.storage.copy(sequence.pages[segment][last].blocks, own.blocks)
                 self.pool.release(sequence.replace(segment, last, own))
 
-    def fork(self, leader: Sequence, follower: Sequence) -> bool:
+    def fork(self, parent: Sequence, sibling: Sequence) -> bool:
         """Let a request of the same prompt go on from the leader's pages, just computed; False where no more may
         run."""
         if len(self.running) >= self.max_running:
             return False
-        for segment, pages in enumerate(leader.pages):
-            for page in pages[: -(-leader.slots(segment, leader.computed) // self.places)]:
-                follower.hold(segment, self.pool.share(page))
-        follower.follow(leader)
-        self.running.append(follower)
+        for segment, pages in enumerate(parent.pages):
+            for page in pages[: -(-parent.slots(segment, parent.computed) // self.page_size)]:
+                sibling.hold(segment, self.pool.share(page))
+        sibling.fork_from(parent)
+        self.running.append(sibling)
         return True
 
     def _grow(self, sequence: Sequence, tokens: int) -> None:
         for segment in range(len(self.segments)):
-            while len(sequence.pages[segment]) * self.places < sequence.slots(segment, tokens):
+            while len(sequence.pages[segment]) * self.page_size < sequence.slots(segment, tokens):
                 sequence.hold(segment, self.pool.allocate(segment))
 
     def preempt(self, sequence: Sequence) -> None:
@@ -104,7 +104,7 @@ class Scheduler:
         self.waiting.insert(at, sequence)
 
     def prefills(self, budget: int) -> list[Turn]:
-        """Prefills under way, then new ones, until `budget` rows are given out. A request whose pictures are not
+        """Prefills under way, then new ones, until `budget` rows are given out. A request whose images are not
         encoded yet waits."""
         turns: list[Turn] = []
         for sequence in sorted((s for s in self.running if not s.decoding), key=lambda s: s.order):
@@ -150,16 +150,16 @@ class Scheduler:
             while count < len(names) and (page := self.pool.acquire(names[count])) is not None:
                 sequence.hold(segment, page)
                 count += 1
-            matched[segment] = count * self.places
+            matched[segment] = count * self.page_size
         held = sum(len(pages) * layers for pages, layers in zip(sequence.pages, self.pool.segment_layers, strict=True))
         # every running request can still take one more page per segment
-        need = sequence.units(len(sequence.tokens), self.places) - held + len(self.running) * self.segments.layers
+        need = sequence.blocks(len(sequence.tokens), self.page_size) - held + len(self.running) * self.segments.layers
         if need > self.pool.available:
             sequence.release(self.pool)
             return False
         self._grow(sequence, len(sequence.tokens))
         sequence.shared = matched
-        sequence.published = [slots // self.places for slots in matched]
+        sequence.published = [slots // self.page_size for slots in matched]
         sequence.computed = sequence.reusable(matched)
         sequence.cached = max(sequence.cached, min(sequence.computed, sequence.prompt_tokens))
         return True

@@ -15,14 +15,14 @@ import numpy as np
 from quota.core.recipe import Recipe
 
 
-class Places:
+class Positions:
     """Positions of one request. prompt [A, S]: of its prompt. dropped: tokens missing per segment. biased: whether
     positions of slots are asked for."""
 
     def __init__(self, prompt: np.ndarray, dropped: Sequence[int], recipe: Recipe | None, biased: bool) -> None:
         self._prompt, self._next, self._biased = prompt, int(prompt.max()) + 1, biased
         self._dropped = tuple(dropped)
-        # renumbered where tokens are missing only: a picture that lost none keeps its rows and columns
+        # renumbered where tokens are missing only: an image that lost none keeps its rows and columns
         self.compact = tuple(n > 0 and recipe is not None and recipe.position_policy == "compact" for n in dropped)
         self._slots = [prompt[:, :0] for _ in dropped]
 
@@ -60,7 +60,7 @@ class Places:
         if self._dropped[segment]:
             self._slots[segment] = np.concatenate([self._slots[segment], positions], axis=1)
 
-    def forked(self) -> Places:
+    def fork(self) -> Positions:
         """The same for a request that goes on from the same slots."""
         new = copy.copy(self)
         new._slots = list(self._slots)  # arrays are never written to

@@ -82,7 +82,7 @@ class Detokenizer:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 
 
-class StopWatch:
+class StopStrings:
     """Passes text on, but never a part of a stop text: what may be the beginning of one is held back until it is
     certain.
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from quota.runtime.engine.choice import Attended, Choice
 from quota.runtime.engine.sampling import Row
+from quota.runtime.engine.selection import Attended, Choice
 
-Tables = list[np.ndarray]  # per segment int32 [layers, pages]: units
+Tables = list[np.ndarray]  # per segment int32 [layers, pages]: blocks
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from quota.runtime.engine.detokenize import Detokenizer
 from quota.runtime.engine.request import TokenLogprob
 from quota.runtime.engine.sampling import logprobs
-from quota.runtime.engine.text import Detokenizer
 
 
 def entry_of(detokenizer: Detokenizer | None, logits: np.ndarray, token: int, top: int, last: bool) -> TokenLogprob:
@@ -23,7 +23,7 @@ def entry_of(detokenizer: Detokenizer | None, logits: np.ndarray, token: int, to
     return TokenLogprob(token, text, detokenizer.utf8(token), own, alternatives)
 
 
-class Entries:
+class LogprobBuffer:
     """Entries on their way out. One is given when all its text was shown; at a stop text they are cut as the answer
     is."""
 

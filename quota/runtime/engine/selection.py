@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe
-from quota.models.images import Pictures
-from quota.nn.attention import Record
+from quota.models.images import ImageTokens
+from quota.nn.attention import AttentionTrace
 from quota.nn.cache import dequantize_slots
 from quota.nn.key_bias import wide_keys
 from quota.ops.weights import Kv
@@ -43,7 +43,7 @@ class Attended:
             torch.cat(angles, 2) if angles else None,
         )
 
-    def record(self, rows: int, scaling: float) -> Record:
+    def trace(self, rows: int, scaling: float) -> AttentionTrace:
         """The first `rows` rows, for token scores."""
         q, scale, zero = (t[:, :, :rows].contiguous() for t in self.keys)
         keys: Any = (
@@ -51,7 +51,7 @@ class Attended:
             if self.angles is None
             else wide_keys(dequantize_slots(q, scale, zero), self.angles[..., :rows])
         )
-        return Record(self.q[:, :, :rows].contiguous(), keys, self.lse[:, :, :rows].contiguous(), scaling)
+        return AttentionTrace(self.q[:, :, :rows].contiguous(), keys, self.lse[:, :, :rows].contiguous(), scaling)
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Choice:
 
     keep: layer -> visual tokens kept at its input, per set. group int64, text bool [rows]: the set a visual token
     competes in (-1: text), and rows whose attention counts as the question's; rows from `selecting` on have no say.
-    pictures: of the whole prompt.
+    images: of the whole prompt.
     """
 
     recipe: Recipe
     keep: dict[int, tuple[int, ...]]
     group: Tensor
     text: Tensor
-    pictures: Pictures
+    images: ImageTokens
     first: int
     selecting: int
 
@@ -77,21 +77,27 @@ class Choice:
         recipe: Recipe,
         keep: dict[int, tuple[int, ...]],
         group: Tensor,
-        pictures: Pictures,
+        images: ImageTokens,
         selecting: int,
         first: int,
     ) -> Choice:
         """group int64 [tokens]: of all tokens of a request; rows are the tokens from `first` on."""
         text = torch.zeros(len(group), dtype=torch.bool)
         text[:selecting] = text_queries(group[None, :selecting] >= 0, torch.ones(1, selecting, dtype=torch.bool))[0]
-        return cls(recipe, keep, group[first:], text[first:], pictures, first, selecting - first)
+        return cls(recipe, keep, group[first:], text[first:], images, first, selecting - first)
 
     def reads_attention(self, layer: int) -> bool:
         """Whether what is dropped at the input of `layer` is chosen by the attention of the layer before."""
         return layer in self.keep and self.recipe.selection_at(layer or BEFORE).score in ATTENTION_SCORES
 
     def kept_rows(
-        self, layer: int, module: Any, x: Tensor, rows: Tensor, record: Record | None, own_record: Callable[[], Record]
+        self,
+        layer: int,
+        module: Any,
+        x: Tensor,
+        rows: Tensor,
+        trace: AttentionTrace | None,
+        own_record: Callable[[], AttentionTrace],
     ) -> Tensor:
         """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n] -> bool [n], both on
         the host.
@@ -102,10 +108,8 @@ class Choice:
         n = int((rows < self.selecting).sum())
         of_prompt = (group[:n], self.text[rows[:n]], rows[:n] + self.first, torch.tensor(self.keep[layer]))
         own, text, column, budget = (t[None].to(x.device) for t in of_prompt)
-        pictures = replace(
-            self.pictures, number=self.pictures.number.to(x.device), place=self.pictures.place.to(x.device)
-        )
-        alive = Alive(x[None, :n], own, text, column, module, pictures, record, own_record)
+        images = replace(self.images, number=self.images.number.to(x.device), place=self.images.place.to(x.device))
+        alive = Alive(x[None, :n], own, text, column, module, images, trace, own_record)
         kept = group < 0
         kept[:n] |= choose(self.recipe, layer or BEFORE, alive, budget)[0].cpu()
         return kept

@@ -71,10 +71,12 @@ class DropPlan:
         return min(self.keep, default=None)
 
 
-def plan_prompt(recipe: Recipe | None, segments: Segments, picture: Tensor) -> DropPlan:
-    """Equation (5) for a prompt. picture int64 [tokens]: the picture a token belongs to, -1 for text."""
+def plan_prompt(recipe: Recipe | None, segments: Segments, image_index: Tensor) -> DropPlan:
+    """Equation (5) for a prompt. image_index int64 [tokens]: the image a token belongs to, -1 for text."""
     group, budgets = (
-        (picture[None], {}) if recipe is None or not bool((picture >= 0).any()) else plan_drops(recipe, picture[None])
+        (image_index[None], {})
+        if recipe is None or not bool((image_index >= 0).any())
+        else plan_drops(recipe, image_index[None])
     )
     keep = {max(candidate, 0): tuple(budget[0].tolist()) for candidate, budget in budgets.items()}
     sizes = [int((group == number).sum()) for number in range(int(group.max()) + 1)]

@@ -22,7 +22,7 @@ _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 
 
-class PatientProtocol(H11Protocol):
+class HeaderTimeoutProtocol(H11Protocol):
     """Closes a connection
 
     - whose next request has not come `headers_s` after it was opened, or after a request's first bytes, or has a head
@@ -192,7 +192,7 @@ class PatientProtocol(H11Protocol):
 
 
 OPTIONS: dict[str, Any] = {  # of uvicorn's Config: not whatever else is installed
-    "http": PatientProtocol,
+    "http": HeaderTimeoutProtocol,
     "ws": "none",
     "loop": "asyncio",
     "log_config": None,

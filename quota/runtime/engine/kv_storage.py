@@ -11,36 +11,36 @@ from quota import ops
 from quota.ops.weights import Kv
 
 
-def unit_bytes(places: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes of `places` tokens of one layer: two nibbles per channel, and scale and zero per head, for keys and for
+def block_bytes(page_size: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes of `page_size` tokens of one layer: two nibbles per channel, and scale and zero per head, for keys and for
     values."""
-    return 2 * places * kv_heads * (head_dim // 2 + 8)
+    return 2 * page_size * kv_heads * (head_dim // 2 + 8)
 
 
 class KvStorage:
-    """Keys and values of U units of P places: q uint8 [U, Hkv, P, D/2], scale and zero float32 [U, Hkv, P] each."""
+    """Keys and values of U blocks of P tokens: q uint8 [U, Hkv, P, D/2], scale and zero float32 [U, Hkv, P] each."""
 
-    def __init__(self, units: int, places: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self.units, self.places, self.head_dim = units, places, head_dim
-        self.unit_bytes = unit_bytes(places, kv_heads, head_dim)
+    def __init__(self, blocks: int, page_size: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.blocks, self.page_size, self.head_dim = blocks, page_size, head_dim
+        self.block_bytes = block_bytes(page_size, kv_heads, head_dim)
         self.keys, self.values = (self._zeros(kv_heads, device) for _ in range(2))
 
     def _zeros(self, kv_heads: int, device: torch.device) -> Kv:
-        shape = (self.units, kv_heads, self.places)
+        shape = (self.blocks, kv_heads, self.page_size)
         codes = torch.zeros(*shape, self.head_dim // 2, dtype=torch.uint8, device=device)
         return codes, torch.zeros(shape, device=device), torch.zeros(shape, device=device)
 
     @property
     def nbytes(self) -> int:
-        return self.units * self.unit_bytes
+        return self.blocks * self.block_bytes
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Contents of units `source` to as many units `target`; the two have none in common."""
+        """Contents of blocks `source` to as many blocks `target`; the two have none in common."""
         for tensor in (*self.keys, *self.values):
             tensor[list(target)] = tensor[list(source)]
 
     def write(self, keys: Kv, values: Kv, slot: Tensor) -> None:
-        """Rows [1, Hkv, M, ...] to slot int64 [M] = unit * P + place; negative slots are not stored."""
+        """Rows [1, Hkv, M, ...] to slot int64 [M] = block * P + offset; negative slots are not stored."""
         ops.kv4_page_write(self.keys, keys, slot)
         ops.kv4_page_write(self.values, values, slot)
 

@@ -26,7 +26,7 @@ _KNOWN = _OPEN | {
 }  # other paths are one metric, so that a scan adds no labels
 
 
-class Around:
+class RequestMiddleware:
     """ASGI middleware. It never buffers, so streams and disconnections pass through."""
 
     def __init__(self, app: ASGIApp, service: Service, keys: Sequence[str]) -> None:
