@@ -150,7 +150,7 @@ def test_fitprune_meets_its_budget_with_the_smallest_alpha() -> None:
     assert alphas == sorted(alphas)
     with pytest.raises(RecipeError, match=r"cannot reach a compute ratio of 0\.05"):
         search(samples, 0.05, ratio)
-    with pytest.raises(RecipeError, match="at least one prompt with a picture"):
+    with pytest.raises(RecipeError, match="at least one prompt with an image"):
         search([], 0.5, ratio)
 
 

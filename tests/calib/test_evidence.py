@@ -89,7 +89,7 @@ def test_facts_need_no_forward_and_a_picture(world):
     facts = measured_facts(model, processor, samples)
     assert facts.visual_tokens == 16 and facts.layers == LAYERS and facts.text_tokens and facts.vision_macs
     words = Samples.of([Sample("a", "what is it ?")])
-    with pytest.raises(SampleError, match="at least one with a picture"):
+    with pytest.raises(SampleError, match="at least one with an image"):
         measured_facts(model, processor, words)
-    with pytest.raises(SampleError, match="at least one with a picture"):
+    with pytest.raises(SampleError, match="at least one with an image"):
         withdrawal_divergence(model, processor, words)

@@ -153,7 +153,7 @@ def test_the_plan_covers_what_the_run_writes(folder, finished, tmp_path):
         folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK, modules=("projector", "llm")
     )
     written = sum(path.stat().st_size for path in finished.iterdir())
-    assert (plan.samples, plan.pictures, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
+    assert (plan.samples, plan.images, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
     assert (
         written < plan.disk_needed < 20 * written
         and plan.disk_free > 0

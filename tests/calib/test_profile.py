@@ -126,7 +126,7 @@ def test_text_only_samples_count_for_sensitivity_only(model: nn.Module, processo
         profile(model, model, processor, mixed).concentration_median
         == profile(model, model, processor, samples).concentration_median
     )
-    with pytest.raises(SampleError, match="at least one with a picture"):
+    with pytest.raises(SampleError, match="at least one with an image"):
         profile(model, model, processor, Samples.of([text]))
 
 

@@ -193,7 +193,7 @@ def test_pictures_know_their_places() -> None:
     assert p.grids == [[(2, 2), (2, 3)], [(2, 2)]] and p.digests == [["a", "b"], ["c"]]
     repeated = ImageTokens.of(picture.repeat_interleave(2, 0), shown)
     assert repeated.digests == [["a", "b"], ["a", "b"], ["c"], ["c"]]
-    with pytest.raises(UsageError, match="the prompt has 3 pictures, 2 were encoded"):
+    with pytest.raises(UsageError, match="the prompt has 3 images, 2 were encoded"):
         ImageTokens.of(picture, shown[:2])
     unseen = ImageTokens.of(picture)
     assert unseen.grids == [[(2, 2), (1, 6)], [(2, 2)]] and unseen.digests is None
