@@ -374,7 +374,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
 
 def _readme(manifest: Manifest) -> str:
-    """How to open the folder, for whoever finds it. Equal manifests give equal text."""
+    """How to open the folder: the text of its README. Equal manifests give equal text."""
     return f"""# A quantized checkpoint of QUOTA
 
 Regime {manifest.regime}, quantized parts: {", ".join(manifest.modules)}; written by quota {manifest.tool_version}.

@@ -44,7 +44,7 @@ class RowState:
         self.admitted = True
 
     def check_admitted(self) -> None:
-        """UsageError where nobody let the next tokens in."""
+        """UsageError where no admission of the next tokens precedes it."""
         if self.guarded and not self.admitted:
             raise UsageError(
                 "past_key_values: the cache holds a pruned prompt and no recipe is installed now; install the recipe"

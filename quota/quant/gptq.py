@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quota.quant.grouped import GROUP, grid_of, groups_of, round_to, value_of
 
-_DAMPINGS = 4  # times the damping may grow tenfold before a Hessian counts as hopeless
+_DAMPINGS = 4  # times the damping may grow tenfold before a Hessian is refused
 
 
 class Hessian:

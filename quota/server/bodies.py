@@ -40,7 +40,7 @@ class Held:
 
 class Bodies:
     """The bytes of all requests on their way, at most `in_flight_bytes` of them. Where one more byte does not fit, the
-    largest body that is still arriving is given up, so that whoever sends little is served."""
+    largest body that is still arriving is given up, so that small requests are served."""
 
     def __init__(self, settings: Settings, lane: Lane) -> None:
         self.settings, self.lane = settings, lane
@@ -111,7 +111,7 @@ class Bodies:
         held.evicted = True
         self._arriving.discard(held)
         if held.deadline is not None:
-            held.deadline.reschedule(asyncio.get_running_loop().time())  # wakes whoever waits for its next bytes
+            held.deadline.reschedule(asyncio.get_running_loop().time())  # wakes the reader of its next bytes
 
     def _free(self, held: Held) -> None:
         self.total -= held.counted

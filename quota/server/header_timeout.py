@@ -176,7 +176,7 @@ class HeaderTimeoutProtocol(H11Protocol):
     def _check_unread(self) -> None:
         left = self.transport.get_write_buffer_size()
         if left >= self._unread:
-            self.transport.abort()  # close would wait for the bytes that nobody takes
+            self.transport.abort()  # close would wait until the client reads the rest
         else:
             self._unread = left
             self._start("unread", self.unread_s)

@@ -1,5 +1,5 @@
-"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request, nobody
-else's.
+"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request
+alone.
 
 A request first tries the common way: every image within `LARGE_PIXELS` and a fraction of a second. One that needs more
 moves to another queue, which never takes the last process, so that ordinary images go on. Few requests hold decoded
@@ -106,7 +106,7 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
 
 
 class Decoders:
-    """`lost` is told why a process was replaced: time, died or left (nobody waited for its image any more)."""
+    """`lost` is told why a process was replaced: time, died or left (no request waited for its image any more)."""
 
     def __init__(self, settings: Settings, lost: Callable[[str], None]) -> None:
         self.settings, self._lost = settings, lost

@@ -1,5 +1,5 @@
-"""One thread for work that must not stop the event loop: the smallest first, so that nobody waits for the large
-requests of others."""
+"""One thread for work that must not stop the event loop: the smallest first, so that small ones never wait for
+large ones."""
 
 from __future__ import annotations
 

@@ -75,13 +75,13 @@ class Service:
             settings.feature_bytes,
             settings.prefix_cache,
         )
-        # the engine decodes on its own thread, and tokenizers do not like company
+        # fast tokenizers are not thread-safe; the engine decodes on its own thread with its own copy
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
         self.prompts = PromptBuilder(model.processor, engine.model)
         self._large_prompts = PromptBuilder(
             copy.deepcopy(model.processor), engine.model
-        )  # large images take seconds: nobody waits behind them
+        )  # large images take seconds and block no small one
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
