@@ -81,12 +81,12 @@ sanitize: $(STAMP)
 	@touch $@
 
 bench: .venv/.peers
-	$(BIN)/quota bench ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
-	$(BIN)/quota bench tables
+	$(BIN)/python -m benchmarks ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
+	$(BIN)/python -m tools.pages
 
 # The python that has torch with CUDA; a machine with a GPU need not have .venv.
 gpu-check:
-	$(PYTHON) -m quota.bench.gpu $(GPU_ARGS)
+	$(PYTHON) -m benchmarks gpu $(GPU_ARGS)
 # hundreds of megabytes that only --replicas needs
 ray: .venv/.ray
 .venv/.ray: $(STAMP) pyproject.toml constraints.txt

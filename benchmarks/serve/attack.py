@@ -1,8 +1,8 @@
 """Attacks on a server of its own, each at full size while a well-behaved client asks on; how long that one waits, and
 what memory the server takes.
 
-    python -m benchmarks.serve.attack CHECKPOINT --out benchmarks/results/attack.json
-    quota bench tables
+    python -m benchmarks serve attack CHECKPOINT --out benchmarks/results/attack.json
+    python -m tools.pages
 
 Ends with status 1 when an attack has another outcome than expected, the well-behaved client is refused or waits longer
 than a second more than alone, or memory grows by more than the bound.
@@ -26,10 +26,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks import rows
 from benchmarks.serve.attacks import ATTACKS, CHAT, OK, Attack, Target, ordinary
 from benchmarks.serve.process import Served, served
-from quota.bench import rows
-from quota.bench.serving import attack_table
+from benchmarks.serve.tables import attack_table
 from quota.core.files import atomic_write_text
 
 MAX_DELAY_S = 1.0
@@ -199,16 +199,14 @@ def _settle(server: Served) -> None:
             time.sleep(0.2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="attacks whose name holds this")
     parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
-    problems = run(parser.parse_args())
+    problems = run(parser.parse_args(arguments))
     print("\n".join(problems))
     sys.exit(bool(problems))
-
-
-if __name__ == "__main__":
-    main()

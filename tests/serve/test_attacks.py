@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.serve.attack import MAX_DELAY_S, attacked, problems_of
 from benchmarks.serve.attacks import ATTACKS, Attack, Target
-from quota.bench.serving import attack_table
+from benchmarks.serve.tables import attack_table
 from quota.server import bodies
 from quota.server.bodies import MAX_MARKS, parse
 from quota.server.config import Settings
