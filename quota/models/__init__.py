@@ -29,7 +29,7 @@ def find_family(model_or_config: Any) -> Family:
     kind = getattr(config, "model_type", type(config).__name__)
     if kind not in FAMILIES or getattr(config, "text_config", None) is None or getattr(config, "vision_config", None) is None:
         raise CheckpointError(f"model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got {kind!r}")
-    return family_class(kind)(config)
+    return family_class(kind).kind_of(config)(config)
 
 
 def fingerprint(config: Any, embed: Tensor) -> str:
