@@ -14,7 +14,8 @@ import pytest
 
 from quota.bench.gpu import __main__ as gpu
 from quota.bench.gpu import apart, checks
-from quota.bench.gpu.options import Line, Options, facts
+from quota.bench.gpu.options import ROOT, Line, Options, facts
+from quota.core.files import OUTPUT_MARK
 from quota.core.registry import Implementation
 from quota.core.registry import ops as registered
 from quota.ops import native
@@ -54,6 +55,16 @@ def test_results_go_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("OUT", str(tmp_path / "back"))
     monkeypatch.setattr(sys, "argv", ["gpu-check", "--dry-run", "--sections", "graph"])
     assert gpu.main() == 0 and (tmp_path / "back/gpu-dry-run.md").exists()
+
+
+def test_a_folder_of_the_users_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gpu-dry-run.md").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["gpu-check", "--dry-run", "--sections", "graph", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--out: " in (said := capsys.readouterr().err) and "holds gpu-dry-run.md" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-dry-run.md"] and (tmp_path / "gpu-dry-run.md").read_text() == "mine"
+    assert (ROOT / "benchmarks" / "results" / OUTPUT_MARK).is_file()  # the folder it writes to unless told otherwise
 
 
 def test_one_failing_section_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

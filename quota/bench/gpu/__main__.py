@@ -22,7 +22,8 @@ from quota.bench.gpu.apart import apart, source
 from quota.bench.gpu.options import ROOT, Line, Options, collected
 from quota.bench.gpu.report import body, markdown
 from quota.bench.gpu.serving import serving
-from quota.core.files import atomic_write_text
+from quota.core.errors import QuotaError
+from quota.core.files import atomic_write_text, claim_folder
 
 
 class Planned(NamedTuple):
@@ -111,9 +112,11 @@ def main() -> int:
         return _worker(names[0], options)
     budget_s = given.budget_s or (SECONDS[given.call] - 10 if given.call in SECONDS else float("inf"))
     stem, end, seconds = "gpu-dry-run" if options.dry else "gpu", time.monotonic() + budget_s, {p.run.__name__: p.seconds for p in PLAN}
-    path = given.out / f"{stem}.json"
+    try:
+        path = claim_folder(given.out) / f"{stem}.json"
+    except QuotaError as error:
+        parser.error(f"--out: {error}")
     records = {r["section"]: r for r in (json.loads(path.read_text()) if path.exists() else []) if r["section"] in SECTIONS}
-    given.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         limit_s = min(given.limit_s or 2.0 * seconds[name], end - time.monotonic())
         record = records[name] = _run(name, options, limit_s, given.out / f"{stem}-{name}.jsonl")
