@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quota.allocate.fitprune import AttentionSample
 from quota.calib.profile import model_facts, regime_of
-from quota.calib.samples import Samples, encode
+from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint, submodule
@@ -28,6 +28,7 @@ Tell = Callable[[int, int], None]
 
 def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
     """Sizes of `model`, and the visual and text tokens of a typical prompt of `samples`. Nothing is run."""
+    check_texts(processor, samples)
     token = find_family(model).image_token_id
     ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
     visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
@@ -40,8 +41,9 @@ def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
 def attention_statistics(
     model: Any, processor: Any, samples: Samples, tell: Tell | None = None
 ) -> list[AttentionSample]:
-    """FitPrune's input: per sample with an image, attention of the largest head to each visual token in every layer,
+    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer,
     unpruned."""
+    check_texts(processor, samples)
     family = find_family(model)
     layers: Any = submodule(model, family.text_path).layers  # type: ignore[union-attr]
     out = []
@@ -84,6 +86,7 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> dict[int, float]:
     """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution,
     in nats, when all visual tokens leave before that layer."""
+    check_texts(processor, samples)
     family = find_family(model)
     plans = {layer: _withdrawal(model, layer) for layer in range(1, family.layers)}
     seen: dict[int, list[float]] = {layer: [] for layer in plans}

@@ -102,8 +102,9 @@ def _any(words: Iterable[str]) -> str:
     return "|".join(words)
 
 
+_OBJECT = rf"(?:(?:{_any(RADII_PX)}) )?(?:(?:{_any(TEXTURES)}) )?(?:{_any(COLORS)}) (?:{_any(SHAPES)})"
 _MENTION = re.compile(
-    rf"(?P<place>{_any(QUADRANTS)})|(?P<object>(?:(?:{_any(RADII_PX)}) )?(?:(?:{_any(TEXTURES)}) )?(?:{_any(COLORS)}) (?:{_any(SHAPES)}))\b"
+    rf"(?P<place>{_any(QUADRANTS)})|(?P<object>{_OBJECT})\b"
     rf"|(?P<plate>{_any(COLORS)}) sign (?:that says )?(?P<word>{_any(SIGN_WORDS)})\b"
 )
 

@@ -97,7 +97,7 @@ def _counting(c: Crowd, rng: np.random.Generator) -> Question:
     first, second = (ATTRIBUTES[i] for i in sorted(rng.permutation(len(ATTRIBUTES))[:2]))
     used = (first, second) if rng.random() < 0.6 else (second,)
     have = Counter(tuple(getattr(item, name) for name in used) for item in c.items)
-    every = (
+    every: list[tuple[str, ...]] = (
         [(a, b) for a in _CLASSES[used[0]] for b in _CLASSES[used[1]]]
         if len(used) == 2
         else [(a,) for a in _CLASSES[used[0]]]
@@ -208,9 +208,9 @@ def _follow_up(c: Crowd, rng: np.random.Generator) -> Dialogue | None:
     """The object nearest to another or farthest to a side of three, then two things about it that its name does not
     say."""
     first = (_nearest if rng.random() < 0.5 else _extreme)(c, rng)
-    item = first and next(item for item in c.items if c.names[item] == first.answer)
-    if first is None or item is None:
+    if first is None:
         return None
+    item = next(item for item in c.items if c.names[item] == first.answer)
     open_to = [name for name in ("texture", "size") if getattr(item, name) not in c.names[item].split()]
     asks = {"texture": "what is its pattern?", "size": "is it small or large?"}
     later = [Question("follow_up", asks[name], getattr(item, name)) for name in open_to]

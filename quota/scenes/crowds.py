@@ -243,7 +243,7 @@ def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
             found = Change(without, whole, what, f"the {name} was added")
         else:
             word = _choose(rng, [w for w in (COLORS if what == "color" else TEXTURES) if w != getattr(item, what)])
-            new = replace(item, **{what: word})
+            new = replace(item, color=word) if what == "color" else replace(item, texture=word)
             if new.kind in {other.kind for other in whole.items}:
                 continue
             items = tuple(new if other is item else other for other in whole.items)
