@@ -80,6 +80,7 @@ _VISION = {
     "num_heads": _count(2**12), "image_size": _count(2**14), "patch_size": _count(2**10), "num_channels": _count(64), "in_channels": _count(64),
     "temporal_patch_size": _count(64), "spatial_merge_size": _count(64), "window_size": _count(2**14), "out_hidden_size": _WIDTH,
     "projection_dim": _count(2**18, least=0), "layer_norm_eps": _NUMBER, "hidden_act": _ACTIVATION, "fullatt_block_indexes": _INDICES,
+    "mlp_ratio": _Rule("a number from 1 to 64", lambda v: type(v) in (int, float) and 1 <= v <= 64), "use_swiglu_ffn": _FLAG, "qkv_bias": _FLAG,
     "dtype": _DTYPE, "torch_dtype": _DTYPE,
 }  # fmt: skip
 _TOP = {
