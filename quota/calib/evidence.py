@@ -19,9 +19,9 @@ from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint, submodule
 from quota.nn.attention import AttentionTrace, QuantAttention
+from quota.prune.attention import head_max_attention, text_queries
 from quota.prune.pruner import Pruner
 from quota.prune.recording import recording
-from quota.prune.scores import head_max_attention, text_queries
 
 Tell = Callable[[int, int], None]
 

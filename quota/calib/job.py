@@ -21,7 +21,7 @@ from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import MANIFEST, Manifest, check_destination, verify_files
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
-from quota.core.recipe import BEFORE, Recipe
+from quota.core.recipe import Recipe
 from quota.core.version import VERSION
 from quota.models.images import PatchGrid
 from quota.models.processing import image_backend
@@ -112,9 +112,8 @@ class Job:
             return
         yield Step("text", family.embed_path)
         candidates = self.recipe.candidates if self.recipe else ()
-        if BEFORE in candidates:
-            yield Step("score", family.decoder_layer(0), BEFORE)
-            yield Step("gather", family.decoder_layer(0), BEFORE)
+        if 0 in candidates:
+            yield Step("score", family.decoder_layer(0), 0)
         for index in range(family.layers):
             if index in candidates:
                 yield Step("gather", family.decoder_layer(index), index)
@@ -158,7 +157,7 @@ class Job:
             "method": self.method,
             "modules": list(self.modules),
             "seed": self.seed,
-            "recipe": self._recipe_digest(),
+            "recipe": self.recipe and self.recipe.digest,
             "quota version": VERSION,
             **{f"settings.{name}": value for name, value in self.settings.to_dict().items()},
         }
@@ -199,9 +198,6 @@ class Job:
             raise UsageError(f"out {self.out}: holds this checkpoint already; make it again with --fresh --overwrite")
         return manifest
 
-    def _recipe_digest(self) -> str | None:
-        return None if self.recipe is None else "sha256:" + hashlib.sha256(self.recipe.dumps().encode()).hexdigest()
-
     def manifest(self, blocks: list[dict[str, Any]]) -> Manifest:
         """What quota.json says about this calibration; no times, so equal runs write equal bytes."""
         calibration = {
@@ -211,7 +207,7 @@ class Job:
             "samples_fingerprint": self.samples and self.samples.fingerprint,
             "seed": self.seed,
             "settings": self.settings.to_dict(),
-            "pruned_by": self._recipe_digest(),
+            "pruned_by": self.recipe and self.recipe.digest,
             "source_files": self.source.digest,
             "report": blocks,
         }

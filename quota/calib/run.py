@@ -28,7 +28,6 @@ from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
 from quota.core.errors import UsageError
 from quota.core.files import check_space
-from quota.core.recipe import BEFORE
 from quota.models.base import Part
 from quota.models.images import ImageInfo, ImageInput, ImageTokens
 
@@ -156,8 +155,8 @@ def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str,
         return {"float": _embed_images(job, work)}
     if step.kind == "score":
         assert job.recipe is not None
-        before = None if step.index == BEFORE else _decoder_block(job, step.index - 1)
-        pair = (before, _decoder_block(job, max(step.index, 0)))
+        before = _decoder_block(job, step.index - 1) if step.index else None
+        pair = (before, _decoder_block(job, step.index))
         masks = prune.keep_masks(
             job.recipe, step.index, pair, work.streams["float"], partial(_pictures, job, work), job.settings.device
         )

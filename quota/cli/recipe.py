@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from quota.allocate.methods import METHODS, methods_help
 from quota.cli.shell import (
     BuildByDefaultGroup,
     JsonOption,
@@ -20,6 +19,7 @@ from quota.cli.shell import (
     say,
 )
 from quota.core.errors import QuotaError, UsageError
+from quota.core.methods import METHODS, methods_help
 
 REFERENCES = ("recorded", "per_image")
 POLICIES = ("original", "compact")
@@ -48,6 +48,8 @@ def about() -> None:
         quota recipe validate recipes/*.json demo-out/recipe.json
 
         quota recipe diff a.json b.json
+
+        quota recipe upgrade old.json
     """
 
 
@@ -141,7 +143,7 @@ def build(
         parse_layers(layers, 1_000_000)  # the spelling; the model's own number of layers is checked when it is known
     if not tau > 0:
         raise UsageError(f"--tau: expected a temperature above 0, got {tau:g}")
-    profiled = METHODS[method].needs == "profile"
+    profiled = METHODS[method].search == "profile"
     if profiled and model is None:
         raise UsageError(
             f"--model: method {method} measures the float model beside the quantized one; give the folder or hub name"
@@ -273,3 +275,44 @@ def diff(
         say(explained.diff_text(a, b))
     if changes and exit_code:
         raise typer.Exit(1)
+
+
+@app.command("upgrade")
+def upgrade(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipe files.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write instead of FILE itself; for one FILE.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Rewrite recipes of schema_version 1 as this version's, and say what changed.
+
+    What they do stays the same: candidate -1, before the language model, is candidate 0 now. All are read and checked
+    before the first is written; files of this version, and the schema beside them, are left alone.
+
+    **Example**
+
+        quota recipe upgrade recipe.json old/*.json
+
+        quota recipe upgrade old.json --out recipe.json
+    """
+    from quota.core.recipe import is_schema
+    from quota.core.recipe_upgrade import upgrade as read
+
+    if out is not None:
+        if len(files) != 1:
+            raise UsageError(f"--out: expected one FILE to write there, got {len(files)}")
+        check_output(out, overwrite=overwrite)
+    upgrades = [read(file) for file in files if not is_schema(file)]
+    written = [(found, out or found.path.resolve()) for found in upgrades if found.changes or out is not None]
+    for _, target in written:
+        check_output(target, overwrite=True)
+    for found, target in written:
+        found.recipe.save(target)
+    results = [{"file": str(out or found.path), "changes": list(found.changes)} for found in upgrades]
+    if json:
+        print_json(results)
+        return
+    for result in results:
+        say(f"{result['file']}: {'; '.join(result['changes']) or 'of this version already'}")

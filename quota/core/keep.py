@@ -1,15 +1,9 @@
-"""Keep ratios and the few names that recipes, the pruner and the allocator share. Plain Python: what runs a model needs
-no parser of documents."""
+"""Keep ratios, which recipes, the pruner and the allocator share. No pydantic on the inference path."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
-
-BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
-ATTENTION_SCORES: frozenset[str] = frozenset(
-    {"quota", "text", "last_token", "cross_self"}
-)  # they read the attention of the layer before
 
 
 def significant(x: float, digits: int = 6) -> float:

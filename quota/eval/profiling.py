@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quota.allocate.baselines import VTW_THRESHOLD, RecipeContext, SearchStats, at_compute, build_baseline
-from quota.allocate.methods import METHODS
+from quota.core.methods import METHODS
 from quota.core.recipe import Provenance, Recipe
 from quota.eval.asking import load_model
 
@@ -64,7 +64,7 @@ def measure_evidence(
     from quota.calib.evidence import attention_statistics, withdrawal_divergence
     from quota.eval.compare import bars
 
-    needs = METHODS[method].needs
+    needs = METHODS[method].search
     if needs not in ("withdrawal", "attention"):
         return SearchStats()
     with bars(quiet) as progress:

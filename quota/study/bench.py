@@ -15,12 +15,12 @@ from rich.console import Console
 from quota.allocate.baselines import RecipeContext, SearchStats
 from quota.allocate.compute import Cost, DecoderSizes, cost
 from quota.allocate.explain import recipe_cost
-from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource, resolve_folder
 from quota.core.errors import UsageError
 from quota.core.files import claim_folder
+from quota.core.methods import BASELINES, METHODS
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.demo.embedded import reference_of, sources
@@ -185,7 +185,7 @@ class Bench:
         """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized
         model)."""
         asked = RecipeRequest(method, keep, compute, tau=tau, reference=self.reference)
-        if METHODS[method].needs == "profile":
+        if METHODS[method].search == "profile":
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
         if (key := f"{method} {where}") not in self._evidence:

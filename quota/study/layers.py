@@ -95,7 +95,7 @@ def show_markdown(report: dict[str, Any], folder: str = "") -> str:
         for name, a in methods.items()
     ]
     return (
-        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights: W4A4KV4; -1 is"
+        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights: W4A4KV4; 0 is"
         " before the language model.\n\n"
         + markdown_table(["method", "answer", "visual tokens alive"], rows)
         + "".join(f"\n{name}:\n\n![Tokens kept by {name}]({folder}{a['overlay']})\n" for name, a in methods.items())

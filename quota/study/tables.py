@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quota.core.errors import RecipeError
-from quota.core.recipe import Recipe, ScoreWeights
+from quota.core.recipe import Recipe
+from quota.core.selection import ScoreWeights
 from quota.study.bench import FLOAT, MODULES, QUANTIZED, WEIGHT_ONLY, Bench, Entry
 
 KEEPS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)

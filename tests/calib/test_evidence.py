@@ -10,7 +10,7 @@ from quota.calib.evidence import attention_statistics, measured_facts, withdrawa
 from quota.calib.samples import Sample, Samples, encode
 from quota.core.errors import SampleError
 from quota.models.rtn import quantize_rtn
-from quota.prune.scores import text_queries
+from quota.prune.attention import text_queries
 from quota.scenes.model import build_config, build_model, build_processor
 from tests.calib.calibration import picture_samples
 

@@ -191,7 +191,7 @@ def test_resumes_after_a_kill(finished, folder, tmp_path, monkeypatch):
 
 
 BEFORE_LAYERS = {
-    "candidates": [-1, 2],
+    "candidates": [0, 2],
     "selections": [{"score": "none", "policy": "grid"}, {"score": "text", "policy": "mmr"}],
     "method": "custom",
 }

@@ -11,8 +11,8 @@ import torch
 
 from quota.allocate.baselines import RecipeContext, SearchStats, build_baseline
 from quota.allocate.fitprune import AttentionSample
-from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.recipe_builder import build_recipe
+from quota.core.methods import BASELINES, METHODS
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint
 from quota.models.rtn import quantize_rtn

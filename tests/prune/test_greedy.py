@@ -1,4 +1,4 @@
-"""Greedy policies against brute force and by their defining properties."""
+"""Greedy choices against brute force and by their defining properties."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
 from quota.models.images import ImageInfo, ImageTokens, image_digest, image_infos
-from quota.prune import policies
+from quota.prune import greedy
 
 
 def points(n: int = 14, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -25,40 +25,40 @@ def scores(n: int = 14, seed: int = 1) -> np.ndarray:
 
 def test_cosines_are_whole_numbers_near_the_cosine() -> None:
     x = points(20, 300)
-    c = policies.cosines(x)
+    c = greedy.cosines(x)
     assert np.array_equal(c, np.round(c)) and np.abs(c).max() < 2**53
     want = torch.nn.functional.cosine_similarity(x[:, None].double(), x[None].double(), dim=-1).numpy()
-    np.testing.assert_allclose(c / policies.ONE, want, atol=1e-5)
-    assert np.isfinite(policies.cosines(torch.zeros(3, 4))).all()
+    np.testing.assert_allclose(c / greedy.ONE, want, atol=1e-5)
+    assert np.isfinite(greedy.cosines(torch.zeros(3, 4))).all()
 
 
 def test_cosines_do_not_depend_on_the_order_of_summation() -> None:
     """Shuffling the dimensions changes every partial sum; whole numbers below 2^53 add up to the same all the same."""
     x = points(30, 513, seed=3)
-    norm = policies.row_norm(x)
+    norm = greedy.row_norm(x)
     order = torch.randperm(513, generator=torch.Generator().manual_seed(0))
     shuffled = x[:, order]
-    assert torch.equal(policies.row_norm(shuffled), norm)
-    assert np.array_equal(policies.cosines(x), policies.cosines(shuffled))
+    assert torch.equal(greedy.row_norm(shuffled), norm)
+    assert np.array_equal(greedy.cosines(x), greedy.cosines(shuffled))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = policies.cosines(x)
+        alone = greedy.cosines(x)
         torch.set_num_threads(2)
-        assert np.array_equal(alone, policies.cosines(x))
+        assert np.array_equal(alone, greedy.cosines(x))
     finally:
         torch.set_num_threads(before)
 
 
 def test_topk_is_stable() -> None:
-    assert policies.topk(np.array([1, 3, 3, 2], np.float32), 2).tolist() == [1, 2]
+    assert greedy.topk(np.array([1, 3, 3, 2], np.float32), 2).tolist() == [1, 2]
 
 
 def test_maxmin_starts_at_the_loneliest_and_is_greedy() -> None:
-    c = policies.cosines(points())
-    d = policies.ONE - c
+    c = greedy.cosines(points())
+    d = greedy.ONE - c
     apart = d + np.where(np.eye(len(d), dtype=bool), np.inf, 0)
-    chosen = policies.maxmin(c, 6)
+    chosen = greedy.maxmin(c, 6)
     assert chosen[0] == int(np.argmax(apart.min(1)))
     for step in range(1, 6):
         nearest = {i: min(d[i, j] for j in chosen[:step]) for i in range(len(d)) if i not in chosen[:step]}
@@ -71,19 +71,19 @@ def test_maxmin_spreads_where_topk_does_not() -> None:
         [points(6, 4) * 0.01 + torch.tensor([1.0, 0, 0, 0]), points(6, 4) * 0.01 + torch.tensor([0, 1.0, 0, 0])]
     )
     s = np.r_[np.ones(6), np.zeros(6)].astype(np.float32)
-    assert set(policies.topk(s, 4).tolist()) <= set(range(6))
-    assert {i // 6 for i in policies.maxmin(policies.cosines(x), 2)} == {0, 1}
-    assert {i // 6 for i in policies.mmr(s, policies.cosines(x), 2, 0.4)} == {0, 1}
+    assert set(greedy.topk(s, 4).tolist()) <= set(range(6))
+    assert {i // 6 for i in greedy.maxmin(greedy.cosines(x), 2)} == {0, 1}
+    assert {i // 6 for i in greedy.mmr(s, greedy.cosines(x), 2, 0.4)} == {0, 1}
 
 
 def test_mmr_ends_are_topk_and_diversity() -> None:
-    c, s = policies.cosines(points()), scores()
-    assert policies.mmr(s, c, 5, 1.0) == policies.topk(s, 5).tolist()
-    chosen = policies.mmr(s, c, 5, 0.5)
-    value = policies.scaled(s)
+    c, s = greedy.cosines(points()), scores()
+    assert greedy.mmr(s, c, 5, 1.0) == greedy.topk(s, 5).tolist()
+    chosen = greedy.mmr(s, c, 5, 0.5)
+    value = greedy.scaled(s)
     for step in range(1, 5):
         gain = {
-            i: 0.5 * value[i] - 0.5 * max(c[i, j] for j in chosen[:step]) / policies.ONE
+            i: 0.5 * value[i] - 0.5 * max(c[i, j] for j in chosen[:step]) / greedy.ONE
             for i in range(len(s))
             if i not in chosen[:step]
         }
@@ -92,21 +92,21 @@ def test_mmr_ends_are_topk_and_diversity() -> None:
 
 def test_dpp_is_the_greedy_determinant() -> None:
     x, s = points(9, 12), scores(9)
-    c = policies.cosines(x) / policies.ONE
-    r = policies.scaled(s) + 1e-6
+    c = greedy.cosines(x) / greedy.ONE
+    r = greedy.scaled(s) + 1e-6
     kernel = r[:, None] * c * r[None]
     chosen: list[int] = []
     for _ in range(5):
         gains = {i: np.linalg.det(kernel[np.ix_([*chosen, i], [*chosen, i])]) for i in range(9) if i not in chosen}
         chosen.append(max(gains, key=lambda i: gains[i]))
-    assert policies.dpp(s, policies.cosines(x), 5) == chosen
+    assert greedy.dpp(s, greedy.cosines(x), 5) == chosen
     best = max(itertools.combinations(range(9), 2), key=lambda p: np.linalg.det(kernel[np.ix_(p, p)]))
-    assert len(set(best) & set(policies.dpp(s, policies.cosines(x), 2))) >= 1
+    assert len(set(best) & set(greedy.dpp(s, greedy.cosines(x), 2))) >= 1
 
 
 def test_dpp_goes_on_by_score_beyond_the_rank() -> None:
     x, s = points(10, 3), scores(10)
-    chosen = policies.dpp(s, policies.cosines(x), 8)
+    chosen = greedy.dpp(s, greedy.cosines(x), 8)
     assert len(set(chosen)) == 8
     left = [i for i in range(10) if i not in chosen[:3]]
     assert chosen[3:] == sorted(left, key=lambda i: -s[i])[:5]
@@ -115,7 +115,7 @@ def test_dpp_goes_on_by_score_beyond_the_rank() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(24, 24), (12, 12), (1, 7), (7, 1), (10, 31), (30, 8)])
 def test_even_sites_are_distinct_and_even(rows: int, columns: int) -> None:
     for count in {1, 2, 3, rows * columns // 10, rows * columns // 3, rows * columns - 1, rows * columns} - {0}:
-        sites = policies.even_sites(rows, columns, count)
+        sites = greedy.even_sites(rows, columns, count)
         assert len(set(sites)) == len(sites) == count
         assert all(0 <= r < rows and 0 <= c < columns for r, c in sites)
         left = sum(2 * c + 1 < columns for _, c in sites) - sum(2 * c + 1 > columns for _, c in sites)
@@ -123,24 +123,24 @@ def test_even_sites_are_distinct_and_even(rows: int, columns: int) -> None:
         assert abs(left) <= rows + 1 and abs(top) <= columns + 1, (
             "no side of the picture is preferred by more than one site a line"
         )
-    assert policies.even_sites(24, 24, 144) == [(2 * i + 1, 2 * j + 1) for i in range(12) for j in range(12)]
+    assert greedy.even_sites(24, 24, 144) == [(2 * i + 1, 2 * j + 1) for i in range(12) for j in range(12)]
 
 
 def test_grid_covers_the_picture_and_fills_by_score() -> None:
     places = np.array([(0, r, c) for r in range(6) for c in range(6)], dtype=np.int64)
     s = scores(36)
-    assert sorted(policies.grid(s, places, [(6, 6)], 9, 1.0)) == [6 * r + c for r in (1, 3, 5) for c in (1, 3, 5)]
-    half = policies.grid(s, places, [(6, 6)], 8, 0.5)
-    assert half[:4] == policies.grid(s, places, [(6, 6)], 4, 1.0)
+    assert sorted(greedy.grid(s, places, [(6, 6)], 9, 1.0)) == [6 * r + c for r in (1, 3, 5) for c in (1, 3, 5)]
+    half = greedy.grid(s, places, [(6, 6)], 8, 0.5)
+    assert half[:4] == greedy.grid(s, places, [(6, 6)], 4, 1.0)
     rest = [i for i in range(36) if i not in half[:4]]
     assert half[4:] == sorted(rest, key=lambda i: -s[i])[:4]
     alive = places[::3]  # what an earlier stage left: each site takes its nearest living token
-    assert len(set(policies.grid(s[::3], alive, [(6, 6)], 9, 1.0))) == 9
+    assert len(set(greedy.grid(s[::3], alive, [(6, 6)], 9, 1.0))) == 9
 
 
 def test_grid_serves_every_picture() -> None:
     places = np.array([(p, r, c) for p, n in enumerate((4, 4, 2)) for r in range(n) for c in range(n)], dtype=np.int64)
-    chosen = policies.grid(scores(36), places, [(4, 4), (4, 4), (2, 2)], 18, 1.0)
+    chosen = greedy.grid(scores(36), places, [(4, 4), (4, 4), (2, 2)], 18, 1.0)
     assert [sum(1 for i in chosen if places[i, 0] == p) for p in range(3)] == [8, 8, 2]
 
 
@@ -149,33 +149,33 @@ def test_grid_serves_every_picture() -> None:
 def test_every_policy_gives_distinct_tokens_of_the_asked_number(n: int, seed: int, equal: bool) -> None:
     x = torch.ones(n, 4) if equal else points(n, 4, seed)
     s = np.ones(n, np.float32) if equal else scores(n, seed)
-    c = policies.cosines(x)
+    c = greedy.cosines(x)
     places = np.array([(0, i // 5, i % 5) for i in range(n)], dtype=np.int64)
     for keep in {1, n // 2, n} - {0}:
         for chosen in (
-            policies.maxmin(c, keep),
-            policies.mmr(s, c, keep, 0.5),
-            policies.dpp(s, c, keep),
-            policies.grid(s, places, [(4, 5)], keep, 0.3),
+            greedy.maxmin(c, keep),
+            greedy.mmr(s, c, keep, 0.5),
+            greedy.dpp(s, c, keep),
+            greedy.grid(s, places, [(4, 5)], keep, 0.3),
         ):
             assert len(set(chosen)) == len(chosen) == keep and all(0 <= i < n for i in chosen)
             assert not equal or keep != n or sorted(chosen) == list(range(n))
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    c, s = policies.cosines(torch.ones(5, 3)), np.ones(5, np.float32)
-    for chosen in (policies.maxmin(c, 2), policies.mmr(s, c, 2, 0.5), policies.dpp(s, c, 2)):
+    c, s = greedy.cosines(torch.ones(5, 3)), np.ones(5, np.float32)
+    for chosen in (greedy.maxmin(c, 2), greedy.mmr(s, c, 2, 0.5), greedy.dpp(s, c, 2)):
         assert sorted(chosen) == [0, 1]
 
 
 def test_random_scores_belong_to_the_picture() -> None:
     number, place = np.zeros(16, np.int64), np.arange(16)
-    first = policies.random_scores(0, ["a"], number, place)
-    assert np.array_equal(policies.random_scores(0, ["b", "a"], number + 1, place), first)
-    assert not np.array_equal(policies.random_scores(1, ["a"], number, place), first)
-    assert not np.array_equal(policies.random_scores(0, ["b"], number, place), first)
+    first = greedy.random_scores(0, ["a"], number, place)
+    assert np.array_equal(greedy.random_scores(0, ["b", "a"], number + 1, place), first)
+    assert not np.array_equal(greedy.random_scores(1, ["a"], number, place), first)
+    assert not np.array_equal(greedy.random_scores(0, ["b"], number, place), first)
     many = np.concatenate(
-        [policies.random_scores(0, [f"{i}"], np.zeros(576, np.int64), np.arange(576)) for i in range(20)]
+        [greedy.random_scores(0, [f"{i}"], np.zeros(576, np.int64), np.arange(576)) for i in range(20)]
     )
     assert abs(many.mean() - 0.5) < 0.01 and abs(many.std() - 12**-0.5) < 0.01
 

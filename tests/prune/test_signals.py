@@ -8,8 +8,9 @@ from quota.core.errors import UsageError
 from quota.core.recipe import Percentiles, ScoreWeights
 from quota.nn.attention import AttentionTrace
 from quota.nn.padding import real_columns, row_start, start_of_mask
+from quota.prune.attention import text_queries
 from quota.prune.recording import causal_lse
-from quota.prune.scores import combine, robust_scale, text_queries, token_signals
+from quota.prune.signals import combine, robust_scale, token_signals
 
 
 def test_text_queries():
