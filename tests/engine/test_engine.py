@@ -176,7 +176,7 @@ def test_usage(model):
 def test_refusals(model):
     made = engine(model, pages=40, max_waiting=1)
     good = prompt(model, 4)
-    with pytest.raises(UsageError, match="pictures"):
+    with pytest.raises(UsageError, match="images"):
         made.submit(asked("a", Prompt([1, IMAGE_TOKEN, 3])))
     with pytest.raises(UsageError, match="at least one token"):
         made.submit(asked("a", Prompt([])))
