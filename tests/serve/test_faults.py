@@ -141,11 +141,11 @@ def test_a_fault_of_the_whole_step_is_survived(serving, monkeypatch):
     engine = server.service.engine.engine
     plan, left = engine.scheduler.decodes, [1]
 
-    def broken():
+    def broken(rows):
         if engine.scheduler.running and left:
             left.pop()
             raise RuntimeError("planning failed")
-        return plan()
+        return plan(rows)
 
     monkeypatch.setattr(engine.scheduler, "decodes", broken)
     with pytest.raises(openai.InternalServerError):
