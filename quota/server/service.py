@@ -29,13 +29,13 @@ from quota.runtime.engine import (
     SamplingParams,
     Usage,
 )
+from quota.runtime.prompts import PromptBuilder
 from quota.server.bodies import Bodies
 from quota.server.config import Settings
 from quota.server.errors import ApiError, as_api_error
 from quota.server.images import Decoders
 from quota.server.lane import Lane
 from quota.server.metrics import Metrics
-from quota.server.prompts import PromptBuilder
 from quota.server.responses import DONE, Answer, Choice, failure
 from quota.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
@@ -66,16 +66,16 @@ class Service:
         self.settings, self.name = settings, settings.name
         recipes = load_recipes(settings)
         config = EngineConfig(
-            settings.kv_bytes,
-            settings.page_tokens,
-            settings.max_running,
-            settings.max_waiting,
-            settings.step_tokens,
-            settings.max_model_tokens,
-            settings.feature_bytes,
-            settings.prefix_cache,
+            kv_bytes=settings.kv_bytes,
+            page_tokens=settings.page_tokens,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            step_tokens=settings.step_tokens,
+            max_tokens=settings.max_model_tokens,
+            feature_bytes=settings.feature_bytes,
+            prefix_cache=settings.prefix_cache,
         )
-        # fast tokenizers are not thread-safe; the engine decodes on its own thread with its own copy
+        # the engine decodes on its own thread, and tokenizers are not thread-safe
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
         self.prompts = PromptBuilder(model.processor, engine.model)
@@ -149,7 +149,7 @@ class Service:
 
     def _chat_prompt(self, messages: list[Message], images: list[Any], large: bool) -> Prompt:
         try:
-            return (self._large_prompts if large else self.prompts).chat(messages, images)
+            return (self._large_prompts if large else self.prompts).chat([message.turn for message in messages], images)
         finally:
             images.clear()  # the event loop holds the list
             if large:

@@ -46,9 +46,9 @@ class EngineConfig:
     more. max_running: most requests in a step's decoding, and of one client that hold pages. max_waiting: most requests
     of a client in the queue; several share twice as many places. step_tokens: most prefill rows per step, the bound on
     how long a decoding request waits for others. step_s: how long a step should take; a slow machine gives out fewer
-    rows per step. max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for encoded images,
-    so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU are captured and
-    replayed as CUDA graphs.
+    rows per step. max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for
+    encoded images, so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU are
+    captured and replayed as CUDA graphs.
     """
 
     kv_bytes: int = 256 << 20
@@ -184,7 +184,9 @@ class Engine:
         for client, amount in Counter(request.client for request in requests).items():
             places = 2 * self.config.max_waiting  # so that a client alone has max_waiting
             if waiting and not fits(places, waiting.total(), waiting[client], amount):
-                raise QueueFull(f"queue: {waiting[client]} requests of this client wait already, {waiting.total()} in all")
+                raise QueueFull(
+                    f"queue: {waiting[client]} requests of this client wait already, {waiting.total()} in all"
+                )
             waiting[client] += amount
 
     def _sequence(self, request: Request, order: int) -> Sequence:
