@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from quota.core.documents import read_text, shown
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
+from quota.core.formats import FLOAT, SCHEMES
 from quota.core.keep import ATTENTION_SCORES, BEFORE, kept_tokens, significant
 from quota.core.schema import Document
 
@@ -48,10 +49,18 @@ def _not_zero(layer: int) -> int:
     return layer
 
 
+def _known_scheme(name: str) -> str:
+    if name not in (FLOAT.name, *SCHEMES):
+        raise ValueError(f"expected one of {', '.join((FLOAT.name, *SCHEMES))}")
+    return name
+
+
 Candidate = Annotated[
     int, Field(strict=True, ge=BEFORE, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)
 ]
-Regime = Literal["float", "w4a4kv4", "w4a16"]
+Regime = Annotated[
+    str, Field(strict=True, json_schema_extra={"enum": [FLOAT.name, *SCHEMES]}), AfterValidator(_known_scheme)
+]
 Method = Literal[
     "quota", "uniform", "fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune", "custom"
 ]

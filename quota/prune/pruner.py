@@ -25,10 +25,11 @@ from transformers.masking_utils import create_causal_mask
 
 from quota import ops
 from quota.core.errors import UsageError
+from quota.core.formats import scheme_of
 from quota.core.keep import ATTENTION_SCORES, BEFORE
 from quota.models import Family, find_family, submodule
 from quota.models.images import ImageTokens, image_infos
-from quota.nn.attention import AttentionTrace, QuantAttention
+from quota.nn.attention import AttentionTrace
 from quota.nn.cache import Rows, RowState, kv4_layer, pruned_layer
 from quota.nn.padding import real_columns, row_start
 from quota.prune.budget import plan_drops
@@ -70,9 +71,7 @@ class Pruner:
         self.watch = watch = Watch(family, recipe, forced)
         layers: Any = self.text.layers
         self._base = (
-            start_recording(self.text)
-            if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers)
-            else None
+            start_recording(self.text) if any(scheme_of(layer.self_attn).kv is None for layer in layers) else None
         )
         self._handles: list[Any] = [
             model.register_forward_pre_hook(watch.before_model, with_kwargs=True),
@@ -408,7 +407,7 @@ class Watch:
         if stage.rotary is None:
             stage.rotary = self._rotary(call, stage, hidden, kwargs)
         valid = None if stage.start is None else stage.valid
-        if isinstance(layer.self_attn, QuantAttention):
+        if scheme_of(layer.self_attn).kv is not None:
             return {"attention_mask": valid, "position_embeddings": stage.rotary}
         if not stage.mask_made:
             stage.mask, stage.mask_made = _float_mask(call.text, hidden, valid, 0), True
@@ -442,7 +441,7 @@ class Watch:
             positions = positions.expand(hidden.shape[0], -1)
             kwargs["position_embeddings"] = call.text.rotary_emb(hidden, position_ids=positions)
         mask = None
-        if not isinstance(layer.self_attn, QuantAttention) and (rows.start is not None or hidden.shape[1] > 1):
+        if scheme_of(layer.self_attn).kv is None and (rows.start is not None or hidden.shape[1] > 1):
             valid = None if rows.start is None else real_columns(rows.start, rows.stored + hidden.shape[1])
             mask = _float_mask(call.text, hidden, valid, rows.stored)
         kwargs.update(attention_mask=mask, position_ids=None)
@@ -450,7 +449,7 @@ class Watch:
 
 
 def _rows(cache: Any, number: int, layer: Any) -> Rows:
-    return kv4_layer(cache, number) if isinstance(layer.self_attn, QuantAttention) else pruned_layer(cache, number)
+    return pruned_layer(cache, number) if scheme_of(layer.self_attn).kv is None else kv4_layer(cache, number)
 
 
 def _float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
