@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from quota.allocate.fitprune import AttentionSample
-from quota.calib.profile import model_facts, regime_of
+from quota.calib.profile import model_facts
 from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import SampleError
+from quota.core.formats import scheme_of
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint, submodule
-from quota.nn.attention import AttentionTrace, QuantAttention
+from quota.models.quantize import model_scheme
+from quota.nn.attention import AttentionTrace
 from quota.prune.attention import head_max_attention, text_queries
 from quota.prune.pruner import Pruner
 from quota.prune.recording import recording
@@ -73,7 +75,7 @@ def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionS
 
     text_model = submodule(model, find_family(model).text_path)
     with ExitStack() as stack:
-        if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers):
+        if any(scheme_of(layer.self_attn).kv is None for layer in layers):
             stack.enter_context(recording(text_model))
         for layer in layers:
             stack.callback(layer.self_attn.register_forward_pre_hook(ask, with_kwargs=True).remove)
@@ -124,7 +126,7 @@ def _withdrawal(model: Any, layer: int) -> Recipe:
     return Recipe.parse(
         {
             "method": "vtw",
-            "regime": regime_of(model),
+            "regime": model_scheme(model).name,
             "model": facts,
             "candidates": [layer],
             "keep": [0.0],

@@ -15,12 +15,13 @@ from tqdm import tqdm
 from quota.calib.export import float_names, processor_of
 from quota.calib.plan import BlockSize, Plan, block_seconds, measured_rate, peak_memory
 from quota.calib.samples import Samples, check_texts, encode
-from quota.calib.settings import METHODS, MODULES, Settings, default_settings
+from quota.calib.settings import METHODS, Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import MANIFEST, Manifest, check_destination, verify_files
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
+from quota.core.formats import MODULES, scheme_made_by
 from quota.core.recipe import Recipe
 from quota.core.version import VERSION
 from quota.models.images import PatchGrid
@@ -69,10 +70,12 @@ class Job:
         self.recipe = options.get("recipe")
         if self.method not in METHODS:
             raise UsageError(f"method: expected one of {list(METHODS)}, got {self.method!r}")
-        self.regime = METHODS[self.method]
+        self.scheme = scheme_made_by(self.method)
+        assert self.scheme.weights is not None
+        self.weights = self.scheme.weights
         self.modules = _check_modules(options.get("modules", MODULES))
         settings, steps = options.get("settings") or default_settings(self.method), options.get("steps")
-        if self.regime == "w4a16" and (steps is not None or settings.inputs == "mixed"):
+        if not METHODS[self.method].learns and (steps is not None or settings.inputs == "mixed"):
             what = "inputs: 'mixed'" if steps is None else f"steps: {steps}"
             raise UsageError(
                 f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}"
@@ -84,7 +87,7 @@ class Job:
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.resume, self.overwrite = options.get("resume", True), options.get("overwrite", False)
         self.samples, self.pictures = samples, sum(sample.image_bytes is not None for sample in samples or ())
-        if samples is None and self.method != "rtn":
+        if samples is None and METHODS[self.method].samples:
             raise UsageError(
                 f"samples: method {self.method!r} learns from samples; give a samples file (only 'rtn' rounds without)"
             )
@@ -211,7 +214,7 @@ class Job:
             "source_files": self.source.digest,
             "report": blocks,
         }
-        return Manifest(self.regime, self.modules, self.source.fingerprint, calibration)
+        return Manifest(self.scheme, self.modules, self.source.fingerprint, calibration)
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 
@@ -254,7 +257,7 @@ class Job:
         family = self.source.family
         blocks = [step for step in self.steps if step.kind in ("vision", "projector", "decoder")]
         sizes = {step.path: self.block_size(step) for step in blocks}
-        stored = sum(sizes[path].quantized_bytes(self.method) for path in self.quantized_paths())
+        stored = sum(sizes[path].quantized_bytes(self.scheme) for path in self.quantized_paths())
         rest = sum(self.source.stored[name][1] + 256 for name in float_names(self.source, self.quantized_paths()))
         rest += sum(path.stat().st_size for path in self.source.files() if path.suffix != ".safetensors") + 2**17
         rows = [

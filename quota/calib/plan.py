@@ -16,19 +16,14 @@ import torch
 from torch import nn
 
 from quota.calib.learn import split
-from quota.calib.settings import Settings
+from quota.calib.settings import METHODS, Settings
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
+from quota.core.formats import Scheme
 from quota.quant.transform import decompose
 
 # Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a
 # call of a block besides them.
 _LEARNING, _CALL_S = 2.5, 2e-3
-_SEARCHES = {
-    "flatquant": 12,
-    "gptq": 4,
-    "awq": 40,
-    "rtn": 2,
-}  # as rough: products with a block's own weights that searching or factoring costs, in search_rows
 
 
 @dataclass(frozen=True)
@@ -95,18 +90,15 @@ class BlockSize:
         shapes = tuple((m.out_features, m.in_features) for m in module.modules() if isinstance(m, nn.Linear))
         return cls(sum(n * k for n, k in shapes), sum(p.numel() for p in module.parameters()), shapes, width)
 
-    def quantized_bytes(self, method: str) -> int:
+    def quantized_bytes(self, scheme: Scheme) -> int:
         """At most what the exported block takes in a file: packed weights, scales, transforms or zeros, and what stays
         float32."""
         total = 4 * (self.parameters - self.linear) + 4096
         for outputs, inputs in self.shapes:
-            total += outputs * inputs // 2 + 16 * outputs
-            left, right = decompose(inputs) if method == "flatquant" else (0, 0)
-            total += (
-                4 * (left * left + right * right + inputs)
-                if method == "flatquant"
-                else 8 * outputs * (-(-inputs // 128)) + 4 * inputs
-            )
+            assert scheme.weights is not None
+            left, right = decompose(inputs) if scheme.transforms else (0, 0)
+            total += outputs * (scheme.weights.vector_bytes(inputs) + 12)
+            total += 4 * (left * left + right * right + inputs)
         return total + 1024 * len(self.shapes)
 
 
@@ -129,8 +121,8 @@ def block_seconds(
         return passing, 0.0
     _, held_out = split(items, settings.held_out)
     look = forward(len(held_out) / items)
-    if method != "flatquant":
-        seen = 0.0 if method == "rtn" else forward(1.0) * (2 if method == "gptq" else 1)
+    if not METHODS[method].learns:
+        seen = 0.0 if not METHODS[method].samples else forward(1.0) * (2 if method == "gptq" else 1)
         return passing, seen + 2 * look + _search(size, method, settings, rate)
     looks = 3 + -(-settings.steps // settings.evaluate_every)
     step = 3 * _LEARNING * (forward(min(1.0, settings.batch / items)) + 4 * size.linear * 64 / rate) + 4 * _CALL_S
@@ -139,7 +131,7 @@ def block_seconds(
 
 def _search(size: BlockSize, method: str, settings: Settings, rate: float) -> float:
     factoring = sum(k**3 for _, k in size.shapes) if method == "gptq" else 0
-    return (_SEARCHES[method] * size.linear * settings.search_rows + factoring) / rate
+    return (METHODS[method].search * size.linear * settings.search_rows + factoring) / rate
 
 
 def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> int:

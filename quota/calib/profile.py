@@ -23,6 +23,7 @@ from quota.core.errors import CheckpointError, SampleError
 from quota.core.recipe import ModelFacts
 from quota.core.version import VERSION
 from quota.models import find_family, model_fingerprint, submodule, vision_macs
+from quota.models.quantize import model_scheme
 
 TOP = 10  # attention concentration: mass of the 10 largest shares
 
@@ -109,7 +110,7 @@ def profile(
         )
     return Profile(
         model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
-        regime=regime_of(quant_model),
+        regime=model_scheme(quant_model).name,
         samples=len(samples),
         calibration_fingerprint=samples.fingerprint,
         tool_version=VERSION,
@@ -242,13 +243,3 @@ def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tok
         text_tokens=max(1, round(median(text_tokens))),
         vision_macs=vision_macs(model.config, round(median(visual_tokens))),
     )
-
-
-def regime_of(model: nn.Module) -> str:
-    """The low-bit regime a quantized model runs in."""
-    manifest = getattr(model, "quota_manifest", None)
-    if manifest is not None:
-        return str(manifest.regime)
-    config = getattr(model.config, "quantization_config", None)
-    found = config.get("regime") if isinstance(config, dict) else getattr(config, "regime", None)
-    return found or "w4a4kv4"

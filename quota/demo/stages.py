@@ -18,6 +18,7 @@ from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource
 from quota.core.files import atomic_write_text, claim_folder
 from quota.core.folders import resolve_folder
+from quota.core.formats import DEFAULT, KV4, MODULES
 from quota.core.recipe import Recipe
 from quota.demo.cache import StageCache, code_fingerprint, link
 from quota.demo.embedded import held_out, reference_of, sources, tour
@@ -34,7 +35,6 @@ from quota.eval.results import Evaluation
 from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
 
-MODULES = ("vision", "projector", "llm")
 COMPARISONS = (
     ("collaborative", "quantize-then-prune"),
     ("collaborative", "prune-then-quantize"),
@@ -173,7 +173,7 @@ class Demo:
 
         key = f"{self.float_key} rtn"
         model, _ = self._loaded.setdefault(key, opened())
-        return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), "int4", opened)
+        return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), KV4.dtype, opened)
 
     def side_by_side(self, specs: dict[str, RowSpec]) -> tuple[list[SideBySide], dict[str, str]]:
         """Stage 4: the tour's questions in three rows; its pictures, and the tokens kept for the first question about
@@ -297,7 +297,7 @@ def run_demo(settings: DemoSettings) -> Report:
     facts = demo.facts()
     reference = reference_of(demo.config)
 
-    demo.title(2, "calibration to W4A4KV4")
+    demo.title(2, f"calibration to {DEFAULT.title}")
     quantized = demo.quantize("quantized")
     link(out / "quantized", quantized)
     say(f"{out / 'quantized'}: {weight_bytes(quantized) / 1e6:.2f} MB (float: {facts.float_bytes / 1e6:.2f} MB)")

@@ -63,7 +63,8 @@ def cache_dtype(checkpoint: Path, dtype: str = "float32") -> str:
     if not is_quantized_folder(checkpoint):
         return dtype
     manifest = Manifest.load(checkpoint)
-    return "int4" if "llm" in manifest.modules and manifest.regime == "w4a4kv4" else dtype
+    kv = manifest.scheme.kv if "llm" in manifest.modules else None
+    return dtype if kv is None else kv.dtype
 
 
 def questions_for(samples: Path | None, number: int, vision: Any) -> list[Question]:

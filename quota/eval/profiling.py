@@ -48,13 +48,11 @@ SEARCH_SAMPLES = 20  # VTW's published number
 def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> RecipeContext:
     """What every baseline recipe of this loaded model shares. fields: reference, position_policy, seed."""
     from quota.calib.evidence import measured_facts
-    from quota.calib.profile import regime_of
     from quota.core.version import VERSION
-    from quota.models.quantize import quantized_linears
+    from quota.models.quantize import model_scheme
 
     source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=VERSION, samples=len(samples))
-    regime = regime_of(model) if quantized_linears(model) else "float"
-    return RecipeContext(measured_facts(model, processor, samples), regime, source, **fields)
+    return RecipeContext(measured_facts(model, processor, samples), model_scheme(model).name, source, **fields)
 
 
 def measure_evidence(

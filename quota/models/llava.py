@@ -21,7 +21,7 @@ from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, subm
 from quota.models.images import ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.mlp import PROLOGUES, activate
 
 
@@ -120,7 +120,7 @@ class Llava(Family):
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {
             "self_attn": QuantClipAttention(
                 linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
@@ -128,7 +128,7 @@ class Llava(Family):
             "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
-    def projector_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {"": QuantProjector(linears["linear_1"], linears["linear_2"], self.config.projector_hidden_act)}
 
     def finish_tower(self, tower: Any) -> None:
@@ -214,7 +214,7 @@ class QuantClipAttention(nn.Module):
     """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that
     an image gives the same features alone and in a batch."""
 
-    def __init__(self, qkv_proj: QuantLinear, out_proj: QuantLinear, *, heads: int) -> None:
+    def __init__(self, qkv_proj: SchemeLinear, out_proj: SchemeLinear, *, heads: int) -> None:
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
 
@@ -245,7 +245,7 @@ class QuantClipAttention(nn.Module):
 class QuantClipMLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
-    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
+    def __init__(self, fc1: SchemeLinear, fc2: SchemeLinear, act: str) -> None:
         super().__init__()
         self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
         self._prologue = PROLOGUES.get(act)
@@ -262,7 +262,7 @@ class QuantClipMLP(nn.Module):
 class QuantProjector(nn.Module):
     """linear_2(act(linear_1(x))): vision features to the language model's width."""
 
-    def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
+    def __init__(self, linear_1: SchemeLinear, linear_2: SchemeLinear, act: str) -> None:
         super().__init__()
         self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
         self._prologue = PROLOGUES.get(act)

@@ -18,8 +18,10 @@ from quota.allocate.explain import recipe_cost
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource, resolve_folder
+from quota.core import formats
 from quota.core.errors import UsageError
 from quota.core.files import claim_folder
+from quota.core.formats import MODULES
 from quota.core.methods import BASELINES, METHODS
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
@@ -33,8 +35,7 @@ from quota.runtime.load import checked_device
 from quota.study.parts import assemble
 from quota.study.tasks import load_questions
 
-MODULES = ("vision", "projector", "llm")
-FLOAT, QUANTIZED, WEIGHT_ONLY = "float", "w4a4kv4", "w4a16"
+FLOAT, QUANTIZED, WEIGHT_ONLY = formats.FLOAT.name, formats.DEFAULT.name, formats.WEIGHT_ONLY.name
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from quota.allocate.explain import compact_layers
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
+from quota.core.formats import DEFAULT
 from quota.core.recipe import Recipe
 from quota.eval.asking import ask
 from quota.report.table import markdown_table
@@ -95,8 +96,8 @@ def show_markdown(report: dict[str, Any], folder: str = "") -> str:
         for name, a in methods.items()
     ]
     return (
-        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights: W4A4KV4; 0 is"
-        " before the language model.\n\n"
+        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights:"
+        f" {DEFAULT.title}; 0 is before the language model.\n\n"
         + markdown_table(["method", "answer", "visual tokens alive"], rows)
         + "".join(f"\n{name}:\n\n![Tokens kept by {name}]({folder}{a['overlay']})\n" for name, a in methods.items())
     )

@@ -38,7 +38,7 @@ def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> Non
     last = list(manifests.values())[-1]
     paths = {module: block_paths(source, module) for module in folders}
     reports = [r for module, m in manifests.items() for r in m.calibration["report"] if r["name"] in paths[module]]
-    manifest = Manifest(last.regime, tuple(folders), source.fingerprint, {**last.calibration, "report": reports})
+    manifest = Manifest(last.scheme, tuple(folders), source.fingerprint, {**last.calibration, "report": reports})
     with CheckpointWriter(out, manifest, overwrite=True) as writer:
         writer.add_config(source.config)
         writer.add_processor(processor_of(source.folder))

@@ -12,7 +12,7 @@ from torch import nn
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
-from quota.core.checkpoint import MODULES
+from quota.core.formats import MODULES
 from quota.models import FAMILIES, family_class, find_family, submodule
 from quota.models.base import PARTS
 from quota.models.quantize import float_linears, quantize_structure, quantized_linears

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 from quota.models import model_fingerprint
 from quota.models.rtn import quantize_rtn
 from quota.runtime.load import load
@@ -34,7 +35,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(root / "float")
     build_processor().save_pretrained(root / "float")
     tiny_qwen().save_pretrained(root / "qwen")
-    manifest = Manifest("w4a4kv4", ALL, model_fingerprint(model))
+    manifest = Manifest(DEFAULT, ALL, model_fingerprint(model))
     save_checkpoint(quantize_rtn(model, ALL), root / "quantized", manifest, build_processor())
     return root
 

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.serve.process import served
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT
 from quota.server.config import settings
 from quota.server.header_timeout import HeaderTimeoutProtocol
 from quota.server.logs import CountingHandler
@@ -242,7 +243,7 @@ def folder(model, recipe_file, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("served") / "tiny"
     save_checkpoint(
-        model, path, Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor
+        model, path, Manifest(DEFAULT, ("vision", "projector", "llm"), model_fingerprint(model)), model.processor
     )
     return path
 
