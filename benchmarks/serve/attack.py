@@ -161,7 +161,7 @@ def problems_of(found: list[dict[str, Any]]) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> list[str]:
-    flags = ["--threads", str(options.threads), "--kv-memory", "64M"]
+    flags = ["--threads", str(options.threads), "--kv-bytes", "64M"]
     found = []
     with tempfile.TemporaryDirectory() as folder, served(options.checkpoint, *flags, log=Path(folder, "log")) as server:
         target = Target(server.url, httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"])

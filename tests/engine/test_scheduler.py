@@ -253,7 +253,7 @@ def test_a_request_is_preempted_by_others_ever_more_rarely():
 def test_what_needs_the_whole_pool_gets_it(fresh):
     """Beside an endless stream of small requests, of new clients or of one."""
     made = Driven(pages=30)
-    for number in range(8):
+    for _ in range(8):
         made.ask("small 0", 12, 8)
         made.step()
     large = made.ask("large", 100, 20)

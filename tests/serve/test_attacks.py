@@ -166,16 +166,16 @@ def test_a_body_budget_below_one_body_is_refused():
 def test_small_jobs_go_first():
     async def scenario() -> list[int]:
         lane, order, gate = Lane("test"), [], threading.Event()
-        first = asyncio.ensure_future(lane.run(9, gate.wait, 20))
+        first = asyncio.ensure_future(lane.run("", 9, gate.wait, 20))
         await asyncio.sleep(0.05)
-        jobs = [asyncio.ensure_future(lane.run(size, order.append, size)) for size in (5, 1, 7, 3, 1)]
+        jobs = [asyncio.ensure_future(lane.run("", size, order.append, size)) for size in (5, 1, 7, 3, 1)]
         await asyncio.sleep(0)
         jobs[2].cancel()
         await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(first, *jobs, return_exceptions=True)
         with pytest.raises(ZeroDivisionError):
-            await lane.run(0, lambda: 1 // 0)
+            await lane.run("", 0, lambda: 1 // 0)
         return order
 
     assert asyncio.run(scenario()) == [1, 1, 3, 5]
