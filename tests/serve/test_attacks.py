@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from benchmarks.serve.attack import MAX_DELAY_S, attacked, problems_of
+from benchmarks.serve.attack import KEYS, MAX_DELAY_S, attacked, problems_of
 from benchmarks.serve.attacks import ATTACKS, Attack, Target
 from quota.bench.serving import attack_table
 from quota.server import bodies
@@ -27,7 +27,7 @@ PATIENCE_S = 20.0  # a loaded machine is slow for everybody; the measured second
 
 @pytest.fixture(scope="module")
 def target(serving):
-    running = serving(max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT)
+    running = serving(max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT, api_keys=KEYS)
     most = [0]
     done = threading.Event()
 
@@ -37,7 +37,7 @@ def target(serving):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield Target(running.url, "tiny", SCALE, BODY_BYTES), running, most
+    yield Target(running.url, "tiny", SCALE, BODY_BYTES, KEYS[0]), running, most
     done.set()
     thread.join()
 

@@ -102,7 +102,9 @@ def test_a_stream_that_is_not_read_stops_computing(server):
                 unread = next(iter(engine._streams.values())).unread
                 assert async_engine.UNREAD < unread <= async_engine.UNREAD + 8
             received = b"".join(iter(lambda: raw.recv(65536), b""))
-        pieces = re.findall(rb'"index":(\d),"finish_reason":[^,]+,"logprobs":null,"delta":\{"content":"(.*?)"\}', received)
+        pieces = re.findall(
+            rb'"index":(\d),"finish_reason":[^,]+,"logprobs":null,"delta":\{"content":"(.*?)"\}', received
+        )
         answers.append(
             {n: b"".join(text for index, text in pieces if index == n) for n in {index for index, _ in pieces}}
         )
