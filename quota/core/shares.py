@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 
@@ -13,11 +14,12 @@ def fits(limit: int, total: int, own: int, amount: int) -> bool:
 
 
 class Shares:
-    """What each client holds of a limit."""
+    """What each client holds of a limit. Threads may share it."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._held: Counter[str] = Counter()
+        self._lock = threading.RLock()  # a finalizer may give back in the middle
 
     @property
     def total(self) -> int:
@@ -25,12 +27,17 @@ class Shares:
 
     def take(self, client: str, amount: int) -> bool:
         """Whether it fits; then it is counted until it is given back."""
-        if not fits(self.limit, self.total, self._held[client], amount):
-            return False
-        self._held[client] += amount
-        return True
+        with self._lock:
+            good = self.fits(client, amount)
+            if good:
+                self._held[client] += amount
+            return good
+
+    def fits(self, client: str, amount: int) -> bool:
+        return fits(self.limit, self.total, self._held[client], amount)
 
     def give_back(self, client: str, amount: int) -> None:
-        self._held[client] -= amount
-        if not self._held[client]:
-            del self._held[client]
+        with self._lock:
+            self._held[client] -= amount
+            if not self._held[client]:
+                del self._held[client]

@@ -56,12 +56,12 @@ class Bodies:
         finally:
             self._free(held)
 
-    async def parsed(self, request: Request, kind: type[_Body], held: Held) -> _Body:
+    async def parsed(self, request: Request, kind: type[_Body], held: Held, client: str) -> _Body:
         """The body as `kind`. ApiError for one that is too large, too slow, crowded out, no JSON or not this."""
         self._check_headers(request)
         await self._arrive(request, held)
         data, held.data = bytes(held.data), bytearray()
-        return await self.lane.run(len(data), parse, kind, data)
+        return await self.lane.run(client, len(data), parse, kind, data)
 
     def _check_headers(self, request: Request) -> None:
         declared = request.headers.get("content-length", "0")

@@ -56,22 +56,6 @@ def test_a_client_that_leaves_frees_its_pages(server, stream):
     server.idle()
 
 
-def test_a_client_that_does_not_read_holds_no_pages(server):
-    """Its answer is computed to the end and waits in memory; the pages are free long before it is read."""
-    body = json.dumps({**endless(), "max_tokens": 400, "stream": True}).encode()
-    address = httpx.URL(server.url)
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.connect((address.host, address.port))
-        raw.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
-            b" application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        )
-        wait_for(lambda: running(server) > 0)
-        server.idle()
-        assert raw.recv(15) == b"HTTP/1.1 200 OK"
-
-
 def test_full_queue(serving, monkeypatch):
     """One request runs, two wait, the others are refused; the engine stands still meanwhile, so that nothing ends
     before all have come."""
@@ -252,7 +236,7 @@ def folder(model, recipe_file, tmp_path_factory):
 def survivor(folder, recipe_file):
     """A server on the files of one that was killed under load, without room for its log; the answer before, and what
     became of the load."""
-    flags = ("--recipe", f"q={recipe_file}", "--threads", "1", "--kv-memory", "4M")
+    flags = ("--recipe", f"q={recipe_file}", "--threads", "1", "--kv-bytes", "4M")
     with served(folder, *flags) as first:
         before = httpx.post(f"{first.url}/v1/chat/completions", json=QUESTION).json()["choices"]
         with ThreadPoolExecutor(4) as threads:

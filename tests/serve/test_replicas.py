@@ -87,7 +87,7 @@ class Replicas:
         command += [
             "--threads",
             "1",
-            "--kv-memory",
+            "--kv-bytes",
             "4M",
             "--replicas",
             "2",

@@ -46,9 +46,9 @@ class EngineConfig:
     more. max_running: most requests in a step's decoding, and of one client that hold pages. max_waiting: most requests
     of a client in the queue; several share twice as many places. step_tokens: most prefill rows per step, the bound on
     how long a decoding request waits for others. step_s: how long a step should take; a slow machine gives out fewer
-    rows per step. max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for
-    encoded images, so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU are
-    captured and replayed as CUDA graphs.
+    rows per step. max_model_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory
+    for encoded images, so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU
+    are captured and replayed as CUDA graphs.
     """
 
     kv_bytes: int = 256 << 20
@@ -57,7 +57,7 @@ class EngineConfig:
     max_waiting: int = 256
     step_tokens: int = 512
     step_s: float = math.inf
-    max_tokens: int | None = None
+    max_model_tokens: int | None = None
     feature_bytes: int = 256 << 20
     prefix_cache: bool = True
     graphs: bool = True
@@ -136,7 +136,7 @@ class Engine:
         )
         self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running)
         self.pace = Pace(self.config.step_tokens, self.config.step_s)
-        self.max_tokens = min(self.model.max_tokens, self.config.max_tokens or self.model.max_tokens)
+        self.max_model_tokens = min(self.model.max_tokens, self.config.max_model_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
         self._features = _Features(self.config.feature_bytes)
@@ -223,12 +223,12 @@ class Engine:
         return recipe
 
     def _check_size(self, sequence: Sequence) -> None:
-        if sequence.prompt_tokens >= self.max_tokens:
+        if sequence.prompt_tokens >= self.max_model_tokens:
             raise UsageError(
-                f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is {self.max_tokens}"
-                " together"
+                f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is"
+                f" {self.max_model_tokens} together"
             )
-        longest = min(self.max_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
+        longest = min(self.max_model_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
         need = sequence.blocks(longest, self.config.page_tokens)
         if need > self.pool.blocks:
             raise UsageError(
@@ -368,7 +368,7 @@ class Engine:
         sampling, step = sequence.request.sampling, len(sequence.answer)
         token = logits.choose(sampling, sequence.seed, step)
         ends = token in self.eos and not sampling.ignore_eos
-        last = ends or step + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
+        last = ends or step + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_model_tokens
         entry = (
             None
             if sampling.logprobs is None

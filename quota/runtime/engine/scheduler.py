@@ -111,7 +111,7 @@ class Scheduler:
     def decodes(self, rows: int) -> list[Chunk]:
         """One token each of at most `rows` decoding requests, whose turn it is and that have, or get, room for it."""
         chunks: list[Chunk] = []
-        for sequence in self._decoding.order([s for s in self.running if s.decoding]):
+        for sequence in self._decoding.start([s for s in self.running if s.decoding]):
             if len(chunks) >= rows:
                 break
             if self._make_room(sequence):
@@ -211,7 +211,7 @@ class Scheduler:
         refused: list[Sequence] = []
         waiting = [sequence for sequence in self.waiting if not sequence.paused]
         overdue = next((s for s in waiting if s.passed_by >= _MOST_PASSES and self._has_place(s.client)), None)
-        for sequence in self._prefilling.order([*self.prefilling(), *waiting]):
+        for sequence in self._prefilling.start([*self.prefilling(), *waiting]):
             if rows <= 0:
                 return
             if sequence.client in closed:
@@ -239,7 +239,7 @@ class Scheduler:
         """(request, which of its images) to encode next, as turns come: at least one, about `tokens` visual tokens."""
         wanted: list[tuple[Sequence, int]] = []
         known: set[bytes] = set()
-        for sequence in self._encoding.order(self.prefilling()):
+        for sequence in self._encoding.start(self.prefilling()):
             for number, (name, size) in enumerate(sequence.images):
                 if sequence.features[number] is not None:
                     continue

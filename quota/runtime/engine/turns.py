@@ -33,16 +33,21 @@ class Turns:
         self._asking = 1
         self._times: dict[str, int] = {}  # of clients ahead of the clock
 
-    def order(self, requests: Iterable[_Asking]) -> Iterator[_Asking]:
-        """The requests (those of one client in the order given) as their turns come. What each is given is to be told
-        by `charge` before the next is asked for."""
+    def start(self, requests: Iterable[_Asking]) -> Iterator[_Asking]:
+        """A new step, for which these ask; `order` of them."""
+        requests = list(requests)
         self._clock += self._given // self._asking
         self._given %= self._asking
+        self._asking = max(1, len({request.client for request in requests}))
         self._times = {client: time for client, time in self._times.items() if time > self._clock}
+        return self.order(requests)
+
+    def order(self, requests: Iterable[_Asking]) -> Iterator[_Asking]:
+        """Some of those that ask (those of one client in the order given) as their turns come. What each is given is to
+        be told by `charge` before the next is asked for."""
         queues: dict[str, deque[_Asking]] = {}
         for request in requests:
             queues.setdefault(request.client, deque()).append(request)
-        self._asking = max(1, len(queues))
         heap = [(self._time(client), queue[0].order, client) for client, queue in queues.items()]
         heapq.heapify(heap)
         while heap:
