@@ -13,7 +13,7 @@ from quota.allocate.fitprune import AttentionSample, search
 from quota.allocate.solve import check_keep
 from quota.core.errors import RecipeError, UsageError
 from quota.core.keep import keep_of, significant
-from quota.core.methods import BASELINES, METHODS, Method
+from quota.core.methods import METHODS, Method, baselines
 from quota.core.recipe import ModelFacts, Provenance, Recipe
 
 VTW_THRESHOLD = 0.003
@@ -54,8 +54,8 @@ def build_baseline(
     layers: instead of the method's own, as many as its row allows.
     RecipeError or UsageError name the option.
     """
-    if method not in BASELINES:
-        raise RecipeError(f"method: expected one of {', '.join(BASELINES)}, got {method!r}")
+    if method not in baselines():
+        raise RecipeError(f"method: expected one of {', '.join(baselines())}, got {method!r}")
     row = METHODS[method]
     asked = row.keep if keep is None else keep
     if not row.withdraws:

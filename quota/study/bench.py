@@ -20,7 +20,7 @@ from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource, resolve_folder
 from quota.core.errors import UsageError
 from quota.core.files import claim_folder
-from quota.core.methods import BASELINES, METHODS
+from quota.core.methods import METHODS, baselines
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.demo.embedded import reference_of, sources
@@ -51,7 +51,7 @@ class StudySettings:
     tasks: str = "scenes"
     questions: int = 600
     keep: float = 0.3
-    methods: tuple[str, ...] = BASELINES
+    methods: tuple[str, ...] = baselines()
     batch: int = 16
     max_new_tokens: int = 6
     steps: int | None = None
@@ -79,9 +79,9 @@ class Bench:
         self.settings = settings
         self.console = Console(stderr=True, quiet=settings.quiet)
         checked_device(settings.place.device)
-        unknown = sorted(set(settings.methods) - set(BASELINES))
+        unknown = sorted(set(settings.methods) - set(baselines()))
         if unknown:
-            raise UsageError(f"--methods: expected some of {', '.join(BASELINES)}, got {unknown[0]!r}")
+            raise UsageError(f"--methods: expected some of {', '.join(baselines())}, got {unknown[0]!r}")
         self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
         claim_folder(settings.out)
         self.samples = Samples.load(samples)

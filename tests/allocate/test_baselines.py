@@ -13,7 +13,7 @@ from quota.allocate.fitprune import AttentionSample, keep_shares, search
 from quota.allocate.recipe_builder import build_recipe
 from quota.core.errors import RecipeError, UsageError
 from quota.core.keep import keep_of, kept_tokens
-from quota.core.methods import BASELINES, METHODS, methods_help
+from quota.core.methods import METHODS, baselines, methods_help
 from quota.core.recipe import ModelFacts, Recipe
 from tests.allocate.profiles import profile
 
@@ -70,7 +70,7 @@ def test_published_schedules(method: str, candidates: tuple[int, ...], tokens: l
 def test_every_method_is_listed_explained_and_in_the_schema() -> None:
     for name in METHODS:
         assert f"`{name}`" in methods_help()
-        if name in BASELINES:
+        if name in baselines():
             text = explain_text(build_baseline(basis(), name, evidence=evidence()))
             assert name in text and "positions" in text.lower()
 
@@ -98,7 +98,7 @@ def test_layers_can_be_chosen_where_a_method_has_them() -> None:
 
 @pytest.mark.parametrize("layers", [2, 3, 4, 8])
 def test_shallow_models(layers: int) -> None:
-    for method in BASELINES:
+    for method in baselines():
         shallow = SearchStats(withdrawal={i: 1.0 for i in range(1, layers)}, attention=[attention(layers)], samples=1)
         recipe = build_baseline(basis(layers, 50), method, 0.8 if method == "fitprune" else None, evidence=shallow)
         assert all(c == 0 or 1 <= c < layers for c in recipe.candidates)
@@ -160,7 +160,7 @@ def test_fitprune_recipe_costs_what_it_was_asked() -> None:
     assert "alpha" in recipe.provenance.search[0] and recipe.selection_at(recipe.candidates[0]).score == "cross_self"
 
 
-@pytest.mark.parametrize("method", [name for name in BASELINES if name not in ("vtw", "fitprune")])
+@pytest.mark.parametrize("method", [name for name in baselines() if name not in ("vtw", "fitprune")])
 def test_matching_compute_takes_the_last_token_that_fits(method: str) -> None:
     def build(keep: float) -> Recipe:
         return build_baseline(basis(), method, keep)
