@@ -158,11 +158,11 @@ def build(
         check_output(plot, "--plot", overwrite=overwrite)
 
     from quota.allocate.explain import explain_text
-    from quota.eval import profiling
+    from quota.planning.request import RecipeRequest, profile_models
 
-    how = profiling.RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
+    how = RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
     if profiled:
-        profile = profiling.profile_models(str(model), checkpoint, samples, quiet=json)
+        profile = profile_models(str(model), checkpoint, samples, quiet=json)
         recipe = how.from_profile(profile)
         if plot is not None:
             from quota.report.plots import save_profile_plot
@@ -243,8 +243,8 @@ def validate(
 
 
 def _fingerprint_of(model: str) -> str:
-    from quota.eval.asking import load_model
     from quota.models import model_fingerprint
+    from quota.runtime.load import load_model
 
     check_checkpoint(model, "--model")
     return model_fingerprint(load_model(model, None)[0])

@@ -27,8 +27,8 @@ from quota.demo.embedded import reference_of, sources
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.compare import answer_rows, cache_dtype, folder_fingerprint
-from quota.eval.profiling import RecipeRequest, basis_of, measure_evidence, profile_models
 from quota.eval.questions import Question
+from quota.planning.request import RecipeRequest, measure_search, profile_models, recipe_context
 from quota.runtime.load import checked_device
 from quota.study.parts import assemble
 from quota.study.tasks import load_questions
@@ -189,13 +189,13 @@ class Bench:
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
         if (key := f"{method} {where}") not in self._evidence:
-            self._evidence[key] = measure_evidence(method, *self.loaded(where), self.samples, quiet=self.settings.quiet)
-        return asked.from_basis(self.basis, self._evidence[key])
+            self._evidence[key] = measure_search(method, *self.loaded(where), self.samples, quiet=self.settings.quiet)
+        return asked.from_context(self.basis, self._evidence[key])
 
     @cached_property
     def basis(self) -> RecipeContext:
         model, processor = self.loaded(self.quantized())
-        return basis_of(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
+        return recipe_context(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
 
     @property
     def family(self) -> str:

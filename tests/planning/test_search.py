@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from quota.calib.evidence import attention_statistics, measured_facts, withdrawal_divergence
 from quota.calib.samples import Sample, Samples, encode
 from quota.core.errors import SampleError
 from quota.models.rtn import quantize_rtn
+from quota.planning.facts import measured_facts
+from quota.planning.search import attention_statistics, withdrawal_divergence
 from quota.prune.attention import text_queries
 from quota.scenes.model import build_config, build_model, build_processor
 from tests.calib.calibration import picture_samples
@@ -89,7 +90,7 @@ def test_facts_need_no_forward_and_a_picture(world):
     facts = measured_facts(model, processor, samples)
     assert facts.visual_tokens == 16 and facts.layers == LAYERS and facts.text_tokens and facts.vision_macs
     words = Samples.of([Sample("a", "what is it ?")])
-    with pytest.raises(SampleError, match="at least one with a picture"):
+    with pytest.raises(SampleError, match="at least one with an image"):
         measured_facts(model, processor, words)
-    with pytest.raises(SampleError, match="at least one with a picture"):
+    with pytest.raises(SampleError, match="at least one with an image"):
         withdrawal_divergence(model, processor, words)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quota.calib.profile import concentration, profile, redundancy
 from quota.calib.samples import Sample, Samples, encode
 from quota.core.errors import CheckpointError, SampleError
+from quota.planning.profile import concentration, profile, redundancy
 from quota.scenes.model import build_config, build_model, build_processor
 from tests.calib.test_samples import picture
 
@@ -126,7 +126,7 @@ def test_text_only_samples_count_for_sensitivity_only(model: nn.Module, processo
         profile(model, model, processor, mixed).concentration_median
         == profile(model, model, processor, samples).concentration_median
     )
-    with pytest.raises(SampleError, match="at least one with a picture"):
+    with pytest.raises(SampleError, match="at least one with an image"):
         profile(model, model, processor, Samples.of([text]))
 
 
