@@ -56,7 +56,7 @@ def everything(model: Any, method: str, keep: float) -> Recipe:
         RecipeContext(facts, "w4a4kv4", reference=reference),
         method,
         keep,
-        evidence=SearchStats(attention=[AttentionSample(*seen)]),
+        stats=SearchStats(attention=[AttentionSample(*seen)]),
     )
 
 
