@@ -13,7 +13,7 @@ from quota.allocate.fitprune import AttentionSample, search
 from quota.allocate.solve import check_keep
 from quota.core.errors import RecipeError, UsageError
 from quota.core.keep import keep_of, significant
-from quota.core.methods import BASELINES, METHODS, Method
+from quota.core.methods import METHODS, Method, baselines
 from quota.core.recipe import ModelFacts, Provenance, Recipe
 
 VTW_THRESHOLD = 0.003
@@ -43,19 +43,19 @@ class RecipeContext:
 
 
 def build_baseline(
-    basis: RecipeContext,
+    context: RecipeContext,
     method: str,
     keep: float | None = None,
     layers: str | Sequence[int] | None = None,
-    evidence: SearchStats | None = None,
+    stats: SearchStats | None = None,
 ) -> Recipe:
     """The recipe of a published method; what `keep` means and its default are in `quota.core.methods`.
 
     layers: instead of the method's own, as many as its row allows.
     RecipeError or UsageError name the option.
     """
-    if method not in BASELINES:
-        raise RecipeError(f"method: expected one of {', '.join(BASELINES)}, got {method!r}")
+    if method not in baselines():
+        raise RecipeError(f"method: expected one of {', '.join(baselines())}, got {method!r}")
     row = METHODS[method]
     asked = row.keep if keep is None else keep
     if not row.withdraws:
@@ -65,30 +65,30 @@ def build_baseline(
             f"--keep: {row.title} withdraws every visual token; leave it out and choose the layer with --layers, got"
             f" {asked:g}"
         )
-    chosen = _given_layers(row, layers, basis.model.layers, method)
-    asked, evidence = significant(asked), evidence or SearchStats()
+    chosen = _given_layers(row, layers, context.model.layers, method)
+    asked, stats = significant(asked), stats or SearchStats()
     if chosen is None and row.search == "attention":
-        plan = _by_attention(basis, asked, evidence)
-    elif chosen is None and row.search == "withdrawal" and evidence.withdrawal:
-        plan = _by_withdrawal(evidence)
+        plan = _by_attention(context, asked, stats)
+    elif chosen is None and row.search == "withdrawal" and stats.withdrawal:
+        plan = _by_withdrawal(stats)
     else:
-        plan = _by_stages(chosen or _published_layers(row, basis), asked)
+        plan = _by_stages(chosen or _published_layers(row, context), asked)
     rule = "published" if layers is None else layers if isinstance(layers, str) else ",".join(map(str, layers))
-    provenance = basis.provenance.model_copy(
-        update={"model_fingerprint": basis.model.fingerprint, "layer_rule": rule, "search": plan.found}
+    provenance = context.provenance.model_copy(
+        update={"model_fingerprint": context.model.fingerprint, "layer_rule": rule, "search": plan.found}
     )
     return Recipe.parse(
         {
             "method": method,
-            "regime": basis.regime,
-            "model": basis.model,
+            "regime": context.regime,
+            "model": context.model,
             "candidates": plan.candidates,
             "keep": plan.keep,
             "final_keep": plan.keep[-1],
-            "reference": basis.reference,
-            "seed": basis.seed,
-            "reference_tokens": basis.model.visual_tokens,
-            "position_policy": basis.position_policy,
+            "reference": context.reference,
+            "seed": context.seed,
+            "reference_tokens": context.model.visual_tokens,
+            "position_policy": context.position_policy,
             "selections": [row.selection],
             "provenance": provenance,
         }
@@ -152,10 +152,10 @@ def _given_layers(row: Method, layers: str | Sequence[int] | None, total: int, n
     return chosen
 
 
-def _published_layers(row: Method, basis: RecipeContext) -> list[int]:
-    depth = basis.model.layers
+def _published_layers(row: Method, context: RecipeContext) -> list[int]:
+    depth = context.model.layers
     return sorted(
-        {0 if at == 0 else _inside(round(at * depth) if isinstance(at, Fraction) else at, basis) for at in row.at}
+        {0 if at == 0 else _inside(round(at * depth) if isinstance(at, Fraction) else at, context) for at in row.at}
     )
 
 
@@ -165,42 +165,42 @@ def _by_stages(layers: list[int], keep: float) -> _Plan:
     return _Plan(layers, [*table, keep])
 
 
-def _by_withdrawal(evidence: SearchStats) -> _Plan:
-    layer, sentence = withdrawal_layer(evidence)
+def _by_withdrawal(stats: SearchStats) -> _Plan:
+    layer, sentence = withdrawal_layer(stats)
     return _Plan([layer], [0.0], (sentence,))
 
 
-def withdrawal_layer(evidence: SearchStats) -> tuple[int, str]:
+def withdrawal_layer(stats: SearchStats) -> tuple[int, str]:
     """VTW's search: the first layer whose mean KL is at most the threshold, the last one where none is; and the
     sentence that says so."""
-    known = sorted(evidence.withdrawal.items())
+    known = sorted(stats.withdrawal.items())
     for layer, kl in known:
-        if kl <= evidence.threshold:
+        if kl <= stats.threshold:
             return (
                 layer,
                 (
                     f"withdrawing before layer {layer} changes the next-token distribution by a mean KL of {kl:.2g}"
-                    f" over {evidence.samples} samples"
+                    f" over {stats.samples} samples"
                 ),
             )
     layer, kl = known[-1]
     return (
         layer,
         (
-            f"no layer is within a mean KL of {evidence.threshold:g} over {evidence.samples} samples; the last one,"
+            f"no layer is within a mean KL of {stats.threshold:g} over {stats.samples} samples; the last one,"
             f" {layer}, has {kl:.2g}"
         ),
     )
 
 
-def _by_attention(basis: RecipeContext, keep: float, evidence: SearchStats) -> _Plan:
-    tokens, sizes = basis.model.visual_tokens, _sizes(basis.model)
-    unpruned = basis.model.layers * layer_macs(tokens, sizes)
+def _by_attention(context: RecipeContext, keep: float, stats: SearchStats) -> _Plan:
+    tokens, sizes = context.model.visual_tokens, _sizes(context.model)
+    unpruned = context.model.layers * layer_macs(tokens, sizes)
 
     def ratio(shares: Sequence[float]) -> float:
         return sum(layer_macs(round(share * tokens), sizes) for share in shares) / unpruned
 
-    alpha, shares = search(evidence.attention, keep, ratio)
+    alpha, shares = search(stats.attention, keep, ratio)
     alive, candidates, table = tokens, [], []
     for layer, share in enumerate(shares):
         count = max(1, round(share * tokens))
@@ -209,21 +209,21 @@ def _by_attention(basis: RecipeContext, keep: float, evidence: SearchStats) -> _
             candidates.append(layer)
             table.append(keep_of(count, tokens))
     if not candidates:
-        candidates, table = [basis.model.layers - 1], [1.0]
+        candidates, table = [context.model.layers - 1], [1.0]
     note = (
-        f"alpha {alpha:.2f} over {len(evidence.attention)} samples reaches a compute ratio of {ratio(shares):.4f} for"
+        f"alpha {alpha:.2f} over {len(stats.attention)} samples reaches a compute ratio of {ratio(shares):.4f} for"
         " the visual tokens"
     )
     return _Plan(candidates, table, (note,))
 
 
-def _inside(layer: int, basis: RecipeContext) -> int:
+def _inside(layer: int, context: RecipeContext) -> int:
     """A decoder layer that exists and is not the first."""
-    if basis.model.layers < 2:
+    if context.model.layers < 2:
         raise UsageError(
-            f"layers: pruning between layers needs a model of at least 2 decoder layers, got {basis.model.layers}"
+            f"layers: pruning between layers needs a model of at least 2 decoder layers, got {context.model.layers}"
         )
-    return min(max(layer, 1), basis.model.layers - 1)
+    return min(max(layer, 1), context.model.layers - 1)
 
 
 def _sizes(model: ModelFacts) -> DecoderSizes:

@@ -1,5 +1,5 @@
-"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON. `quota.calib.profile`
-measures them."""
+"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON.
+`quota.planning.profile` measures them."""
 
 from __future__ import annotations
 

@@ -19,10 +19,8 @@ from quota.cli.shell import (
     say,
 )
 from quota.core.errors import QuotaError, UsageError
+from quota.core.keep import POSITION_POLICIES, REFERENCES
 from quota.core.methods import METHODS, methods_help
-
-REFERENCES = ("recorded", "per_image")
-POLICIES = ("original", "compact")
 
 app = typer.Typer(
     cls=BuildByDefaultGroup,
@@ -75,6 +73,10 @@ at equal work.
 """
 
 
+def _told(words: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {meaning}" for name, meaning in words.items()) + "."
+
+
 @app.command("build", help=_BUILD_HELP)
 def build(
     checkpoint: Annotated[
@@ -111,13 +113,9 @@ def build(
     seed: Annotated[int, typer.Option("--seed", min=0, help="random: which tokens.")] = 0,
     reference: Annotated[
         str,
-        typer.Option(
-            "--reference", help="recorded: budgets count the model's image size; per_image: each prompt's own."
-        ),
+        typer.Option("--reference", help=_told(REFERENCES)),
     ] = "recorded",
-    position_policy: Annotated[
-        str, typer.Option("--position-policy", help="original: kept tokens keep their positions; compact: renumbered.")
-    ] = "original",
+    position_policy: Annotated[str, typer.Option("--position-policy", help=_told(POSITION_POLICIES))] = "original",
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")
     ] = None,
@@ -128,8 +126,8 @@ def build(
 
     for option, value, allowed in (
         ("--method", method, tuple(METHODS)),
-        ("--reference", reference, REFERENCES),
-        ("--position-policy", position_policy, POLICIES),
+        ("--reference", reference, tuple(REFERENCES)),
+        ("--position-policy", position_policy, tuple(POSITION_POLICIES)),
     ):
         if value not in allowed:
             raise UsageError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
@@ -158,11 +156,11 @@ def build(
         check_output(plot, "--plot", overwrite=overwrite)
 
     from quota.allocate.explain import explain_text
-    from quota.eval import profiling
+    from quota.planning.request import RecipeRequest, profile_models
 
-    how = profiling.RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
+    how = RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
     if profiled:
-        profile = profiling.profile_models(str(model), checkpoint, samples, quiet=json)
+        profile = profile_models(str(model), checkpoint, samples, quiet=json)
         recipe = how.from_profile(profile)
         if plot is not None:
             from quota.report.plots import save_profile_plot
@@ -245,7 +243,7 @@ def validate(
 
 
 def _opened(model: str) -> Any:
-    from quota.eval.asking import load_model
+    from quota.runtime.load import load_model
 
     check_checkpoint(model, "--model")
     return load_model(model, None)[0]

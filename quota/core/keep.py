@@ -1,9 +1,19 @@
-"""Keep ratios, which recipes, the pruner and the allocator share. No pydantic on the inference path."""
+"""Keep ratios: what they count, how the kept tokens are numbered, and their arithmetic. No pydantic, which the
+inference path does without."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
+
+REFERENCES: dict[str, str] = {
+    "recorded": "budgets count reference_tokens per image",
+    "per_image": "the prompt's own visual tokens",
+}
+POSITION_POLICIES: dict[str, str] = {
+    "original": "kept tokens keep their rotary positions",
+    "compact": "positions are renumbered",
+}
 
 
 def significant(x: float, digits: int = 6) -> float:

@@ -158,7 +158,11 @@ METHODS: dict[str, Method] = {
     ),
 }
 BY_HAND = "custom"
-BASELINES = tuple(name for name, method in METHODS.items() if method.search != "profile")
+
+
+def baselines() -> tuple[str, ...]:
+    """Methods that need one model alone, not a profile of two."""
+    return tuple(name for name, method in METHODS.items() if method.search != "profile")
 
 
 def method_words() -> dict[str, str]:

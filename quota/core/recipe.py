@@ -20,7 +20,7 @@ from quota.core.documents import read_text, shown
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
 from quota.core.formats import FLOAT, SCHEMES
-from quota.core.keep import kept_tokens, significant
+from quota.core.keep import POSITION_POLICIES, REFERENCES, kept_tokens, significant
 from quota.core.methods import METHODS, method_words
 from quota.core.recipe_file import MOST_BYTES, canonical, describe, digest, is_version_1, read_document
 from quota.core.schema import Document
@@ -136,10 +136,7 @@ class Recipe(Document):
     tau: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(significant)] = Field(
         default=1.0, description="softmax temperature of equation (3)"
     )
-    reference: Literal["recorded", "per_image"] = Field(
-        default="recorded",
-        description="recorded: budgets count reference_tokens per image; per_image: the prompt's own visual tokens",
-    )
+    reference: Annotated[str, one_of(lambda: REFERENCES)] = "recorded"
     reference_tokens: Tokens = Field(description="V_ref: visual tokens of one image that keep refers to")
     selections: tuple[Selection, ...] = Field(
         default=(),
@@ -148,10 +145,7 @@ class Recipe(Document):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = Field(default=0, description="of the random score")
     weights: ScoreWeights = Field(default_factory=ScoreWeights)
     percentiles: Percentiles = Field(default_factory=Percentiles)
-    position_policy: Literal["original", "compact"] = Field(
-        default="original",
-        description="original: kept tokens keep their rotary positions; compact: positions are renumbered",
-    )
+    position_policy: Annotated[str, one_of(lambda: POSITION_POLICIES)] = "original"
     sensitivities: tuple[Weight, ...] = Field(
         default=(), description="s_l of equation (1) per candidate; empty when unknown"
     )

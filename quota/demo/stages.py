@@ -14,6 +14,7 @@ from rich.text import Text
 
 from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
+from quota.allocate.recipe_builder import build_recipe
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource
 from quota.core.files import atomic_write_text, claim_folder
@@ -28,12 +29,12 @@ from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_
 from quota.eval.compare import TIMED_QUESTIONS, answer_rows, bars, folder_fingerprint, row_spec
 from quota.eval.generation import Cost, measure_cost
 from quota.eval.machine import cpu, describe_native
-from quota.eval.profiling import allocate, profile_models
 from quota.eval.questions import Question, questions_fingerprint
 from quota.eval.remarks import remarks
 from quota.eval.results import Evaluation
 from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
+from quota.planning.request import profile_models
 
 COMPARISONS = (
     ("collaborative", "quantize-then-prune"),
@@ -93,8 +94,8 @@ class Demo:
 
     def facts(self) -> ModelFacts:
         """Stage 1: the float checkpoint and its samples."""
-        from quota.calib.evidence import measured_facts
         from quota.models import find_family
+        from quota.planning.facts import measured_facts
 
         self.title(1, "float checkpoint and calibration samples")
         model, processor = load_model(self.float_checkpoint)
@@ -306,7 +307,7 @@ def run_demo(settings: DemoSettings) -> Report:
     profile = demo.profile(quantized)
     recipes = {"collaborative": out / "recipe.json", "uniform": out / "uniform.json"}
     plans = {
-        name: allocate(profile, keep=settings.keep, method=method, reference=reference)
+        name: build_recipe(profile, settings.keep, method=method, reference=reference)
         for name, method in (("collaborative", "quota"), ("uniform", "uniform"))
     }
     for name, plan in plans.items():

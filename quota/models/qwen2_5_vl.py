@@ -32,6 +32,7 @@ from quota.models.images import ImageInput, PatchGrid
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32
 from quota.nn.mlp import QuantMLP
+from quota.ops.qkv_append import apply_rotary
 
 _VISION_DIMS = (
     "hidden_size",
@@ -386,8 +387,8 @@ class QuantWindowAttention(nn.Module):
         """hidden_states [n, hidden] in window order, cu_seqlens [windows + 1] -> same shape."""
         n, hidden = hidden_states.shape
         q, k, v = self.qkv(hidden_states.float()).view(n, 3, self.heads, hidden // self.heads).unbind(1)
-        cos, sin = (t.float()[:, None] for t in position_embeddings)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        cos, sin = (t.float()[None] for t in position_embeddings)
+        q, k = (apply_rotary(t.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1) for t in (q, k))
         sizes, out = torch.diff(cu_seqlens).tolist(), torch.empty_like(v)
         for size in sorted(set(sizes)):
             first = torch.tensor(
@@ -397,11 +398,6 @@ class QuantWindowAttention(nn.Module):
             inside_q, inside_k, inside_v = (t[rows].transpose(1, 2).contiguous() for t in (q, k, v))
             out[rows] = float_attention(inside_q, inside_k, inside_v, hidden_states.dtype).transpose(1, 2)
         return self.proj(out.reshape(n, hidden)).to(hidden_states.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
 class QuantMerger(nn.Sequential):

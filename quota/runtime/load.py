@@ -74,6 +74,23 @@ def load(
     return model
 
 
+def load_model(
+    checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """(`load`, its processor). Library chatter is silenced. CheckpointError also where the folder has no processor."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = load(str(checkpoint), recipe=recipe, dtype=dtype, device=device)
+    if model.processor is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float"
+            " model"
+        )
+    return model, model.processor
+
+
 def checked_device(device: torch.device | str) -> torch.device:
     """The device of that name; UsageError when it is none, or is not here."""
     try:

@@ -22,15 +22,15 @@ from quota.core import formats
 from quota.core.errors import UsageError
 from quota.core.files import claim_folder
 from quota.core.formats import MODULES
-from quota.core.methods import BASELINES, METHODS
+from quota.core.methods import METHODS, baselines
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.demo.embedded import reference_of, sources
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.compare import answer_rows, cache_dtype, folder_fingerprint
-from quota.eval.profiling import RecipeRequest, basis_of, measure_evidence, profile_models
 from quota.eval.questions import Question
+from quota.planning.request import RecipeRequest, measure_search, profile_models, recipe_context
 from quota.runtime.load import checked_device
 from quota.study.parts import assemble
 from quota.study.tasks import load_questions
@@ -52,7 +52,7 @@ class StudySettings:
     tasks: str = "scenes"
     questions: int = 600
     keep: float = 0.3
-    methods: tuple[str, ...] = BASELINES
+    methods: tuple[str, ...] = baselines()
     batch: int = 16
     max_new_tokens: int = 6
     steps: int | None = None
@@ -80,9 +80,9 @@ class Bench:
         self.settings = settings
         self.console = Console(stderr=True, quiet=settings.quiet)
         checked_device(settings.place.device)
-        unknown = sorted(set(settings.methods) - set(BASELINES))
+        unknown = sorted(set(settings.methods) - set(baselines()))
         if unknown:
-            raise UsageError(f"--methods: expected some of {', '.join(BASELINES)}, got {unknown[0]!r}")
+            raise UsageError(f"--methods: expected some of {', '.join(baselines())}, got {unknown[0]!r}")
         self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
         claim_folder(settings.out)
         self.samples = Samples.load(samples)
@@ -190,13 +190,13 @@ class Bench:
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
         if (key := f"{method} {where}") not in self._evidence:
-            self._evidence[key] = measure_evidence(method, *self.loaded(where), self.samples, quiet=self.settings.quiet)
-        return asked.from_basis(self.basis, self._evidence[key])
+            self._evidence[key] = measure_search(method, *self.loaded(where), self.samples, quiet=self.settings.quiet)
+        return asked.from_context(self.basis, self._evidence[key])
 
     @cached_property
     def basis(self) -> RecipeContext:
         model, processor = self.loaded(self.quantized())
-        return basis_of(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
+        return recipe_context(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
 
     @property
     def family(self) -> str:

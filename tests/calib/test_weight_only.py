@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from quota.calib import run
-from quota.calib.profile import profile
 from quota.calib.samples import encode
 from quota.calib.settings import Settings, default_settings
 from quota.calib.stream import FloatSource
@@ -20,6 +19,7 @@ from quota.eval.compare import cache_dtype
 from quota.models import find_family
 from quota.models.quantize import quantized_linears, quantized_modules
 from quota.nn.weight_linear import WeightLinear
+from quota.planning.profile import profile
 from quota.runtime import load, patched
 from quota.runtime.engine.model import EngineModel
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from quota.calib.profile import model_facts
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, UsageError
 from quota.core.recipe import Recipe
 from quota.lmms import model as m
 from quota.lmms.model import Quota
 from quota.models import model_fingerprint
+from quota.planning.facts import model_facts
 from quota.runtime.load import load
 
 Asked = Callable[[Any, list[str], int], dict[str, list[str]]]

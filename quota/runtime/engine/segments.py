@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from quota.allocate.solve import allocate, uniform
-from quota.core.errors import RecipeError, UsageError
+from quota.allocate.solve import allocate, check_keep, uniform
+from quota.core.errors import UsageError
 from quota.core.keep import significant
 from quota.core.recipe import Recipe
 from quota.prune.budget import plan_drops
@@ -92,8 +92,7 @@ def at_budget(recipe: Recipe, keep: float) -> Recipe:
 
     A recipe without sensitivities has its own shares rescaled; one that drops nothing gets equal drops.
     """
-    if isinstance(keep, bool) or not 0 < keep <= 1:
-        raise RecipeError(f"keep: expected a ratio above 0 and at most 1, got {keep}")
+    check_keep(keep)
     final = significant(float(keep))
     if recipe.method == "quota" and recipe.sensitivities:
         table = allocate(recipe.sensitivities, final, recipe.tau)

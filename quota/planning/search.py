@@ -3,8 +3,6 @@ visual token (VTW)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from statistics import fmean
 from typing import Any
 
@@ -13,30 +11,16 @@ import torch
 from torch import Tensor
 
 from quota.allocate.fitprune import AttentionSample
-from quota.calib.profile import model_facts
 from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import SampleError
-from quota.core.formats import scheme_of
-from quota.core.recipe import ModelFacts, Recipe
-from quota.models import find_family, model_fingerprint, submodule
+from quota.core.recipe import Recipe
+from quota.models import find_family, model_fingerprint
 from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
+from quota.planning.progress import Tell
 from quota.prune.attention import head_max_attention, text_queries
 from quota.prune.pruner import Pruner
-from quota.prune.recording import recording
-
-Tell = Callable[[int, int], None]
-
-
-def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
-    """Sizes of `model`, and the visual and text tokens of a typical prompt of `samples`. Nothing is run."""
-    check_texts(processor, samples)
-    token = find_family(model).image_token_id
-    ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
-    visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
-    if not visual:
-        raise SampleError("samples: expected at least one with an image, got none; budgets count an image's tokens")
-    return model_facts(model, model_fingerprint(model), visual, [int((row != token).sum()) for row in ids])
+from quota.prune.recording import attending
 
 
 @torch.inference_mode()
@@ -47,39 +31,28 @@ def attention_statistics(
     unpruned."""
     check_texts(processor, samples)
     family = find_family(model)
-    layers: Any = submodule(model, family.text_path).layers  # type: ignore[union-attr]
     out = []
     for done, sample in enumerate(samples, start=1):
         inputs = encode(processor, sample)
         visual = inputs["input_ids"] == family.image_token_id
         if bool(visual.any()):
-            out.append(_watched(model, layers, inputs, visual))
+            out.append(_attention_sample(model, inputs, visual))
         if tell:
             tell(done, len(samples))
     return out
 
 
-def _watched(model: Any, layers: Any, inputs: Any, visual: Tensor) -> AttentionSample:
+def _attention_sample(model: Any, inputs: Any, visual: Tensor) -> AttentionSample:
     text = text_queries(visual, torch.ones_like(visual))
     rows: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, {**kwargs, "quota_trace": AttentionTrace()}
-
-    def read(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        trace = kwargs["quota_trace"]
+    def read(layer: int, trace: AttentionTrace) -> None:
         from_text, from_visual = (
             head_max_attention(trace, visual, queries)[visual].cpu().numpy() for queries in (text, visual)
         )
         rows.append((from_text, from_visual))
 
-    text_model = submodule(model, find_family(model).text_path)
-    with ExitStack() as stack:
-        if any(scheme_of(layer.self_attn).kv is None for layer in layers):
-            stack.enter_context(recording(text_model))
-        for layer in layers:
-            stack.callback(layer.self_attn.register_forward_pre_hook(ask, with_kwargs=True).remove)
-            stack.callback(layer.self_attn.register_forward_hook(read, with_kwargs=True).remove)
+    with attending(model, read):
         model(**inputs, use_cache=False, logits_to_keep=1)
     return AttentionSample(np.stack([cross for cross, _ in rows]), np.stack([own for _, own in rows]))
 
@@ -116,7 +89,7 @@ def _next(model: Any, inputs: Any) -> Tensor:
 
 def _withdrawal(model: Any, layer: int) -> Recipe:
     family = find_family(model)
-    tokens = family.visual_tokens or 1  # any number will do to keep nothing of it
+    tokens = family.visual_tokens or 1  # unused: the recipe keeps none
     facts = {
         "architecture": type(model).__name__,
         "fingerprint": model_fingerprint(model),

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from quota.calib.evidence import attention_statistics, measured_facts, withdrawal_divergence
 from quota.calib.samples import Sample, Samples, encode
 from quota.core.errors import SampleError
 from quota.models.rtn import quantize_rtn
+from quota.planning.facts import measured_facts
+from quota.planning.search import attention_statistics, withdrawal_divergence
 from quota.prune.attention import text_queries
 from quota.scenes.model import build_config, build_model, build_processor
 from tests.calib.calibration import picture_samples

@@ -1,4 +1,4 @@
-"""From checkpoints and samples to a profile or a baseline's evidence, and from those to a recipe."""
+"""A recipe as it is asked for: from checkpoints and samples, by what its method measures, to the recipe."""
 
 from __future__ import annotations
 
@@ -8,70 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from quota.allocate.baselines import VTW_THRESHOLD, RecipeContext, SearchStats, at_compute, build_baseline
+from quota.allocate.profile import Profile
+from quota.allocate.recipe_builder import build_recipe
+from quota.calib.samples import Samples
 from quota.core.methods import METHODS
 from quota.core.recipe import Provenance, Recipe
-from quota.eval.asking import load_model
+from quota.core.version import VERSION
+from quota.models.quantize import model_scheme
+from quota.planning.facts import measured_facts
+from quota.planning.profile import profile
+from quota.planning.progress import shown
+from quota.planning.search import attention_statistics, withdrawal_divergence
+from quota.runtime.load import load_model
+
+SEARCH_SAMPLES = 20  # VTW's published number
 
 
-def profile_models(model: str | Path, checkpoint: str | Path, samples: Any, *, quiet: bool = False) -> Any:
-    """Profile float `model` against quantized `checkpoint`. `samples`: a Samples, or the path of a samples file."""
-    from quota.calib.profile import profile
-    from quota.calib.samples import Samples
-
+def profile_models(
+    model: str | Path, checkpoint: str | Path, samples: Samples | str | Path, *, quiet: bool = False
+) -> Profile:
+    """Profile float `model` against quantized `checkpoint`. samples: or the path of a samples file."""
     loaded = samples if isinstance(samples, Samples) else Samples.load(samples)
     float_model, processor = load_model(model)
     quantized, _ = load_model(checkpoint)
     return profile(float_model, quantized, processor, loaded, progress=not quiet)
 
 
-def allocate(
-    profile: Any,
-    *,
-    keep: float,
-    layers: str | list[int] | None = None,
-    tau: float = 1.0,
-    method: str = "quota",
-    reference: str = "recorded",
-    position_policy: str = "original",
-) -> Any:
-    """A recipe of `method` that ends at `keep`."""
-    from quota.allocate.recipe_builder import build_recipe
-
-    return build_recipe(
-        profile, keep=keep, layers=layers, tau=tau, method=method, reference=reference, position_policy=position_policy
-    )
-
-
-SEARCH_SAMPLES = 20  # VTW's published number
-
-
-def basis_of(model: Any, processor: Any, samples: Any, **fields: Any) -> RecipeContext:
+def recipe_context(model: Any, processor: Any, samples: Samples, **fields: Any) -> RecipeContext:
     """What every baseline recipe of this loaded model shares. fields: reference, position_policy, seed."""
-    from quota.calib.evidence import measured_facts
-    from quota.core.version import VERSION
-    from quota.models.quantize import model_scheme
-
     source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=VERSION, samples=len(samples))
     return RecipeContext(measured_facts(model, processor, samples), model_scheme(model).name, source, **fields)
 
 
-def measure_evidence(
-    method: str, model: Any, processor: Any, samples: Any, *, threshold: float = VTW_THRESHOLD, quiet: bool = False
+def measure_search(
+    method: str, model: Any, processor: Any, samples: Samples, *, threshold: float = VTW_THRESHOLD, quiet: bool = False
 ) -> SearchStats:
     """What the method's own search reads, measured on a loaded model; empty for methods that search nothing."""
-    from quota.calib.evidence import attention_statistics, withdrawal_divergence
-    from quota.eval.compare import bars
-
-    needs = METHODS[method].search
-    if needs not in ("withdrawal", "attention"):
+    search = METHODS[method].search
+    if search not in ("withdrawal", "attention"):
         return SearchStats()
-    with bars(quiet) as progress:
-        task = progress.add_task(f"{METHODS[method].title}: search", total=None)
-
-        def tell(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        if needs == "attention":
+    with shown(not quiet, f"{METHODS[method].title}: search") as tell:
+        if search == "attention":
             return SearchStats(attention=attention_statistics(model, processor, samples, tell))
         few = samples.first(SEARCH_SAMPLES)
         return SearchStats(
@@ -92,13 +69,13 @@ class RecipeRequest:
     reference: str = "recorded"
     position_policy: str = "original"
 
-    def from_profile(self, profile: Any) -> Recipe:
+    def from_profile(self, profile: Profile) -> Recipe:
         """By method quota or uniform."""
 
         def build(keep: float) -> Recipe:
-            return allocate(
+            return build_recipe(
                 profile,
-                keep=keep,
+                keep,
                 layers=self.layers,
                 tau=self.tau,
                 method=self.method,
@@ -108,28 +85,27 @@ class RecipeRequest:
 
         return self._matched(build, profile.model.visual_tokens)
 
-    def from_basis(self, basis: RecipeContext, evidence: SearchStats) -> Recipe:
+    def from_context(self, context: RecipeContext, stats: SearchStats) -> Recipe:
         """By a published method."""
-        if self.method == "vtw":
-            return build_baseline(basis, self.method, None, self.layers, evidence)
+        if METHODS[self.method].withdraws:
+            return build_baseline(context, self.method, None, self.layers, stats)
         return self._matched(
-            lambda keep: build_baseline(basis, self.method, keep, self.layers, evidence), basis.model.visual_tokens
+            lambda keep: build_baseline(context, self.method, keep, self.layers, stats), context.model.visual_tokens
         )
 
     def from_checkpoint(
         self, checkpoint: str, samples: Path, *, seed: int = 0, threshold: float = VTW_THRESHOLD, quiet: bool = False
     ) -> Recipe:
         """By a published method for a checkpoint, float or quantized."""
-        from quota.calib.samples import Samples
-
         loaded = Samples.load(samples)
         model, processor = load_model(checkpoint)
-        searched = self.method if self.layers is None else "fastv"  # a given layer is not searched for
-        evidence = measure_evidence(searched, model, processor, loaded, threshold=threshold, quiet=quiet)
-        basis = basis_of(
+        stats = SearchStats()
+        if self.layers is None:  # a given layer is not searched for
+            stats = measure_search(self.method, model, processor, loaded, threshold=threshold, quiet=quiet)
+        context = recipe_context(
             model, processor, loaded, reference=self.reference, position_policy=self.position_policy, seed=seed
         )
-        return self.from_basis(basis, evidence)
+        return self.from_context(context, stats)
 
     def _matched(self, build: Callable[[float], Recipe], tokens: int) -> Recipe:
         if self.compute is not None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quota.calib.profile import concentration, profile, redundancy
 from quota.calib.samples import Sample, Samples, encode
 from quota.core.errors import CheckpointError, SampleError
+from quota.planning.profile import concentration, profile, redundancy
 from quota.scenes.model import build_config, build_model, build_processor
 from tests.calib.test_samples import picture
 
