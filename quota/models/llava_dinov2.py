@@ -1,7 +1,8 @@
-"""LLaVA with a DINOv2 tower: blocks with LayerScale, a class token that the projector does not see, no norm before the first block.
+"""LLaVA with a DINOv2 tower: blocks with LayerScale, a class token that the projector does not see, no norm before the
+first block.
 
-LayerScale stays a module of its own beside the quantized linears, as the norms do: it scales the rows of the projection before it, which change
-nothing in int4 with a scale per row.
+LayerScale stays a module of its own beside the quantized linears, as the norms do: it scales the rows of the projection
+before it, which change nothing in int4 with a scale per row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Captions of crowds and scenes in sentences, and how a caption is judged by what is really in the picture.
 
-A caption goes from quadrant to quadrant, and within one from left to right: "at the top left there are a large striped red star and a small
-plain blue ring. at the bottom right there is a green sign that says taxi."
+A caption goes from quadrant to quadrant, and within one from left to right: "at the top left there are a large striped
+red star and a small plain blue ring. at the bottom right there is a green sign that says taxi."
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from quota.scenes.vocabulary import COLORS, QUADRANTS, SHAPES, SIGN_WORDS
 
 @dataclass(frozen=True)
 class Mention:
-    """One object as a caption names it: `words` says what it is ("large striped red star", "green sign taxi"), `place` its quadrant or ""."""
+    """One object as a caption names it: `words` says what it is ("large striped red star", "green sign taxi"), `place`
+    its quadrant or "".
+    """
 
     words: str
     place: str
 
     @property
     def core(self) -> str:
-        """Colour and shape alone, or the sign without its colour's context: what must be in the picture for the object not to be invented."""
+        """Colour and shape alone, or the sign without its colour's context: what must be in the picture for the object
+        not to be invented.
+        """
         return " ".join(word for word in self.words.split() if word not in RADII_PX and word not in TEXTURES)
 
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """Counts over any number of captions. said, there: objects mentioned, objects in the pictures. right: mentions that agree with an object in all
-    words and the place; exact: in all words. invented: mentions whose colour and shape no object of the picture has."""
+    """Counts over any number of captions. said, there: objects mentioned, objects in the pictures. right: mentions that
+    agree with an object in all words and the place; exact: in all words. invented: mentions whose colour and shape no
+    object of the picture has.
+    """
 
     said: int = 0
     there: int = 0
@@ -100,13 +106,16 @@ def _any(words: Iterable[str]) -> str:
 
 
 _MENTION = re.compile(
-    rf"(?P<place>{_any(QUADRANTS)})|(?P<object>(?:(?:{_any(RADII_PX)}) )?(?:(?:{_any(TEXTURES)}) )?(?:{_any(COLORS)}) (?:{_any(SHAPES)}))\b"
+    rf"(?P<place>{_any(QUADRANTS)})"
+    rf"|(?P<object>(?:(?:{_any(RADII_PX)}) )?(?:(?:{_any(TEXTURES)}) )?(?:{_any(COLORS)}) (?:{_any(SHAPES)}))\b"
     rf"|(?P<plate>{_any(COLORS)}) sign (?:that says )?(?P<word>{_any(SIGN_WORDS)})\b"
 )
 
 
 def mentions(text: str) -> list[Mention]:
-    """The objects and signs that a caption names, each at the quadrant last named before it; words it does not know are passed over."""
+    """The objects and signs that a caption names, each at the quadrant last named before it; words it does not know are
+    passed over.
+    """
     found, place = [], ""
     for match in _MENTION.finditer(" ".join(text.lower().split())):
         if match["place"]:

@@ -1,7 +1,7 @@
 """Crowds: harder pictures. Ten to twenty objects of two sizes and four textures, and up to two signs to read.
 
-`crowd(split, index)` is a pure function; as with scenes the content's hash decides the split. What is asked about them is in `crowd_questions`,
-what is said about them in `captions`.
+`crowd(split, index)` is a pure function; as with scenes the content's hash decides the split. What is asked about them
+is in `crowd_questions`, what is said about them in `captions`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Crowd:
 
     @cached_property
     def names(self) -> dict[Item, str]:
-        """The shortest description of each object that fits no other: "red star", "striped red star", "small striped red star"."""
+        """The shortest description of each object that fits no other: "red star", "striped red star", "small striped
+        red star".
+        """
         return {item: shortest_name(item, self.items) for item in self.items}
 
     def quadrant(self, thing: Item | Sign) -> str:
@@ -128,7 +130,8 @@ def _place(rng: np.random.Generator, size_px: int) -> tuple[tuple[Item, ...], tu
             signs.append(replace(sign, x=place[0], y=place[1]))
     items: list[Item] = []
     wanted, tries = int(rng.integers(10, 21)), 0
-    # a few colours and shapes return more often than others: counts above two, and objects that differ in one attribute only
+    # a few colours and shapes return more often than others: counts above two, and objects that differ in one attribute
+    # only
     favoured = [([tuple(names)[i] for i in rng.permutation(len(names))[:3]], names) for names in (COLORS, SHAPES)]
     while len(items) < wanted and tries < 200:
         tries += 1
@@ -226,7 +229,9 @@ class Change:
 
 
 def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
-    """Crowd `index` of a split beside itself after one change; objects stay where they are. Both pictures belong to the split."""
+    """Crowd `index` of a split beside itself after one change; objects stay where they are. Both pictures belong to the
+    split.
+    """
     whole = crowd(split, index, size_px)
     for attempt in range(10_000):
         rng = whole.seed(f"change {attempt}")
@@ -239,7 +244,7 @@ def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
             found = Change(without, whole, what, f"the {name} was added")
         else:
             word = _choose(rng, [w for w in (COLORS if what == "color" else TEXTURES) if w != getattr(item, what)])
-            new = replace(item, **{what: word})
+            new = replace(item, color=word) if what == "color" else replace(item, texture=word)
             if new.kind in {other.kind for other in whole.items}:
                 continue
             items = tuple(new if other is item else other for other in whole.items)
@@ -250,7 +255,9 @@ def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
 
 
 def patch_labels(c: Crowd, patch_px: int = 14) -> dict[str, np.ndarray]:
-    """Per patch in raster order, int64: indices into RADII_PX, TEXTURES, COLORS, SHAPES and SIGN_WORDS (`word`); -1 nothing, -2 undecided."""
+    """Per patch in raster order, int64: indices into RADII_PX, TEXTURES, COLORS, SHAPES and SIGN_WORDS (`word`); -1
+    nothing, -2 undecided.
+    """
     side = c.size_px // patch_px
     centre = (np.arange(side) + 0.5) * patch_px
     out = {name: np.full((side, side), -1) for name in (*ATTRIBUTES, "word")}

@@ -37,8 +37,10 @@ def test_sentences():
 
 
 THERE = [
-    Mention("small plain red star", "top left"), Mention("large dotted blue ring", "top left"), Mention("green sign taxi", "bottom right"),
-]  # fmt: skip
+    Mention("small plain red star", "top left"),
+    Mention("large dotted blue ring", "top left"),
+    Mention("green sign taxi", "bottom right"),
+]
 
 
 @pytest.mark.parametrize(
