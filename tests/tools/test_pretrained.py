@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from quota.calib.samples import Samples
 from quota.scenes import captions, crowds
 from quota.scenes import generate as g
 from quota.scenes.model import build_tokenizer
 from tests.tiny import tiny_dinov2
-from tools.pretrained import build, deltas, evaluate, parts, train
+from tools.pretrained import build, deltas, evaluate, parts, samples, train
 from tools.pretrained.lessons import CAPTION, MIX, Prompts, lesson, natural, pixels
 from tools.pretrained.train import Plan, Run
 
@@ -209,3 +210,14 @@ def test_captions_are_written_and_judged(student_run, monkeypatch):
     said = "at the top left there is a small plain red star."
     monkeypatch.setattr(evaluate, "write_caption", lambda run, image: said)
     assert evaluate.caption_scores(student_run, 2)["scene"]["said"] == 2
+
+
+def test_samples_are_balanced_and_of_their_split(tmp_path):
+    found = Samples.load(samples.write(tmp_path / "held-out", "test", 26))
+    assert [s.task for s in found][:3] == ["crowd/existence", "crowd/color", "scene/existence"]
+    assert len({s.task for s in found}) > 18 and len({s.image_bytes for s in found}) == 26
+    again = samples.write(tmp_path / "again", "test", 26)
+    assert again.read_bytes() == (tmp_path / "held-out" / "samples.json").read_bytes()
+    calibration = Samples.load(samples.write(tmp_path / "calibration", "calibration", 16))
+    assert [s.task.endswith(("/caption", "/read")) for s in calibration] == [n % 4 == 3 for n in range(16)]
+    assert not {s.image_bytes for s in found} & {s.image_bytes for s in calibration}

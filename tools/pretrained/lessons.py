@@ -70,16 +70,26 @@ def lesson(split: str, number: int, *, brief: bool = False) -> Lesson:
         return _change(split, number)
     held_out = split == "test"
     described = not held_out and (rng.random() < 0.3 or brief)
-    made = {CROWD: _crowd, SCENE: _scene}.get(kind, partial(_written, kind))(split, number, rng, held_out)
+    made = _whole(kind, split, number, rng, held_out)
     *asked, description = made.segments
     if brief:
         asked = [asked[i] for i in rng.permutation(len(asked))[:BRIEF]]
     return replace(made, segments=(*asked, description) if described else tuple(asked))
 
 
-def _crowd(split: str, number: int, rng: np.random.Generator, held_out: bool) -> Lesson:
+def whole_lesson(kind: str, split: str, number: int) -> Lesson:
+    """Image `number` of one kind and split with one question of each task and its description."""
+    return _whole(kind, split, number, g.seeded(split, number, f"whole {kind}", 0), True)
+
+
+def _whole(kind: str, split: str, number: int, rng: np.random.Generator, once: bool) -> Lesson:
+    """Everything asked, each task once or often; the description is the last segment."""
+    return {CROWD: _crowd, SCENE: _scene}.get(kind, partial(_written, kind))(split, number, rng, once)
+
+
+def _crowd(split: str, number: int, rng: np.random.Generator, once: bool) -> Lesson:
     c = crowds.crowd(split, number, SIZE_PX)
-    asked = crowd_questions.questions(c, 1 if held_out else 2, rng)
+    asked = crowd_questions.questions(c, 1 if once else 2, rng)
     segments = [Segment(d.task, tuple((q.text, q.answer) for q in d.turns)) for d in asked]
     segments.append(Segment(CAPTION, ((natural(CAPTION_REQUEST), captions.caption(c)),)))
     return Lesson(CROWD, (crowds.draw(c),), tuple(segments), _crowd_labels(c))
@@ -91,9 +101,9 @@ def _crowd_labels(c: crowds.Crowd) -> dict[str, np.ndarray]:
     return {**found, "word": to_word[found["word"]]}
 
 
-def _scene(split: str, number: int, rng: np.random.Generator, held_out: bool) -> Lesson:
+def _scene(split: str, number: int, rng: np.random.Generator, once: bool) -> Lesson:
     s = g.scene(split, number, SIZE_PX)
-    asked = g.questions(s, 1 if held_out else 3, rng)
+    asked = g.questions(s, 1 if once else 3, rng)
     segments = [Segment(q.task, ((_spaced_or_not(q.text, rng), q.answer),)) for q in asked]
     segments.append(Segment(CAPTION, ((_spaced_or_not(CAPTION_REQUEST, rng), captions.caption(s)),)))
     shape, color = g.patch_labels(s, PATCH_PX)
@@ -102,11 +112,11 @@ def _scene(split: str, number: int, rng: np.random.Generator, held_out: bool) ->
     return Lesson(SCENE, (g.draw(s),), tuple(segments), labels)
 
 
-def _written(kind: str, split: str, number: int, rng: np.random.Generator, held_out: bool) -> Lesson:
+def _written(kind: str, split: str, number: int, rng: np.random.Generator, once: bool) -> Lesson:
     size = (SIZE_PX, SIZE_PX)
     page, rule = k.page(kind, split, number, size), k.PAGES[kind]
     assert rule.caption is not None
-    asked = dict.fromkeys(q for _ in range(1 if held_out else 5) for q in rule.questions(page, rng))
+    asked = dict.fromkeys(q for _ in range(1 if once else 5) for q in rule.questions(page, rng))
     segments = [Segment(q.task, ((_spaced_or_not(q.text, rng), q.answer),)) for q in asked]
     segments.append(Segment(READ, ((_spaced_or_not(READ_REQUEST, rng), natural(rule.caption(page, rng))),)))
     shape, color, word = k.dense_labels(kind, split, number, size, PATCH_PX)
