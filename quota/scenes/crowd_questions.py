@@ -1,5 +1,6 @@
 """What is asked about crowds. Every answer follows from what is drawn; the objects that a question names are told from
-all others by that name."""
+all others by that name.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,8 @@ CHANGE_REQUEST = "what changed from the first picture to the second?"
 @dataclass(frozen=True)
 class Dialogue:
     """Questions in turn, each with its answer; a later one cannot be understood without the ones before. `task` is the
-    last one's."""
+    last one's.
+    """
 
     turns: tuple[Question, ...]
 
@@ -60,13 +63,8 @@ def _existence(c: Crowd, rng: np.random.Generator) -> Question | None:
     there = {item.kind for item in c.items}
     kind, answer = sorted(there)[int(rng.integers(len(there)))], "yes"
     if rng.random() < 0.5:
-        near = [
-            (*kind[:at], word, *kind[at + 1 :])
-            for at, name in enumerate(ATTRIBUTES)
-            for word in _CLASSES[name]
-            if (*kind[:at], word, *kind[at + 1 :]) not in there
-        ]
-        found = _pick(rng, near)
+        near = [(*kind[:at], word, *kind[at + 1 :]) for at, name in enumerate(ATTRIBUTES) for word in _CLASSES[name]]
+        found = _pick(rng, [other for other in near if other not in there])
         if found is None:
             return None
         kind, answer = found, "no"
@@ -93,22 +91,18 @@ def _attribute(asked: str, ask: Callable[[str], str]) -> Callable[[Crowd, np.ran
 
 def _counting(c: Crowd, rng: np.random.Generator) -> Question:
     """Objects with one or two attributes in common among others that share one of them; each count that occurs equally
-    likely."""
+    likely.
+    """
     first, second = (ATTRIBUTES[i] for i in sorted(rng.permutation(len(ATTRIBUTES))[:2]))
     used = (first, second) if rng.random() < 0.6 else (second,)
     have = Counter(tuple(getattr(item, name) for name in used) for item in c.items)
-    every: list[tuple[str, ...]] = (
-        [(a, b) for a in _CLASSES[used[0]] for b in _CLASSES[used[1]]]
-        if len(used) == 2
-        else [(a,) for a in _CLASSES[used[0]]]
-    )
     by_count: dict[int, list[tuple[str, ...]]] = {}
-    for words in every:
+    for words in product(*(_CLASSES[name] for name in used)):
         by_count.setdefault(have[words], []).append(words)
     n = sorted(k for k in by_count if k < len(NUMBERS))
     count = n[int(rng.integers(len(n)))]
-    words = by_count[count][int(rng.integers(len(by_count[count])))]
-    return Question("counting", f"how many {' '.join(words)} objects are there?", NUMBERS[count])
+    asked = by_count[count][int(rng.integers(len(by_count[count])))]
+    return Question("counting", f"how many {' '.join(asked)} objects are there?", NUMBERS[count])
 
 
 def _three(c: Crowd, rng: np.random.Generator) -> list[Item]:
@@ -206,7 +200,8 @@ def _choice(c: Crowd, rng: np.random.Generator) -> Question | None:
 
 def _follow_up(c: Crowd, rng: np.random.Generator) -> Dialogue | None:
     """The object nearest to another or farthest to a side of three, then two things about it that its name does not
-    say."""
+    say.
+    """
     first = (_nearest if rng.random() < 0.5 else _extreme)(c, rng)
     if first is None:
         return None

@@ -326,7 +326,10 @@ def test_a_qwen_processor_is_written_under_upstreams_name(tmp_path):
         assert json.loads((tmp_path / name).read_text())["processor_class"] == "Qwen2_5_VLProcessor"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab()
     written = json.loads((tmp_path / "processor_config.json").read_text())
-    images, videos = written["image_processor"], written["video_processor"]  # without one upstream's class stops where torchvision is installed
+    images, videos = (
+        written["image_processor"],
+        written["video_processor"],
+    )  # without one upstream's class stops where torchvision is installed
     assert videos.pop("video_processor_type") == "Qwen2VLVideoProcessor" and images.pop("image_processor_type")
     assert images == videos
     again = open_processor(_with_model_type(tmp_path))
