@@ -94,7 +94,7 @@ def test_one_prompt_gives_one_completion_in_every_form(llm: LLM, tmp_path: Path)
     assert llm.chat([message], FEW).tokens == first.tokens
     assert [c.tokens for c in llm.chat([[message], [message]], FEW)] == [first.tokens] * 2
     other = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is it ?"}]}
-    assert [c.tokens for c in llm.generate([[other], "what is it ?"], FEW)][0] == first.tokens
+    assert llm.generate([[other], "what is it ?"], FEW)[0].tokens == first.tokens
     prompt = llm.prompts.question("what is it ?", [image])
     assert isinstance(prompt, Prompt) and llm.generate(prompt, FEW).tokens == first.tokens
     assert llm.generate([], FEW) == []
