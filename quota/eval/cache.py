@@ -17,15 +17,15 @@ from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 
 _PACKAGE = Path(__file__).parents[1]
-# Source that decides what calibration, profiling and answering compute; faces (cli, demo, report) do not.
-_DECIDING = ("core", "quant", "ops", "arch", "nn", "allocate", "calib", "runtime", "eval", "scenes")
+# Rooms that show results or ask for them; the source of every other decides what is computed.
+_FACES = frozenset({"bench", "cli", "demo", "lmms", "report", "server", "study"})
 
 
 def code_fingerprint(package: Path = _PACKAGE) -> str:
     """sha256 over quota's own computing source, so that a changed calibrator is not answered from an old cache."""
     digest = hashlib.sha256()
-    for folder in _DECIDING:
-        for file in sorted((package / folder).rglob("*.py")):
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).parts[0] not in _FACES:
             digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
