@@ -62,9 +62,8 @@ def examine() -> dict[str, Any]:
         }
         document["ops"], wrong = op_rows()
         problems += wrong
-    document["assets"] = {
-        "checkpoint": (assets.CHECKPOINT / "config.json").exists(),
-        "calibration_samples": assets.SAMPLES.exists(),
+    document["embedded"] = {
+        family: (assets.folder_of(family) / "checkpoint" / "config.json").is_file() for family in assets.FAMILIES
     }
     document["problems"] = problems
     return document
@@ -117,11 +116,8 @@ def _print(document: dict[str, Any]) -> None:
         ]
         for row in [{k: k for k in ops[0]}, *ops]:
             say("  " + "  ".join(str(v).ljust(w) for v, w in zip(row.values(), widths, strict=True)).rstrip())
-    found = document["assets"]
-    say(
-        "embedded   "
-        + ", ".join(f"{name.replace('_', ' ')} {'found' if there else 'not found'}" for name, there in found.items())
-    )
+    found = document["embedded"]
+    say("embedded models   " + ", ".join(f"{name} {'here' if there else 'not here'}" for name, there in found.items()))
     for problem in document["problems"]:
         say(f"PROBLEM   {problem}")
     say("all needed parts are here" if not document["problems"] else f"{len(document['problems'])} problem(s)")
