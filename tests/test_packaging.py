@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+import zlib
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,18 @@ def test_wheel_with_native_code(tmp_path: Path) -> None:
     name, files = build(tmp_path, "cpu")
     assert "-py3-none-" in name and not name.endswith("-any.whl")
     assert [f for f in files if f.endswith(".so")] == ["quota/_native/libquota_cpu.so"]
+
+
+def test_the_wheel_stays_small() -> None:
+    """12 MB with the CPU library: what its files take compressed, listed as setuptools finds them."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(found["package-data"]) == {"quota"} and found["packages"]["find"]["include"] == ["quota*"]
+    files = {*(ROOT / "quota").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")}
+    for pattern in found["package-data"]["quota"]:
+        names = glob(pattern, root_dir=ROOT / "quota", recursive=True)  # noqa: PTH207 - as setuptools does
+        files |= {path for name in names if (path := ROOT / "quota" / name).is_file() and "cuda" not in name}
+    assert sum(len(zlib.compress(path.read_bytes(), 6)) for path in files) < 12e6
+    assert not [path for path in files if "qwen2_5_vl" in path.parts or path.suffix == ".jpg"]
 
 
 def test_unknown_build_mode_is_refused() -> None:

@@ -96,7 +96,8 @@ def take_samples(data: bytes) -> None:
 
 
 def take_manifest(data: bytes) -> None:
-    from quota.core.checkpoint import Manifest, verify_files
+    from quota.core.checkpoint import Manifest
+    from quota.core.checkpoint_files import verify_files
 
     def take(folder: Path) -> None:
         (folder / "config.json").write_bytes(b"{}")

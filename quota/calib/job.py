@@ -18,7 +18,8 @@ from quota.calib.samples import Samples, check_texts, encode
 from quota.calib.settings import METHODS, Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
-from quota.core.checkpoint import MANIFEST, Manifest, check_destination, verify_files
+from quota.core.checkpoint import MANIFEST, Manifest, check_destination
+from quota.core.checkpoint_files import verify_files
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
 from quota.core.formats import MODULES, scheme_made_by

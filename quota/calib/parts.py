@@ -8,7 +8,8 @@ from pathlib import Path
 
 from quota.calib.export import float_names, processor_of
 from quota.calib.stream import FloatSource
-from quota.core.checkpoint import CheckpointWriter, Manifest, iterate_tensors, weight_files
+from quota.core.checkpoint import CheckpointWriter, Manifest
+from quota.core.checkpoint_files import iterate_tensors, weight_files
 from quota.core.errors import CheckpointError
 
 

@@ -72,9 +72,8 @@ def examine() -> dict[str, Any]:
         }
         for scheme in SCHEMES.values()
     ]
-    document["assets"] = {
-        "checkpoint": (assets.CHECKPOINT / "config.json").exists(),
-        "calibration_samples": assets.SAMPLES.exists(),
+    document["embedded"] = {
+        family: (assets.folder_of(family) / "checkpoint" / "config.json").is_file() for family in assets.FAMILIES
     }
     document["problems"] = problems
     return document
@@ -131,11 +130,8 @@ def _print(document: dict[str, Any]) -> None:
             say(f"serving on {name}   {how}")
     _table(document["schemes"])
     _table(document.get("ops", []))
-    found = document["assets"]
-    say(
-        "embedded   "
-        + ", ".join(f"{name.replace('_', ' ')} {'found' if there else 'not found'}" for name, there in found.items())
-    )
+    found = document["embedded"]
+    say("embedded models   " + ", ".join(f"{name} {'here' if there else 'not here'}" for name, there in found.items()))
     for problem in document["problems"]:
         say(f"PROBLEM   {problem}")
     say("all needed parts are here" if not document["problems"] else f"{len(document['problems'])} problem(s)")

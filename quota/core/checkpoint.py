@@ -2,7 +2,7 @@
 vouches for them.
 
 Nothing is ever unpickled. Tensor names are the model's own (`state_dict`). The folder appears in one piece when writing
-ends well.
+ends well. What reads it: `quota.core.checkpoint_files`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,19 +34,10 @@ _SCHEME = "regime"  # the key of the scheme's name in files
 INDEX = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 README = "README.md"
-# Files a processor or `generate` is made of: when they are in the folder, the manifest has to list them.
-_READ_IF_THERE = (
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 # transformers only warns about a quantization it does not know and invents the weights. A weight file that does not
 # exist makes it stop, with this name in its message; `quota.runtime.hf` takes the entry out when quota is imported.
 _NO_SUCH_WEIGHTS = "import-quota-first-see-README.safetensors"
-_REMEDY = "the folder is damaged: copy or calibrate it again"
+REMEDY = "the folder is damaged: copy or calibrate it again"
 
 
 @dataclass(frozen=True)
@@ -76,10 +66,10 @@ class Manifest:
             data = read_object(path)
         except FileNotFoundError:
             raise CheckpointError(
-                f"{path}: expected the manifest of a quantized checkpoint, found no file; {_REMEDY}"
+                f"{path}: expected the manifest of a quantized checkpoint, found no file; {REMEDY}"
             ) from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error}); {_REMEDY}") from None
+            raise CheckpointError(f"{path}: not readable as JSON ({error}); {REMEDY}") from None
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
             raise CheckpointError(
@@ -123,7 +113,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def _check_fields(path: Path, data: Mapping[str, Any]) -> None:
     for name, (expected, holds) in _FIELDS.items():
         if not holds(data.get(name)):
-            raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(data.get(name))}; {_REMEDY}")
+            raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(data.get(name))}; {REMEDY}")
     unknown = sorted(set(data) - set(_FIELDS))
     if unknown:
         raise CheckpointError(
@@ -132,7 +122,7 @@ def _check_fields(path: Path, data: Mapping[str, Any]) -> None:
     for name, digest in data["files"].items():
         if not (_is_file_name(name) and isinstance(digest, str) and _is_size(data["bytes"].get(name))):
             raise CheckpointError(
-                f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {_REMEDY}"
+                f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {REMEDY}"
             )
 
 
@@ -146,92 +136,6 @@ def is_quantized_folder(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(mark, dict) and mark.get("quant_method") == "quota"
-
-
-def verify_files(folder: str | Path, manifest: Manifest) -> None:
-    """CheckpointError naming the first file that is missing, truncated or altered."""
-    folder = Path(folder)
-    for name, digest in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: listed in {MANIFEST} but missing; {_REMEDY}")
-        size = path.stat().st_size
-        if size != manifest.bytes[name]:
-            raise CheckpointError(
-                f"{path}: expected {manifest.bytes[name]} bytes, got {size} (truncated or altered); {_REMEDY}"
-            )
-        found = sha256_file(path)
-        if found != digest:
-            raise CheckpointError(
-                f"{path}: expected sha256 {digest}, got {found}: the contents were altered; {_REMEDY}"
-            )
-
-
-@contextmanager
-def listed_files(folder: str | Path, manifest: Manifest) -> Iterator[Path]:
-    """A temporary folder with copies of all files the manifest lists but the weights: what is not listed cannot be read
-    there.
-
-    CheckpointError when config.json is not listed, or a file of a processor or of `generate` lies in the folder
-    unlisted; those raised inside the block name the checkpoint's own folder.
-    """
-    folder = Path(folder)
-    if "config.json" not in manifest.files:
-        raise CheckpointError(f"{folder / MANIFEST}: files: expected config.json among them; {_REMEDY}")
-    for name in _READ_IF_THERE:
-        if name not in manifest.files and (folder / name).exists():
-            raise CheckpointError(
-                f"{folder / name}: not listed in {MANIFEST}, so it is not used; remove it, or {_REMEDY}"
-            )
-    with tempfile.TemporaryDirectory(prefix="quota-") as copies:
-        for name in manifest.files:
-            if not name.endswith((".safetensors", INDEX)):
-                try:
-                    shutil.copyfile(folder / name, Path(copies) / name)
-                except OSError as error:
-                    raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror}); {_REMEDY}") from None
-        try:
-            yield Path(copies)
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(copies, str(folder))) from error.__cause__
-
-
-def weight_files(folder: str | Path, manifest: Manifest) -> list[Path]:
-    """The safetensors files the manifest vouches for, in order."""
-    names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
-    if not names:
-        raise CheckpointError(
-            f"{Path(folder) / MANIFEST}: files: expected at least one .safetensors file, got none; {_REMEDY}"
-        )
-    return [Path(folder) / name for name in names]
-
-
-def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the headers alone. CheckpointError for a damaged file or a name in two files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with open_tensors(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name in shapes:
-                    raise CheckpointError(f"tensor {name}: found in two files, again in {path}; {_REMEDY}")
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
-
-
-def open_tensors(path: Path) -> Any:
-    """A safetensors file for lazy reading; CheckpointError when its header or length is wrong."""
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {_REMEDY}") from None
-
-
-def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every file, one tensor in memory at a time."""
-    for path in files:
-        with open_tensors(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, tensors.get_tensor(name)
 
 
 def check_destination(folder: str | Path, overwrite: bool = False) -> None:
@@ -432,8 +336,8 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     model casts."""
     if tuple(tensor.shape) != tuple(expected.shape):
         raise CheckpointError(
-            f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {_REMEDY}"
+            f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {REMEDY}"
         )
     same_kind = (tensor.dtype.is_floating_point and expected.dtype.is_floating_point) or tensor.dtype == expected.dtype
     if not same_kind or (tensor.dtype.itemsize < 2 and tensor.dtype not in (torch.uint8, torch.int8, torch.bool)):
-        raise CheckpointError(f"tensor {name}: expected {expected.dtype}, got {tensor.dtype}; {_REMEDY}")
+        raise CheckpointError(f"tensor {name}: expected {expected.dtype}, got {tensor.dtype}; {REMEDY}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quota.calib.stream import FloatSource
-from quota.core.errors import CheckpointError, UsageError
+from quota.core.errors import UsageError
 from quota.eval.questions import Question, mixed_questions, scene_questions, scene_tour
 from quota.models import find_family
 from quota.scenes import assets
@@ -20,7 +20,7 @@ DEFAULT = assets.DEFAULT_FAMILY
 
 @dataclass(frozen=True)
 class Embedded:
-    """One family's float checkpoint folder and calibration samples inside the package."""
+    """One family's float checkpoint folder and calibration samples."""
 
     family: str
     checkpoint: Path
@@ -28,20 +28,12 @@ class Embedded:
 
 
 def embedded(family: str | None = None) -> Embedded:
-    """The embedded model of a family (default: LLaVA). UsageError for an unknown family, CheckpointError where none was
-    trained yet."""
+    """The embedded model of a family (default: LLaVA). UsageError for an unknown family, CheckpointError where this
+    installation does not hold it."""
     name = DEFAULT if family is None else family
     if name not in FAMILIES:
         raise UsageError(f"--family: expected one of {', '.join(FAMILIES)}, got {name!r}")
-    folder = assets.folder_of(name)
-    found = Embedded(name, folder / "checkpoint", folder / "calibration" / "samples.json")
-    if not (found.checkpoint / "config.json").exists():
-        raise CheckpointError(
-            f"--family {name}: there is no embedded checkpoint at {found.checkpoint}; train it with `python -m"
-            f" tools.scenes.train --family {name} --out runs/train` and copy its checkpoint folder there, or give"
-            " --model"
-        )
-    return found
+    return Embedded(name, assets.checkpoint_of(name), assets.samples_of(name))
 
 
 def sources(family: str | None, model: str | None, samples: Path | None) -> tuple[str, Path]:
@@ -52,7 +44,7 @@ def sources(family: str | None, model: str | None, samples: Path | None) -> tupl
         return str(found.checkpoint), samples or found.samples
     if family is not None:
         raise UsageError("--family: names an embedded model, and --model another one; give one of them")
-    return model, samples or assets.folder_of(FloatSource(model).family.name) / "calibration" / "samples.json"
+    return model, samples or assets.samples_of(FloatSource(model).family.name)
 
 
 def is_dynamic(config: Any) -> bool:

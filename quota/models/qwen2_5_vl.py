@@ -29,6 +29,7 @@ from transformers.processing_utils import ProcessorMixin
 from quota.core.errors import CheckpointError, UsageError
 from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
+from quota.nn.embedding import MultimodalRotary
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32
 from quota.nn.mlp import QuantMLP
@@ -130,7 +131,7 @@ class Qwen25VL(Family):
         tower.__class__ = ImageByImage  # same fields; only the order of work changes
 
     def rotary(self, device: Any) -> nn.Module:
-        return MultimodalRotary(self.text, device=device)
+        return MultimodalRotary(Qwen2_5_VLRotaryEmbedding(config=self.text), device=device)
 
     def float_rotary(self) -> nn.Module:
         return Qwen2_5_VLRotaryEmbedding(self.text)
@@ -183,9 +184,8 @@ class Qwen25VL(Family):
     def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
         kinds = (ids == self.image_token_id).int()[None]
         where = torch.tensor([list(grid) for grid in grids]) if grids else None
-        return model.model.get_rope_index(input_ids=ids[None], mm_token_type_ids=kinds, image_grid_thw=where)[0][
-            :, 0
-        ].long()
+        found = model.model.get_rope_index(input_ids=ids[None], mm_token_type_ids=kinds, image_grid_thw=where)[0]
+        return found[:, 0].long()
 
     def rotary_axes(self, rotary: Any) -> list[tuple[int, int, int]]:
         sections, half, spans, end = rotary.inner.mrope_section, self.head_dim // 2, [], 0
@@ -224,17 +224,15 @@ class Qwen25VL(Family):
         return hidden.view(len(hidden) // self.merge**2, -1)[geometry_of(self.vision, grid).inverse]
 
     def projector_block(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        flat = layer(
-            hidden.reshape(-1, self.vision.hidden_size)
-        )  # the merger normalises single patches and flattens the batch
+        # the merger normalises single patches and flattens the batch
+        flat = layer(hidden.reshape(-1, self.vision.hidden_size))
         return flat.view(*hidden.shape[:2], -1)
 
     # words and costs
 
     def evaluation_pixels(self, processor: Any, limits: tuple[int | None, int | None]) -> Callable[[Any], Any] | None:
-        published = (
-            self.vision.patch_size * self.merge == _TOKEN_PX
-        )  # other token sizes are not what the built-in wrapper is written for
+        # other token sizes are not what the built-in wrapper is written for
+        published = self.vision.patch_size * self.merge == _TOKEN_PX
         size = processor.image_processor.size
         usual = _PIXELS if published else (size["shortest_edge"], size["longest_edge"])
         fewest, most = (given or own for given, own in zip(limits, usual, strict=True))
@@ -351,33 +349,6 @@ def axial_rotary(places: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
     angles = (places[..., None].float() * frequency).flatten(-2).double()
     cos, sin = (torch.cat([part, part], -1).float() for part in (angles.cos(), angles.sin()))
     return cos, sin
-
-
-class MultimodalRotary(nn.Module):
-    """Replaces the decoder's M-RoPE: same angles, cosine and sine rounded once from float64, so that a token's do not
-    depend on its neighbours."""
-
-    def __init__(self, config: Any, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.inner = Qwen2_5_VLRotaryEmbedding(config=config)
-        if device is not None:
-            self.inner.to(device)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x: only its dtype is used; position_ids [3, B or 1, T] (time, row, column), or [B, T] where the three are one
-        -> cos, sin [B or 1, T, D]."""
-        if self.inner.rope_type != "default":
-            return self.inner(x, position_ids)
-        position_ids = position_ids.expand(3, *position_ids.shape[-2:])
-        angles = position_ids[..., None].float() * self.inner.inv_freq.float()
-        # the channels are shared out between the three axes: first those of time, then of rows, then of columns
-        angles = torch.cat(
-            [part[axis % 3] for axis, part in enumerate(angles.split(self.inner.mrope_section, -1))], -1
-        ).double()
-        scale = self.inner.attention_scaling
-        cos, sin = (torch.cat([part, part], -1).mul(scale).float().to(x.dtype) for part in (angles.cos(), angles.sin()))
-        return cos, sin
 
 
 class QuantWindowAttention(nn.Module):

@@ -35,6 +35,34 @@ class Rotary(nn.Module):
         return cos, sin
 
 
+class MultimodalRotary(nn.Module):
+    """Replaces a decoder's rotary embedding over several position axes (M-RoPE): same angles, cosine and sine rounded
+    once from float64, so that a token's do not depend on its neighbours."""
+
+    def __init__(self, inner: Any, device: torch.device | str | None = None) -> None:
+        """inner: upstream's embedding, with the frequencies and `mrope_section`, the channel pairs of every axis."""
+        super().__init__()
+        self.inner = inner
+        if device is not None:
+            self.inner.to(device)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x: only its dtype is used; position_ids [3, B or 1, T] (time, row, column), or [B, T] where the three are one
+        -> cos, sin [B or 1, T, D]."""
+        if self.inner.rope_type != "default":
+            return self.inner(x, position_ids)
+        position_ids = position_ids.expand(3, *position_ids.shape[-2:])
+        angles = position_ids[..., None].float() * self.inner.inv_freq.float()
+        # the channels are shared out between the three axes: first those of time, then of rows, then of columns
+        angles = torch.cat(
+            [part[axis % 3] for axis, part in enumerate(angles.split(self.inner.mrope_section, -1))], -1
+        ).double()
+        scale = self.inner.attention_scaling
+        cos, sin = (torch.cat([part, part], -1).mul(scale).float().to(x.dtype) for part in (angles.cos(), angles.sin()))
+        return cos, sin
+
+
 class PatchEmbedding(nn.Conv2d):
     """A patch convolution that runs one image at a time. State is that of the convolution it replaces."""
 

@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quota.core.checkpoint import tensor_shapes
+from quota.core.checkpoint_files import tensor_shapes
 from quota.core.errors import CheckpointError
 from quota.core.formats import DEFAULT, scheme_named
 from quota.models.quantize import quantize_structure

@@ -10,16 +10,8 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
-from quota.core.checkpoint import (
-    Manifest,
-    check_tensor,
-    is_quantized_folder,
-    iterate_tensors,
-    listed_files,
-    tensor_shapes,
-    verify_files,
-    weight_files,
-)
+from quota.core.checkpoint import Manifest, check_tensor, is_quantized_folder
+from quota.core.checkpoint_files import iterate_tensors, listed_files, tensor_shapes, verify_files, weight_files
 from quota.core.documents import read_object
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.folders import resolve_folder

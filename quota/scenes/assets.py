@@ -1,5 +1,7 @@
 """Where the embedded checkpoints and calibration samples are, and the command that draws the samples.
 
+A checkout holds all of them. A wheel holds LLaVA's checkpoint alone, so that it stays small: samples are drawn where
+they are missing, by the same function.
 `python -m quota.scenes.assets [--family qwen2_5_vl]` writes the family's calibration folder again, byte for byte.
 """
 
@@ -7,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from quota.core.errors import CheckpointError
 from quota.core.files import atomic_folder
+from quota.core.version import VERSION
 from quota.scenes import generate as g
 from quota.scenes import kinds as k
 from quota.scenes.vocabulary import CAPTION_REQUEST, IMAGE_SIZE
@@ -54,6 +59,28 @@ def folder_of(family: str) -> Path:
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {FAMILIES}, got {family!r}")
     return ASSETS if family == "llava" else ASSETS / family
+
+
+def checkpoint_of(family: str) -> Path:
+    """A family's checkpoint folder; CheckpointError where this installation does not hold it."""
+    folder = folder_of(family) / "checkpoint"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: the embedded {family} checkpoint is not here; a wheel holds that of {DEFAULT_FAMILY} alone. Run"
+            " from a checkout of the repository (`pip install -e .`), or give a checkpoint of your own (--model)"
+        )
+    return folder
+
+
+def samples_of(family: str) -> Path:
+    """A family's calibration samples (`samples.json`): the checkout's, else drawn once into the user's cache folder
+    (XDG_CACHE_HOME). The same bytes as the checkout's where Pillow is the same."""
+    shipped = folder_of(family) / "calibration" / "samples.json"
+    if shipped.is_file():
+        return shipped
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "quota" / VERSION / f"calibration-{family}"
+    return folder / "samples.json" if folder.exists() else write_calibration(folder, family=family)
 
 
 def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZE, family: str = "llava") -> Path:

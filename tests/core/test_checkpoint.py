@@ -5,15 +5,8 @@ import json
 import pytest
 import torch
 
-from quota.core.checkpoint import (
-    CheckpointWriter,
-    Manifest,
-    is_quantized_folder,
-    iterate_tensors,
-    tensor_shapes,
-    verify_files,
-    weight_files,
-)
+from quota.core.checkpoint import CheckpointWriter, Manifest, is_quantized_folder
+from quota.core.checkpoint_files import iterate_tensors, tensor_shapes, verify_files, weight_files
 from quota.core.errors import CheckpointError
 from quota.core.formats import DEFAULT
 

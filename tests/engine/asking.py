@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quota.models.images import ImageInput
+from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for
-from tests.tiny import IMAGE_TOKEN, QWEN_IDS
+from tests.tiny import IMAGE_TOKEN, QWEN_IDS, TINY
 
 
 class Watched(Engine):
@@ -161,3 +163,48 @@ def same(a: dict[str, list[Any]], b: dict[str, list[Any]]) -> bool:
     return a.keys() == b.keys() and all(
         len(a[k]) == len(b[k]) and all((x == y).all() for x, y in zip(a[k], b[k], strict=True)) for k in a
     )
+
+
+@cache
+def quantized(family: str) -> Any:
+    """A tiny quantized model of a family; key biases as large as trained ones where the family has them."""
+    return quantize_rtn(TINY[family][0](**({} if family == "llava" else {"key_bias": 800})))
+
+
+@cache
+def cases(family: str) -> dict[str, Prompt]:
+    """Prompts of every kind; where resolution is dynamic, with images of several sizes and neighbours."""
+    model = quantized(family)
+    if family == "llava":
+        a, b = picture(1), picture(2)
+        return {
+            "text": prompt(model, 9, seed=1),
+            "one picture": prompt(model, 3, a, 5, seed=2),
+            "no text after": prompt(model, 4, b, seed=3),
+            "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
+            "picture first": prompt(model, b, 7, seed=5),
+            "long": prompt(model, 40, a, 20, seed=6),
+        }
+    a, b, c = patches(8, 8, 1), patches(4, 6, 2), patches(2, 14, 3)
+    return {
+        "text": qwen_prompt(9, seed=1),
+        "one picture": qwen_prompt(3, a, 5, seed=2),
+        "no text after": qwen_prompt(4, b, seed=3),
+        "two pictures": qwen_prompt(2, a, 3, b, 6, seed=4),
+        "picture first": qwen_prompt(c, b, 7, seed=5),
+        "long": qwen_prompt(40, a, 20, seed=6),
+    }
+
+
+@cache
+def mixed_requests(family: str) -> tuple[list[Request], dict[str, list[Any]]]:
+    """Requests of every kind, and the logits each has alone."""
+    found = cases(family)
+    asks = [asked(name, case, tokens=8) for name, case in found.items()]
+    asks.append(asked("unpruned", found["long"], tokens=8, recipe=None))
+    asks.append(asked("tighter", found["two pictures"], tokens=8, recipe="compact", keep=0.2))
+    asks.append(asked("sampled", found["picture first"], tokens=8, temperature=1.2, top_p=0.9, top_k=50, seed=7))
+    alone: dict[str, list[Any]] = {}
+    for ask in asks:
+        alone.update(logits(quantized(family), [ask]).seen)
+    return asks, alone

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from quota.models.rtn import quantize_rtn
+from tests.engine.asking import mixed_requests, quantized
 from tests.one_thread import one_thread
-from tests.tiny import tiny_llava
 
 __all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")
 def model():
-    return quantize_rtn(tiny_llava())
+    return quantized("llava")
+
+
+@pytest.fixture(scope="session")
+def mixed():
+    """Requests of every kind, and the logits each has alone."""
+    return mixed_requests("llava")

@@ -1,4 +1,4 @@
-"""The engine against transformers' generate, and against itself under every kind of company."""
+"""The engine's accounts, refusals and faults; what it promises for every family: test_contract.py."""
 
 from __future__ import annotations
 
@@ -12,89 +12,9 @@ from quota.core.errors import UsageError
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Prompt, QueueFull
 from quota.runtime.patch import patched
-from tests.engine.asking import asked, engine, generated, logits, picture, prompt, recipes, run, same, tokens
+from tests.engine.asking import asked, cases, engine, picture, prompt, recipes, run, same, tokens
 from tests.prune.recipes import recipe_for
 from tests.tiny import IMAGE_TOKEN, tiny_llava
-
-
-def prompts(model):
-    a, b = picture(1), picture(2)
-    return {
-        "text": prompt(model, 9, seed=1),
-        "one picture": prompt(model, 3, a, 5, seed=2),
-        "no text after": prompt(model, 4, b, seed=3),
-        "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
-        "picture first": prompt(model, b, 7, seed=5),
-        "long": prompt(model, 40, a, 20, seed=6),
-    }
-
-
-@pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
-def test_agrees_with_generate(model, recipe):
-    cases = prompts(model)
-    want = {}
-    for name, case in cases.items():
-        if recipe is None:
-            want[name] = generated(model, case)
-        else:
-            with patched(model, recipes(model)[recipe]):
-                want[name] = generated(model, case)
-    alone = {
-        name: tokens(run(engine(model, default=recipe), [asked(name, case)])[name]) for name, case in cases.items()
-    }
-    assert alone == want
-    together = run(engine(model, default=recipe), [asked(name, case) for name, case in cases.items()])
-    assert {name: tokens(out) for name, out in together.items()} == want
-    pieces = run(engine(model, default=recipe, step_tokens=5), [asked(name, case) for name, case in cases.items()])
-    assert {name: tokens(out) for name, out in pieces.items()} == want
-
-
-@pytest.fixture(scope="module")
-def mixed(model):
-    """Requests of every kind, and the logits each has alone."""
-    cases = prompts(model)
-    asks = [asked(name, case, tokens=8) for name, case in cases.items()]
-    asks.append(asked("unpruned", cases["long"], tokens=8, recipe=None))
-    asks.append(asked("tighter", cases["long"], tokens=8, recipe="compact", keep=0.2))
-    asks.append(asked("sampled", cases["two pictures"], tokens=8, temperature=1.2, top_p=0.9, top_k=50, seed=7))
-    alone = {}
-    for ask in asks:
-        alone.update(logits(model, [ask]).seen)
-    return asks, alone
-
-
-def test_logits_do_not_depend_on_company(model, mixed):
-    asks, alone = mixed
-    assert same(logits(model, asks).seen, alone)
-    assert same(logits(model, asks[::-1], max_running=3, step_tokens=11).seen, alone)
-    assert same(logits(model, asks, page_tokens=7, prefix_cache=False).seen, alone)
-
-
-def test_logits_survive_preemption(model):
-    asks = [asked(name, case, tokens=30) for name, case in prompts(model).items()]
-    ample, tight = logits(model, asks), logits(model, asks, pages=175)
-    assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
-    assert same(tight.seen, ample.seen)
-    tight.pool.forget()
-    assert tight.pool.available == tight.pool.blocks
-
-
-def test_logits_do_not_depend_on_threads(model, mixed):
-    asks, alone = mixed
-    torch.set_num_threads(2)
-    try:
-        assert same(logits(model, asks).seen, alone)
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_logits_do_not_depend_on_what_was_cached(model, mixed):
-    asks, alone = mixed
-    made = engine(model, default="pruned")
-    for round in range(3):
-        run(made, [replace(ask, id=f"{ask.id} {round}") for ask in asks])
-    assert same(made.seen, {f"{name} {round}": seen for round in range(3) for name, seen in alone.items()})
-    assert made.pool.idle_pages() > 0
 
 
 def test_reuse_is_counted(model):
@@ -107,7 +27,7 @@ def test_reuse_is_counted(model):
     assert other.cached_tokens <= 4
 
 
-def test_chat_keeps_its_first_selection(model):
+def test_second_turn_equals_going_on(model):
     """A second turn, sent as a whole prompt, equals going on from the first turn's pruned cache."""
     a = picture(1)
     first = prompt(model, 3, a, 6, seed=2)
@@ -204,7 +124,7 @@ def test_refusals(model):
 
 
 def test_only_the_request_that_fails_fails(model, monkeypatch):
-    asks = [asked(name, case) for name, case in prompts(model).items()]
+    asks = [asked(name, case) for name, case in cases("llava").items()]
     want = {name: tokens(out) for name, out in run(engine(model), asks).items()}
     made = engine(model)
     run_works = made.runner.run

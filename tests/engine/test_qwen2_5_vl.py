@@ -1,9 +1,6 @@
-"""Qwen2.5-VL in the engine: pictures of several sizes, three rotary axes, key biases outside the cache; against
-generate, and bit for bit in any company."""
+"""Qwen2.5-VL in the engine, beside what every family promises (test_contract.py): its modules, images and refusals."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,66 +11,13 @@ from quota.models.images import ImageInput
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Prompt
 from quota.runtime.patch import patched
-from tests.engine.asking import (
-    asked,
-    engine,
-    generated,
-    logits,
-    patches,
-    pixels_of,
-    qwen_prompt,
-    recipes,
-    run,
-    same,
-    tokens,
-)
+from tests.engine.asking import asked, engine, generated, patches, quantized, qwen_prompt, recipes, run, tokens
 from tests.tiny import IMAGE_TOKEN, tiny_qwen
 
 
 @pytest.fixture(scope="module")
 def model():
-    return quantize_rtn(tiny_qwen(key_bias=800))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    a, b, c = patches(8, 8, 1), patches(4, 6, 2), patches(2, 14, 3)
-    return {
-        "text": qwen_prompt(9, seed=1),
-        "one picture": qwen_prompt(3, a, 5, seed=2),
-        "no text after": qwen_prompt(4, b, seed=3),
-        "two sizes": qwen_prompt(2, a, 3, b, 6, seed=4),
-        "neighbours": qwen_prompt(c, b, 7, seed=5),
-        "long": qwen_prompt(40, a, 20, seed=6),
-    }
-
-
-@pytest.fixture(scope="module")
-def mixed(model, prompts):
-    """Requests of every kind, and the logits each has alone."""
-    asks = [asked(name, case, tokens=7) for name, case in prompts.items()]
-    asks.append(asked("unpruned", prompts["two sizes"], tokens=7, recipe=None))
-    asks.append(asked("compact", prompts["two sizes"], tokens=7, recipe="compact", keep=0.3))
-    asks.append(asked("sampled", prompts["neighbours"], tokens=7, temperature=1.2, top_p=0.9, seed=7))
-    alone = {}
-    for ask in asks:
-        alone.update(logits(model, [ask]).seen)
-    return asks, alone
-
-
-@pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
-def test_agrees_with_generate(model, prompts, recipe):
-    want = {}
-    for name, case in prompts.items():
-        if recipe is None:
-            want[name] = generated(model, case)
-        else:
-            with patched(model, recipes(model)[recipe]):
-                want[name] = generated(model, case)
-    together = run(engine(model, default=recipe), [asked(name, case) for name, case in prompts.items()])
-    assert {name: tokens(out) for name, out in together.items()} == want
-    pieces = run(engine(model, default=recipe, step_tokens=5), [asked(name, case) for name, case in prompts.items()])
-    assert {name: tokens(out) for name, out in pieces.items()} == want
+    return quantized("qwen2_5_vl")
 
 
 @pytest.mark.parametrize("modules", [("llm",), ("vision", "projector", "llm")])
@@ -84,70 +28,6 @@ def test_models_without_key_biases_apart(modules):
     with patched(model, recipes(model)["pruned"]):
         want = generated(model, case)
     assert tokens(run(engine(model), [asked("a", case)])["a"]) == want
-
-
-def test_logits_do_not_depend_on_company(model, mixed):
-    asks, alone = mixed
-    assert same(logits(model, asks).seen, alone)
-    assert same(logits(model, asks[::-1], max_running=3, step_tokens=11).seen, alone)
-    assert same(logits(model, asks, page_tokens=7, prefix_cache=False).seen, alone)
-
-
-def test_logits_survive_preemption(model, prompts):
-    asks = [asked(name, case, tokens=30) for name, case in prompts.items()]
-    ample, tight = logits(model, asks), logits(model, asks, pages=175)
-    assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
-    assert same(tight.seen, ample.seen)
-    tight.pool.forget()
-    assert tight.pool.available == tight.pool.blocks
-
-
-def test_logits_do_not_depend_on_threads(model, mixed):
-    asks, alone = mixed
-    torch.set_num_threads(2)
-    try:
-        assert same(logits(model, asks).seen, alone)
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_logits_do_not_depend_on_what_was_cached(model, mixed):
-    """Pages of a pruned prompt come with the positions of the tokens that were chosen: the bias of their keys turns
-    with them."""
-    asks, alone = mixed
-    made = engine(model)
-    for round in range(3):
-        run(made, [replace(ask, id=f"{ask.id} {round}") for ask in asks])
-    assert same(made.seen, {f"{name} {round}": seen for round in range(3) for name, seen in alone.items()})
-    case = next(ask for ask in asks if ask.id == "long").prompt
-    assert run(made, [asked("again", case)])["again"][-1].usage.cached_tokens > 41 + 16
-
-
-@pytest.mark.parametrize("recipe", ["pruned", "compact"])
-def test_chat_keeps_its_first_selection(model, recipe):
-    first = qwen_prompt(3, patches(8, 8, 1), 4, patches(4, 6, 2), 6, seed=2)
-    with patched(model, recipes(model)[recipe]):
-        ids = torch.tensor([list(first.ids)])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **pixels_of(model, first),
-            max_new_tokens=5,
-            eos_token_id=None,
-            pad_token_id=0,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
-    answer = out.sequences[0, ids.shape[1] :].tolist()
-    second = Prompt([*first.ids, *answer, 17, 33, 99, 41], first.images, len(first.ids))
-    made = engine(model, default=recipe)
-    assert tokens(run(made, [asked("first", first, tokens=5)])["first"]) == answer
-    warm = run(made, [asked("second", second, tokens=5)])["second"]
-    assert warm[-1].usage.cached_tokens > len(first.ids) - 4
-    assert same(
-        {"second": made.seen["second"]},
-        logits(model, [asked("second", second, tokens=5)], default=recipe, step_tokens=9).seen,
-    )
 
 
 def test_usage_counts_each_picture(model):

