@@ -33,8 +33,9 @@ from quota.models.processing import image_backend
 class Options(TypedDict, total=False):
     """Keyword options of `calibrate`.
 
-    method: "flatquant" (W4A4KV4), or weight-only (W4A16) "gptq", "awq" and, without calibration, "rtn". modules: some
-    of "vision", "projector", "llm"; the rest stays float. seed: same seed, same bytes (same machine and thread count).
+    method: "flatquant", or of weights alone "gptq", "awq" and, without calibration, "rtn". modules: some
+    of "vision", "projector", "llm"; the rest stays float. scheme: one that the method makes, by name; None: the first
+    of `quota.core.formats.SCHEMES` that lists it. seed: same seed, same bytes (same machine and thread count).
     steps: optimiser steps per block of flatquant (None: the default of Settings). recipe: calibrate the decoder on the
     graph this recipe prunes. progress: the plan and a bar on stderr. resume: continue from `<out>.partial` (which must
     belong to the same run), or empty it. overwrite: replace a finished checkpoint of other settings, discard the
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     """
 
     method: str
+    scheme: str | None
     modules: Collection[str]
     seed: int
     steps: int | None
@@ -72,9 +74,10 @@ class Job:
         self.recipe = options.get("recipe")
         if self.method not in METHODS:
             raise UsageError(f"method: expected one of {list(METHODS)}, got {self.method!r}")
-        self.scheme = scheme_made_by(self.method)
-        assert self.scheme.weights is not None
-        self.weights = self.scheme.weights
+        try:
+            self.scheme = scheme_made_by(self.method, options.get("scheme"))
+        except ValueError as error:
+            raise UsageError(f"scheme: {error}; leave it out, or choose another method") from None
         self.modules = _check_modules(options.get("modules", MODULES))
         settings, steps = options.get("settings") or default_settings(self.method), options.get("steps")
         if not METHODS[self.method].learns and (steps is not None or settings.inputs == "mixed"):
@@ -160,6 +163,7 @@ class Job:
             "model": self.source.fingerprint,
             "samples": self.samples and self.samples.fingerprint,
             "method": self.method,
+            "scheme": self.scheme.name,
             "modules": list(self.modules),
             "seed": self.seed,
             "recipe": self.recipe and self.recipe.digest,
@@ -339,6 +343,7 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
         "model": manifest.source_fingerprint,
         "samples": told.get("samples_fingerprint"),
         "method": told.get("method"),
+        "scheme": manifest.scheme.name,
         "modules": list(manifest.modules),
         "seed": told.get("seed"),
         "recipe": told.get("pruned_by"),

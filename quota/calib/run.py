@@ -216,7 +216,7 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
     settings, source = job.settings, job.source
     block = source.block(cast(Part, step.kind), step.path, settings.device)
     if job.samples is None:
-        tensors = round_weights(block, job.weights)
+        tensors = round_weights(block, job.scheme)
         work.save_block(step.path, tensors, {"name": step.path})
         ticks.calibrated(1)
         return {}
@@ -242,7 +242,7 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
         tensors = block.export()
     else:
         tensors, report = quantize_weights(
-            block, lesson, job.method, settings, lambda _: ticks.calibrated(1 / parts), job.weights
+            block, lesson, job.method, settings, lambda _: ticks.calibrated(1 / parts), job.scheme
         )
     ticks.calibrated(1 / parts)
     work.save_block(step.path, tensors, report.to_dict())

@@ -37,9 +37,13 @@ def calibrate(
         str,
         typer.Option(
             "--method",
-            help=" ".join(f"{', '.join(row.methods)}: {row.title} ({row.words()})." for row in SCHEMES.values()),
+            help=" ".join(f"{row.name} ({row.words()}): {', '.join(row.methods)}." for row in SCHEMES.values()),
         ),
     ] = "flatquant",
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", help="What is quantized, of what the method makes. Default: the first listed above."),
+    ] = None,
     modules: Annotated[
         str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")
     ] = "vision,projector,llm",
@@ -64,7 +68,7 @@ def calibrate(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Quantize a float checkpoint: 4-bit weights, activations and KV cache, or weights alone.
+    """Quantize a float checkpoint: 4-bit weights, activations and KV cache, weights alone, or weights and KV cache.
 
     Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns
     transforms and clipping thresholds that keep the block's output close to the float block's (FlatQuant). Killed in
@@ -72,7 +76,8 @@ def calibrate(
     work when it holds anything but the result of this very command.
 
     `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache
-    and output head stay float.
+    and output head stay float. With `--scheme w4a16kv4` the cache has four bits too, and `quota serve` takes the
+    result.
     `--method rtn` rounds them to nearest, the baseline of both.
 
     **Examples**
@@ -115,6 +120,7 @@ def calibrate(
     read = None if samples is None else Samples.load(samples)
     options: Options = {
         "method": method,
+        "scheme": scheme,
         "modules": chosen,
         "seed": seed,
         "steps": steps,

@@ -102,8 +102,9 @@ class Scheme:
     """What a quantized model is made of. None of `weights`, `activations`, `kv`: that stays float.
 
     name: in manifests, recipes and commands. linear: the module class, `file:Class` of `quota.nn`; it is imported when
-    a model is built, since this room lies below. transforms: linears transform their input (Kronecker factors),
-    attention its queries and keys. methods: of `quota calibrate` that make it.
+    a model is built, since this room lies below. transforms: linears that quantize their input transform it (Kronecker
+    factors), attention over a quantized cache its queries and keys. methods: of `quota calibrate` that make it; of the
+    schemes that list one, it makes the first where none is named.
     """
 
     name: str
@@ -148,6 +149,14 @@ _ROWS = (
         methods=("flatquant",),
     ),
     Scheme("w4a16", weights=INT4_GROUPS, linear="weight_linear:WeightLinear", methods=("gptq", "awq", "rtn")),
+    Scheme(
+        "w4a16kv4",
+        weights=INT4_GROUPS,
+        kv=KV4,
+        transforms=True,
+        linear="weight_linear:WeightLinear",
+        methods=("gptq", "awq", "rtn"),
+    ),
 )
 SCHEMES = {row.name: row for row in _ROWS}
 DEFAULT, WEIGHT_ONLY = SCHEMES["w4a4kv4"], SCHEMES["w4a16"]
@@ -160,9 +169,13 @@ def scheme_named(name: Any) -> Scheme:
     return SCHEMES[name]
 
 
-def scheme_made_by(method: str) -> Scheme:
-    """The scheme that a calibration method makes."""
-    return next(scheme for scheme in SCHEMES.values() if method in scheme.methods)
+def scheme_made_by(method: str, name: str | None = None) -> Scheme:
+    """The scheme of that name, or the first that a calibration method makes; ValueError for one that it does not
+    make."""
+    made = {row.name: row for row in SCHEMES.values() if method in row.methods}
+    if name is not None and name not in made:
+        raise ValueError(f"method {method!r} makes {', '.join(made)}, got {shown(name)}")
+    return next(iter(made.values())) if name is None else made[name]
 
 
 def scheme_of(module: Any) -> Scheme:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quota import ops
 from quota.core.errors import CheckpointError
 from quota.core.formats import DEFAULT, INT4, Scheme
+from quota.core.registry import Op
 from quota.quant.affine import quantize_weight
 from quota.quant.pack import unpack_int4
 from quota.quant.transform import apply_kronecker, decompose, hadamard
@@ -91,6 +92,7 @@ class SchemeLinear(Float32State):
     """A linear layer of a scheme: [..., K] -> [..., N], a row's bits independent of the other rows. Its buffers are the
     checkpoint's tensors."""
 
+    OPS: ClassVar[tuple[Op, ...]]  # that `forward` calls
     scheme: Scheme
     in_features: int
     out_features: int
@@ -125,6 +127,7 @@ class QuantLinear(SchemeLinear):
     The weight is already expressed in the transformed basis.
     """
 
+    OPS = (ops.quantize_act, ops.w4a4_linear)
     left: Tensor | None
     right: Tensor | None
     clip: Tensor

@@ -25,6 +25,7 @@ class WeightLinear(SchemeLinear):
     absent (AWQ's, where no module before could take it).
     """
 
+    OPS = (ops.w4a16_linear,)
     w_q: Tensor
     w_scale: Tensor
     w_zero: Tensor

@@ -64,14 +64,27 @@ def test_impossible_formats_are_refused():
         Format(4)
 
 
-def test_every_method_makes_one_scheme_and_every_scheme_has_its_linear():
-    listed = [method for scheme in SCHEMES.values() for method in scheme.methods]
-    assert sorted(listed) == sorted(METHODS) and all(m in scheme_made_by(m).methods for m in METHODS)
+def test_every_method_makes_a_scheme_and_every_scheme_has_its_linear():
+    assert {method for scheme in SCHEMES.values() for method in scheme.methods} == set(METHODS)
+    for method in METHODS:
+        made = [scheme for scheme in SCHEMES.values() if method in scheme.methods]
+        assert scheme_made_by(method) is made[0] and [scheme_made_by(method, row.name) for row in made] == made
+        for name in (FLOAT.name, *(row.name for row in SCHEMES.values() if row not in made)):
+            with pytest.raises(ValueError, match=f"method '{method}' makes {', '.join(row.name for row in made)}, got"):
+                scheme_made_by(method, name)
     for name, scheme in SCHEMES.items():
         assert scheme_named(name) is scheme and scheme.name == name
         assert scheme.weights is not None and issubclass(linear_class(scheme), SchemeLinear)
         assert linear_class(scheme)(8, 4, scheme=scheme).scheme is scheme
     assert DEFAULT.fused and not FLOAT.fused
+
+
+def test_the_page_lists_every_scheme():
+    page = (PACKAGE.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    for scheme in SCHEMES.values():
+        formats = [form.words() if form else "float" for form in (scheme.weights, scheme.activations, scheme.kv)]
+        cells = [f"`{scheme.name}`", *formats, ", ".join(scheme.methods), "yes" if scheme.served else "no"]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_unknown_names_and_formats_without_a_kernel_are_refused():

@@ -16,23 +16,17 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT, Scheme
 from quota.core.registry import Context
+from quota.models.quantize import linear_class
 from quota.runtime.engine.forward_batch import Work
 from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.sampling import Logits, Row
 from quota.runtime.engine.segments import Segments
 
-OPS = (
-    ops.rms_norm,
-    ops.quantize_act,
-    ops.w4a4_linear,
-    ops.qkv_append,
-    ops.kv4_page_write,
-    ops.kv4_paged_attention,
-    ops.float_linear,
-)
-"""What a decode step calls."""
+OPS = (ops.rms_norm, ops.qkv_append, ops.kv4_page_write, ops.kv4_paged_attention, ops.float_linear)
+"""What a decode step calls besides the scheme's linears."""
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 Capture = Callable[[Step], Step]
@@ -40,11 +34,11 @@ Capture = Callable[[Step], Step]
 _ALIGNMENT = 16  # bytes, of every buffer
 
 
-def chosen(device: torch.device) -> dict[str, str]:
-    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none or is told to run a
-    reference, which reads lengths on the host."""
+def chosen(device: torch.device, scheme: Scheme = DEFAULT) -> dict[str, str]:
+    """Op -> the implementation a decode step of a scheme on `device` uses. UsageError where a GPU has none or is
+    told to run a reference, which reads lengths on the host."""
     ctx = Context(device.type, device.index or 0)
-    found = {op.name: op.choose(ctx).name for op in OPS}
+    found = {op.name: op.choose(ctx).name for op in (*OPS, *linear_class(scheme).OPS)}
     forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
     if device.type != "cpu" and forced is not None:
         raise UsageError(

@@ -111,7 +111,7 @@ class Engine:
     ) -> None:
         self.config = config or EngineConfig()
         self.model = EngineModel(model)
-        chosen(self.model.device)
+        chosen(self.model.device, self.model.scheme)
         self.tokenizer = tokenizer
         self.recipes = dict(recipes or {})
         if default is not None and default not in self.recipes:

@@ -36,7 +36,8 @@ class EngineModel:
         self.text: Any = model.get_submodule(family.text_path)
         self.device = self.text.embed_tokens.weight.device
         self._layers = list(self.text.layers)
-        if not text_scheme(model).served:
+        self.scheme = text_scheme(model)
+        if not self.scheme.served:
             raise UsageError(_refusal(model))
         if getattr(model, "quota_handle", None) is not None:
             raise UsageError(
