@@ -5,31 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
 from quota.core.shares import fits
 from quota.models import model_fingerprint
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
-from quota.runtime.engine.detokenize import Detokenizer
-from quota.runtime.engine.forward_batch import Result, Work
+from quota.runtime.engine.features import Features
 from quota.runtime.engine.kv_storage import KvStorage, block_bytes
-from quota.runtime.engine.logprobs import entry_of
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.pool import PagePool
+from quota.runtime.engine.reply import Reply
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
 from quota.runtime.engine.runner import Runner
 from quota.runtime.engine.sampling import Row
-from quota.runtime.engine.scheduler import Chunk, Scheduler
+from quota.runtime.engine.scheduler import Scheduler
 from quota.runtime.engine.segments import Segments, at_budget
-from quota.runtime.engine.sequence import Piece, Sequence
+from quota.runtime.engine.sequence import Sequence
 from quota.runtime.engine.stats import Stats
 from quota.runtime.engine.turns import Pace
 
@@ -68,28 +67,6 @@ class EngineConfig:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.step_s > 0:
             raise UsageError(f"step_s: expected a time above 0, got {self.step_s}")
-
-
-@dataclass
-class _Features:
-    """Encoded images by content, least recently used first out."""
-
-    limit_bytes: int
-    kept: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
-    nbytes: int = 0
-
-    def get(self, name: bytes) -> Tensor | None:
-        found = self.kept.get(name)
-        if found is not None:
-            self.kept.move_to_end(name)
-        return found
-
-    def put(self, name: bytes, features: Tensor) -> None:
-        self.kept[name] = features
-        self.nbytes += features.numel() * features.element_size()
-        while self.nbytes > self.limit_bytes and len(self.kept) > 1:
-            _, old = self.kept.popitem(last=False)
-            self.nbytes -= old.numel() * old.element_size()
 
 
 class Engine:
@@ -139,7 +116,7 @@ class Engine:
         self.max_model_tokens = min(self.model.max_tokens, self.config.max_model_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
-        self._features = _Features(self.config.feature_bytes)
+        self.features = Features(self.model, self.config.feature_bytes)
         self._budgets: dict[tuple[str, float], Recipe] = {}
         self._sequences: dict[str, Sequence] = {}
         self._outputs: list[Output] = []
@@ -190,12 +167,11 @@ class Engine:
             waiting[client] += amount
 
     def _sequence(self, request: Request, order: int) -> Sequence:
-        sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments)
+        reply = Reply(request.sampling, self.tokenizer)
+        sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments, reply)
         self._check_size(sequence)
         if self.config.prefix_cache:
             sequence.name_pages(self.config.page_tokens)
-        if self.tokenizer is not None:
-            sequence.detokenizer = Detokenizer(self.tokenizer)
         return sequence
 
     def recipe_of(self, request: Request) -> Recipe | None:
@@ -268,11 +244,10 @@ class Engine:
         encoded = self._encode_images(rows)
         chunks += self.scheduler.prefills(rows)
         for chunk in chunks:
-            if chunk.sequence.times.admitted is None:
-                chunk.sequence.times.admitted = began
-        for chunk, result in zip(chunks, self._run(chunks), strict=True):
-            if result is not None:
-                self._guarded(chunk.sequence, self._commit, chunk, result)
+            if chunk.sequence.reply.times.admitted is None:
+                chunk.sequence.reply.times.admitted = began
+        for chunk, logits in self._run(chunks):
+            self._guarded(chunk.sequence, self._commit, chunk, logits)
         seconds = time.monotonic() - began
         self.pace.observe(max(encoded, sum(chunk.end - chunk.begin for chunk in chunks)), seconds)
         self.stats.observe_step(chunks, seconds)
@@ -285,54 +260,37 @@ class Engine:
         for sequence in self.scheduler.prefilling():
             for number, (name, _) in enumerate(sequence.images):
                 if sequence.features[number] is None:
-                    sequence.features[number] = self._features.get(name)
+                    sequence.features[number] = self.features.get(name)
         wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
         for sequence, number in self.scheduler.images(tokens):
             wanted.setdefault(sequence.images[number][0], []).append((sequence, number))
-        self._encode(wanted)
-        return sum(holders[0][0].images[holders[0][1]][1] for holders in wanted.values())
-
-    def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
-        """All in one batch; after an exception each alone, so that only the requests of an image that cannot be
-        encoded fail."""
-        images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
-        try:
-            found: dict[bytes, Tensor] = (
-                dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
-            )
-        except Exception:
-            log.exception("%d images could not be encoded together; encoding them one by one", len(images))
-            found = {}
-            for name, image in images.items():
-                try:
-                    found[name] = self.model.encode_images([image])[0]
-                except Exception as error:
-                    for sequence, _ in wanted[name]:
-                        self._fail(sequence, error)
-        for name, features in found.items():
-            self._features.put(name, features)
+        firsts = {name: holders[0] for name, holders in wanted.items()}
+        images = {name: sequence.request.prompt.images[number] for name, (sequence, number) in firsts.items()}
+        for name, found in self.features.encode(images).items():
             for sequence, number in wanted[name]:
-                sequence.features[number] = features
+                if isinstance(found, Exception):
+                    self._fail(sequence, found)
+                else:
+                    sequence.features[number] = found
+        return sum(sequence.images[number][1] for sequence, number in firsts.values())
 
-    def _run(self, chunks: list[Chunk]) -> list[Result | None]:
+    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, Row | None]]:
         """All chunks in one batch; after an exception each alone, so that only the request that causes it fails."""
-        if not chunks:
-            return []
         try:
-            return list(self.runner.run([self._work(chunk) for chunk in chunks]))
+            return self._together(chunks)
         except Exception:
             log.exception("a step of %d requests failed; running them one by one", len(chunks))
-        results: list[Result | None] = []
+        done = []
         for chunk in chunks:
             try:
-                results += self.runner.run([self._work(chunk)])
+                done += self._together([chunk])
             except Exception as error:
                 self._fail(chunk.sequence, error)
-                results.append(None)
-        return results
+        return done
 
-    def _work(self, chunk: Chunk) -> Work:
-        return chunk.sequence.work(self.model, chunk.begin, chunk.end, chunk.enter, chunk.leave)
+    def _together(self, chunks: list[Chunk]) -> list[tuple[Chunk, Row | None]]:
+        filled = [chunk.sequence.fill(chunk, self.model) for chunk in chunks]
+        return list(zip(chunks, self.runner.run(filled), strict=True)) if chunks else []
 
     def _guarded(self, sequence: Sequence, function: Any, *args: Any) -> None:
         try:
@@ -345,41 +303,34 @@ class Engine:
         self.stats.failed += 1
         self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
-    def _commit(self, chunk: Chunk, result: Result) -> None:
+    def _commit(self, chunk: Chunk, logits: Row | None) -> None:
         sequence = chunk.sequence
-        if result.logits is None:
-            assert result.hidden is not None
-            sequence.ahead.append(Piece(result.hidden, result.attended))
+        if logits is None:
+            sequence.ahead.append(chunk)
             return
-        sequence.advance(chunk.begin, chunk.end, result.kept)
+        sequence.advance(chunk)
         sequence.publish(self.pool, self.config.page_tokens)
         if chunk.end == len(sequence.tokens):
             sequence.features = [None] * len(sequence.features)
             while sequence.siblings:
                 sibling = sequence.siblings.pop(0)
                 if self.scheduler.fork(sequence, sibling):
-                    self._guarded(sibling, self._choose, sibling, result.logits)
+                    self._guarded(sibling, self._choose, sibling, logits)
                 else:
                     self.scheduler.queue(sibling)
-            self._choose(sequence, result.logits)
+            self._choose(sequence, logits)
 
     def _choose(self, sequence: Sequence, logits: Row) -> None:
         """The next token of a request from its logits."""
-        sampling, step = sequence.request.sampling, len(sequence.answer)
-        token = logits.choose(sampling, sequence.seed, step)
+        reply, sampling, place = sequence.reply, sequence.request.sampling, len(sequence.answer)
+        token = reply.choose(logits, place)
         ends = token in self.eos and not sampling.ignore_eos
-        last = ends or step + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_model_tokens
-        entry = (
-            None
-            if sampling.logprobs is None
-            else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
-        )
+        last = ends or place + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_model_tokens
         sequence.append(token)
-        self.stats.observe_token(sequence.times)
-        text = sequence.next_text(token, last)
-        report = () if entry is None else sequence.entries.push(entry, text, sequence.stops.found)
-        if last or sequence.stops.found:
-            self._finish(sequence, "stop" if ends or sequence.stops.found else "length", text, (token,), report)
+        self.stats.observe_token(reply.times)
+        text, report = reply.push(logits, token, last)
+        if last or reply.stopped:
+            self._finish(sequence, "stop" if ends or reply.stopped else "length", text, (token,), report)
         else:
             self._outputs.append(Output(sequence.request.id, text, (token,), report))
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.pool import OutOfPages, PagePool
 from quota.runtime.engine.segments import Segments
@@ -23,17 +23,6 @@ from quota.runtime.engine.sequence import Sequence
 from quota.runtime.engine.turns import Turns
 
 _MOST_PASSES = 16  # admissions of others' requests before one for which there are no pages
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens begin .. end of a request through layers enter .. leave."""
-
-    sequence: Sequence
-    begin: int
-    end: int
-    enter: int
-    leave: int
 
 
 class Scheduler:
@@ -261,7 +250,7 @@ class Scheduler:
                 break
             chunk, computed = self._prefill(sequence, rows)
             chunks.append(chunk)
-            self._prefilling.charge(sequence.client, self._work(chunk))
+            self._prefilling.charge(sequence.client, self._work(sequence, chunk))
             rows -= computed
         return chunks
 
@@ -280,7 +269,7 @@ class Scheduler:
         if not first:
             computed = total - sequence.computed - sequence.plan.dropped[0]
             return Chunk(sequence, sequence.computed, total, 0, layers), computed
-        begin = sequence.computed + sum(len(piece.hidden) for piece in sequence.ahead)
+        begin = sequence.computed + sum(len(part.hidden) for part in sequence.ahead)
         if begin == total:
             computed = total - sequence.computed - sequence.plan.dropped[-1]
             return Chunk(sequence, sequence.computed, total, first, layers), computed
@@ -288,9 +277,9 @@ class Scheduler:
         whole = begin == sequence.computed and end == total
         return Chunk(sequence, begin, end, 0, layers if whole else first), end - begin
 
-    def _work(self, chunk: Chunk) -> int:
+    def _work(self, sequence: Sequence, chunk: Chunk) -> int:
         """Rows times layers that are computed."""
-        sequence, rows = chunk.sequence, chunk.end - chunk.begin
+        rows = chunk.end - chunk.begin
         dropped: Iterable[int] = sequence.plan.dropped if sequence.chooses else [0] * len(self.segments)
         passed = zip(self.segments.spans, dropped, strict=True)
         return sum(len(span) * (rows - less) for span, less in passed if chunk.enter <= span[0] < chunk.leave)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quota.runtime.engine.scheduler import Chunk
-    from quota.runtime.engine.sequence import Times
+    from quota.runtime.engine.chunk import Chunk
+    from quota.runtime.engine.reply import Times
 
 
 @dataclass
