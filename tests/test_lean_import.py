@@ -25,7 +25,7 @@ def test_import_pulls_in_no_more_than_needed(module: str, absent: tuple[str, ...
 def test_running_a_model_needs_no_parser_of_documents() -> None:
     result = run(
         "import sys; sys.modules['pydantic'] = None\nimport quota.nn, quota.runtime.load, quota.eval.asking,"
-        " quota.bench.gpu.__main__"
+        " benchmarks.gpu.command"
     )
     assert result.returncode == 0, result.stderr  # CUDA images have torch and transformers, not always pydantic
 

@@ -2,10 +2,10 @@
 connections that hold theirs, data URLs, images, prompts and stop texts, and files: recipes, manifests, config.json,
 samples, the state of a calibration.
 
-    python -m benchmarks.serve.fuzz --seconds 600 --seed 1 --target image --target chat
-    python -m benchmarks.serve.fuzz --seconds 600 --guided        (needs the package atheris: inputs are chosen by code
+    python -m benchmarks serve fuzz --seconds 600 --seed 1 --target image --target chat
+    python -m benchmarks serve fuzz --seconds 600 --guided        (needs the package atheris: inputs are chosen by code
     coverage)
-    python -m benchmarks.serve.fuzz --replay runs/fuzz/image-1-20
+    python -m benchmarks serve fuzz --replay runs/fuzz/image-1-20
 
 Each input must be accepted or refused with the error of its kind, within a limit on processor time and memory; a
 process of its own takes it, is ended when it passes a limit, and started anew. Anything else is printed with seed and
@@ -240,8 +240,10 @@ def guided(seconds: int, names: Sequence[str], limits: Limits) -> None:
         atheris.Fuzz()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeat for several; all by default")
@@ -250,7 +252,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for inputs that failed")
     parser.add_argument("--guided", action="store_true", help="coverage-guided, with atheris")
     parser.add_argument("--replay", type=Path, help="take one kept input again, here and without limits")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     names, limits = options.target or list(TARGETS), Limits(options.limit_seconds, options.limit_mib * MIB)
     if options.replay:
         TARGETS[options.replay.name.rsplit("-", 2)[0]].take(options.replay.read_bytes())
@@ -260,7 +262,3 @@ def main() -> None:
     report = fuzz(options.seconds, options.seed, names, limits=limits, keep=options.keep)
     print(json.dumps({"inputs": report.inputs, "failures": report.failures, "kept": report.kept}, indent=1))
     sys.exit(bool(report.failures))
-
-
-if __name__ == "__main__":
-    main()

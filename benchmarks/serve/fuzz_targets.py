@@ -254,7 +254,7 @@ def _check(request: _Request) -> None:
     if request.status != 200:
         assert json.loads(request.answer)["error"]["message"]
     service = _server()[0]
-    assert service.bodies.total == 0 and service._preparing == 0, "something of the request is still held"
+    assert service.bodies.total == 0 and service._preparing.total == 0, "something of the request is still held"
 
 
 def take_http(path: str) -> Callable[[bytes], None]:

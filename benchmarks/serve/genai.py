@@ -98,7 +98,9 @@ def measure(engine: Engine, clients: int, requests: int, tokens: int) -> tuple[f
 
 
 def _run(engine: Engine, numbers: range, clients: int, tokens: int) -> tuple[float, float, list[list[float]]]:
-    waiting, running, found = iter([(number, engine.prompt(number)) for number in numbers]), [], []
+    waiting = iter([(number, engine.prompt(number)) for number in numbers])
+    running: list[tuple[float, Any, list[float]]] = []  # when it arrived, its handle, when its tokens came
+    found: list[list[float]] = []
     began, spent = time.perf_counter(), time.process_time()
     while True:
         while len(running) < clients and (following := next(waiting, None)) is not None:

@@ -1,7 +1,7 @@
 """Soak: thousands of mixed requests against a server of its own, then the accounts.
 
-    python -m benchmarks.serve.soak CHECKPOINT --recipe RECIPE --requests 10000 --out benchmarks/results/soak.json
-    quota bench tables
+    python -m benchmarks serve soak CHECKPOINT --recipe RECIPE --requests 10000 --out benchmarks/results/soak.json
+    python -m tools.pages
 
 Pictures of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 %
 of the clients hang up. Then a share of the good requests is asked again of a second server, which computes one at a
@@ -34,10 +34,10 @@ import httpx
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks import rows
 from benchmarks.serve.process import Served, served
+from benchmarks.serve.tables import soak_table
 from benchmarks.serve.traffic import Asked, request
-from quota.bench import rows
-from quota.bench.serving import soak_table
 from quota.core.files import atomic_write_text
 
 GROWTH_LIMIT = 1.05
@@ -240,7 +240,7 @@ def report(account: Account, options: argparse.Namespace, seconds: float, state:
         "answers_that_differ": account.differ,
         "pictures": dict(account.pictures.most_common()),
         "shortest_side_px": min(sides, default=None),
-        "largest_picture_px": largest,
+        "largest_image_px": largest,
         "rss_mb": [round(b / 1e6, 1) for b in account.rss_bytes],
         "memory_growth": round(memory_growth(account.rss_bytes), 4),
         "problems": account.problems,
@@ -305,8 +305,10 @@ def _close(account: Account, server: Served, log: Path) -> None:
         account.problem(text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--recipe", help="recipe of the server; requests use it, other keep ratios of it, and none")
     parser.add_argument("--requests", type=int, default=10_000)
@@ -319,10 +321,6 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     os.environ["QUOTA_SERVE_KV_BYTES"] = os.environ.get("QUOTA_SERVE_KV_BYTES", str(64 << 20))
     sys.exit(bool(run(options).problems))
-
-
-if __name__ == "__main__":
-    main()

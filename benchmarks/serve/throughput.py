@@ -1,7 +1,8 @@
 """Tokens per second and latency at several numbers of clients, against other engines on the same work.
 
-    python -m benchmarks.serve.throughput CHECKPOINT --recipe RECIPE --float FLOAT_CHECKPOINT --out
-    benchmarks/results/serve.jsonl quota bench tables
+    python -m benchmarks serve throughput CHECKPOINT --recipe RECIPE --float FLOAT_CHECKPOINT --out
+    benchmarks/results/serve.jsonl
+    python -m tools.pages
 
 A server is a process of its own on the loopback interface; clients are coroutines here, each asking one question after
 the other about a picture that nobody asked about before. Every answer has the same number of tokens (--tokens: short
@@ -25,10 +26,10 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks import rows
 from benchmarks.serve import genai, peers
 from benchmarks.serve.process import Served, running, served
 from benchmarks.serve.traffic import user
-from quota.bench import rows
 
 TOKENS = 32  # of an answer
 SIZE = (400, 300)  # the largest picture
@@ -163,8 +164,10 @@ class Rows:
             rows.append(self.out, [row])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--recipe", help="also measured under this recipe")
     parser.add_argument(
@@ -177,7 +180,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of every answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="rows are appended here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     wrong = set(options.engines.split(",")) - set(ENGINES)
     if wrong:
         parser.error(f"--engines: expected some of {', '.join(ENGINES)}, got {', '.join(wrong)}")
@@ -237,14 +240,18 @@ def _over_http(server: Served, *args: Any) -> dict[str, Any]:
 def _generate(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
     for clients, requests in work.items():
         run = partial(peers.generate, options.float_checkpoint, clients, options.tokens, requests // clients, SIZE)
-        made.add("transformers generate", clients, lambda run=run: summary(*run(), options.tokens))
+        made.add("transformers generate", clients, partial(_summary_of, run, options.tokens))
 
 
 def _genai(made: Rows, options: argparse.Namespace, work: dict[int, int]) -> None:
     with genai.engine(options.float_checkpoint, options.threads) as engine:
         for clients, requests in work.items():
             run = partial(genai.measure, engine, clients, requests, options.tokens)
-            made.add("openvino genai", clients, lambda run=run: summary(*run(), options.tokens), note=genai.NOTE)
+            made.add("openvino genai", clients, partial(_summary_of, run, options.tokens), note=genai.NOTE)
+
+
+def _summary_of(run: Callable[[], tuple[float, float, Sequence[Sequence[float]]]], tokens: int) -> dict[str, Any]:
+    return summary(*run(), tokens)
 
 
 _PEERS = {"transformers serve": _transformers_serve, "transformers generate": _generate, "openvino genai": _genai}
@@ -254,7 +261,3 @@ def _fresh() -> Iterator[int]:
     """First numbers of questions for one row after the other: no row's pictures are known to the server from
     another."""
     return iter(range(0, 1 << 40, 1 << 20))
-
-
-if __name__ == "__main__":
-    main()

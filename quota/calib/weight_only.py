@@ -24,6 +24,7 @@ from quota.calib.learn import BlockData, BlockReport, Scorer, decibels, split
 from quota.calib.settings import Settings
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
+from quota.core.formats import INT4_GROUPS, Format
 from quota.models.base import Group
 from quota.quant.awq import awq, search_scale
 from quota.quant.gptq import Hessian, gptq
@@ -65,9 +66,15 @@ class InputStats:
 
 @torch.no_grad()
 def quantize_weights(
-    block: Block, lesson: BlockData, method: str, settings: Settings, progress: Callable[[int], None] | None = None
+    block: Block,
+    lesson: BlockData,
+    method: str,
+    settings: Settings,
+    progress: Callable[[int], None] | None = None,
+    form: Format = INT4_GROUPS,
 ) -> tuple[dict[str, Tensor], BlockReport]:
-    """Round the linears of a float `block` by "gptq", "awq" or "rtn" and leave it computing with the rounded weights.
+    """Round the linears of a float `block` to `form` by "gptq", "awq" or "rtn" and leave it computing with the
+    rounded weights.
 
     Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding
     to nearest: nothing is searched before). progress: called with the number of finished groups. SampleError when the
@@ -78,26 +85,25 @@ def quantize_weights(
     score = Scorer(block, lesson, held_out, settings)
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
     weights = {name: linear.weight.data for name, linear in linears.items()}
-    codes = {name: round_groups(weight) for name, weight in weights.items()}
-    _compute_with(linears, codes, {})
+    codes = {name: round_groups(weight, form) for name, weight in weights.items()}
+    _compute_with(linears, codes, {}, form)
     mse_rtn = score()
     for name, linear in linears.items():
         linear.weight.data = weights[name]
     input_scales: dict[str, Tensor] = {}
     if method == "awq":
         for plan in block.plans:
-            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales)]
+            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales, form)]
     for done, plan in enumerate(block.plans, start=1):
         if method == "gptq":
-            codes |= _gptq(block, plan, seen[plan.name])
+            codes |= _gptq(block, plan, seen[plan.name], form)
         elif method == "awq":
             for part in plan.parts:
-                codes[part] = awq(
-                    linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED
-                )
+                clip = part.rpartition(".")[2] not in _UNCLIPPED
+                codes[part] = awq(linears[part].weight, seen[plan.name].rows, form=form, clip=clip)
         if progress is not None:
             progress(done)
-    _compute_with(linears, codes, input_scales)
+    _compute_with(linears, codes, input_scales, form)
     mse = score()
     signal, update = score.signal()
     report = BlockReport(
@@ -114,10 +120,12 @@ def quantize_weights(
 
 
 @torch.no_grad()
-def round_weights(block: Block) -> dict[str, Tensor]:
+def round_weights(block: Block, form: Format = INT4_GROUPS) -> dict[str, Tensor]:
     """The tensors of "rtn" alone: rounding to nearest looks at no inputs."""
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
-    return _export(block, linears, {name: round_groups(linear.weight.data) for name, linear in linears.items()}, {})
+    return _export(
+        block, linears, {name: round_groups(linear.weight.data, form) for name, linear in linears.items()}, {}
+    )
 
 
 def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, InputStats]:
@@ -134,22 +142,22 @@ def _observe(block: Block, source: Stream, items: list[int], method: str, settin
     return seen
 
 
-def _gptq(block: Block, plan: Group, seen: InputStats) -> dict[str, Codes]:
+def _gptq(block: Block, plan: Group, seen: InputStats, form: Format) -> dict[str, Codes]:
     """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
     assert seen.hessian is not None
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
     try:
-        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value)
+        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value, form)
     except ValueError as error:
         raise SampleError(f"{block.path}.{plan.name}: {error}; look for broken samples or weights") from error
     sizes = [len(weight) for weight in weights]
     return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
 
 
-def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor]) -> Tensor:
+def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor], form: Format) -> Tensor:
     """Search and apply the scale of a group's inputs; returns the rows it will then read."""
     linears: list[Any] = [block.layer.get_submodule(part) for part in plan.parts]
-    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude)
+    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude, form)
     for linear in linears:
         linear.weight.data = linear.weight * s
     absorbing = _absorber(block, plan, len(s))
@@ -178,9 +186,11 @@ def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
     return None
 
 
-def _compute_with(linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> None:
+def _compute_with(
+    linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor], form: Format
+) -> None:
     for name, linear in linears.items():
-        weight = dequantize_groups(*codes[name])
+        weight = dequantize_groups(*codes[name], form)
         linear.weight.data = weight * input_scales[name] if name in input_scales else weight
 
 

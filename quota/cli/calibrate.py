@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
+from quota.calib.settings import METHODS
 from quota.cli.shell import JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
-
-METHODS = ("flatquant", "gptq", "awq", "rtn")
-MODULES = ("vision", "projector", "llm")
+from quota.core.formats import MODULES, SCHEMES
 
 
 def parse_modules(text: str) -> tuple[str, ...]:
@@ -35,7 +34,11 @@ def calibrate(
         typer.Option("--samples", help="Calibration samples, a JSON file (see below). Not needed by --method rtn."),
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="flatquant: W4A4KV4. gptq, awq, rtn: W4A16, weights alone.")
+        str,
+        typer.Option(
+            "--method",
+            help=" ".join(f"{', '.join(row.methods)}: {row.title} ({row.words()})." for row in SCHEMES.values()),
+        ),
     ] = "flatquant",
     modules: Annotated[
         str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")
@@ -93,9 +96,10 @@ def calibrate(
     """
     if method not in METHODS:
         raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if steps is not None and method != "flatquant":
-        raise UsageError(f"--steps: only flatquant learns in steps; leave it out with --method {method}")
-    if samples is None and method != "rtn":
+    if steps is not None and not METHODS[method].learns:
+        learners = ", ".join(name for name, row in METHODS.items() if row.learns)
+        raise UsageError(f"--steps: only {learners} learns in steps; leave it out with --method {method}")
+    if samples is None and METHODS[method].samples:
         raise UsageError(
             f"--samples: method {method} learns from samples; give a samples file (only rtn rounds without)"
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, samples, serve, study
+from quota.cli import calibrate, demo, doctor, evaluate, recipe, run, samples, serve, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -52,7 +52,6 @@ app.command("serve", rich_help_panel="Use")(serve.serve)
 app.command("eval", rich_help_panel="Use")(evaluate.evaluate)
 app.command("study", rich_help_panel="Look")(study.study)
 app.command("demo", rich_help_panel="Look")(demo.demo)
-app.add_typer(bench.app, name="bench", rich_help_panel="Look")
 
 if __name__ == "__main__":
     app()

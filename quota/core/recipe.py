@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from quota.core.documents import read_text, shown
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
+from quota.core.formats import FLOAT, SCHEMES
 from quota.core.keep import POSITION_POLICIES, REFERENCES, kept_tokens, significant
 from quota.core.methods import METHODS, method_words, withdrawing
 from quota.core.recipe_file import MOST_BYTES, canonical, describe, digest, is_version_1, read_document
@@ -52,8 +53,16 @@ def _from_zero(layer: int) -> int:
     return layer
 
 
+def _known_scheme(name: str) -> str:
+    if name not in (FLOAT.name, *SCHEMES):
+        raise ValueError(f"expected one of {', '.join((FLOAT.name, *SCHEMES))}")
+    return name
+
+
 Candidate = Annotated[int, Field(strict=True, json_schema_extra={"minimum": 0}), AfterValidator(_from_zero)]
-Regime = Literal["float", "w4a4kv4", "w4a16"]
+Regime = Annotated[
+    str, Field(strict=True, json_schema_extra={"enum": [FLOAT.name, *SCHEMES]}), AfterValidator(_known_scheme)
+]
 
 
 class ModelFacts(Document):

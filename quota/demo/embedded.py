@@ -38,7 +38,7 @@ def embedded(family: str | None = None) -> Embedded:
     if not (found.checkpoint / "config.json").exists():
         raise CheckpointError(
             f"--family {name}: there is no embedded checkpoint at {found.checkpoint}; train it with `python -m"
-            f" quota.scenes.train --family {name} --out runs/train` and copy its checkpoint folder there, or give"
+            f" tools.scenes.train --family {name} --out runs/train` and copy its checkpoint folder there, or give"
             " --model"
         )
     return found

@@ -30,7 +30,7 @@ from quota.core.errors import CheckpointError, UsageError
 from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
 from quota.nn.float_attention import float_attention
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32
 from quota.nn.mlp import QuantMLP
 from quota.ops.qkv_append import apply_rotary
 
@@ -117,13 +117,13 @@ class Qwen25VL(Family):
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {
             "attn": QuantWindowAttention(linears["attn.qkv"], linears["attn.proj"], heads=self.vision_heads),
             "mlp": QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=self.vision.hidden_act),
         }
 
-    def projector_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {"mlp": QuantMerger(linears["mlp.0"], linears["mlp.2"])}
 
     def finish_tower(self, tower: Any) -> None:
@@ -281,6 +281,14 @@ class Qwen2_5_VLProcessor(upstream.Qwen2_5_VLProcessor):
         )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes. Upstream's class wants a video processor where torchvision is installed; it
+        has the images' sizes, as upstream's own fallback gives it."""
+        out: dict[str, Any] = super().to_dict()
+        videos = {name: value for name, value in out["image_processor"].items() if name != "image_processor_type"}
+        out["video_processor"] = {**videos, "video_processor_type": "Qwen2VLVideoProcessor"}
+        return out
+
 
 @dataclass(frozen=True)
 class TowerGeometry:
@@ -376,7 +384,7 @@ class QuantWindowAttention(nn.Module):
     """The tower's attention: quantized projections, float scores inside each window. Windows of one size run together;
     as a call holds one image (`ImageByImage`), what they run with is a function of the image alone."""
 
-    def __init__(self, qkv: QuantLinear, proj: QuantLinear, *, heads: int) -> None:
+    def __init__(self, qkv: SchemeLinear, proj: SchemeLinear, *, heads: int) -> None:
         super().__init__()
         self.qkv, self.proj, self.heads = qkv, proj, heads
 
@@ -403,7 +411,7 @@ class QuantWindowAttention(nn.Module):
 class QuantMerger(nn.Sequential):
     """The merger's two linears, "0" and "2" upstream; the GELU between them is the second one's prologue."""
 
-    def __init__(self, first: QuantLinear, second: QuantLinear) -> None:
+    def __init__(self, first: SchemeLinear, second: SchemeLinear) -> None:
         super().__init__(OrderedDict([("0", first), ("2", second)]))
 
     def forward(self, x: Tensor) -> Tensor:

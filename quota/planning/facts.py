@@ -5,10 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from torch import nn
-
 from quota.allocate.compute import decoder_sizes
-from quota.calib.samples import Samples, encode
+from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts
 from quota.models import find_family, model_fingerprint, vision_macs
@@ -16,6 +14,7 @@ from quota.models import find_family, model_fingerprint, vision_macs
 
 def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
     """Sizes of `model`, and the visual and text tokens of a typical prompt of `samples`. Nothing is run."""
+    check_texts(processor, samples)
     token = find_family(model).image_token_id
     ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
     visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
@@ -40,13 +39,3 @@ def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tok
         text_tokens=max(1, round(median(text_tokens))),
         vision_macs=vision_macs(model.config, round(median(visual_tokens))),
     )
-
-
-def regime_of(model: nn.Module) -> str:
-    """The low-bit regime a quantized model runs in."""
-    manifest = getattr(model, "quota_manifest", None)
-    if manifest is not None:
-        return str(manifest.regime)
-    config = getattr(model.config, "quantization_config", None)
-    found = config.get("regime") if isinstance(config, dict) else getattr(config, "regime", None)
-    return found or "w4a4kv4"

@@ -21,8 +21,9 @@ from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.version import VERSION
 from quota.models import find_family, model_fingerprint, submodule
+from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
-from quota.planning.facts import model_facts, regime_of
+from quota.planning.facts import model_facts
 from quota.planning.progress import Tell, shown
 from quota.prune.attention import mean_attention, text_queries
 from quota.prune.recording import attending
@@ -85,7 +86,7 @@ def profile(
         )
     return Profile(
         model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
-        regime=regime_of(quant_model),
+        regime=model_scheme(quant_model).name,
         samples=len(samples),
         calibration_fingerprint=samples.fingerprint,
         tool_version=VERSION,

@@ -14,8 +14,8 @@ from quota.calib.samples import Samples
 from quota.core.methods import METHODS
 from quota.core.recipe import Provenance, Recipe
 from quota.core.version import VERSION
-from quota.models.quantize import quantized_linears
-from quota.planning.facts import measured_facts, regime_of
+from quota.models.quantize import model_scheme
+from quota.planning.facts import measured_facts
 from quota.planning.profile import profile
 from quota.planning.progress import shown
 from quota.planning.search import attention_statistics, withdrawal_divergence
@@ -37,8 +37,7 @@ def profile_models(
 def recipe_context(model: Any, processor: Any, samples: Samples, **fields: Any) -> RecipeContext:
     """What every baseline recipe of this loaded model shares. fields: reference, position_policy, seed."""
     source = Provenance(calibration_fingerprint=samples.fingerprint, tool_version=VERSION, samples=len(samples))
-    regime = regime_of(model) if quantized_linears(model) else "float"
-    return RecipeContext(measured_facts(model, processor, samples), regime, source, **fields)
+    return RecipeContext(measured_facts(model, processor, samples), model_scheme(model).name, source, **fields)
 
 
 def measure_search(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from quota.allocate.fitprune import AttentionSample
-from quota.calib.samples import Samples, encode
+from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import Recipe
 from quota.models import find_family, model_fingerprint
+from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
-from quota.planning.facts import regime_of
 from quota.planning.progress import Tell
 from quota.prune.attention import head_max_attention, text_queries
 from quota.prune.pruner import Pruner
@@ -27,8 +27,9 @@ from quota.prune.recording import attending
 def attention_statistics(
     model: Any, processor: Any, samples: Samples, tell: Tell | None = None
 ) -> list[AttentionSample]:
-    """FitPrune's input: per sample with an image, attention of the largest head to each visual token in every layer,
+    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer,
     unpruned."""
+    check_texts(processor, samples)
     family = find_family(model)
     out = []
     for done, sample in enumerate(samples, start=1):
@@ -60,6 +61,7 @@ def _attention_sample(model: Any, inputs: Any, visual: Tensor) -> AttentionSampl
 def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Tell | None = None) -> dict[int, float]:
     """VTW's search: decoder layer >= 1 -> mean over samples of KL(withdrawn || whole) of the next-token distribution,
     in nats, when all visual tokens leave before that layer."""
+    check_texts(processor, samples)
     family = find_family(model)
     plans = {layer: _withdrawal(model, layer) for layer in range(1, family.layers)}
     seen: dict[int, list[float]] = {layer: [] for layer in plans}
@@ -97,7 +99,7 @@ def _withdrawal(model: Any, layer: int) -> Recipe:
     return Recipe.parse(
         {
             "method": "vtw",
-            "regime": regime_of(model),
+            "regime": model_scheme(model).name,
             "model": facts,
             "candidates": [layer],
             "keep": [0.0],

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from quota.core.errors import UsageError
+from quota.core.formats import scheme_of
 from quota.models import Family
 from quota.models.images import ImageTokens, image_infos
-from quota.nn.attention import AttentionTrace, QuantAttention
+from quota.nn.attention import AttentionTrace
 from quota.nn.cache import RowState
 from quota.nn.padding import real_columns, row_start
 from quota.prune.alive import Alive
@@ -298,7 +299,7 @@ class Hooks:
             positions = positions.expand(hidden.shape[0], -1)
             kwargs["position_embeddings"] = call.text.rotary_emb(hidden, position_ids=positions)
         mask = None
-        if not isinstance(layer.self_attn, QuantAttention) and (rows.start is not None or hidden.shape[1] > 1):
+        if scheme_of(layer.self_attn).kv is None and (rows.start is not None or hidden.shape[1] > 1):
             valid = None if rows.start is None else real_columns(rows.start, rows.stored + hidden.shape[1])
             mask = float_mask(call.text, hidden, valid, rows.stored)
         kwargs.update(attention_mask=mask, position_ids=None)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from quota.core.errors import UsageError
+from quota.core.formats import scheme_of
 from quota.models import find_family, submodule
-from quota.nn.attention import QuantAttention
 from quota.prune.hooks import Hooks
 from quota.prune.recording import start_recording, stop_recording
 
@@ -49,9 +49,7 @@ class Pruner:
         self.hooks = hooks = Hooks(family, recipe, forced)
         layers: Any = self.text.layers
         self._base = (
-            start_recording(self.text)
-            if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers)
-            else None
+            start_recording(self.text) if any(scheme_of(layer.self_attn).kv is None for layer in layers) else None
         )
         self._handles: list[Any] = [
             model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quota import ops
-from quota.nn.attention import AttentionTrace, QuantAttention
+from quota.core.formats import INT4, scheme_of
+from quota.nn.attention import AttentionTrace
 from quota.nn.linear import row_norm
 from quota.prune.attention import filled
 from quota.quant.affine import dequantize_symmetric, quantize_symmetric
@@ -43,9 +44,9 @@ def quant_risk(layer: Any, tokens: Tensor) -> Tensor:
     A float layer is asked what per-token int4 rounding would cost it.
     """
     x = layer.input_layernorm(tokens)
-    if isinstance(layer.self_attn, QuantAttention):
+    if scheme_of(layer.self_attn).activations is not None:
         return layer.self_attn.qkv_proj.quant_risk(x)
-    q, scale = quantize_symmetric(x.float())
+    q, scale = quantize_symmetric(x.float(), form=INT4)
     return row_norm(x.float() - dequantize_symmetric(q, scale))
 
 

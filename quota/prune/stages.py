@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from quota import ops
-from quota.nn.attention import AttentionTrace, QuantAttention
+from quota.core.formats import scheme_of
+from quota.nn.attention import AttentionTrace
 from quota.nn.cache import Rows, kv4_layer, pruned_layer
 from quota.prune.call import Call, Lengths, Prefill, Stage
 
@@ -69,7 +70,7 @@ def _inputs(recipe: Recipe, call: Call, layer: Any, hidden: Tensor, kwargs: dict
     if stage.rotary is None:
         stage.rotary = _rotary(recipe, call, stage, hidden, kwargs)
     valid = None if stage.start is None else stage.valid
-    if isinstance(layer.self_attn, QuantAttention):
+    if scheme_of(layer.self_attn).kv is not None:
         return {"attention_mask": valid, "position_embeddings": stage.rotary}
     if not stage.mask_made:
         stage.mask, stage.mask_made = float_mask(call.text, hidden, valid, 0), True
@@ -87,7 +88,7 @@ def _rotary(recipe: Recipe, call: Call, stage: Stage, hidden: Tensor, kwargs: di
 
 def rows_of(cache: Any, number: int, layer: Any) -> Rows:
     """The cache layer of decoder layer `number`."""
-    return kv4_layer(cache, number) if isinstance(layer.self_attn, QuantAttention) else pruned_layer(cache, number)
+    return pruned_layer(cache, number) if scheme_of(layer.self_attn).kv is None else kv4_layer(cache, number)
 
 
 def float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:

@@ -14,6 +14,7 @@ from quota.calib.settings import Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.weight_only import InputStats, _scale
 from quota.core.errors import CheckpointError, UsageError
+from quota.core.formats import INT4_GROUPS
 from quota.eval.compare import cache_dtype
 from quota.models import find_family
 from quota.models.quantize import quantized_linears, quantized_modules
@@ -76,7 +77,7 @@ def test_scaling_alone_changes_nothing(folders, kind, path, kept):
             torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(1))
             * torch.linspace(0.1, 9, linear.in_features)
         )
-        rows = _scale(block, plan, seen, scales)
+        rows = _scale(block, plan, seen, scales, INT4_GROUPS)
         assert rows.std(0).max() < 0.9 * seen.rows.std(0).max()  # something was scaled
     for name, scale in scales.items():
         linear = block.layer.get_submodule(name)

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from quota.cli.main import app
 
 _RECIPE_VERBS = ("build", "explain", "validate", "diff", "upgrade")
-_BENCH_VERBS = ("ops", "model", "ceiling", "tables")
 VERBS = (
     ["doctor"],
     ["calibrate"],
@@ -25,7 +24,6 @@ VERBS = (
     ["eval"],
     ["study"],
     ["demo"],
-    *(["bench", verb] for verb in _BENCH_VERBS),
 )
 RECIPE: dict[str, Any] = {
     "schema_version": 2,

@@ -15,10 +15,11 @@ from quota.core.checkpoint import (
     weight_files,
 )
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 
 
 def manifest() -> Manifest:
-    return Manifest("w4a4kv4", ("llm",), "sha256:0", {"seed": 3})
+    return Manifest(DEFAULT, ("llm",), "sha256:0", {"seed": 3})
 
 
 def tensors(count: int = 6) -> dict[str, torch.Tensor]:

@@ -173,7 +173,7 @@ def test_refusals(model):
     ):
         with pytest.raises(UsageError, match="image"):
             made.submit(asked("a", Prompt([122, *[IMAGE_TOKEN] * 4, 123, 5], [image])))
-    with pytest.raises(UsageError, match="2 pictures"):  # nothing between them: which tokens are whose?
+    with pytest.raises(UsageError, match="2 images"):  # nothing between them: which tokens are whose?
         made.submit(asked("a", Prompt([122, *[IMAGE_TOKEN] * 8, 123, 5], [good, good])))
     other = quantize_rtn(tiny_qwen())
     other.model.language_model.rotary_emb.inner.rope_type = "dynamic"

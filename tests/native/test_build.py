@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quota.bench import sass
+from benchmarks.gpu import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -56,7 +56,7 @@ def decoding(test, settings: Settings = SETTINGS, **options) -> list[str]:
 
 
 async def size_of(decoders: Decoders, url: str) -> tuple[int, int]:
-    async with decoders.opened([url]) as (found, _):
+    async with decoders.opened([url], "") as (found, _):
         return found[0].size
 
 
@@ -136,7 +136,7 @@ def test_large_images_never_take_the_last_process():
     large = data_url(encoded(noise(2400, 2000), "JPEG"), "JPEG")
 
     async def load(decoders: Decoders) -> None:
-        async with decoders.opened([large]) as (found, is_large):
+        async with decoders.opened([large], "") as (found, is_large):
             assert is_large and found[0].size == (2400, 2000)
             waiting = asyncio.ensure_future(size_of(decoders, large))
             assert await size_of(decoders, GOOD) == (80, 60)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from benchmarks.serve.fuzz_inputs import CHAT, RECIPE
 from benchmarks.serve.soak import faults_in, memory_growth, recompute, report, soak
+from benchmarks.serve.tables import soak_table
 from benchmarks.serve.throughput import body, measure
-from quota.bench.serving import soak_table
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe
 from quota.server.errors import as_api_error

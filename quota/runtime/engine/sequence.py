@@ -54,6 +54,7 @@ class Sequence:
         self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments
     ) -> None:
         self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
+        self.client = request.client
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
         _check_tokens(self.tokens, model.vocabulary)
@@ -91,7 +92,8 @@ class Sequence:
         self.computed = self.cached = 0
         self.ahead: list[Piece] = []
         self.seed = request.sampling.drawn_seed()
-        self.preemptions = 0
+        self.preemptions = self.passed_by = self.admitted_tokens = 0
+        self.paused = False
         self.times = Times()
         self.detokenizer: Detokenizer | None = None
         self.stops = StopStrings(request.sampling.stop)
@@ -130,6 +132,11 @@ class Sequence:
     def decoding(self) -> bool:
         """Only the newest token is missing from the pool."""
         return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_tokens
+
+    @property
+    def gained(self) -> int:
+        """Tokens of the answer since it was admitted."""
+        return len(self.tokens) - self.admitted_tokens
 
     def slots(self, segment: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens take in a segment; tokens is outside the images of a pruned prompt."""
