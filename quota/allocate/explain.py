@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from quota.allocate.compute import Cost, DecoderSizes, cost
+from quota.core.methods import METHODS
 from quota.core.recipe import Recipe
 from quota.core.selection import Selection
 from quota.core.selectors import POLICIES, SCORES
@@ -123,9 +124,11 @@ def _where(recipe: Recipe) -> str:
         place = "Visual tokens are dropped before the language model" + (
             f" and at layers {compact_layers(inside)}" if inside else ""
         )
-    if recipe.method == "quota":
-        return f"{place} in proportion to how little quantization disturbs each layer (tau {recipe.tau:g})."
-    return f"{place} by the same share at every candidate layer." if recipe.method == "uniform" else f"{place}."
+    row = METHODS.get(recipe.method)
+    if row is None or not row.drops:
+        return f"{place}."
+    told = "" if row.parameter is None else f" ({row.parameter} {getattr(recipe, row.parameter):g})"
+    return f"{place} {row.drops}{told}."
 
 
 def _choices(recipe: Recipe) -> list[str]:

@@ -20,7 +20,7 @@ from quota.cli.shell import (
 )
 from quota.core.errors import QuotaError, UsageError
 from quota.core.keep import POSITION_POLICIES, REFERENCES
-from quota.core.methods import METHODS, methods_help
+from quota.core.methods import METHODS, methods_help, withdrawing
 
 app = typer.Typer(
     cls=BuildByDefaultGroup,
@@ -133,9 +133,10 @@ def build(
             raise UsageError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
     if keep is not None:
         check_keep(keep)
-    if compute is not None and (keep is not None or not 0 < compute <= 1 or method == "vtw"):
+    if compute is not None and (keep is not None or not 0 < compute <= 1 or METHODS[method].withdraws):
         raise UsageError(
-            f"--compute: expected a share above 0 and at most 1, without --keep and not with vtw, got {compute:g}"
+            f"--compute: expected a share above 0 and at most 1, without --keep and not with {withdrawing()}, got"
+            f" {compute:g}"
         )
     if layers is not None:
         parse_layers(layers, 1_000_000)  # the spelling; the model's own number of layers is checked when it is known

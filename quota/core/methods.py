@@ -22,7 +22,8 @@ class Method:
     """keep: published (or this project's) default of `--keep`, and what the number means. at: where it drops unless a
     search finds it, a decoder layer (0: before the language model) or a share of the depth; each drop keeps the same
     share of what is alive. layers: most layers that `--layers` may name, None for any number. selection: how every
-    candidate chooses. search: what is measured before."""
+    candidate chooses. drops: how the drops differ from layer to layer. parameter: the field of a recipe that they
+    follow. search: what is measured before."""
 
     title: str
     where: str
@@ -32,6 +33,8 @@ class Method:
     at: tuple[int | Fraction, ...] = ()
     layers: int | None = 0
     selection: Mapping[str, str] = field(default_factory=dict)
+    drops: str = ""
+    parameter: str | None = None
     remark: str = ""
     search: Search = ""
 
@@ -43,7 +46,11 @@ class Method:
     @property
     def help(self) -> str:
         keep = f" --keep: {self.keep_means}, default {self.keep:g}."
-        return f"{self.title}: {self.where}{self._choice}{self.remark}.{keep} {self.source}"
+        return f"{self.title}: {self.words}{self._choice}{self.remark}.{keep} {self.source}"
+
+    @property
+    def words(self) -> str:
+        return f"{self.where}, {self.drops}" if self.drops else self.where
 
     @property
     def _choice(self) -> str:
@@ -61,20 +68,23 @@ _BEFORE = "once, before the language model"
 METHODS: dict[str, Method] = {
     "quota": Method(
         "QUOTA",
-        "at a range of layers, in proportion to how little quantization disturbs each",
+        "at a range of layers",
         "This project's method.",
         0.3,
         _FINAL,
         layers=None,
+        drops="in proportion to how little quantization disturbs each layer",
+        parameter="tau",
         search="profile",
     ),
     "uniform": Method(
         "Uniform",
-        "at the same layers, by the same share at every candidate",
+        "at the same layers",
         "Stage-wise pruning, the control of QUOTA.",
         0.3,
         _FINAL,
         layers=None,
+        drops="by the same share at every candidate layer",
         remark=" without the quantization term",
         search="profile",
     ),
@@ -165,9 +175,14 @@ def baselines() -> tuple[str, ...]:
     return tuple(name for name, method in METHODS.items() if method.search != "profile")
 
 
+def withdrawing() -> str:
+    """The methods that keep no visual token, for a message."""
+    return " or ".join(name for name, method in METHODS.items() if method.withdraws)
+
+
 def method_words() -> dict[str, str]:
     """What a recipe may say its method is, and what that means."""
-    return {name: f"{method.title}, {method.where}" for name, method in METHODS.items()} | {BY_HAND: "written by hand"}
+    return {name: f"{method.title}, {method.words}" for name, method in METHODS.items()} | {BY_HAND: "written by hand"}
 
 
 def methods_help() -> str:

@@ -21,7 +21,7 @@ from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
 from quota.core.formats import FLOAT, SCHEMES
 from quota.core.keep import POSITION_POLICIES, REFERENCES, kept_tokens, significant
-from quota.core.methods import METHODS, method_words
+from quota.core.methods import METHODS, method_words, withdrawing
 from quota.core.recipe_file import MOST_BYTES, canonical, describe, digest, is_version_1, read_document
 from quota.core.schema import Document
 from quota.core.selection import (
@@ -185,9 +185,8 @@ class Recipe(Document):
                 f" {len(self.selections)}"
             )
         if 0 in self.keep and not (self.method in METHODS and METHODS[self.method].withdraws):
-            allowed = " or ".join(name for name, method in METHODS.items() if method.withdraws)
             raise ValueError(
-                f"keep: expected ratios greater than 0, entry {self.keep.index(0)} is 0: only method {allowed}"
+                f"keep: expected ratios greater than 0, entry {self.keep.index(0)} is 0: only method {withdrawing()}"
                 " withdraws every visual token"
             )
         first = self.selection_at(self.candidates[0])
