@@ -101,10 +101,8 @@ class BlockSize:
         linears: list[list[Any]] = [[module.get_submodule(part) for part in plan.parts] for plan in family.groups[kind]]
         groups = tuple((sum(linear.out_features for linear in parts), parts[0].in_features) for parts in linears)
         width = family.vision_hidden_size if kind == "vision" else family.hidden_size
-        heads = 0
-        if kind != "projector":
-            attention: Any = module.get_submodule(family.attention[kind])
-            heads = width // int(attention.head_dim)
+        attention: Any = None if kind == "projector" else module.get_submodule(family.attention[kind])
+        heads = 0 if attention is None else width // attention.head_dim
         return cls(groups, sum(p.numel() for p in module.parameters()), width, heads)
 
     @property

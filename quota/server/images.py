@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -209,7 +209,9 @@ class Decoders:
                 if reason:
                     worker.end()
                     self._lost(reason)
-                    worker = worker if self._closed else Worker(self.settings)
+                    if not self._closed:
+                        with suppress(OSError):  # no process can be made now: whoever meets the dead one tries again
+                            worker = Worker(self.settings)
                 self._idle.append(worker)
 
     def _off_loop(self, function: Callable[..., _Result], *args: object) -> asyncio.Future[_Result]:

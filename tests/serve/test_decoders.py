@@ -4,6 +4,7 @@ attack runs."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -113,6 +114,27 @@ def test_a_process_that_dies_costs_one_request():
             os.kill(process, signal.SIGKILL)
         for _ in range(3):
             assert await size_of(decoders, GOOD) == (80, 60)
+
+    assert set(decoding(attack)) == {"died"}
+
+
+def test_a_process_that_cannot_be_replaced_now_is_replaced_later(monkeypatch):
+    """The machine had no process to give: the request is refused, the place in the pool stays."""
+
+    async def attack(decoders: Decoders) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(server_images, "Worker", refuses)
+            for process in decoders.processes:
+                os.kill(process, signal.SIGKILL)
+            for _ in range(3):
+                with pytest.raises(ApiError, match="ended its decoder"):
+                    await size_of(decoders, GOOD)
+        for _ in range(3):
+            assert await size_of(decoders, GOOD) == (80, 60)
+        assert len(decoders.processes) == SETTINGS.image_workers
+
+    def refuses(settings: Settings) -> Worker:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
     assert set(decoding(attack)) == {"died"}
 
