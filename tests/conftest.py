@@ -1,8 +1,9 @@
 """What holds for every test: threads, instruction sets, time and poisoned memory.
 
-A test process takes its share of the cores, and so do the programs it starts. Nothing here or below may depend on how long something takes:
-hypothesis has no deadline, and waiting ends by what is waited for (`tests/waiting.py`).
-Memory that is not initialised is poisoned: torch fills what `empty` returns (NaN, or the largest integer), in Python and in native code.
+A test process takes its share of the cores, and so do the programs it starts. Nothing here or below may depend on how
+long something takes: hypothesis has no deadline, and waiting ends by what is waited for (`tests/waiting.py`). Memory
+that is not initialised is poisoned: torch fills what `empty` returns (NaN, or the largest integer), in Python and in
+native code.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     here = native.supported_isas()
     missing = [isa for isa in CPU_ISAS if isa not in here]
-    terminalreporter.write_line(f"instruction sets: {', '.join(here) or 'none'} tested; not on this machine: {', '.join(missing) or 'none'}")
+    terminalreporter.write_line(
+        f"instruction sets: {', '.join(here) or 'none'} tested; not on this machine: {', '.join(missing) or 'none'}"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,18 @@ def build(tmp_path: Path, mode: str) -> tuple[str, list[str]]:
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path / "dist"),
+        str(source),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "QUOTA_BUILD": mode})
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     return wheel.name, zipfile.ZipFile(wheel).namelist()
@@ -46,5 +57,7 @@ def test_wheel_with_native_code(tmp_path: Path) -> None:
 
 def test_unknown_build_mode_is_refused() -> None:
     command = [sys.executable, "setup.py", "--version"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "QUOTA_BUILD": "cuda12"}, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "QUOTA_BUILD": "cuda12"}, check=False
+    )
     assert result.returncode and "QUOTA_BUILD: expected one of auto, cpu, cuda, none" in result.stderr

@@ -21,22 +21,40 @@ IMAGE_TOKEN, PAD_TOKEN = 120, 0
 def tiny_llava(
     layers: int = 4, heads: int = 4, kv_heads: int = 2, image_size: int = 56, seed: int = 0, vision_layers: int = 3
 ) -> LlavaForConditionalGeneration:
-    """A float32 LLaVA: hidden 64, ffn 128, vocabulary 128, (image_size / 14)^2 visual tokens, the last CLIP layer unused; sdpa attention, eval mode.
+    """A float32 LLaVA: hidden 64, ffn 128, vocabulary 128, (image_size / 14)^2 visual tokens, the last CLIP layer
+    unused; sdpa attention, eval mode.
 
-    Weights are larger than a usual initialisation so that greedy decoding is not degenerate. Deterministic under `seed`.
+    Weights are larger than a usual initialisation so that greedy decoding is not degenerate. Deterministic under
+    `seed`.
     """
     patch = 14
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=vision_layers, num_attention_heads=2, image_size=image_size, patch_size=patch,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=2,
+            image_size=image_size,
+            patch_size=patch,
             projection_dim=32,
         ),
         text_config=LlamaConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            max_position_embeddings=2048, pad_token_id=PAD_TOKEN, bos_token_id=1, eos_token_id=2,
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=2048,
+            pad_token_id=PAD_TOKEN,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
-        image_token_index=IMAGE_TOKEN, vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=(image_size // patch) ** 2,
-    )  # fmt: skip
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=(image_size // patch) ** 2,
+    )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 7)
     _scatter(model, generator)
@@ -55,7 +73,9 @@ def _scatter(model: Any, generator: torch.Generator) -> None:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def llava_inputs(model: LlavaForConditionalGeneration, rows: tuple[tuple[int, int], ...] = ((3, 5), (9, 4)), seed: int = 1) -> dict[str, torch.Tensor]:
+def llava_inputs(
+    model: LlavaForConditionalGeneration, rows: tuple[tuple[int, int], ...] = ((3, 5), (9, 4)), seed: int = 1
+) -> dict[str, torch.Tensor]:
     """A left-padded batch with one picture per row; rows: (text tokens before the picture, after it).
 
     Returns input_ids, attention_mask int64 [B, S] and pixel_values float32 [B, 3, size, size].
@@ -71,22 +91,36 @@ def llava_inputs(model: LlavaForConditionalGeneration, rows: tuple[tuple[int, in
     ids = torch.stack([torch.cat([torch.full((longest - len(s),), PAD_TOKEN), s]) for s in samples])
     mask = torch.stack([torch.cat([torch.zeros(longest - len(s)), torch.ones(len(s))]) for s in samples]).long()
     size = model.config.vision_config.image_size
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(len(rows), 3, size, size, generator=generator)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(len(rows), 3, size, size, generator=generator),
+    }
 
 
 def tiny_dinov2(**options: Any) -> LlavaForConditionalGeneration:
-    """`tiny_llava` with a DINOv2 tower of the same sizes, its LayerScale far from one; tied word embeddings. Deterministic under `seed`."""
+    """`tiny_llava` with a DINOv2 tower of the same sizes, its LayerScale far from one; tied word embeddings.
+    Deterministic under `seed`."""
     clip = tiny_llava(**options)
     config, seed = clip.config, options.get("seed", 0)
     clip_vision = config.vision_config
     vision = Dinov2Config(
-        hidden_size=32, mlp_ratio=2, num_hidden_layers=clip_vision.num_hidden_layers, num_attention_heads=2, image_size=clip_vision.image_size,
+        hidden_size=32,
+        mlp_ratio=2,
+        num_hidden_layers=clip_vision.num_hidden_layers,
+        num_attention_heads=2,
+        image_size=clip_vision.image_size,
         patch_size=clip_vision.patch_size,
-    )  # fmt: skip
+    )
     tied = LlavaConfig(
-        vision_config=vision, text_config=config.text_config, image_token_index=IMAGE_TOKEN, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=config.image_seq_length, tie_word_embeddings=True,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=config.text_config,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=config.image_seq_length,
+        tie_word_embeddings=True,
+    )
     model = LlavaForConditionalGeneration._from_config(tied, attn_implementation="sdpa", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 7)
     _scatter(model, generator)
@@ -100,24 +134,42 @@ def tiny_dinov2(**options: Any) -> LlavaForConditionalGeneration:
 QWEN_IDS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
 
 
-def tiny_qwen(layers: int = 4, heads: int = 4, kv_heads: int = 2, seed: int = 0, key_bias: float = 0.0, tied: bool = False) -> Any:
-    """A float32 Qwen2.5-VL: hidden 64, ffn 128, vocabulary 128, patches of 4 px in windows of 4 x 4 (2 x 2 visual tokens), one tower block of three
-    with full attention. Deterministic under `seed`.
+def tiny_qwen(
+    layers: int = 4, heads: int = 4, kv_heads: int = 2, seed: int = 0, key_bias: float = 0.0, tied: bool = False
+) -> Any:
+    """A float32 Qwen2.5-VL: hidden 64, ffn 128, vocabulary 128, patches of 4 px in windows of 4 x 4 (2 x 2 visual
+    tokens), one tower block of three with full attention. Deterministic under `seed`.
 
-    key_bias: norm of a key bias planted in the first and last decoder layer, in one slow and one fast rotary pair of every head, with queries whose part
-    there is small (as trained models have it: the bias must not decide everything).
+    key_bias: norm of a key bias planted in the first and last decoder layer, in one slow and one fast rotary pair of
+    every head, with queries whose part there is small (as trained models have it: the bias must not decide everything).
     """
     vision = {
-        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+        "depth": 3,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
         "out_hidden_size": 64,
-    }  # fmt: skip
+    }
     text = {
-        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "max_position_embeddings": 2048, "pad_token_id": PAD_TOKEN, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 2048,
+        "pad_token_id": PAD_TOKEN,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
+    }
     config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **QWEN_IDS)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
     generator = torch.Generator().manual_seed(seed + 7)
     _scatter(model, generator)
     if key_bias:
@@ -136,10 +188,14 @@ def _plant(attention: Any, norm: float, generator: torch.Generator) -> None:
         tensor.view(-1, 16, *tensor.shape[1:])[:, pairs] *= 4 / norm
 
 
-def qwen_inputs(model: Any, rows: Any = ((3, ((8, 8),), 5), (9, ((4, 6),), 4)), seed: int = 1) -> dict[str, torch.Tensor]:
-    """A left-padded batch. rows: (text tokens before, (rows, columns) of each picture's patch grid, text tokens after); no grid is a text-only row.
+def qwen_inputs(
+    model: Any, rows: Any = ((3, ((8, 8),), 5), (9, ((4, 6),), 4)), seed: int = 1
+) -> dict[str, torch.Tensor]:
+    """A left-padded batch. rows: (text tokens before, (rows, columns) of each picture's patch grid, text tokens after);
+    no grid is a text-only row.
 
-    Returns input_ids, attention_mask, mm_token_type_ids [B, S], and, where there are pictures, pixel_values [patches, 96] and image_grid_thw [pictures, 3].
+    Returns input_ids, attention_mask, mm_token_type_ids [B, S], and, where there are pictures, pixel_values [patches,
+    96] and image_grid_thw [pictures, 3].
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -163,4 +219,8 @@ def qwen_inputs(model: Any, rows: Any = ((3, ((8, 8),), 5), (9, ((4, 6),), 4)), 
 
 
 # per file of a family in quota.models: a tiny model, and inputs for it
-TINY = {"llava": (tiny_llava, llava_inputs), "llava_dinov2": (tiny_dinov2, llava_inputs), "qwen2_5_vl": (tiny_qwen, qwen_inputs)}
+TINY = {
+    "llava": (tiny_llava, llava_inputs),
+    "llava_dinov2": (tiny_dinov2, llava_inputs),
+    "qwen2_5_vl": (tiny_qwen, qwen_inputs),
+}

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serve import hostile_images
-from benchmarks.serve.traffic import picture_bytes
+from benchmarks.serve.traffic import image_bytes
 
 MB, MIB = 1_000_000, 1 << 20
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -25,29 +25,52 @@ JSON = {"content-type": "application/json"}
 
 @dataclass(frozen=True)
 class Target:
-    """Where to attack, with which share of the full size."""
+    """Where to attack, with which share of the full size, and as whom: an API key."""
 
     url: str
     model: str
     scale: float = 1.0
     max_body_bytes: int = 32 * MIB
+    key: str = "none"
 
     def of(self, full: int) -> int:
         return max(1, int(full * self.scale))
 
     def body(self, **fields: Any) -> dict[str, Any]:
-        return {"model": self.model, "messages": [{"role": "user", "content": "yes ?"}], "max_tokens": 4, "temperature": 0, **fields}
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": "yes ?"}],
+            "max_tokens": 4,
+            "temperature": 0,
+            **fields,
+        }
 
     def about(self, image: bytes, **fields: Any) -> dict[str, Any]:
         """A question about an encoded image."""
         url = {"url": f"data:image/png;base64,{base64.b64encode(image).decode()}"}
-        return self.body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "yes ?"}]}], **fields)
+        return self.body(
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "yes ?"}],
+                }
+            ],
+            **fields,
+        )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
 
     def post(self, content: bytes | dict[str, Any], path: str = CHAT, headers: dict[str, str] | None = None) -> str:
         """The status of the answer."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         with contextlib.suppress(httpx.TransportError):
-            return str(httpx.post(self.url + path, content=data, headers={**JSON, **(headers or {})}, timeout=300).status_code)
+            return str(
+                httpx.post(
+                    self.url + path, content=data, headers={**JSON, **self.headers, **(headers or {})}, timeout=300
+                ).status_code
+            )
         return "closed"
 
     def connect(self) -> socket.socket:
@@ -55,13 +78,16 @@ class Target:
         return socket.create_connection((address.host, address.port or 80), timeout=60)
 
     def head(self, length: int, path: str = CHAT) -> bytes:
-        return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+        return (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
 
 
 @dataclass(frozen=True)
 class Attack:
-    """name: what is sent at full size. bound: what it meets. send: does it, and returns what came of each request; expected: all that may.
-    images: it is about images, so the well-behaved client asks about an ordinary one too."""
+    """name: what is sent at full size. bound: what it meets. send: does it, and returns what came of each request;
+    expected: all that may. images: it is about images, so the well-behaved client asks about an ordinary one too."""
 
     name: str
     bound: str
@@ -132,7 +158,13 @@ def many_messages(target: Target) -> Iterator[str]:
 
 def long_names(target: Target) -> Iterator[str]:
     name = "n" * target.of(8 * MB)
-    for fields in ({"model": name}, {"recipe": name}, {name: 1}, {"messages": [{"role": name, "content": "x"}]}, {"user": name, "n": 99}):
+    for fields in (
+        {"model": name},
+        {"recipe": name},
+        {name: 1},
+        {"messages": [{"role": name, "content": "x"}]},
+        {"user": name, "n": 99},
+    ):
         yield target.post(target.body(**fields))
 
 
@@ -184,9 +216,10 @@ def idle_connections(target: Target) -> Iterator[str]:
 
 
 def unread_streams(target: Target) -> Iterator[str]:
-    body = json.dumps(target.body(stream=True, max_tokens=400, logprobs=True, top_logprobs=5, ignore_eos=True)).encode()
+    fields = {"n": 2, "max_tokens": 400, "logprobs": True, "top_logprobs": 5, "ignore_eos": True, "stream": True}
+    body = json.dumps(target.body(**fields)).encode()
     with contextlib.ExitStack() as stack:
-        for _ in range(target.of(20)):
+        for _ in range(target.of(50)):
             raw = stack.enter_context(socket.socket())
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             raw.connect((httpx.URL(target.url).host, httpx.URL(target.url).port))
@@ -196,7 +229,7 @@ def unread_streams(target: Target) -> Iterator[str]:
 
 
 def leaving(target: Target) -> Iterator[str]:
-    body = json.dumps(target.body(max_tokens=2000, ignore_eos=True, temperature=1.0)).encode()
+    body = json.dumps(target.body(n=8, max_tokens=2000, ignore_eos=True, temperature=1.0)).encode()
     for _ in range(target.of(200)):
         with target.connect() as raw:
             raw.sendall(target.head(len(body)) + body)
@@ -217,7 +250,7 @@ def hostile(kind: str) -> Callable[[Target], Iterator[str]]:
 
 def ordinary(number: int) -> bytes:
     """An image as the well-behaved client sends it."""
-    return picture_bytes(random.Random(number), (64, 64))
+    return image_bytes(random.Random(number), (64, 64))
 
 
 OK, REFUSED, BUSY = frozenset({"200"}), frozenset({"400"}), frozenset({"429"})
@@ -239,21 +272,56 @@ ATTACKS = (
     Attack("a stop text of 1 MB", "1024 characters, 400", long_stop, REFUSED),
     Attack("4 stop texts of 1024 characters, 8 choices, 400 tokens", "one look at each character", longest_stops, OK),
     Attack("4 million wrong messages, 8 MB", "1 Mi commas per body; ends at the first error", wrong_items, REFUSED),
-    Attack("500 000 objects with unknown keys", "65 536 objects per body; ends at the first error", wrong_messages, REFUSED),
+    Attack(
+        "500 000 objects with unknown keys", "65 536 objects per body; ends at the first error", wrong_messages, REFUSED
+    ),
     Attack("500 000 unknown keys", "131 072 colons per body, 128 keys per object", unknown_keys, REFUSED),
     Attack("prompts of 1 and 8 million token ids", "the model's limit; commas", token_ids, REFUSED),
     Attack("1 million nested lists", "the parser's depth", deep_nesting, REFUSED),
     Attack("texts of 4 MB", "characters, before they are tokenized", long_text, REFUSED),
-    Attack("64 requests of 8 texts of 64 kB", "characters; tokenized one by one, the smallest first", longest_texts, OK | REFUSED),
-    Attack("64 prompts with 8 choices each; of 4000 ids each", "64 answers and 65 536 tokens at once", many_choices, OK | REFUSED),
+    Attack(
+        "64 requests of 8 texts of 64 kB",
+        "characters; tokenized one by one, the smallest first",
+        longest_texts,
+        OK | REFUSED,
+    ),
+    Attack(
+        "64 prompts with 8 choices each; of 4000 ids each",
+        "64 answers and 65 536 tokens at once",
+        many_choices,
+        OK | REFUSED,
+    ),
     Attack("2048 and 200 000 messages", "2048; the model's limit", many_messages, REFUSED),
     Attack("names of 8 MB as model, recipe, key, role", "1000 characters; errors are cut", long_names, REFUSED),
-    Attack("20 alternatives for 8 x 4000 and 2 x 1000 tokens", "131072 log-probabilities; written off the loop", log_probabilities, OK | REFUSED),
-    Attack("40 connections that hold 31 of 32 MiB each", "256 MiB in sum; the largest makes room (429)", held_bodies, OK | BUSY | {"held"}),
+    Attack(
+        "20 alternatives for 8 x 4000 and 2 x 1000 tokens",
+        "131072 log-probabilities; written off the loop",
+        log_probabilities,
+        OK | REFUSED,
+    ),
+    Attack(
+        "40 connections that hold 31 of 32 MiB each",
+        "256 MiB in sum; the largest makes room (429)",
+        held_bodies,
+        OK | BUSY | {"held"},
+    ),
     Attack("300 MiB after a 413", "1 MiB or 2 s, then closed", body_after_refusal, frozenset({"closed"})),
-    Attack("a header of 100 kB; 15 000 and 60 000 headers", "64 KiB and 256 lines, 431", large_headers, frozenset({"431", "closed"})),
+    Attack(
+        "a header of 100 kB; 15 000 and 60 000 headers",
+        "64 KiB and 256 lines, 431",
+        large_headers,
+        frozenset({"431", "closed"}),
+    ),
     Attack("500 connections with half a request line", "closed after 15 s", idle_connections, OK),
-    Attack("20 streams that are not read, log-probabilities", "the answer's length; cut after 30 s", unread_streams, OK),
-    Attack("200 clients that ask for 2000 tokens and leave", "aborted at the next step", leaving, OK | BUSY),
-    *(Attack(f"4 x {name}", bound, hostile(kind), OK | REFUSED, images=True) for kind, (name, bound) in _IMAGES.items()),
-)  # fmt: skip
+    Attack(
+        "50 streams of 2 answers that are not read, log-probabilities",
+        "256 unread outputs, then paused; cut after 30 s",
+        unread_streams,
+        OK,
+    ),
+    Attack("200 clients that ask for 8 x 2000 tokens and leave", "turns; aborted at the next step", leaving, OK | BUSY),
+    *(
+        Attack(f"4 x {name}", bound, hostile(kind), OK | REFUSED, images=True)
+        for kind, (name, bound) in _IMAGES.items()
+    ),
+)

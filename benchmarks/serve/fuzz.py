@@ -1,13 +1,15 @@
-"""Fuzzing by command, for as long as asked: settings (TOML and variables), bodies through the server's application, connections that hold theirs, data
-URLs, images, prompts and stop texts, and files: recipes, manifests, config.json, samples, the state of a calibration.
+"""Fuzzing by command, for as long as asked: settings (TOML and variables), bodies through the server's application,
+connections that hold theirs, data URLs, images, prompts and stop texts, and files: recipes, manifests, config.json,
+samples, the state of a calibration.
 
-    python -m benchmarks.serve.fuzz --seconds 600 --seed 1 --target image --target chat
-    python -m benchmarks.serve.fuzz --seconds 600 --guided        (needs the package atheris: inputs are chosen by code coverage)
-    python -m benchmarks.serve.fuzz --replay runs/fuzz/image-1-20
+    python -m benchmarks serve fuzz --seconds 600 --seed 1 --target image --target chat
+    python -m benchmarks serve fuzz --seconds 600 --guided        (needs the package atheris: inputs are chosen by code
+    coverage)
+    python -m benchmarks serve fuzz --replay runs/fuzz/image-1-20
 
-Each input must be accepted or refused with the error of its kind, within a limit on processor time and memory; a process of its own takes it, is ended
-when it passes a limit, and started anew. Anything else is printed with seed and number, and the input kept in a file; the status is then 1.
-Memory is limited on Linux.
+Each input must be accepted or refused with the error of its kind, within a limit on processor time and memory; a
+process of its own takes it, is ended when it passes a limit, and started anew. Anything else is printed with seed and
+number, and the input kept in a file; the status is then 1. Memory is limited on Linux.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def _peak_bytes() -> int:
 
 
 def _limit_memory(more_bytes: int) -> None:
-    """A last bound, far above the limit that is reported, so that the machine survives. Processes started from here may set their own."""
+    """A last bound, far above the limit that is reported, so that the machine survives. Processes started from here may
+    set their own."""
     if sys.platform.startswith("linux"):
         import resource
 
@@ -87,7 +90,9 @@ def _work(connection: Connection, names: Sequence[str], limits: Limits, prepare:
         except EOFError:
             return
         wrong = ""
-        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # nothing handles SIGPROF, so it ends the process, inside a decoder too
+        signal.setitimer(
+            signal.ITIMER_PROF, limits.seconds
+        )  # nothing handles SIGPROF, so it ends the process, inside a decoder too
         try:
             TARGETS[name].take(data)
         except Exception as error:
@@ -111,14 +116,18 @@ class Worker:
         self._ended = False
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self.names, self.limits, self.prepare), daemon=False)
+        self._process = context.Process(
+            target=_work, args=(theirs, self.names, self.limits, self.prepare), daemon=False
+        )
         self._process.start()
         theirs.close()
         try:
             self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f"the process of {self.names} ended with status {self._process.exitcode} before the first input") from None
+            raise RuntimeError(
+                f"the process of {self.names} ended with status {self._process.exitcode} before the first input"
+            ) from None
 
     def take(self, name: str, data: bytes) -> str:
         """What is wrong with how the input was taken, or nothing. The input after a failure meets a new process."""
@@ -144,9 +153,19 @@ class Worker:
         self._process.join()
 
 
-def fuzz(seconds: float, seed: int, names: Sequence[str] = tuple(TARGETS), *, inputs: int | None = None, limits: Limits = Limits(),
-         keep: Path | None = None, most: int = 10, prepare: Callable[[], None] | None = None) -> Report:  # fmt: skip
-    """Inputs number 0, 1, ... of every target in turn, until the time is over, `inputs` of each are taken or `most` failed."""
+def fuzz(
+    seconds: float,
+    seed: int,
+    names: Sequence[str] = tuple(TARGETS),
+    *,
+    inputs: int | None = None,
+    limits: Limits = Limits(),
+    keep: Path | None = None,
+    most: int = 10,
+    prepare: Callable[[], None] | None = None,
+) -> Report:
+    """Inputs number 0, 1, ... of every target in turn, until the time is over, `inputs` of each are taken or `most`
+    failed."""
     report, worker = Report(dict.fromkeys(names, 0)), Worker(names, limits, prepare)
     until = time.monotonic() + seconds
     try:
@@ -168,13 +187,35 @@ def fuzz(seconds: float, seed: int, names: Sequence[str] = tuple(TARGETS), *, in
         worker.end()
 
 
-_WATCHED = ("quota.core.recipe", "quota.server.errors", "quota.core.images", "quota.core.image_files", "quota.server.schemas", "quota.server.config",
-            "quota.server.bodies", "quota.calib.samples", "quota.core.checkpoint", "quota.models.config", "quota.calib.work", "PIL.Image", "PIL.ImageFile",
-            "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "PIL.GifImagePlugin", "PIL.BmpImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin")  # fmt: skip
+_WATCHED = (
+    "quota.core.recipe",
+    "quota.core.recipe_file",
+    "quota.core.recipe_upgrade",
+    "quota.core.selection",
+    "quota.server.errors",
+    "quota.core.images",
+    "quota.core.image_files",
+    "quota.server.schemas",
+    "quota.server.config",
+    "quota.server.bodies",
+    "quota.calib.samples",
+    "quota.core.checkpoint",
+    "quota.models.config",
+    "quota.calib.work",
+    "PIL.Image",
+    "PIL.ImageFile",
+    "PIL.PngImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.BmpImagePlugin",
+    "PIL.TiffImagePlugin",
+    "PIL.WebPImagePlugin",
+)
 
 
 def guided(seconds: int, names: Sequence[str], limits: Limits) -> None:
-    """libFuzzer on raw bytes, from made inputs on: the first byte chooses the target. Does not return; a crash leaves its input in the working folder."""
+    """libFuzzer on raw bytes, from made inputs on: the first byte chooses the target. Does not return; a crash leaves
+    its input in the working folder."""
     import atheris
 
     for module in _WATCHED:
@@ -186,13 +227,23 @@ def guided(seconds: int, names: Sequence[str], limits: Limits) -> None:
     with tempfile.TemporaryDirectory() as corpus:
         for number, (at, target) in itertools.product(range(20), enumerate(targets)):
             Path(corpus, f"{at}-{number}").write_bytes(bytes([at]) + target.make(random.Random(number)))
-        options = [f"-max_total_time={seconds}", "-max_len=65536", f"-timeout={limits.seconds:.0f}", f"-rss_limit_mb={2048 + (limits.memory_bytes >> 20)}"]
-        atheris.Setup([sys.argv[0], *options, corpus], lambda data: targets[data[0] % len(targets)].take(data[1:]) if data else None)
+        options = [
+            f"-max_total_time={seconds}",
+            "-max_len=65536",
+            f"-timeout={limits.seconds:.0f}",
+            f"-rss_limit_mb={2048 + (limits.memory_bytes >> 20)}",
+        ]
+        atheris.Setup(
+            [sys.argv[0], *options, corpus],
+            lambda data: targets[data[0] % len(targets)].take(data[1:]) if data else None,
+        )
         atheris.Fuzz()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeat for several; all by default")
@@ -201,7 +252,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for inputs that failed")
     parser.add_argument("--guided", action="store_true", help="coverage-guided, with atheris")
     parser.add_argument("--replay", type=Path, help="take one kept input again, here and without limits")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     names, limits = options.target or list(TARGETS), Limits(options.limit_seconds, options.limit_mib * MIB)
     if options.replay:
         TARGETS[options.replay.name.rsplit("-", 2)[0]].take(options.replay.read_bytes())
@@ -211,7 +262,3 @@ def main() -> None:
     report = fuzz(options.seconds, options.seed, names, limits=limits, keep=options.keep)
     print(json.dumps({"inputs": report.inputs, "failures": report.failures, "kept": report.kept}, indent=1))
     sys.exit(bool(report.failures))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""What `fuzz.py` feeds with what. A target makes an input (bytes) from a random generator, and takes any bytes: returns when the code under test accepts
-or refuses them as it should, and raises anything else."""
+"""What `fuzz.py` feeds with what. A target makes an input (bytes) from a random generator, and takes any bytes: returns
+when the code under test accepts or refuses them as it should, and raises anything else."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serve import fuzz_inputs as inputs
-from benchmarks.serve.traffic import picture_bytes
+from benchmarks.serve.traffic import image_bytes
 from quota.core import images
 from quota.core.errors import ImageError, QuotaError, RecipeError, SampleError
 from quota.core.recipe import Recipe
+from quota.core.recipe_upgrade import upgrade
 
 LIMITS = images.Limits(pixels=1_000_000)
 
@@ -51,8 +52,11 @@ def _in_folder(name: str, data: bytes, take: Callable[[Path], None]) -> None:
 
 def take_recipe(data: bytes) -> None:
     def take(folder: Path) -> None:
+        _refused(RecipeError, upgrade, folder / "r.json")
         recipe = _refused(RecipeError, Recipe.load, folder / "r.json")
-        assert recipe is None or Recipe.parse(json.loads(recipe.dumps())) == recipe, "a recipe that does not survive its own text"
+        assert recipe is None or Recipe.parse(json.loads(recipe.dumps())) == recipe, (
+            "a recipe that does not survive its own text"
+        )
 
     _in_folder("r.json", data, take)
 
@@ -74,14 +78,18 @@ def take_settings(data: bytes) -> None:
     toml, _, lines = data.partition(b"\0")
     pairs = [line.partition("=") for line in lines.decode("latin-1").splitlines()]
     environment = {name: value for name, _, value in pairs}
-    _in_folder("s.toml", toml, lambda folder: _refused(UsageError, lambda: read({}, folder / "s.toml", environment).accepted_keys()))
+    _in_folder(
+        "s.toml",
+        toml,
+        lambda folder: _refused(UsageError, lambda: read({}, folder / "s.toml", environment).accepted_keys()),
+    )
 
 
 def take_samples(data: bytes) -> None:
     from quota.calib.samples import Samples
 
     def take(folder: Path) -> None:
-        (folder / "a.png").write_bytes(picture_bytes(random.Random(0), (24, 24)))
+        (folder / "a.png").write_bytes(image_bytes(random.Random(0), (24, 24)))
         _refused(SampleError, Samples.load, folder / "s.json")
 
     _in_folder("s.json", data, take)
@@ -126,11 +134,11 @@ def take_state(data: bytes) -> None:
 
 def take_stops(data: bytes) -> None:
     """The text is cut where the first stop text ends, as a plain search says."""
-    from quota.runtime.engine.text import StopWatch
+    from quota.runtime.engine.detokenize import StopStrings
 
     try:
         texts, answer = json.loads(data)
-        watch = StopWatch([str(text) for text in texts if text])
+        watch = StopStrings([str(text) for text in texts if text])
     except (ValueError, TypeError):
         return
     shown = "".join(watch.push(answer[at : at + 3]) for at in range(0, len(answer), 3)) + watch.flush()
@@ -154,12 +162,36 @@ def _server() -> tuple[Any, Any]:
     torch.set_num_threads(1)
     model = quantize_rtn(build_model(build_config(56, width=64, layers=2), seed=1).eval())
     model.processor = build_processor(56)
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": 2, "visual_tokens": 16}
-    recipe = Recipe.parse({"method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": [1], "keep": [0.5], "final_keep": 0.5, "reference_tokens": 16})
+    facts = {
+        "architecture": type(model).__name__,
+        "fingerprint": model_fingerprint(model),
+        "layers": 2,
+        "visual_tokens": 16,
+    }
+    recipe = Recipe.parse(
+        {
+            "method": "quota",
+            "regime": "w4a4kv4",
+            "model": facts,
+            "candidates": [1],
+            "keep": [0.5],
+            "final_keep": 0.5,
+            "reference_tokens": 16,
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         recipe.save(path := Path(folder, "r.json"))
-        service = Service(model, Settings(checkpoint="m", recipes=(f"r={path}",), kv_bytes=4 << 20, max_model_tokens=64, max_body_bytes=inputs.BODY_BYTES,
-                                          in_flight_bytes=inputs.IN_FLIGHT_BYTES))  # fmt: skip
+        service = Service(
+            model,
+            Settings(
+                checkpoint="m",
+                recipes=(f"r={path}",),
+                kv_bytes=4 << 20,
+                max_model_tokens=64,
+                max_body_bytes=inputs.BODY_BYTES,
+                in_flight_bytes=inputs.IN_FLIGHT_BYTES,
+            ),
+        )
     return service, create_app(service)
 
 
@@ -169,7 +201,8 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class _Request:
-    """One request to the application. pieces: of its body; ended: all of it is there. `waiting` is set when no more of it comes."""
+    """One request to the application. pieces: of its body; ended: all of it is there. `waiting` is set when no more of
+    it comes."""
 
     def __init__(self, path: str, pieces: Iterable[bytes], *, ended: bool = True) -> None:
         self.path, self.pieces, self.ended = path, iter(pieces), ended
@@ -194,8 +227,20 @@ class _Request:
 
     async def run(self) -> None:
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": self.path,
-                 "raw_path": self.path.encode(), "root_path": "", "query_string": b"", "headers": headers, "client": None, "server": None}  # fmt: skip
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": headers,
+            "client": None,
+            "server": None,
+        }
         try:
             await _server()[1](scope, self.receive, self.send)
         finally:
@@ -203,11 +248,13 @@ class _Request:
 
 
 def _check(request: _Request) -> None:
-    assert request.status == 200 or 400 <= request.status < 500, f"status {request.status}: {bytes(request.answer[:300])!r}"
+    assert request.status == 200 or 400 <= request.status < 500, (
+        f"status {request.status}: {bytes(request.answer[:300])!r}"
+    )
     if request.status != 200:
         assert json.loads(request.answer)["error"]["message"]
     service = _server()[0]
-    assert service.bodies.total == 0 and service._preparing == 0, "something of the request is still held"
+    assert service.bodies.total == 0 and service._preparing.total == 0, "something of the request is still held"
 
 
 def take_http(path: str) -> Callable[[bytes], None]:
@@ -230,7 +277,9 @@ def take_held_bodies(data: bytes) -> None:
         return
 
     async def ask() -> None:
-        requests = [_Request("/v1/completions", (bytes(64 << 10) for _ in range(size >> 16)), ended=False) for size in sizes]
+        requests = [
+            _Request("/v1/completions", (bytes(64 << 10) for _ in range(size >> 16)), ended=False) for size in sizes
+        ]
         running = [asyncio.ensure_future(request.run()) for request in requests]
         for request in requests:
             await request.waiting.wait()

@@ -1,7 +1,7 @@
 """A peer with continuous batching: OpenVINO GenAI on the language model of a float LLaVA. Needs the extra bench-serve.
 
-The engine reads LLaMA from a GGUF file, which is written here; it takes token ids and no embeddings, so pictures are as many tokens of text, and the
-vision tower is no part of its work. Products are of float16 weights in float32.
+The engine reads LLaMA from a GGUF file, which is written here; it takes token ids and no embeddings, so pictures are as
+many tokens of text, and the vision tower is no part of its work. Products are of float16 weights in float32.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 NOTE = "language model alone, float16 weights, float32 arithmetic; no vision tower"
 TEXT_TOKENS = 16  # of a question, template included
 _PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.down_proj": "ffn_down", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-}  # fmt: skip
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+}
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -36,16 +43,26 @@ class Engine:
         import openvino_genai
 
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        self.vocabulary, self.prompt_tokens = config["text_config"]["vocab_size"], config["image_seq_length"] + TEXT_TOKENS
+        self.vocabulary, self.prompt_tokens = (
+            config["text_config"]["vocab_size"],
+            config["image_seq_length"] + TEXT_TOKENS,
+        )
         schedule = openvino_genai.SchedulerConfig()
-        schedule.cache_size, schedule.max_num_seqs, schedule.max_num_batched_tokens, schedule.enable_prefix_caching = 1, 128, 512, False
+        schedule.cache_size, schedule.max_num_seqs, schedule.max_num_batched_tokens, schedule.enable_prefix_caching = (
+            1,
+            128,
+            512,
+            False,
+        )
         properties = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(gguf_file), schedule, "CPU", properties)
 
     def prompt(self, number: int) -> np.ndarray:
         """Token ids int64 [1, S] of request `number`; none is special."""
         rng = random.Random(number)
-        return np.array([[1, *(rng.randrange(5, self.vocabulary) for _ in range(self.prompt_tokens - 1))]], dtype=np.int64)
+        return np.array(
+            [[1, *(rng.randrange(5, self.vocabulary) for _ in range(self.prompt_tokens - 1))]], dtype=np.int64
+        )
 
     def ask(self, number: int, ids: np.ndarray, tokens: int) -> Any:
         """A handle of the request, greedy and of exactly `tokens` tokens."""
@@ -53,7 +70,12 @@ class Engine:
         import openvino_genai
 
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens, config.ignore_eos, config.do_sample, config.apply_chat_template = tokens, True, False, False
+        config.max_new_tokens, config.ignore_eos, config.do_sample, config.apply_chat_template = (
+            tokens,
+            True,
+            False,
+            False,
+        )
         return self.pipeline.add_request(number, openvino.Tensor(ids), config)
 
 
@@ -69,13 +91,16 @@ def engine(checkpoint: str, threads: int) -> Iterator[Engine]:
 
 
 def measure(engine: Engine, clients: int, requests: int, tokens: int) -> tuple[float, float, list[list[float]]]:
-    """(seconds, processor time, for every request the seconds until each of its tokens); `clients` requests are under way until none is left."""
+    """(seconds, processor time, for every request the seconds until each of its tokens); `clients` requests are under
+    way until none is left."""
     _run(engine, range(clients), clients, tokens)  # warms up
     return _run(engine, range(clients, clients + requests), clients, tokens)
 
 
 def _run(engine: Engine, numbers: range, clients: int, tokens: int) -> tuple[float, float, list[list[float]]]:
-    waiting, running, found = iter([(number, engine.prompt(number)) for number in numbers]), [], []
+    waiting = iter([(number, engine.prompt(number)) for number in numbers])
+    running: list[tuple[float, Any, list[float]]] = []  # when it arrived, its handle, when its tokens came
+    found: list[list[float]] = []
     began, spent = time.perf_counter(), time.process_time()
     while True:
         while len(running) < clients and (following := next(waiting, None)) is not None:
@@ -101,7 +126,9 @@ def _check(engine: Engine, checkpoint: Path, tokens: int = 8) -> None:
     for number in range(4):
         ids = torch.from_numpy(engine.prompt(-number - 1))
         with torch.no_grad():
-            want = model.generate(ids, max_new_tokens=tokens, eos_token_id=-1, do_sample=False)[0, ids.shape[1] :].tolist()
+            want = model.generate(ids, max_new_tokens=tokens, eos_token_id=-1, do_sample=False)[
+                0, ids.shape[1] :
+            ].tolist()
         handle, got = engine.ask(number, ids.numpy(), tokens), []
         while engine.pipeline.has_non_finished_requests():
             engine.pipeline.step()
@@ -114,12 +141,15 @@ def _check(engine: Engine, checkpoint: Path, tokens: int = 8) -> None:
 def _weights(checkpoint: Path) -> dict[str, np.ndarray]:
     """The language model's, by LLaMA's names."""
     prefix = "language_model."
-    found = {name: value for file in sorted(checkpoint.glob("*.safetensors")) for name, value in load_file(file).items()}
+    found = {
+        name: value for file in sorted(checkpoint.glob("*.safetensors")) for name, value in load_file(file).items()
+    }
     return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
-    """The language model of a float LLaVA folder as GGUF: matrices float16, norms float32, rows of queries and keys in GGUF's order of rotary pairs."""
+    """The language model of a float LLaVA folder as GGUF: matrices float16, norms float32, rows of queries and keys in
+    GGUF's order of rotary pairs."""
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["text_config"]
@@ -143,7 +173,9 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
     writer.add_tokenizer_model("gpt2")  # prompts are ids: any form of tokenizer does
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)
-    writer.add_token_types([gguf.TokenType.CONTROL if word.startswith("<") else gguf.TokenType.NORMAL for word in words])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if word.startswith("<") else gguf.TokenType.NORMAL for word in words]
+    )
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
@@ -156,7 +188,9 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
                 value = value.reshape(-1, 2, head_dim // 2, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
         else:
             called = _WHOLE[name.removesuffix(".weight")]
-        writer.add_tensor(f"{called}.weight", np.ascontiguousarray(value.astype(np.float16 if value.ndim == 2 else np.float32)))
+        writer.add_tensor(
+            f"{called}.weight", np.ascontiguousarray(value.astype(np.float16 if value.ndim == 2 else np.float32))
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

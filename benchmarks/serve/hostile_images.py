@@ -1,7 +1,7 @@
 """Images that are built to cost a decoder far more than they cost to send: pure functions to bytes, each with a size.
 
-All are small files of allowed formats. What each costs an unprepared decoder is in its docstring; the server refuses it before decoding, or ends the
-decoder (SECURITY.md).
+All are small files of allowed formats. What each costs an unprepared decoder is in its docstring; the server refuses it
+before decoding, or ends the decoder (SECURITY.md).
 """
 
 from __future__ import annotations
@@ -39,18 +39,32 @@ def _with_segments(segment: bytes, count: int) -> bytes:
     return b"\xff\xd8" + segment * count + buffer.getvalue()[2:]
 
 
-def png(size: tuple[int, int], *chunks: tuple[bytes, bytes], depth: int = 8, colours: int = 0, pixels: bytes | None = None) -> bytes:
-    """A PNG of zeros with more chunks before its pixels. `pixels`: filtered rows; by default as many as the size says."""
+def png(
+    size: tuple[int, int], *chunks: tuple[bytes, bytes], depth: int = 8, colours: int = 0, pixels: bytes | None = None
+) -> bytes:
+    """A PNG of zeros with more chunks before its pixels. `pixels`: filtered rows; by default as many as the size
+    says."""
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
     rows = bytes((1 + -(-size[0] * bits // 8)) * size[1]) if pixels is None else pixels
-    every = [(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colours, 0, 0, 0)), *chunks, (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in every)
+    every = [
+        (b"IHDR", struct.pack(">IIBBBBB", *size, depth, colours, 0, 0, 0)),
+        *chunks,
+        (b"IDAT", zlib.compress(rows, 9)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in every
+    )
 
 
 def text_bomb(chunks: int = 60, chunk_bytes: int = 1 << 20) -> bytes:
     """A PNG with compressed texts that unpack a thousandfold."""
     packed = zlib.compress(bytes(chunk_bytes), 9)
-    return png((16, 16), *[(b"zTXt", f"k{n}".encode() + b"\0\0" + packed) for n in range(chunks)], (b"iTXt", b"t\0\1\0\0\0" + packed))
+    return png(
+        (16, 16),
+        *[(b"zTXt", f"k{n}".encode() + b"\0\0" + packed) for n in range(chunks)],
+        (b"iTXt", b"t\0\1\0\0\0" + packed),
+    )
 
 
 def profile_bomb(chunks: int = 15_000, chunk_bytes: int = 1 << 20) -> bytes:
@@ -64,7 +78,8 @@ def short_png(side: int = 60_000) -> bytes:
 
 
 def tiff(size: tuple[int, int], fields: dict[int, tuple[int, list[int]]], body: bytes, more: int = 0) -> bytes:
-    """A grey 8-bit little-endian TIFF: fields (tag: (type 3 or 4, values)) over the usual ones, `body` at byte 8, the next directory at `more`."""
+    """A grey 8-bit little-endian TIFF: fields (tag: (type 3 or 4, values)) over the usual ones, `body` at byte 8, the
+    next directory at `more`."""
     usual = {256: (4, [size[0]]), 257: (4, [size[1]]), 258: (3, [8]), 259: (3, [8]), 262: (3, [1]), 277: (3, [1])}
     every = sorted({**usual, **fields}.items())
     place = 8 + len(body) + len(body) % 2
@@ -88,11 +103,16 @@ def huge_tile(side: int = 16_000) -> bytes:
 def repeated_strips(side: int = 4000, strips: int = 100_000) -> bytes:
     """A raw TIFF that names far more strips than it has rows, all in the same place: each is copied again."""
     body = bytes(side * side)
-    return tiff((side, side), {259: (3, [1]), 278: (4, [side - 1]), 273: (4, [8] * strips), 279: (4, [side * side] * strips)}, body)
+    return tiff(
+        (side, side),
+        {259: (3, [1]), 278: (4, [side - 1]), 273: (4, [8] * strips), 279: (4, [side * side] * strips)},
+        body,
+    )
 
 
 def large_gif_frame(side: int = 13_000) -> bytes:
-    """A GIF with a screen of one pixel and a frame of side x side that is to be disposed of: filled when it is opened."""
+    """A GIF with a screen of one pixel and a frame of side x side that is to be disposed of: filled when it is
+    opened."""
     frame = b"," + struct.pack("<4HB", 0, 0, side, side, 0) + b"\x02\x02\x44\x01\x00;"
     return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + b"!\xf9\x04\x08\0\0\0\0" + frame
 
@@ -106,7 +126,9 @@ def many_gif_blocks(blocks: int = 5_000_000) -> bytes:
 def large_webp_canvas(side: int = 16_000) -> bytes:
     """An animated WebP of a large canvas and no frame: canvases are allocated when it is opened."""
     side_bytes = (side - 1).to_bytes(3, "little")
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + side_bytes * 2 + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    body = (
+        b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + side_bytes * 2 + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
@@ -128,9 +150,16 @@ def _square(make: Callable[[int], bytes], side: int) -> Callable[[float], bytes]
 
 # kind: a share of the full size (of what is repeated, or of the pixels) -> the file
 ATTACKS: dict[str, Callable[[float], bytes]] = {
-    "scans": lambda scale: many_scans(int(6000 * scale**0.5), int(1000 * scale)), "exif segments": _many(many_exif_segments, 1_000_000),
-    "comment segments": _many(many_comments, 1_000_000), "text bomb": _many(text_bomb, 60), "profile bomb": _many(profile_bomb, 15_000),
-    "short png": _square(short_png, 60_000), "huge tile": _square(huge_tile, 16_000),
-    "repeated strips": lambda scale: repeated_strips(int(4000 * scale**0.5), int(100_000 * scale)), "gif frame": _square(large_gif_frame, 13_000),
-    "gif blocks": _many(many_gif_blocks, 5_000_000), "webp canvas": _square(large_webp_canvas, 16_000), "run-length bmp": _square(run_length_bmp, 6000),
-}  # fmt: skip
+    "scans": lambda scale: many_scans(int(6000 * scale**0.5), int(1000 * scale)),
+    "exif segments": _many(many_exif_segments, 1_000_000),
+    "comment segments": _many(many_comments, 1_000_000),
+    "text bomb": _many(text_bomb, 60),
+    "profile bomb": _many(profile_bomb, 15_000),
+    "short png": _square(short_png, 60_000),
+    "huge tile": _square(huge_tile, 16_000),
+    "repeated strips": lambda scale: repeated_strips(int(4000 * scale**0.5), int(100_000 * scale)),
+    "gif frame": _square(large_gif_frame, 13_000),
+    "gif blocks": _many(many_gif_blocks, 5_000_000),
+    "webp canvas": _square(large_webp_canvas, 16_000),
+    "run-length bmp": _square(run_length_bmp, 6000),
+}

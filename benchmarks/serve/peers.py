@@ -1,4 +1,5 @@
-"""Peers of the throughput benchmark on the same questions: transformers' `generate` in batches, and transformers' own server."""
+"""Peers of the throughput benchmark on the same questions: transformers' `generate` in batches, and transformers' own
+server."""
 
 from __future__ import annotations
 
@@ -15,20 +16,21 @@ from pathlib import Path
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.serve.traffic import QUESTIONS, picture_bytes
+from benchmarks.serve.traffic import QUESTIONS, image_bytes
 from quota.core.images import decode
 from quota.runtime.load import load
 
 # the form LLaVA-1.5 was trained with, for checkpoints without a template of their own
 _PLAIN = (
-    "{%- for message in messages -%}{{ message['role'] | upper + ': ' }}{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
-    "{{ '<image>\\n' }}{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{{ ' ' }}{%- endfor -%}{{ 'ASSISTANT:' }}"
+    "{%- for message in messages -%}{{ message['role'] | upper + ': ' }}{%- for part in message['content'] -%}{%- if"
+    " part['type'] == 'image' -%}{{ '<image>\\n' }}{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{{ ' '"
+    " }}{%- endfor -%}{{ 'ASSISTANT:' }}"
 )
 
 
 def question(number: int, size: tuple[int, int]) -> tuple[str, bytes]:
     """Text and encoded picture of question `number`, always exactly the same."""
-    return QUESTIONS[number % len(QUESTIONS)], picture_bytes(random.Random(number), size)
+    return QUESTIONS[number % len(QUESTIONS)], image_bytes(random.Random(number), size)
 
 
 class _Clock(BaseStreamer):
@@ -44,17 +46,25 @@ class _Clock(BaseStreamer):
         pass
 
 
-def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tuple[int, int]) -> tuple[float, float, list[list[float]]]:
-    """transformers' generate in this process, as many threads as torch has: batches of `clients` requests, exactly `tokens` tokens each, nothing pruned.
-    Returns (seconds of all batches, their processor time, for every request the seconds until each of its tokens); the rows of a batch come together."""
+def generate(
+    checkpoint: str, clients: int, tokens: int, batches: int, size: tuple[int, int]
+) -> tuple[float, float, list[list[float]]]:
+    """transformers' generate in this process, as many threads as torch has: batches of `clients` requests, exactly
+    `tokens` tokens each, nothing pruned. Returns (seconds of all batches, their processor time, for every request the
+    seconds until each of its tokens); the rows of a batch come together."""
     model = load(checkpoint)
     processor, seconds, cpu_s, found = model.processor, 0.0, 0.0, []
     for turn in range(batches + 1):
         asked = [question(number, size) for number in range(turn * clients, (turn + 1) * clients)]
         images = [decode(data) for _, data in asked]
-        turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text, _ in asked]
+        turns = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text, _ in asked
+        ]
         template = processor.chat_template or _PLAIN
-        texts = [processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False) for messages in turns]
+        texts = [
+            processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+            for messages in turns
+        ]
         clock, began, spent = _Clock(), time.perf_counter(), time.process_time()
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
         with torch.no_grad():
@@ -68,8 +78,8 @@ def generate(checkpoint: str, clients: int, tokens: int, batches: int, size: tup
 
 @contextlib.contextmanager
 def endless(checkpoint: str) -> Iterator[str]:
-    """A copy of a float folder that transformers' server can serve: with a chat template, and without an end token, so that answers have the length that
-    is asked for."""
+    """A copy of a float folder that transformers' server can serve: with a chat template, and without an end token, so
+    that answers have the length that is asked for."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model"
         shutil.copytree(checkpoint, copy)
@@ -82,7 +92,21 @@ def endless(checkpoint: str) -> Iterator[str]:
 def serve_command(checkpoint: str, port: int) -> list[str]:
     """Command line of `transformers serve` for one model."""
     start = "from transformers.cli.transformers import main; main()"  # as its console script does
-    return [sys.executable, "-c", start, "serve", checkpoint, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    return [
+        sys.executable,
+        "-c",
+        start,
+        "serve",
+        checkpoint,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
 
 
 def threads(count: int) -> dict[str, str]:

@@ -30,8 +30,12 @@ class Served:
 
     def family_bytes(self) -> int:
         """Resident memory of the process and the processes it started."""
-        children = [pid for task in Path(f"/proc/{self.process.pid}/task").glob("*/children") for pid in _read(task).split()]
-        pages = sum(int((_read(Path(f"/proc/{pid}/statm")).split() or ["0", "0"])[1]) for pid in (self.process.pid, *children))
+        children = [
+            pid for task in Path(f"/proc/{self.process.pid}/task").glob("*/children") for pid in _read(task).split()
+        ]
+        pages = sum(
+            int((_read(Path(f"/proc/{pid}/statm")).split() or ["0", "0"])[1]) for pid in (self.process.pid, *children)
+        )
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def cpu_s(self) -> float:
@@ -53,21 +57,43 @@ def _read(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def served(checkpoint: str | Path, *flags: str, environment: Mapping[str, str] | None = None, log: str | Path | None = os.devnull,
-           stderr: int | None = None) -> Iterator[Served]:  # fmt: skip
-    """`quota serve`, ready on entry, ended on exit. log: None is standard error. RuntimeError when it does not get ready; its log says why."""
-    command = [sys.executable, "-m", "quota.cli.main", "serve", str(checkpoint), *(("--log-file", str(log)) if log else ()), *flags]
+def served(
+    checkpoint: str | Path,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    log: str | Path | None = os.devnull,
+    stderr: int | None = None,
+) -> Iterator[Served]:
+    """`quota serve`, ready on entry, ended on exit. log: None is standard error. RuntimeError when it does not get
+    ready; its log says why."""
+    command = [
+        sys.executable,
+        "-m",
+        "quota.cli.main",
+        "serve",
+        str(checkpoint),
+        *(("--log-file", str(log)) if log else ()),
+        *flags,
+    ]
     with running(lambda port: [*command, "--port", str(port)], "/ready", environment, stderr) as server:
         yield server
 
 
 @contextlib.contextmanager
-def running(command_of: Callable[[int], list[str]], ready: str, environment: Mapping[str, str] | None = None, stderr: int | None = None) -> Iterator[Served]:
-    """Any server: the command for a port, the path that answers with 200 when it serves, additions to the environment, where its errors go."""
+def running(
+    command_of: Callable[[int], list[str]],
+    ready: str,
+    environment: Mapping[str, str] | None = None,
+    stderr: int | None = None,
+) -> Iterator[Served]:
+    """Any server: the command for a port, the path that answers with 200 when it serves, additions to the environment,
+    where its errors go."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = command_of(port)
-    with subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=stderr) as process:
+    with subprocess.Popen(
+        command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=stderr
+    ) as process:
         try:
             server = Served(f"http://127.0.0.1:{port}", process)
             _wait(server, ready)
@@ -89,4 +115,6 @@ def _wait(server: Served, ready: str) -> None:
                 if http.get(ready).status_code == 200:
                     return
             time.sleep(0.1)
-    raise RuntimeError(f"{server.process.args!r} is not ready after {START_S} s, or ended with status {server.process.poll()}")
+    raise RuntimeError(
+        f"{server.process.args!r} is not ready after {START_S} s, or ended with status {server.process.poll()}"
+    )

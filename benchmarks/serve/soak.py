@@ -1,12 +1,13 @@
 """Soak: thousands of mixed requests against a server of its own, then the accounts.
 
-    python -m benchmarks.serve.soak CHECKPOINT --recipe RECIPE --requests 10000 --out benchmarks/results/soak.json
-    quota bench tables
+    python -m benchmarks serve soak CHECKPOINT --recipe RECIPE --requests 10000 --out benchmarks/results/soak.json
+    python -m tools.pages
 
-Pictures of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 % of the clients hang up.
-Then a share of the good requests is asked again of a second server, which computes one at a time and keeps nothing from one to the next. Ends with
-status 1 when a good request was not answered as it is alone, a bad one was not refused, a page leaked, memory grew, the log holds an error or
-a server did not leave with status 0. The report is written as the run goes.
+Pictures of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 %
+of the clients hang up. Then a share of the good requests is asked again of a second server, which computes one at a
+time and keeps nothing from one to the next. Ends with status 1 when a good request was not answered as it is alone, a
+bad one was not refused, a page leaked, memory grew, the log holds an error or a server did not leave with status 0. The
+report is written as the run goes.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ import httpx
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks import rows
 from benchmarks.serve.process import Served, served
+from benchmarks.serve.tables import soak_table
 from benchmarks.serve.traffic import Asked, request
-from quota.bench import rows
-from quota.bench.serving import soak_table
 from quota.core.files import atomic_write_text
 
 GROWTH_LIMIT = 1.05
@@ -62,11 +63,16 @@ class Account:
         if len(self.problems) < 20:
             self.problems.append(text)
 
-    def note_pictures(self, asked: Asked) -> None:
+    def note_images(self, asked: Asked) -> None:
         """Format, mode and size of every picture that was sent well."""
         if isinstance(asked.body, bytes) or asked.expected == "refusal":
             return
-        parts = [part for message in asked.body["messages"] if isinstance(message["content"], list) for part in message["content"]]
+        parts = [
+            part
+            for message in asked.body["messages"]
+            if isinstance(message["content"], list)
+            for part in message["content"]
+        ]
         for url in (part["image_url"]["url"] for part in parts if part["type"] == "image_url"):
             with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
                 animated = " animated" if getattr(image, "n_frames", 1) > 1 else ""
@@ -74,10 +80,13 @@ class Account:
                 self.sizes.append(image.size)
 
 
-async def soak(url: str, numbers: range, clients: int, *, compare: float, watch: Callable[[Account], None] | None = None) -> Account:
+async def soak(
+    url: str, numbers: range, clients: int, *, compare: float, watch: Callable[[Account], None] | None = None
+) -> Account:
     """Send the mixed requests of these numbers from `clients` at once, and wait until the server is idle.
 
-    compare: share of the good ones to keep in `Account.good` with their answers, for `recompute`. watch: called now and then.
+    compare: share of the good ones to keep in `Account.good` with their answers, for `recompute`. watch: called now and
+    then.
     """
     account, every = Account(), max(1, len(numbers) // SAMPLES)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients + 2)) as http:
@@ -98,8 +107,11 @@ async def soak(url: str, numbers: range, clients: int, *, compare: float, watch:
     return account
 
 
-async def recompute(url: str, account: Account, model: str, watch: Callable[[Account], None] | None = None, clients: int = 3) -> None:
-    """Ask the kept good requests again of a server that computes one at a time; another answer is a problem. clients: so many wait in its queue."""
+async def recompute(
+    url: str, account: Account, model: str, watch: Callable[[Account], None] | None = None, clients: int = 3
+) -> None:
+    """Ask the kept good requests again of a server that computes one at a time; another answer is a problem. clients:
+    so many wait in its queue."""
     waiting = iter(account.good.items())
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
 
@@ -118,10 +130,11 @@ async def recompute(url: str, account: Account, model: str, watch: Callable[[Acc
 
 
 def _prepared(number: int, model: str, account: Account | None = None) -> tuple[Asked, bytes]:
-    """A request and its body. Off the event loop: drawing there would let uploads stall into the server's time limit."""
+    """A request and its body. Off the event loop: drawing there would let uploads stall into the server's time
+    limit."""
     asked = request(number, model)
     if account is not None:
-        account.note_pictures(asked)
+        account.note_images(asked)
     return asked, asked.body if isinstance(asked.body, bytes) else json.dumps(asked.body).encode()
 
 
@@ -146,7 +159,9 @@ async def _ask(http: httpx.AsyncClient, asked: Asked, content: bytes, account: A
 
 
 async def _answer(http: httpx.AsyncClient, content: bytes) -> tuple[int, Any]:
-    async with http.stream("POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"}) as response:
+    async with http.stream(
+        "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+    ) as response:
         body = (await response.aread()).decode()
     if response.status_code != 200 or not body.startswith("data:"):
         found = json.loads(body)
@@ -177,8 +192,11 @@ async def _settle(http: httpx.AsyncClient, account: Account) -> None:
         if metric(text, "requests_running") == metric(text, "requests_waiting") == 0:
             break
         await asyncio.sleep(0.1)
-    if metric(text, "kv_units_available") != metric(text, "kv_units"):
-        account.problem(f"pages leaked: {metric(text, 'kv_units_available'):.0f} of {metric(text, 'kv_units'):.0f} units are available")
+    if metric(text, "kv_blocks_available") != metric(text, "kv_blocks"):
+        account.problem(
+            f"pages leaked: {metric(text, 'kv_blocks_available'):.0f} of {metric(text, 'kv_blocks'):.0f} blocks are"
+            " available"
+        )
 
 
 def metric(text: str, name: str) -> float:
@@ -199,7 +217,11 @@ def memory_growth(samples: list[int]) -> float:
 def faults_in(log: Path) -> list[str]:
     """Lines of the server's log that are errors."""
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [f"log: {entry['message']} {entry.get('exception', '')[-200:]}" for entry in entries if entry["level"] in ("error", "critical")]
+    return [
+        f"log: {entry['message']} {entry.get('exception', '')[-200:]}"
+        for entry in entries
+        if entry["level"] in ("error", "critical")
+    ]
 
 
 def report(account: Account, options: argparse.Namespace, seconds: float, state: str) -> dict[str, Any]:
@@ -207,17 +229,33 @@ def report(account: Account, options: argparse.Namespace, seconds: float, state:
     largest = max(account.sizes, key=lambda size: size[0] * size[1], default=None)
     return {
         **rows.stamp(options.threads),
-        "state": state, "requests": options.requests, "first": options.first, "clients": options.clients, "seconds": round(seconds, 1),
-        "outcomes": dict(sorted(account.outcomes.items())), "answers_kept": len(account.good), "answers_compared_alone": account.compared,
+        "state": state,
+        "requests": options.requests,
+        "first": options.first,
+        "clients": options.clients,
+        "seconds": round(seconds, 1),
+        "outcomes": dict(sorted(account.outcomes.items())),
+        "answers_kept": len(account.good),
+        "answers_compared_alone": account.compared,
         "answers_that_differ": account.differ,
-        "pictures": dict(account.pictures.most_common()), "shortest_side_px": min(sides, default=None), "largest_picture_px": largest,
-        "rss_mb": [round(b / 1e6, 1) for b in account.rss_bytes], "memory_growth": round(memory_growth(account.rss_bytes), 4), "problems": account.problems,
-    }  # fmt: skip
+        "pictures": dict(account.pictures.most_common()),
+        "shortest_side_px": min(sides, default=None),
+        "largest_image_px": largest,
+        "rss_mb": [round(b / 1e6, 1) for b in account.rss_bytes],
+        "memory_growth": round(memory_growth(account.rss_bytes), 4),
+        "problems": account.problems,
+    }
 
 
 def run(options: argparse.Namespace) -> Account:
     """The whole soak, report included."""
-    flags = ["--threads", str(options.threads), "--model-name", "soak", *(["--recipe", f"quota={options.recipe}"] if options.recipe else [])]
+    flags = [
+        "--threads",
+        str(options.threads),
+        "--model-name",
+        "soak",
+        *(["--recipe", f"quota={options.recipe}"] if options.recipe else []),
+    ]
     began, account = time.monotonic(), Account()
 
     def save(state: str) -> None:
@@ -267,20 +305,22 @@ def _close(account: Account, server: Served, log: Path) -> None:
         account.problem(text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--recipe", help="recipe of the server; requests use it, other keep ratios of it, and none")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--compare", type=float, default=0.05, help="share of the good requests that is asked again alone")
-    parser.add_argument("--first", type=int, default=0, help="number of the first request; other numbers, other requests")
+    parser.add_argument(
+        "--compare", type=float, default=0.05, help="share of the good requests that is asked again alone"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first request; other numbers, other requests"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     os.environ["QUOTA_SERVE_KV_BYTES"] = os.environ.get("QUOTA_SERVE_KV_BYTES", str(64 << 20))
     sys.exit(bool(run(options).problems))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,9 @@ def float_linear_kernel(x, w, y, m, n, k, ROWS: tl.constexpr, COLUMNS: tl.conste
         a = tl.load(x + rows.to(tl.int64) * k + i, mask=rows < m, other=0.0)
         b = tl.load(w + tl.cast(i, tl.int64) * n + columns, mask=columns < n, other=0.0).to(tl.float32)
         acc = tl.fma(tl.broadcast_to(a[:, None], (ROWS, COLUMNS)), tl.broadcast_to(b[None, :], (ROWS, COLUMNS)), acc)
-    tl.store(y + rows[:, None].to(tl.int64) * n + columns[None, :], acc, mask=(rows[:, None] < m) & (columns[None, :] < n))
+    tl.store(
+        y + rows[:, None].to(tl.int64) * n + columns[None, :], acc, mask=(rows[:, None] < m) & (columns[None, :] < n)
+    )
 
 
 def float_linear(x: Tensor, w: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Float functions in a fixed sequence of IEEE operations, those of `quota.ops.elementwise` and `csrc/cpu/codes.h`: the same bits on every device."""
+"""Float functions in a fixed sequence of IEEE operations, those of `quota.ops.elementwise` and `csrc/cpu/codes.h`: the
+same bits on every device."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def round_even(v):
-    """float32 below 2^24 in magnitude -> int32, halves to even. (`rint` is a library call that the interpreter does not have.)"""
+    """float32 below 2^24 in magnitude -> int32, halves to even. (`rint` is a library call that the interpreter does not
+    have.)"""
     whole = v.to(tl.int32)
     rest = tl.abs(v - whole.to(tl.float32))
     up = (rest > 0.5) | ((rest == 0.5) & ((whole & 1) == 1))

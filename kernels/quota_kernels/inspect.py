@@ -1,6 +1,8 @@
-"""Compile every kernel ahead of time, without a GPU: `python -m quota_kernels.inspect` prints registers, spills and shared memory per architecture.
+"""Compile every kernel ahead of time, without a GPU: `python -m quota_kernels.inspect` prints registers, spills and
+shared memory per architecture.
 
-The launches are recorded, not made, on tensors with the sizes of LLaVA-1.5-7B and Qwen2.5-VL-7B; Triton's own ptxas makes the machine code.
+The launches are recorded, not made, on tensors with the sizes of LLaVA-1.5-7B and Qwen2.5-VL-7B; Triton's own ptxas
+makes the machine code.
 """
 
 from __future__ import annotations
@@ -38,14 +40,21 @@ from quota_kernels.w4a4_linear import w4a4_linear
 from quota_kernels.w4a16_linear import w4a16_linear
 
 _TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
-    torch.int64: "*i64", torch.bool: "*i1",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one architecture. registers per thread; spilled, shared: bytes per thread and per block; ptx: its text."""
+    """One kernel for one architecture. registers per thread; spilled, shared: bytes per thread and per block; ptx: its
+    text."""
 
     kernel: str
     arch: int
@@ -57,7 +66,11 @@ class Compiled:
 
 
 def _cache(heads: int, slots: int, d: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(batch, heads, slots, d // 2, dtype=torch.uint8), torch.empty(batch, heads, slots), torch.empty(batch, heads, slots)
+    return (
+        torch.empty(batch, heads, slots, d // 2, dtype=torch.uint8),
+        torch.empty(batch, heads, slots),
+        torch.empty(batch, heads, slots),
+    )
 
 
 def _packed(rows: int, k: int) -> Tensor:
@@ -92,28 +105,67 @@ def cases() -> dict[str, Callable[[], Any]]:
         "rms_norm": lambda: rms_norm(f(2, 4096), f(4096), 1e-5),
         "w4a4_linear many": lambda: w4a4_linear(_packed(640, 4096), f(640), _packed(256, 4096), f(256)),
         "w4a4_linear few": lambda: w4a4_linear(_packed(1, 11008), f(1), _packed(256, 11008), f(256), f(256)),
-        "w4a16_linear many": lambda: w4a16_linear(f(640, 4096, dtype=torch.bfloat16), *_grouped(12288, 4096), 12288, f(12288)),
+        "w4a16_linear many": lambda: w4a16_linear(
+            f(640, 4096, dtype=torch.bfloat16), *_grouped(12288, 4096), 12288, f(12288)
+        ),
         "w4a16_linear few": lambda: w4a16_linear(f(1, 11008, dtype=torch.float16), *_grouped(4096, 11008), 4096),
         "w4a16_linear few rows": lambda: w4a16_linear(f(16, 4096), *_grouped(22016, 4096), 22016),
         "float_linear": lambda: float_linear(f(1, 4096), f(4096, 128, dtype=torch.float16)),
         "kv4_append": lambda: kv4_append(*_cache(32, 64, 128), f(1, 32, 8, 128), 0, 0.9),
-        "qkv_append": lambda: qkv_append(f(1, 2, 3 * 4096), (f(1, 2, 128), f(1, 2, 128)), (f(128, 128), f(128, 128)), _cache(32, 64, 128),
-                                         _cache(32, 64, 128), 0, (0.9, 0.9)),
-        "kv4_attention prefill": lambda: kv4_attention(f(1, 32, 640, 128), _cache(32, 640, 128), _cache(32, 640, 128), 640, None, 0.1, split=False),
-        "kv4_attention decode": lambda: kv4_attention(f(8, 32, 1, 128), _cache(32, 640, 128, 8), _cache(32, 640, 128, 8), 640,
-                                                      torch.empty(8, dtype=torch.int32), 0.1, split=False),
-        "kv4_attention decode, GQA": lambda: kv4_attention(f(1, 28, 1, 128), _cache(4, 1024, 128), _cache(4, 1024, 128), 1024,
-                                                           torch.empty(1, dtype=torch.int32), 0.1, split=True),
-        "kv4_attention shared": lambda: kv4_attention(f(1, 28, 16, 256), _cache(4, 640, 128), _cache(4, 640, 128), 640, None, 0.1, f(1, 128, 640), split=False),
-        "kv4_paged_attention": lambda: kv4_paged_attention(f(16, 32, 1, 128), *_pages(32), *_tables(16), 0.1, split=False),
-        "kv4_paged_attention, GQA, shared": lambda: kv4_paged_attention(f(1, 28, 1, 256), *_pages(4), *_tables(1), 0.1, f(1, 128, 640), split=True),
-        "kv4_page_write": lambda: kv4_page_write(_cache(32, 16, 128), _cache(32, 4, 128), torch.empty(4, dtype=torch.int64)),
-        "kv4_page_read": lambda: kv4_page_read(_cache(32, 16, 128), torch.empty(2, 8, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 128),
-        "token_score packed": lambda: token_score(f(1, 32, 64, 128), _cache(32, 64, 128), f(1, 32, 64), mask, mask, 0.1),
+        "qkv_append": lambda: qkv_append(
+            f(1, 2, 3 * 4096),
+            (f(1, 2, 128), f(1, 2, 128)),
+            (f(128, 128), f(128, 128)),
+            _cache(32, 64, 128),
+            _cache(32, 64, 128),
+            0,
+            (0.9, 0.9),
+        ),
+        "kv4_attention prefill": lambda: kv4_attention(
+            f(1, 32, 640, 128), _cache(32, 640, 128), _cache(32, 640, 128), 640, None, 0.1, split=False
+        ),
+        "kv4_attention decode": lambda: kv4_attention(
+            f(8, 32, 1, 128),
+            _cache(32, 640, 128, 8),
+            _cache(32, 640, 128, 8),
+            640,
+            torch.empty(8, dtype=torch.int32),
+            0.1,
+            split=False,
+        ),
+        "kv4_attention decode, GQA": lambda: kv4_attention(
+            f(1, 28, 1, 128),
+            _cache(4, 1024, 128),
+            _cache(4, 1024, 128),
+            1024,
+            torch.empty(1, dtype=torch.int32),
+            0.1,
+            split=True,
+        ),
+        "kv4_attention shared": lambda: kv4_attention(
+            f(1, 28, 16, 256), _cache(4, 640, 128), _cache(4, 640, 128), 640, None, 0.1, f(1, 128, 640), split=False
+        ),
+        "kv4_paged_attention": lambda: kv4_paged_attention(
+            f(16, 32, 1, 128), *_pages(32), *_tables(16), 0.1, split=False
+        ),
+        "kv4_paged_attention, GQA, shared": lambda: kv4_paged_attention(
+            f(1, 28, 1, 256), *_pages(4), *_tables(1), 0.1, f(1, 128, 640), split=True
+        ),
+        "kv4_page_write": lambda: kv4_page_write(
+            _cache(32, 16, 128), _cache(32, 4, 128), torch.empty(4, dtype=torch.int64)
+        ),
+        "kv4_page_read": lambda: kv4_page_read(
+            _cache(32, 16, 128), torch.empty(2, 8, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 128
+        ),
+        "token_score packed": lambda: token_score(
+            f(1, 32, 64, 128), _cache(32, 64, 128), f(1, 32, 64), mask, mask, 0.1
+        ),
         "token_score float": lambda: token_score(f(1, 28, 64, 256), f(1, 4, 64, 256), f(1, 28, 64), mask, mask, 0.1),
-        "token_select": lambda: token_select(f(1, 576), torch.empty(1, 576, dtype=torch.bool), torch.empty(1, dtype=torch.int64)),
+        "token_select": lambda: token_select(
+            f(1, 576), torch.empty(1, 576, dtype=torch.bool), torch.empty(1, dtype=torch.int64)
+        ),
         "token_gather": lambda: token_gather(f(1, 640, 4096), torch.empty(1, 200, dtype=torch.int64)),
-    }  # fmt: skip
+    }
 
 
 def recorded(arch: int, names: Iterable[str] | None = None) -> list[Call]:
@@ -131,7 +183,8 @@ def recorded(arch: int, names: Iterable[str] | None = None) -> list[Call]:
 
 
 def _specialised(call: Call) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """(signature, constants, attributes) of a call, as Triton specialises it: pointers and numbers divisible by 16, and numbers that are 1."""
+    """(signature, constants, attributes) of a call, as Triton specialises it: pointers and numbers divisible by 16, and
+    numbers that are 1."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -160,15 +213,32 @@ def compiled(call: Call, arch: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     name = f"{call.kernel.__name__}[{','.join(str(v) for v in constants.values())}]"
-    return Compiled(name, arch, made.metadata.num_warps, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], made.metadata.shared, made.asm["ptx"])
+    return Compiled(
+        name,
+        arch,
+        made.metadata.num_warps,
+        numbers["REG"],
+        numbers["STACK"] + numbers["LOCAL"],
+        made.metadata.shared,
+        made.asm["ptx"],
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m quota_kernels.inspect", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="compute capabilities, as 90 for 9.0")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=list(ARCHITECTURES),
+        help="compute capabilities, as 90 for 9.0",
+    )
     parser.add_argument("--case", nargs="+", choices=list(cases()), help="only these calls")
     asked = parser.parse_args()
     if INTERPRETED:
@@ -177,7 +247,10 @@ def main() -> None:
     for arch in asked.arch:
         for call in recorded(arch, asked.case):
             made = compiled(call, arch)
-            print(f"{made.kernel:100} {made.arch:4} {made.warps:5} {made.registers:9} {made.spilled:11} {made.shared:12}", flush=True)
+            print(
+                f"{made.kernel:100} {made.arch:4} {made.warps:5} {made.registers:9} {made.spilled:11} {made.shared:12}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Four corrections of Triton 3.6's interpreter: `tl.fma` gets the one rounding the hardware has (upstream: a product and a sum, each rounded);
-float32 becomes bfloat16 by rounding to nearest even, as on the hardware (upstream cuts the lower half off); one-element arrays may count loops under
-NumPy 2.4, which no longer turns them into numbers by itself; and the language is replaced once per launch rather than at every call from one kernel
-function to another, which was most of the time."""
+"""Four corrections of Triton 3.6's interpreter: `tl.fma` gets the one rounding the hardware has (upstream: a product
+and a sum, each rounded); float32 becomes bfloat16 by rounding to nearest even, as on the hardware (upstream cuts the
+lower half off); one-element arrays may count loops under NumPy 2.4, which no longer turns them into numbers by itself;
+and the language is replaced once per launch rather than at every call from one kernel function to another, which was
+most of the time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """round(a * b + c) of float32 with one rounding: the float64 sum is rounded to odd first (Boldo and Melquiond, 2008)."""
+    """round(a * b + c) of float32 with one rounding: the float64 sum is rounded to odd first (Boldo and Melquiond,
+    2008)."""
     with np.errstate(all="ignore"):
         product, addend = a.astype(np.float64) * b, c.astype(np.float64)
         total = product + addend
@@ -53,7 +55,9 @@ def install() -> None:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.fn.__module__
-        if module.startswith("triton.") and module not in replaced:  # the standard library sees another module than a kernel does
+        if (
+            module.startswith("triton.") and module not in replaced
+        ):  # the standard library sees another module than a kernel does
             replaced.add(module)
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)

@@ -14,7 +14,8 @@ _ROWS = 8
 
 @triton.jit
 def range_codes(x, inside, d, clip, DP: tl.constexpr):
-    """x float32 [R, DP], channels from d on ignored -> (codes int32 [R, DP], scale [R], low [R]). A NaN makes scale and low NaN and the codes 0."""
+    """x float32 [R, DP], channels from d on ignored -> (codes int32 [R, DP], scale [R], low [R]). A NaN makes scale and
+    low NaN and the codes 0."""
     channel = tl.arange(0, DP)
     there = inside[:, None] & (channel[None, :] < d)
     nan = tl.max(tl.where(there & (x != x), 1, 0), 1) > 0
@@ -34,14 +35,34 @@ def store_codes(codes, scale, low, cache_q, cache_scale, cache_zero, q_at, scale
     """Pack rows of codes two to a byte; q_at, scale_at int64 [R]: places of a row in the three tensors."""
     even, odd = tl.split(tl.reshape(codes, (codes.shape[0], DP // 2, 2)))
     b = tl.arange(0, DP // 2)
-    tl.store(cache_q + q_at[:, None] + b[None, :], (even | (odd << 4)).to(tl.uint8), mask=inside[:, None] & (b[None, :] < d // 2))
+    tl.store(
+        cache_q + q_at[:, None] + b[None, :],
+        (even | (odd << 4)).to(tl.uint8),
+        mask=inside[:, None] & (b[None, :] < d // 2),
+    )
     tl.store(cache_scale + scale_at, scale, mask=inside)
     tl.store(cache_zero + scale_at, low, mask=inside)
 
 
 @triton.jit
-def kv4_append_kernel(x, cache_q, cache_scale, cache_zero, rows, tokens, heads, d, position, clip, q_batch, q_head, scale_batch, scale_head,
-                      ROWS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+def kv4_append_kernel(
+    x,
+    cache_q,
+    cache_scale,
+    cache_zero,
+    rows,
+    tokens,
+    heads,
+    d,
+    position,
+    clip,
+    q_batch,
+    q_head,
+    scale_batch,
+    scale_head,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """x [B, Hkv, T, D] as `rows` rows of d."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, channel = row < rows, tl.arange(0, DP)
@@ -53,8 +74,13 @@ def kv4_append_kernel(x, cache_q, cache_scale, cache_zero, rows, tokens, heads, 
 
 
 def cache_strides(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor) -> tuple[int, int, int, int]:
-    """(batch, head) strides of the codes, then of scale and zero, whose slots must be dense and whose strides must agree."""
-    if cache_q.stride()[2:] != (cache_q.shape[3], 1) or cache_scale.stride(2) != 1 or cache_scale.stride() != cache_zero.stride():
+    """(batch, head) strides of the codes, then of scale and zero, whose slots must be dense and whose strides must
+    agree."""
+    if (
+        cache_q.stride()[2:] != (cache_q.shape[3], 1)
+        or cache_scale.stride(2) != 1
+        or cache_scale.stride() != cache_zero.stride()
+    ):
         found = ", ".join(str(t.stride()) for t in (cache_q, cache_scale, cache_zero))
         raise ValueError(f"cache: expected dense slots with scale and zero alike, got strides {found}")
     return cache_q.stride(0), cache_q.stride(1), cache_scale.stride(0), cache_scale.stride(1)
@@ -65,9 +91,25 @@ def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tens
     x = x.contiguous()
     b, h, t, d = x.shape
     if position + t > cache_q.shape[2]:
-        raise ValueError(f"kv4_append: expected room for slots {position}..{position + t}, the cache holds {cache_q.shape[2]}")
+        raise ValueError(
+            f"kv4_append: expected room for slots {position}..{position + t}, the cache holds {cache_q.shape[2]}"
+        )
     dp = max(2, triton.next_power_of_2(d))
     launch(
-        kv4_append_kernel, (cdiv(b * h * t, _ROWS),), x, cache_q, cache_scale, cache_zero, b * h * t, t, h, d, position, clip,
-        *cache_strides(cache_q, cache_scale, cache_zero), _ROWS, dp, num_warps=4,
-    )  # fmt: skip
+        kv4_append_kernel,
+        (cdiv(b * h * t, _ROWS),),
+        x,
+        cache_q,
+        cache_scale,
+        cache_zero,
+        b * h * t,
+        t,
+        h,
+        d,
+        position,
+        clip,
+        *cache_strides(cache_q, cache_scale, cache_zero),
+        _ROWS,
+        dp,
+        num_warps=4,
+    )

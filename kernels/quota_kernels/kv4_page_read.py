@@ -15,8 +15,23 @@ _SLOTS = 32
 
 
 @triton.jit
-def kv4_page_read_kernel(pages_q, pages_scale, pages_zero, table, length, q, scale, zero, heads, places, row_bytes, units, capacity, SLOTS: tl.constexpr,
-                         BYTES: tl.constexpr):  # fmt: skip
+def kv4_page_read_kernel(
+    pages_q,
+    pages_scale,
+    pages_zero,
+    table,
+    length,
+    q,
+    scale,
+    zero,
+    heads,
+    places,
+    row_bytes,
+    units,
+    capacity,
+    SLOTS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
     """Program (sequence * heads, SLOTS slots); zeros before a sequence's first slot."""
     pair = tl.program_id(0).to(tl.int64)
     sequence, head = pair // heads, pair % heads
@@ -42,7 +57,21 @@ def kv4_page_read(pages: Any, table: Tensor, length: Tensor, capacity: int) -> t
     q = torch.empty(batch, heads, capacity, row_bytes, dtype=torch.uint8, device=table.device)
     scale, zero = (torch.empty(batch, heads, capacity, dtype=torch.float32, device=table.device) for _ in range(2))
     launch(
-        kv4_page_read_kernel, (batch * heads, cdiv(capacity, _SLOTS)), *pages, table, length.contiguous(), q, scale, zero, heads, places, row_bytes, units,
-        capacity, _SLOTS, triton.next_power_of_2(row_bytes), num_warps=4,
-    )  # fmt: skip
+        kv4_page_read_kernel,
+        (batch * heads, cdiv(capacity, _SLOTS)),
+        *pages,
+        table,
+        length.contiguous(),
+        q,
+        scale,
+        zero,
+        heads,
+        places,
+        row_bytes,
+        units,
+        capacity,
+        _SLOTS,
+        triton.next_power_of_2(row_bytes),
+        num_warps=4,
+    )
     return q, scale, zero

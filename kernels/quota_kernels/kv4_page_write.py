@@ -12,7 +12,9 @@ from quota_kernels.launch import launch
 
 
 @triton.jit
-def kv4_page_write_kernel(pages_q, pages_scale, pages_zero, q, scale, zero, slot, rows, heads, places, row_bytes, BYTES: tl.constexpr):
+def kv4_page_write_kernel(
+    pages_q, pages_scale, pages_zero, q, scale, zero, slot, rows, heads, places, row_bytes, BYTES: tl.constexpr
+):
     """Program (row, head)."""
     m, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     to = tl.load(slot + m)
@@ -31,6 +33,17 @@ def kv4_page_write(pages: Any, rows: Any, slot: Tensor) -> None:
     q, scale, zero = (t.contiguous() for t in rows)
     heads, places, row_bytes = pages[0].shape[1:]
     launch(
-        kv4_page_write_kernel, (q.shape[2], heads), *pages, q, scale, zero, slot.contiguous(), q.shape[2], heads, places, row_bytes,
-        triton.next_power_of_2(row_bytes), num_warps=1,
-    )  # fmt: skip
+        kv4_page_write_kernel,
+        (q.shape[2], heads),
+        *pages,
+        q,
+        scale,
+        zero,
+        slot.contiguous(),
+        q.shape[2],
+        heads,
+        places,
+        row_bytes,
+        triton.next_power_of_2(row_bytes),
+        num_warps=1,
+    )

@@ -9,8 +9,16 @@ from torch import Tensor
 from quota_kernels.kv4_attention import Slots, attend
 
 
-def kv4_paged_attention(q: Tensor, k: Any, v: Any, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None,
-                        split: bool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def kv4_paged_attention(
+    q: Tensor,
+    k: Any,
+    v: Any,
+    table: Tensor,
+    length: Tensor,
+    scaling: float,
+    shared: Tensor | None = None,
+    split: bool | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `quota.ops.kv4_paged_attention`; split as in `kv4_attention`. Nothing waits for the device."""
     if not all(t.is_contiguous() for t in (*k, *v)):
         raise ValueError("k, v: expected whole, contiguous pages")

@@ -1,4 +1,5 @@
-"""Launching: sizes from a table per architecture, never from timing at the first call; no product is fused with a sum behind the kernel's back."""
+"""Launching: sizes from a table per architecture, never from timing at the first call; no product is fused with a sum
+behind the kernel's back."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ARCHITECTURES = (80, 86, 89, 90)
 
-# op -> architecture -> sizes; an architecture that is not listed takes those of the newest one below it. Not tuned: chosen from shared memory
-# (99 KiB per block on 8.6 and 8.9, 163 on 8.0, 227 on 9.0) and registers, which `python -m quota_kernels.inspect` prints.
+# op -> architecture -> sizes; an architecture that is not listed takes those of the newest one below it. Not tuned:
+# chosen from shared memory (99 KiB per block on 8.6 and 8.9, 163 on 8.0, 227 on 9.0) and registers, which `python -m
+# quota_kernels.inspect` prints.
 _TABLE: dict[str, dict[int, dict[str, int]]] = {
     "w4a4_linear.many": {
         0: {"rows": 64, "columns": 64, "bytes": 64, "num_warps": 4, "num_stages": 1},
@@ -30,14 +32,8 @@ _TABLE: dict[str, dict[int, dict[str, int]]] = {
         80: {"rows": 16, "columns": 32, "bytes": 128, "num_warps": 4, "num_stages": 4},
         90: {"rows": 16, "columns": 32, "bytes": 256, "num_warps": 4, "num_stages": 4},
     },
-    "w4a16_linear.many": {
-        0: {"most_rows": 16, "per_thread": 16},
-        80: {"most_rows": 64, "per_thread": 16},
-    },
-    "w4a16_linear.few": {
-        0: {"most_rows": 16, "per_thread": 4},
-        80: {"most_rows": 16, "per_thread": 4},
-    },
+    "w4a16_linear.many": {0: {"most_rows": 16, "per_thread": 16}, 80: {"most_rows": 64, "per_thread": 16}},
+    "w4a16_linear.few": {0: {"most_rows": 16, "per_thread": 4}, 80: {"most_rows": 16, "per_thread": 4}},
     "kv4_attention": {
         0: {"most_rows": 64, "num_warps": 4},
         80: {"most_rows": 32, "num_warps": 8},  # 64 rows spill 6 KB per thread on 9.0

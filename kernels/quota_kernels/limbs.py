@@ -1,5 +1,6 @@
-"""Products of float rows with 4-bit codes in exact integers, the numbers of `csrc/cpu/codes.h`: a row becomes 24-bit fixed point in three signed bytes
-("limbs"), so that the dot products are int8 matrix products and no order of summation or size of a tile can change them."""
+"""Products of float rows with 4-bit codes in exact integers, the numbers of `csrc/cpu/codes.h`: a row becomes 24-bit
+fixed point in three signed bytes ("limbs"), so that the dot products are int8 matrix products and no order of summation
+or size of a tile can change them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import triton.language as tl
 
 from quota_kernels.floats import round_even
 
-LARGEST_FIXED = tl.constexpr(8355710.0)  # 127 * (65536 + 256 + 1) is what three signed bytes hold; a rounded factor may add one
+LARGEST_FIXED = tl.constexpr(
+    8355710.0
+)  # 127 * (65536 + 256 + 1) is what three signed bytes hold; a rounded factor may add one
 
 
 @triton.jit
@@ -39,7 +42,8 @@ def limb(fixed, i: tl.constexpr):
 
 @triton.jit
 def middles_of(total):
-    """Sum of a row's fixed-point values, int64 [R] -> 8 times that, dealt out to the three limbs: codes count from their middle."""
+    """Sum of a row's fixed-point values, int64 [R] -> 8 times that, dealt out to the three limbs: codes count from
+    their middle."""
     middle = total * 8
     high = (middle + (1 << 15)) >> 16
     rest = middle - (high << 16)
@@ -49,8 +53,13 @@ def middles_of(total):
 
 @triton.jit
 def centred(low, mid, high, m_low, m_mid, m_high):
-    """Sums int32 [R, C] of codes with each limb, middles int32 [R] -> float32 [R, C]: the sum of (code - 8) times the row's values."""
-    a, b, c = (low - m_low[:, None]).to(tl.float32), (mid - m_mid[:, None]).to(tl.float32), (high - m_high[:, None]).to(tl.float32)
+    """Sums int32 [R, C] of codes with each limb, middles int32 [R] -> float32 [R, C]: the sum of (code - 8) times the
+    row's values."""
+    a, b, c = (
+        (low - m_low[:, None]).to(tl.float32),
+        (mid - m_mid[:, None]).to(tl.float32),
+        (high - m_high[:, None]).to(tl.float32),
+    )
     return tl.fma(c, tl.full(low.shape, 65536.0, tl.float32), tl.fma(b, tl.full(low.shape, 256.0, tl.float32), a))
 
 
@@ -63,6 +72,10 @@ def dot_codes(even, odd, packed):
 
 @triton.jit
 def scores_of(sums, scale, middle, total, factor):
-    """(scale * sums + middle * total) * factor: sums float32 [R, S], scale and middle of the slots [S], total and factor of the rows [R]."""
+    """(scale * sums + middle * total) * factor: sums float32 [R, S], scale and middle of the slots [S], total and
+    factor of the rows [R]."""
     codes = scale[None, :] * sums
-    return tl.fma(tl.broadcast_to(middle[None, :], sums.shape), tl.broadcast_to(total[:, None], sums.shape), codes) * factor[:, None]
+    return (
+        tl.fma(tl.broadcast_to(middle[None, :], sums.shape), tl.broadcast_to(total[:, None], sums.shape), codes)
+        * factor[:, None]
+    )

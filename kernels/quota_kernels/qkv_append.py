@@ -1,4 +1,5 @@
-"""`qkv_append`: rotary embedding, head transforms and cache writes between the q/k/v projection and attention, in one launch."""
+"""`qkv_append`: rotary embedding, head transforms and cache writes between the q/k/v projection and attention, in one
+launch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _HEADS = 8
 
 @triton.jit
 def turned(qkv, cos, sin, first, head, inside, d, ROTARY: tl.constexpr, DP: tl.constexpr):
-    """Heads of one token after the rotary embedding, float32 [R, DP]: two products and one sum, as LLaMA pairs channels (i, i + d/2)."""
+    """Heads of one token after the rotary embedding, float32 [R, DP]: two products and one sum, as LLaMA pairs channels
+    (i, i + d/2)."""
     channel = tl.arange(0, DP)
     there = inside[:, None] & (channel[None, :] < d)
     at = qkv + first + head[:, None] * d
@@ -34,7 +36,8 @@ def turned(qkv, cos, sin, first, head, inside, d, ROTARY: tl.constexpr, DP: tl.c
 
 @triton.jit
 def through(x, matrix, scratch, at, inside, d, DP: tl.constexpr, HEADS: tl.constexpr):
-    """x [R, DP] times matrix [d, d] in chain order; `scratch` at int64 [R] is memory of d floats per row for this block alone."""
+    """x [R, DP] times matrix [d, d] in chain order; `scratch` at int64 [R] is memory of d floats per row for this block
+    alone."""
     channel = tl.arange(0, DP)
     tl.store(scratch + at[:, None] + channel[None, :], x, mask=inside[:, None] & (channel[None, :] < d))
     tl.debug_barrier()
@@ -48,9 +51,38 @@ def through(x, matrix, scratch, at, inside, d, DP: tl.constexpr, HEADS: tl.const
 
 
 @triton.jit
-def qkv_append_kernel(qkv, cos, sin, q_matrix, k_matrix, q, scratch, k_q, k_scale, k_zero, v_q, v_scale, v_zero, tokens, heads, kv_heads, d, position,
-                      rotary_batch, k_clip, v_clip, q_batch, q_head, scale_batch, scale_head, ROTARY: tl.constexpr, Q_MATRIX: tl.constexpr,
-                      K_MATRIX: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+def qkv_append_kernel(
+    qkv,
+    cos,
+    sin,
+    q_matrix,
+    k_matrix,
+    q,
+    scratch,
+    k_q,
+    k_scale,
+    k_zero,
+    v_q,
+    v_scale,
+    v_zero,
+    tokens,
+    heads,
+    kv_heads,
+    d,
+    position,
+    rotary_batch,
+    k_clip,
+    v_clip,
+    q_batch,
+    q_head,
+    scale_batch,
+    scale_head,
+    ROTARY: tl.constexpr,
+    Q_MATRIX: tl.constexpr,
+    K_MATRIX: tl.constexpr,
+    HEADS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """Program (token of the batch, HEADS heads of one kind: those of q, then of k, then of v)."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = token // tokens, token % tokens
@@ -87,28 +119,61 @@ def qkv_append_kernel(qkv, cos, sin, q_matrix, k_matrix, q, scratch, k_q, k_scal
         store_codes(codes, scale, low, v_q, v_scale, v_zero, q_at, scale_at, inside, d, DP)
 
 
-def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Any, v: Any, position: int,
-               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+def qkv_append(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    transforms: tuple[Tensor | None, Tensor | None],
+    k: Any,
+    v: Any,
+    position: int,
+    clips: tuple[float, float],
+) -> Tensor:
     """As `quota.ops.qkv_append`."""
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     kv_heads, d = k[0].shape[1], 2 * k[0].shape[3]
     heads = width // d - 2 * kv_heads
     if position + tokens > k[0].shape[2]:
-        raise ValueError(f"qkv_append: expected room for slots {position}..{position + tokens}, the cache holds {k[0].shape[2]}")
+        raise ValueError(
+            f"qkv_append: expected room for slots {position}..{position + tokens}, the cache holds {k[0].shape[2]}"
+        )
     strides = cache_strides(*k)
     if cache_strides(*v) != strides:
         raise ValueError("v: expected a cache with the strides of k")
     q = torch.empty(batch, heads, tokens, d, dtype=torch.float32, device=qkv.device)
     q_matrix, k_matrix = (qkv if t is None else t.contiguous() for t in transforms)
-    scratch = q if transforms[1] is None else torch.empty(batch * tokens, kv_heads, d, dtype=torch.float32, device=qkv.device)
+    scratch = (
+        q if transforms[1] is None else torch.empty(batch * tokens, kv_heads, d, dtype=torch.float32, device=qkv.device)
+    )
     cos, sin = (qkv, qkv) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
     rotary_batch = tokens * d if rotary is not None and len(cos) > 1 else 0
     if batch == 1 or rotary is None:
         rotary_batch = 0
     launch(
-        qkv_append_kernel, (batch * tokens, cdiv(heads, _HEADS) + 2 * cdiv(kv_heads, _HEADS)), qkv, cos, sin, q_matrix, k_matrix, q, scratch, *k, *v,
-        tokens, heads, kv_heads, d, position, rotary_batch, *clips, *strides, rotary is not None, transforms[0] is not None, transforms[1] is not None,
-        _HEADS, max(2, triton.next_power_of_2(d)), num_warps=4,
-    )  # fmt: skip
+        qkv_append_kernel,
+        (batch * tokens, cdiv(heads, _HEADS) + 2 * cdiv(kv_heads, _HEADS)),
+        qkv,
+        cos,
+        sin,
+        q_matrix,
+        k_matrix,
+        q,
+        scratch,
+        *k,
+        *v,
+        tokens,
+        heads,
+        kv_heads,
+        d,
+        position,
+        rotary_batch,
+        *clips,
+        *strides,
+        rotary is not None,
+        transforms[0] is not None,
+        transforms[1] is not None,
+        _HEADS,
+        max(2, triton.next_power_of_2(d)),
+        num_warps=4,
+    )
     return q

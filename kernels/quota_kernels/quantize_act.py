@@ -15,10 +15,26 @@ _PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}
 
 
 @triton.jit
-def quantize_act_kernel(x, left, right, middle, y, x_q, x_scale, l, r, clip, LEFT: tl.constexpr, RIGHT: tl.constexpr, PROLOGUE: tl.constexpr, LP: tl.constexpr,
-                        RP: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    """y float32 [M, l * r] receives the transformed row: packing pairs neighbours of the flat row, which lie in different rows of an odd matrix.
-    middle: as y, for `kronecker`."""
+def quantize_act_kernel(
+    x,
+    left,
+    right,
+    middle,
+    y,
+    x_q,
+    x_scale,
+    l,
+    r,
+    clip,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    LP: tl.constexpr,
+    RP: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """y float32 [M, l * r] receives the transformed row: packing pairs neighbours of the flat row, which lie in
+    different rows of an odd matrix. middle: as y, for `kronecker`."""
     m = tl.program_id(0).to(tl.int64)
     k = l * r
     width = k
@@ -29,7 +45,9 @@ def quantize_act_kernel(x, left, right, middle, y, x_q, x_scale, l, r, clip, LEF
     y += m * k
     b = tl.arange(0, BYTES)
     if LEFT or RIGHT:
-        reach = kronecker(x, left, right, middle + m * k, y, l, r, width, LEFT, RIGHT, PROLOGUE, LP, RP).to(tl.float32, bitcast=True)
+        reach = kronecker(x, left, right, middle + m * k, y, l, r, width, LEFT, RIGHT, PROLOGUE, LP, RP).to(
+            tl.float32, bitcast=True
+        )
     else:
         largest = tl.zeros((BYTES,), tl.float32)
         for first in range(0, k, BYTES):
@@ -48,10 +66,14 @@ def quantize_act_kernel(x, left, right, middle, y, x_q, x_scale, l, r, clip, LEF
         at = 2 * (first + b)
         low = symmetric_code(tl.load(y + at, mask=at < k, other=0.0), inverse)
         high = symmetric_code(tl.load(y + at + 1, mask=at + 1 < k, other=0.0), inverse)
-        tl.store(x_q + m * row_bytes + first + b, ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=first + b < row_bytes)
+        tl.store(
+            x_q + m * row_bytes + first + b, ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=first + b < row_bytes
+        )
 
 
-def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+def quantize_act(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+) -> tuple[Tensor, Tensor]:
     """As `quota.ops.quantize_act`."""
     if prologue not in _PROLOGUES:
         raise ValueError(f"prologue: expected one of {', '.join(filter(None, _PROLOGUES))}, got {prologue!r}")
@@ -63,13 +85,33 @@ def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: flo
         k //= 2
     l, r = factors(k, left, right)
     y = torch.empty(m, k, dtype=torch.float32, device=x.device)
-    x_q, x_scale = torch.empty(m, (k + 1) // 2, dtype=torch.uint8, device=x.device), torch.empty(m, dtype=torch.float32, device=x.device)
+    x_q, x_scale = (
+        torch.empty(m, (k + 1) // 2, dtype=torch.uint8, device=x.device),
+        torch.empty(m, dtype=torch.float32, device=x.device),
+    )
     moves = left is not None or right is not None
     middle = torch.empty_like(y) if left is not None and right is not None else y
     lp, rp = tile_of(l, r) if moves else (1, 1)
     size = min(2048, max(32, triton.next_power_of_2((k + 1) // 2)))
     launch(
-        quantize_act_kernel, (m,), x, x if left is None else left.contiguous(), x if right is None else right.contiguous(), middle, y, x_q, x_scale, l, r,
-        clip, left is not None, right is not None, _PROLOGUES[prologue], lp, rp, size, num_warps=warps_for(lp * rp) if moves else warps_for(size, 8),
-    )  # fmt: skip
+        quantize_act_kernel,
+        (m,),
+        x,
+        x if left is None else left.contiguous(),
+        x if right is None else right.contiguous(),
+        middle,
+        y,
+        x_q,
+        x_scale,
+        l,
+        r,
+        clip,
+        left is not None,
+        right is not None,
+        _PROLOGUES[prologue],
+        lp,
+        rp,
+        size,
+        num_warps=warps_for(lp * rp) if moves else warps_for(size, 8),
+    )
     return x_q, x_scale

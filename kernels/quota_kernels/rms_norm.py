@@ -18,7 +18,9 @@ def rms_norm_kernel(x, weight, y, m, k, eps, ROWS: tl.constexpr, COLUMNS: tl.con
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane, column = tl.arange(0, 16), tl.arange(0, COLUMNS)
     squares = tl.zeros((ROWS, 16), tl.float32)
-    for first in tl.range(0, k, 16, loop_unroll_factor=8):  # the chain waits for itself; unrolling lets the loads run ahead
+    for first in tl.range(
+        0, k, 16, loop_unroll_factor=8
+    ):  # the chain waits for itself; unrolling lets the loads run ahead
         inside = (row[:, None] < m) & (first + lane[None, :] < k)
         piece = tl.load(x + row[:, None] * k + first + lane[None, :], mask=inside, other=0.0)
         squares = tl.fma(piece, piece, squares)

@@ -35,7 +35,15 @@ def token_gather(x: Tensor, index: Tensor) -> Tensor:
     wide, narrow = (t.view(torch.uint8) if t.dtype == torch.bool else t for t in (x, out))
     width //= unit.itemsize
     launch(
-        token_gather_kernel, (index.numel(), cdiv(width, _COLUMNS)), wide.reshape(-1).view(unit), index.contiguous(), narrow.view(-1).view(unit),
-        x.shape[1], index.shape[1], width, _COLUMNS, num_warps=4,
-    )  # fmt: skip
+        token_gather_kernel,
+        (index.numel(), cdiv(width, _COLUMNS)),
+        wide.reshape(-1).view(unit),
+        index.contiguous(),
+        narrow.view(-1).view(unit),
+        x.shape[1],
+        index.shape[1],
+        width,
+        _COLUMNS,
+        num_warps=4,
+    )
     return out

@@ -1,7 +1,9 @@
-"""`token_score`: column sums of attention from the log-sum-exp of the attention that ran anyway; the S x S matrix is never stored.
+"""`token_score`: column sums of attention from the log-sum-exp of the attention that ran anyway; the S x S matrix is
+never stored.
 
-The order of `csrc/cpu/token_score.h`: 64 queries one below the other, then blocks of queries, then heads. Which tokens are queries and columns is read on
-the host, so this op waits for the device: it runs once per pruning layer of a prefill, never in a decode step.
+The order of `csrc/cpu/token_score.h`: 64 queries one below the other, then blocks of queries, then heads. Which tokens
+are queries and columns is read on the host, so this op waits for the device: it runs once per pruning layer of a
+prefill, never in a decode step.
 """
 
 from __future__ import annotations
@@ -22,9 +24,30 @@ ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def token_score_kernel(q, k, k_q, k_scale, k_zero, lse, queries, columns, out, query_count, column_count, slots, heads, kv_heads, d, scaling, q_head,
-                       scale_head, PACKED: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Program (head, 64 columns) of one batch row -> out float32 [H, columns]: sums over `queries`, int64 places in ascending order."""
+def token_score_kernel(
+    q,
+    k,
+    k_q,
+    k_scale,
+    k_zero,
+    lse,
+    queries,
+    columns,
+    out,
+    query_count,
+    column_count,
+    slots,
+    heads,
+    kv_heads,
+    d,
+    scaling,
+    q_head,
+    scale_head,
+    PACKED: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Program (head, 64 columns) of one batch row -> out float32 [H, columns]: sums over `queries`, int64 places in
+    ascending order."""
     head = tl.program_id(0).to(tl.int64)
     kv_head = head // (heads // kv_heads)
     c = tl.program_id(1) * 64 + tl.arange(0, 64)
@@ -40,8 +63,21 @@ def token_score_kernel(q, k, k_q, k_scale, k_zero, lse, queries, columns, out, q
             at = (head * slots + query) * d
             if PACKED:
                 even, odd, unit, q_sum = query_limbs(q, at, inside, d, HALF)
-                s = block_scores(even, odd, unit, q_sum, k_q + kv_head * q_head, k_scale + kv_head * scale_head, k_zero + kv_head * scale_head,
-                                 column * (d // 2), column, there, d, scaling, HALF)  # fmt: skip
+                s = block_scores(
+                    even,
+                    odd,
+                    unit,
+                    q_sum,
+                    k_q + kv_head * q_head,
+                    k_scale + kv_head * scale_head,
+                    k_zero + kv_head * scale_head,
+                    column * (d // 2),
+                    column,
+                    there,
+                    d,
+                    scaling,
+                    HALF,
+                )
             else:
                 s = tl.zeros((ROWS, 64), tl.float32)
                 for i in range(d):
@@ -88,9 +124,38 @@ def token_score(q: Tensor, k: Any, lse: Tensor, text: Tensor, visual: Tensor, sc
             parts = tuple(t[b] for t in keys)
             codes = parts if packed else (q, q, q)
             launch(
-                token_score_kernel, (heads, cdiv(len(columns), 64)), q[b], q if packed else parts[0], *codes, lse[b], queries, columns, sums, len(queries),
-                len(columns), slots, heads, kv_heads, d, scaling, *strides, packed, half, num_warps=4,
-            )  # fmt: skip
+                token_score_kernel,
+                (heads, cdiv(len(columns), 64)),
+                q[b],
+                q if packed else parts[0],
+                *codes,
+                lse[b],
+                queries,
+                columns,
+                sums,
+                len(queries),
+                len(columns),
+                slots,
+                heads,
+                kv_heads,
+                d,
+                scaling,
+                *strides,
+                packed,
+                half,
+                num_warps=4,
+            )
             terms = float(heads * len(queries) if len(queries) else 1)
-            launch(mean_over_heads_kernel, (cdiv(len(columns), 128),), sums, columns, out[b], len(columns), heads, terms, 128, num_warps=4)
+            launch(
+                mean_over_heads_kernel,
+                (cdiv(len(columns), 128),),
+                sums,
+                columns,
+                out[b],
+                len(columns),
+                heads,
+                terms,
+                128,
+                num_warps=4,
+            )
     return inter, intra

@@ -39,6 +39,14 @@ def token_select(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
     mask = torch.empty(batch, slots, dtype=torch.uint8, device=score.device)
     allowed = eligible.contiguous().view(torch.uint8)
     launch(
-        token_select_kernel, (batch, cdiv(slots, _TOKENS)), score.contiguous(), allowed, keep.contiguous(), mask, slots, _TOKENS, num_warps=4,
-    )  # fmt: skip
+        token_select_kernel,
+        (batch, cdiv(slots, _TOKENS)),
+        score.contiguous(),
+        allowed,
+        keep.contiguous(),
+        mask,
+        slots,
+        _TOKENS,
+        num_warps=4,
+    )
     return mask.view(torch.bool)

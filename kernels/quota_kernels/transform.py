@@ -1,4 +1,5 @@
-"""`transform`: Y = left^T X right on X = x.view(l, r), two chains of fused multiply-adds with a rounded matrix in between."""
+"""`transform`: Y = left^T X right on X = x.view(l, r), two chains of fused multiply-adds with a rounded matrix in
+between."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _ROWS, _COLUMNS = 32, 64
 
 @triton.jit
 def activated(x, at, mask, width, PROLOGUE: tl.constexpr):
-    """Elements `at` of a row after its prologue: 0 none, 1 silu(x[at]) * x[at + width], 2 x * sigmoid(1.702 x), 3 GELU."""
+    """Elements `at` of a row after its prologue: 0 none, 1 silu(x[at]) * x[at + width], 2 x * sigmoid(1.702 x), 3
+    GELU."""
     value = tl.load(x + at, mask=mask, other=0.0)
     if PROLOGUE == 1:
         value = gated_by_sigmoid(value, 1.0) * tl.load(x + at + width, mask=mask, other=0.0)
@@ -27,11 +29,26 @@ def activated(x, at, mask, width, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
-def kronecker(x, left, right, middle, y, l, r, width, LEFT: tl.constexpr, RIGHT: tl.constexpr, PROLOGUE: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr):
-    """One matrix [l, r] at `x` -> left^T X right at `y`, RP columns at a time; returns the bits of the largest magnitude (see `largest_magnitude`).
+def kronecker(
+    x,
+    left,
+    right,
+    middle,
+    y,
+    l,
+    r,
+    width,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    LP: tl.constexpr,
+    RP: tl.constexpr,
+):
+    """One matrix [l, r] at `x` -> left^T X right at `y`, RP columns at a time; returns the bits of the largest
+    magnitude (see `largest_magnitude`).
 
-    A column of a product in registers cannot be addressed, so the first product goes through `middle`, memory for l * r floats that the block alone
-    reads and writes. LP >= l.
+    A column of a product in registers cannot be addressed, so the first product goes through `middle`, memory for l * r
+    floats that the block alone reads and writes. LP >= l.
     """
     i, j = tl.arange(0, LP), tl.arange(0, RP)
     largest = tl.zeros((LP,), tl.int32)
@@ -70,7 +87,9 @@ def kronecker(x, left, right, middle, y, l, r, width, LEFT: tl.constexpr, RIGHT:
 
 
 @triton.jit
-def transform_kernel(x, left, right, middle, y, rows, l, r, LEFT: tl.constexpr, RIGHT: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr):
+def transform_kernel(
+    x, left, right, middle, y, rows, l, r, LEFT: tl.constexpr, RIGHT: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr
+):
     """One matrix of l rows per program; the last one may have fewer (`rows` in all)."""
     first = tl.program_id(0).to(tl.int64) * l
     here = tl.minimum(rows - first, l).to(tl.int32)
@@ -103,7 +122,20 @@ def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     middle = torch.empty_like(x) if left is not None and right is not None else y
     lp, rp = tile_of(l, r)
     launch(
-        transform_kernel, (cdiv(rows, l),), x, x if left is None else left.contiguous(), x if right is None else right.contiguous(), middle, y, rows, l, r,
-        left is not None, right is not None, lp, rp, num_warps=warps_for(lp * rp),
-    )  # fmt: skip
+        transform_kernel,
+        (cdiv(rows, l),),
+        x,
+        x if left is None else left.contiguous(),
+        x if right is None else right.contiguous(),
+        middle,
+        y,
+        rows,
+        l,
+        r,
+        left is not None,
+        right is not None,
+        lp,
+        rp,
+        num_warps=warps_for(lp * rp),
+    )
     return y

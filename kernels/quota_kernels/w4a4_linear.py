@@ -1,7 +1,9 @@
-"""`w4a4_linear`: packed int4 times packed int4 in exact int32; scales and bias in the epilogue. Reads the checkpoint's own layout.
+"""`w4a4_linear`: packed int4 times packed int4 in exact int32; scales and bias in the epilogue. Reads the checkpoint's
+own layout.
 
-A byte holds an even and an odd k, and both operands are packed alike, so the dot product over nibbles is that of the low halves plus that of the high
-halves: nothing is interleaved. A nibble stays in the upper half of its byte, where it is 16 times its value, so unpacking is a mask or a shift.
+A byte holds an even and an odd k, and both operands are packed alike, so the dot product over nibbles is that of the
+low halves plus that of the high halves: nothing is interleaved. A nibble stays in the upper half of its byte, where it
+is 16 times its value, so unpacking is a mask or a shift.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ LARGEST_K = 131_000  # 256 * 64 * K stays inside int32
 
 @triton.jit
 def finished(acc, x_scale, x_zero, w_scale, col_sum, bias, rows, columns, m, n, ZERO: tl.constexpr, BIAS: tl.constexpr):
-    """acc int32 [R, C], exact -> float32 [R, C]: (float(acc - zero * col_sum) * w_scale) * x_scale + bias, each step rounded."""
+    """acc int32 [R, C], exact -> float32 [R, C]: (float(acc - zero * col_sum) * w_scale) * x_scale + bias, each step
+    rounded."""
     inside_m, inside_n = rows < m, columns < n
     if ZERO:
         zero, total = tl.load(x_zero + rows, mask=inside_m, other=0), tl.load(col_sum + columns, mask=inside_n, other=0)
         acc = acc - zero[:, None] * total[None, :]
-    scale_n, scale_m = tl.load(w_scale + columns, mask=inside_n, other=0.0), tl.load(x_scale + rows, mask=inside_m, other=0.0)
+    scale_n, scale_m = (
+        tl.load(w_scale + columns, mask=inside_n, other=0.0),
+        tl.load(x_scale + rows, mask=inside_m, other=0.0),
+    )
     y = (acc.to(tl.float32) * scale_n[None, :]) * scale_m[:, None]
     if BIAS:
         y = y + tl.load(bias + columns, mask=inside_n, other=0.0)[None, :]
@@ -31,9 +37,29 @@ def finished(acc, x_scale, x_zero, w_scale, col_sum, bias, rows, columns, m, n, 
 
 
 @triton.jit
-def w4a4_linear_kernel(x_q, x_scale, x_zero, w_q, w_scale, col_sum, bias, y, partial, m, n, row_bytes, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                       BYTES: tl.constexpr, SPLIT: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """Program (i, j, s): rows tile i, columns tile j, bytes s * share .. (s + 1) * share. SPLIT: sums go to `partial` int32 [splits, M, N]."""
+def w4a4_linear_kernel(
+    x_q,
+    x_scale,
+    x_zero,
+    w_q,
+    w_scale,
+    col_sum,
+    bias,
+    y,
+    partial,
+    m,
+    n,
+    row_bytes,
+    share,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BYTES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Program (i, j, s): rows tile i, columns tile j, bytes s * share .. (s + 1) * share. SPLIT: sums go to `partial`
+    int32 [splits, M, N]."""
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(2)
@@ -47,18 +73,38 @@ def w4a4_linear_kernel(x_q, x_scale, x_zero, w_q, w_scale, col_sum, bias, y, par
         a = tl.load(a_at + first, mask=(rows[:, None] < m) & inside[None, :], other=0)
         w = tl.load(w_at + first, mask=(columns[None, :] < n) & inside[:, None], other=0)
         acc = tl.dot((a << 4).to(tl.int8, bitcast=True), (w << 4).to(tl.int8, bitcast=True), acc, out_dtype=tl.int32)
-        acc = tl.dot((a & 0xF0).to(tl.int8, bitcast=True), (w & 0xF0).to(tl.int8, bitcast=True), acc, out_dtype=tl.int32)
+        acc = tl.dot(
+            (a & 0xF0).to(tl.int8, bitcast=True), (w & 0xF0).to(tl.int8, bitcast=True), acc, out_dtype=tl.int32
+        )
     acc = acc >> 8
     at = rows[:, None].to(tl.int64) * n + columns[None, :]
     inside_tile = (rows[:, None] < m) & (columns[None, :] < n)
     if SPLIT:
         tl.store(partial + split.to(tl.int64) * m * n + at, acc, mask=inside_tile)
     else:
-        tl.store(y + at, finished(acc, x_scale, x_zero, w_scale, col_sum, bias, rows, columns, m, n, ZERO, BIAS), mask=inside_tile)
+        tl.store(
+            y + at,
+            finished(acc, x_scale, x_zero, w_scale, col_sum, bias, rows, columns, m, n, ZERO, BIAS),
+            mask=inside_tile,
+        )
 
 
 @triton.jit
-def merge_splits_kernel(partial, x_scale, x_zero, w_scale, col_sum, bias, y, m, n, splits, COLUMNS: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr):
+def merge_splits_kernel(
+    partial,
+    x_scale,
+    x_zero,
+    w_scale,
+    col_sum,
+    bias,
+    y,
+    m,
+    n,
+    splits,
+    COLUMNS: tl.constexpr,
+    ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """Program (j, row): the integer sums of all splits, and the epilogue."""
     row = tl.program_id(1) + tl.arange(0, 1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -66,7 +112,11 @@ def merge_splits_kernel(partial, x_scale, x_zero, w_scale, col_sum, bias, y, m, 
     acc = tl.zeros((1, COLUMNS), tl.int32)
     for split in range(splits):
         acc += tl.load(partial + tl.cast(split, tl.int64) * m * n + at, mask=columns[None, :] < n, other=0)
-    tl.store(y + at, finished(acc, x_scale, x_zero, w_scale, col_sum, bias, row, columns, m, n, ZERO, BIAS), mask=columns[None, :] < n)
+    tl.store(
+        y + at,
+        finished(acc, x_scale, x_zero, w_scale, col_sum, bias, row, columns, m, n, ZERO, BIAS),
+        mask=columns[None, :] < n,
+    )
 
 
 def column_sums(w_q: Tensor) -> Tensor:
@@ -80,9 +130,16 @@ def splits_for(row_bytes: int, tiles: int, bytes_at_once: int, multiprocessors: 
     return max(1, min(2 * multiprocessors // max(1, tiles), row_bytes // (4 * bytes_at_once)))
 
 
-def w4a4_linear(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None,
-                zero: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
-    """x_q uint8 [M, row_bytes], w_q uint8 [N, row_bytes], zero: (x_zero int32 [M], column sums int32 [N]) -> float32 [M, N]."""
+def w4a4_linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    zero: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x_q uint8 [M, row_bytes], w_q uint8 [N, row_bytes], zero: (x_zero int32 [M], column sums int32 [N]) -> float32
+    [M, N]."""
     (m, row_bytes), n = x_q.shape, w_q.shape[0]
     if 2 * row_bytes > LARGEST_K:
         raise ValueError(f"K: expected at most {LARGEST_K}, got {2 * row_bytes}")
@@ -99,9 +156,44 @@ def w4a4_linear(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias
     bias = x_scale if bias is None else bias.contiguous()
     x_q, x_scale = x_q.contiguous(), x_scale.contiguous()
     launch(
-        w4a4_linear_kernel, (cdiv(n, columns), cdiv(m, rows), splits), x_q, x_scale, x_zero, w_q, w_scale, col_sum, bias, y, partial, m, n, row_bytes, share,
-        rows, columns, width, splits > 1, *epilogue, **sizes_,
-    )  # fmt: skip
+        w4a4_linear_kernel,
+        (cdiv(n, columns), cdiv(m, rows), splits),
+        x_q,
+        x_scale,
+        x_zero,
+        w_q,
+        w_scale,
+        col_sum,
+        bias,
+        y,
+        partial,
+        m,
+        n,
+        row_bytes,
+        share,
+        rows,
+        columns,
+        width,
+        splits > 1,
+        *epilogue,
+        **sizes_,
+    )
     if splits > 1:
-        launch(merge_splits_kernel, (cdiv(n, 256), m), partial, x_scale, x_zero, w_scale, col_sum, bias, y, m, n, splits, 256, *epilogue, num_warps=4)
+        launch(
+            merge_splits_kernel,
+            (cdiv(n, 256), m),
+            partial,
+            x_scale,
+            x_zero,
+            w_scale,
+            col_sum,
+            bias,
+            y,
+            m,
+            n,
+            splits,
+            256,
+            *epilogue,
+            num_warps=4,
+        )
     return y

@@ -2,14 +2,18 @@
 
 The rule, for L decoder layers with median attention concentration c_0 .. c_{L-1}:
 
-- the jump is the first layer whose concentration is at least half way from the lowest to the highest value of the first half
-  of the layers (c_0 .. c_{floor(L/2)}): before it text attention is still spread over the picture and ranks tokens poorly;
-- the range starts there, but never before layer 2 (layer 1 when L < 4): a score at layer l reads the attention of layer l-1,
+- the jump is the first layer whose concentration is at least half way from the lowest to the highest value of the first
+half
+  of the layers (c_0 .. c_{floor(L/2)}): before it text attention is still spread over the image and ranks tokens
+  poorly;
+- the range starts there, but never before layer 2 (layer 1 when L < 4): a score at layer l reads the attention of layer
+l-1,
   and that of layer 0 is not yet about the question;
 - it is contiguous, ceil(L/5) layers long and at least 3;
 - it ends before the last max(1, L//8) layers, which are left alone.
 
-On profiles with the published shape this gives 2-8 for 32 layers with a jump at 2, and 8-13 for 28 layers with a jump at 8.
+On profiles with the published shape this gives 2-8 for 32 layers with a jump at 2, and 8-13 for 28 layers with a jump
+at 8.
 """
 
 from __future__ import annotations
@@ -46,13 +50,16 @@ def choose_candidates(concentration: Sequence[float]) -> list[int]:
 def parse_layers(text: str, layers: int | None = None) -> list[int]:
     """ "2-6" -> [2, 3, 4, 5, 6]; "2,4,6" -> [2, 4, 6]; both mix. UsageError names the wrong part.
 
-    With `layers`, entries must be decoder layers 1 .. layers-1 (dropping before layer 0 would also change what the text model caches).
+    With `layers`, entries must be decoder layers 1 .. layers-1 (at the input of layer 0 there is no attention to choose
+    by).
     """
     chosen: list[int] = []
     for part in text.split(","):
         match = _PART.match(part.strip())
         if match is None:
-            raise UsageError(f"--layers: expected numbers and ranges such as 2-6 or 2,4,6, got {part.strip()!r} in {text!r}")
+            raise UsageError(
+                f"--layers: expected numbers and ranges such as 2-6 or 2,4,6, got {part.strip()!r} in {text!r}"
+            )
         low, high = int(match[1]), int(match[2] or match[1])
         if high < low:
             raise UsageError(f"--layers: expected a range from low to high, got {part.strip()!r}")
@@ -70,7 +77,12 @@ def check_layers(chosen: Sequence[int], layers: int | None = None) -> list[int]:
         if b <= a:
             raise UsageError(f"--layers: expected ascending, distinct layers, got {b} after {a}")
     if chosen[0] < 1:
-        raise UsageError(f"--layers: expected layers from 1 on, got {chosen[0]}: nothing is dropped before decoder layer 0")
+        raise UsageError(
+            f"--layers: expected layers from 1 on, got {chosen[0]}: no attention has run before decoder"
+            " layer 0 to choose by"
+        )
     if layers is not None and chosen[-1] >= layers:
-        raise UsageError(f"--layers: expected layers below {layers} (this model has {layers} decoder layers), got {chosen[-1]}")
+        raise UsageError(
+            f"--layers: expected layers below {layers} (this model has {layers} decoder layers), got {chosen[-1]}"
+        )
     return list(chosen)

@@ -1,4 +1,5 @@
-"""FitPrune's offline search: how many tokens each layer may lose before its attention no longer resembles the unpruned one's."""
+"""FitPrune's offline search: how many tokens each layer may lose before its attention no longer resembles the unpruned
+one's."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ STEPS = 100  # alpha is searched in hundredths, as published
 
 @dataclass(frozen=True)
 class AttentionSample:
-    """Attention to the visual tokens of one unpruned prompt, float [layers, V] each, of the largest head: mean over text (cross) and over
-    visual queries (self)."""
+    """Attention to the visual tokens of one unpruned prompt, float [layers, V] each, of the largest head: mean over
+    text (cross) and over visual queries (self)."""
 
     cross: np.ndarray
     self_: np.ndarray
@@ -24,8 +25,9 @@ class AttentionSample:
 def keep_shares(sample: AttentionSample, alpha: float) -> np.ndarray:
     """Share of the visual tokens alive in each layer [layers] when up to `alpha` of either attention mass may go.
 
-    At each layer, of the tokens still alive, the lowest by cross and the lowest by self go as long as the mass lost there (tokens that went
-    earlier included) stays within alpha of the layer's own; deleted is what both lists hold. What layer l deletes is gone from l + 1 on.
+    At each layer, of the tokens still alive, the lowest by cross and the lowest by self go as long as the mass lost
+    there (tokens that went earlier included) stays within alpha of the layer's own; deleted is what both lists hold.
+    What layer l deletes is gone from l + 1 on.
     """
     layers, tokens = sample.cross.shape
     alive, shares = np.full(tokens, True), np.ones(layers)
@@ -45,13 +47,16 @@ def _lowest(mass: np.ndarray, alive: np.ndarray, alpha: float) -> np.ndarray:
     return out
 
 
-def search(samples: Sequence[AttentionSample], budget: float, ratio: Callable[[Sequence[float]], float]) -> tuple[float, list[float]]:
-    """(alpha, keep share per layer, mean over samples, non-increasing): the smallest alpha whose `ratio(shares)` is at most `budget`.
+def search(
+    samples: Sequence[AttentionSample], budget: float, ratio: Callable[[Sequence[float]], float]
+) -> tuple[float, list[float]]:
+    """(alpha, keep share per layer, mean over samples, non-increasing): the smallest alpha whose `ratio(shares)` is at
+    most `budget`.
 
     RecipeError when there are no samples or even alpha 1 costs more.
     """
     if not samples:
-        raise RecipeError("samples: FitPrune's search needs at least one prompt with a picture, got none")
+        raise RecipeError("samples: FitPrune's search needs at least one prompt with an image, got none")
     low, high = 0, STEPS
     if ratio(_mean(samples, 1.0)) > budget:
         raise RecipeError(f"keep: FitPrune cannot reach a compute ratio of {budget:g} on these samples; ask for more")

@@ -1,4 +1,5 @@
-"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON. `quota.calib.profile` measures them."""
+"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON.
+`quota.planning.profile` measures them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
-from quota.core.recipe import ModelFacts, significant
+from quota.core.keep import significant
+from quota.core.recipe import ModelFacts
 
 SCHEMA = "quota-profile/1"
 _PER_LAYER = ("concentration_median", "concentration_q25", "concentration_q75", "redundancy_median", "sensitivity")
@@ -35,7 +37,9 @@ class Profile:
         for name in _PER_LAYER:
             values = tuple(significant(float(v)) for v in getattr(self, name))
             if len(values) != self.model.layers:
-                raise RecipeError(f"profile.{name}: expected one number per decoder layer ({self.model.layers}), got {len(values)}")
+                raise RecipeError(
+                    f"profile.{name}: expected one number per decoder layer ({self.model.layers}), got {len(values)}"
+                )
             for i, v in enumerate(values):
                 if not math.isfinite(v):
                     raise RecipeError(f"profile.{name}[{i}]: expected a finite number, got {v}")

@@ -8,7 +8,9 @@ from quota.allocate.candidates import check_layers, choose_candidates, parse_lay
 from quota.allocate.profile import Profile
 from quota.allocate.solve import allocate, check_keep, uniform
 from quota.core.errors import RecipeError
-from quota.core.recipe import Provenance, Recipe, ScoreWeights, significant
+from quota.core.keep import significant
+from quota.core.recipe import Provenance, Recipe
+from quota.core.selection import ScoreWeights
 
 
 def build_recipe(
@@ -24,8 +26,9 @@ def build_recipe(
     """The recipe that keeps `keep` of the visual tokens after the last candidate layer.
 
     layers: "2-6", "2,4,6", a list, or None for the rule of `quota.allocate.candidates`.
-    method: "quota" shares the drops by sensitivity, equations (1)-(4); "uniform" drops the same at every candidate and scores
-    without the quantization term, which is what stage-wise pruning does. Deterministic. RecipeError or UsageError name the option.
+    method: "quota" shares the drops by sensitivity, equations (1)-(4); "uniform" drops the same at every candidate and
+    scores without the quantization term, which is what stage-wise pruning does. Deterministic. RecipeError or
+    UsageError name the option.
     """
     check_keep(keep)
     final_keep = significant(keep)

@@ -1,4 +1,5 @@
-"""Equations (1) and (2): how much the low-bit regime disturbs each layer, and the robust scaling of that over the candidates."""
+"""Equations (1) and (2): how much the low-bit regime disturbs each layer, and the robust scaling of that over the
+candidates."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def relative_error(difference_norm: float, float_norm: float, eps: float = EPS) 
 
 
 def sensitivity(errors: Sequence[float]) -> float:
-    """Equation (1): s_l, the median over samples of the relative errors of one layer. RecipeError on an empty or non-finite input."""
+    """Equation (1): s_l, the median over samples of the relative errors of one layer. RecipeError on an empty or
+    non-finite input."""
     if not errors:
         raise RecipeError("sensitivity: expected at least one sample, got none")
     _finite("sensitivity", errors)
@@ -34,8 +36,11 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def normalise(sensitivities: Sequence[float], low: float = PERCENTILES[0], high: float = PERCENTILES[1], eps: float = EPS) -> list[float]:
-    """Equation (2): s~ = clip((s - P_low) / (P_high - P_low + eps), 0, 1), percentiles over the given (candidate) layers.
+def normalise(
+    sensitivities: Sequence[float], low: float = PERCENTILES[0], high: float = PERCENTILES[1], eps: float = EPS
+) -> list[float]:
+    """Equation (2): s~ = clip((s - P_low) / (P_high - P_low + eps), 0, 1), percentiles over the given (candidate)
+    layers.
 
     Equal sensitivities give all zeros, that is equal drops. RecipeError on an empty or non-finite input.
     """
@@ -49,4 +54,7 @@ def normalise(sensitivities: Sequence[float], low: float = PERCENTILES[0], high:
 def _finite(field: str, values: Sequence[float]) -> None:
     for i, value in enumerate(values):
         if not (math.isfinite(value) and value >= 0):
-            raise RecipeError(f"{field}[{i}]: expected a finite number of at least 0, got {value}; the quantized model's activations are broken there")
+            raise RecipeError(
+                f"{field}[{i}]: expected a finite number of at least 0, got {value}; the quantized model's activations"
+                " are broken there"
+            )

@@ -25,7 +25,8 @@ def drop_shares(normalised: Sequence[float], tau: float) -> list[float]:
 
 
 def keep_table(shares: Sequence[float], final_keep: float) -> list[float]:
-    """Equation (4): r_i = max(r_min, 1 - sum_{j<=i} (1 - r_min) p_j): non-increasing, inside [r_min, 1], ending at r_min exactly."""
+    """Equation (4): r_i = max(r_min, 1 - sum_{j<=i} (1 - r_min) p_j): non-increasing, inside [r_min, 1], ending at
+    r_min exactly."""
     check_keep(final_keep)
     budget = 1.0 - final_keep
     keep = [min(1.0, max(final_keep, 1.0 - budget * math.fsum(shares[: i + 1]))) for i in range(len(shares))]

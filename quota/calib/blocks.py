@@ -1,6 +1,8 @@
-"""Calibration blocks: upstream float blocks whose linears are replaced by projection groups and whose attention is ours.
+"""Calibration blocks: upstream float blocks whose linears are replaced by projection groups and whose attention is
+ours.
 
-The upstream forward stays. Which groups a block has, their names and what absorbs a diagonal: `quota.models.base.Group`.
+The upstream forward stays. Which groups a block has, their names and what absorbs a diagonal:
+`quota.models.base.Group`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup
+from quota.core.formats import DEFAULT, Scheme
 from quota.models.base import Family, Group, Part
 from quota.models.images import PatchGrid
 from quota.ops.qkv_append import apply_rotary
@@ -27,8 +30,8 @@ ATTENTION = "quota_calibration"
 
 @dataclass
 class Batch:
-    """Right-padded hidden states. hidden [B, S, C] float32; valid, visual [B, S] bool; positions [B, S] (or [B, S, 3] under M-RoPE) int64 (decoder
-    only, else None); grids: of each picture (towers of dynamic resolution only)."""
+    """Right-padded hidden states. hidden [B, S, C] float32; valid, visual [B, S] bool; positions [B, S] (or [B, S, 3]
+    under M-RoPE) int64 (decoder only, else None); grids: of each image (towers of dynamic resolution only)."""
 
     hidden: Tensor
     valid: Tensor
@@ -37,8 +40,11 @@ class Batch:
     grids: list[PatchGrid] | None = None
 
 
-def calibration_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
-    """Attention function of calibration blocks: P_h and KV fake quantization, then exact attention. q, k, v [B, heads, T, D] -> [B, T, heads, D].
+def calibration_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention function of calibration blocks: P_h and KV fake quantization, then exact attention. q, k, v [B, heads,
+    T, D] -> [B, T, heads, D].
 
     No mask is used: batches are padded on the right, so causal attention never lets a real token see padding.
     """
@@ -49,17 +55,22 @@ def calibration_attention(module: nn.Module, query: Tensor, key: Tensor, value: 
     if heads is not None:
         query, key, value = heads.attend(query, key, value, getattr(module, "quota_apart", None))
     grouped = query.shape[1] != key.shape[1]
-    out = functional.scaled_dot_product_attention(query, key, value, is_causal=bool(module.is_causal), scale=kwargs.get("scaling"), enable_gqa=grouped)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=bool(module.is_causal), scale=kwargs.get("scaling"), enable_gqa=grouped
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
 class Block(nn.Module):
     """One float block of the model; `quantize_linears` turns it into a calibration block in place.
 
-    layer: the upstream module with real float32 weights. kind: its part. path: its name in the model. rotary: the decoder's rotary embedding module.
+    layer: the upstream module with real float32 weights. kind: its part. path: its name in the model. rotary: the
+    decoder's rotary embedding module.
     """
 
-    def __init__(self, layer: nn.Module, kind: Part, path: str, family: Family, rotary: nn.Module | None = None) -> None:
+    def __init__(
+        self, layer: nn.Module, kind: Part, path: str, family: Family, rotary: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.layer, self.kind, self.path, self.family, self.rotary = layer, kind, path, family, rotary
         self.plans = family.groups[kind]
@@ -83,7 +94,9 @@ class Block(nn.Module):
         if self.kind == "projector":
             return self.family.projector_block(self.layer, batch.hidden)
         if self.kind == "vision":
-            return self.family.tower_block(self.layer, int(self.path.rpartition(".")[2]), batch.hidden, batch.valid, batch.grids)
+            return self.family.tower_block(
+                self.layer, int(self.path.rpartition(".")[2]), batch.hidden, batch.valid, batch.grids
+            )
         assert self.rotary is not None and batch.positions is not None
         positions = batch.positions if batch.positions.ndim == 2 else batch.positions.permute(2, 0, 1)
         rotary = self.rotary(batch.hidden, positions)
@@ -92,32 +105,39 @@ class Block(nn.Module):
             self.attention.quota_apart = apply_rotary(everywhere, *rotary)
         return self.layer(batch.hidden, position_embeddings=rotary, attention_mask=None)
 
-    def quantize_linears(self) -> None:
-        """Replace the linears by projection groups; parameters that learn are those of `groups` and `heads` only."""
+    def quantize_linears(self, scheme: Scheme = DEFAULT) -> None:
+        """Replace the linears by projection groups of a scheme; parameters that learn are those of `groups` and
+        `heads` only."""
         if self.kind != "projector":
             attention = self.attention
-            self.heads = HeadTransforms(int(attention.head_dim), quantize_kv=self.kind == "decoder").to(_device(self.layer))
+            self.heads = HeadTransforms(int(attention.head_dim), scheme.kv if self.kind == "decoder" else None)
+            self.heads.to(_device(self.layer))
             attention.quota_heads = self.heads
             if self.kind == "decoder" and attention.k_proj.bias is not None:
                 self.key_bias = attention.k_proj.bias.detach().view(-1, attention.head_dim).clone()
         for plan in self.plans:
             linears = [self.layer.get_submodule(part) for part in plan.parts]
-            group = self._build_group(plan, linears)  # type: ignore[arg-type]
+            group = self._build_group(plan, linears, scheme)  # type: ignore[arg-type]
             self.groups[_key(plan.name)] = group
             for index, part in enumerate(plan.parts):
                 parent, _, leaf = part.rpartition(".")
                 setattr(self.layer.get_submodule(parent), leaf, GroupPart(group, index))
 
-    def _build_group(self, plan: Group, linears: list[nn.Linear]) -> ProjectionGroup:
+    def _build_group(self, plan: Group, linears: list[nn.Linear], scheme: Scheme) -> ProjectionGroup:
         if plan.value == "columns":
             assert self.heads is not None
             left, right = linears[0].in_features // self.heads.value.shape[0], 0
         else:
             left, right = decompose(linears[0].in_features)
         total = sum(linear.out_features for linear in linears)
-        rows = slice(total - (total // 3 if plan.fused else linears[-1].out_features), total) if plan.value == "rows" else None
+        rows = (
+            slice(total - (total // 3 if plan.fused else linears[-1].out_features), total)
+            if plan.value == "rows"
+            else None
+        )
         left = 0 if left == 1 else left
-        return ProjectionGroup(linears, left, right, plan.absorbs is not None, self.heads if plan.value else None, rows)
+        heads = self.heads if plan.value else None
+        return ProjectionGroup(linears, left, right, plan.absorbs is not None, heads, rows, scheme)
 
     def set_mode(self, mode: str) -> None:
         """Switch every group and the head transforms (see flatquant.MODES)."""
@@ -159,7 +179,8 @@ class Block(nn.Module):
             group.freeze()
 
     def export(self) -> dict[str, Tensor]:
-        """Checkpoint tensors of the quantized block under their full names; call `freeze` first. Every tensor on the CPU, floats float32."""
+        """Checkpoint tensors of the quantized block under their full names; call `freeze` first. Every tensor on the
+        CPU, floats float32."""
         out: dict[str, Tensor] = {}
         for plan in self.plans:
             for name, tensor in self._group(plan).export().items():

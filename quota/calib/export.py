@@ -1,4 +1,5 @@
-"""Assembling the quantized checkpoint folder from finished blocks, the untouched float tensors, the configuration and the processor."""
+"""Assembling the quantized checkpoint folder from finished blocks, the untouched float tensors, the configuration and
+the processor."""
 
 from __future__ import annotations
 
@@ -20,14 +21,18 @@ def processor_of(folder: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers and transformers raise many kinds
-        raise CheckpointError(f"{folder.name}: expected processor and tokenizer files beside the weights, got: {error}") from error
+        raise CheckpointError(
+            f"{folder.name}: expected processor and tokenizer files beside the weights, got: {error}"
+        ) from error
 
 
-def write_checkpoint(source: FloatSource, quantized: list[str], work: WorkFolder, out: Path, manifest: Manifest, *, overwrite: bool) -> None:
+def write_checkpoint(
+    source: FloatSource, quantized: list[str], work: WorkFolder, out: Path, manifest: Manifest, *, overwrite: bool
+) -> None:
     """Write the folder `out` atomically, one block in memory at a time.
 
-    quantized: paths of the calibrated blocks, stored in `work`; every other tensor of the float model is copied in its stored dtype. Equal inputs give
-    equal bytes.
+    quantized: paths of the calibrated blocks, stored in `work`; every other tensor of the float model is copied in its
+    stored dtype. Equal inputs give equal bytes.
     """
     with CheckpointWriter(out, manifest, overwrite=overwrite) as writer:
         writer.add_config(source.config)
@@ -42,6 +47,7 @@ def write_checkpoint(source: FloatSource, quantized: list[str], work: WorkFolder
 
 
 def float_names(source: FloatSource, quantized: list[str]) -> list[str]:
-    """Tensors that stay as they are: those of the model outside the quantized blocks, sorted. Stored extras the model does not know are left out."""
+    """Tensors that stay as they are: those of the model outside the quantized blocks, sorted. Stored extras the model
+    does not know are left out."""
     known, prefixes = set(source.skeleton.state_dict()), tuple(f"{path}." for path in quantized)
     return [name for name in source.names() if name in known and not name.startswith(prefixes)]

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from quota.calib.export import float_names, processor_of
 from quota.calib.plan import BlockSize, Plan, block_seconds, measured_rate, peak_memory
 from quota.calib.samples import Samples, check_texts, encode
-from quota.calib.settings import METHODS, MODULES, Settings, default_settings
+from quota.calib.settings import METHODS, Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import MANIFEST, Manifest, check_destination, verify_files
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
-from quota.core.recipe import BEFORE, Recipe
+from quota.core.formats import MODULES, scheme_made_by
+from quota.core.recipe import Recipe
 from quota.core.version import VERSION
 from quota.models.images import PatchGrid
 from quota.models.processing import image_backend
@@ -30,11 +31,12 @@ from quota.models.processing import image_backend
 class Options(TypedDict, total=False):
     """Keyword options of `calibrate`.
 
-    method: "flatquant" (W4A4KV4), or weight-only (W4A16) "gptq", "awq" and, without calibration, "rtn". modules: some of "vision", "projector", "llm"; the
-    rest stays float. seed: same seed, same bytes (same machine and thread count). steps: optimiser steps per block of flatquant (None: the default of
-    Settings). recipe: calibrate the decoder on the graph this recipe prunes. progress: the plan and a bar on stderr. resume: continue from `<out>.partial`
-    (which must belong to the same run), or empty it. overwrite: replace a finished checkpoint of other settings, discard the `<out>.partial` of another run.
-    settings: everything else; None: `default_settings(method)`.
+    method: "flatquant" (W4A4KV4), or weight-only (W4A16) "gptq", "awq" and, without calibration, "rtn". modules: some
+    of "vision", "projector", "llm"; the rest stays float. seed: same seed, same bytes (same machine and thread count).
+    steps: optimiser steps per block of flatquant (None: the default of Settings). recipe: calibrate the decoder on the
+    graph this recipe prunes. progress: the plan and a bar on stderr. resume: continue from `<out>.partial` (which must
+    belong to the same run), or empty it. overwrite: replace a finished checkpoint of other settings, discard the
+    `<out>.partial` of another run. settings: everything else; None: `default_settings(method)`.
     """
 
     method: str
@@ -50,7 +52,8 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work; `kind` block steps read and write the stream, the others change its shape. index: layer number."""
+    """One unit of work; `kind` block steps read and write the stream, the others change its shape. index: layer
+    number."""
 
     kind: Literal["images", "vision", "features", "projector", "text", "score", "gather", "decoder"]
     path: str
@@ -67,12 +70,16 @@ class Job:
         self.recipe = options.get("recipe")
         if self.method not in METHODS:
             raise UsageError(f"method: expected one of {list(METHODS)}, got {self.method!r}")
-        self.regime = METHODS[self.method]
+        self.scheme = scheme_made_by(self.method)
+        assert self.scheme.weights is not None
+        self.weights = self.scheme.weights
         self.modules = _check_modules(options.get("modules", MODULES))
         settings, steps = options.get("settings") or default_settings(self.method), options.get("steps")
-        if self.regime == "w4a16" and (steps is not None or settings.inputs == "mixed"):
+        if not METHODS[self.method].learns and (steps is not None or settings.inputs == "mixed"):
             what = "inputs: 'mixed'" if steps is None else f"steps: {steps}"
-            raise UsageError(f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}")
+            raise UsageError(
+                f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}"
+            )
         self.settings = settings if steps is None else replace(settings, steps=steps)
         if self.recipe is not None:
             self.recipe.check_model(source.fingerprint, source.family.layers, source.family.model_class)
@@ -80,10 +87,15 @@ class Job:
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.resume, self.overwrite = options.get("resume", True), options.get("overwrite", False)
         self.samples, self.pictures = samples, sum(sample.image_bytes is not None for sample in samples or ())
-        if samples is None and self.method != "rtn":
-            raise UsageError(f"samples: method {self.method!r} learns from samples; give a samples file (only 'rtn' rounds without)")
+        if samples is None and METHODS[self.method].samples:
+            raise UsageError(
+                f"samples: method {self.method!r} learns from samples; give a samples file (only 'rtn' rounds without)"
+            )
         if samples is not None and not self.pictures and {"vision", "projector"} & set(self.modules):
-            raise SampleError("samples: expected at least one picture to calibrate the vision tower and projector, found text only; use modules=('llm',)")
+            raise SampleError(
+                "samples: expected at least one image to calibrate the vision tower and projector, found text only;"
+                " use modules=('llm',)"
+            )
         self.processor = processor_of(source.folder)
         check_texts(self.processor, samples or ())
         self.steps = list(self._steps())
@@ -103,9 +115,8 @@ class Job:
             return
         yield Step("text", family.embed_path)
         candidates = self.recipe.candidates if self.recipe else ()
-        if BEFORE in candidates:
-            yield Step("score", family.decoder_layer(0), BEFORE)
-            yield Step("gather", family.decoder_layer(0), BEFORE)
+        if 0 in candidates:
+            yield Step("score", family.decoder_layer(0), 0)
         for index in range(family.layers):
             if index in candidates:
                 yield Step("gather", family.decoder_layer(index), index)
@@ -123,7 +134,8 @@ class Job:
 
     @cached_property
     def prompts(self) -> list[tuple[list[int], PatchGrid | None]]:
-        """Of every sample its token ids and, where resolution is dynamic, its picture's patch grid. Everything is encoded once, before the work."""
+        """Of every sample its token ids and, where resolution is dynamic, its image's patch grid. Everything is
+        encoded once, before the work."""
         out = []
         for sample in self.samples or ():
             encoded = encode(self.processor, sample, answer=True)
@@ -133,16 +145,25 @@ class Job:
 
     @cached_property
     def grids(self) -> list[PatchGrid | None]:
-        """Of every picture, in order: None for a family of one image size."""
-        return [grid for (_, grid), sample in zip(self.prompts, self.samples or (), strict=True) if sample.image_bytes is not None]
+        """Of every image, in order: None for a family of one image size."""
+        return [
+            grid
+            for (_, grid), sample in zip(self.prompts, self.samples or (), strict=True)
+            if sample.image_bytes is not None
+        ]
 
     def settings_of_result(self) -> dict[str, Any]:
         """What the result depends on and a manifest tells, under the names a reader of a refusal knows."""
         return {
-            "model": self.source.fingerprint, "samples": self.samples and self.samples.fingerprint, "method": self.method, "modules": list(self.modules),
-            "seed": self.seed, "recipe": self._recipe_digest(), "quota version": VERSION,
+            "model": self.source.fingerprint,
+            "samples": self.samples and self.samples.fingerprint,
+            "method": self.method,
+            "modules": list(self.modules),
+            "seed": self.seed,
+            "recipe": self.recipe and self.recipe.digest,
+            "quota version": VERSION,
             **{f"settings.{name}": value for name, value in self.settings.to_dict().items()},
-        }  # fmt: skip
+        }
 
     def key(self) -> dict[str, Any]:
         """Everything the result depends on, as far as can be told without reading the weights."""
@@ -150,7 +171,8 @@ class Job:
         return {**self.settings_of_result(), "model files": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}
 
     def finished(self) -> Manifest | None:
-        """The manifest at `out` when this very calibration has already made it. UsageError when something else is there that may not be replaced."""
+        """The manifest at `out` when this very calibration has already made it. UsageError when something else is there
+        that may not be replaced."""
         if not (self.folder / MANIFEST).is_file():
             check_destination(self.folder)
             return None
@@ -159,7 +181,10 @@ class Job:
         if other is None and manifest.calibration.get("source_files") != self.source.digest:
             other = "the model's files differ"
         if other is not None and not self.overwrite:
-            raise UsageError(f"out {self.out}: holds a quantized checkpoint of other settings ({other}); choose another folder, or replace it with --overwrite")
+            raise UsageError(
+                f"out {self.out}: holds a quantized checkpoint of other settings ({other}); choose another folder, or"
+                " replace it with --overwrite"
+            )
         if self.overwrite and (other is not None or not self.resume):
             check_destination(self.folder, overwrite=True)
             return None
@@ -169,23 +194,27 @@ class Job:
             if self.overwrite:
                 check_destination(self.folder, overwrite=True)
                 return None
-            raise UsageError(f"out {self.out}: holds this checkpoint, but damaged ({error}); make it again with --overwrite") from error
+            raise UsageError(
+                f"out {self.out}: holds this checkpoint, but damaged ({error}); make it again with --overwrite"
+            ) from error
         if not self.resume:
             raise UsageError(f"out {self.out}: holds this checkpoint already; make it again with --fresh --overwrite")
         return manifest
 
-    def _recipe_digest(self) -> str | None:
-        return None if self.recipe is None else "sha256:" + hashlib.sha256(self.recipe.dumps().encode()).hexdigest()
-
     def manifest(self, blocks: list[dict[str, Any]]) -> Manifest:
         """What quota.json says about this calibration; no times, so equal runs write equal bytes."""
         calibration = {
-            "method": self.method, "image_backend": image_backend(self.processor),
-            "samples": len(self.samples or ()), "samples_fingerprint": self.samples and self.samples.fingerprint, "seed": self.seed,
-            "settings": self.settings.to_dict(), "pruned_by": self._recipe_digest(),
-            "source_files": self.source.digest, "report": blocks,
-        }  # fmt: skip
-        return Manifest(self.regime, self.modules, self.source.fingerprint, calibration)
+            "method": self.method,
+            "image_backend": image_backend(self.processor),
+            "samples": len(self.samples or ()),
+            "samples_fingerprint": self.samples and self.samples.fingerprint,
+            "seed": self.seed,
+            "settings": self.settings.to_dict(),
+            "pruned_by": self.recipe and self.recipe.digest,
+            "source_files": self.source.digest,
+            "report": blocks,
+        }
+        return Manifest(self.scheme, self.modules, self.source.fingerprint, calibration)
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 
@@ -201,7 +230,9 @@ class Job:
             return 1e-3 * len(lengths) + sum(lengths) * self.source.family.hidden_size * 64 / rate, 0.0
         if step.kind == "score":
             return 2 * block_seconds(self.block_size(step), lengths, None, self.settings, rate)[0], 0.0
-        return block_seconds(self.block_size(step), lengths, self.method if self.is_quantized(step) else None, self.settings, rate)
+        return block_seconds(
+            self.block_size(step), lengths, self.method if self.is_quantized(step) else None, self.settings, rate
+        )
 
     def _lengths(self, step: Step) -> list[int]:
         """Rows of each item in the stream that the step reads."""
@@ -226,29 +257,53 @@ class Job:
         family = self.source.family
         blocks = [step for step in self.steps if step.kind in ("vision", "projector", "decoder")]
         sizes = {step.path: self.block_size(step) for step in blocks}
-        stored = sum(sizes[path].quantized_bytes(self.method) for path in self.quantized_paths())
+        stored = sum(sizes[path].quantized_bytes(self.scheme) for path in self.quantized_paths())
         rest = sum(self.source.stored[name][1] + 256 for name in float_names(self.source, self.quantized_paths()))
         rest += sum(path.stat().st_size for path in self.source.files() if path.suffix != ".safetensors") + 2**17
-        rows = [(self._lengths(step), family.vision_hidden_size if step.kind in ("vision", "features") else family.hidden_size) for step in self.steps]
-        rows += [(self._lengths(step), 4 * family.vision_hidden_size) for step in self.steps if step.kind == "projector"]
+        rows = [
+            (
+                self._lengths(step),
+                family.vision_hidden_size if step.kind in ("vision", "features") else family.hidden_size,
+            )
+            for step in self.steps
+        ]
+        rows += [
+            (self._lengths(step), 4 * family.vision_hidden_size) for step in self.steps if step.kind == "projector"
+        ]
         element = 4 if self.settings.stream_dtype == "float32" else 2
-        streams = max((sum(lengths) * width for lengths, width in rows), default=0) * element * (2 if self.settings.inputs == "float" else 4)
+        streams = (
+            max((sum(lengths) * width for lengths, width in rows), default=0)
+            * element
+            * (2 if self.settings.inputs == "float" else 4)
+        )
         tokens = sum(len(ids) for ids, _ in self.prompts)
         return Plan(
-            samples=len(self.samples or ()), pictures=self.pictures, tokens=tokens, blocks=len(self.quantized_paths()), blocks_all=len(blocks),
-            peak_memory=peak_memory(list(sizes.values()), max((max(n, default=0) for n, _ in rows), default=0), self.settings, stored + rest),
-            disk_needed=streams + 2 * stored + rest + 96 * tokens + 2**16, disk_free=free_bytes(self.folder.parent), seconds=sum(map(sum, self.costs)),
-        )  # fmt: skip
+            samples=len(self.samples or ()),
+            images=self.pictures,
+            tokens=tokens,
+            blocks=len(self.quantized_paths()),
+            blocks_all=len(blocks),
+            peak_memory=peak_memory(
+                list(sizes.values()), max((max(n, default=0) for n, _ in rows), default=0), self.settings, stored + rest
+            ),
+            disk_needed=streams + 2 * stored + rest + 96 * tokens + 2**16,
+            disk_free=free_bytes(self.folder.parent),
+            seconds=sum(map(sum, self.costs)),
+        )
 
     def bar(self, work: WorkFolder) -> tqdm:
-        """Counts estimated seconds, so that a step weighs what it takes; the time left is scaled by what the steps so far really took."""
+        """Counts estimated seconds, so that a step weighs what it takes; the time left is scaled by what the steps so
+        far really took."""
         done = sum(map(sum, self.costs[: work.done]))
         shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        return tqdm(total=sum(map(sum, self.costs)), initial=done, disable=not self.progress, smoothing=0, bar_format=shown)
+        return tqdm(
+            total=sum(map(sum, self.costs)), initial=done, disable=not self.progress, smoothing=0, bar_format=shown
+        )
 
 
 def _check_out(out: Path, model: Path) -> Path:
-    """The folder that `out` stands for, links followed. UsageError where it is a file, the model's folder or one that holds it or the working folder."""
+    """The folder that `out` stands for, links followed. UsageError where it is a file, the model's folder or one that
+    holds it or the working folder."""
     folder = out.resolve()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"out {out}: expected a folder or a new path, found a file")
@@ -263,14 +318,21 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
     told = manifest.calibration
     settings = told.get("settings")
     return {
-        "model": manifest.source_fingerprint, "samples": told.get("samples_fingerprint"), "method": told.get("method"), "modules": list(manifest.modules),
-        "seed": told.get("seed"), "recipe": told.get("pruned_by"), "quota version": manifest.tool_version,
+        "model": manifest.source_fingerprint,
+        "samples": told.get("samples_fingerprint"),
+        "method": told.get("method"),
+        "modules": list(manifest.modules),
+        "seed": told.get("seed"),
+        "recipe": told.get("pruned_by"),
+        "quota version": manifest.tool_version,
         **{f"settings.{name}": value for name, value in (settings if isinstance(settings, dict) else {}).items()},
-    }  # fmt: skip
+    }
 
 
 def _check_modules(modules: Collection[str]) -> tuple[str, ...]:
     wrong = sorted(set(modules) - set(MODULES))
     if wrong or not modules or isinstance(modules, str):
-        raise UsageError(f"modules: expected some of {list(MODULES)}, got {modules if isinstance(modules, str) else wrong or 'none'}")
+        raise UsageError(
+            f"modules: expected some of {list(MODULES)}, got {modules if isinstance(modules, str) else wrong or 'none'}"
+        )
     return tuple(name for name in MODULES if name in modules)

@@ -19,9 +19,10 @@ from quota.calib.stream import Stream
 class BlockReport:
     """What calibration did to one block, on the held-out samples.
 
-    mse_rtn: rounding to nearest without transforms (before); mse_start: after the searched start; mse: the exported integers (after).
-    sqnr_db: output signal over the error of the exported integers. update_sqnr_db: the same for what the block adds to the residual stream
-    (equal to sqnr_db for the projector). best_step: optimiser step of the kept iterate, 0 = the start.
+    mse_rtn: rounding to nearest without transforms (before); mse_start: after the searched start; mse: the exported
+    integers (after). sqnr_db: output signal over the error of the exported integers. update_sqnr_db: the same for what
+    the block adds to the residual stream (equal to sqnr_db for the projector). best_step: optimiser step of the kept
+    iterate, 0 = the start.
     """
 
     name: str
@@ -39,8 +40,9 @@ class BlockReport:
 
 
 @dataclass
-class Lesson:
-    """What a block learns from: inputs (and the quantized inputs, or None), float outputs, and the seed of the batch order."""
+class BlockData:
+    """What a block learns from: inputs (and the quantized inputs, or None), float outputs, and the seed of the batch
+    order."""
 
     inputs: Stream
     targets: Stream
@@ -48,7 +50,9 @@ class Lesson:
     seed: int
 
 
-def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Callable[[int], None] | None = None) -> BlockReport:
+def learn_block(
+    block: Block, lesson: BlockData, settings: Settings, progress: Callable[[int], None] | None = None
+) -> BlockReport:
     """Calibrate `block` (already `quantize_linears`-ed, on settings.device) and leave it frozen.
 
     progress: called with the number of finished steps. Deterministic for a given seed, thread count and machine.
@@ -86,9 +90,15 @@ def learn_block(block: Block, lesson: Lesson, settings: Settings, progress: Call
     mse = score()
     signal, update = score.signal()
     return BlockReport(
-        name=block.path, mse_rtn=mse_rtn, mse_start=mse_start, mse=mse, sqnr_db=decibels(signal, mse), update_sqnr_db=decibels(update, mse),
-        best_step=best_step, steps=settings.steps,
-    )  # fmt: skip
+        name=block.path,
+        mse_rtn=mse_rtn,
+        mse_start=mse_start,
+        mse=mse,
+        sqnr_db=decibels(signal, mse),
+        update_sqnr_db=decibels(update, mse),
+        best_step=best_step,
+        steps=settings.steps,
+    )
 
 
 def split(count: int, held_out: int) -> tuple[list[int], list[int]]:
@@ -115,10 +125,12 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
         for group in block.projection_groups():
             rows = torch.cat(group.observed or [])
             group.observed = None
-            group.initialise(rows[:: max(1, rows.shape[0] // settings.search_rows)][: settings.search_rows], settings.diag_alpha)
+            group.initialise(
+                rows[:: max(1, rows.shape[0] // settings.search_rows)][: settings.search_rows], settings.diag_alpha
+            )
 
 
-def _loss(block: Block, lesson: Lesson, items: list[int], settings: Settings) -> Tensor:
+def _loss(block: Block, lesson: BlockData, items: list[int], settings: Settings) -> Tensor:
     target = lesson.targets.batch(items, settings.device)
     if lesson.quantized is None or settings.inputs == "float":
         return _weighted(block(lesson.inputs.batch(items, settings.device)), target, settings)
@@ -131,14 +143,18 @@ def _loss(block: Block, lesson: Lesson, items: list[int], settings: Settings) ->
 
 
 def token_weights(target: Batch, settings: Settings) -> Tensor:
-    """[B, S], sum 1: how much each token's squared error counts. Where pictures and text share the stream, text has `text_share` of the total."""
+    """[B, S], sum 1: how much each token's squared error counts. Where images and text share the stream, text has
+    `text_share` of the total."""
     weight = target.valid.float()
     if settings.relative:
         weight = weight / target.hidden.square().mean(-1).clamp_min(1e-12)
     visual = target.valid & target.visual if target.visual is not None else torch.zeros_like(target.valid)
     text = target.valid & ~visual
     if settings.text_share is not None and bool(visual.any()) and bool(text.any()):
-        parts = [share * weight * mask / (weight * mask).sum() for share, mask in ((settings.text_share, text), (1 - settings.text_share, visual))]
+        parts = [
+            share * weight * mask / (weight * mask).sum()
+            for share, mask in ((settings.text_share, text), (1 - settings.text_share, visual))
+        ]
         return parts[0] + parts[1]
     return weight / weight.sum()
 
@@ -150,7 +166,7 @@ def _weighted(out: Tensor, target: Batch, settings: Settings) -> Tensor:
 class Scorer:
     """Mean squared error of the block in its current mode over the held-out items, with float inputs."""
 
-    def __init__(self, block: Block, lesson: Lesson, items: list[int], settings: Settings) -> None:
+    def __init__(self, block: Block, lesson: BlockData, items: list[int], settings: Settings) -> None:
         self.block, self.device = block, settings.device
         self.groups = [items[i : i + settings.batch] for i in range(0, len(items), settings.batch)]
         self.lesson, self.settings = lesson, settings

@@ -1,6 +1,7 @@
 """What a calibration will take: tokens, memory, disk and time, known before it starts.
 
-The time is a rough estimate: the multiply-adds of every step at the speed of a matrix product measured here. The progress bar counts the same work.
+The time is a rough estimate: the multiply-adds of every step at the speed of a matrix product measured here. The
+progress bar counts the same work.
 """
 
 from __future__ import annotations
@@ -15,25 +16,27 @@ import torch
 from torch import nn
 
 from quota.calib.learn import split
-from quota.calib.settings import Settings
+from quota.calib.settings import METHODS, Settings
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
+from quota.core.formats import Scheme
 from quota.quant.transform import decompose
 
-# Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a call of a block besides them.
+# Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a
+# call of a block besides them.
 _LEARNING, _CALL_S = 2.5, 2e-3
-_SEARCHES = {"flatquant": 12, "gptq": 4, "awq": 40, "rtn": 2}  # as rough: products with a block's own weights that searching or factoring costs, in search_rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """tokens: of all samples, pictures included, before any drop. pictures: of the samples. blocks: quantized, blocks_all: passed through.
+    """tokens: of all samples, images included, before any drop. images: of the samples. blocks: quantized,
+    blocks_all: passed through.
 
-    Bytes: peak_memory of the process, disk_needed at the fullest moment (streams, finished blocks and the result together), disk_free where they go.
-    seconds: an estimate for this machine.
+    Bytes: peak_memory of the process, disk_needed at the fullest moment (streams, finished blocks and the result
+    together), disk_free where they go. seconds: an estimate for this machine.
     """
 
     samples: int
-    pictures: int
+    images: int
     tokens: int
     blocks: int
     blocks_all: int
@@ -49,7 +52,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The same as text."""
         return [
-            f"samples   {self.samples} ({self.pictures} pictures), {self.tokens} tokens",
+            f"samples   {self.samples} ({self.images} images), {self.tokens} tokens",
             f"blocks    {self.blocks} quantized of {self.blocks_all}",
             f"memory    about {_size(self.peak_memory)} at the peak",
             f"disk      about {_size(self.disk_needed)} needed, {_size(self.disk_free)} free",
@@ -73,7 +76,8 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Of one block: parameters of its linears, all parameters, the linears' (outputs, inputs), and the width of its output."""
+    """Of one block: parameters of its linears, all parameters, the linears' (outputs, inputs), and the width of its
+    output."""
 
     linear: int
     parameters: int
@@ -86,18 +90,23 @@ class BlockSize:
         shapes = tuple((m.out_features, m.in_features) for m in module.modules() if isinstance(m, nn.Linear))
         return cls(sum(n * k for n, k in shapes), sum(p.numel() for p in module.parameters()), shapes, width)
 
-    def quantized_bytes(self, method: str) -> int:
-        """At most what the exported block takes in a file: packed weights, scales, transforms or zeros, and what stays float32."""
+    def quantized_bytes(self, scheme: Scheme) -> int:
+        """At most what the exported block takes in a file: packed weights, scales, transforms or zeros, and what stays
+        float32."""
         total = 4 * (self.parameters - self.linear) + 4096
         for outputs, inputs in self.shapes:
-            total += outputs * inputs // 2 + 16 * outputs
-            left, right = decompose(inputs) if method == "flatquant" else (0, 0)
-            total += 4 * (left * left + right * right + inputs) if method == "flatquant" else 8 * outputs * (-(-inputs // 128)) + 4 * inputs
+            assert scheme.weights is not None
+            left, right = decompose(inputs) if scheme.transforms else (0, 0)
+            total += outputs * (scheme.weights.vector_bytes(inputs) + 12)
+            total += 4 * (left * left + right * right + inputs)
         return total + 1024 * len(self.shapes)
 
 
-def block_seconds(size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, rate: float) -> tuple[float, float]:
-    """(passing the samples through the float block, calibrating it) in seconds. lengths: rows of each item. method None: it stays float."""
+def block_seconds(
+    size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, rate: float
+) -> tuple[float, float]:
+    """(passing the samples through the float block, calibrating it) in seconds. lengths: rows of each item. method
+    None: it stays float."""
     if not lengths:
         return 0.0, 0.0 if method is None else _search(size, method, settings, rate)
     rows, items = sum(lengths), len(lengths)
@@ -112,8 +121,8 @@ def block_seconds(size: BlockSize, lengths: Sequence[int], method: str | None, s
         return passing, 0.0
     _, held_out = split(items, settings.held_out)
     look = forward(len(held_out) / items)
-    if method != "flatquant":
-        seen = 0.0 if method == "rtn" else forward(1.0) * (2 if method == "gptq" else 1)
+    if not METHODS[method].learns:
+        seen = 0.0 if not METHODS[method].samples else forward(1.0) * (2 if method == "gptq" else 1)
         return passing, seen + 2 * look + _search(size, method, settings, rate)
     looks = 3 + -(-settings.steps // settings.evaluate_every)
     step = 3 * _LEARNING * (forward(min(1.0, settings.batch / items)) + 4 * size.linear * 64 / rate) + 4 * _CALL_S
@@ -122,14 +131,20 @@ def block_seconds(size: BlockSize, lengths: Sequence[int], method: str | None, s
 
 def _search(size: BlockSize, method: str, settings: Settings, rate: float) -> float:
     factoring = sum(k**3 for _, k in size.shapes) if method == "gptq" else 0
-    return (_SEARCHES[method] * size.linear * settings.search_rows + factoring) / rate
+    return (METHODS[method].search * size.linear * settings.search_rows + factoring) / rate
 
 
 def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> int:
-    """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is resident now. widest: rows of the
-    longest item."""
+    """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is
+    resident now. widest: rows of the longest item."""
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    inside = max((4 * s.parameters * 6 + 4 * settings.batch * widest * (12 * s.width + 4 * sum(n for n, _ in s.shapes)) for s in sizes), default=0)
+    inside = max(
+        (
+            4 * s.parameters * 6 + 4 * settings.batch * widest * (12 * s.width + 4 * sum(n for n, _ in s.shapes))
+            for s in sizes
+        ),
+        default=0,
+    )
     return now + max(inside, 2 * min(written, DEFAULT_SHARD_BYTES))
 
 

@@ -1,4 +1,5 @@
-"""The pruned calibration graph: the float model's own choice decides which visual tokens the decoder's stream loses at a candidate."""
+"""The pruned calibration graph: the float model's own choice decides which visual tokens the decoder's stream loses at
+a candidate."""
 
 from __future__ import annotations
 
@@ -14,22 +15,28 @@ from torch import Tensor
 from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
 from quota.core.recipe import Recipe
-from quota.models.images import Pictures
-from quota.nn.attention import Record
+from quota.models.images import ImageTokens
+from quota.nn.attention import AttentionTrace
+from quota.prune.alive import Alive
 from quota.prune.budget import plan_budgets
 from quota.prune.recording import causal_lse
-from quota.prune.select import Alive, choose
+from quota.prune.select import choose
 
 
 @torch.no_grad()
 def keep_masks(
-    recipe: Recipe, candidate: int, pair: tuple[Block | None, Block], stream: Stream, pictures: Callable[[int], Pictures], device: str
+    recipe: Recipe,
+    candidate: int,
+    pair: tuple[Block | None, Block],
+    stream: Stream,
+    images: Callable[[int], ImageTokens],
+    device: str,
 ) -> list[np.ndarray]:
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
-    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; before the language model there is no first one
-    and `stream` is the input of layer 0. pictures: of one item, on the columns of its prompt. Text always stays. Items run one at a time, so
-    the choice does not depend on batching.
+    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; for candidate 0 there is
+    no first one and `stream` is the input of layer 0. images: of one item, on the columns of its prompt.
+    Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
     ratio = dict(zip(recipe.candidates, recipe.keep, strict=True))[candidate]
@@ -41,21 +48,31 @@ def keep_masks(
             masks.append(np.ones(stream.lengths[item], bool))
             continue
         batch = stream.batch([item], device)
-        record = None
+        trace = None
         if before is not None:
-            record, hidden = _recorded(before, batch)
+            trace, hidden = _recorded(before, batch)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
-        shown = pictures(item)
-        picture = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
-        group, budget = plan_budgets(recipe, ratio, picture, [stream.images[item]])
-        alive = Alive(batch.hidden, group, _queries(roles), column.to(device), after.layer, shown, record, partial(_record, after, batch))
+        shown = images(item)
+        image_index = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
+        group, budget = plan_budgets(recipe, ratio, image_index, [stream.images[item]])
+        alive = Alive(
+            batch.hidden,
+            group,
+            _queries(roles),
+            column.to(device),
+            after.layer,
+            shown,
+            trace,
+            partial(_trace, after, batch),
+        )
         masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
     return masks
 
 
 def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Stream) -> Stream:
-    """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if `compact`."""
+    """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if
+    `compact`."""
     if stream.positions.ndim > 1:
         target.positions = np.zeros((len(target.positions), 3), np.int32)
     for item, mask in enumerate(masks):
@@ -69,27 +86,27 @@ def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Strea
     return target
 
 
-def _record(block: Block, batch: Batch) -> Record:
+def _trace(block: Block, batch: Batch) -> AttentionTrace:
     return _recorded(block, batch)[0]
 
 
-def _recorded(block: Block, batch: Batch) -> tuple[Record, Tensor]:
+def _recorded(block: Block, batch: Batch) -> tuple[AttentionTrace, Tensor]:
     """What the block's attention left, and the block's output."""
     attention: Any = block.layer.get_submodule("self_attn")
     attention.quota_trace = []
     try:
         hidden = block(batch)
-        (query, key), record = attention.quota_trace[0], Record()
+        (query, key), trace = attention.quota_trace[0], AttentionTrace()
     finally:
         del attention.quota_trace
     query, key = query.float().contiguous(), key.float().contiguous()
-    record.q, record.k, record.scaling = query, key, float(attention.scaling)
-    record.lse = causal_lse(query, key, None, record.scaling)
-    return record, hidden
+    trace.q, trace.k, trace.scaling = query, key, float(attention.scaling)
+    trace.lse = causal_lse(query, key, None, trace.scaling)
+    return trace, hidden
 
 
 def _queries(roles: Tensor) -> Tensor:
-    """Text queries [1, S]; the last token where nothing follows the picture."""
+    """Text queries [1, S]; the last token where nothing follows the image."""
     text = roles == QUERY
     if not bool(text.any()):
         text = text.clone()

@@ -19,24 +19,23 @@ from quota.calib import prune
 from quota.calib.blocks import Block
 from quota.calib.export import write_checkpoint
 from quota.calib.job import Job, Options, Step
-from quota.calib.learn import Lesson, learn_block
+from quota.calib.learn import BlockData, learn_block
 from quota.calib.plan import Plan
 from quota.calib.samples import Samples, encode
-from quota.calib.settings import Settings
+from quota.calib.settings import METHODS, Settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
 from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
 from quota.core.errors import UsageError
 from quota.core.files import check_space
-from quota.core.recipe import BEFORE
 from quota.models.base import Part
-from quota.models.images import ImageInput, Pictures, Shown
+from quota.models.images import ImageInfo, ImageInput, ImageTokens
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was written. blocks: one BlockReport dictionary per quantized block, in model order (its name alone where there are no samples). seconds: wall
-    time of this call (not stored)."""
+    """What was written. blocks: one BlockReport dictionary per quantized block, in model order (its name alone where
+    there are no samples). seconds: wall time of this call (not stored)."""
 
     checkpoint: str
     method: str
@@ -55,21 +54,26 @@ class CheckpointReport:
         return asdict(self)
 
 
-def calibrate(model: str | Path, samples: Samples | str | Path | None, *, out: str | Path, **options: Unpack[Options]) -> CheckpointReport:
+def calibrate(
+    model: str | Path, samples: Samples | str | Path | None, *, out: str | Path, **options: Unpack[Options]
+) -> CheckpointReport:
     """Quantize a float checkpoint (folder or hub name) on `samples` and write the quantized checkpoint folder `out`.
 
-    Decoder, vision and projector blocks are calibrated one after the other on the float model's hidden states (FlatQuant: learned Kronecker transforms,
-    per-channel scales, clips; GPTQ and AWQ: `quota.calib.weight_only`). Killed in the middle, the same call continues; `out` appears only when it is complete.
-    A checkpoint that the same call has made is reported as it is. samples may be None for method "rtn", whose report then has no errors to tell.
-    Raises UsageError (options, `out` holds something else, too little disk), CheckpointError (model), SampleError (samples), RecipeError (recipe of another
-    model), all of them before the work.
+    Decoder, vision and projector blocks are calibrated one after the other on the float model's hidden states
+    (FlatQuant: learned Kronecker transforms, per-channel scales, clips; GPTQ and AWQ: `quota.calib.weight_only`).
+    Killed in the middle, the same call continues; `out` appears only when it is complete. A checkpoint that the same
+    call has made is reported as it is. samples may be None for method "rtn", whose report then has no errors to tell.
+    Raises UsageError (options, `out` holds something else, too little disk), CheckpointError (model), SampleError
+    (samples), RecipeError (recipe of another model), all of them before the work.
     """
     started = time.monotonic()
     job = _job(model, samples, out, options)
     finished = job.finished()
     if finished is not None:
         return _report(job, finished.calibration["report"], started)
-    work = WorkFolder(job.partial, job.key(), resume=job.resume, overwrite=job.overwrite, reuse_blocks=job.settings.inputs == "float")
+    work = WorkFolder(
+        job.partial, job.key(), resume=job.resume, overwrite=job.overwrite, reuse_blocks=job.settings.inputs == "float"
+    )
     try:
         plan = job.plan()
         if job.progress:
@@ -85,30 +89,45 @@ def calibrate(model: str | Path, samples: Samples | str | Path | None, *, out: s
                 bar.set_description_str(step.path.removeprefix("model."))
                 work.commit(_run_step(job, work, step, Ticks(bar, *cost)))
         reports = [work.blocks[path]["report"] for path in job.quantized_paths()]
-        write_checkpoint(job.source, job.quantized_paths(), work, job.folder, job.manifest(reports), overwrite=job.overwrite)
+        write_checkpoint(
+            job.source, job.quantized_paths(), work, job.folder, job.manifest(reports), overwrite=job.overwrite
+        )
     finally:
         work.close()
     work.remove()
     return _report(job, reports, started)
 
 
-def plan_calibration(model: str | Path, samples: Samples | str | Path | None, *, out: str | Path, **options: Unpack[Options]) -> Plan:
-    """What `calibrate` with the same arguments takes: tokens, blocks, memory, disk and time. Writes nothing; raises what `calibrate` raises before its work."""
+def plan_calibration(
+    model: str | Path, samples: Samples | str | Path | None, *, out: str | Path, **options: Unpack[Options]
+) -> Plan:
+    """What `calibrate` with the same arguments takes: tokens, blocks, memory, disk and time. Writes nothing; raises
+    what `calibrate` raises before its work."""
     job = _job(model, samples, out, options)
     job.finished()
     return job.plan()
 
 
 def _job(model: str | Path, samples: Samples | str | Path | None, out: str | Path, options: Options) -> Job:
-    return Job(FloatSource(model), Samples.load(samples) if isinstance(samples, str | Path) else samples, Path(out), options)
+    return Job(
+        FloatSource(model), Samples.load(samples) if isinstance(samples, str | Path) else samples, Path(out), options
+    )
 
 
 def _report(job: Job, blocks: list[dict[str, Any]], started: float) -> CheckpointReport:
     return CheckpointReport(
-        checkpoint=str(job.out), method=job.method, regime=job.regime, modules=job.modules, source_fingerprint=job.source.fingerprint,
-        samples_fingerprint=job.samples.fingerprint if job.samples else None, samples=len(job.samples or ()), seed=job.seed,
-        settings=job.settings.to_dict(), blocks=blocks, seconds=time.monotonic() - started,
-    )  # fmt: skip
+        checkpoint=str(job.out),
+        method=job.method,
+        regime=job.scheme.name,
+        modules=job.modules,
+        source_fingerprint=job.source.fingerprint,
+        samples_fingerprint=job.samples.fingerprint if job.samples else None,
+        samples=len(job.samples or ()),
+        seed=job.seed,
+        settings=job.settings.to_dict(),
+        blocks=blocks,
+        seconds=time.monotonic() - started,
+    )
 
 
 class Ticks:
@@ -127,7 +146,8 @@ class Ticks:
 
 
 def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str, Stream]:
-    """Do one step and return the streams it leaves: "float", and "quantized" where blocks learn from quantized inputs."""
+    """Do one step and return the streams it leaves: "float", and "quantized" where blocks learn from quantized
+    inputs."""
     if step.kind in ("vision", "projector", "decoder"):
         return _run_block(job, work, step, ticks)
     ticks.passed()
@@ -135,9 +155,11 @@ def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str,
         return {"float": _embed_images(job, work)}
     if step.kind == "score":
         assert job.recipe is not None
-        before = None if step.index == BEFORE else _decoder_block(job, step.index - 1)
-        pair = (before, _decoder_block(job, max(step.index, 0)))
-        masks = prune.keep_masks(job.recipe, step.index, pair, work.streams["float"], partial(_pictures, job, work), job.settings.device)
+        before = _decoder_block(job, step.index - 1) if step.index else None
+        pair = (before, _decoder_block(job, step.index))
+        masks = prune.keep_masks(
+            job.recipe, step.index, pair, work.streams["float"], partial(_pictures, job, work), job.settings.device
+        )
         work.notes["keep"] = [mask.astype(int).tolist() for mask in masks]
         return work.streams
     return {name: _reshape(job, work, step, name) for name in work.streams}
@@ -147,9 +169,9 @@ def _decoder_block(job: Job, index: int) -> Block:
     return job.source.block("decoder", job.source.family.decoder_layer(index), job.settings.device)
 
 
-def _pictures(job: Job, work: WorkFolder, item: int) -> Pictures:
-    shown = [Shown(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
-    return Pictures.of(job.source.family.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
+def _pictures(job: Job, work: WorkFolder, item: int) -> ImageTokens:
+    shown = [ImageInfo(digest, grid and (grid[0], grid[1])) for digest, grid in work.notes["shown"][item]]
+    return ImageTokens.of(job.source.family.image_index(torch.tensor(work.notes["ids"][item])[None]), shown)
 
 
 def _reshape(job: Job, work: WorkFolder, step: Step, name: str) -> Stream:
@@ -179,7 +201,11 @@ def _embed_images(job: Job, work: WorkFolder) -> Stream:
             yield from own
 
     stream = embed_images(job.source, images(), grids, work.stream_path("float"), job.settings.stream_dtype)
-    work.notes["ids"], work.notes["grids"], work.notes["shown"] = ids, [grid for grid in grids if grid is not None], shown
+    work.notes["ids"], work.notes["grids"], work.notes["shown"] = (
+        ids,
+        [grid for grid in grids if grid is not None],
+        shown,
+    )
     return stream
 
 
@@ -187,7 +213,7 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
     settings, source = job.settings, job.source
     block = source.block(cast(Part, step.kind), step.path, settings.device)
     if job.samples is None:
-        tensors = round_weights(block)
+        tensors = round_weights(block, job.weights)
         work.save_block(step.path, tensors, {"name": step.path})
         ticks.calibrated(1)
         return {}
@@ -204,20 +230,25 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
         return {"float": outputs}
     if quantized is None and settings.inputs != "float":
         quantized = inputs
-    lesson = Lesson(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
-    parts = 1 + (settings.steps if job.regime == "w4a4kv4" else len(block.plans))
-    if job.regime == "w4a16":
-        tensors, report = quantize_weights(block, lesson, job.method, settings, progress=lambda _: ticks.calibrated(1 / parts))
-    else:
-        block.quantize_linears()
+    lesson = BlockData(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
+    learns = METHODS[job.method].learns
+    parts = 1 + (settings.steps if learns else len(block.plans))
+    if learns:
+        block.quantize_linears(job.scheme)
         report = learn_block(block, lesson, settings, progress=lambda _: ticks.calibrated(1 / parts))
         tensors = block.export()
+    else:
+        tensors, report = quantize_weights(
+            block, lesson, job.method, settings, lambda _: ticks.calibrated(1 / parts), job.weights
+        )
     ticks.calibrated(1 / parts)
     work.save_block(step.path, tensors, report.to_dict())
     return {"float": outputs, **_advance_quantized(block, work, quantized, width, settings)}
 
 
-def _advance_quantized(block: Block, work: WorkFolder, quantized: Stream | None, width: int | None, settings: Settings) -> dict[str, Stream]:
+def _advance_quantized(
+    block: Block, work: WorkFolder, quantized: Stream | None, width: int | None, settings: Settings
+) -> dict[str, Stream]:
     if quantized is None:
         return {}
     target = quantized.like(work.stream_path("quantized"), width)

@@ -1,10 +1,14 @@
-"""The calibration samples: a static JSON of pictures and instructions, so that every run and every method sees the same ones.
+"""The calibration samples: a static JSON of images and instructions, so that every run and every method sees the same
+ones.
 
     {"schema": "quota-samples/1",
-     "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat", "task": "name"}]}
+     "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat", "task":
+     "name"}]}
 
-`image` is a path relative to the file or a `data:image/...;base64,` URL (read through `quota.core.images`); without it the sample is text only. `answer`
-and `task` are optional: calibration reads the answer after the instruction, `quota eval` compares with it and groups its accuracies by `task`.
+`image` is a path relative to the file or a `data:image/...;base64,` URL (read through `quota.core.images`); without it
+the sample is text only. `answer`
+and `task` are optional: calibration reads the answer after the instruction, `quota eval` compares with it and groups
+its accuracies by `task`.
 """
 
 from __future__ import annotations
@@ -27,13 +31,13 @@ if TYPE_CHECKING:
 SCHEMA = "quota-samples/1"
 MAX_FILE_BYTES = 128 << 20  # a parsed document takes up to some twenty times its text
 MAX_SAMPLES = 100_000
-MAX_IMAGE_BYTES = 4 << 30  # of all pictures together, which are held in memory as they are stored
+MAX_IMAGE_BYTES = 4 << 30  # of all images together, which are held in memory as they are stored
 _OPTIONAL = ("image", "answer", "task")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture (encoded bytes, as stored) and what is asked about it."""
+    """One image (encoded bytes, as stored) and what is asked about it."""
 
     id: str
     instruction: str
@@ -42,7 +46,8 @@ class Sample:
     task: str | None = None
 
     def image(self) -> Image.Image | None:
-        """The picture decoded to RGB, or None for a text-only sample. ImageError, a SampleError, names the sample when it is refused."""
+        """The image decoded to RGB, or None for a text-only sample. ImageError, a SampleError, names the sample when
+        it is refused."""
         return None if self.image_bytes is None else images.decode(self.image_bytes, name=f"sample {self.id!r}: image")
 
 
@@ -80,36 +85,48 @@ class Samples:
 
     @classmethod
     def load(cls, path: str | Path) -> Samples:
-        """Read a samples file and decode every picture once, so that a bad one is found before the work starts.
+        """Read a samples file and decode every image once, so that a bad one is found before the work starts.
 
-        SampleError says what is wrong and names the sample: missing or corrupt picture, wrong type, unknown key, repeated id, empty file.
+        SampleError says what is wrong and names the sample: missing or corrupt image, wrong type, unknown key,
+        repeated id, empty file.
         """
         path = Path(path)
         try:
             text = read_text(path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
-            raise SampleError(f"samples {path}: cannot be read ({reason}); expected a {SCHEMA} JSON file with pictures as files beside it") from None
+            raise SampleError(
+                f"samples {path}: cannot be read ({reason}); expected a {SCHEMA} JSON file with images as files"
+                " beside it"
+            ) from None
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SampleError(f"samples {path}: not valid JSON ({error}); expected a {SCHEMA} file") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise SampleError(f'samples {path}: schema: expected {{"schema": "{SCHEMA}", "samples": [...]}}, got {found!r}')
+            raise SampleError(
+                f'samples {path}: schema: expected {{"schema": "{SCHEMA}", "samples": [...]}}, got {found!r}'
+            )
         records = data.get("samples")
         if not isinstance(records, list):
             raise SampleError(f"samples {path}: samples: expected a list, got {type(records).__name__}")
         if not records:
             raise SampleError(f"samples {path}: samples: expected at least one sample, got an empty list")
         if len(records) > MAX_SAMPLES:
-            raise SampleError(f"samples {path}: samples: expected at most {MAX_SAMPLES}, got {len(records)}; cut the file into several")
+            raise SampleError(
+                f"samples {path}: samples: expected at most {MAX_SAMPLES}, got {len(records)}; cut the file into"
+                " several"
+            )
         items, held = [], 0
         for number, record in enumerate(records):
             items.append(_read(record, number, path))
             held += len(items[-1].image_bytes or b"")
             if held > MAX_IMAGE_BYTES:
-                raise SampleError(f"samples {path}: expected at most {MAX_IMAGE_BYTES} bytes of pictures, passed at sample {items[-1].id!r}; cut the file")
+                raise SampleError(
+                    f"samples {path}: expected at most {MAX_IMAGE_BYTES} bytes of images, passed at sample"
+                    f" {items[-1].id!r}; cut the file"
+                )
         samples = cls.of(items)
         for sample in samples:
             sample.image()
@@ -124,10 +141,15 @@ def _read(record: object, number: int, path: Path) -> Sample:
         raise SampleError(f"samples {path}: samples[{number}].id: expected a text, got {name!r}")
     unknown = sorted(set(record) - {"id", "instruction", *_OPTIONAL})
     if unknown:
-        raise SampleError(f"sample {name!r}: unknown key {unknown[0]!r}; known are id, instruction, {', '.join(_OPTIONAL)}")
+        raise SampleError(
+            f"sample {name!r}: unknown key {unknown[0]!r}; known are id, instruction, {', '.join(_OPTIONAL)}"
+        )
     for key, value in record.items():
         if isinstance(value, str) and not _is_unicode(value):
-            raise SampleError(f"sample {name!r}: {key}: expected Unicode text, got half of a surrogate pair; write the whole character")
+            raise SampleError(
+                f"sample {name!r}: {key}: expected Unicode text, got half of a surrogate pair; write the whole"
+                " character"
+            )
     instruction = record.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise SampleError(f"sample {name!r}: instruction: expected a text, got {instruction!r}")
@@ -135,7 +157,13 @@ def _read(record: object, number: int, path: Path) -> Sample:
         if record.get(key) is not None and not isinstance(record[key], str):
             raise SampleError(f"sample {name!r}: {key}: expected a text, got {type(record[key]).__name__}")
     image = record.get("image")
-    return Sample(name, instruction, None if image is None else _image_bytes(image, name, path.parent), record.get("answer"), record.get("task"))
+    return Sample(
+        name,
+        instruction,
+        None if image is None else _image_bytes(image, name, path.parent),
+        record.get("answer"),
+        record.get("task"),
+    )
 
 
 def _is_unicode(text: str) -> bool:
@@ -159,25 +187,32 @@ def _fingerprint(items: list[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in items:
         image = None if sample.image_bytes is None else hashlib.sha256(sample.image_bytes).hexdigest()
-        digest.update(json.dumps([sample.id, sample.instruction, sample.answer, image], ensure_ascii=True).encode() + b"\n")
+        digest.update(
+            json.dumps([sample.id, sample.instruction, sample.answer, image], ensure_ascii=True).encode() + b"\n"
+        )
     return f"sha256:{digest.hexdigest()}"
 
 
 def check_texts(processor: Any, samples: Iterable[Sample]) -> None:
-    """SampleError for the first sample whose instruction or answer holds the processor's mark for a picture; before the work, not in its middle."""
+    """SampleError for the first sample whose instruction or answer holds the processor's mark for an image; before the
+    work, not in its middle."""
     for sample in samples:
         for name, text in (("instruction", sample.instruction), ("answer", sample.answer or "")):
             mark = reserved_mark(processor, text)
             if mark is not None:
-                raise SampleError(f"sample {sample.id!r}: {name}: expected text without {mark}, which stands for a picture; name the picture in `image`")
+                raise SampleError(
+                    f"sample {sample.id!r}: {name}: expected text without {mark}, which stands for an image; name the"
+                    " image in `image`"
+                )
 
 
 def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
-    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and, with a picture, pixel_values [1, 3, H, W] (patches
-    [n, patch] and image_grid_thw [1, 3] where resolution is dynamic).
+    """Model inputs of one sample as the processor makes them: input_ids, attention_mask [1, S] and, with an image,
+    pixel_values [1, 3, H, W] (patches [n, patch] and image_grid_thw [1, 3] where resolution is dynamic).
 
-    The prompt is rendered by the processor's chat template (LLaVA-1.5's form where it has none), with the assistant's turn opened; with
-    `answer` the stored answer follows it. SampleError for a text that holds the mark for a picture.
+    The prompt is rendered by the processor's chat template (LLaVA-1.5's form where it has none), with the assistant's
+    turn opened; with
+    `answer` the stored answer follows it. SampleError for a text that holds the mark for an image.
     """
     check_texts(processor, [sample])
     picture = sample.image()

@@ -2,14 +2,18 @@
 
 | source | kind | layout (folder, or the annotation file in it) |
 |---|---|---|
-| llava-mix | conversation | `llava_v1_5_mix665k.json`: [{"id", "image", "conversations": [{"from", "value"}, ...]}], pictures relative to the folder |
+| llava-mix | conversation | `llava_v1_5_mix665k.json`: [{"id", "image", "conversations": [{"from", "value"}, ...]}],
+images relative to the folder |
 | wikitext-2 | text | `wiki.train.raw` or `wiki.train.tokens`, or parquet with column `text` |
-| textvqa | scene_text | `TextVQA_0.5.1_train.json`: {"data": [{"image_id", "question", "answers"}]} with `train_images/ID.jpg`, or parquet |
-| docvqa | document | `train_v1.0*.json`: {"data": [{"image", "question", "answers"}]}, pictures relative to the folder (or below `train/`), or parquet |
+| textvqa | scene_text | `TextVQA_0.5.1_train.json`: {"data": [{"image_id", "question", "answers"}]} with
+`train_images/ID.jpg`, or parquet |
+| docvqa | document | `train_v1.0*.json`: {"data": [{"image", "question", "answers"}]}, images relative to the folder
+(or below `train/`), or parquet |
 | chartqa | chart | `train/train_human.json`: [{"imgname", "query", "label"}] with `train/png/NAME`, or parquet |
 
-Parquet files are those of the data sets' Hugging Face copies (pictures inside: {"bytes", "path"}) and need pyarrow. Which records are taken follows from
-the seed alone; a record whose picture is missing or broken is passed over, and too few usable ones are an error.
+Parquet files are those of the data sets' Hugging Face copies (images inside: {"bytes", "path"}) and need pyarrow.
+Which records are taken follows from the seed alone; a record whose image is missing or broken is passed over, and too
+few usable ones are an error.
 """
 
 from __future__ import annotations
@@ -25,23 +29,26 @@ from typing import Any
 
 from quota.calib.samples import SCHEMA, Samples
 from quota.core import images
+from quota.core.documents import read_text
 from quota.core.errors import ImageError, SampleError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text
 
+_FILE_BYTES = 2 << 30  # llava_v1_5_mix665k.json, the largest, has 1.03 GB
 _PASSAGE_WORDS = (60, 160)  # shorter paragraphs are passed over, longer ones cut
 
 
 @dataclass(frozen=True)
 class Record:
-    """One usable entry of a source. picture: its bytes, or where they may be (the first file that exists), or None for text."""
+    """One usable entry of a source. image: its bytes, or where they may be (the first file that exists), or None for
+    text."""
 
     instruction: str
     answer: str
-    picture: bytes | tuple[Path, ...] | None = None
+    image: bytes | tuple[Path, ...] | None = None
 
-    def picture_bytes(self) -> bytes | None:
-        """The encoded picture; None when it is missing or refused (or the record is text)."""
-        data = self.picture
+    def image_bytes(self) -> bytes | None:
+        """The encoded image; None when it is missing or refused (or the record is text)."""
+        data = self.image
         try:
             if isinstance(data, tuple):
                 found = next((path for path in data if path.is_file()), None)
@@ -65,17 +72,20 @@ class Source:
 
 def _llava_mix(data: Any, folder: Path) -> Iterator[Record]:
     for row in data:
-        record = _conversation(row.get("conversations") or [], (folder / row["image"], folder / "images" / row["image"]) if row.get("image") else None)
+        record = _conversation(
+            row.get("conversations") or [],
+            (folder / row["image"], folder / "images" / row["image"]) if row.get("image") else None,
+        )
         if record is not None:
             yield record
 
 
-def _conversation(turns: Any, picture: bytes | tuple[Path, ...] | None) -> Record | None:
-    """The first question and its answer; only records with a picture (text has a source of its own)."""
-    if picture is None or len(turns) < 2:
+def _conversation(turns: Any, image: bytes | tuple[Path, ...] | None) -> Record | None:
+    """The first question and its answer; only records with an image (text has a source of its own)."""
+    if image is None or len(turns) < 2:
         return None
     said = [str(turn.get("value", "")).replace("<image>", "").strip() for turn in turns[:2]]
-    return Record(said[0], said[1], picture) if all(said) else None
+    return Record(said[0], said[1], image) if all(said) else None
 
 
 def _passages(lines: Any, folder: Path) -> Iterator[Record]:
@@ -97,13 +107,21 @@ def _passage(text: str) -> Record | None:
 def _textvqa(data: Any, folder: Path) -> Iterator[Record]:
     for row in data["data"]:
         name = f"{row['image_id']}.jpg"
-        yield Record(row["question"], _favourite(row["answers"]), (folder / "train_images" / name, folder / "images" / name, folder / name))
+        yield Record(
+            row["question"],
+            _favourite(row["answers"]),
+            (folder / "train_images" / name, folder / "images" / name, folder / name),
+        )
 
 
 def _docvqa(data: Any, folder: Path) -> Iterator[Record]:
     for row in data["data"]:
         name = row["image"]
-        yield Record(row["question"], _favourite(row["answers"]), (folder / name, folder / "train" / name, folder / "documents" / Path(name).name))
+        yield Record(
+            row["question"],
+            _favourite(row["answers"]),
+            (folder / name, folder / "train" / name, folder / "documents" / Path(name).name),
+        )
 
 
 def _chartqa(data: Any, folder: Path) -> Iterator[Record]:
@@ -119,24 +137,34 @@ def _favourite(answers: Any) -> str:
 
 def _asked(question: str, answer: str) -> Callable[[dict[str, Any]], Record | None]:
     def read(row: dict[str, Any]) -> Record | None:
-        picture = (row.get("image") or {}).get("bytes")
-        return Record(row[question], _favourite(row[answer]), picture) if picture else None
+        image = (row.get("image") or {}).get("bytes")
+        return Record(row[question], _favourite(row[answer]), image) if image else None
 
     return read
 
 
 SOURCES: dict[str, Source] = {
-    "llava-mix": Source("conversation", ("llava_v1_5_mix665k.json", "*mix*.json", "*.json"), _llava_mix,
-                        lambda row: _conversation(row.get("conversations") or [], (row.get("image") or {}).get("bytes"))),
+    "llava-mix": Source(
+        "conversation",
+        ("llava_v1_5_mix665k.json", "*mix*.json", "*.json"),
+        _llava_mix,
+        lambda row: _conversation(row.get("conversations") or [], (row.get("image") or {}).get("bytes")),
+    ),
     "wikitext-2": Source("text", ("wiki.train.raw", "wiki.train.tokens"), _passages, lambda row: _passage(row["text"])),
     "textvqa": Source("scene_text", ("TextVQA_*train*.json", "*train*.json"), _textvqa, _asked("question", "answers")),
     "docvqa": Source("document", ("train_v1.0*.json", "*train*.json"), _docvqa, _asked("question", "answers")),
-    "chartqa": Source("chart", ("train_human.json", "train/train_human.json", "**/train_human.json"), _chartqa, _asked("query", "label")),
-}  # fmt: skip
+    "chartqa": Source(
+        "chart",
+        ("train_human.json", "train/train_human.json", "**/train_human.json"),
+        _chartqa,
+        _asked("query", "label"),
+    ),
+}
 
 
 def read_source(name: str, path: Path) -> list[Record]:
-    """All records of a local copy. UsageError for an unknown name or a path without the documented files; SampleError for a file of another layout."""
+    """All records of a local copy. UsageError for an unknown name or a path without the documented files; SampleError
+    for a file of another layout."""
     if name not in SOURCES:
         raise UsageError(f"--source: expected one of {', '.join(SOURCES)}, got {name!r}")
     source, file = SOURCES[name], _annotations(name, path)
@@ -146,11 +174,13 @@ def read_source(name: str, path: Path) -> list[Record]:
             found = [source.parquet(row) for each in files for row in _parquet_rows(each)]
             records = [record for record in found if record is not None]
         elif file.suffix == ".json":
-            records = list(source.rows(json.loads(file.read_text(encoding="utf-8")), file.parent))
+            records = list(source.rows(json.loads(read_text(file, _FILE_BYTES)), file.parent))
         else:
-            records = list(source.rows(file.read_text(encoding="utf-8").splitlines(), file.parent))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SampleError(f"--source {name}: {file} does not have the documented layout ({type(error).__name__}: {error})") from error
+            records = list(source.rows(read_text(file, _FILE_BYTES).splitlines(), file.parent))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise SampleError(
+            f"--source {name}: {file} does not have the documented layout ({type(error).__name__}: {error})"
+        ) from error
     return [record for record in records if record.instruction.strip() and record.answer.strip()]
 
 
@@ -161,22 +191,30 @@ def _annotations(name: str, path: Path) -> Path:
         found = sorted(path.glob(pattern)) if path.is_dir() else []
         if found:
             return found[0]
-    raise UsageError(f"--source {name}: no {' or '.join(SOURCES[name].patterns)} and no *train*.parquet in {path}; expected a local copy of the data set")
+    raise UsageError(
+        f"--source {name}: no {' or '.join(SOURCES[name].patterns)} and no *train*.parquet in {path}; expected a local"
+        " copy of the data set"
+    )
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UsageError(f"{file}: reading parquet needs pyarrow; install it with `pip install pyarrow`, or use the data set's JSON files") from None
+        raise UsageError(
+            f"{file}: reading parquet needs pyarrow; install it with `pip install pyarrow`, or use the data set's JSON"
+            " files"
+        ) from None
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
         yield from batch.to_pylist()
 
 
 def build_samples(sources: Sequence[tuple[str, Path]], count: int, out: Path, seed: int = 0) -> Samples:
-    """Write `count` samples, shared evenly over `sources` (the first ones get the remainder), to `out` with their pictures in `<stem>_images` beside it.
+    """Write `count` samples, shared evenly over `sources` (the first ones get the remainder), to `out` with their
+    images in `<stem>_images` beside it.
 
-    Sources take turns in the file. Equal arguments give equal bytes. UsageError and SampleError as above, also when a source has too few.
+    Sources take turns in the file. Equal arguments give equal bytes. UsageError and SampleError as above, also when a
+    source has too few.
     """
     if count < len(sources) or not sources:
         raise UsageError(f"--count: expected at least one sample for each of the {len(sources)} sources, got {count}")
@@ -204,13 +242,13 @@ def _take(name: str, path: Path, share: int, seed: int) -> list[tuple[Record, by
     for index in order:
         if len(taken) == share:
             break
-        data = records[index].picture_bytes()
-        if data is None and records[index].picture is not None:
+        data = records[index].image_bytes()
+        if data is None and records[index].image is not None:
             missing += 1
             continue
         taken.append((records[index], data))
     if len(taken) < share:
-        lost = f"{missing} of {len(records)} have no readable picture in {path}"
+        lost = f"{missing} of {len(records)} have no readable image in {path}"
         raise SampleError(f"--source {name}: expected {share} usable records, got {len(taken)} ({lost})")
     return taken
 

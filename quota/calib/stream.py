@@ -24,7 +24,7 @@ from quota.models import Family, find_family, fingerprint
 from quota.models.base import Part
 from quota.models.config import read_config
 from quota.models.images import ImageInput, PatchGrid
-from quota.prune.scores import text_queries
+from quota.prune.attention import text_queries
 
 # Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
 TEXT, VISUAL, QUERY = 0, 1, 2
@@ -35,14 +35,17 @@ _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2
 class FloatSource:
     """A float checkpoint folder (or hub name), opened lazily: one block at a time is in memory.
 
-    Raises CheckpointError naming the file or tensor when the folder is not a float checkpoint of a supported architecture.
+    Raises CheckpointError naming the file or tensor when the folder is not a float checkpoint of a supported
+    architecture.
     """
 
     def __init__(self, model: str | Path) -> None:
         self.folder = resolve_folder(model)
         self.config: Any = read_config(self.folder)
         if getattr(self.config, "quantization_config", None):
-            raise CheckpointError(f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model")
+            raise CheckpointError(
+                f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model"
+            )
         self.family: Family = find_family(self.config)
         self.stored: dict[str, tuple[tuple[int, ...], int]] = {}  # canonical name -> (shape, bytes)
         self._index = self._build_index()
@@ -57,13 +60,21 @@ class FloatSource:
                 files = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
                 wrong = [name for name in files if name != Path(name).name]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{index_file}: expected the index of a sharded checkpoint, got an error: {error!r}; download it again") from error
+                raise CheckpointError(
+                    f"{index_file}: expected the index of a sharded checkpoint, got an error: {error!r}; download it"
+                    " again"
+                ) from error
             if wrong:
-                raise CheckpointError(f"{index_file}: weight_map: expected plain file names, got {wrong[0]!r}; download it again")
+                raise CheckpointError(
+                    f"{index_file}: weight_map: expected plain file names, got {wrong[0]!r}; download it again"
+                )
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{self.folder.name}: expected *.safetensors files, found none; convert the checkpoint with save_pretrained first")
+            raise CheckpointError(
+                f"{self.folder.name}: expected *.safetensors files, found none; convert the checkpoint with"
+                " save_pretrained first"
+            )
         index: dict[str, tuple[str, str]] = {}
         for name in files:
             try:
@@ -71,9 +82,14 @@ class FloatSource:
                     for key in handle.keys():  # noqa: SIM118 - not a dict
                         canonical, found = self.family.canonical_key(key), handle.get_slice(key)
                         shape = tuple(found.get_shape())
-                        index[canonical], self.stored[canonical] = (name, key), (shape, math.prod(shape) * _WIDTHS.get(found.get_dtype(), 8))
+                        index[canonical], self.stored[canonical] = (
+                            (name, key),
+                            (shape, math.prod(shape) * _WIDTHS.get(found.get_dtype(), 8)),
+                        )
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{name}: expected a complete safetensors file, got an error: {error}; download it again") from error
+                raise CheckpointError(
+                    f"{name}: expected a complete safetensors file, got an error: {error}; download it again"
+                ) from error
         return index
 
     def _skeleton(self) -> nn.Module:
@@ -83,18 +99,26 @@ class FloatSource:
             return getattr(transformers, self.family.model_class)(self.config)
 
     def _check_complete(self) -> None:
-        """CheckpointError naming the tensors that the model has and the files lack, or hold in another shape: before hours of work, not at their block."""
+        """CheckpointError naming the tensors that the model has and the files lack, or hold in another shape: before
+        hours of work, not at their block."""
         own = self.skeleton.state_dict()
         text = self.config.text_config
         tied = getattr(self.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
-        expected = {name: tuple(tensor.shape) for name, tensor in own.items() if not (tied and name == "lm_head.weight")}
+        expected = {
+            name: tuple(tensor.shape) for name, tensor in own.items() if not (tied and name == "lm_head.weight")
+        }
         missing = sorted(set(expected) - set(self._index))
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise CheckpointError(f"{self.folder}: lacks {', '.join(missing[:3])}{more}; the checkpoint is incomplete, download it again")
+            raise CheckpointError(
+                f"{self.folder}: lacks {', '.join(missing[:3])}{more}; the checkpoint is incomplete, download it again"
+            )
         for name, shape in expected.items():
             if self.stored[name][0] != shape:
-                raise CheckpointError(f"{self.folder}: tensor {name}: expected shape {list(shape)} by config.json, got {list(self.stored[name][0])}")
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name}: expected shape {list(shape)} by config.json, got"
+                    f" {list(self.stored[name][0])}"
+                )
 
     @property
     def fingerprint(self) -> str:
@@ -103,7 +127,11 @@ class FloatSource:
 
     def files(self) -> list[Path]:
         """The files of the folder that a calibration reads, sorted."""
-        return sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and path.is_file())
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and path.is_file()
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -118,7 +146,9 @@ class FloatSource:
     def tensor(self, name: str) -> Tensor:
         """The stored tensor under its canonical name, in the stored dtype. CheckpointError when absent."""
         if name not in self._index:
-            raise CheckpointError(f"tensor {name}: expected in {self.folder.name}, not found; the checkpoint is incomplete")
+            raise CheckpointError(
+                f"tensor {name}: expected in {self.folder.name}, not found; the checkpoint is incomplete"
+            )
         file, key = self._index[name]
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, "pt")
@@ -134,7 +164,9 @@ class FloatSource:
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: expected the shapes of {self.folder.name}/config.json, got {error}") from error
+            raise CheckpointError(
+                f"{path}: expected the shapes of {self.folder.name}/config.json, got {error}"
+            ) from error
         for name, buffer in list(module.named_buffers()):
             if buffer.is_meta:  # not persistent: position ids of the vision embeddings are the only ones
                 parent, _, leaf = name.rpartition(".")
@@ -151,11 +183,13 @@ class FloatSource:
 class Stream:
     """Hidden states of all calibration items in one file: ragged rows packed as [total, width].
 
-    The file has its space from the start and is read and written by calls, not mapped: a full or failing disk is an error, not the end of the process.
+    The file has its space from the start and is read and written by calls, not mapped: a full or failing disk is an
+    error, not the end of the process.
 
-    path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8 [total], columns int32 [total] (places in the
-    unpruned prompt): decoder stream, zeros elsewhere. images: per item the visual tokens of each picture before any drop (decoder stream). grids: per item the
-    picture's patch grid (tower streams of dynamic resolution, else empty).
+    path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8
+    [total], columns int32 [total] (places in the unpruned prompt): decoder stream, zeros elsewhere. images: per item
+    the visual tokens of each image before any drop (decoder stream). grids: per item the image's patch grid (tower
+    streams of dynamic resolution, else empty).
     """
 
     def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool) -> None:
@@ -229,10 +263,16 @@ class Stream:
     def layout(self) -> dict[str, Any]:
         """JSON-able description, enough for `reopen`."""
         return {
-            "file": self.path.name, "width": self.width, "dtype": self.dtype, "lengths": self.lengths,
-            "positions": self.positions.tolist(), "roles": self.roles.tolist(), "columns": self.columns.tolist(),
-            "images": [list(counts) for counts in self.images], "grids": [list(grid) for grid in self.grids],
-        }  # fmt: skip
+            "file": self.path.name,
+            "width": self.width,
+            "dtype": self.dtype,
+            "lengths": self.lengths,
+            "positions": self.positions.tolist(),
+            "roles": self.roles.tolist(),
+            "columns": self.columns.tolist(),
+            "images": [list(counts) for counts in self.images],
+            "grids": [list(grid) for grid in self.grids],
+        }
 
     @classmethod
     def reopen(cls, folder: Path, layout: dict[str, Any]) -> Stream:
@@ -256,9 +296,11 @@ def advance(block: Block, source: Stream, target: Stream, batch: int, device: st
 
 
 @torch.no_grad()
-def embed_images(source: FloatSource, images: Iterable[ImageInput], grids: Sequence[PatchGrid | None], path: Path, dtype: str) -> Stream:
-    """What the tower's first block reads of each image. grids: the patch grid of every image, None for a family of one image size: lengths are known before
-    pixels arrive."""
+def embed_images(
+    source: FloatSource, images: Iterable[ImageInput], grids: Sequence[PatchGrid | None], path: Path, dtype: str
+) -> Stream:
+    """What the tower's first block reads of each image. grids: the patch grid of every image, None for a family of one
+    image size: lengths are known before pixels arrive."""
     family, module = source.family, lru_cache(source.module)
     stream = Stream(path, family.vision_hidden_size, [family.tower_rows(grid) for grid in grids], dtype, create=True)
     stream.grids = [grid for grid in grids if grid is not None]
@@ -273,18 +315,22 @@ def select_features(source: FloatSource, stream: Stream, path: Path) -> Stream:
     def rows(item: int, hidden: Tensor) -> Tensor:
         return source.family.projector_rows(hidden, stream.grids[item] if stream.grids else None)
 
-    sizes = [tuple(rows(item, torch.empty(n, stream.width, device="meta")).shape) for item, n in enumerate(stream.lengths)]
+    sizes = [
+        tuple(rows(item, torch.empty(n, stream.width, device="meta")).shape) for item, n in enumerate(stream.lengths)
+    ]
     out = stream.like(path, width=sizes[0][1] if sizes else None, lengths=[size[0] for size in sizes])
     for item in range(len(stream)):
         out.write(item, rows(item, stream.read(item)))
     return out
 
 
-def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[PatchGrid] = ()) -> Stream:
-    """The decoder's input stream: word embeddings with the projected pictures in their places.
+def embed_text(
+    source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[PatchGrid] = ()
+) -> Stream:
+    """The decoder's input stream: word embeddings with the projected images in their places.
 
-    ids: one int64 tensor [length] per sample, pictures (and their patch grids, where resolution is dynamic) in order of appearance over all samples.
-    CheckpointError when counts disagree.
+    ids: one int64 tensor [length] per sample, images (and their patch grids, where resolution is dynamic) in order of
+    appearance over all samples. CheckpointError when counts disagree.
     """
     family = source.family
     table = source.tensor(f"{family.embed_path}.weight")
@@ -299,7 +345,10 @@ def embed_text(source: FloatSource, ids: Sequence[Tensor], images: Stream, path:
         counts = tuple(int((number == i).sum()) for i in range(len(own)))
         if own and (own[-1] >= len(images) or counts != tuple(images.lengths[i] for i in own)):
             stored = images.lengths[own[0] : own[-1] + 1]
-            raise CheckpointError(f"sample {item}: expected pictures of {stored} image tokens, got {list(counts)}; the processor does not fit the model")
+            raise CheckpointError(
+                f"sample {item}: expected images of {stored} image tokens, got {list(counts)}; the processor does not"
+                " fit the model"
+            )
         if own:
             hidden[number >= 0] = torch.cat([images.read(i) for i in own])
         out.write(item, hidden)

@@ -1,11 +1,13 @@
-"""One block under a weight-only method: what its linears read is observed once, then every weight is rounded with its inputs in mind.
+"""One block under a weight-only method: what its linears read is observed once, then every weight is rounded with its
+inputs in mind.
 
 | group | scaled by AWQ at the expense of |
 |---|---|
 | reads a norm | the norm's weight and bias |
 | mlp.down_proj behind gate * up | the rows of up |
 | the output projection of attention | the rows of v, where every head has its own |
-| anything else (behind a nonlinearity, grouped heads, the first layer of a projector) | nothing: `input_scale` stays with the layer |
+| anything else (behind a nonlinearity, grouped heads, the first layer of a projector) | nothing: `input_scale` stays
+with the layer |
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor
 
 from quota.calib.blocks import Block
-from quota.calib.learn import BlockReport, Lesson, Scorer, decibels, split
+from quota.calib.learn import BlockData, BlockReport, Scorer, decibels, split
 from quota.calib.settings import Settings
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
+from quota.core.formats import INT4_GROUPS, Format
 from quota.models.base import Group
 from quota.quant.awq import awq, search_scale
 from quota.quant.gptq import Hessian, gptq
@@ -32,8 +35,9 @@ Codes = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scale and zero [N, G]
 _UNCLIPPED = ("q_proj", "k_proj", "qkv")
 
 
-class Seen:
-    """What a projection group reads, over all training items: its Hessian (GPTQ), or mean magnitudes [K] and some rows (AWQ)."""
+class InputStats:
+    """What a projection group reads, over all training items: its Hessian (GPTQ), or mean magnitudes [K] and some rows
+    (AWQ)."""
 
     def __init__(self, in_features: int, method: str, rows_per_item: int, device: str) -> None:
         self.rows_per_item = rows_per_item
@@ -62,81 +66,98 @@ class Seen:
 
 @torch.no_grad()
 def quantize_weights(
-    block: Block, lesson: Lesson, method: str, settings: Settings, progress: Callable[[int], None] | None = None
+    block: Block,
+    lesson: BlockData,
+    method: str,
+    settings: Settings,
+    progress: Callable[[int], None] | None = None,
+    form: Format = INT4_GROUPS,
 ) -> tuple[dict[str, Tensor], BlockReport]:
-    """Round the linears of a float `block` by "gptq", "awq" or "rtn" and leave it computing with the rounded weights.
+    """Round the linears of a float `block` to `form` by "gptq", "awq" or "rtn" and leave it computing with the
+    rounded weights.
 
-    Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding to nearest: nothing is searched before).
-    progress: called with the number of finished groups. SampleError when the inputs are not finite.
+    Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding
+    to nearest: nothing is searched before). progress: called with the number of finished groups. SampleError when the
+    inputs are not finite.
     """
     train, held_out = split(len(lesson.inputs), settings.held_out)
     seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, method, settings)
     score = Scorer(block, lesson, held_out, settings)
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
     weights = {name: linear.weight.data for name, linear in linears.items()}
-    codes = {name: round_groups(weight) for name, weight in weights.items()}
-    _compute_with(linears, codes, {})
+    codes = {name: round_groups(weight, form) for name, weight in weights.items()}
+    _compute_with(linears, codes, {}, form)
     mse_rtn = score()
     for name, linear in linears.items():
         linear.weight.data = weights[name]
     input_scales: dict[str, Tensor] = {}
     if method == "awq":
         for plan in block.plans:
-            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales)]
+            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales, form)]
     for done, plan in enumerate(block.plans, start=1):
         if method == "gptq":
-            codes |= _gptq(block, plan, seen[plan.name])
+            codes |= _gptq(block, plan, seen[plan.name], form)
         elif method == "awq":
             for part in plan.parts:
-                codes[part] = awq(linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED)
+                clip = part.rpartition(".")[2] not in _UNCLIPPED
+                codes[part] = awq(linears[part].weight, seen[plan.name].rows, form=form, clip=clip)
         if progress is not None:
             progress(done)
-    _compute_with(linears, codes, input_scales)
+    _compute_with(linears, codes, input_scales, form)
     mse = score()
     signal, update = score.signal()
     report = BlockReport(
-        name=block.path, mse_rtn=mse_rtn, mse_start=mse_rtn, mse=mse, sqnr_db=decibels(signal, mse), update_sqnr_db=decibels(update, mse), best_step=0, steps=0,
-    )  # fmt: skip
+        name=block.path,
+        mse_rtn=mse_rtn,
+        mse_start=mse_rtn,
+        mse=mse,
+        sqnr_db=decibels(signal, mse),
+        update_sqnr_db=decibels(update, mse),
+        best_step=0,
+        steps=0,
+    )
     return _export(block, linears, codes, input_scales), report
 
 
 @torch.no_grad()
-def round_weights(block: Block) -> dict[str, Tensor]:
+def round_weights(block: Block, form: Format = INT4_GROUPS) -> dict[str, Tensor]:
     """The tensors of "rtn" alone: rounding to nearest looks at no inputs."""
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
-    return _export(block, linears, {name: round_groups(linear.weight.data) for name, linear in linears.items()}, {})
+    return _export(
+        block, linears, {name: round_groups(linear.weight.data, form) for name, linear in linears.items()}, {}
+    )
 
 
-def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, Seen]:
+def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, InputStats]:
     """One pass, item by item (so nothing is padding)."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, InputStats] = {}
     rows = -(-settings.search_rows // len(items))
     with ExitStack() as stack:
         for plan in block.plans:
             first: Any = block.layer.get_submodule(plan.parts[0])
-            seen[plan.name] = Seen(first.in_features, method, rows, settings.device)
+            seen[plan.name] = InputStats(first.in_features, method, rows, settings.device)
             stack.callback(first.register_forward_pre_hook(lambda _, args, at=seen[plan.name]: at.add(args[0])).remove)
         for item in items:
             block(source.batch([item], settings.device))
     return seen
 
 
-def _gptq(block: Block, plan: Group, seen: Seen) -> dict[str, Codes]:
+def _gptq(block: Block, plan: Group, seen: InputStats, form: Format) -> dict[str, Codes]:
     """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
     assert seen.hessian is not None
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
     try:
-        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value)
+        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value, form)
     except ValueError as error:
         raise SampleError(f"{block.path}.{plan.name}: {error}; look for broken samples or weights") from error
     sizes = [len(weight) for weight in weights]
     return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
 
 
-def _scale(block: Block, plan: Group, seen: Seen, input_scales: dict[str, Tensor]) -> Tensor:
+def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor], form: Format) -> Tensor:
     """Search and apply the scale of a group's inputs; returns the rows it will then read."""
     linears: list[Any] = [block.layer.get_submodule(part) for part in plan.parts]
-    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude)
+    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude, form)
     for linear in linears:
         linear.weight.data = linear.weight * s
     absorbing = _absorber(block, plan, len(s))
@@ -149,7 +170,8 @@ def _scale(block: Block, plan: Group, seen: Seen, input_scales: dict[str, Tensor
 
 
 def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
-    """The tensors whose rows produce the group's input channels, as views to divide in place; None where there are none."""
+    """The tensors whose rows produce the group's input channels, as views to divide in place; None where there are
+    none."""
     layer = block.layer
     if plan.absorbs in block.family.norms[block.kind]:
         return [tensor.data for tensor in layer.get_submodule(plan.absorbs).parameters()]
@@ -164,17 +186,31 @@ def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
     return None
 
 
-def _compute_with(linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> None:
+def _compute_with(
+    linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor], form: Format
+) -> None:
     for name, linear in linears.items():
-        weight = dequantize_groups(*codes[name])
+        weight = dequantize_groups(*codes[name], form)
         linear.weight.data = weight * input_scales[name] if name in input_scales else weight
 
 
-def _export(block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> dict[str, Tensor]:
+def _export(
+    block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]
+) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, (q, scale, zero) in codes.items():
-        own = {"w_q": pack_uint4(q), "w_scale": scale, "w_zero": zero, "bias": linears[name].bias, "input_scale": input_scales.get(name)}
+        own = {
+            "w_q": pack_uint4(q),
+            "w_scale": scale,
+            "w_zero": zero,
+            "bias": linears[name].bias,
+            "input_scale": input_scales.get(name),
+        }
         out |= {f"{block.path}.{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
-    kept = {name: tensor.float() for name, tensor in block.layer.state_dict().items() if name.rpartition(".")[0] not in linears}
+    kept = {
+        name: tensor.float()
+        for name, tensor in block.layer.state_dict().items()
+        if name.rpartition(".")[0] not in linears
+    }
     out |= {f"{block.path}.{name}": tensor for name, tensor in kept.items()}
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in out.items()}

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
+from quota.calib.settings import METHODS
 from quota.cli.shell import JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
-
-METHODS = ("flatquant", "gptq", "awq", "rtn")
-MODULES = ("vision", "projector", "llm")
+from quota.core.formats import MODULES, SCHEMES
 
 
 def parse_modules(text: str) -> tuple[str, ...]:
@@ -24,26 +23,56 @@ def parse_modules(text: str) -> tuple[str, ...]:
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Float checkpoint (LLaVA-1.5, Qwen2.5-VL): a folder or a hub name.")],
-    out: Annotated[Path, typer.Option("--out", help="New or empty folder to write. It appears only when it is complete.")],
-    samples: Annotated[Path | None, typer.Option("--samples", help="Calibration samples, a JSON file (see below). Not needed by --method rtn.")] = None,
-    method: Annotated[str, typer.Option("--method", help="flatquant: W4A4KV4. gptq, awq, rtn: W4A16, weights alone.")] = "flatquant",
-    modules: Annotated[str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")] = "vision,projector,llm",
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Calibrate on the graph this recipe prunes (prune, then quantize).")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Steps per block (flatquant). 0: the searched start alone.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Float checkpoint (LLaVA-1.5, Qwen2.5-VL): a folder or a hub name.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="New or empty folder to write. It appears only when it is complete.")
+    ],
+    samples: Annotated[
+        Path | None,
+        typer.Option("--samples", help="Calibration samples, a JSON file (see below). Not needed by --method rtn."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help=" ".join(f"{', '.join(row.methods)}: {row.title} ({row.words()})." for row in SCHEMES.values()),
+        ),
+    ] = "flatquant",
+    modules: Annotated[
+        str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")
+    ] = "vision,projector,llm",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Calibrate on the graph this recipe prunes (prune, then quantize).")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=0, help="Steps per block (flatquant). 0: the searched start alone.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same checkpoint.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a quantized checkpoint at OUT, or discard another OUT.partial.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what it takes: tokens, blocks, memory, disk and an estimate of the time.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a quantized checkpoint at OUT, or discard another OUT.partial.")
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Only say what it takes: tokens, blocks, memory, disk and an estimate of the time."
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Quantize a float checkpoint: 4-bit weights, activations and KV cache, or weights alone.
 
-    Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns transforms and clipping
-    thresholds that keep the block's output close to the float block's (FlatQuant). Killed in the middle, the same command continues; a damaged file of
-    OUT.partial is computed again. OUT is refused before the work when it holds anything but the result of this very command.
+    Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns
+    transforms and clipping thresholds that keep the block's output close to the float block's (FlatQuant). Killed in
+    the middle, the same command continues; a damaged file of OUT.partial is computed again. OUT is refused before the
+    work when it holds anything but the result of this very command.
 
-    `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache and output head stay float.
+    `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache
+    and output head stay float.
     `--method rtn` rounds them to nearest, the baseline of both.
 
     **Examples**
@@ -58,17 +87,22 @@ def calibrate(
 
     **Samples file**
 
-        {"schema": "quota-samples/1", "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?", "answer": "a cat", "task": "name"}]}
+        {"schema": "quota-samples/1", "samples": [{"id": "a", "image": "images/a.jpg", "instruction": "what is this?",
+        "answer": "a cat", "task": "name"}]}
 
-    Image paths are relative to the file; without `image` a sample is text only. `answer` and `task` are optional: the answer is read after the
-    instruction, the task groups the accuracies of `quota eval --samples`. 128 samples are plenty; `quota samples build` makes a file from public data.
+    Image paths are relative to the file; without `image` a sample is text only. `answer` and `task` are optional: the
+    answer is read after the instruction, the task groups the accuracies of `quota eval --samples`. 128 samples are
+    plenty; `quota samples build` makes a file from public data.
     """
     if method not in METHODS:
         raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if steps is not None and method != "flatquant":
-        raise UsageError(f"--steps: only flatquant learns in steps; leave it out with --method {method}")
-    if samples is None and method != "rtn":
-        raise UsageError(f"--samples: method {method} learns from samples; give a samples file (only rtn rounds without)")
+    if steps is not None and not METHODS[method].learns:
+        learners = ", ".join(name for name, row in METHODS.items() if row.learns)
+        raise UsageError(f"--steps: only {learners} learns in steps; leave it out with --method {method}")
+    if samples is None and METHODS[method].samples:
+        raise UsageError(
+            f"--samples: method {method} learns from samples; give a samples file (only rtn rounds without)"
+        )
     chosen = parse_modules(modules)
     check_checkpoint(model, "MODEL")
     check_writable(out)
@@ -80,9 +114,15 @@ def calibrate(
 
     read = None if samples is None else Samples.load(samples)
     options: Options = {
-        "method": method, "modules": chosen, "seed": seed, "steps": steps, "recipe": Recipe.load(recipe) if recipe else None, "progress": not json,
-        "resume": resume, "overwrite": overwrite,
-    }  # fmt: skip
+        "method": method,
+        "modules": chosen,
+        "seed": seed,
+        "steps": steps,
+        "recipe": Recipe.load(recipe) if recipe else None,
+        "progress": not json,
+        "resume": resume,
+        "overwrite": overwrite,
+    }
     if plan:
         takes = plan_calibration(model, read, out=out, **options)
         print_json(takes.to_dict()) if json else say("\n".join(takes.lines()))

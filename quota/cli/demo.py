@@ -11,13 +11,26 @@ from quota.cli.shell import JsonOption, check_checkpoint, check_keep, check_outp
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint, recipes, pictures and report.json.")] = Path("demo-out"),
-    family: Annotated[str | None, typer.Option("--family", help="Embedded model: `llava` (default) or `qwen2_5_vl`.")] = None,
-    keep: Annotated[float, typer.Option("--keep", help="Share of visual tokens alive after the last pruning layer.")] = 0.3,
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint, recipes, images and report.json.")] = Path(
+        "demo-out"
+    ),
+    family: Annotated[
+        str | None, typer.Option("--family", help="Embedded model: `llava` (default) or `qwen2_5_vl`.")
+    ] = None,
+    keep: Annotated[
+        float, typer.Option("--keep", help="Share of visual tokens alive after the last pruning layer.")
+    ] = 0.3,
     questions: Annotated[int, typer.Option("--questions", "-n", min=12, help="Held-out questions per row.")] = 600,
-    model: Annotated[str | None, typer.Option("--model", help="Another float checkpoint than an embedded one: a folder or a hub name.")] = None,
-    samples: Annotated[Path | None, typer.Option("--samples", help="Other calibration samples than the family's embedded ones.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Calibration steps per block (fewer is faster and worse).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Another float checkpoint than an embedded one: a folder or a hub name."),
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="Other calibration samples than the family's embedded ones.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=0, help="Calibration steps per block (fewer is faster and worse).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """The whole path on the embedded model: calibrate, allocate, answer, evaluate.
@@ -25,7 +38,7 @@ def demo(
     1. checks the float checkpoint and its 128 calibration samples
     2. calibrates W4A4KV4 (vision tower, projector, language model)
     3. profiles the layers and lets QUOTA allocate a recipe
-    4. answers questions side by side and draws what was kept of their pictures
+    4. answers questions side by side and draws what was kept of their images
     5. evaluates seven configurations on held-out questions
     6. writes `report.json` (fields: docs/report.md)
 
@@ -46,6 +59,17 @@ def demo(
 
     from quota.demo.stages import DemoSettings, run_demo
 
-    report = run_demo(DemoSettings(out=out, family=family, keep=keep, questions=questions, model=model, samples=samples, steps=steps, quiet=json))
+    report = run_demo(
+        DemoSettings(
+            out=out,
+            family=family,
+            keep=keep,
+            questions=questions,
+            model=model,
+            samples=samples,
+            steps=steps,
+            quiet=json,
+        )
+    )
     if json:
         print_json(report.model_dump(mode="json"))

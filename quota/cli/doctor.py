@@ -34,11 +34,20 @@ def examine() -> dict[str, Any]:
     from quota.scenes import assets
 
     packages = _versions(_PACKAGES)
-    problems = [f"package {name} is missing: pip install -c constraints.txt {name}" for name, version in packages.items() if version is None]
+    problems = [
+        f"package {name} is missing: pip install -c constraints.txt {name}"
+        for name, version in packages.items()
+        if version is None
+    ]
     document: dict[str, Any] = {
-        "quota": VERSION, "python": sys.version.split()[0], "platform": platform.platform(), "cpu": cpu(), "packages": packages,
-        "optional": _versions(_OPTIONAL), "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
-    }  # fmt: skip
+        "quota": VERSION,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": cpu(),
+        "packages": packages,
+        "optional": _versions(_OPTIONAL),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("QUOTA_")},
+    }
     if packages["torch"]:
         import torch
 
@@ -48,7 +57,9 @@ def examine() -> dict[str, Any]:
         document["cuda"] = cuda_devices()
         document["native"] = describe_native()
         document["float_attention"] = describe_float_attention()
-        document["decode"] = {name: describe(torch.device(name)) for name in ("cpu", *(f"cuda:{i}" for i in range(len(document["cuda"]))))}
+        document["decode"] = {
+            name: describe(torch.device(name)) for name in ("cpu", *(f"cuda:{i}" for i in range(len(document["cuda"]))))
+        }
         document["ops"], wrong = op_rows()
         problems += wrong
     document["assets"] = {
@@ -62,7 +73,8 @@ def examine() -> dict[str, Any]:
 def doctor(json: JsonOption = False) -> None:
     """Say what is installed, which implementation each op uses, and why others are not.
 
-    A bug report starts with `quota doctor`. Exit status 1 when something needed is missing; the native library is not needed, only faster.
+    A bug report starts with `quota doctor`. Exit status 1 when something needed is missing; the native library is not
+    needed, only faster.
 
     **Examples**
 
@@ -88,7 +100,10 @@ def _print(document: dict[str, Any]) -> None:
     for name, value in document["environment"].items():
         say(f"{name}={value}")
     for number, device in enumerate(document.get("cuda", [])):
-        say(f"cuda:{number}   {device['name']}, compute capability {device['capability']}, {device['memory_bytes'] / 1e9:.0f} GB")
+        say(
+            f"cuda:{number}   {device['name']}, compute capability {device['capability']},"
+            f" {device['memory_bytes'] / 1e9:.0f} GB"
+        )
     native = document.get("native")
     if native:
         say(f"native library   {native}")
@@ -97,11 +112,16 @@ def _print(document: dict[str, Any]) -> None:
             say(f"serving on {name}   {how}")
     ops = document.get("ops", [])
     if ops:
-        widths = [max(len(str(row[key])) for row in [*ops, {k: k for k in row}]) for key, row in ((k, ops[0]) for k in ops[0])]
+        widths = [
+            max(len(str(row[key])) for row in [*ops, {k: k for k in row}]) for key, row in ((k, ops[0]) for k in ops[0])
+        ]
         for row in [{k: k for k in ops[0]}, *ops]:
             say("  " + "  ".join(str(v).ljust(w) for v, w in zip(row.values(), widths, strict=True)).rstrip())
     found = document["assets"]
-    say("embedded   " + ", ".join(f"{name.replace('_', ' ')} {'found' if there else 'not found'}" for name, there in found.items()))
+    say(
+        "embedded   "
+        + ", ".join(f"{name.replace('_', ' ')} {'found' if there else 'not found'}" for name, there in found.items())
+    )
     for problem in document["problems"]:
         say(f"PROBLEM   {problem}")
     say("all needed parts are here" if not document["problems"] else f"{len(document['problems'])} problem(s)")

@@ -6,13 +6,18 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import bench, calibrate, demo, doctor, evaluate, recipe, run, samples, serve, study
+from quota.cli import calibrate, demo, doctor, evaluate, recipe, run, samples, serve, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
-    name="quota", cls=ErrorReportingGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-    add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+    name="quota",
+    cls=ErrorReportingGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _version(wanted: bool) -> None:
@@ -25,12 +30,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
     """Joint quantization and visual-token pruning of vision-language models.
 
-    A float checkpoint (LLaVA-1.5, Qwen2.5-VL) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that says how many visual tokens each
-    layer keeps; both together answer questions (`run`, `eval`).
+    A float checkpoint (LLaVA-1.5, Qwen2.5-VL) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that
+    says how many visual tokens each layer keeps; both together answer questions (`run`, `eval`).
 
     **Start here:** `quota demo` does all of it on an embedded model. Every verb explains itself: `quota VERB --help`.
     """
@@ -45,7 +52,6 @@ app.command("serve", rich_help_panel="Use")(serve.serve)
 app.command("eval", rich_help_panel="Use")(evaluate.evaluate)
 app.command("study", rich_help_panel="Look")(study.study)
 app.command("demo", rich_help_panel="Look")(demo.demo)
-app.add_typer(bench.app, name="bench", rich_help_panel="Look")
 
 if __name__ == "__main__":
     app()

@@ -7,31 +7,48 @@ from typing import Annotated
 
 import typer
 
-from quota.cli.shell import DeviceOption, DtypeOption, FloatType, JsonOption, check_checkpoint, check_output, print_json, say
+from quota.cli.shell import (
+    DeviceOption,
+    DtypeOption,
+    FloatType,
+    JsonOption,
+    check_checkpoint,
+    check_output,
+    print_json,
+    say,
+)
 from quota.core import images
 from quota.core.errors import UsageError
 
 
 def run(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Quantized or float checkpoint: a folder or a hub name.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Quantized or float checkpoint: a folder or a hub name.")
+    ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture file; repeat for several, leave out for none.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat for several, leave out for none.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
-    show: Annotated[Path | None, typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the pictures.")] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the pictures."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = FloatType.float32,
     json: JsonOption = False,
 ) -> None:
-    """Ask one question about a picture (greedy decoding).
+    """Ask one question about an image (greedy decoding).
 
     **Examples**
 
         quota run demo-out/quantized --image photo.jpg --prompt "what color is the star ?"
 
-        quota run demo-out/quantized --recipe demo-out/recipe.json --image photo.jpg -p "describe the picture ." --show kept.png
+        quota run demo-out/quantized --recipe demo-out/recipe.json --image photo.jpg -p "describe the picture ." --show
+        kept.png
 
-        quota run llava-w4a4kv4 --device cuda --dtype float16 --image photo.jpg -p "What is unusual about this picture?"
+        quota run llava-w4a4kv4 --device cuda --dtype float16 --image photo.jpg -p "What is unusual about this image?"
     """
     check_checkpoint(checkpoint)
     if not prompt.strip():
@@ -40,7 +57,7 @@ def run(
         if recipe is None:
             raise UsageError("--show: needs --recipe; without one every token is kept")
         if not image:
-            raise UsageError("--show: needs --image; there is no picture to draw on")
+            raise UsageError("--show: needs --image; there is no image to draw on")
         check_output(show, "--show")
     pictures = [images.open_file(path, name="--image") for path in image or []]
 
@@ -61,7 +78,8 @@ def run(
     figures = answer.figures()
     typer.echo(
         f"{figures['visual_tokens']} visual tokens, {figures['average_visual_tokens']:.1f} on average over layers; "
-        f"first token {figures['prefill_ms']:.0f} ms; KV cache {figures['kv_bytes'] / 1e3:.1f} kB", err=True,
-    )  # fmt: skip
+        f"first token {figures['prefill_ms']:.0f} ms; KV cache {figures['kv_bytes'] / 1e3:.1f} kB",
+        err=True,
+    )
     if show is not None:
         typer.echo(f"kept tokens: {show}", err=True)

@@ -11,7 +11,9 @@ import typer
 from quota.cli.shell import JsonOption, OverwriteOption, check_output, print_json, say
 from quota.core.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 @app.callback()
@@ -21,22 +23,27 @@ def about() -> None:
 
 @app.command("build")
 def build(
-    source: Annotated[list[str], typer.Option("--source", metavar="NAME=PATH", help="A data set and its local copy; repeat for a mixed set.")],
-    out: Annotated[Path, typer.Option("--out", help="Samples file to write; pictures go to `<stem>_images` beside it.")],
-    count: Annotated[int, typer.Option("--count", min=1, help="Number of samples, shared evenly over the sources.")] = 128,
+    source: Annotated[
+        list[str],
+        typer.Option("--source", metavar="NAME=PATH", help="A data set and its local copy; repeat for a mixed set."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Samples file to write; images go to `<stem>_images` beside it.")],
+    count: Annotated[
+        int, typer.Option("--count", min=1, help="Number of samples, shared evenly over the sources.")
+    ] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Same seed and copies, same samples.")] = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Draw a mixed calibration set from local copies of public data sets.
 
-    Names: **llava-mix** (conversation), **wikitext-2** (text only), **textvqa** (scene text), **docvqa** (documents), **chartqa** (charts).
-    PATH is the folder of the copy, or its annotation file (JSON, text or parquet).
+    Names: **llava-mix** (conversation), **wikitext-2** (text only), **textvqa** (scene text), **docvqa** (documents),
+    **chartqa** (charts). PATH is the folder of the copy, or its annotation file (JSON, text or parquet).
 
     **Example**
 
-        quota samples build --source llava-mix=./llava --source wikitext-2=./wikitext --source textvqa=./textvqa --source docvqa=./docvqa
-        --source chartqa="./ChartQA Dataset" --count 128 --out samples.json
+        quota samples build --source llava-mix=./llava --source wikitext-2=./wikitext --source textvqa=./textvqa
+        --source docvqa=./docvqa --source chartqa="./ChartQA Dataset" --count 128 --out samples.json
     """
     pairs = []
     for text in source:

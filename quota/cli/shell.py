@@ -30,7 +30,9 @@ DeviceOption = Annotated[str, typer.Option("--device", help="Where models answer
 DtypeOption = Annotated[FloatType, typer.Option("--dtype", help="Of everything that is not quantized.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are already there under these names.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that are already there under these names.")
+]
 
 
 def notes() -> Console:
@@ -47,7 +49,8 @@ def print_json(document: Any) -> None:
 
 
 class ErrorReportingGroup(TyperGroup):
-    """Turns the errors a user can cause into one line on stderr and exit status 1 (130 for Ctrl-C); faults of quota keep their traceback."""
+    """Turns the errors a user can cause into one line on stderr and exit status 1 (130 for Ctrl-C); faults of quota
+    keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -74,7 +77,8 @@ def describe(error: Exception) -> str:
 
 
 class BuildByDefaultGroup(TyperGroup):
-    """`quota recipe CHECKPOINT ...` is `quota recipe build CHECKPOINT ...`; a checkpoint folder named like a verb is `./explain`."""
+    """`quota recipe CHECKPOINT ...` is `quota recipe build CHECKPOINT ...`; a checkpoint folder named like a verb is
+    `./explain`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
@@ -86,16 +90,23 @@ def check_checkpoint(checkpoint: str, what: str = "CHECKPOINT") -> str:
     """A folder that exists, or something that can be a hub name; UsageError otherwise."""
     path = Path(checkpoint)
     if path.is_file():
-        raise UsageError(f"{what}: {checkpoint} is a file; expected a checkpoint folder or a hub name such as llava-hf/llava-1.5-7b-hf")
+        raise UsageError(
+            f"{what}: {checkpoint} is a file; expected a checkpoint folder or a hub name such as"
+            " llava-hf/llava-1.5-7b-hf"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"{what}: {checkpoint} holds no config.json; expected a checkpoint folder")
     if not path.exists() and not is_hub_name(checkpoint):
-        raise UsageError(f"{what}: no folder {checkpoint}; expected a checkpoint folder or a hub name such as llava-hf/llava-1.5-7b-hf")
+        raise UsageError(
+            f"{what}: no folder {checkpoint}; expected a checkpoint folder or a hub name such as"
+            " llava-hf/llava-1.5-7b-hf"
+        )
     return checkpoint
 
 
 def check_writable(path: Path, what: str = "--out") -> Path:
-    """Fails before the work, not after it: the nearest existing parent of `path` must be a folder one can write into."""
+    """Fails before the work, not after it: the nearest existing parent of `path` must be a folder one can write
+    into."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -105,11 +116,14 @@ def check_writable(path: Path, what: str = "--out") -> Path:
 
 
 def check_output(path: Path, what: str = "--out", *, overwrite: bool = False) -> Path:
-    """`check_writable`, for a file that is not there yet: one that is, is replaced only when asked, and only a plain file is."""
+    """`check_writable`, for a file that is not there yet: one that is, is replaced only when asked, and only a plain
+    file is."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UsageError(f"{what}: expected the name of a file, {path} is something else; choose another")
     if path.exists() and not overwrite:
-        raise UsageError(f"{what}: {path} exists; choose another name, move it away, or give --overwrite where the verb has it")
+        raise UsageError(
+            f"{what}: {path} exists; choose another name, move it away, or give --overwrite where the verb has it"
+        )
     return check_writable(path, what)
 
 

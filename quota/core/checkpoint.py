@@ -1,6 +1,8 @@
-"""The quantized checkpoint folder: sharded safetensors, config.json, processor files and a manifest, `quota.json`, that vouches for them.
+"""The quantized checkpoint folder: sharded safetensors, config.json, processor files and a manifest, `quota.json`, that
+vouches for them.
 
-Nothing is ever unpickled. Tensor names are the model's own (`state_dict`). The folder appears in one piece when writing ends well.
+Nothing is ever unpickled. Tensor names are the model's own (`state_dict`). The folder appears in one piece when writing
+ends well.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,29 +26,36 @@ from torch import Tensor
 from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
+from quota.core.formats import MODULES, Scheme, scheme_named
 from quota.core.version import VERSION
 
-MODULES = ("vision", "projector", "llm")  # what can be quantized, in the order of a forward pass
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
+_SCHEME = "regime"  # the key of the scheme's name in files
 INDEX = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 README = "README.md"
 # Files a processor or `generate` is made of: when they are in the folder, the manifest has to list them.
 _READ_IF_THERE = (
-    "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
-# transformers only warns about a quantization it does not know and invents the weights. A weight file that does not exist makes it stop, with this name
-# in its message; `quota.runtime.hf` takes the entry out when quota is imported.
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+# transformers only warns about a quantization it does not know and invents the weights. A weight file that does not
+# exist makes it stop, with this name in its message; `quota.runtime.hf` takes the entry out when quota is imported.
 _NO_SUCH_WEIGHTS = "import-quota-first-see-README.safetensors"
 _REMEDY = "the folder is damaged: copy or calibrate it again"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`quota.json`. `files` maps every other file of the folder to its hex SHA-256, `bytes` to its size."""
+    """`quota.json`, where the scheme is the field `regime`, by name. `files` maps every other file of the folder to its
+    hex SHA-256, `bytes` to its size."""
 
-    regime: str
+    scheme: Scheme
     modules: tuple[str, ...]
     source_fingerprint: str
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +65,8 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def dumps(self) -> str:
-        return json.dumps({"schema_version": self.schema_version, **asdict(self), "modules": list(self.modules)}, indent=2, sort_keys=True) + "\n"
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "scheme"}
+        return json.dumps({**data, _SCHEME: self.scheme.name}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -65,14 +75,25 @@ class Manifest:
         try:
             data = read_object(path)
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: expected the manifest of a quantized checkpoint, found no file; {_REMEDY}") from None
+            raise CheckpointError(
+                f"{path}: expected the manifest of a quantized checkpoint, found no file; {_REMEDY}"
+            ) from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error}); {_REMEDY}") from None
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {shown(version)}; calibrate again with this version")
+            raise CheckpointError(
+                f"{path}: schema_version: this quota reads {SCHEMA_VERSION}, got {shown(version)}; calibrate again with"
+                " this version"
+            )
         _check_fields(path, data)
-        return cls(**{**data, "modules": tuple(data["modules"])})
+        try:
+            scheme = scheme_named(data.pop(_SCHEME))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: {_SCHEME}: {error}; use the version of quota that wrote the folder"
+            ) from None
+        return cls(**{**data, "scheme": scheme, "modules": tuple(data["modules"])})
 
 
 def _is_file_name(name: str) -> bool:
@@ -85,8 +106,11 @@ def _is_size(value: Any) -> bool:
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "regime": ("a name", lambda v: isinstance(v, str)),
-    "modules": (f"a list of some of {list(MODULES)}", lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, str) and m in MODULES for m in v)),
+    _SCHEME: ("a name", lambda v: isinstance(v, str)),
+    "modules": (
+        f"a list of some of {list(MODULES)}",
+        lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, str) and m in MODULES for m in v),
+    ),
     "source_fingerprint": ("a name", lambda v: isinstance(v, str)),
     "calibration": ("an object", lambda v: isinstance(v, dict)),
     "files": ("an object", lambda v: isinstance(v, dict)),
@@ -102,10 +126,14 @@ def _check_fields(path: Path, data: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(data.get(name))}; {_REMEDY}")
     unknown = sorted(set(data) - set(_FIELDS))
     if unknown:
-        raise CheckpointError(f"{path}: {unknown[0][:80]}: unknown field; use the version of quota that wrote the folder")
+        raise CheckpointError(
+            f"{path}: {unknown[0][:80]}: unknown field; use the version of quota that wrote the folder"
+        )
     for name, digest in data["files"].items():
         if not (_is_file_name(name) and isinstance(digest, str) and _is_size(data["bytes"].get(name))):
-            raise CheckpointError(f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: files[{shown(name)}]: expected a plain file name with its SHA-256 and size; {_REMEDY}"
+            )
 
 
 def is_quantized_folder(folder: str | Path) -> bool:
@@ -129,25 +157,32 @@ def verify_files(folder: str | Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: listed in {MANIFEST} but missing; {_REMEDY}")
         size = path.stat().st_size
         if size != manifest.bytes[name]:
-            raise CheckpointError(f"{path}: expected {manifest.bytes[name]} bytes, got {size} (truncated or altered); {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: expected {manifest.bytes[name]} bytes, got {size} (truncated or altered); {_REMEDY}"
+            )
         found = sha256_file(path)
         if found != digest:
-            raise CheckpointError(f"{path}: expected sha256 {digest}, got {found}: the contents were altered; {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: expected sha256 {digest}, got {found}: the contents were altered; {_REMEDY}"
+            )
 
 
 @contextmanager
 def listed_files(folder: str | Path, manifest: Manifest) -> Iterator[Path]:
-    """A temporary folder with copies of all files the manifest lists but the weights: what is not listed cannot be read there.
+    """A temporary folder with copies of all files the manifest lists but the weights: what is not listed cannot be read
+    there.
 
-    CheckpointError when config.json is not listed, or a file of a processor or of `generate` lies in the folder unlisted; those raised inside the block
-    name the checkpoint's own folder.
+    CheckpointError when config.json is not listed, or a file of a processor or of `generate` lies in the folder
+    unlisted; those raised inside the block name the checkpoint's own folder.
     """
     folder = Path(folder)
     if "config.json" not in manifest.files:
         raise CheckpointError(f"{folder / MANIFEST}: files: expected config.json among them; {_REMEDY}")
     for name in _READ_IF_THERE:
         if name not in manifest.files and (folder / name).exists():
-            raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}, so it is not used; remove it, or {_REMEDY}")
+            raise CheckpointError(
+                f"{folder / name}: not listed in {MANIFEST}, so it is not used; remove it, or {_REMEDY}"
+            )
     with tempfile.TemporaryDirectory(prefix="quota-") as copies:
         for name in manifest.files:
             if not name.endswith((".safetensors", INDEX)):
@@ -165,7 +200,9 @@ def weight_files(folder: str | Path, manifest: Manifest) -> list[Path]:
     """The safetensors files the manifest vouches for, in order."""
     names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
     if not names:
-        raise CheckpointError(f"{Path(folder) / MANIFEST}: files: expected at least one .safetensors file, got none; {_REMEDY}")
+        raise CheckpointError(
+            f"{Path(folder) / MANIFEST}: files: expected at least one .safetensors file, got none; {_REMEDY}"
+        )
     return [Path(folder) / name for name in names]
 
 
@@ -198,7 +235,8 @@ def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_destination(folder: str | Path, overwrite: bool = False) -> None:
-    """UsageError unless a checkpoint may be written at `folder`: a new path, an empty folder or, under `overwrite`, a checkpoint of ours and nothing else."""
+    """UsageError unless a checkpoint may be written at `folder`: a new path, an empty folder or, under `overwrite`, a
+    checkpoint of ours and nothing else."""
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         example = min(path.name for path in folder.iterdir())
@@ -206,7 +244,10 @@ def check_destination(folder: str | Path, overwrite: bool = False) -> None:
     if overwrite or not (folder / MANIFEST).is_file():
         check_removable(folder, _owned(folder))
     else:
-        raise UsageError(f"{folder}: holds a quantized checkpoint; choose another folder, or replace it with --overwrite (overwrite=True)")
+        raise UsageError(
+            f"{folder}: holds a quantized checkpoint; choose another folder, or replace it with --overwrite"
+            " (overwrite=True)"
+        )
 
 
 def _owned(folder: Path) -> Callable[[Path], bool]:
@@ -216,16 +257,30 @@ def _owned(folder: Path) -> Callable[[Path], bool]:
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
-    """Streams a checkpoint: `add` blocks as they are made; a shard is written whenever `max_shard_bytes` would be exceeded.
+    """Streams a checkpoint: `add` blocks as they are made; a shard is written whenever `max_shard_bytes` would be
+    exceeded.
 
-    `folder` appears when the `with` block ends well; after an error nothing is left. What is already there: `check_destination`. `calibration` may be filled
+    `folder` appears when the `with` block ends well; after an error nothing is left. What is already there:
+    `check_destination`. `calibration` may be filled
     until the end.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+    ) -> None:
         if max_shard_bytes < 1:
             raise CheckpointError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
-        self.folder, self.manifest, self.max_shard_bytes, self.overwrite = Path(folder), manifest, max_shard_bytes, overwrite
+        self.folder, self.manifest, self.max_shard_bytes, self.overwrite = (
+            Path(folder),
+            manifest,
+            max_shard_bytes,
+            overwrite,
+        )
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
@@ -237,7 +292,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self.work = self._scope.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             try:
                 self._finish()
@@ -252,7 +309,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             if name in self._names:
                 raise CheckpointError(f"tensor {name}: written twice")
             self._names.add(name)
-            tensor = tensor.detach().to("cpu").contiguous().clone()  # clone: tied tensors must not share storage in a shard
+            tensor = (
+                tensor.detach().to("cpu").contiguous().clone()
+            )  # clone: tied tensors must not share storage in a shard
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > self.max_shard_bytes:
                 self._flush()
@@ -263,7 +322,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Write config.json from a transformers configuration (or its dict), marked as quantized by this project."""
         data = dict(config) if isinstance(config, Mapping) else config.to_dict()
         data["transformers_weights"] = _NO_SUCH_WEIGHTS
-        data["quantization_config"] = {"quant_method": "quota", "regime": self.manifest.regime, "modules": list(self.manifest.modules)}
+        data["quantization_config"] = {
+            "quant_method": "quota",
+            _SCHEME: self.manifest.scheme.name,
+            "modules": list(self.manifest.modules),
+        }
         atomic_write_text(self.work / "config.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
 
     def add_processor(self, processor: Any) -> None:
@@ -306,17 +369,16 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             atomic_write_text(self.work / INDEX, json.dumps(index, indent=2) + "\n")
         atomic_write_text(self.work / README, _readme(self.manifest))
         paths = sorted(path for path in self.work.iterdir() if path.is_file())
-        known = {**asdict(self.manifest), "modules": self.manifest.modules}
-        known |= {"files": {p.name: sha256_file(p) for p in paths}, "bytes": {p.name: p.stat().st_size for p in paths}}
-        self.manifest = Manifest(**known)
+        files, sizes = {p.name: sha256_file(p) for p in paths}, {p.name: p.stat().st_size for p in paths}
+        self.manifest = replace(self.manifest, files=files, bytes=sizes)
         atomic_write_text(self.work / MANIFEST, self.manifest.dumps())
 
 
 def _readme(manifest: Manifest) -> str:
-    """How to open the folder, for whoever finds it. Equal manifests give equal text."""
+    """How to open the folder: the text of its README. Equal manifests give equal text."""
     return f"""# A quantized checkpoint of QUOTA
 
-Regime {manifest.regime}, quantized parts: {", ".join(manifest.modules)}; written by quota {manifest.tool_version}.
+Regime {manifest.scheme.name}, quantized parts: {", ".join(manifest.modules)}; written by quota {manifest.tool_version}.
 
 Open this folder with quota, which checks every file against `{MANIFEST}` first:
 
@@ -328,15 +390,24 @@ model = quota.load("path/to/this/folder")  # a transformers model; model.process
 
 or by command: `quota run path/to/this/folder --image photo.jpg -p "What is this?"`, `quota serve path/to/this/folder`.
 
-transformers reads the folder with `from_pretrained` only after `import quota.runtime`. Without it, transformers stops because it finds no file
-`{_NO_SUCH_WEIGHTS}`: config.json names that file on purpose, since the weights here mean nothing to a program that does not know their format.
+transformers reads the folder with `from_pretrained` only after `import quota.runtime`. Without it, transformers stops
+because it finds no file `{_NO_SUCH_WEIGHTS}`: config.json names that file on purpose, since the weights here mean
+nothing to a program that does not know their format.
 
 To keep or to share the checkpoint, copy the folder whole. `save_pretrained` does not write one.
 """
 
 
-def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processor: Any = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Manifest:
-    """Write a model quantized in memory; returns the completed manifest. Tied tensors are written once, under their first name."""
+def save_checkpoint(
+    model: Any,
+    folder: str | Path,
+    manifest: Manifest,
+    processor: Any = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Manifest:
+    """Write a model quantized in memory; returns the completed manifest. Tied tensors are written once, under their
+    first name."""
     with CheckpointWriter(folder, manifest, max_shard_bytes=max_shard_bytes) as writer:
         writer.add_config(model.config)
         if processor is not None:
@@ -346,7 +417,9 @@ def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processo
         seen: set[int] = set()
         for name, tensor in model.state_dict().items():
             if tensor.is_meta:
-                raise CheckpointError(f"tensor {name}: expected data, got a meta tensor; load the model before saving it")
+                raise CheckpointError(
+                    f"tensor {name}: expected data, got a meta tensor; load the model before saving it"
+                )
             if tensor.data_ptr() in seen and tensor.numel():
                 continue
             seen.add(tensor.data_ptr())
@@ -355,9 +428,12 @@ def save_checkpoint(model: Any, folder: str | Path, manifest: Manifest, processo
 
 
 def check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
-    """CheckpointError unless `tensor` has the shape and kind of the model's own; floats may differ in width where the model casts."""
+    """CheckpointError unless `tensor` has the shape and kind of the model's own; floats may differ in width where the
+    model casts."""
     if tuple(tensor.shape) != tuple(expected.shape):
-        raise CheckpointError(f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {_REMEDY}")
+        raise CheckpointError(
+            f"tensor {name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}; {_REMEDY}"
+        )
     same_kind = (tensor.dtype.is_floating_point and expected.dtype.is_floating_point) or tensor.dtype == expected.dtype
     if not same_kind or (tensor.dtype.itemsize < 2 and tensor.dtype not in (torch.uint8, torch.int8, torch.bool)):
         raise CheckpointError(f"tensor {name}: expected {expected.dtype}, got {tensor.dtype}; {_REMEDY}")

@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else may have written: bounded in size and depth, and only from ordinary files."""
+"""Reading JSON from other programs: bounded in size and depth, and only from ordinary files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MOST_BYTES = 64 * 1024**2  # manifests hold a report per block; the largest seen
 def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
     """A UTF-8 file of at most `most_bytes`, with or without a byte order mark.
 
-    OSError when it cannot be opened; ValueError for a device, a pipe (opening one does not wait for a writer), a larger file, or other bytes.
+    OSError when it cannot be opened; ValueError for a device, a pipe (opening one does not wait for a writer), a larger
+    file, or other bytes.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
@@ -30,7 +31,8 @@ def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
 
 
 def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. OSError as of `read_text`; ValueError when it is anything else, nested too deeply included."""
+    """The JSON object in a file. OSError as of `read_text`; ValueError when it is anything else, nested too deeply
+    included."""
     try:
         data = json.loads(read_text(path, most_bytes))
     except RecursionError:

@@ -29,5 +29,6 @@ def forced_cpu_isa() -> str | None:
 
 
 def triton_interpreted() -> bool:
-    """`TRITON_INTERPRET=1`: Triton kernels run in its interpreter, on CPU tensors. Triton reads it when a kernel is defined."""
+    """`TRITON_INTERPRET=1`: Triton kernels run in its interpreter, on CPU tensors. Triton reads it when a kernel is
+    defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,5 @@
-"""Every error a person can meet. Messages say which field or tensor, what was expected, what was found, and the remedy."""
+"""Every error a person can meet. Messages say which field or tensor, what was expected, what was found, and the
+remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class RecipeError(QuotaError):
 
 
 class SampleError(QuotaError):
-    """A samples file or picture that cannot be read."""
+    """A samples file or image that cannot be read."""
 
 
 class ImageError(SampleError):

@@ -1,4 +1,5 @@
-"""Writing so that nothing half-written ever stands in place of something good, and nothing of somebody else's is removed."""
+"""Writing so that nothing half-written ever stands in place of something good, and no file of another program is
+removed."""
 
 from __future__ import annotations
 
@@ -20,17 +21,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """An OSError of the block names `path`: those of write, fsync and of temporary files beside it do not. A full disk is said with the space that is left."""
+    """An OSError of the block names `path`: those of write, fsync and of temporary files beside it do not. A full disk
+    is said with the space that is left."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise UsageError(f"{path}: {error.strerror}, {_free(Path(path))} bytes are free; make room or choose another folder") from error
+            raise UsageError(
+                f"{path}: {error.strerror}, {_free(Path(path))} bytes are free; make room or choose another folder"
+            ) from error
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write beside `path`, then rename over it; the mode is the umask's. OSError naming `path` where that fails, UsageError on a full disk."""
+    """Write beside `path`, then rename over it; the mode is the umask's. OSError naming `path` where that fails,
+    UsageError on a full disk."""
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +59,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_folder(path: str | Path, owns: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A folder that is already there is replaced when it is empty or holds only files that `owns`, given the path below the folder, accepts; UsageError
-    otherwise, before and after the block.
+    A folder that is already there is replaced when it is empty or holds only files that `owns`, given the path below
+    the folder, accepts; UsageError otherwise, before and after the block.
     """
     path = Path(path)
     with naming(path.parent):
@@ -84,18 +89,23 @@ def _sibling(path: Path) -> Path:
 
 
 def check_removable(path: Path, owns: Callable[[Path], bool]) -> None:
-    """UsageError, naming the first file that is not ours, unless `path` is missing, an empty folder or one with files that `owns` accepts only."""
+    """UsageError, naming the first file that is not ours, unless `path` is missing, an empty folder or one with files
+    that `owns` accepts only."""
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():
         raise UsageError(f"{path}: expected a folder or a new path, found a file")
     for found in sorted(path.rglob("*")):
         if found.is_symlink() or not (found.is_dir() or owns(found.relative_to(path))):
-            raise UsageError(f"{path}: holds {found.relative_to(path)}, which quota did not write; move it away or choose another folder")
+            raise UsageError(
+                f"{path}: holds {found.relative_to(path)}, which quota did not write; move it away or choose another"
+                " folder"
+            )
 
 
 def remove_files(path: Path, owns: Callable[[Path], bool]) -> None:
-    """Remove the files below `path` that `owns` accepts, then the folders that are empty: what others put there stays."""
+    """Remove the files below `path` that `owns` accepts, then the folders that are empty: what others put there
+    stays."""
     for found in sorted(path.rglob("*"), reverse=True):
         if found.is_symlink():
             continue
@@ -109,7 +119,8 @@ def remove_files(path: Path, owns: Callable[[Path], bool]) -> None:
 
 
 def claim_folder(path: str | Path) -> Path:
-    """Make `path` a folder of quota's outputs, in which quota replaces its own files: a new one, an empty one, or one that is marked already.
+    """Make `path` a folder of quota's outputs, in which quota replaces its own files: a new one, an empty one, or one
+    that is marked already.
 
     UsageError for any other: a name in it could be that of a file of the user's.
     """
@@ -123,7 +134,8 @@ def claim_folder(path: str | Path) -> Path:
 
 
 def reserve(file: IO[bytes], path: Path, size: int) -> None:
-    """Give `file` its `size` bytes on the disk now, so that a later write cannot find it full. UsageError with both figures where they are not there."""
+    """Give `file` its `size` bytes on the disk now, so that a later write cannot find it full. UsageError with both
+    figures where they are not there."""
     try:
         if size:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -131,14 +143,18 @@ def reserve(file: IO[bytes], path: Path, size: int) -> None:
         if error.errno not in _FULL:
             raise OSError(error.errno, error.strerror, str(path)) from error
         os.ftruncate(file.fileno(), 0)
-        raise UsageError(f"{path}: needs {size} bytes on the disk, {_free(path)} are free; make room or choose another folder") from error
+        raise UsageError(
+            f"{path}: needs {size} bytes on the disk, {_free(path)} are free; make room or choose another folder"
+        ) from error
 
 
 def check_space(path: Path, size: int) -> None:
     """UsageError with both figures unless `size` bytes are free where `path` is to be."""
     free = free_bytes(path)
     if size > free:
-        raise UsageError(f"{path}: needs about {size} bytes on the disk, {free} are free; make room or choose another folder")
+        raise UsageError(
+            f"{path}: needs about {size} bytes on the disk, {free} are free; make room or choose another folder"
+        )
 
 
 def free_bytes(path: Path) -> int:

@@ -1,7 +1,9 @@
-"""What decoding an encoded image would take, read from its structure alone, and the parts of the file that decide its pixels.
+"""What decoding an encoded image would take, read from its structure alone, and the parts of the file that decide its
+pixels.
 
-Everything else (texts, colour profiles, thumbnails, later frames, nested directories) is left out before a decoder sees the file, so that none of it has
-to be bounded: unpacked texts of a PNG, thousands of application segments of a JPEG and chains of TIFF directories are never read.
+Everything else (texts, colour profiles, thumbnails, later frames, nested directories) is left out before a decoder sees
+the file, so that none of it has to be bounded: unpacked texts of a PNG, thousands of application segments of a JPEG and
+chains of TIFF directories are never read.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MAX_SCANS = 64  # of a JPEG: each is another pass over all coefficients; encoders write 1 to about 20
-_MAX_PIECES = 1 << 18  # chunks of a PNG, blocks of a GIF, strips or tiles of a TIFF, and values of any other of its fields
+_MAX_PIECES = (
+    1 << 18
+)  # chunks of a PNG, blocks of a GIF, strips or tiles of a TIFF, and values of any other of its fields
 _MAX_SEGMENTS = 1 << 14  # of a JPEG; a colour profile takes at most 255
 _MAX_RUN_LENGTH_PIXELS = 4_000_000  # of a BMP in run-length code, which Pillow decodes in Python
 _MAX_SAMPLES, _MAX_BITS = 8, 64  # of a TIFF's pixel, of a sample
@@ -27,8 +31,9 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Survey:
-    """`size`: (width, height) as stored. `work_pixels`: what the decoder fills, at least width x height (tiles may reach beyond). `peak_bytes`: an upper
-    bound on the memory of all buffers at once, the result among them. `data`: what the decoder needs of the file, as a file of the same format."""
+    """`size`: (width, height) as stored. `work_pixels`: what the decoder fills, at least width x height (tiles may
+    reach beyond). `peak_bytes`: an upper bound on the memory of all buffers at once, the result among them. `data`:
+    what the decoder needs of the file, as a file of the same format."""
 
     format: str
     size: tuple[int, int]
@@ -72,7 +77,14 @@ def _png(data: bytes) -> Survey:
     width, height, depth, colours = struct.unpack_from(">IIBB", kept[b"IHDR"], 8)
     if b"tRNS" in kept:
         kept[b"tRNS"] = _png_transparency(kept[b"tRNS"], depth, colours)
-    whole = b"".join([_PNG, *(kept[kind] for kind in _PNG_KEPT if kind in kept), _png_chunk(b"IDAT", b"".join(pixels)), _png_chunk(b"IEND", b"")])
+    whole = b"".join(
+        [
+            _PNG,
+            *(kept[kind] for kind in _PNG_KEPT if kind in kept),
+            _png_chunk(b"IDAT", b"".join(pixels)),
+            _png_chunk(b"IEND", b""),
+        ]
+    )
     return _plan("PNG", (width, height), whole, len(whole))
 
 
@@ -95,7 +107,8 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _png_transparency(chunk: bytes, depth: int, colours: int) -> bytes:
-    """The transparent value in the depth of the decoded samples: the file counts in its own, the decoder compares 8 bits (but 16 in a 16-bit grey)."""
+    """The transparent value in the depth of the decoded samples: the file counts in its own, the decoder compares 8
+    bits (but 16 in a 16-bit grey)."""
     body = chunk[8:-4]
     if colours == 0 and depth in (2, 4):
         (value,) = struct.unpack_from(">H", body)
@@ -149,7 +162,8 @@ def _jpeg(data: bytes) -> Survey:
 
 
 def _jpeg_head(marker: int, segment: bytes, head: dict[bytes, bytes], tables: list[bytes]) -> None:
-    """Keep what comes before the first scan: frame and tables; of the application's segments those about colours, and the first about orientation."""
+    """Keep what comes before the first scan: frame and tables; of the application's segments those about colours, and
+    the first about orientation."""
     if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
         head.setdefault(b"Exif", segment)
     elif (marker == 0xE0 and segment[4:8] == b"JFIF") or (marker == 0xEE and segment[4:9] == b"Adobe"):
@@ -162,7 +176,8 @@ def _jpeg_head(marker: int, segment: bytes, head: dict[bytes, bytes], tables: li
 
 
 def _gif(data: bytes) -> Survey:
-    """Up to the first image: its own palette, transparency and place. An image beyond the screen enlarges it, as the decoder does."""
+    """Up to the first image: its own palette, transparency and place. An image beyond the screen enlarges it, as the
+    decoder does."""
     place = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 128 else 0)
     head, control, blocks = data[:place], b"", 0
     while data[place : place + 1] != b",":
@@ -191,7 +206,8 @@ def _gif(data: bytes) -> Survey:
 
 
 def _webp(data: bytes) -> Survey:
-    """The canvas; libwebp refuses frames that do not lie within it. It holds two canvases and one frame, Pillow copies the result once."""
+    """The canvas; libwebp refuses frames that do not lie within it. It holds two canvases and one frame, Pillow copies
+    the result once."""
     kind = data[12:16]
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
@@ -214,7 +230,9 @@ def _bmp(data: bytes) -> Survey:
     pixels = width * abs(height)
     run_length = header >= 40 and struct.unpack_from("<I", data, 30)[0] in (1, 2)
     if run_length and (pixels > _MAX_RUN_LENGTH_PIXELS or len(data) > 4 * pixels + 4096):
-        raise Malformed(f"a BMP in run-length code is read up to {_MAX_RUN_LENGTH_PIXELS} pixels and 4 bytes each; save it as PNG")
+        raise Malformed(
+            f"a BMP in run-length code is read up to {_MAX_RUN_LENGTH_PIXELS} pixels and 4 bytes each; save it as PNG"
+        )
     return _plan("BMP", (width, abs(height)), data, 2 * pixels + len(data))
 
 
@@ -222,7 +240,19 @@ def _bmp(data: bytes) -> Survey:
 
 # none, three of fax, LZW, JPEG, deflate (two numbers) and PackBits: decoders whose memory follows from the dimensions
 _COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)
-_SCALARS = {256: None, 257: None, 259: 1, 262: 0, 266: 1, 274: 1, 277: 1, 278: None, 284: 1, 322: None, 323: None}  # tag: value when absent
+_SCALARS = {
+    256: None,
+    257: None,
+    259: 1,
+    262: 0,
+    266: 1,
+    274: 1,
+    277: 1,
+    278: None,
+    284: 1,
+    322: None,
+    323: None,
+}  # tag: value when absent
 _TIFF_KEPT = {*_SCALARS, 254, 258, 273, 279, 292, 293, 317, 320, 324, 325, 332, 338, 339, 347, 529, 530, 531, 532}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -240,7 +270,9 @@ def _tiff(data: bytes) -> Survey:
     kept: dict[int, tuple[int, int, bytes]] = {}
     outside = 0
     for number in range(entries):
-        tag, kind, count, value = struct.unpack_from(order + entry, data, start + struct.calcsize("=" + counter) + number * struct.calcsize("=" + entry))
+        tag, kind, count, value = struct.unpack_from(
+            order + entry, data, start + struct.calcsize("=" + counter) + number * struct.calcsize("=" + entry)
+        )
         if tag not in _TIFF_KEPT:
             continue
         if tag in kept or kind not in _SIZES or not 0 < count <= _MAX_PIECES:
@@ -254,7 +286,15 @@ def _tiff(data: bytes) -> Survey:
     directory = struct.pack(order + counter, len(kept)) + written + struct.pack(order + pointer, 0)
     place = len(data) + len(data) % 2
     first = 16 if big else 8
-    whole = b"".join([data[: first - struct.calcsize("=" + pointer)], struct.pack(order + pointer, place), data[first:], bytes(len(data) % 2), directory])
+    whole = b"".join(
+        [
+            data[: first - struct.calcsize("=" + pointer)],
+            struct.pack(order + pointer, place),
+            data[first:],
+            bytes(len(data) % 2),
+            directory,
+        ]
+    )
     return _tiff_plan({tag: _scalar(order, kept, tag) for tag in _SCALARS}, kept, _bits(order, data, kept), whole)
 
 
@@ -280,7 +320,9 @@ def _bits(order: str, data: bytes, kept: dict[int, tuple[int, int, bytes]]) -> i
     return int(max(struct.unpack_from(f"{order}{count}{_INTEGERS[kind]}", value)))
 
 
-def _tiff_plan(fields: dict[int, int | None], kept: dict[int, tuple[int, int, bytes]], bits: int, whole: bytes) -> Survey:
+def _tiff_plan(
+    fields: dict[int, int | None], kept: dict[int, tuple[int, int, bytes]], bits: int, whole: bytes
+) -> Survey:
     width, height, samples = fields[256], fields[257], fields[277] or 1
     if not width or not height:
         raise Malformed("it has no dimensions")
@@ -303,6 +345,10 @@ def _tiff_plan(fields: dict[int, int | None], kept: dict[int, tuple[int, int, by
 
 
 _READERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], Survey]], ...] = (
-    (re.compile(re.escape(_PNG)), _png), (re.compile(rb"\xff\xd8\xff"), _jpeg), (re.compile(rb"GIF8[79]a"), _gif),
-    (re.compile(rb"RIFF....WEBPVP8[ XL]", re.DOTALL), _webp), (re.compile(rb"BM"), _bmp), (re.compile(rb"II[*+]\0|MM\0[*+]"), _tiff),
-)  # fmt: skip
+    (re.compile(re.escape(_PNG)), _png),
+    (re.compile(rb"\xff\xd8\xff"), _jpeg),
+    (re.compile(rb"GIF8[79]a"), _gif),
+    (re.compile(rb"RIFF....WEBPVP8[ XL]", re.DOTALL), _webp),
+    (re.compile(rb"BM"), _bmp),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), _tiff),
+)

@@ -1,8 +1,11 @@
-"""The one door through which images enter: bytes, files and data URLs become RGB as a person would see them, or one sentence.
+"""The one door through which images enter: bytes, files and data URLs become RGB as a person would see them, or one
+sentence.
 
 - first frame only; EXIF orientation applied; transparency on white, as browsers show it;
-- 16-bit greys span 0 to 65535. Floats and 32-bit integers have no range of their own, so their values decide: within 0 to 1 (floats) that is black to
-  white, else within 0 to 255, else within 0 to 65535; anything else is stretched from its least to its greatest value. Rounded to 8 bit; NaN is the least;
+- 16-bit greys span 0 to 65535. Floats and 32-bit integers have no range of their own, so their values decide: within 0
+to 1 (floats) that is black to
+  white, else within 0 to 255, else within 0 to 65535; anything else is stretched from its least to its greatest value.
+  Rounded to 8 bit; NaN is the least;
 - sizes, and every buffer a decoder will allocate, are checked before it starts (`quota.core.image_files`).
 
 Pillow and numpy are imported when the first image comes.
@@ -30,13 +33,24 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 50  # a processor scales the short edge up, so a 1 x 4000 strip would become gigabytes
 _BAND_PIXELS = 1 << 20  # converted at a time where numbers are wider than 8 bits
-_DATA_URL = re.compile(r"data:(?:[\w.+-]{1,127}/[\w.+-]{1,127})?(?:;[\w.+-]{1,127}=[\w.+-]{1,127}){0,8};base64,", re.ASCII | re.IGNORECASE)
-_UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+_DATA_URL = re.compile(
+    r"data:(?:[\w.+-]{1,127}/[\w.+-]{1,127})?(?:;[\w.+-]{1,127}=[\w.+-]{1,127}){0,8};base64,", re.ASCII | re.IGNORECASE
+)
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """encoded_bytes: of a file or a data URL's content. pixels: of an image, and of what its tiles cover. decode_bytes: all buffers of a decoder at once."""
+    """encoded_bytes: of a file or a data URL's content. pixels: of an image, and of what its tiles cover. decode_bytes:
+    all buffers of a decoder at once."""
 
     encoded_bytes: int = 256 << 20
     pixels: int = 40_000_000
@@ -47,9 +61,12 @@ LIMITS = Limits()
 
 
 def read_file(path: str | Path, limits: Limits = LIMITS, name: str = "image") -> bytes:
-    """The bytes of a regular file; nothing waits for a pipe or a device. ImageError, which begins with `name`, says why it cannot be read."""
+    """The bytes of a regular file; nothing waits for a pipe or a device. ImageError, which begins with `name`, says why
+    it cannot be read."""
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        )
         with open(handle, "rb") as file:  # noqa: PTH123  (a handle, not a path)
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise ImageError(f"{name}: {path} is not a regular file; expected an image file")
@@ -99,14 +116,16 @@ def inspect(data: bytes, limits: Limits = LIMITS, name: str = "image") -> Survey
     width, height = found.size
     if found.work_pixels > limits.pixels:
         raise ImageError(
-            f"{name}: the tiles of this {width} x {height} image cover {found.work_pixels} pixels, the limit is {limits.pixels}; save it without tiles",
+            f"{name}: the tiles of this {width} x {height} image cover {found.work_pixels} pixels, the limit is"
+            f" {limits.pixels}; save it without tiles",
             too_large=True,
-        )  # fmt: skip
+        )
     if found.peak_bytes > limits.decode_bytes:
         raise ImageError(
-            f"{name}: decoding the {width} x {height} image may take {found.peak_bytes} bytes, the limit is {limits.decode_bytes}; make it smaller",
+            f"{name}: decoding the {width} x {height} image may take {found.peak_bytes} bytes, the limit is"
+            f" {limits.decode_bytes}; make it smaller",
             too_large=True,
-        )  # fmt: skip
+        )
     return found
 
 
@@ -116,9 +135,14 @@ def check_size(size: tuple[int, int], limits: Limits = LIMITS, name: str = "imag
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image is empty")
     if width * height > limits.pixels:
-        raise ImageError(f"{name}: the image has {width} x {height} pixels, the limit is {limits.pixels}; make it smaller", too_large=True)
+        raise ImageError(
+            f"{name}: the image has {width} x {height} pixels, the limit is {limits.pixels}; make it smaller",
+            too_large=True,
+        )
     if max(size) > MAX_ASPECT * min(size):
-        raise ImageError(f"{name}: the image is {width} x {height}; one side may be at most {MAX_ASPECT} times the other; cut it")
+        raise ImageError(
+            f"{name}: the image is {width} x {height}; one side may be at most {MAX_ASPECT} times the other; cut it"
+        )
 
 
 def decode(data: bytes, limits: Limits = LIMITS, name: str = "image") -> Image:
@@ -143,12 +167,53 @@ def decode(data: bytes, limits: Limits = LIMITS, name: str = "image") -> Image:
         raise _unreadable(reason, name) from None
 
 
+def to_image(given: object, limits: Limits = LIMITS, name: str = "image") -> Image:
+    """Whatever holds an image as RGB, upright, on white: a Pillow image, a path, the bytes of a file, a data URL, or an
+    array uint8 [H, W] of greys, [H, W, 3] of RGB or [H, W, 4] of RGBA. ImageError, which begins with `name`, says why
+    not."""
+    from PIL import Image as pillow
+
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return decode(_bounded(bytes(given), limits, name), limits, name)
+    if isinstance(given, str) and given[:5].lower() == "data:":
+        return decode(read_data_url(given, limits, name), limits, name)
+    if isinstance(given, (str, Path)):
+        return open_file(given, limits, name)
+    image = given if isinstance(given, pillow.Image) else _of_array(given, name)
+    check_size(image.size, limits, name)
+    try:
+        return to_rgb(image)  # a file that Pillow has opened is decoded here
+    except OSError as error:
+        raise _unreadable(str(error), name) from None
+
+
+def _of_array(given: object, name: str) -> Image:
+    import numpy as np
+    from PIL import Image as pillow
+
+    if not hasattr(given, "__array__"):
+        raise ImageError(
+            f"{name}: expected a Pillow image, a path, bytes, a data URL or an array, got {type(given).__name__}"
+        )
+    array = np.asarray(given)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(
+            f"{name}: expected an array uint8 [H, W], [H, W, 3] or [H, W, 4], got {array.dtype} {list(array.shape)}"
+        )
+    if not array.size:
+        raise ImageError(f"{name}: the image is empty")
+    return pillow.fromarray(np.ascontiguousarray(array))
+
+
 def _unreadable(reason: str, name: str) -> ImageError:
-    return ImageError(f"{name}: not a readable image ({reason}); expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
+    return ImageError(
+        f"{name}: not a readable image ({reason}); expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+    )
 
 
 def to_rgb(image: Image) -> Image:
-    """A Pillow image of any mode as RGB: 8 bit, on white, upright. An RGB image that is upright and opaque is returned as it is."""
+    """A Pillow image of any mode as RGB: 8 bit, on white, upright. An RGB image that is upright and opaque is returned
+    as it is."""
     orientation = _orientation(image.info.get("exif"))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bit(image)

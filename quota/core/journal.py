@@ -12,7 +12,8 @@ from quota.core.files import atomic_write_text, naming
 
 
 class Journal:
-    """JSON lines under a header line. `rows` are those already on disk; a file with another header, or a torn last line, is not reused."""
+    """JSON lines under a header line. `rows` are those already on disk; a file with another header, or a torn last
+    line, is not reused."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path

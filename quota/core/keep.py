@@ -1,12 +1,19 @@
-"""Keep ratios and the few names that recipes, the pruner and the allocator share. Plain Python: what runs a model needs no parser of documents."""
+"""Keep ratios: what they count, how the kept tokens are numbered, and their arithmetic. No pydantic, which the
+inference path does without."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
 
-BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
-ATTENTION_SCORES: frozenset[str] = frozenset({"quota", "text", "last_token", "cross_self"})  # they read the attention of the layer before
+REFERENCES: dict[str, str] = {
+    "recorded": "budgets count reference_tokens per image",
+    "per_image": "the prompt's own visual tokens",
+}
+POSITION_POLICIES: dict[str, str] = {
+    "original": "kept tokens keep their rotary positions",
+    "compact": "positions are renumbered",
+}
 
 
 def significant(x: float, digits: int = 6) -> float:
@@ -15,11 +22,13 @@ def significant(x: float, digits: int = 6) -> float:
 
 
 def kept_tokens(ratio: float, tokens: int) -> int:
-    """Equation (5): ceil(ratio * tokens), computed on the decimal value of `ratio`, so 0.07 of 100 is 7 and 0.3 of 576 is 173."""
+    """Equation (5): ceil(ratio * tokens), computed on the decimal value of `ratio`, so 0.07 of 100 is 7 and 0.3 of 576
+    is 173."""
     return math.ceil(Fraction(repr(float(ratio))) * tokens)
 
 
 def keep_of(count: int, tokens: int) -> float:
-    """The ratio, 6 significant digits, for which `kept_tokens(ratio, tokens)` is exactly `count` (0 .. tokens; tokens below 200 000)."""
+    """The ratio, 6 significant digits, for which `kept_tokens(ratio, tokens)` is exactly `count` (0 .. tokens; tokens
+    below 200 000)."""
     ratio = significant(count / tokens)
     return ratio if kept_tokens(ratio, tokens) == count else significant((count - 0.5) / tokens)

@@ -26,7 +26,8 @@ def _madvise() -> Any:
 
 
 def release_pages(address: int, size_bytes: int) -> bool:
-    """Ask the kernel to take the whole pages inside [address, address + size_bytes) out of memory; False where it cannot.
+    """Ask the kernel to take the whole pages inside [address, address + size_bytes) out of memory; False where it
+    cannot.
 
     Nothing is lost: pages of a mapped file are read from it again when touched, others stay or go to swap.
     """
@@ -40,20 +41,27 @@ def release_pages(address: int, size_bytes: int) -> bool:
 
 @cache
 def keep_freed_memory() -> bool:
-    """Have malloc keep up to 256 MiB of what is freed, for the whole process; False where the environment has settled it, or without glibc.
+    """Have malloc keep up to 256 MiB of what is freed, for the whole process; False where the environment has settled
+    it, or without glibc.
 
-    Layer after layer frees and asks for the same megabytes. Given back in between, they return as pages that the kernel clears and maps one by one.
+    Layer after layer frees and asks for the same megabytes. Given back in between, they return as pages that the kernel
+    clears and maps one by one.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _SETTLED):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_MMAP_THRESHOLD, _HEAP_BYTES) == 1 and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) == 1
+    return (
+        mallopt is not None
+        and mallopt(_MMAP_THRESHOLD, _HEAP_BYTES) == 1
+        and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) == 1
+    )
 
 
 def return_freed_memory() -> bool:
     """Give freed memory back to the kernel, `keep_freed_memory` notwithstanding; False without glibc. Milliseconds.
 
-    For after something large: what is freed between objects that stay is never reused as a whole, and the process would grow with every coincidence.
+    For after something large: what is freed between objects that stay is never reused as a whole, and the process would
+    grow with every coincidence.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     return trim is not None and trim(0) == 1

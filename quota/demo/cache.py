@@ -17,22 +17,24 @@ from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 
 _PACKAGE = Path(__file__).parents[1]
-# Source that decides what calibration, profiling and answering compute; faces (cli, demo, report) do not.
-_DECIDING = ("core", "quant", "ops", "arch", "nn", "allocate", "calib", "runtime", "eval", "scenes")
+# Every other room's source decides what calibration, planning and answering compute.
+_FACES = ("bench", "cli", "demo", "lmms", "report", "server", "study")
 
 
 def code_fingerprint(package: Path = _PACKAGE) -> str:
     """sha256 over quota's own computing source, so that a changed calibrator is not answered from an old cache."""
     digest = hashlib.sha256()
-    for folder in _DECIDING:
-        for file in sorted((package / folder).rglob("*.py")):
-            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    for file in sorted(package.rglob("*.py")):
+        name = file.relative_to(package)
+        if name.parts[0] not in _FACES:
+            digest.update(f"{name}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 @dataclass
 class StageCache:
-    """Entries `folder/<stage>-<key>`. A stage writes into the path it is given; only a finished one has its `.done` file beside it."""
+    """Entries `folder/<stage>-<key>`. A stage writes into the path it is given; only a finished one has its `.done`
+    file beside it."""
 
     folder: Path
     common: str  # part of every key
@@ -43,7 +45,8 @@ class StageCache:
         return self.folder / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def make(self, stage: str, parts: dict[str, Any], work: Callable[[Path], None]) -> Path:
-        """The path of a finished stage; `work(path)` runs when there is none. What an interrupted `work` left stays for it to resume."""
+        """The path of a finished stage; `work(path)` runs when there is none. What an interrupted `work` left stays for
+        it to resume."""
         path = self.path(stage, parts)
         done = path.with_name(path.name + ".done")
         began = time.perf_counter()
@@ -58,12 +61,16 @@ class StageCache:
 
 
 def link(name: Path, target: Path) -> None:
-    """`name` becomes a relative link to folder `target`, replacing an older link at once; a copy where links are not allowed.
+    """`name` becomes a relative link to folder `target`, replacing an older link at once; a copy where links are not
+    allowed.
 
     UsageError when `name` is there and no link.
     """
     if name.exists() and not name.is_symlink():
-        raise UsageError(f"{name}: expected a link of quota's, found a file or folder of its own; move it away or choose another --out")
+        raise UsageError(
+            f"{name}: expected a link of quota's, found a file or folder of its own; move it away or choose another"
+            " --out"
+        )
     fresh = name.with_name(f".{name.name}.{secrets.token_hex(4)}")
     try:
         fresh.symlink_to(os.path.relpath(target, name.parent), target_is_directory=True)

@@ -28,7 +28,8 @@ class Embedded:
 
 
 def embedded(family: str | None = None) -> Embedded:
-    """The embedded model of a family (default: LLaVA). UsageError for an unknown family, CheckpointError where none was trained yet."""
+    """The embedded model of a family (default: LLaVA). UsageError for an unknown family, CheckpointError where none was
+    trained yet."""
     name = DEFAULT if family is None else family
     if name not in FAMILIES:
         raise UsageError(f"--family: expected one of {', '.join(FAMILIES)}, got {name!r}")
@@ -36,14 +37,16 @@ def embedded(family: str | None = None) -> Embedded:
     found = Embedded(name, folder / "checkpoint", folder / "calibration" / "samples.json")
     if not (found.checkpoint / "config.json").exists():
         raise CheckpointError(
-            f"--family {name}: there is no embedded checkpoint at {found.checkpoint}; train it with `python -m quota.scenes.train --family {name} "
-            "--out runs/train` and copy its checkpoint folder there, or give --model"
+            f"--family {name}: there is no embedded checkpoint at {found.checkpoint}; train it with `python -m"
+            f" tools.scenes.train --family {name} --out runs/train` and copy its checkpoint folder there, or give"
+            " --model"
         )
     return found
 
 
 def sources(family: str | None, model: str | None, samples: Path | None) -> tuple[str, Path]:
-    """(float checkpoint, samples file): what was given, else the embedded ones of `family`, or of the family `model` belongs to."""
+    """(float checkpoint, samples file): what was given, else the embedded ones of `family`, or of the family `model`
+    belongs to."""
     if model is None:
         found = embedded(family)
         return str(found.checkpoint), samples or found.samples
@@ -63,8 +66,8 @@ def reference_of(config: Any) -> str:
 
 
 def held_out(number: int, config: Any) -> list[Question]:
-    """`number` generated questions of the test split that suit a model: six tasks about scenes, or where resolution is dynamic five kinds of pages, a kind
-    being a task."""
+    """`number` generated questions of the test split that suit a model: six tasks about scenes, or where resolution is
+    dynamic five kinds of pages, a kind being a task."""
     if is_dynamic(config):
         return [replace(q, task=kind_of(q)) for q in mixed_questions(number)]
     return scene_questions(number, scene_px(config))
@@ -81,7 +84,8 @@ def scene_px(config: Any) -> int:
 
 
 def tour(config: Any) -> dict[str, list[Question]]:
-    """Picture name -> questions about that picture, for answers side by side: one scene, and where resolution is dynamic one page of every kind."""
+    """Picture name -> questions about that picture, for answers side by side: one scene, and where resolution is
+    dynamic one page of every kind."""
     if not is_dynamic(config):
         return {"picture": scene_tour(0, scene_px(config))}
     asked = {kind_of(q): [replace(q, task=kind_of(q))] for q in mixed_questions(len(k.KINDS))}

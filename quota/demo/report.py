@@ -35,7 +35,9 @@ class ModelFacts(Document):
     fingerprint: str = Field(description="model fingerprint that recipes carry")
     parameters: int = Field(description="number of parameters")
     layers: int = Field(description="decoder layers")
-    visual_tokens: int = Field(description="visual tokens of one picture; of the median calibration picture where resolution is dynamic")
+    visual_tokens: int = Field(
+        description="visual tokens of one picture; of the median calibration picture where resolution is dynamic"
+    )
     image_size_px: int | None = Field(description="side of the vision tower's input; null where resolution is dynamic")
     float_bytes: int = Field(description="bytes of the float weight files")
     samples: int = Field(description="calibration samples")
@@ -44,11 +46,16 @@ class ModelFacts(Document):
 
 class SideBySide(Document):
     task: str = Field(description="kind of question")
-    picture: str | None = Field(default=None, description="file of the picture asked about; null for none, and in reports of before it was recorded")
+    picture: str | None = Field(
+        default=None,
+        description="file of the picture asked about; null for none, and in reports of before it was recorded",
+    )
     question: str = Field(description="text asked")
     expected: str = Field(description="the right answer")
     answers: dict[str, str] = Field(description="row name -> answer")
-    right: dict[str, bool] = Field(description="row name -> exact match of the first words; empty for a caption, whose order is free")
+    right: dict[str, bool] = Field(
+        description="row name -> exact match of the first words; empty for a caption, whose order is free"
+    )
 
 
 class Report(Document):
@@ -58,13 +65,23 @@ class Report(Document):
     environment: Environment = Field(description="what it ran on")
     model: ModelFacts = Field(description="the float model and its samples")
     keep: float = Field(description="final keep ratio asked for")
-    calibration: dict[str, Any] = Field(description="the calibrator's report: settings and, per block, error before (round to nearest) and after, and SQNR")
-    recipes: dict[str, dict[str, Any]] = Field(description="`collaborative` and `uniform` -> what `quota recipe explain --json` prints")
-    profile: dict[str, Any] = Field(description="per decoder layer: concentration with quartiles, redundancy, sensitivity")
+    calibration: dict[str, Any] = Field(
+        description=(
+            "the calibrator's report: settings and, per block, error before (round to nearest) and after, and SQNR"
+        )
+    )
+    recipes: dict[str, dict[str, Any]] = Field(
+        description="`collaborative` and `uniform` -> what `quota recipe explain --json` prints"
+    )
+    profile: dict[str, Any] = Field(
+        description="per decoder layer: concentration with quartiles, redundancy, sensitivity"
+    )
     answers: list[SideBySide] = Field(description="questions answered by three rows")
     evaluation: Evaluation = Field(description="the held-out questions in all rows")
     files: dict[str, str] = Field(
-        description="what -> path: `picture`, `overlay`, of other kinds `chart` and `overlay-chart`, `profile_plot`, `recipe_plot`, `quantized`, `recipe`, "
-        "`uniform_recipe`"
+        description=(
+            "what -> path: `picture`, `overlay`, of other kinds `chart` and `overlay-chart`, `profile_plot`,"
+            " `recipe_plot`, `quantized`, `recipe`, `uniform_recipe`"
+        )
     )
     stages: list[Stage] = Field(description="seconds per stage")

@@ -14,10 +14,12 @@ from rich.text import Text
 
 from quota.allocate.explain import explain, explain_text
 from quota.allocate.profile import Profile
+from quota.allocate.recipe_builder import build_recipe
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource
 from quota.core.files import atomic_write_text, claim_folder
 from quota.core.folders import resolve_folder
+from quota.core.formats import DEFAULT, KV4, MODULES
 from quota.core.recipe import Recipe
 from quota.demo.cache import StageCache, code_fingerprint, link
 from quota.demo.embedded import held_out, reference_of, sources, tour
@@ -27,24 +29,32 @@ from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_
 from quota.eval.compare import TIMED_QUESTIONS, answer_rows, bars, folder_fingerprint, row_spec
 from quota.eval.generation import Cost, measure_cost
 from quota.eval.machine import cpu, describe_native
-from quota.eval.profiling import allocate, profile_models
 from quota.eval.questions import Question, questions_fingerprint
 from quota.eval.remarks import remarks
 from quota.eval.results import Evaluation
 from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
+from quota.planning.request import profile_models
 
-MODULES = ("vision", "projector", "llm")
-COMPARISONS = (("collaborative", "quantize-then-prune"), ("collaborative", "prune-then-quantize"), ("collaborative", "quant-only"))
+COMPARISONS = (
+    ("collaborative", "quantize-then-prune"),
+    ("collaborative", "prune-then-quantize"),
+    ("collaborative", "quant-only"),
+)
 FILES = {
-    "profile_plot": "profile.png", "recipe_plot": "recipe.png", "quantized": "quantized", "recipe": "recipe.json", "uniform_recipe": "uniform.json",
-}  # fmt: skip
+    "profile_plot": "profile.png",
+    "recipe_plot": "recipe.png",
+    "quantized": "quantized",
+    "recipe": "recipe.json",
+    "uniform_recipe": "uniform.json",
+}
 SIDE_BY_SIDE = ("float", "quant-only", "collaborative")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What `quota demo` was asked for. family: of the embedded model; None where `model` names another one, or for the default."""
+    """What `quota demo` was asked for. family: of the embedded model; None where `model` names another one, or for the
+    default."""
 
     out: Path = Path("demo-out")
     family: str | None = None
@@ -84,22 +94,28 @@ class Demo:
 
     def facts(self) -> ModelFacts:
         """Stage 1: the float checkpoint and its samples."""
-        from quota.calib.evidence import measured_facts
         from quota.models import find_family
+        from quota.planning.facts import measured_facts
 
         self.title(1, "float checkpoint and calibration samples")
         model, processor = load_model(self.float_checkpoint)
         measured = measured_facts(model, processor, self.samples)
         facts = ModelFacts(
-            checkpoint=self.settings.model or "embedded", family=find_family(model).name, fingerprint=measured.fingerprint,
-            parameters=sum(p.numel() for p in model.parameters()), layers=measured.layers, visual_tokens=measured.visual_tokens,
-            image_size_px=getattr(self.config.vision_config, "image_size", None), float_bytes=weight_bytes(resolve_folder(self.float_checkpoint)),
-            samples=len(self.samples), samples_fingerprint=self.samples.fingerprint,
-        )  # fmt: skip
+            checkpoint=self.settings.model or "embedded",
+            family=find_family(model).name,
+            fingerprint=measured.fingerprint,
+            parameters=sum(p.numel() for p in model.parameters()),
+            layers=measured.layers,
+            visual_tokens=measured.visual_tokens,
+            image_size_px=getattr(self.config.vision_config, "image_size", None),
+            float_bytes=weight_bytes(resolve_folder(self.float_checkpoint)),
+            samples=len(self.samples),
+            samples_fingerprint=self.samples.fingerprint,
+        )
         self.console.print(
-            f"{type(model).__name__}: {facts.parameters / 1e6:.2f} M parameters, {facts.layers} decoder layers, {facts.visual_tokens} visual tokens "
-            f"{'of the median picture' if facts.image_size_px is None else 'per picture'}; "
-            f"{facts.samples} samples"
+            f"{type(model).__name__}: {facts.parameters / 1e6:.2f} M parameters, {facts.layers} decoder layers,"
+            f" {facts.visual_tokens} visual tokens"
+            f" {'of the median picture' if facts.image_size_px is None else 'per picture'}; {facts.samples} samples"
         )
         return facts
 
@@ -109,20 +125,42 @@ class Demo:
 
         s = self.settings
         loaded = Recipe.load(recipe) if recipe else None
-        parts = {"float": self.float_key, "samples": self.samples.fingerprint, "steps": s.steps, "seed": s.seed, "recipe": loaded and loaded.dumps()}
+        parts = {
+            "float": self.float_key,
+            "samples": self.samples.fingerprint,
+            "steps": s.steps,
+            "seed": s.seed,
+            "recipe": loaded and loaded.dumps(),
+        }
 
         def work(path: Path) -> None:
             calibrate(
-                self.float_checkpoint, self.samples, modules=MODULES, out=path, seed=s.seed, steps=s.steps, recipe=loaded, progress=not s.quiet, overwrite=True,
-            )  # fmt: skip
+                self.float_checkpoint,
+                self.samples,
+                modules=MODULES,
+                out=path,
+                seed=s.seed,
+                steps=s.steps,
+                recipe=loaded,
+                progress=not s.quiet,
+                overwrite=True,
+            )
 
         return self.cache.make(stage, parts, work)
 
     def profile(self, quantized: Path) -> Profile:
         """Stage 3, first half: what each layer looks like."""
         s = self.settings
-        parts = {"float": self.float_key, "quantized": folder_fingerprint(quantized), "samples": self.samples.fingerprint}
-        path = self.cache.make("profile", parts, lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p))
+        parts = {
+            "float": self.float_key,
+            "quantized": folder_fingerprint(quantized),
+            "samples": self.samples.fingerprint,
+        }
+        path = self.cache.make(
+            "profile",
+            parts,
+            lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p),
+        )
         return Profile.load(path)
 
     def rtn_spec(self, label: str) -> RowSpec:
@@ -136,10 +174,11 @@ class Demo:
 
         key = f"{self.float_key} rtn"
         model, _ = self._loaded.setdefault(key, opened())
-        return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), "int4", opened)
+        return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), KV4.dtype, opened)
 
     def side_by_side(self, specs: dict[str, RowSpec]) -> tuple[list[SideBySide], dict[str, str]]:
-        """Stage 4: the tour's questions in three rows; its pictures, and the tokens kept for the first question about each."""
+        """Stage 4: the tour's questions in three rows; its pictures, and the tokens kept for the first question about
+        each."""
         from quota.report.overlay import save_overlay
 
         out, results = self.settings.out, list[SideBySide]()
@@ -153,7 +192,12 @@ class Demo:
             for q in asked:
                 said = {}
                 for row in SIDE_BY_SIDE:
-                    answer = ask(*self.opened(specs[row]), q.instruction, [] if picture is None else [picture], max_new_tokens=64 if q.task == "caption" else 8)
+                    answer = ask(
+                        *self.opened(specs[row]),
+                        q.instruction,
+                        [] if picture is None else [picture],
+                        max_new_tokens=64 if q.task == "caption" else 8,
+                    )
                     said[row] = answer.text
                     if answer.kept and overlay is not None and overlay not in files:
                         files[overlay] = f"{overlay}.png"
@@ -161,13 +205,19 @@ class Demo:
                 # a caption may name the objects in any order: shown, not marked
                 right = {n: is_right(t, q.answer) for n, t in said.items()} if q.task != "caption" else {}
                 about = None if picture is None else files[name]
-                results.append(SideBySide(task=q.task, picture=about, question=q.instruction, expected=q.answer, answers=said, right=right))
+                results.append(
+                    SideBySide(
+                        task=q.task, picture=about, question=q.instruction, expected=q.answer, answers=said, right=right
+                    )
+                )
         table = Table(title="The same questions, three models")
         for name in ("picture", "question", "expected", *SIDE_BY_SIDE):
             table.add_column(name, overflow="fold")
         for r in results:
             styles = {n: {True: "green", False: "red", None: ""}[r.right.get(n)] for n in SIDE_BY_SIDE}
-            table.add_row(r.picture or "-", r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE))
+            table.add_row(
+                r.picture or "-", r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE)
+            )
         self.console.print(table)
         return results, files
 
@@ -180,23 +230,43 @@ class Demo:
         began_with = set(self._loaded)
         answered = answer_rows(rows, questions, self.cache.folder / "answers", settings, self.opened, quiet=s.quiet)
         blind_spec = replace(specs["float"], name="blind")
-        blind = answer_rows([blind_spec], [q.without_image() for q in questions], self.cache.folder / "answers", settings, self.opened, quiet=s.quiet)
+        blind = answer_rows(
+            [blind_spec],
+            [q.without_image() for q in questions],
+            self.cache.folder / "answers",
+            settings,
+            self.opened,
+            quiet=s.quiet,
+        )
         reused = all(seconds == 0 for _, seconds in answered.values()) and set(self._loaded) == began_with
-        self.cache.timings.append({"stage": "answers", "seconds": round(sum(v for _, v in answered.values()), 2), "reused": reused})
+        self.cache.timings.append(
+            {"stage": "answers", "seconds": round(sum(v for _, v in answered.values()), 2), "reused": reused}
+        )
         timed = [q for q in questions if q.open_image is not None][:TIMED_QUESTIONS]
         costs = self.costs(rows, timed)
         return summarise(
-            questions, [Answered(spec, *answered[spec.name], costs[spec.name]) for spec in rows], settings, baseline="float", blind=blind["blind"][0],
-            compare=COMPARISONS, timed_requests=len(timed),
-        )  # fmt: skip
+            questions,
+            [Answered(spec, *answered[spec.name], costs[spec.name]) for spec in rows],
+            settings,
+            baseline="float",
+            blind=blind["blind"][0],
+            compare=COMPARISONS,
+            timed_requests=len(timed),
+        )
 
     def costs(self, rows: list[RowSpec], questions: list[Question]) -> dict[str, Cost]:
-        parts = {"rows": [[r.name, r.key] for r in rows], "questions": questions_fingerprint(questions), "machine": platform.node()}
+        parts = {
+            "rows": [[r.name, r.key] for r in rows],
+            "questions": questions_fingerprint(questions),
+            "machine": platform.node(),
+        }
 
         def work(path: Path) -> None:
             with bars(self.settings.quiet) as progress:
                 bar = progress.add_task("timing", total=len(rows) * (len(questions) + 1))
-                measured = measure_cost({r.name: self.opened(r) for r in rows}, questions, progress=lambda: progress.advance(bar))
+                measured = measure_cost(
+                    {r.name: self.opened(r) for r in rows}, questions, progress=lambda: progress.advance(bar)
+                )
             atomic_write_text(path, json.dumps({name: asdict(cost) for name, cost in measured.items()}) + "\n")
 
         path = self.cache.make("cost", parts, work)
@@ -209,9 +279,14 @@ class Demo:
         import quota
 
         return Environment(
-            quota=quota.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, cpu=cpu()["name"],
-            threads=torch.get_num_threads(), native=describe_native(),
-        )  # fmt: skip
+            quota=quota.__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            cpu=cpu()["name"],
+            threads=torch.get_num_threads(),
+            native=describe_native(),
+        )
 
 
 def run_demo(settings: DemoSettings) -> Report:
@@ -223,7 +298,7 @@ def run_demo(settings: DemoSettings) -> Report:
     facts = demo.facts()
     reference = reference_of(demo.config)
 
-    demo.title(2, "calibration to W4A4KV4")
+    demo.title(2, f"calibration to {DEFAULT.title}")
     quantized = demo.quantize("quantized")
     link(out / "quantized", quantized)
     say(f"{out / 'quantized'}: {weight_bytes(quantized) / 1e6:.2f} MB (float: {facts.float_bytes / 1e6:.2f} MB)")
@@ -232,7 +307,8 @@ def run_demo(settings: DemoSettings) -> Report:
     profile = demo.profile(quantized)
     recipes = {"collaborative": out / "recipe.json", "uniform": out / "uniform.json"}
     plans = {
-        name: allocate(profile, keep=settings.keep, method=method, reference=reference) for name, method in (("collaborative", "quota"), ("uniform", "uniform"))
+        name: build_recipe(profile, settings.keep, method=method, reference=reference)
+        for name, method in (("collaborative", "quota"), ("uniform", "uniform"))
     }
     for name, plan in plans.items():
         plan.save(recipes[name])
@@ -254,7 +330,9 @@ def run_demo(settings: DemoSettings) -> Report:
     demo.title(5, f"evaluation on {settings.questions} held-out questions")
     say("prune-then-quantize: calibrating once more, on the graph the uniform recipe prunes")
     pruned_first = demo.quantize("quantized-pruned", recipes["uniform"])
-    specs["prune-then-quantize"] = row_spec("prune-then-quantize", pruned_first, recipes["uniform"], "quantized on the pruned graph")
+    specs["prune-then-quantize"] = row_spec(
+        "prune-then-quantize", pruned_first, recipes["uniform"], "quantized on the pruned graph"
+    )
     specs["collaborative"] = collaborative
     specs["quant-rtn"] = demo.rtn_spec(label)
     evaluation = demo.evaluate(specs)
@@ -265,11 +343,17 @@ def run_demo(settings: DemoSettings) -> Report:
 
     demo.title(6, "report")
     report = Report(
-        environment=demo.environment(), model=facts, keep=settings.keep, calibration=json.loads((quantized / "quota.json").read_text())["calibration"],
-        recipes={name: explain(plan) for name, plan in plans.items()}, profile=profile.to_json(), answers=answers, evaluation=evaluation,
+        environment=demo.environment(),
+        model=facts,
+        keep=settings.keep,
+        calibration=json.loads((quantized / "quota.json").read_text())["calibration"],
+        recipes={name: explain(plan) for name, plan in plans.items()},
+        profile=profile.to_json(),
+        answers=answers,
+        evaluation=evaluation,
         files={**files, **FILES},
         stages=[Stage(**t) for t in demo.cache.timings],
-    )  # fmt: skip
+    )
     atomic_write_text(out / "report.json", report.model_dump_json(indent=1) + "\n")
     for what in (*files, "profile_plot", "recipe_plot"):
         say(f"{what:<18} {out / report.files[what]}")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.core.errors import CheckpointError, UsageError
+from quota.core.errors import UsageError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt, room_for_answer
 from quota.models import find_family
 from quota.models.processing import reserved_mark
+from quota.runtime.load import load_model
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,11 @@ class Placement:
 ON_CPU = Placement()
 
 
-def load_model(checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model in eval mode, processor). `recipe`: a Recipe, a path, or None. Library chatter is silenced; errors are quota's own."""
-    from transformers.utils import logging
-
-    from quota.runtime.load import load
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = load(str(checkpoint), recipe=recipe, dtype=dtype, device=device)
-    if model.processor is None:
-        raise CheckpointError(f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float model")
-    return model, model.processor
-
-
 @dataclass(frozen=True)
 class Answer:
-    """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool [prompt tokens].
-    `grids`: (rows, columns) of each picture's tokens where resolution is dynamic."""
+    """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool
+    [prompt tokens].
+    `grids`: (rows, columns) of each image's tokens where resolution is dynamic."""
 
     text: str
     made: Generated
@@ -63,15 +51,22 @@ class Answer:
     def figures(self) -> dict[str, Any]:
         """Counts and costs, JSON-able. `kept`: candidate layer -> indices of the visual tokens alive from there on."""
         visual = int(self.visual.sum())
-        grown = len(self.visual) - visual + self.made.new_ids.shape[1] - 1  # text and fed-back tokens: in every layer's cache
+        grown = (
+            len(self.visual) - visual + self.made.new_ids.shape[1] - 1
+        )  # text and fed-back tokens: in every layer's cache
         by_layer = [n - grown for n in self.made.cache_tokens]
         return {
-            "prompt_tokens": len(self.visual), "visual_tokens": visual, "visual_tokens_by_layer": by_layer,
-            "average_visual_tokens": sum(by_layer) / len(by_layer), "new_tokens": self.made.new_ids.shape[1],
+            "prompt_tokens": len(self.visual),
+            "visual_tokens": visual,
+            "visual_tokens_by_layer": by_layer,
+            "average_visual_tokens": sum(by_layer) / len(by_layer),
+            "new_tokens": self.made.new_ids.shape[1],
             "kept": {str(layer): mask.nonzero()[:, 0].tolist() for layer, mask in self.kept_visual().items()},
-            "prefill_ms": self.made.prefill_ms, "decode_ms": self.made.decode_ms, "kv_bytes": self.made.cache_bytes,
+            "prefill_ms": self.made.prefill_ms,
+            "decode_ms": self.made.decode_ms,
+            "kv_bytes": self.made.cache_bytes,
             "gpu": None if self.made.gpu is None else asdict(self.made.gpu),
-        }  # fmt: skip
+        }
 
     def kept_visual(self) -> dict[int, Tensor]:
         """candidate layer -> bool [visual tokens] in raster order, for drawing."""
@@ -79,13 +74,16 @@ class Answer:
 
 
 def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new_tokens: int = 64) -> Answer:
-    """One greedy answer to `prompt` as the chat template renders it, the pictures before it.
+    """One greedy answer to `prompt` as the chat template renders it, the images before it.
 
-    UsageError for a prompt that holds the mark for a picture, is no Unicode text, or leaves no room for an answer.
+    UsageError for a prompt that holds the mark for an image, is no Unicode text, or leaves no room for an answer.
     """
     mark = reserved_mark(processor, prompt)
     if mark is not None:
-        raise UsageError(f"prompt: must not contain {mark}; it stands for a picture: give pictures by --image, they come before the text")
+        raise UsageError(
+            f"prompt: must not contain {mark}; it stands for an image: give images by --image, they come before the"
+            " text"
+        )
     try:
         prompt.encode()
     except UnicodeEncodeError:

@@ -26,7 +26,8 @@ _ANSWERS_SCHEMA = "quota-answers/1"
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One configuration: `open` loads (model, processor); `key` names its exact content (weights, recipe) for resuming."""
+    """One configuration: `open` loads (model, processor); `key` names its exact content (weights, recipe) for
+    resuming."""
 
     name: str
     checkpoint: str
@@ -60,16 +61,28 @@ class AnswerFile(Journal):
     def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
         self.append(
             [
-                {"id": q.id, "task": q.task, "instruction": q.instruction, "answer": q.answer, "prediction": p, "right": is_right(p, q.answer)}
+                {
+                    "id": q.id,
+                    "task": q.task,
+                    "instruction": q.instruction,
+                    "answer": q.answer,
+                    "prediction": p,
+                    "right": is_right(p, q.answer),
+                }
                 for q, p in zip(batch, predictions, strict=True)
             ]
         )
 
 
 def answer_all(
-    opened: Callable[[], tuple[Any, Any]], questions: list[Question], file: AnswerFile, settings: Settings, progress: Callable[[int], None] | None = None
+    opened: Callable[[], tuple[Any, Any]],
+    questions: list[Question],
+    file: AnswerFile,
+    settings: Settings,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[list[str], float]:
-    """(predictions in order, seconds spent). Batches are fixed slices of the list, so a resumed run batches like an unbroken one.
+    """(predictions in order, seconds spent). Batches are fixed slices of the list, so a resumed run batches like an
+    unbroken one.
 
     `opened` is called only when something is left to answer.
     """
@@ -100,45 +113,79 @@ class Answered:
 
 
 def summarise(
-    questions: Sequence[Question], rows: Sequence[Answered], settings: Settings, *, baseline: str | None, blind: dict[str, np.ndarray] | None,
-    compare: Sequence[tuple[str, str]] = (), timed_requests: int = 0,
-) -> Evaluation:  # fmt: skip
+    questions: Sequence[Question],
+    rows: Sequence[Answered],
+    settings: Settings,
+    *,
+    baseline: str | None,
+    blind: dict[str, np.ndarray] | None,
+    compare: Sequence[tuple[str, str]] = (),
+    timed_requests: int = 0,
+) -> Evaluation:
     """Accuracies, retention against row `baseline` and paired comparisons of pairs of row names."""
     majority = majority_accuracy(questions)
     right = {r.spec.name: r.right for r in rows}
     draws = resampled_retention(right, baseline, resamples=settings.resamples, seed=settings.seed) if baseline else {}
     totals = {name: retention(right[name], right[baseline]) for name in right} if baseline else {}
-    known = {name for name, value in totals.items() if not math.isnan(value)}  # nothing is retained of a float row without a right answer
+    known = {
+        name for name, value in totals.items() if not math.isnan(value)
+    }  # nothing is retained of a float row without a right answer
     comparisons = []
     for a, b in compare:
         if not {a, b} <= known:
             continue
         difference = interval(totals[a] - totals[b], draws[a] - draws[b])
-        verdict: Literal["better", "worse", "undecided"] = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
+        verdict: Literal["better", "worse", "undecided"] = (
+            "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
+        )
         comparisons.append(Comparison(row=a, against=b, difference=difference, verdict=verdict))
     return Evaluation(
-        questions=len(questions), questions_by_task={task: len(v) for task, v in rows[0].right.items()},
-        questions_fingerprint=questions_fingerprint(questions), majority_accuracy_by_task=majority,
+        questions=len(questions),
+        questions_by_task={task: len(v) for task, v in rows[0].right.items()},
+        questions_fingerprint=questions_fingerprint(questions),
+        majority_accuracy_by_task=majority,
         retention_leaves_out=left_out(retention_by_task(right[baseline], right[baseline])) if baseline else [],
-        blind_accuracy_by_task=accuracies(blind) if blind is not None else None, resamples=settings.resamples, seed=settings.seed,
-        image_backend=BACKEND, timed_requests=timed_requests, comparisons=comparisons,
+        blind_accuracy_by_task=accuracies(blind) if blind is not None else None,
+        resamples=settings.resamples,
+        seed=settings.seed,
+        image_backend=BACKEND,
+        timed_requests=timed_requests,
+        comparisons=comparisons,
         rows=[_row(r, right[baseline] if baseline and known else None, totals, draws, majority) for r in rows],
-    )  # fmt: skip
+    )
 
 
-def _row(answered: Answered, baseline: dict[str, np.ndarray] | None, totals: dict[str, float], draws: dict[str, np.ndarray], majority: dict[str, float]) -> Row:
+def _row(
+    answered: Answered,
+    baseline: dict[str, np.ndarray] | None,
+    totals: dict[str, float],
+    draws: dict[str, np.ndarray],
+    majority: dict[str, float],
+) -> Row:
     spec, cost = answered.spec, answered.cost
     return Row(
-        name=spec.name, checkpoint=spec.checkpoint, recipe=spec.recipe, accuracy=mean_accuracy(answered.right), accuracy_by_task=accuracies(answered.right),
+        name=spec.name,
+        checkpoint=spec.checkpoint,
+        recipe=spec.recipe,
+        accuracy=mean_accuracy(answered.right),
+        accuracy_by_task=accuracies(answered.right),
         retention=interval(totals[spec.name], draws[spec.name]) if baseline else None,
         retention_by_task=retention_by_task(answered.right, baseline) if baseline else {},
-        below_majority=below_majority(accuracies(answered.right), majority), prefill_ms_by_request=[round(ms, 3) for ms in cost.prefill_ms_by_request],
+        below_majority=below_majority(accuracies(answered.right), majority),
+        prefill_ms_by_request=[round(ms, 3) for ms in cost.prefill_ms_by_request],
         decode_ms_by_request=[round(ms, 3) for ms in cost.decode_ms_by_request],
-        prefill_ms=round(cost.prefill_ms, 3), decode_ms=round(cost.decode_ms, 3), kv_bytes=cost.kv_bytes, kv_dtype=spec.kv_dtype,
-        checkpoint_bytes=spec.checkpoint_bytes, average_visual_tokens=round(cost.average_visual_tokens, 3),
-        visual_tokens_by_layer=cost.visual_tokens_by_layer, answer_seconds=round(answered.seconds, 2), gpu_peak_bytes=cost.gpu_peak_bytes,
-        gpu_power_w=cost.gpu_power_w, gpu_power_why_not=cost.gpu_power_why_not,
-    )  # fmt: skip
+        prefill_ms=round(cost.prefill_ms, 3),
+        decode_ms=round(cost.decode_ms, 3),
+        kv_bytes=cost.kv_bytes,
+        kv_dtype=spec.kv_dtype,
+        checkpoint_bytes=spec.checkpoint_bytes,
+        average_visual_tokens=round(cost.average_visual_tokens, 3),
+        visual_tokens_by_layer=cost.visual_tokens_by_layer,
+        answer_seconds=round(answered.seconds, 2),
+        gpu_peak_bytes=cost.gpu_peak_bytes,
+        gpu_power_w=cost.gpu_power_w,
+        gpu_power_why_not=cost.gpu_power_why_not,
+    )
 
 
 def weight_bytes(checkpoint: Path) -> int:

@@ -39,16 +39,23 @@ def folder_fingerprint(checkpoint: str | Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def row_spec(name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU) -> RowSpec:
+def row_spec(
+    name: str, checkpoint: str | Path, recipe: Path | None = None, label: str | None = None, place: Placement = ON_CPU
+) -> RowSpec:
     """A row whose key is the content of its checkpoint and recipe, and where it runs."""
     given, checkpoint = str(checkpoint), resolve_folder(checkpoint)
     parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
     if recipe:
         Recipe.load(recipe)  # a bad recipe is found before the first row is answered
     return RowSpec(
-        name=name, checkpoint=label or given, recipe=recipe.name if recipe else None, key=" ".join(parts) + place.key,
-        checkpoint_bytes=weight_bytes(checkpoint), kv_dtype=cache_dtype(checkpoint, place.dtype), open=lambda: place.open(checkpoint, recipe),
-    )  # fmt: skip
+        name=name,
+        checkpoint=label or given,
+        recipe=recipe.name if recipe else None,
+        key=" ".join(parts) + place.key,
+        checkpoint_bytes=weight_bytes(checkpoint),
+        kv_dtype=cache_dtype(checkpoint, place.dtype),
+        open=lambda: place.open(checkpoint, recipe),
+    )
 
 
 def cache_dtype(checkpoint: Path, dtype: str = "float32") -> str:
@@ -56,11 +63,13 @@ def cache_dtype(checkpoint: Path, dtype: str = "float32") -> str:
     if not is_quantized_folder(checkpoint):
         return dtype
     manifest = Manifest.load(checkpoint)
-    return "int4" if "llm" in manifest.modules and manifest.regime == "w4a4kv4" else dtype
+    kv = manifest.scheme.kv if "llm" in manifest.modules else None
+    return dtype if kv is None else kv.dtype
 
 
 def questions_for(samples: Path | None, number: int, vision: Any) -> list[Question]:
-    """Questions of a samples file, or `number` generated ones that suit the tower of configuration `vision`: five kinds where resolution is dynamic."""
+    """Questions of a samples file, or `number` generated ones that suit the tower of configuration `vision`: five kinds
+    where resolution is dynamic."""
     if samples is None:
         size_px = getattr(vision, "image_size", None)
         return mixed_questions(number) if size_px is None else scene_questions(number, 336 if size_px >= 300 else 168)
@@ -71,14 +80,27 @@ def questions_for(samples: Path | None, number: int, vision: Any) -> list[Questi
 
 def bars(quiet: bool = False) -> Progress:
     """Progress bars on stderr."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
 def answer_rows(
-    specs: Sequence[RowSpec], questions: list[Question], folder: Path, settings: Settings, opened: Callable[[RowSpec], tuple[Any, Any]], *, quiet: bool = False
+    specs: Sequence[RowSpec],
+    questions: list[Question],
+    folder: Path,
+    settings: Settings,
+    opened: Callable[[RowSpec], tuple[Any, Any]],
+    *,
+    quiet: bool = False,
 ) -> dict[str, tuple[dict, float]]:
-    """name -> (right/wrong per task, seconds); answers are kept in `folder` under a name made from all that decides them."""
+    """name -> (right/wrong per task, seconds); answers are kept in `folder` under a name made from all that decides
+    them."""
     asked = questions_fingerprint(questions)
     out = {}
     with bars(quiet) as progress:
@@ -86,14 +108,21 @@ def answer_rows(
             bar = progress.add_task(spec.name, total=len(questions))
             key = f"{spec.key} {asked} {settings.batch} {settings.max_new_tokens}"
             name = f"answers-{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
-            predictions, seconds = answer_all(partial(opened, spec), questions, AnswerFile(folder / name, key), settings, partial(progress.advance, bar))
+            predictions, seconds = answer_all(
+                partial(opened, spec),
+                questions,
+                AnswerFile(folder / name, key),
+                settings,
+                partial(progress.advance, bar),
+            )
             out[spec.name] = (rights(questions, predictions), seconds)
     return out
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What every row answers. samples: a file instead of `number` generated questions; blind: also without the picture; out: folder to continue from."""
+class EvalRequest:
+    """What every row answers. samples: a file instead of `number` generated questions; blind: also without the image;
+    out: folder to continue from."""
 
     samples: Path | None = None
     number: int = 600
@@ -103,7 +132,8 @@ class Asked:
 
 
 def row_names(checkpoint: str, recipes: Sequence[Path | None], float_model: str | None) -> list[str]:
-    """One row per recipe, None for the unpruned one. UsageError where two rows would share a name, the float model's among them where there is one."""
+    """One row per recipe, None for the unpruned one. UsageError where two rows would share a name, the float model's
+    among them where there is one."""
     own = Path(checkpoint).resolve().name
     names = [own if recipe is None else f"{own}+{recipe.stem}" for recipe in recipes]
     rows = [FLOAT, *names] if float_model else names
@@ -129,13 +159,19 @@ class _Stages:
             self.seconds[name] = round(self.seconds[name] + time.perf_counter() - began, 2)
 
 
-def evaluate_checkpoint(checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: Asked, settings: Settings) -> Evaluation:
-    """Everything `quota eval` prints: a row per recipe (None: unpruned), before them the float model's. Later rows are compared with the first."""
+def evaluate_checkpoint(
+    checkpoint: str, recipes: Sequence[Path | None], *, float_model: str | None, asked: EvalRequest, settings: Settings
+) -> Evaluation:
+    """Everything `quota eval` prints: a row per recipe (None: unpruned), before them the float model's. Later rows are
+    compared with the first."""
     stages = _Stages(asked.quiet)
     names = row_names(checkpoint, recipes, float_model)
     with stages.stage("opening", f"reading {checkpoint}" + (f" and {float_model}" if float_model else "")):
         specs = [row_spec(FLOAT, float_model, place=settings.place)] if float_model else []
-        specs += [row_spec(name, checkpoint, recipe, place=settings.place) for name, recipe in zip(names, recipes, strict=True)]
+        specs += [
+            row_spec(name, checkpoint, recipe, place=settings.place)
+            for name, recipe in zip(names, recipes, strict=True)
+        ]
     models: dict[str, tuple[Any, Any]] = {}
 
     def opened(spec: RowSpec) -> tuple[Any, Any]:
@@ -157,15 +193,28 @@ def evaluate_checkpoint(checkpoint: str, recipes: Sequence[Path | None], *, floa
             if asked.blind:
                 without = [q.without_image() for q in questions]
                 blind_spec = replace(specs[0], name="blind")
-                unseen = answer_rows([blind_spec], without, folder, settings, lambda _: opened(specs[0]), quiet=asked.quiet)["blind"][0]
+                unseen = answer_rows(
+                    [blind_spec], without, folder, settings, lambda _: opened(specs[0]), quiet=asked.quiet
+                )["blind"][0]
     timed = questions[:TIMED_QUESTIONS]
-    with stages.stage("timing", f"timing {len(timed)} single requests per row, in turns"), bars(asked.quiet) as progress:
+    with (
+        stages.stage("timing", f"timing {len(timed)} single requests per row, in turns"),
+        bars(asked.quiet) as progress,
+    ):
         bar = progress.add_task("timing", total=len(specs) * (len(timed) + 1))
         costs = measure_cost({s.name: opened(s) for s in specs}, timed, progress=partial(progress.advance, bar))
     rows = [Answered(s, *answered[s.name], costs[s.name]) for s in specs]
     compare = [(name, FLOAT) for name in names if float_model] + [(name, names[0]) for name in names[1:] if float_model]
     stages.console.print(f"{settings.resamples} resamples", markup=False, highlight=False)
-    made = summarise(questions, rows, settings, baseline=FLOAT if float_model else None, blind=unseen, compare=compare, timed_requests=len(timed))
+    made = summarise(
+        questions,
+        rows,
+        settings,
+        baseline=FLOAT if float_model else None,
+        blind=unseen,
+        compare=compare,
+        timed_requests=len(timed),
+    )
     result = made.model_copy(update={"seconds_by_stage": stages.seconds})
     if asked.out is not None:
         atomic_write_text(asked.out / "eval.json", result.model_dump_json(indent=1) + "\n")

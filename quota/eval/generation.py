@@ -27,22 +27,31 @@ def render_prompt(processor: Any, instruction: str, images: int) -> str:
 
 
 def check_questions(processor: Any, questions: Sequence[Question]) -> None:
-    """SampleError for the first question whose text holds the mark for a picture."""
+    """SampleError for the first question whose text holds the mark for an image."""
     for q in questions:
         mark = reserved_mark(processor, q.instruction)
         if mark is not None:
-            raise SampleError(f"sample {q.id!r}: instruction: expected text without {mark}, which stands for a picture; name the picture in `image`")
+            raise SampleError(
+                f"sample {q.id!r}: instruction: expected text without {mark}, which stands for an image; name the"
+                " image in `image`"
+            )
 
 
 def encode(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
-    """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values (and what the family adds)."""
+    """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values (and what
+    the family adds)."""
     check_questions(processor, questions)
     pictures = [q.open_image() for q in questions if q.open_image is not None]
-    return encode_prompts(model, processor, [render_prompt(processor, q.instruction, int(q.open_image is not None)) for q in questions], pictures)
+    return encode_prompts(
+        model,
+        processor,
+        [render_prompt(processor, q.instruction, int(q.open_image is not None)) for q in questions],
+        pictures,
+    )
 
 
 def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:
-    """Rendered prompts and their pictures in order -> left-padded inputs on the model's device."""
+    """Rendered prompts and their images in order -> left-padded inputs on the model's device."""
     processor.tokenizer.padding_side = "left"
     inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
     kept = {k: v.to(model.device) for k, v in inputs.items() if k in _MODEL_INPUTS}
@@ -52,7 +61,8 @@ def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: lis
 
 
 def room_for_answer(model: Any, prompt_tokens: int) -> int:
-    """Tokens left of the model's positions after a prompt, at least 1: the server's rule. UsageError where the prompt takes them all."""
+    """Tokens left of the model's positions after a prompt, at least 1: the server's rule. UsageError where the prompt
+    takes them all."""
     limit = int(model.config.text_config.max_position_embeddings)
     if prompt_tokens >= limit:
         raise UsageError(f"prompt: {prompt_tokens} tokens leave no room for an answer; the limit is {limit} together")
@@ -60,7 +70,8 @@ def room_for_answer(model: Any, prompt_tokens: int) -> int:
 
 
 class _Clock:
-    """A stopping criterion that never stops: `generate` calls it once after every new token, which on a GPU it waits for."""
+    """A stopping criterion that never stops: `generate` calls it once after every new token, which on a GPU it waits
+    for."""
 
     def __init__(self) -> None:
         self.began_s = time.perf_counter()
@@ -85,8 +96,9 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Generated:
-    """`new_ids` [B, new] and the cache they left behind. prefill_ms: from `generate` to the first token, picture encoding included
-    (decoding the image file and resizing it are not); decode_ms: per later token; gpu: what it took of a CUDA device."""
+    """`new_ids` [B, new] and the cache they left behind. prefill_ms: from `generate` to the first token, image
+    encoding included (decoding the image file and resizing it are not); decode_ms: per later token; gpu: what it took
+    of a CUDA device."""
 
     new_ids: Tensor
     prefill_ms: float
@@ -97,27 +109,42 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_new_tokens: int = 0, stop: int | None = None) -> Generated:
-    """Greedy decoding of one batch. `stop`: the only token that ends a row; by default those of the model's generation config."""
+def generate(
+    model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, min_new_tokens: int = 0, stop: int | None = None
+) -> Generated:
+    """Greedy decoding of one batch. `stop`: the only token that ends a row; by default those of the model's generation
+    config."""
     ends = {} if stop is None else {"eos_token_id": stop, "pad_token_id": stop}
     with measured(inputs["input_ids"].device) as gpu:
         clock = _Clock()
         out = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, do_sample=False, num_beams=1,
-            stopping_criteria=[clock], return_dict_in_generate=True, **ends,
-        )  # fmt: skip
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            do_sample=False,
+            num_beams=1,
+            stopping_criteria=[clock],
+            return_dict_in_generate=True,
+            **ends,
+        )
     cache = out.past_key_values
     return Generated(
-        new_ids=out.sequences[:, inputs["input_ids"].shape[1] :], prefill_ms=clock.prefill_ms, decode_ms=clock.decode_ms,
-        cache_tokens=stored_tokens(cache), cache_bytes=sum(kv_bytes(cache)), gpu=gpu,
-    )  # fmt: skip
+        new_ids=out.sequences[:, inputs["input_ids"].shape[1] :],
+        prefill_ms=clock.prefill_ms,
+        decode_ms=clock.decode_ms,
+        cache_tokens=stored_tokens(cache),
+        cache_bytes=sum(kv_bytes(cache)),
+        gpu=gpu,
+    )
 
 
 def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-    """One batch of questions -> texts without special tokens. SampleError names a question whose text holds the mark for a picture;
-    UsageError for a batch whose longest prompt leaves no room for an answer."""
+    """One batch of questions -> texts without special tokens. SampleError names a question whose text holds the mark
+    for an image; UsageError for a batch whose longest prompt leaves no room for an answer."""
     inputs = encode(model, processor, questions)
-    made = generate(model, inputs, max_new_tokens=min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1])))
+    made = generate(
+        model, inputs, max_new_tokens=min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
+    )
     return [text.strip() for text in processor.batch_decode(made.new_ids, skip_special_tokens=True)]
 
 
@@ -141,12 +168,17 @@ class Cost:
 
 
 def measure_cost(
-    entries: dict[str, tuple[Any, Any]], questions: Sequence[Question], *, new_tokens: int = 16, progress: Callable[[], Any] | None = None
+    entries: dict[str, tuple[Any, Any]],
+    questions: Sequence[Question],
+    *,
+    new_tokens: int = 16,
+    progress: Callable[[], Any] | None = None,
 ) -> dict[str, Cost]:
-    """name -> (model, processor) timed one request at a time, rows taking turns on each question so that drift hits all alike.
+    """name -> (model, processor) timed one request at a time, rows taking turns on each question so that drift hits all
+    alike.
 
-    Every request makes exactly `new_tokens` tokens; the first question is a warm-up and is not counted. progress: called after each request, that is
-    rows x (questions + 1) times.
+    Every request makes exactly `new_tokens` tokens; the first question is a warm-up and is not counted. progress:
+    called after each request, that is rows x (questions + 1) times.
     """
     seen: dict[str, list[tuple[Generated, list[int]]]] = {name: [] for name in entries}
     for number, question in enumerate([questions[0], *questions]):
@@ -168,10 +200,13 @@ def _cost(rows: list[tuple[Generated, list[int]]]) -> Cost:
     used = [made.gpu for made, _ in rows if made.gpu is not None]
     gpu = together(used) if used else None
     return Cost(
-        prefill_ms_by_request=[made.prefill_ms for made, _ in rows], decode_ms_by_request=[made.decode_ms or float("nan") for made, _ in rows],
+        prefill_ms_by_request=[made.prefill_ms for made, _ in rows],
+        decode_ms_by_request=[made.decode_ms or float("nan") for made, _ in rows],
         prefill_ms=median(made.prefill_ms for made, _ in rows),
         decode_ms=median(made.decode_ms or float("nan") for made, _ in rows),
         kv_bytes=sum(made.cache_bytes for made, _ in rows) / count,
         visual_tokens_by_layer=[sum(tokens[i] for _, tokens in rows) / count for i in range(len(rows[0][1]))],
-        gpu_peak_bytes=gpu.peak_bytes if gpu else None, gpu_power_w=gpu.power_w if gpu else None, gpu_power_why_not=gpu.power_why_not if gpu else None,
-    )  # fmt: skip
+        gpu_peak_bytes=gpu.peak_bytes if gpu else None,
+        gpu_power_w=gpu.power_w if gpu else None,
+        gpu_power_why_not=gpu.power_why_not if gpu else None,
+    )

@@ -1,4 +1,5 @@
-"""What a piece of work took of a CUDA device: peak memory from torch's allocator, average power from NVML's energy counter (nvidia-ml-py)."""
+"""What a piece of work took of a CUDA device: peak memory from torch's allocator, average power from NVML's energy
+counter (nvidia-ml-py)."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ import torch
 
 @dataclass
 class GpuCost:
-    """peak_bytes: most memory that tensors held; power_w: the board's average, None where `power_why_not` says why; energy_j: over `seconds`, None
-    without a counter."""
+    """peak_bytes: most memory that tensors held; power_w: the board's average, None where `power_why_not` says why;
+    energy_j: over `seconds`, None without a counter."""
 
     peak_bytes: int = 0
     power_w: float | None = None
@@ -45,7 +46,9 @@ def energy_mj(index: int) -> int | str:
         return "nvidia-ml-py is not installed: pip install -e '.[gpu]' in the clone"
     try:
         pynvml.nvmlInit()
-        board: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")  # CUDA_VISIBLE_DEVICES renumbers
+        board: Any = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+        )  # CUDA_VISIBLE_DEVICES renumbers
         return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(board))
     except pynvml.NVMLError as error:
         return f"no energy counter ({error})"

@@ -12,7 +12,18 @@ from quota.core.errors import QuotaError
 if TYPE_CHECKING:
     from quota.core.registry import Context
 
-_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512vbmi",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_int8",
+    "amx_bf16",
+)
 
 
 def cpu() -> dict[str, Any]:
@@ -31,7 +42,8 @@ def cpu() -> dict[str, Any]:
 
 
 def op_rows() -> tuple[list[dict[str, Any]], list[str]]:
-    """(one row per op and implementation: op, implementation, state on the CPU and, where there is a CUDA device, on_cuda; problems).
+    """(one row per op and implementation: op, implementation, state on the CPU and, where there is a CUDA device,
+    on_cuda; problems).
 
     A wrong QUOTA_IMPL is a problem, not a crash.
     """
@@ -43,7 +55,10 @@ def op_rows() -> tuple[list[dict[str, Any]], list[str]]:
     if cuda_devices():
         columns["on_cuda"] = _states(Context("cuda"), problems)
     pairs = [(name, implementation.name) for name, op in ops().items() for implementation in op.implementations]
-    return [{"op": op, "implementation": name, **{k: states[op, name] for k, states in columns.items()}} for op, name in pairs], problems
+    return [
+        {"op": op, "implementation": name, **{k: states[op, name] for k, states in columns.items()}}
+        for op, name in pairs
+    ], problems
 
 
 def _states(ctx: Context, problems: list[str]) -> dict[tuple[str, str], str]:
@@ -85,7 +100,11 @@ def describe_float_attention() -> str:
     from quota.nn.float_attention import why_not_flash
 
     reason = why_not_flash(torch.device("cuda" if cuda_devices() else "cpu"), torch.float16)
-    return f"torch scaled_dot_product_attention ({reason})" if reason else "flash-attn on CUDA in float16 and bfloat16, else torch scaled_dot_product_attention"
+    return (
+        f"torch scaled_dot_product_attention ({reason})"
+        if reason
+        else "flash-attn on CUDA in float16 and bfloat16, else torch scaled_dot_product_attention"
+    )
 
 
 def describe_native() -> str:

@@ -21,9 +21,10 @@ DEFAULT_QUESTIONS = 600
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its answer. `open_image` draws or reads the picture when it is needed; None is a text-only question.
+    """One question with its answer. `open_image` draws or reads the image when it is needed; None is a text-only
+    question.
 
-    `picture`: names the picture's content where the id does not.
+    `image`: names the image's content where the id does not.
     """
 
     id: str
@@ -31,21 +32,22 @@ class Question:
     instruction: str
     answer: str
     open_image: Callable[[], Image] | None
-    picture: str = ""
+    image: str = ""
 
     def without_image(self) -> Question:
         return Question(self.id, self.task, self.instruction, self.answer, None)
 
 
-@lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the pictures
+@lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the images
 def _picture(split: str, index: int, size_px: int) -> Image:
     return g.draw(g.scene(split, index, size_px))
 
 
 def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) -> list[Question]:
-    """`number` questions of the test split, balanced over the tasks: always the same list, a longer one starts with a shorter one.
+    """`number` questions of the test split, balanced over the tasks: always the same list, a longer one starts with a
+    shorter one.
 
-    Every question has its own picture, so questions are independent draws (what the bootstrap over questions assumes).
+    Every question has its own image, so questions are independent draws (what the bootstrap over questions assumes).
     """
     if number < 1:
         raise UsageError(f"questions: expected at least 1, got {number}")
@@ -55,14 +57,17 @@ def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) 
             break
         task = g.TASKS[len(out) % len(g.TASKS)]
         asked = next((q for q in g.questions(g.scene("test", index, size_px)) if q.task == task), None)
-        if asked is None:  # this picture allows no question of this task: take the next picture
+        if asked is None:  # this image allows no question of this task: take the next image
             continue
-        out.append(Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, _opener("test", index, size_px)))
+        out.append(
+            Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, _opener("test", index, size_px))
+        )
     return out
 
 
 def mixed_questions(number: int = DEFAULT_QUESTIONS) -> list[Question]:
-    """`number` questions over the test split of all five kinds, balanced over the kinds and inside each over its tasks; tasks are named `kind/task`.
+    """`number` questions over the test split of all five kinds, balanced over the kinds and inside each over its tasks;
+    tasks are named `kind/task`.
 
     Always the same list, a longer one starts with a shorter one; every question has its own page.
     """
@@ -90,11 +95,17 @@ def _page_picture(kind: str, index: int) -> Image:
 
 
 def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:
-    """One question per task about one test picture, and the request for its caption; for side-by-side answers."""
+    """One question per task about one test image, and the request for its caption; for side-by-side answers."""
     s = g.scene("test", index, size_px)
-    tour = [Question(f"test-{index:05d}-{q.task}", q.task, q.text, q.answer, _opener("test", index, size_px)) for q in g.questions(s)]
+    tour = [
+        Question(f"test-{index:05d}-{q.task}", q.task, q.text, q.answer, _opener("test", index, size_px))
+        for q in g.questions(s)
+    ]
     text = g.caption(s, s.seed("caption"))
-    return [*tour, Question(f"test-{index:05d}-caption", "caption", CAPTION_REQUEST, text, _opener("test", index, size_px))]
+    return [
+        *tour,
+        Question(f"test-{index:05d}-caption", "caption", CAPTION_REQUEST, text, _opener("test", index, size_px)),
+    ]
 
 
 def _opener(split: str, index: int, size_px: int) -> Callable[[], Image]:
@@ -106,20 +117,33 @@ def sample_questions(samples: Iterable[Any]) -> list[Question]:
     out = []
     for sample in samples:
         if not sample.answer:
-            raise SampleError(f"sample {sample.id!r}: field 'answer' is missing; evaluation needs an answer for every sample")
+            raise SampleError(
+                f"sample {sample.id!r}: field 'answer' is missing; evaluation needs an answer for every sample"
+            )
         stored = sample.image_bytes
         name = hashlib.sha256(stored).hexdigest() if stored else ""
-        out.append(Question(sample.id, sample.task or "all", sample.instruction, sample.answer, sample.image if stored else None, name))
+        out.append(
+            Question(
+                sample.id,
+                sample.task or "all",
+                sample.instruction,
+                sample.answer,
+                sample.image if stored else None,
+                name,
+            )
+        )
     if not out:
         raise SampleError("samples: the file holds no samples; expected at least one")
     return out
 
 
 def questions_fingerprint(questions: Iterable[Question]) -> str:
-    """sha256 over ids, instructions and answers, in order (the ids of generated questions name their pictures)."""
+    """sha256 over ids, instructions and answers, in order (the ids of generated questions name their images)."""
     digest = hashlib.sha256()
     for q in questions:
-        digest.update(f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\0{q.picture}\n".encode())
+        digest.update(
+            f"{q.id}\0{q.task}\0{q.instruction}\0{q.answer}\0{q.open_image is not None}\0{q.image}\n".encode()
+        )
     return "sha256:" + digest.hexdigest()
 
 

@@ -37,7 +37,8 @@ def mean_accuracy(right_by_task: dict[str, np.ndarray]) -> float:
 
 
 def majority_accuracy(questions: Iterable[Question]) -> dict[str, float]:
-    """task -> accuracy of always giving that task's most frequent answer *in these questions*: the best any constant can do."""
+    """task -> accuracy of always giving that task's most frequent answer *in these questions*: the best any constant
+    can do."""
     answers: dict[str, Counter[str]] = {}
     for q in questions:
         answers.setdefault(q.task, Counter())[q.answer.lower()] += 1

@@ -1,7 +1,8 @@
 """Retention against the float model with paired bootstrap intervals.
 
-Retention is the mean over tasks of (row accuracy / float accuracy), in percent. One resample draws questions with replacement inside
-each task, the same questions for every row and for the float model (paired), so differences between rows have their own interval.
+Retention is the mean over tasks of (row accuracy / float accuracy), in percent. One resample draws questions with
+replacement inside each task, the same questions for every row and for the float model (paired), so differences between
+rows have their own interval.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pydantic import Field
 from quota.core.schema import Document
 
 RESAMPLES = 10_000
-Scores = np.ndarray | dict[str, np.ndarray]  # one score per question (right or wrong counts), or per question of each stratum: the means are added
+Scores = (
+    np.ndarray | dict[str, np.ndarray]
+)  # one score per question (right or wrong counts), or per question of each stratum: the means are added
 _CHUNK = 500  # resamples counted at once: bounds memory at _CHUNK x questions of one task
 
 
@@ -51,12 +54,16 @@ def _resampled_totals(rows: dict[str, Scores], seed: list[int], resamples: int) 
         return _resampled_accuracy(rows, np.random.default_rng(seed), resamples)  # type: ignore[arg-type]
     sums = dict.fromkeys(rows, np.zeros(resamples))
     for number, stratum in enumerate(first):
-        drawn = _resampled_accuracy({name: row[stratum] for name, row in rows.items()}, np.random.default_rng([*seed, number]), resamples)  # type: ignore[index]
+        drawn = _resampled_accuracy(
+            {name: row[stratum] for name, row in rows.items()}, np.random.default_rng([*seed, number]), resamples
+        )  # type: ignore[index]
         sums = {name: sums[name] + drawn[name] for name in rows}
     return sums
 
 
-def resampled_retention(rows: Mapping[str, Mapping[str, Scores]], baseline: str, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+def resampled_retention(
+    rows: Mapping[str, Mapping[str, Scores]], baseline: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
     """rows: name -> task -> scores (same questions in every row) -> name -> [resamples] retention in percent.
 
     A resample where the baseline gets nothing right in a task leaves that task out of its mean.

@@ -22,10 +22,15 @@ def accuracy_table(result: Evaluation) -> Table:
     for row in result.rows:
         table.add_row(row.name, *(_percent(row.accuracy_by_task[t]) for t in tasks), _percent(row.accuracy))
     table.add_section()
-    baselines = {"most frequent answer": result.majority_accuracy_by_task, "blind (no picture)": result.blind_accuracy_by_task}
+    baselines = {
+        "most frequent answer": result.majority_accuracy_by_task,
+        "blind (no image)": result.blind_accuracy_by_task,
+    }
     for name, values in baselines.items():
         if values is not None:
-            table.add_row(name, *(_percent(values[t]) for t in tasks), _percent(sum(values.values()) / len(values)), style="dim")
+            table.add_row(
+                name, *(_percent(values[t]) for t in tasks), _percent(sum(values.values()) / len(values)), style="dim"
+            )
     return table
 
 
@@ -37,9 +42,21 @@ def cost_table(result: Evaluation) -> Table:
     for name in ("retention", "prefill ms", "decode ms", "KV kB", "weights MB", "visual tokens,\nlayer mean", *gpu):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
-        used = (f"{(row.gpu_peak_bytes or 0) / 1e6:.1f}", "-" if row.gpu_power_w is None else f"{row.gpu_power_w:.0f}") if on_gpu else ()
-        table.add_row(row.name, _retention(row), f"{row.prefill_ms:.1f}", f"{row.decode_ms:.2f}", f"{row.kv_bytes / 1e3:.0f} {row.kv_dtype}",
-                      f"{row.checkpoint_bytes / 1e6:.2f}", f"{row.average_visual_tokens:.1f}", *used)  # fmt: skip
+        used = (
+            (f"{(row.gpu_peak_bytes or 0) / 1e6:.1f}", "-" if row.gpu_power_w is None else f"{row.gpu_power_w:.0f}")
+            if on_gpu
+            else ()
+        )
+        table.add_row(
+            row.name,
+            _retention(row),
+            f"{row.prefill_ms:.1f}",
+            f"{row.decode_ms:.2f}",
+            f"{row.kv_bytes / 1e3:.0f} {row.kv_dtype}",
+            f"{row.checkpoint_bytes / 1e6:.2f}",
+            f"{row.average_visual_tokens:.1f}",
+            *used,
+        )
     return table
 
 
@@ -48,7 +65,13 @@ def comparison_table(result: Evaluation) -> Table:
     for name in ("row", "against", "difference", "95 % interval", "verdict"):
         table.add_column(name, no_wrap=True)
     for c in result.comparisons:
-        table.add_row(c.row, c.against, f"{c.difference.value:+.2f}", f"{c.difference.low:+.2f} to {c.difference.high:+.2f}", c.verdict)
+        table.add_row(
+            c.row,
+            c.against,
+            f"{c.difference.value:+.2f}",
+            f"{c.difference.low:+.2f} to {c.difference.high:+.2f}",
+            c.verdict,
+        )
     return table
 
 

@@ -1,6 +1,8 @@
-"""`python -m quota.lmms ARGS`: lmms-eval's own command with `--model quota`, the embedded tasks, and an exit status that tells.
+"""`python -m quota.lmms ARGS`: lmms-eval's own command with `--model quota`, the embedded tasks, and an exit status
+that tells.
 
-`python -m lmms_eval` ends with status 0 when a task is missing or an evaluation fails; under this door it is 1, also for every process of torchrun.
+`python -m lmms_eval` ends with status 0 when a task is missing or an evaluation fails; under this door it is 1, also
+for every process of torchrun.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ def main(args: list[str]) -> None:
     from lmms_eval import __main__ as command
 
     defaults = {"--model": "quota", "--include_path": str(TASKS)}
-    extra = [part for name, value in defaults.items() if not any(a.split("=")[0] == name for a in args) for part in (name, value)]
+    extra = [
+        part
+        for name, value in defaults.items()
+        if not any(a.split("=")[0] == name for a in args)
+        for part in (name, value)
+    ]
     inner = command.cli_evaluate_single
 
     def checked(given: Any) -> Any:

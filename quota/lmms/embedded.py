@@ -1,6 +1,8 @@
-"""The embedded benchmark as lmms-eval tasks: `quota_scenes` (six kinds of question, for LLaVA) and `quota_pages` (five kinds of page, for Qwen2.5-VL).
+"""The embedded benchmark as lmms-eval tasks: `quota_scenes` (six kinds of question, for LLaVA) and `quota_pages` (five
+kinds of page, for Qwen2.5-VL).
 
-The task files hold questions and answers; pictures are drawn when they are asked for, so everything works offline. The questions are those of
+The task files hold questions and answers; images are drawn when they are asked for, so everything works offline. The
+questions are those of
 `quota eval`: `python -m quota.lmms.embedded` writes them again.
 """
 
@@ -41,7 +43,14 @@ def rows(question: Question) -> dict[str, Any]:
     """A question as a line of a task file; `index` is the scene or page it is about."""
     kind, _, _ = question.task.partition("/")
     index = next(int(part) for part in question.id.split("-") if part.isdigit())
-    return {"id": question.id, "kind": kind, "task": question.task, "index": index, "instruction": question.instruction, "answer": question.answer}
+    return {
+        "id": question.id,
+        "kind": kind,
+        "task": question.task,
+        "index": index,
+        "instruction": question.instruction,
+        "answer": question.answer,
+    }
 
 
 def write() -> None:

@@ -1,4 +1,5 @@
-"""`--model quota`: any supported checkpoint, float or quantized, pruned by a recipe or not, as a chat model of lmms-eval."""
+"""`--model quota`: any supported checkpoint, float or quantized, pruned by a recipe or not, as a chat model of
+lmms-eval."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import lmms_eval.api.task  # noqa: F401  (lets Pillow read truncated pictures from here on; taken back below)
+import lmms_eval.api.task  # noqa: F401  (lets Pillow read truncated images from here on; taken back below)
 import torch
 from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -34,7 +35,7 @@ from quota.lmms.prompts import Conversation, Wrapper, conversation
 from quota.models import find_family
 from quota.models.processing import BACKEND
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated picture is an error everywhere but in lmms-eval's own runs
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated image is an error everywhere but in lmms-eval's own runs
 
 SAMPLES = 8
 _LOG_SCHEMA = "quota-lmms-answers/1"
@@ -47,10 +48,14 @@ class ModelArgs(Document):
     recipe: str | None = Field(default=None, description="prune visual tokens by this recipe")
     batch_size: int = Field(default=1, ge=1, description="requests answered at once (--batch_size)")
     device: str = Field(default="cpu", description="torch device (--device); `cuda` becomes this process's own GPU")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="of everything that is not quantized")
-    answers: Path | None = Field(default=None, description="folder for the log of answers; a run that was stopped goes on from it")
-    min_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: fewest pixels of a picture")
-    max_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: most pixels of a picture")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="of everything that is not quantized"
+    )
+    answers: Path | None = Field(
+        default=None, description="folder for the log of answers; a run that was stopped goes on from it"
+    )
+    min_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: fewest pixels of an image")
+    max_pixels: int | None = Field(default=None, ge=1, description="Qwen2.5-VL: most pixels of an image")
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> ModelArgs:
@@ -60,14 +65,17 @@ class ModelArgs(Document):
         except ValidationError as error:
             first = error.errors()[0]
             what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-            raise UsageError(f"model_args: {what}, got {first['input']!r}; known: {', '.join(cls.model_fields)}") from None
+            raise UsageError(
+                f"model_args: {what}, got {first['input']!r}; known: {', '.join(cls.model_fields)}"
+            ) from None
 
 
 class Quota(lmms):
     """Greedy answers, batched, one whole model per process; lmms-eval shares out the documents under torchrun.
 
-    Prompts and pictures are those of the built-in wrappers (`quota.lmms.prompts`). With `answers=DIR` every request leaves a line there: text, prompt
-    and new tokens, visual tokens per decoder layer, milliseconds, and on a GPU peak memory and power.
+    Prompts and images are those of the built-in wrappers (`quota.lmms.prompts`). With `answers=DIR` every request
+    leaves a line there: text, prompt and new tokens, visual tokens per decoder layer, milliseconds, and on a GPU peak
+    memory and power.
     """
 
     is_simple = False
@@ -76,25 +84,35 @@ class Quota(lmms):
         super().__init__()
         self.args = ModelArgs.parse(given)
         self.folder = resolve_folder(self.args.pretrained).resolve()
-        self.recipe = None if self.args.recipe is None else Recipe.load(self.args.recipe)  # a bad one is found before a model is loaded
+        self.recipe = (
+            None if self.args.recipe is None else Recipe.load(self.args.recipe)
+        )  # a bad one is found before a model is loaded
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = f":{os.environ['LOCAL_RANK']}" if self.args.device == "cuda" and "LOCAL_RANK" in os.environ else ""
         try:
             self.device = torch.device(self.args.device + local)
         except RuntimeError:
-            raise UsageError(f"device: expected a torch device such as cpu or cuda:0, got {self.args.device!r}") from None
+            raise UsageError(
+                f"device: expected a torch device such as cpu or cuda:0, got {self.args.device!r}"
+            ) from None
         self.failure: Exception | None = None
         self._leaves = False
-        self._opened: tuple[Any, Any, Wrapper] | None = None  # in a tuple: lmms-eval's clean() deletes modules it finds as attributes
+        self._opened: tuple[Any, Any, Wrapper] | None = (
+            None  # in a tuple: lmms-eval's clean() deletes modules it finds as attributes
+        )
         self.samples: dict[str, list[Conversation]] = {}  # task -> the first ones it asked, to be timed
         self._known: dict[str, dict[str, Any]] = {}
         self._journal = self._open_journal()
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Quota:
-        """How lmms-eval's own command makes a model. That command ends with status 0 whatever fails, so from here on a failure ends the process."""
+        """How lmms-eval's own command makes a model. That command ends with status 0 whatever fails, so from here on a
+        failure ends the process."""
         try:
-            given = {**utils.simple_parse_args_string(arg_string), **{k: v for k, v in (additional_config or {}).items() if v is not None}}
+            given = {
+                **utils.simple_parse_args_string(arg_string),
+                **{k: v for k, v in (additional_config or {}).items() if v is not None},
+            }
             made = cls(**given)
             made.opened()
         except QuotaError as error:
@@ -119,14 +137,22 @@ class Quota(lmms):
         """Names all that decides an answer besides the request."""
         a = self.args
         pruned = hashlib.sha256(self.recipe.dumps().encode()).hexdigest() if self.recipe else "none"
-        return f"{folder_fingerprint(self.folder)} {pruned} {a.dtype} {a.batch_size} {a.min_pixels} {a.max_pixels} {BACKEND}"
+        return (
+            f"{folder_fingerprint(self.folder)} {pruned} {a.dtype} {a.batch_size} {a.min_pixels} {a.max_pixels}"
+            f" {BACKEND}"
+        )
 
     def _open_journal(self) -> Journal | None:
         if self.args.answers is None:
             return None
         content = self.content()
         folder = self.args.answers.resolve()
-        header = {"schema": _LOG_SCHEMA, "content": content, "checkpoint": self.args.pretrained, "recipe": self.args.recipe}
+        header = {
+            "schema": _LOG_SCHEMA,
+            "content": content,
+            "checkpoint": self.args.pretrained,
+            "recipe": self.args.recipe,
+        }
         name = f"answers-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         mine = Journal(folder / f"{name}-rank{self.rank}.jsonl", header)
         for path in sorted(folder.glob(f"{name}-rank*.jsonl")):
@@ -147,13 +173,15 @@ class Quota(lmms):
             raise
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        raise UsageError("task: asks for likelihoods of given answers; quota answers by generating, choose a generate_until task")
+        raise UsageError(
+            "task: asks for likelihoods of given answers; quota answers by generating, choose a generate_until task"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
         raise UsageError("task: asks in several rounds; quota answers one prompt, choose a generate_until task")
 
     def conversation(self, request: Instance) -> Conversation:
-        """The request's document as chat messages, pictures as the processor gets them."""
+        """The request's document as chat messages, images as the processor gets them."""
         _, to_messages, _, doc_id, task, split = request.args
         return conversation(to_messages(self.task_dict[task][split][doc_id]), task)
 
@@ -170,7 +198,7 @@ class Quota(lmms):
                 asked = [self.conversation(request) for request in batch]
                 for request, one in zip(batch, asked, strict=True):
                     first = self.samples.setdefault(request.args[4], [])
-                    if len(first) < SAMPLES and len(one.messages) == 1 and len(one.pictures) <= 1:
+                    if len(first) < SAMPLES and len(one.messages) == 1 and len(one.images) <= 1:
                         first.append(one)
                 keys = [_key(request, one) for request, one in zip(batch, asked, strict=True)]
                 if not all(key in self._known for key in keys):
@@ -183,38 +211,69 @@ class Quota(lmms):
                     rows[place] = self._known[key]
                 bar.update(len(places))
         seconds = time.perf_counter() - began
-        log_metrics(total_elapsed_time=seconds, total_gen_tokens=new, avg_speed=new / seconds, additional_metrics={"rank": self.rank})
-        return [GenerationResult(row["text"], TokenCounts(row["prompt_tokens"], row["new_tokens"])) for row in rows if row is not None]
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=new,
+            avg_speed=new / seconds,
+            additional_metrics={"rank": self.rank},
+        )
+        return [
+            GenerationResult(row["text"], TokenCounts(row["prompt_tokens"], row["new_tokens"]))
+            for row in rows
+            if row is not None
+        ]
 
-    def _answer(self, batch: Sequence[Instance], asked: Sequence[Conversation], keys: Sequence[str]) -> list[dict[str, Any]]:
+    def _answer(
+        self, batch: Sequence[Instance], asked: Sequence[Conversation], keys: Sequence[str]
+    ) -> list[dict[str, Any]]:
         model, processor, wrapper = self.opened()
         options = _options(batch[0])
         prompts = [wrapper.render(one) for one in asked]
-        inputs = encode_prompts(model, processor, prompts, [wrapper.prepare(picture) for one in asked for picture in one.pictures])
+        inputs = encode_prompts(
+            model, processor, prompts, [wrapper.prepare(image) for one in asked for image in one.images]
+        )
         stop = processor.tokenizer.eos_token_id
-        longest = min(options.get("max_new_tokens", wrapper.max_new_tokens), room_for_answer(model, inputs["input_ids"].shape[1]))
+        longest = min(
+            options.get("max_new_tokens", wrapper.max_new_tokens), room_for_answer(model, inputs["input_ids"].shape[1])
+        )
         made = generate(model, inputs, max_new_tokens=longest, stop=stop)
         texts = processor.batch_decode(made.new_ids, skip_special_tokens=True)
         visual = (inputs["input_ids"] == find_family(model).image_token_id).cpu()
-        kept = {layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in kept_masks(model).items()}
+        kept = {
+            layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in kept_masks(model).items()
+        }
         layers = model.config.get_text_config().num_hidden_layers
         shared = {
-            "batch": len(batch), "prefill_ms": round(made.prefill_ms, 3), "decode_ms": made.decode_ms and round(made.decode_ms, 3),
-            "peak_memory_bytes": made.gpu and made.gpu.peak_bytes, "power_w": made.gpu and made.gpu.power_w,
-        }  # fmt: skip
+            "batch": len(batch),
+            "prefill_ms": round(made.prefill_ms, 3),
+            "decode_ms": made.decode_ms and round(made.decode_ms, 3),
+            "peak_memory_bytes": made.gpu and made.gpu.peak_bytes,
+            "power_w": made.gpu and made.gpu.power_w,
+        }
         out = []
         for row, (request, key, text) in enumerate(zip(batch, keys, texts, strict=True)):
             seen = int(visual[row].sum())
-            out.append({
-                "request": key, "task": request.args[4], "doc_id": request.args[3], "text": text, "prompt_tokens": int(inputs["attention_mask"][row].sum()),
-                "new_tokens": _length(made.new_ids[row].tolist(), stop), "visual_tokens": seen,
-                "visual_tokens_by_layer": _by_layer(seen, {layer: counts[row] for layer, counts in kept.items()}, layers), **shared,
-            })  # fmt: skip
+            out.append(
+                {
+                    "request": key,
+                    "task": request.args[4],
+                    "doc_id": request.args[3],
+                    "text": text,
+                    "prompt_tokens": int(inputs["attention_mask"][row].sum()),
+                    "new_tokens": _length(made.new_ids[row].tolist(), stop),
+                    "visual_tokens": seen,
+                    "visual_tokens_by_layer": _by_layer(
+                        seen, {layer: counts[row] for layer, counts in kept.items()}, layers
+                    ),
+                    **shared,
+                }
+            )
         return out
 
 
 def _batches(requests: Sequence[Instance], size: int) -> Iterator[list[int]]:
-    """Places of one task's requests with equal generation options, in order: always the same slices, so a resumed run batches like an unbroken one."""
+    """Places of one task's requests with equal generation options, in order: always the same slices, so a resumed run
+    batches like an unbroken one."""
     groups: dict[str, list[int]] = {}
     for place, request in enumerate(requests):
         groups.setdefault(json.dumps([request.args[4], request.args[2]], sort_keys=True, default=str), []).append(place)
@@ -226,7 +285,10 @@ def _batches(requests: Sequence[Instance], size: int) -> Iterator[list[int]]:
 def _options(request: Instance) -> dict[str, Any]:
     options: dict[str, Any] = request.args[2]
     if options.get("do_sample") or options.get("temperature") or (options.get("num_beams") or 1) > 1:
-        raise UsageError(f"task {request.args[4]}: asks for sampling or beams ({options}); quota answers greedily, override with --gen_kwargs temperature=0")
+        raise UsageError(
+            f"task {request.args[4]}: asks for sampling or beams ({options}); quota answers greedily, override with"
+            " --gen_kwargs temperature=0"
+        )
     return options
 
 

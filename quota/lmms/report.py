@@ -1,4 +1,4 @@
-"""Rows over named tasks: answered by lmms-eval, compared, written as JSON, Markdown and a picture."""
+"""Rows over named tasks: answered by lmms-eval, compared, written as JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def evaluate_tasks(rows: Sequence[Configuration], settings: EvalSettings) -> Tas
     manager = find_tasks(settings.plan.tasks)
     from quota.lmms.model import Quota
 
-    models = {row.name: Quota(**_given(row, settings)) for row in rows}  # all arguments are checked before the first row is answered
+    models = {
+        row.name: Quota(**_given(row, settings)) for row in rows
+    }  # all arguments are checked before the first row is answered
     outcomes = {}
     for row in rows:
         outcomes[row.name] = _outcome(models.pop(row.name), settings, manager)
@@ -84,7 +86,12 @@ def evaluate_tasks(rows: Sequence[Configuration], settings: EvalSettings) -> Tas
 
 def _given(row: Configuration, settings: EvalSettings) -> dict[str, Any]:
     given = {"pretrained": row.checkpoint, "recipe": row.recipe and str(row.recipe), "answers": settings.answers}
-    return {"batch_size": settings.batch, "device": settings.device, "dtype": settings.dtype, **{k: v for k, v in given.items() if v is not None}}
+    return {
+        "batch_size": settings.batch,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        **{k: v for k, v in given.items() if v is not None},
+    }
 
 
 def _outcome(model: Any, settings: EvalSettings, manager: Any) -> Outcome:
@@ -96,31 +103,41 @@ def _outcome(model: Any, settings: EvalSettings, manager: Any) -> Outcome:
     spent = measure_cost({"row": (loaded, processor)}, timed)["row"]
     figures = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_memory_bytes", "power_w")}
     return Outcome(
-        benchmarks, spent, records, compute_ratio(loaded.config, records), weight_bytes(model.folder),
-        {"peak_memory_bytes": max(figures["peak_memory_bytes"], default=None), "power_w": fmean(figures["power_w"]) if figures["power_w"] else None},
-    )  # fmt: skip
+        benchmarks,
+        spent,
+        records,
+        compute_ratio(loaded.config, records),
+        weight_bytes(model.folder),
+        {
+            "peak_memory_bytes": max(figures["peak_memory_bytes"], default=None),
+            "power_w": fmean(figures["power_w"]) if figures["power_w"] else None,
+        },
+    )
 
 
 def timed_questions(samples: dict[str, list[Conversation]], wrapper: Wrapper) -> list[Question]:
-    """The first questions of each task in turn, those about a picture where there are any."""
-    pools = {task: [one for one in asked if one.pictures] or asked for task, asked in samples.items()}
+    """The first questions of each task in turn, those about an image where there are any."""
+    pools = {task: [one for one in asked if one.images] or asked for task, asked in samples.items()}
     turns = [(task, asked[turn]) for turn in range(TIMED) for task, asked in pools.items() if turn < len(asked)]
-    with_picture = [turn for turn in turns if turn[1].pictures] or turns
+    with_picture = [turn for turn in turns if turn[1].images] or turns
     if not with_picture:
-        raise UsageError("tasks: none asks about at most one picture in one turn, so no single request can be timed")
+        raise UsageError("tasks: none asks about at most one image in one turn, so no single request can be timed")
     return [
-        Question(f"timed-{number}", task, one.text, "", partial(wrapper.prepare, one.pictures[0]) if one.pictures else None)
+        Question(f"timed-{number}", task, one.text, "", partial(wrapper.prepare, one.images[0]) if one.images else None)
         for number, (task, one) in enumerate(with_picture[:TIMED])
     ]
 
 
 def compute_ratio(config: Any, records: Sequence[dict[str, Any]]) -> float:
-    """Mean over questions of pruned / unpruned multiply-accumulates of the prefill, vision tower included where there is a picture."""
+    """Mean over questions of pruned / unpruned multiply-accumulates of the prefill, vision tower included where there
+    is an image."""
     sizes, ratios = decoder_sizes(config), []
     for record in records:
         visual = record["visual_tokens"]
         tower = vision_macs(config, visual) if visual else 0
-        ratios.append(cost(record["visual_tokens_by_layer"], visual, record["prompt_tokens"] - visual, sizes, tower).ratio)
+        ratios.append(
+            cost(record["visual_tokens_by_layer"], visual, record["prompt_tokens"] - visual, sizes, tower).ratio
+        )
     return fmean(ratios)
 
 
@@ -133,13 +150,24 @@ def summarise_tasks(rows: Sequence[Configuration], outcomes: dict[str, Outcome],
     totals = {name: retention(scores[name], scores[FLOAT]) for name in scores} if known else {}
     others = [row.name for row in rows if row.name != FLOAT]
     return TaskReport(
-        tasks={task: b.metric for task, b in tasks.items()}, questions={task: len(b.answers) for task, b in tasks.items()},
+        tasks={task: b.metric for task, b in tasks.items()},
+        questions={task: len(b.answers) for task, b in tasks.items()},
         retention_leaves_out=left_out(retention_by_task(scores[FLOAT], scores[FLOAT])) if FLOAT in scores else [],
-        data=None if settings.plan.data is None else str(settings.plan.data), limit=settings.plan.limit, batch=settings.batch, lmms_eval=version("lmms_eval"),
-        image_backend=BACKEND, device=settings.device, resamples=settings.resamples, seed=settings.seed, timed_requests=TIMED,
-        rows=[_row(row, outcomes, interval(totals[row.name], draws[row.name]) if known else None, settings) for row in rows],
+        data=None if settings.plan.data is None else str(settings.plan.data),
+        limit=settings.plan.limit,
+        batch=settings.batch,
+        lmms_eval=version("lmms_eval"),
+        image_backend=BACKEND,
+        device=settings.device,
+        resamples=settings.resamples,
+        seed=settings.seed,
+        timed_requests=TIMED,
+        rows=[
+            _row(row, outcomes, interval(totals[row.name], draws[row.name]) if known else None, settings)
+            for row in rows
+        ],
         comparisons=[_compare(later, others[0], totals, draws) for later in others[1:] if known],
-    )  # fmt: skip
+    )
 
 
 def _draws(scores: dict[str, dict[str, Any]], settings: EvalSettings) -> dict[str, np.ndarray]:
@@ -148,11 +176,15 @@ def _draws(scores: dict[str, dict[str, Any]], settings: EvalSettings) -> dict[st
 
 def _compare(a: str, b: str, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Comparison:
     difference = interval(totals[a] - totals[b], draws[a] - draws[b])
-    verdict: Literal["better", "worse", "undecided"] = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
+    verdict: Literal["better", "worse", "undecided"] = (
+        "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
+    )
     return Comparison(row=a, against=b, difference=difference, verdict=verdict)
 
 
-def _row(row: Configuration, outcomes: dict[str, Outcome], retained: Interval | None, settings: EvalSettings) -> TaskRow:
+def _row(
+    row: Configuration, outcomes: dict[str, Outcome], retained: Interval | None, settings: EvalSettings
+) -> TaskRow:
     own, reference = outcomes[row.name], outcomes.get(FLOAT)
     by_task: dict[str, Interval | None] = {}
     loyal, loyal_by_task = None, {}
@@ -161,17 +193,32 @@ def _row(row: Configuration, outcomes: dict[str, Outcome], retained: Interval | 
             by_task[task] = _retained(b, reference.benchmarks[task], settings)
         same = {task: _same(b, reference.benchmarks[task]) for task, b in own.benchmarks.items()}
         all_same = {task: np.ones_like(values) for task, values in same.items()}
-        drawn = resampled_retention({"all": all_same, "row": same}, "all", resamples=settings.resamples, seed=settings.seed)["row"]
-        loyal, loyal_by_task = interval(retention(same, all_same), drawn), {task: round(100 * float(v.mean()), 3) for task, v in same.items()}
+        drawn = resampled_retention(
+            {"all": all_same, "row": same}, "all", resamples=settings.resamples, seed=settings.seed
+        )["row"]
+        loyal, loyal_by_task = (
+            interval(retention(same, all_same), drawn),
+            {task: round(100 * float(v.mean()), 3) for task, v in same.items()},
+        )
     layers = [fmean(r["visual_tokens_by_layer"]) for r in own.records]
     return TaskRow(
-        name=row.name, checkpoint=row.checkpoint, recipe=None if row.recipe is None else str(row.recipe),
+        name=row.name,
+        checkpoint=row.checkpoint,
+        recipe=None if row.recipe is None else str(row.recipe),
         scores={task: b.score for task, b in own.benchmarks.items()},
-        retention=retained, retention_by_task=by_task, loyalty=loyal, loyalty_by_task=loyal_by_task,
-        visual_tokens=round(fmean(r["visual_tokens"] for r in own.records), 3), average_visual_tokens=round(fmean(layers), 3),
-        compute_ratio=round(own.compute_ratio, 6), kv_bytes=own.spent.kv_bytes, prefill_ms=round(own.spent.prefill_ms, 3),
-        decode_ms=round(own.spent.decode_ms, 3), checkpoint_bytes=own.checkpoint_bytes, **own.figures,
-    )  # fmt: skip
+        retention=retained,
+        retention_by_task=by_task,
+        loyalty=loyal,
+        loyalty_by_task=loyal_by_task,
+        visual_tokens=round(fmean(r["visual_tokens"] for r in own.records), 3),
+        average_visual_tokens=round(fmean(layers), 3),
+        compute_ratio=round(own.compute_ratio, 6),
+        kv_bytes=own.spent.kv_bytes,
+        prefill_ms=round(own.spent.prefill_ms, 3),
+        decode_ms=round(own.spent.decode_ms, 3),
+        checkpoint_bytes=own.checkpoint_bytes,
+        **own.figures,
+    )
 
 
 def _retained(own: Benchmark, reference: Benchmark, settings: EvalSettings) -> Interval | None:
@@ -181,28 +228,49 @@ def _retained(own: Benchmark, reference: Benchmark, settings: EvalSettings) -> I
 
 
 def _same(own: Benchmark, reference: Benchmark) -> np.ndarray:
-    return np.array([own.answers[document] == text for document, text in sorted(reference.answers.items())], dtype=float)
+    return np.array(
+        [own.answers[document] == text for document, text in sorted(reference.answers.items())], dtype=float
+    )
 
 
-# -- faces ---------------------------------------------------------------------------------------------------------------
+# -- faces
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _summary(report: TaskReport) -> tuple[list[str], list[list[str]]]:
     compared = report.rows[0].loyalty is not None
-    columns = ["row", *(["retention", "loyalty"] if compared else []), "visual tokens", "compute", "KV", "prefill", "decode"]
+    columns = [
+        "row",
+        *(["retention", "loyalty"] if compared else []),
+        "visual tokens",
+        "compute",
+        "KV",
+        "prefill",
+        "decode",
+    ]
     rows = [
         [
-            row.name, *([_span(row.retention), _span(row.loyalty)] if compared else []), f"{row.average_visual_tokens:.1f}", f"{100 * row.compute_ratio:.1f} %",
-            byte_size(row.kv_bytes), milliseconds(row.prefill_ms), milliseconds(row.decode_ms),
-        ] for row in report.rows
-    ]  # fmt: skip
+            row.name,
+            *([_span(row.retention), _span(row.loyalty)] if compared else []),
+            f"{row.average_visual_tokens:.1f}",
+            f"{100 * row.compute_ratio:.1f} %",
+            byte_size(row.kv_bytes),
+            milliseconds(row.prefill_ms),
+            milliseconds(row.decode_ms),
+        ]
+        for row in report.rows
+    ]
     return columns, rows
 
 
 def _by_task(report: TaskReport) -> tuple[list[str], list[list[str]]]:
     """Score, and behind it percent of the float row."""
     cells = [
-        [task, str(asked), *(f"{row.scores[task]:.4g}" + _behind(row, row.retention_by_task.get(task)) for row in report.rows)]
+        [
+            task,
+            str(asked),
+            *(f"{row.scores[task]:.4g}" + _behind(row, row.retention_by_task.get(task)) for row in report.rows),
+        ]
         for task, asked in report.questions.items()
     ]
     return ["task", "questions", *(row.name for row in report.rows)], cells
@@ -229,21 +297,33 @@ def markdown(report: TaskReport) -> str:
         parts.append(left_out_sentence(report.retention_leaves_out, len(report.tasks)))
     if report.comparisons:
         words = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}
-        parts.append("\n".join(
-            f"- {c.row} {words[c.verdict]} {c.against}: {c.difference.value:+.2f} points of retention ({c.difference.low:+.2f} to {c.difference.high:+.2f})"
-            for c in report.comparisons
-        ))  # fmt: skip
-    metrics = ", ".join(f"{metric} of {', '.join(t for t, m in report.tasks.items() if m == metric)}" for metric in dict.fromkeys(report.tasks.values()))
-    compared = "" if report.rows[0].loyalty is None else (
-        " Behind a score, percent of the float model's. Retention is the mean of those percents over tasks, loyalty the percent of answers that equal the "
-        f"float model's word for word; both with 95 % paired bootstrap intervals ({report.resamples} resamples)."
-    )  # fmt: skip
+        parts.append(
+            "\n".join(
+                f"- {c.row} {words[c.verdict]} {c.against}: {c.difference.value:+.2f} points of retention"
+                f" ({c.difference.low:+.2f} to {c.difference.high:+.2f})"
+                for c in report.comparisons
+            )
+        )
+    metrics = ", ".join(
+        f"{metric} of {', '.join(t for t, m in report.tasks.items() if m == metric)}"
+        for metric in dict.fromkeys(report.tasks.values())
+    )
+    compared = (
+        ""
+        if report.rows[0].loyalty is None
+        else (
+            " Behind a score, percent of the float model's. Retention is the mean of those percents over tasks,"
+            " loyalty the percent of answers that equal the float model's word for word; both with 95 % paired"
+            f" bootstrap intervals ({report.resamples} resamples)."
+        )
+    )
     gpu = "" if report.device.startswith("cuda") else " No GPU was used, so there is no power or GPU memory."
     parts.append(
-        f"Scores are lmms-eval's: {metrics}{f', the first {report.limit} questions of each' if report.limit else ''}; lmms-eval {report.lmms_eval}, batch "
-        f"{report.batch}, pictures by {report.image_backend}, {report.device}.{compared} Visual tokens are means over questions and layers, compute is the "
-        f"prefill's multiply-accumulates over the unpruned prefill's; KV, prefill and decode come from {report.timed_requests} single requests, row after "
-        f"row.{gpu}"
+        f"Scores are lmms-eval's: {metrics}{f', the first {report.limit} questions of each' if report.limit else ''};"
+        f" lmms-eval {report.lmms_eval}, batch {report.batch}, images by {report.image_backend},"
+        f" {report.device}.{compared} Visual tokens are means over questions and layers, compute is the prefill's"
+        f" multiply-accumulates over the unpruned prefill's; KV, prefill and decode come from {report.timed_requests}"
+        f" single requests, row after row.{gpu}"
     )
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -251,10 +331,17 @@ def markdown(report: TaskReport) -> str:
 def write_report(report: TaskReport, out: Path) -> None:
     """eval.md, eval.json and eval.png in `out`."""
     marks = [
-        Mark(row.name, (r.value, r.low, r.high) if (r := row.retention) else None, {
-            "compute, percent of unpruned": 100 * row.compute_ratio, "KV cache, kB": row.kv_bytes / 1e3, "time to first token, ms": row.prefill_ms,
-        }) for row in report.rows
-    ]  # fmt: skip
+        Mark(
+            row.name,
+            (r.value, r.low, r.high) if (r := row.retention) else None,
+            {
+                "compute, percent of unpruned": 100 * row.compute_ratio,
+                "KV cache, kB": row.kv_bytes / 1e3,
+                "time to first token, ms": row.prefill_ms,
+            },
+        )
+        for row in report.rows
+    ]
     if all(mark.value is not None for mark in marks):
         note = "percent of the float model with 95 % intervals; the line joins rows that no other row beats"
         save_pareto(out / "eval.png", "Accuracy against cost", note, marks, BLUE)

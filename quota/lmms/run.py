@@ -20,18 +20,20 @@ INSTALL = "pip install -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
 
 
 def check_installed() -> None:
-    """UsageError with the remedy where lmms-eval, or something it needs for pictures, is missing."""
+    """UsageError with the remedy where lmms-eval, or something it needs for images, is missing."""
     try:
         import lmms_eval.evaluator  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"--tasks: lmms-eval cannot be imported ({error}); run `{INSTALL}` (with its dependencies it would bring a torchvision that breaks transformers)"
+            f"--tasks: lmms-eval cannot be imported ({error}); run `{INSTALL}` (with its dependencies it would bring a"
+            " torchvision that breaks transformers)"
         ) from None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every row is asked. data: folder with local copies laid out as on the hub (`lmms-lab-encoder/POPE/...`). out: where tasks leave their files."""
+    """What every row is asked. data: folder with local copies laid out as on the hub (`lmms-lab-encoder/POPE/...`).
+    out: where tasks leave their files."""
 
     tasks: tuple[str, ...]
     out: Path
@@ -40,7 +42,8 @@ class Plan:
 
 
 def find_tasks(names: Sequence[str]) -> Any:
-    """A task manager that knows all of `names`; UsageError for a name that lmms-eval and this package do not have, with near ones."""
+    """A task manager that knows all of `names`; UsageError for a name that lmms-eval and this package do not have, with
+    near ones."""
     check_installed()
     from lmms_eval.tasks import TaskManager
 
@@ -51,22 +54,26 @@ def find_tasks(names: Sequence[str]) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 4, 0.5)
-            raise UsageError(f"--tasks: no task {name!r}; {'near ones: ' + ', '.join(near) if near else 'the embedded ones are quota_scenes and quota_pages'}")
+            raise UsageError(
+                f"--tasks: no task {name!r};"
+                f" {'near ones: ' + ', '.join(near) if near else 'the embedded ones are quota_scenes and quota_pages'}"
+            )
     if "mmbench_en_dev" in names and not os.environ.get("OPENAI_API_KEY"):
         raise UsageError(
-            "task mmbench_en_dev: expected OPENAI_API_KEY, whose model reads answers that are no option's letter (without it lmms-eval draws a random letter); "
-            "set it, or use mmbench_en_dev_static"
+            "task mmbench_en_dev: expected OPENAI_API_KEY, whose model reads answers that are no option's letter"
+            " (without it lmms-eval draws a random letter); set it, or use mmbench_en_dev_static"
         )
     return manager
 
 
 def run_tasks(model: Any, plan: Plan, manager: Any) -> dict[str, Benchmark]:
-    """Leaf task -> outcome. `model`: a `quota.lmms.model.Quota`. UsageError when data is missing or lmms-eval fails; quota's own faults pass as they are."""
+    """Leaf task -> outcome. `model`: a `quota.lmms.model.Quota`. UsageError when data is missing or lmms-eval fails;
+    quota's own faults pass as they are."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import get_task_dict
 
     plan.out.mkdir(parents=True, exist_ok=True)
-    with _quiet(), _inside(plan.data), _truncated_pictures():
+    with _quiet(), _inside(plan.data), _truncated_images():
         tasks: dict[str, Any] = {}
         for name in plan.tasks:
             try:
@@ -74,20 +81,34 @@ def run_tasks(model: Any, plan: Plan, manager: Any) -> dict[str, Benchmark]:
             except Exception as error:  # datasets, the hub's client, pyarrow and the task's own code raise many kinds
                 raise UsageError(
                     f"task {name}: its data cannot be opened ({reason(error)}); expected "
-                    + (f"a copy under {plan.data}" if plan.data else "a reachable hub with HF_TOKEN set, or local copies by --data")
+                    + (
+                        f"a copy under {plan.data}"
+                        if plan.data
+                        else "a reachable hub with HF_TOKEN set, or local copies by --data"
+                    )
                 ) from error
         try:
             done = evaluator.simple_evaluate(
-                model=model, tasks=list(tasks.values()), limit=plan.limit, bootstrap_iters=0, task_manager=manager, process_docs_parallel=1,
-                verbosity="ERROR", cli_args=argparse.Namespace(output_path=str(plan.out), process_with_media=False),
-            )  # fmt: skip
+                model=model,
+                tasks=list(tasks.values()),
+                limit=plan.limit,
+                bootstrap_iters=0,
+                task_manager=manager,
+                process_docs_parallel=1,
+                verbosity="ERROR",
+                cli_args=argparse.Namespace(output_path=str(plan.out), process_with_media=False),
+            )
         except QuotaError:
             raise
         except Exception as error:
             if model.failure is not None:
                 raise model.failure from None
-            raise UsageError(f"lmms-eval failed on {', '.join(plan.tasks)}: {reason(error)}; QUOTA_TRACEBACK=1 shows where") from error
-        return {name: take_apart(name, task, done["samples"][name], done["results"][name]) for name, task in tasks.items()}
+            raise UsageError(
+                f"lmms-eval failed on {', '.join(plan.tasks)}: {reason(error)}; QUOTA_TRACEBACK=1 shows where"
+            ) from error
+        return {
+            name: take_apart(name, task, done["samples"][name], done["results"][name]) for name, task in tasks.items()
+        }
 
 
 def reason(error: BaseException) -> str:
@@ -109,7 +130,8 @@ def _leaves(tree: dict[Any, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _inside(data: Path | None) -> Iterator[None]:
-    """Tasks name their data by hub name, which is a folder when it is one below the working folder; so local copies need no other name."""
+    """Tasks name their data by hub name, which is a folder when it is one below the working folder; so local copies
+    need no other name."""
     if data is None:
         yield
         return
@@ -118,8 +140,8 @@ def _inside(data: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _truncated_pictures() -> Iterator[None]:
-    """Some benchmarks hold truncated pictures, and lmms-eval reads them all the same."""
+def _truncated_images() -> Iterator[None]:
+    """Some benchmarks hold truncated images, and lmms-eval reads them all the same."""
     from PIL import ImageFile
 
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True

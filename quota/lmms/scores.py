@@ -1,8 +1,8 @@
 """From lmms-eval's samples to scores that can be resampled.
 
-A benchmark's score is a mean over independent units (a question; in MME the two questions about a picture; in MMBench one question in its rotated
-forms), or a sum of such means over strata (MME's categories). Each unit is scored by the task's own aggregation, and the whole must equal the figure
-lmms-eval gives, so what is resampled is what is published.
+A benchmark's score is a mean over independent units (a question; in MME the two questions about an image; in MMBench
+one question in its rotated forms), or a sum of such means over strata (MME's categories). Each unit is scored by the
+task's own aggregation, and the whole must equal the figure lmms-eval gives, so what is resampled is what is published.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """How a benchmark is taken apart. metrics: added up, each counts where a sample has it. `stratum` None: one mean over all units."""
+    """How a benchmark is taken apart. metrics: added up, each counts where a sample has it. `stratum` None: one mean
+    over all units."""
 
     metrics: tuple[str, ...]
     unit: Callable[[Sample, Any], Hashable] = lambda sample, value: sample["doc_id"]
@@ -31,7 +32,8 @@ class Rule:
 
 
 def _mmbench(aggregate: Callable[..., Any], values: list[Any]) -> float:
-    """100 where every rotation of one question is answered right. The task's aggregation would write a file per call, so its evaluator is asked."""
+    """100 where every rotation of one question is answered right. The task's aggregation would write a file per call,
+    so its evaluator is asked."""
     import pandas
     from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
@@ -43,9 +45,16 @@ def _mmbench(aggregate: Callable[..., Any], values: list[Any]) -> float:
 
 _MMBENCH = Rule(("gpt_eval_score",), unit=lambda sample, value: value["index"] % 1_000_000, score=_mmbench)
 RULES = {
-    "mme": Rule(("mme_perception_score", "mme_cognition_score"), lambda sample, value: (value["category"], value["question_id"]), lambda v: v["category"]),
-    "pope": Rule(("pope_accuracy",)), "seedbench": Rule(("seed_all",)), "mmbench_en_dev": _MMBENCH, "mmbench_en_dev_static": _MMBENCH,
-}  # fmt: skip
+    "mme": Rule(
+        ("mme_perception_score", "mme_cognition_score"),
+        lambda sample, value: (value["category"], value["question_id"]),
+        lambda v: v["category"],
+    ),
+    "pope": Rule(("pope_accuracy",)),
+    "seedbench": Rule(("seed_all",)),
+    "mmbench_en_dev": _MMBENCH,
+    "mmbench_en_dev_static": _MMBENCH,
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,14 @@ class Benchmark:
 
 
 def take_apart(name: str, task: Any, samples: Sequence[Sample], figures: dict[str, Any]) -> Benchmark:
-    """task: lmms-eval's task object; figures: its results, "metric,filter" -> value. UsageError where no metric of the task is a mean over units."""
+    """task: lmms-eval's task object; figures: its results, "metric,filter" -> value. UsageError where no metric of the
+    task is a mean over units."""
     aggregations = task.aggregation()
-    rules = [RULES[name]] if name in RULES else [Rule((metric,)) for metric, good in task.higher_is_better().items() if good]
+    rules = (
+        [RULES[name]]
+        if name in RULES
+        else [Rule((metric,)) for metric, good in task.higher_is_better().items() if good]
+    )
     answers = {sample["doc_id"]: str(sample["filtered_resps"][0]).strip() for sample in samples}
     for rule in rules:
         published = [_figure(figures, metric) for metric in rule.metrics]
@@ -75,11 +89,13 @@ def take_apart(name: str, task: Any, samples: Sequence[Sample], figures: dict[st
             scores = _scores(rule, samples, aggregations)
         except (TypeError, ValueError, KeyError, AttributeError):  # values that cannot be aggregated one by one
             continue
-        if math.isclose(total(scores), sum(value for value in published if value is not None), rel_tol=1e-6, abs_tol=1e-9):
+        if math.isclose(
+            total(scores), sum(value for value in published if value is not None), rel_tol=1e-6, abs_tol=1e-9
+        ):
             return Benchmark(" + ".join(rule.metrics), scores, answers)
     raise UsageError(
-        f"task {name}: none of its metrics ({', '.join(aggregations)}) is a mean over questions that reproduces lmms-eval's figure; "
-        "retention needs one, run it by `python -m quota.lmms` for the figure alone"
+        f"task {name}: none of its metrics ({', '.join(aggregations)}) is a mean over questions that reproduces"
+        " lmms-eval's figure; retention needs one, run it by `python -m quota.lmms` for the figure alone"
     )
 
 

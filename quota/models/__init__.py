@@ -13,7 +13,16 @@ from quota.models.base import Family, submodule
 # model_type -> module and class; a family's model library is imported when a model of it is met
 FAMILIES = {"llava": ("llava", "Llava"), "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL")}
 
-__all__ = ["FAMILIES", "Family", "family_class", "find_family", "fingerprint", "model_fingerprint", "submodule", "vision_macs"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "family_class",
+    "find_family",
+    "fingerprint",
+    "model_fingerprint",
+    "submodule",
+    "vision_macs",
+]
 
 
 def family_class(name: str) -> type[Family]:
@@ -24,11 +33,18 @@ def family_class(name: str) -> type[Family]:
 
 
 def find_family(model_or_config: Any) -> Family:
-    """The family of a model or of its configuration. Raises CheckpointError with the list of supported ones for anything else."""
+    """The family of a model or of its configuration. Raises CheckpointError with the list of supported ones for
+    anything else."""
     config = getattr(model_or_config, "config", model_or_config)
     kind = getattr(config, "model_type", type(config).__name__)
-    if kind not in FAMILIES or getattr(config, "text_config", None) is None or getattr(config, "vision_config", None) is None:
-        raise CheckpointError(f"model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got {kind!r}")
+    if (
+        kind not in FAMILIES
+        or getattr(config, "text_config", None) is None
+        or getattr(config, "vision_config", None) is None
+    ):
+        raise CheckpointError(
+            f"model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got {kind!r}"
+        )
     return family_class(kind).kind_of(config)(config)
 
 

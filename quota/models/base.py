@@ -1,7 +1,8 @@
 """What a model family says about itself, and the defaults of a LLaMA-like decoder.
 
-A family is one file: a subclass of `Family` and a row in `quota.models.FAMILIES`. Structure, rounding, calibration, export, hooks, engine, prompts and
-costs ask it. Module paths and sizes are read from configurations by attribute name; a file imports its model library's modules itself.
+A family is one file: a subclass of `Family` and a row in `quota.models.FAMILIES`. Structure, rounding, calibration,
+export, hooks, engine, prompts and costs ask it. Module paths and sizes are read from configurations by attribute name;
+a file imports its model library's modules itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.images import ImageInput, PatchGrid, Shown, shown_pictures
+from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_infos
 
 Part = Literal["vision", "projector", "decoder"]
 PARTS: dict[str, Part] = {"vision": "vision", "projector": "projector", "llm": "decoder"}
@@ -29,17 +30,24 @@ KeyRules = Sequence[tuple[re.Pattern[str], str]]
 
 _FINGERPRINT_ROWS = 256
 _TEXT_DIMS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 @dataclass(frozen=True)
 class Group:
     """Linears that read the same input and are quantized together. Names are relative to the block.
 
-    name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm that takes the per-channel
-    diagonal of the input; "up" for the rows of the group that produces it; None where nothing can. value: "rows" produces the attention's values in its
-    last rows, "columns" reads what attention gave. fused: one linear holds q, k and v.
+    name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm
+    that takes the per-channel diagonal of the input; "up" for the rows of the group that produces it; None where
+    nothing can. value: "rows" produces the attention's values in its last rows, "columns" reads what attention gave.
+    fused: one linear holds q, k and v.
     """
 
     name: str
@@ -50,7 +58,9 @@ class Group:
 
 
 DECODER_GROUPS = (
-    Group("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "rows"),
+    Group(
+        "self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "rows"
+    ),
     Group("self_attn.o_proj", ("self_attn.o_proj",), None, "columns"),
     Group("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     Group("mlp.down_proj", ("mlp.down_proj",), "up"),
@@ -58,13 +68,15 @@ DECODER_GROUPS = (
 
 
 class Family(ABC):
-    """One model of a family, known by its configuration. Weights are never held: methods that need them are given the model or its modules.
+    """One model of a family, known by its configuration. Weights are never held: methods that need them are given the
+    model or its modules.
 
-    name: transformers' model_type. title: for readers. published: the checkpoint whose published figures stand beside ours. model_class: the
-    conditional-generation class; paths are relative to it. groups: every linear of each part is in exactly one. norms: modules of a block that stay float
-    and travel with it. attention: where a block's attention is. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes.
-    vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed. visual_tokens: of one image; None where it
-    follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint.
+    name: transformers' model_type. title: for readers. published: the checkpoint whose published figures stand beside
+    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part is
+    in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's attention
+    is. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes. vision_layers_used: tower
+    layers that feed the projector; the others are not quantized and not computed. visual_tokens: of one image; None
+    where it follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint.
     """
 
     name: ClassVar[str]
@@ -77,7 +89,13 @@ class Family(ABC):
     attention: ClassVar[Mapping[Part, str]] = {"decoder": "self_attn", "vision": "self_attn"}
     key_rules: ClassVar[KeyRules]
     axes: ClassVar[int] = 1
-    fixed_rope: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn", "proportional")  # angles depend on the position alone
+    fixed_rope: ClassVar[tuple[str, ...]] = (
+        "default",
+        "linear",
+        "llama3",
+        "yarn",
+        "proportional",
+    )  # angles depend on the position alone
     max_new_tokens: ClassVar[int] = 1024  # of lmms-eval's built-in wrapper, where a task sets none
 
     vision_path: ClassVar[str]
@@ -109,7 +127,11 @@ class Family(ABC):
         """CheckpointError for a configuration this family was not made for."""
         self.config, self.text, self.vision = config, config.text_config, config.vision_config
         text = self.text
-        self.layers, self.hidden_size, self.intermediate_size = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+        self.layers, self.hidden_size, self.intermediate_size = (
+            text.num_hidden_layers,
+            text.hidden_size,
+            text.intermediate_size,
+        )
         self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
 
     # where things are
@@ -126,7 +148,9 @@ class Family(ABC):
         """Paths of the blocks of a part that are quantized, in the order they run."""
         if part == "projector":
             return [self.projector_path]
-        count, path = (self.layers, self.decoder_layer) if part == "decoder" else (self.vision_layers_used, self.vision_layer)
+        count, path = (
+            (self.layers, self.decoder_layer) if part == "decoder" else (self.vision_layers_used, self.vision_layer)
+        )
         return [path(index) for index in range(count)]
 
     def group_paths(self, modules: Collection[str]) -> Iterator[tuple[str, Group]]:
@@ -136,7 +160,8 @@ class Family(ABC):
                 yield from ((path, group) for group in self.groups[part])
 
     def canonical_key(self, key: str) -> str:
-        """Checkpoint tensor name -> name inside the model (`model.language_model...`, the tower's path, `lm_head...`)."""
+        """Checkpoint tensor name -> name inside the model (`model.language_model...`, the tower's path,
+        `lm_head...`)."""
         for pattern, replacement in self.key_rules:
             renamed, hits = pattern.subn(replacement, key)
             if hits:
@@ -155,7 +180,8 @@ class Family(ABC):
 
     @abstractmethod
     def tower_modules(self, linears: Mapping[str, Any]) -> dict[str, nn.Module]:
-        """Group name -> quantized linear of one tower block; returns what takes the place of the block's modules, by name."""
+        """Group name -> quantized linear of one tower block; returns what takes the place of the block's modules, by
+        name."""
 
     @abstractmethod
     def projector_modules(self, linears: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -163,7 +189,8 @@ class Family(ABC):
 
     @abstractmethod
     def finish_tower(self, tower: Any) -> None:
-        """What else a quantized tower needs so that an image's features do not depend on the batch: patch embedding, unused layers, order of work."""
+        """What else a quantized tower needs so that an image's features do not depend on the batch: patch embedding,
+        unused layers, order of work."""
 
     @abstractmethod
     def rotary(self, device: Any) -> nn.Module:
@@ -194,16 +221,20 @@ class Family(ABC):
         return tuple(self.split_pixels(inputs["pixel_values"], inputs.get("image_grid_thw")))
 
     def split_pixels(self, pixels: Tensor, grids: Tensor | None) -> list[ImageInput]:
-        """pixel_values [N, ...], an image each; or, with grids int64 [N, 3] (frames, rows and columns of patches), [patches of all images, patch]."""
+        """pixel_values [N, ...], an image each; or, with grids int64 [N, 3] (frames, rows and columns of patches),
+        [patches of all images, patch]."""
         if grids is None:
             return [ImageInput(one) for one in pixels]
-        return [ImageInput(part, (t, h, w)) for part, (t, h, w) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True)]
+        return [
+            ImageInput(part, (t, h, w))
+            for part, (t, h, w) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True)
+        ]
 
-    def shown(self, image: ImageInput) -> Shown:
+    def shown(self, image: ImageInput) -> ImageInfo:
         """What selections by content or position need to know of an image."""
         if image.grid is None:
-            return shown_pictures(image.pixels[None])[0]
-        return shown_pictures(image.pixels, torch.tensor([image.grid]), self.merge)[0]
+            return image_infos(image.pixels[None])[0]
+        return image_infos(image.pixels, torch.tensor([image.grid]), self.merge)[0]
 
     @abstractmethod
     def image_tokens(self, image: ImageInput) -> int:
@@ -211,18 +242,22 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
-        """[visual tokens, hidden] of each image in the model's dtype; an image's features do not depend on the others."""
+        """[visual tokens, hidden] of each image in the model's dtype; an image's features do not depend on the
+        others."""
 
     @abstractmethod
     def image_index(self, ids: Tensor) -> Tensor:
-        """ids [B, S] -> int64 [B, S]: which image of its row a visual token belongs to (0, 1, ...), -1 for every other token."""
+        """ids [B, S] -> int64 [B, S]: which image of its row a visual token belongs to (0, 1, ...), -1 for every other
+        token."""
 
     def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
-        """ids int64 [S] of a prompt and the patch grids of its images -> int64 [axes, S]. model: any instance, with or without weights."""
+        """ids int64 [S] of a prompt and the patch grids of its images -> int64 [axes, S]. model: any instance, with or
+        without weights."""
         return torch.arange(len(ids))[None]
 
     def rotary_axes(self, rotary: Any) -> list[tuple[int, int, int]]:
-        """(first, end, axis) of the rotary channels that turn with each axis of a position. rotary: what `rotary` returned."""
+        """(first, end, axis) of the rotary channels that turn with each axis of a position. rotary: what `rotary`
+        returned."""
         return [(0, self.head_dim, 0)]
 
     # the tower block by block, for calibration
@@ -233,15 +268,19 @@ class Family(ABC):
 
     @abstractmethod
     def tower_input(self, module: Callable[[str], Any], image: ImageInput) -> Tensor:
-        """One image -> [rows, vision hidden], the first block's input. module: path -> float module with its weights."""
+        """One image -> [rows, vision hidden], the first block's input. module: path -> float module with its
+        weights."""
 
     @abstractmethod
-    def tower_block(self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None) -> Tensor:
+    def tower_block(
+        self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
+    ) -> Tensor:
         """Block `index` over right-padded images: hidden [B, S, C], valid bool [B, S] -> [B, S, C]."""
 
     @abstractmethod
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
-        """[rows, vision hidden] out of the tower -> [visual tokens, width] as the projector reads them, in raster order."""
+        """[rows, vision hidden] out of the tower -> [visual tokens, width] as the projector reads them, in raster
+        order."""
 
     def projector_block(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The float projector over [B, S, width] of `projector_rows` -> [B, S, hidden]."""
@@ -250,7 +289,8 @@ class Family(ABC):
     # evaluation and costs
 
     def evaluation_pixels(self, processor: Any, limits: tuple[int | None, int | None]) -> Callable[[Any], Any] | None:
-        """Set the processor to the (fewest, most) pixels of lmms-eval's built-in wrapper, or to `limits`; returns how that wrapper resizes an image first."""
+        """Set the processor to the (fewest, most) pixels of lmms-eval's built-in wrapper, or to `limits`; returns how
+        that wrapper resizes an image first."""
         if limits != (None, None):
             raise UsageError(f"min_pixels, max_pixels: expected none for {self.name}, whose images have one size")
         return None
@@ -261,13 +301,16 @@ class Family(ABC):
 
     @abstractmethod
     def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
-        """Shape of the processor's pixels for a square image of so many tokens, and its patch grid; for synthetic requests."""
+        """Shape of the processor's pixels for a square image of so many tokens, and its patch grid; for synthetic
+        requests."""
 
     def fingerprint(self, embed: Tensor) -> str:
-        """Identity of a model: `sha256:<hex>` over its sizes and the sign bits of the first 256 rows of the word embedding.
+        """Identity of a model: `sha256:<hex>` over its sizes and the sign bits of the first 256 rows of the word
+        embedding.
 
-        embed: [vocabulary, hidden], any float dtype. Signs survive every dtype change and embeddings are never quantized, so a float
-        model and its quantized checkpoint have the same fingerprint while another model of the same sizes has not.
+        embed: [vocabulary, hidden], any float dtype. Signs survive every dtype change and embeddings are never
+        quantized, so a float model and its quantized checkpoint have the same fingerprint while another model of the
+        same sizes has not.
         """
         sizes = [self.head_dim if name == "head_dim" else getattr(self.text, name) for name in _TEXT_DIMS]
         dims = {"architecture": self.name, "image_token_id": self.image_token_id, "text": sizes, **self.dims}
@@ -286,7 +329,10 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise CheckpointError(f"module {path}: expected in the model, not found in {type(model).__name__}; use a ...ForConditionalGeneration model") from None
+        raise CheckpointError(
+            f"module {path}: expected in the model, not found in {type(model).__name__}; use a"
+            " ...ForConditionalGeneration model"
+        ) from None
 
 
 def submodule_weight(model: nn.Module, path: str) -> Tensor:

@@ -1,7 +1,9 @@
-"""config.json as it may be edited by hand: every field that decides a size or names a function is checked before transformers builds anything from it.
+"""config.json as it may be edited by hand: every field that decides a size or names a function is checked before
+transformers builds anything from it.
 
-transformers reads most fields as they come and fails later, somewhere else. The tables hold what is required of a value where it is given; what is absent
-has transformers' default. Bounds on sizes are far above any published model: they keep a damaged number from taking memory or time.
+transformers reads most fields as they come and fails later, somewhere else. The tables hold what is required of a value
+where it is given; what is absent has transformers' default. Bounds on sizes are far above any published model: they
+keep a damaged number from taking memory or time.
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ from quota.core.errors import CheckpointError
 from quota.models import FAMILIES, family_class, find_family
 
 REMEDY = "restore the file, or copy or calibrate the folder again"
-# Names of our folders' own entries: what marks them, and what keeps a transformers that does not know the method from opening them (`CheckpointWriter`).
+# Names of our folders' own entries: what marks them, and what keeps a transformers that does not know the method from
+# opening them (`CheckpointWriter`).
 OWN_KEYS = ("quantization_config", "transformers_weights")
 MODEL_FILES = (
-    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -60,39 +68,85 @@ _TABLE = _Rule("an object", lambda v: isinstance(v, dict))
 _ACTIVATION = _one_of(_activations, "an activation that transformers knows, such as silu")
 _DTYPE = _optional(_one_of(lambda: _DTYPES, "float32, float16 or bfloat16"))
 _LAYERS, _WIDTH, _TOKEN = _count(1024), _count(2**18), _count(2**24, least=0)
-_INDICES = _Rule("a list of block numbers", lambda v: isinstance(v, list) and all(type(i) is int and 0 <= i < 1024 for i in v))
+_INDICES = _Rule(
+    "a list of block numbers", lambda v: isinstance(v, list) and all(type(i) is int and 0 <= i < 1024 for i in v)
+)
 
 _ROPE = {
     "rope_type": _one_of(_rope_types, "a rotary embedding that transformers knows, such as default"),
     "type": _one_of(_rope_types, "a rotary embedding that transformers knows, such as default"),
     "rope_theta": _NUMBER,
-    "mrope_section": _Rule("a list of three counts", lambda v: isinstance(v, list) and len(v) == 3 and all(type(i) is int and 0 < i < 2**16 for i in v)),
+    "mrope_section": _Rule(
+        "a list of three counts",
+        lambda v: isinstance(v, list) and len(v) == 3 and all(type(i) is int and 0 < i < 2**16 for i in v),
+    ),
 }
 _TEXT = {
-    "hidden_size": _WIDTH, "intermediate_size": _WIDTH, "num_hidden_layers": _LAYERS, "num_attention_heads": _count(2**12),
-    "num_key_value_heads": _optional(_count(2**12)), "head_dim": _optional(_count(2**12)), "vocab_size": _count(2**24),
-    "max_position_embeddings": _count(2**31), "rms_norm_eps": _NUMBER, "rope_theta": _optional(_NUMBER), "hidden_act": _ACTIVATION,
-    "dtype": _DTYPE, "torch_dtype": _DTYPE, "tie_word_embeddings": _FLAG, "attention_bias": _FLAG, "mlp_bias": _FLAG,
-    "rope_parameters": _optional(_TABLE), "rope_scaling": _optional(_TABLE),
-}  # fmt: skip
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _count(2**12),
+    "num_key_value_heads": _optional(_count(2**12)),
+    "head_dim": _optional(_count(2**12)),
+    "vocab_size": _count(2**24),
+    "max_position_embeddings": _count(2**31),
+    "rms_norm_eps": _NUMBER,
+    "rope_theta": _optional(_NUMBER),
+    "hidden_act": _ACTIVATION,
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+    "tie_word_embeddings": _FLAG,
+    "attention_bias": _FLAG,
+    "mlp_bias": _FLAG,
+    "rope_parameters": _optional(_TABLE),
+    "rope_scaling": _optional(_TABLE),
+}
 _VISION = {
-    "hidden_size": _WIDTH, "intermediate_size": _WIDTH, "num_hidden_layers": _LAYERS, "depth": _LAYERS, "num_attention_heads": _count(2**12),
-    "num_heads": _count(2**12), "image_size": _count(2**14), "patch_size": _count(2**10), "num_channels": _count(64), "in_channels": _count(64),
-    "temporal_patch_size": _count(64), "spatial_merge_size": _count(64), "window_size": _count(2**14), "out_hidden_size": _WIDTH,
-    "projection_dim": _count(2**18, least=0), "layer_norm_eps": _NUMBER, "hidden_act": _ACTIVATION, "fullatt_block_indexes": _INDICES,
-    "mlp_ratio": _Rule("a number from 1 to 64", lambda v: type(v) in (int, float) and 1 <= v <= 64), "use_swiglu_ffn": _FLAG, "qkv_bias": _FLAG,
-    "dtype": _DTYPE, "torch_dtype": _DTYPE,
-}  # fmt: skip
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "num_hidden_layers": _LAYERS,
+    "depth": _LAYERS,
+    "num_attention_heads": _count(2**12),
+    "num_heads": _count(2**12),
+    "image_size": _count(2**14),
+    "patch_size": _count(2**10),
+    "num_channels": _count(64),
+    "in_channels": _count(64),
+    "temporal_patch_size": _count(64),
+    "spatial_merge_size": _count(64),
+    "window_size": _count(2**14),
+    "out_hidden_size": _WIDTH,
+    "projection_dim": _count(2**18, least=0),
+    "layer_norm_eps": _NUMBER,
+    "hidden_act": _ACTIVATION,
+    "fullatt_block_indexes": _INDICES,
+    "mlp_ratio": _Rule("a number from 1 to 64", lambda v: type(v) in (int, float) and 1 <= v <= 64),
+    "use_swiglu_ffn": _FLAG,
+    "qkv_bias": _FLAG,
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+}
 _TOP = {
-    "text_config": _TABLE, "vision_config": _TABLE, "projector_hidden_act": _ACTIVATION, "image_token_id": _TOKEN, "image_token_index": _TOKEN,
-    "video_token_id": _TOKEN, "vision_start_token_id": _TOKEN, "vision_end_token_id": _TOKEN,
-    "vision_feature_select_strategy": _one_of(lambda: {"default", "full"}, "default or full"), "tie_word_embeddings": _FLAG,
-    "multimodal_projector_bias": _FLAG, "quantization_config": _optional(_TABLE), "dtype": _DTYPE, "torch_dtype": _DTYPE,
-}  # fmt: skip
+    "text_config": _TABLE,
+    "vision_config": _TABLE,
+    "projector_hidden_act": _ACTIVATION,
+    "image_token_id": _TOKEN,
+    "image_token_index": _TOKEN,
+    "video_token_id": _TOKEN,
+    "vision_start_token_id": _TOKEN,
+    "vision_end_token_id": _TOKEN,
+    "vision_feature_select_strategy": _one_of(lambda: {"default", "full"}, "default or full"),
+    "tie_word_embeddings": _FLAG,
+    "multimodal_projector_bias": _FLAG,
+    "quantization_config": _optional(_TABLE),
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+}
 
 
 def read_config(folder: str | Path) -> Any:
-    """The transformers configuration in `folder`, of a supported architecture; nothing but config.json is read and no code of the folder runs.
+    """The transformers configuration in `folder`, of a supported architecture; nothing but config.json is read and no
+    code of the folder runs.
 
     CheckpointError naming the field for a value nothing can be built from, `auto_map` included.
     """
@@ -100,13 +154,18 @@ def read_config(folder: str | Path) -> Any:
     try:
         data = read_object(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota calibrate` or a "
-                              "float model") from None  # fmt: skip
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint folder with config.json, found none; pass a folder written by `quota"
+            " calibrate` or a float model"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as a model configuration ({error}); {REMEDY}") from None
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(f"{path}: model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got {shown(kind)}")
+        raise CheckpointError(
+            f"{path}: model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got"
+            f" {shown(kind)}"
+        )
     refuse_code(path, data)
     for name, rule, value in _broken(data):
         raise CheckpointError(f"{path}: {name}: expected {rule.expected}, got {shown(value)}; {REMEDY}")
@@ -152,13 +211,17 @@ def _check_sums(config: Any) -> None:
         raise CheckpointError(f"text_config.hidden_size: expected a multiple of {heads} heads, got {text.hidden_size}")
     across = getattr(vision, "num_attention_heads", None) or vision.num_heads
     if vision.hidden_size % across:
-        raise CheckpointError(f"vision_config.hidden_size: expected a multiple of {across} heads, got {vision.hidden_size}")
+        raise CheckpointError(
+            f"vision_config.hidden_size: expected a multiple of {across} heads, got {vision.hidden_size}"
+        )
     size = getattr(vision, "image_size", None)
     if size is not None and size < vision.patch_size:
         raise CheckpointError(f"vision_config.patch_size: expected at most image_size {size}, got {vision.patch_size}")
     window, unit = getattr(vision, "window_size", None), vision.patch_size * getattr(vision, "spatial_merge_size", 1)
     if window is not None and window < unit:
-        raise CheckpointError(f"vision_config.window_size: expected at least patch_size x spatial_merge_size = {unit}, got {window}")
+        raise CheckpointError(
+            f"vision_config.window_size: expected at least patch_size x spatial_merge_size = {unit}, got {window}"
+        )
 
 
 def refuse_code(path: Path, data: Any) -> None:
@@ -168,7 +231,10 @@ def refuse_code(path: Path, data: Any) -> None:
         value = todo.pop()
         if isinstance(value, dict):
             if value.get("auto_map"):
-                raise CheckpointError(f"{path}: auto_map: names code of the checkpoint, which quota never runs; remove the entry to use transformers' class")
+                raise CheckpointError(
+                    f"{path}: auto_map: names code of the checkpoint, which quota never runs; remove the entry to use"
+                    " transformers' class"
+                )
             todo += value.values()
         elif isinstance(value, list):
             todo += value

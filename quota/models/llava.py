@@ -1,4 +1,5 @@
-"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual tokens.
+"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual
+tokens.
 
 The same with another tower is in a file of its own: `llava_dinov2`.
 """
@@ -20,7 +21,7 @@ from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, subm
 from quota.models.images import ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.mlp import PROLOGUES, activate
 
 
@@ -34,7 +35,12 @@ class Llava(Family):
     groups: ClassVar[Groups] = {
         "decoder": DECODER_GROUPS,
         "vision": (
-            Group("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "layer_norm1", "rows"),
+            Group(
+                "self_attn.qkv_proj",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "layer_norm1",
+                "rows",
+            ),
             Group("self_attn.out_proj", ("self_attn.out_proj",), None, "columns"),
             Group("mlp.fc1", ("mlp.fc1",), "layer_norm2"),
             Group("mlp.fc2", ("mlp.fc2",)),
@@ -73,14 +79,23 @@ class Llava(Family):
         super().__init__(config)
         text, vision = self.text, self.vision
         if text.model_type != "llama" or vision.model_type != self.tower:
-            raise CheckpointError(f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}")
+            raise CheckpointError(
+                f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}"
+            )
         feature = config.vision_feature_layer
         if not isinstance(feature, int):
-            raise CheckpointError(f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not supported")
+            raise CheckpointError(
+                f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not"
+                " supported"
+            )
         total = vision.num_hidden_layers
-        used = feature if feature >= 0 else total + 1 + feature  # index into hidden_states: entry i is the input of layer i
+        used = (
+            feature if feature >= 0 else total + 1 + feature
+        )  # index into hidden_states: entry i is the input of layer i
         if not 0 <= used <= total:
-            raise CheckpointError(f"vision_feature_layer: expected an index into {total + 1} hidden states, got {feature}")
+            raise CheckpointError(
+                f"vision_feature_layer: expected an index into {total + 1} hidden states, got {feature}"
+            )
         self.vision_layers_used, self.vision_layers_total = used, total
         self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
         self.drops_cls = config.vision_feature_select_strategy == "default"
@@ -88,7 +103,14 @@ class Llava(Family):
         self.visual_tokens: int = self.patches + (0 if self.drops_cls else 1)
         token = getattr(config, "image_token_id", None)
         self.image_token_id = int(config.image_token_index if token is None else token)
-        dims = [vision.hidden_size, self.vision_mlp_size, total, self.vision_heads, vision.image_size, vision.patch_size]
+        dims = [
+            vision.hidden_size,
+            self.vision_mlp_size,
+            total,
+            self.vision_heads,
+            vision.image_size,
+            vision.patch_size,
+        ]
         self.dims = {"vision": dims, "vision_layers_used": used, "visual_tokens": self.visual_tokens}
 
     @property
@@ -98,13 +120,15 @@ class Llava(Family):
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {
-            "self_attn": QuantClipAttention(linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads),
+            "self_attn": QuantClipAttention(
+                linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
+            ),
             "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
-    def projector_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {"": QuantProjector(linears["linear_1"], linears["linear_2"], self.config.projector_hidden_act)}
 
     def finish_tower(self, tower: Any) -> None:
@@ -145,14 +169,18 @@ class Llava(Family):
         size = self.vision.image_size
         if tuple(image.pixels.shape[-2:]) != (size, size):
             found = list(image.pixels.shape[-2:])
-            raise CheckpointError(f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model")
+            raise CheckpointError(
+                f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model"
+            )
         return self.enter_tower(module, module(self.vision_embed_path)(image.pixels[None].float()))[0]
 
     def enter_tower(self, module: Callable[[str], Any], embedded: Tensor) -> Tensor:
         """Patches and class token [B, rows, C] as the embeddings give them -> the first block's input."""
         return module(f"{self.vision_path}.pre_layrnorm")(embedded)
 
-    def tower_block(self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None) -> Tensor:
+    def tower_block(
+        self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
+    ) -> Tensor:
         return layer(hidden, attention_mask=None)
 
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
@@ -164,7 +192,11 @@ class Llava(Family):
         v, d = self.vision, self.hidden_size
         n, h, m = self.patches + 1, v.hidden_size, self.vision_mlp_size
         block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
-        return self.patches * v.num_channels * v.patch_size**2 * h + self.vision_layers_used * block + self.patches * (h * d + d * d)
+        return (
+            self.patches * v.num_channels * v.patch_size**2 * h
+            + self.vision_layers_used * block
+            + self.patches * (h * d + d * d)
+        )
 
     def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
         return (3, self.vision.image_size, self.vision.image_size), None
@@ -179,19 +211,29 @@ class UnusedLayer(CLIPEncoderLayer):
 
 
 class QuantClipAttention(nn.Module):
-    """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that an image gives
-    the same features alone and in a batch."""
+    """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that
+    an image gives the same features alone and in a batch."""
 
-    def __init__(self, qkv_proj: QuantLinear, out_proj: QuantLinear, *, heads: int) -> None:
+    def __init__(self, qkv_proj: SchemeLinear, out_proj: SchemeLinear, *, heads: int) -> None:
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
 
     @without_grad
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
         batch, tokens, hidden = hidden_states.shape
-        x = self.qkv_proj(hidden_states.float()).view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
-        masks = [None] * batch if attention_mask is None else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
+        x = (
+            self.qkv_proj(hidden_states.float())
+            .view(batch, tokens, 3, self.heads, hidden // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
+        masks = (
+            [None] * batch
+            if attention_mask is None
+            else [attention_mask.expand(batch, -1, -1, -1)[b : b + 1] for b in range(batch)]
+        )
         rows = []
         for image, mask in enumerate(masks):
             q, k, v = x[:, image : image + 1].contiguous()
@@ -203,7 +245,7 @@ class QuantClipAttention(nn.Module):
 class QuantClipMLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
-    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
+    def __init__(self, fc1: SchemeLinear, fc2: SchemeLinear, act: str) -> None:
         super().__init__()
         self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
         self._prologue = PROLOGUES.get(act)
@@ -220,7 +262,7 @@ class QuantClipMLP(nn.Module):
 class QuantProjector(nn.Module):
     """linear_2(act(linear_1(x))): vision features to the language model's width."""
 
-    def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
+    def __init__(self, linear_1: SchemeLinear, linear_2: SchemeLinear, act: str) -> None:
         super().__init__()
         self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
         self._prologue = PROLOGUES.get(act)

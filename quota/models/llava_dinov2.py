@@ -17,13 +17,15 @@ from quota.core.errors import CheckpointError
 from quota.models.base import Group, Groups, Norms, Part
 from quota.models.llava import Llava, QuantClipAttention, QuantClipMLP
 from quota.nn.embedding import PatchEmbedding
-from quota.nn.linear import QuantLinear
+from quota.nn.linear import SchemeLinear
 
 # Names in files -> names of modules: transformers writes the projections as DINOv2's first checkpoints had them.
 _STORED = {
-    ".attention.attention.query.": ".attention.q_proj.", ".attention.attention.key.": ".attention.k_proj.",
-    ".attention.attention.value.": ".attention.v_proj.", ".attention.output.dense.": ".attention.o_proj.",
-}  # fmt: skip
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+}
 
 
 class LlavaDinov2(Llava):
@@ -63,7 +65,7 @@ class LlavaDinov2(Llava):
     def vision_mlp_size(self) -> int:
         return int(self.vision.hidden_size * self.vision.mlp_ratio)
 
-    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         qkv, out = linears["attention.qkv_proj"], linears["attention.out_proj"]
         return {
             "attention": QuantClipAttention(qkv, out, heads=self.vision_heads),

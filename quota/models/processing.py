@@ -1,4 +1,5 @@
-"""Opening processors with one image backend (PIL), whatever is installed beside it: pixels must not depend on torchvision being there."""
+"""Opening processors with one image backend (PIL), whatever is installed beside it: pixels must not depend on
+torchvision being there."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ BACKEND = "pil"
 
 
 def open_processor(folder: str | Path) -> Any:
-    """The processor of a checkpoint folder, left padding, PIL pictures. Code of the folder's own never runs.
+    """The processor of a checkpoint folder, left padding, PIL images. Code of the folder's own never runs.
 
     CheckpointError where a file names such code; else what transformers raises (OSError, ValueError, ...).
     """
@@ -31,16 +32,18 @@ def open_processor(folder: str | Path) -> Any:
 
 
 def reserved_mark(processor: Any, text: str) -> str | None:
-    """The first mark in `text` that the processor would replace by a picture or a video; None for plain text.
+    """The first mark in `text` that the processor would replace by an image or a video; None for plain text.
 
-    Text is text: a prompt that holds a mark is refused wherever it enters, because the processor cannot tell it from a picture's own.
+    Text is text: a prompt that holds a mark is refused wherever it enters, because the processor cannot tell it from a
+    image's own.
     """
     marks = (image_mark(processor), getattr(processor, "video_token", None))
     return next((str(mark) for mark in marks if mark and str(mark) in text), None)
 
 
 def image_backend(processor: Any) -> str:
-    """ "pil" or "torchvision": what turns pictures into pixels; for result files, because the two differ in the last bits."""
+    """ "pil" or "torchvision": what turns images into pixels; for result files, because the two differ in the last
+    bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"
 
 
@@ -50,7 +53,8 @@ def image_mark(processor: Any) -> str:
 
 
 def render(processor: Any, turns: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as the prompt that the processor takes, the assistant's turn opened: its chat template, or LLaVA-1.5's form where it has none.
+    """A conversation as the prompt that the processor takes, the assistant's turn opened: its chat template, or
+    LLaVA-1.5's form where it has none.
 
     turns: {"role", "content": [{"type": "image"} or {"type": "text", "text": ...}]}. Raises what the template raises.
     """

@@ -1,7 +1,8 @@
 """Qwen2.5-VL: windowed vision transformer, 2 x 2 merger, Qwen2 decoder with grouped queries, q/k/v biases and M-RoPE.
 
-An image of t x h x w patches (`image_grid_thw`, t = 1) becomes h / 2 * w / 2 visual tokens. The tower holds patches in blocks of one merged token
-(the four patches of a token are neighbours in memory) and reorders tokens so that those of one attention window are neighbours too.
+An image of t x h x w patches (`image_grid_thw`, t = 1) becomes h / 2 * w / 2 visual tokens. The tower holds patches in
+blocks of one merged token (the four patches of a token are neighbours in memory) and reorders tokens so that those of
+one attention window are neighbours too.
 """
 
 from __future__ import annotations
@@ -19,27 +20,40 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as upstream
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLRotaryEmbedding
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLRotaryEmbedding,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import CheckpointError, UsageError
 from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
 from quota.nn.float_attention import float_attention
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32
 from quota.nn.mlp import QuantMLP
+from quota.ops.qkv_append import apply_rotary
 
 _VISION_DIMS = (
-    "hidden_size", "intermediate_size", "depth", "num_heads", "patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "out_hidden_size",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "depth",
+    "num_heads",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "window_size",
+    "out_hidden_size",
+)
 _TOKEN_PX = 28  # side of a visual token of the published checkpoints
 _PIXELS = (256 * _TOKEN_PX**2, 1_605_632)  # limits lmms-eval's built-in `qwen2_5_vl` gives to the processor
 _FETCHED = (4 * _TOKEN_PX**2, 16_384 * _TOKEN_PX**2)  # limits of qwen-vl-utils, which resizes first
 _CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}{%- if message['content'] is string"
+    " -%}{{ message['content'] }}{%- else -%}{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{"
+    " '<|vision_start|><|image_pad|><|vision_end|>' }}{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif"
+    " -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{"
+    " '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
 
@@ -68,7 +82,8 @@ class Qwen25VL(Family):
         "vision": frozenset({"norm1", "norm2"}),
         "projector": frozenset({"ln_q"}),
     }
-    # Published checkpoints: `visual.*`, `model.layers.*`, `lm_head.*`; saved by transformers 5 also `model.visual.*`, `model.language_model.*`.
+    # Published checkpoints: `visual.*`, `model.layers.*`, `lm_head.*`; saved by transformers 5 also `model.visual.*`,
+    # `model.language_model.*`.
     key_rules = (
         (re.compile(r"^visual\."), "model.visual."),
         (re.compile(r"^language_model\."), "model.language_model."),
@@ -84,22 +99,31 @@ class Qwen25VL(Family):
         super().__init__(config)
         vision = self.vision
         if getattr(self.text, "use_sliding_window", False):
-            raise CheckpointError("use_sliding_window: expected false, got true; sliding-window attention is not supported")
+            raise CheckpointError(
+                "use_sliding_window: expected false, got true; sliding-window attention is not supported"
+            )
         self.vision_layers_used = self.vision_layers_total = vision.depth
-        self.vision_hidden_size, self.vision_heads, self.merge = vision.hidden_size, vision.num_heads, vision.spatial_merge_size
+        self.vision_hidden_size, self.vision_heads, self.merge = (
+            vision.hidden_size,
+            vision.num_heads,
+            vision.spatial_merge_size,
+        )
         self.image_token_id = int(config.image_token_id)
         self.patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.dims = {"vision": [getattr(vision, name) for name in _VISION_DIMS], "full_attention": sorted(vision.fullatt_block_indexes)}
+        self.dims = {
+            "vision": [getattr(vision, name) for name in _VISION_DIMS],
+            "full_attention": sorted(vision.fullatt_block_indexes),
+        }
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {
             "attn": QuantWindowAttention(linears["attn.qkv"], linears["attn.proj"], heads=self.vision_heads),
             "mlp": QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=self.vision.hidden_act),
         }
 
-    def projector_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {"mlp": QuantMerger(linears["mlp.0"], linears["mlp.2"])}
 
     def finish_tower(self, tower: Any) -> None:
@@ -124,12 +148,20 @@ class Qwen25VL(Family):
 
     def image_tokens(self, image: ImageInput) -> int:
         if image.grid is None:
-            raise UsageError(f"image: expected patches and their grid (1, h, w), got pixels {list(image.pixels.shape)} alone")
+            raise UsageError(
+                f"image: expected patches and their grid (1, h, w), got pixels {list(image.pixels.shape)} alone"
+            )
         frames, rows, columns = image.grid
         if frames != 1 or min(rows, columns) < 1 or rows % self.merge or columns % self.merge:
-            raise UsageError(f"image: expected a grid (1, h, w) of multiples of {self.merge}, got {image.grid}; videos are not supported")
+            raise UsageError(
+                f"image: expected a grid (1, h, w) of multiples of {self.merge}, got {image.grid}; videos are not"
+                " supported"
+            )
         if tuple(image.pixels.shape) != (rows * columns, self.patch):
-            raise UsageError(f"image: expected pixels {[rows * columns, self.patch]} for grid {image.grid}, got {list(image.pixels.shape)}")
+            raise UsageError(
+                f"image: expected pixels {[rows * columns, self.patch]} for grid {image.grid}, got"
+                f" {list(image.pixels.shape)}"
+            )
         return rows * columns // self.merge**2
 
     def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
@@ -137,7 +169,9 @@ class Qwen25VL(Family):
         features = []
         for image in images:  # a float tower's sums may depend on what else is in a call
             grid = torch.tensor([image.grid], device=weight.device)
-            found = model.model.get_image_features(pixel_values=image.pixels.to(weight), image_grid_thw=grid, return_dict=True)
+            found = model.model.get_image_features(
+                pixel_values=image.pixels.to(weight), image_grid_thw=grid, return_dict=True
+            )
             features.append(found.pooler_output[0].to(weight.dtype).clone())
         return features
 
@@ -149,7 +183,9 @@ class Qwen25VL(Family):
     def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
         kinds = (ids == self.image_token_id).int()[None]
         where = torch.tensor([list(grid) for grid in grids]) if grids else None
-        return model.model.get_rope_index(input_ids=ids[None], mm_token_type_ids=kinds, image_grid_thw=where)[0][:, 0].long()
+        return model.model.get_rope_index(input_ids=ids[None], mm_token_type_ids=kinds, image_grid_thw=where)[0][
+            :, 0
+        ].long()
 
     def rotary_axes(self, rotary: Any) -> list[tuple[int, int, int]]:
         sections, half, spans, end = rotary.inner.mrope_section, self.head_dim // 2, [], 0
@@ -169,7 +205,9 @@ class Qwen25VL(Family):
         hidden, unit = module(self.vision_embed_path)(image.pixels.float()), self.merge**2
         return hidden.view(len(hidden) // unit, unit, -1)[geometry_of(self.vision, image.grid).order].flatten(0, 1)
 
-    def tower_block(self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None) -> Tensor:
+    def tower_block(
+        self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
+    ) -> Tensor:
         assert grids is not None
         where = [geometry_of(self.vision, grid) for grid in grids]
         whole = index in self.vision.fullatt_block_indexes
@@ -186,13 +224,17 @@ class Qwen25VL(Family):
         return hidden.view(len(hidden) // self.merge**2, -1)[geometry_of(self.vision, grid).inverse]
 
     def projector_block(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        flat = layer(hidden.reshape(-1, self.vision.hidden_size))  # the merger normalises single patches and flattens the batch
+        flat = layer(
+            hidden.reshape(-1, self.vision.hidden_size)
+        )  # the merger normalises single patches and flattens the batch
         return flat.view(*hidden.shape[:2], -1)
 
     # words and costs
 
     def evaluation_pixels(self, processor: Any, limits: tuple[int | None, int | None]) -> Callable[[Any], Any] | None:
-        published = self.vision.patch_size * self.merge == _TOKEN_PX  # other token sizes are not what the built-in wrapper is written for
+        published = (
+            self.vision.patch_size * self.merge == _TOKEN_PX
+        )  # other token sizes are not what the built-in wrapper is written for
         size = processor.image_processor.size
         usual = _PIXELS if published else (size["shortest_edge"], size["longest_edge"])
         fewest, most = (given or own for given, own in zip(limits, usual, strict=True))
@@ -224,23 +266,28 @@ def _fetched(image: Any) -> Any:
 
 
 class Qwen2_5_VLProcessor(upstream.Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor for images and text, which needs no torchvision; its files name upstream's class, so it has that name.
+    """Qwen2.5-VL's processor for images and text, which needs no torchvision; its files name upstream's class, so it
+    has that name.
 
     Videos are refused by the base class, which finds no video processor.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = (tokenizer.convert_tokens_to_ids(token) for token in (self.image_token, self.video_token))
+        self.image_token_id, self.video_token_id = (
+            tokenizer.convert_tokens_to_ids(token) for token in (self.image_token, self.video_token)
+        )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """Where the patches of one picture are, in the tower's own order.
+    """Where the patches of one image are, in the tower's own order.
 
-    order: [V] int64, raster numbers of the merged tokens in window order; inverse: back. windows: patches per window, in order. places: [n, 2] int64,
-    (row, column) of every patch in window order.
+    order: [V] int64, raster numbers of the merged tokens in window order; inverse: back. windows: patches per window,
+    in order. places: [n, 2] int64, (row, column) of every patch in window order.
     """
 
     order: Tensor
@@ -255,22 +302,34 @@ class TowerGeometry:
 
 @lru_cache(maxsize=64)
 def geometry(rows: int, columns: int, merge: int, window: int) -> TowerGeometry:
-    """rows, columns of the patch grid (multiples of `merge`); `window` in merged tokens. Windows run in raster order and are cut at the edges."""
-    row, column = (t.flatten() for t in torch.meshgrid(torch.arange(rows // merge), torch.arange(columns // merge), indexing="ij"))
+    """rows, columns of the patch grid (multiples of `merge`); `window` in merged tokens. Windows run in raster order
+    and are cut at the edges."""
+    row, column = (
+        t.flatten() for t in torch.meshgrid(torch.arange(rows // merge), torch.arange(columns // merge), indexing="ij")
+    )
     across = -(-(columns // merge) // window)
     number = row // window * across + column // window
     order = torch.argsort(number, stable=True)
     inside = torch.stack(torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij"), -1).view(1, -1, 2)
     corner = torch.stack([row, column], -1)[order] * merge
-    return TowerGeometry(order, torch.argsort(order), tuple((number.bincount() * merge**2).tolist()), (corner[:, None] + inside).view(-1, 2))
+    return TowerGeometry(
+        order,
+        torch.argsort(order),
+        tuple((number.bincount() * merge**2).tolist()),
+        (corner[:, None] + inside).view(-1, 2),
+    )
 
 
 def geometry_of(vision: Any, grid: tuple[int, int, int]) -> TowerGeometry:
-    """Geometry of a picture of grid (t, h, w) under a vision configuration. CheckpointError for more than one frame."""
+    """Geometry of an image of grid (t, h, w) under a vision configuration. CheckpointError for more than one frame."""
     frames, rows, columns = grid
     if frames != 1:
-        raise CheckpointError(f"image_grid_thw: expected single pictures (t = 1), got {frames} frames; videos are not supported")
-    return geometry(rows, columns, vision.spatial_merge_size, vision.window_size // vision.patch_size // vision.spatial_merge_size)
+        raise CheckpointError(
+            f"image_grid_thw: expected single images (t = 1), got {frames} frames; videos are not supported"
+        )
+    return geometry(
+        rows, columns, vision.spatial_merge_size, vision.window_size // vision.patch_size // vision.spatial_merge_size
+    )
 
 
 def axial_rotary(places: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
@@ -287,7 +346,8 @@ def axial_rotary(places: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
 
 
 class MultimodalRotary(nn.Module):
-    """Replaces the decoder's M-RoPE: same angles, cosine and sine rounded once from float64, so that a token's do not depend on its neighbours."""
+    """Replaces the decoder's M-RoPE: same angles, cosine and sine rounded once from float64, so that a token's do not
+    depend on its neighbours."""
 
     def __init__(self, config: Any, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -297,51 +357,53 @@ class MultimodalRotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x: only its dtype is used; position_ids [3, B or 1, T] (time, row, column), or [B, T] where the three are one -> cos, sin [B or 1, T, D]."""
+        """x: only its dtype is used; position_ids [3, B or 1, T] (time, row, column), or [B, T] where the three are one
+        -> cos, sin [B or 1, T, D]."""
         if self.inner.rope_type != "default":
             return self.inner(x, position_ids)
         position_ids = position_ids.expand(3, *position_ids.shape[-2:])
         angles = position_ids[..., None].float() * self.inner.inv_freq.float()
         # the channels are shared out between the three axes: first those of time, then of rows, then of columns
-        angles = torch.cat([part[axis % 3] for axis, part in enumerate(angles.split(self.inner.mrope_section, -1))], -1).double()
+        angles = torch.cat(
+            [part[axis % 3] for axis, part in enumerate(angles.split(self.inner.mrope_section, -1))], -1
+        ).double()
         scale = self.inner.attention_scaling
         cos, sin = (torch.cat([part, part], -1).mul(scale).float().to(x.dtype) for part in (angles.cos(), angles.sin()))
         return cos, sin
 
 
 class QuantWindowAttention(nn.Module):
-    """The tower's attention: quantized projections, float scores inside each window. Windows of one size run together; as a call holds one
-    picture (`ImageByImage`), what they run with is a function of the picture alone."""
+    """The tower's attention: quantized projections, float scores inside each window. Windows of one size run together;
+    as a call holds one image (`ImageByImage`), what they run with is a function of the image alone."""
 
-    def __init__(self, qkv: QuantLinear, proj: QuantLinear, *, heads: int) -> None:
+    def __init__(self, qkv: SchemeLinear, proj: SchemeLinear, *, heads: int) -> None:
         super().__init__()
         self.qkv, self.proj, self.heads = qkv, proj, heads
 
     @torch.no_grad()
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> Tensor:
         """hidden_states [n, hidden] in window order, cu_seqlens [windows + 1] -> same shape."""
         n, hidden = hidden_states.shape
         q, k, v = self.qkv(hidden_states.float()).view(n, 3, self.heads, hidden // self.heads).unbind(1)
-        cos, sin = (t.float()[:, None] for t in position_embeddings)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        cos, sin = (t.float()[None] for t in position_embeddings)
+        q, k = (apply_rotary(t.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1) for t in (q, k))
         sizes, out = torch.diff(cu_seqlens).tolist(), torch.empty_like(v)
         for size in sorted(set(sizes)):
-            first = torch.tensor([int(at) for at, length in zip(cu_seqlens[:-1], sizes, strict=True) if length == size], device=v.device)
+            first = torch.tensor(
+                [int(at) for at, length in zip(cu_seqlens[:-1], sizes, strict=True) if length == size], device=v.device
+            )
             rows = first[:, None] + torch.arange(size, device=v.device)  # [windows, size]
             inside_q, inside_k, inside_v = (t[rows].transpose(1, 2).contiguous() for t in (q, k, v))
             out[rows] = float_attention(inside_q, inside_k, inside_v, hidden_states.dtype).transpose(1, 2)
         return self.proj(out.reshape(n, hidden)).to(hidden_states.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
 class QuantMerger(nn.Sequential):
     """The merger's two linears, "0" and "2" upstream; the GELU between them is the second one's prologue."""
 
-    def __init__(self, first: QuantLinear, second: QuantLinear) -> None:
+    def __init__(self, first: SchemeLinear, second: SchemeLinear) -> None:
         super().__init__(OrderedDict([("0", first), ("2", second)]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -351,12 +413,16 @@ class QuantMerger(nn.Sequential):
 
 
 class ImageByImage(Qwen2_5_VisionTransformerPretrainedModel):
-    """The upstream tower, run on one picture at a time: its features are the same alone and in any batch."""
+    """The upstream tower, run on one image at a time: its features are the same alone and in any batch."""
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """hidden_states [patches of all pictures, patch], grid_thw [pictures, 3] -> as upstream."""
+        """hidden_states [patches of all images, patch], grid_thw [images, 3] -> as upstream."""
         parts = hidden_states.split(grid_thw.prod(-1).tolist())
-        outs: list[Any] = [super(ImageByImage, self).forward(part, grid_thw=grid[None], **kwargs) for part, grid in zip(parts, grid_thw, strict=True)]
+        outs: list[Any] = [
+            super(ImageByImage, self).forward(part, grid_thw=grid[None], **kwargs)
+            for part, grid in zip(parts, grid_thw, strict=True)
+        ]
         return BaseModelOutputWithPooling(
-            last_hidden_state=torch.cat([out.last_hidden_state for out in outs]), pooler_output=torch.cat([out.pooler_output for out in outs])
+            last_hidden_state=torch.cat([out.last_hidden_state for out in outs]),
+            pooler_output=torch.cat([out.pooler_output for out in outs]),
         )

@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from quota import ops
+from quota.core.formats import KV4
 from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
-from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import Float32State, SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 
 @dataclass
-class Record:
-    """What one attention leaves for scoring tokens, as deployed: q [B, H, T, D] and lse [B, H, T] float32, and k [B, Hkv, T, D] float32 or
-    its T packed slots of the cache."""
+class AttentionTrace:
+    """What one attention leaves for scoring tokens, as deployed: q [B, H, T, D] and lse [B, H, T] float32, and k [B,
+    Hkv, T, D] float32 or its T packed slots of the cache."""
 
     q: Tensor | None = None
     k: Tensor | ops.Kv | None = None
@@ -30,19 +31,22 @@ class Record:
         assert self.k is not None
         return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
 
-    def first(self, tokens: int) -> Record:
-        """Of the first `tokens` alone, which by causality is what they leave without the others; call it on a filled record."""
+    def first(self, tokens: int) -> AttentionTrace:
+        """Of the first `tokens` alone, which by causality is what they leave without the others; call it on a filled
+        record."""
         if self.q is None or self.k is None or self.lse is None or self.q.shape[2] == tokens:
             return self
         k = self.k[:, :, :tokens] if isinstance(self.k, Tensor) else tuple(t[:, :, :tokens] for t in self.k)
-        return Record(self.q[:, :, :tokens].contiguous(), k, self.lse[:, :, :tokens].contiguous(), self.scaling)  # type: ignore[arg-type]
+        return AttentionTrace(self.q[:, :, :tokens].contiguous(), k, self.lse[:, :, :tokens].contiguous(), self.scaling)  # type: ignore[arg-type]
 
 
 class QuantAttention(Float32State):
     """Causal attention over a 4-bit cache; prefill reads the same dequantized keys and values that decode will read.
 
-    `qkv_proj` holds the rows of q, k, v. `q_transform` and `k_transform` [D, D] (each may be absent) act on rows of D after the rotary
-    embedding and are inverse-transposes of each other. `o_proj` has a [H, H] left factor; the right one is merged into the v rows.
+    `qkv_proj` holds the rows of q, k, v. `q_transform` and `k_transform` [D, D] (each may be absent) act on rows of D
+    after the rotary
+    embedding and are inverse-transposes of each other. `o_proj` has a [H, H] left factor; the right one is merged into
+    the v rows.
     """
 
     q_transform: Tensor | None
@@ -50,13 +54,25 @@ class QuantAttention(Float32State):
     k_clip: Tensor
     v_clip: Tensor
 
-    def __init__(self, qkv_proj: QuantLinear, o_proj: QuantLinear, *, heads: int, kv_heads: int, head_dim: int, layer_idx: int,
-                 transforms: tuple[bool, bool] = (True, True)) -> None:  # fmt: skip
+    def __init__(
+        self,
+        qkv_proj: SchemeLinear,
+        o_proj: SchemeLinear,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        layer_idx: int,
+        transforms: tuple[bool, bool] = (True, True),
+    ) -> None:
         super().__init__()
+        self.scheme = qkv_proj.scheme
+        if self.scheme.kv != KV4:
+            raise ValueError(f"scheme {self.scheme.name}: expected a cache of {KV4}, got {self.scheme.kv}")
         self.heads, self.kv_heads, self.head_dim, self.layer_idx = heads, kv_heads, head_dim, layer_idx
         self.scaling = head_dim**-0.5
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
-        float32: Any = {"dtype": torch.float32, "device": qkv_proj.w_scale.device}
+        float32: Any = {"dtype": torch.float32, "device": next(qkv_proj.buffers()).device}
         for name, present in zip(("q_transform", "k_transform"), transforms, strict=True):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
         self.register_buffer("k_clip", torch.ones((), **float32))
@@ -74,25 +90,43 @@ class QuantAttention(Float32State):
         return self._clips
 
     @without_grad
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
-                past_key_values: Cache | None = None, quota_record: Record | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
-        """hidden_states [B, T, hidden]; position_embeddings cos, sin [B or 1, T, D]; attention_mask as transformers makes it, or
-        [B, S] bool, or None (no padding, or the rows the cache layer remembers) -> (output, None)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        quota_trace: AttentionTrace | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, T, hidden]; position_embeddings cos, sin [B or 1, T, D]; attention_mask as transformers
+        makes it, or [B, S] bool, or None (no padding, or the rows the cache layer remembers) -> (output, None)."""
         batch, tokens, _ = hidden_states.shape
         qkv = self.qkv_proj(as_float32(hidden_states))
         cache = Kv4Layer() if past_key_values is None else kv4_layer(past_key_values, self.layer_idx)
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
-        rotary = None if position_embeddings is None else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
+        rotary = (
+            None
+            if position_embeddings is None
+            else (as_float32(position_embeddings[0]), as_float32(position_embeddings[1]))
+        )
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         q = self.append(qkv, rotary, cache.key, cache.value, position)
         out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
-        if quota_record is not None:
-            quota_record.q, quota_record.k, quota_record.lse, quota_record.scaling = q, cache.filled_key, lse, self.scaling
+        if quota_trace is not None:
+            quota_trace.q, quota_trace.k, quota_trace.lse, quota_trace.scaling = (
+                q,
+                cache.filled_key,
+                lse,
+                self.scaling,
+            )
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
-    def append(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int) -> Tensor:
-        """qkv [B, T, (H + 2 Hkv) D] float32; rotary cos, sin [B or 1, T, D] float32 -> q [B, H, T, ...] as `kv4_attention` takes it. Keys and values go
-        into slots position .. position + T of the caches, in place."""
+    def append(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int
+    ) -> Tensor:
+        """qkv [B, T, (H + 2 Hkv) D] float32; rotary cos, sin [B or 1, T, D] float32 -> q [B, H, T, ...] as
+        `kv4_attention` takes it. Keys and values go into slots position .. position + T of the caches, in place."""
         return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)

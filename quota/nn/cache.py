@@ -1,8 +1,8 @@
 """Key/value caches: packed 4-bit layers, and float layers that remember what was pruned before them.
 
-Layers of one cache may hold different numbers of tokens: pruning before decoder layer l leaves layer l's cache with exactly the tokens
-alive there (`stored`). `generate` counts the prompt by layer 0's `get_seq_length()`: where tokens were dropped before layer 0, that layer
-adds the removed columns to what it reports, so prompts are still counted whole.
+Layers of one cache may hold different numbers of tokens: pruning before decoder layer l leaves layer l's cache with
+exactly the tokens alive there (`stored`). `generate` counts the prompt by layer 0's `get_seq_length()`: where tokens
+were dropped before layer 0, that layer adds the removed columns to what it reports, so prompts are still counted whole.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from quota import ops
 from quota.core.errors import UsageError
+from quota.core.formats import KV4
 from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
 
@@ -23,10 +24,12 @@ _GROWTH_TOKENS = 64
 
 
 class RowState:
-    """Facts about each row of a cache layer, moved with the batch: `start` [B] int32 (first real slot; None = all rows start at 0) and
-    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned). `removed`: prompt columns that layer 0
-    never saw, the same for all rows; 0 in every other layer. `guarded`: layer 0 of a pruned prompt takes tokens only of a call that the recipe's hooks
-    let in, for without them positions and masks would be those of the whole prompt."""
+    """Facts about each row of a cache layer, moved with the batch: `start` [B] int32 (first real slot; None = all rows
+    start at 0) and
+    `dropped` [B] int64 (tokens pruned before this layer; None = the layer was never pruned). `removed`: prompt columns
+    that layer 0
+    never saw, the same for all rows; 0 in every other layer. `guarded`: layer 0 of a pruned prompt takes tokens only of
+    a call that the recipe's hooks let in, for without them positions and masks would be those of the whole prompt."""
 
     start: Tensor | None = None
     dropped: Tensor | None = None
@@ -42,9 +45,12 @@ class RowState:
         self.admitted = True
 
     def check_admitted(self) -> None:
-        """UsageError where nobody let the next tokens in."""
+        """UsageError where no admission of the next tokens precedes it."""
         if self.guarded and not self.admitted:
-            raise UsageError("past_key_values: the cache holds a pruned prompt and no recipe is installed now; install the recipe again to go on with it")
+            raise UsageError(
+                "past_key_values: the cache holds a pruned prompt and no recipe is installed now; install the recipe"
+                " again to go on with it"
+            )
 
     def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.start = None if self.start is None else move(self.start)
@@ -71,8 +77,8 @@ class Rows(Protocol):
 class Kv4Layer(RowState, CacheLayerMixin):
     """Asymmetric 4-bit keys and values of one decoder layer, one (scale, zero) per token and kv head.
 
-    Buffers grow by copying: `k_q`, `v_q` [B, Hkv, C, D/2] uint8; `k_scale`, `k_zero`, `v_scale`, `v_zero` [B, Hkv, C] float32;
-    the first `length` of C slots are filled. `keys` and `values` stay None: there is no float copy.
+    Buffers grow by copying: `k_q`, `v_q` [B, Hkv, C, D/2] uint8; `k_scale`, `k_zero`, `v_scale`, `v_zero` [B, Hkv, C]
+    float32; the first `length` of C slots are filled. `keys` and `values` stay None: there is no float copy.
     """
 
     is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
@@ -106,13 +112,17 @@ class Kv4Layer(RowState, CacheLayerMixin):
         ops.kv4_append(*self.value, value.contiguous(), position, value_clip)
 
     def grow(self, batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> int:
-        """Make room for `tokens` more slots, which the caller fills; returns the first one. `like`: a tensor of the model's dtype and device."""
+        """Make room for `tokens` more slots, which the caller fills; returns the first one. `like`: a tensor of the
+        model's dtype and device."""
         self.check_admitted()
         self.admitted = False
         if not self.is_initialized:
             self._initialize(batch, heads, dim, like)
         if batch != self.buffers["k_q"].shape[0]:
-            raise UsageError(f"past_key_values: holds a batch of {self.buffers['k_q'].shape[0]}, got {batch} rows; start from an empty cache")
+            raise UsageError(
+                f"past_key_values: holds a batch of {self.buffers['k_q'].shape[0]}, got {batch} rows; start from an"
+                " empty cache"
+            )
         self._reserve(self.length + tokens)
         position, self.length = self.length, self.length + tokens
         return position
@@ -154,7 +164,7 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.dtype, self.device = like.dtype, like.device
         for name in self.FIELDS:
             packed = name.endswith("_q")
-            shape = (batch, heads, 0, dim // 2) if packed else (batch, heads, 0)
+            shape = (batch, heads, 0, KV4.code_bytes(dim)) if packed else (batch, heads, 0)
             self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=like.device)
         self.is_initialized = True
 
@@ -256,7 +266,8 @@ class PrunedLayer(RowState, DynamicLayer):
 
 
 class Kv4Cache(DynamicCache):
-    """A cache of `Kv4Layer`s. Made for you: a quantized model turns the empty cache that `generate` creates into one."""
+    """A cache of `Kv4Layer`s. Made for you: a quantized model turns the empty cache that `generate` creates into
+    one."""
 
     def __init__(self, layers: int) -> None:
         Cache.__init__(self, layers=[Kv4Layer() for _ in range(layers)])
@@ -270,7 +281,9 @@ class Kv4Cache(DynamicCache):
 def stored_tokens(cache: Cache) -> list[int]:
     """Tokens in use per decoder layer."""
     layers: list[Any] = cache.layers
-    return [layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers]
+    return [
+        layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers
+    ]
 
 
 def kv_bytes(cache: Cache) -> list[int]:
@@ -283,7 +296,8 @@ def _float_bytes(layer: Any) -> int:
 
 
 def kv4_layer(cache: Cache, index: int) -> Kv4Layer:
-    """Layer `index` of `cache` as a 4-bit layer; an empty float layer is replaced, a filled or fixed-size one is a UsageError."""
+    """Layer `index` of `cache` as a 4-bit layer; an empty float layer is replaced, a filled or fixed-size one is a
+    UsageError."""
     layer: Kv4Layer = _own_layer(cache, index, Kv4Layer)
     if type(cache) is DynamicCache:
         cache.__class__ = Kv4Cache  # same fields; adds the account of bytes
@@ -304,8 +318,14 @@ def _own_layer(cache: Any, index: int, kind: Any) -> Any:
         return layer
     if getattr(cache, "offloading", False) or type(layer) not in (DynamicLayer, PrunedLayer, Kv4Layer):
         found = "an offloaded" if getattr(cache, "offloading", False) else f"a {type(layer).__name__}"
-        raise UsageError(f"past_key_values: expected a growing cache (DynamicCache), got {found} one; leave cache_implementation unset")
+        raise UsageError(
+            f"past_key_values: expected a growing cache (DynamicCache), got {found} one; leave cache_implementation"
+            " unset"
+        )
     if layer.get_seq_length():
-        raise UsageError(f"past_key_values: layer {index} already holds {layer.get_seq_length()} tokens of another model; start from an empty cache")
+        raise UsageError(
+            f"past_key_values: layer {index} already holds {layer.get_seq_length()} tokens of another model; start from"
+            " an empty cache"
+        )
     cache.layers[index] = kind()
     return cache.layers[index]

@@ -1,7 +1,7 @@
 """Rotary and patch embeddings whose values do not depend on what else is in the batch.
 
-Vectorised float32 `cos` differs from its scalar tail in the last bit, and a convolution may choose another algorithm for another batch
-size; int4 rounding would turn such a bit into a visible difference.
+Vectorised float32 `cos` differs from its scalar tail in the last bit, and a convolution may choose another algorithm
+for another batch size; int4 rounding would turn such a bit into a visible difference.
 """
 
 from __future__ import annotations
@@ -40,10 +40,23 @@ class PatchEmbedding(nn.Conv2d):
 
     @classmethod
     def replacing(cls, conv: nn.Conv2d) -> PatchEmbedding:
-        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None, device="meta")  # type: ignore[arg-type]
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            bias=conv.bias is not None,
+            device="meta",
+        )
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # CUDA only: float32 stays float32
-            return torch.cat([super(PatchEmbedding, self).forward(image[None]) for image in x]) if len(x) else super().forward(x)
+        with torch.backends.cudnn.flags(
+            enabled=True, deterministic=True, allow_tf32=False
+        ):  # CUDA only: float32 stays float32
+            return (
+                torch.cat([super(PatchEmbedding, self).forward(image[None]) for image in x])
+                if len(x)
+                else super().forward(x)
+            )

@@ -1,4 +1,5 @@
-"""Attention of the parts that stay float: flash-attn where it is installed and applies, else torch's scaled_dot_product_attention."""
+"""Attention of the parts that stay float: flash-attn where it is installed and applies, else torch's
+scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -37,4 +38,6 @@ def float_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, mask: T
         q, k, v = (t.to(dtype) for t in (q, k, v))
     if mask is None and why_not_flash(q.device, q.dtype) is None:
         return _flash()(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).float()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)).float()
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    ).float()

@@ -11,8 +11,9 @@ from quota import ops
 
 
 class HeadLinear(nn.Linear):
-    """Replaces `lm_head`; its state is that of the layer it replaces. Library matrix products choose their order of summation by shape and
-    thread count, so the same token would get other logits in another batch. Computed in float32, returned in the dtype of x."""
+    """Replaces `lm_head`; its state is that of the layer it replaces. Library matrix products choose their order of
+    summation by shape and thread count, so the same token would get other logits in another batch. Computed in float32,
+    returned in the dtype of x."""
 
     @classmethod
     def replacing(cls, linear: nn.Linear) -> HeadLinear:

@@ -1,23 +1,26 @@
 """Attention whose key bias never enters the 4-bit cache.
 
-Qwen2.5's key projections have biases whose norm reaches 600-900 in the first and last layers, dozens of times the content W x they are added to. One
-(scale, zero) per token and head over k = R_j (W x_j + b) spends its fifteen steps on the bias and rounds the content away; a transform of the head
-dimension cannot help, because whatever shrinks the bias's directions in the keys enlarges their rounding errors in the queries by as much. The
-softmax forgives a term that is the same for every key of a query, but R_j b turns with the key's position, so it may not be dropped either.
+Qwen2.5's key projections have biases whose norm reaches 600-900 in the first and last layers, dozens of times the
+content W x they are added to. One (scale, zero) per token and head over k = R_j (W x_j + b) spends its fifteen steps on
+the bias and rounds the content away; a transform of the head dimension cannot help, because whatever shrinks the bias's
+directions in the keys enlarges their rounding errors in the queries by as much. The softmax forgives a term that is the
+same for every key of a query, but R_j b turns with the key's position, so it may not be dropped either.
 
 It need not be stored, though: b is a constant of the layer and R_j follows from the position. By linearity of the score
 
     q_i . k_j = q_i . R_j W x_j + q_i . R_j b,
 
-only the first part is quantized (k_j without bias, through P_h as usual). The second is exact in float32 and cheap, because a rotary embedding is linear in
-the cosines and sines of position j: per pair of channels (f, f') of the rotated query q and of b,
+only the first part is quantized (k_j without bias, through P_h as usual). The second is exact in float32 and cheap,
+because a rotary embedding is linear in the cosines and sines of position j: per pair of channels (f, f') of the rotated
+query q and of b,
 
     q . R_j b = sum_f  (q_f b_f + q_f' b_f') cos_jf  +  (q_f' b_f - q_f b_f') sin_jf.
 
-So a query brings D more channels (its coefficients) and a key D more (its cosines and sines), which are the same for all heads and, between two
-prune points, for all layers: one float32 table [B, D, slots] per segment instead of anything per layer and head. The kernel adds one chain over
-them to each score: D more multiply-adds per score, whatever was pruned (the table is filled with the positions that are really there, gapped or
-compact), and equal bits for any batch, padding, or cut between prefill and decode. Nothing is thresholded: every layer with a key bias goes this way.
+So a query brings D more channels (its coefficients) and a key D more (its cosines and sines), which are the same for
+all heads and, between two prune points, for all layers: one float32 table [B, D, slots] per segment instead of anything
+per layer and head. The kernel adds one chain over them to each score: D more multiply-adds per score, whatever was
+pruned (the table is filled with the positions that are really there, gapped or compact), and equal bits for any batch,
+padding, or cut between prefill and decode. Nothing is thresholded: every layer with a key bias goes this way.
 """
 
 from __future__ import annotations
@@ -30,24 +33,28 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from quota import ops
-from quota.nn.attention import QuantAttention, Record
+from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.nn.cache import Kv4Layer, kv4_layer
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 _GROWTH_TOKENS = 64
 
 
 class AngleTable:
-    """Cosines and sines of the cached positions, float32 [B, D, slots] (cosines first), shared by the layers of a segment; `length` slots are filled."""
+    """Cosines and sines of the cached positions, float32 [B, D, slots] (cosines first), shared by the layers of a
+    segment; `length` slots are filled."""
 
     def __init__(self) -> None:
         self.slots: Tensor | None = None
         self.length = 0
-        self.source: Tensor | None = None  # the cosines appended last: layers that are given the same tensor have the same positions
+        self.source: Tensor | None = (
+            None  # the cosines appended last: layers that are given the same tensor have the same positions
+        )
 
     def append(self, cos: Tensor, angles: Tensor, at: int) -> None:
-        """angles [B, D, T] of the slots from `at` on; a slot another layer of the segment has filled already is left alone."""
+        """angles [B, D, T] of the slots from `at` on; a slot another layer of the segment has filled already is left
+        alone."""
         tokens = angles.shape[2]
         if self.length == at + tokens:
             return
@@ -63,7 +70,9 @@ class AngleTable:
         capacity = 0 if self.slots is None else self.slots.shape[2]
         if self.slots is not None and at + tokens <= capacity:
             return
-        new = angles.new_zeros(batch, dim, -(-max(at + tokens, capacity + capacity // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS)
+        new = angles.new_zeros(
+            batch, dim, -(-max(at + tokens, capacity + capacity // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS
+        )
         if self.slots is not None:
             new[..., :at] = self.slots[..., :at]
         self.slots = new
@@ -92,7 +101,8 @@ class BiasedKv4Layer(Kv4Layer):
         self.owns_angles = False
 
     def place(self, cos: Tensor, angles: Tensor, neighbour: Any) -> AngleTable:
-        """Fill the table for the tokens about to be appended; at the start of a prompt the table of the layer before is shared where it fits."""
+        """Fill the table for the tokens about to be appended; at the start of a prompt the table of the layer before is
+        shared where it fits."""
         self.check_admitted()
         if self.angles is None or self.length == 0:
             near = getattr(neighbour, "angles", None)
@@ -127,13 +137,20 @@ def biased_layer(cache: Cache, index: int) -> BiasedKv4Layer:
     layer = kv4_layer(cache, index)
     if not isinstance(layer, BiasedKv4Layer):
         new = BiasedKv4Layer()
-        new.start, new.dropped, new.removed, new.guarded, new.admitted = layer.start, layer.dropped, layer.removed, layer.guarded, layer.admitted
+        new.start, new.dropped, new.removed, new.guarded, new.admitted = (
+            layer.start,
+            layer.dropped,
+            layer.removed,
+            layer.guarded,
+            layer.admitted,
+        )
         cache.layers[index] = layer = new
     return layer
 
 
 def bias_coefficients(q: Tensor, bias: Tensor) -> Tensor:
-    """q [B, H, T, D] rotated, bias [Hkv, D] -> [B, H, T, D]: what multiplies the cosines, then the sines, of a key's position in q . R_j b."""
+    """q [B, H, T, D] rotated, bias [Hkv, D] -> [B, H, T, D]: what multiplies the cosines, then the sines, of a key's
+    position in q . R_j b."""
     b_1, b_2 = bias.repeat_interleave(q.shape[1] // bias.shape[0], 0)[:, None].chunk(2, -1)
     q_1, q_2 = q.chunk(2, -1)
     return torch.cat([q_1 * b_1 + q_2 * b_2, q_2 * b_1 - q_1 * b_2], -1)
@@ -146,7 +163,8 @@ def key_angles(cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def wide_keys(keys: Tensor, angles: Tensor) -> Tensor:
-    """keys [B, Hkv, S, D], angles [B, D, S] -> [B, Hkv, S, 2 D]: keys whose dot product with a wide query is the whole score."""
+    """keys [B, Hkv, S, D], angles [B, D, S] -> [B, Hkv, S, 2 D]: keys whose dot product with a wide query is the whole
+    score."""
     return torch.cat([keys, angles[:, None].transpose(-1, -2).expand(-1, keys.shape[1], -1, -1)], -1)
 
 
@@ -155,13 +173,22 @@ class QuantBiasedAttention(QuantAttention):
 
     k_bias: Tensor
 
-    def __init__(self, qkv_proj: QuantLinear, o_proj: QuantLinear, **sizes: Any) -> None:
+    def __init__(self, qkv_proj: SchemeLinear, o_proj: SchemeLinear, **sizes: Any) -> None:
         super().__init__(qkv_proj, o_proj, **sizes)
-        self.register_buffer("k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=qkv_proj.w_scale.device))
+        self.register_buffer(
+            "k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=self.k_clip.device)
+        )
 
     @without_grad
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
-                past_key_values: Cache | None = None, quota_record: Record | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        quota_trace: AttentionTrace | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         """As QuantAttention.forward; position_embeddings are required."""
         assert position_embeddings is not None
         batch, tokens, _ = hidden_states.shape
@@ -172,19 +199,24 @@ class QuantBiasedAttention(QuantAttention):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
         angles = key_angles(cos, sin).expand(batch, -1, -1)
-        neighbour = past_key_values.layers[self.layer_idx - 1] if past_key_values is not None and self.layer_idx else None
+        neighbour = (
+            past_key_values.layers[self.layer_idx - 1] if past_key_values is not None and self.layer_idx else None
+        )
         table = cache.place(position_embeddings[0], angles, neighbour)
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         wide = self.append(qkv, (cos, sin), cache.key, cache.value, position)
         out, lse = ops.kv4_attention(wide, cache.key, cache.value, cache.length, cache.start, self.scaling, table.slots)
-        if quota_record is not None:
+        if quota_trace is not None:
             assert table.slots is not None
-            quota_record.q, quota_record.k = wide, wide_keys(cache.dequantize_keys(), table.slots[..., : cache.length])
-            quota_record.lse, quota_record.scaling = lse, self.scaling
+            quota_trace.q, quota_trace.k = wide, wide_keys(cache.dequantize_keys(), table.slots[..., : cache.length])
+            quota_trace.lse, quota_trace.scaling = lse, self.scaling
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
-    def append(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int) -> Tensor:
-        """As QuantAttention.append; q is [B, H, T, 2 D]: rotated and transformed, then the coefficients of the key angles."""
+    def append(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int
+    ) -> Tensor:
+        """As QuantAttention.append; q is [B, H, T, 2 D]: rotated and transformed, then the coefficients of the key
+        angles."""
         # the coefficients need q as the rotary embedding left it
         q = ops.qkv_append(qkv, rotary, (None, self.k_transform), keys, values, position, self.clips)
         return torch.cat([_transform(q, self.q_transform), bias_coefficients(q, self.k_bias)], -1)

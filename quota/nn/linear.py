@@ -1,23 +1,32 @@
-"""W4A4 linear layer: one projection group, that is one input transform, one activation clip and the fused rows that read it."""
+"""W4A4 linear layer: one projection group, that is one input transform, one activation clip and the fused rows that
+read it."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quota import ops
+from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT, INT4, Scheme
+from quota.quant.affine import quantize_weight
 from quota.quant.pack import unpack_int4
+from quota.quant.transform import apply_kronecker, decompose, hadamard
 
+Shapes = Mapping[str, tuple[int, ...]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def without_grad(function: Callable[P, R]) -> Callable[P, R]:
-    """`torch.no_grad()` that costs nothing where gradients are off already: a decode step passes eight of these per layer."""
+    """`torch.no_grad()` that costs nothing where gradients are off already: a decode step passes eight of these per
+    layer."""
     guarded = torch.no_grad()(function)
 
     @wraps(function)
@@ -38,7 +47,8 @@ def as_dtype_of(y: Tensor, x: Tensor) -> Tensor:
 
 
 class Float32State(nn.Module):
-    """A module whose floating buffers are part of a format: `half()`, `bfloat16()` and `to(dtype)` move them but never round them."""
+    """A module whose floating buffers are part of a format: `half()`, `bfloat16()` and `to(dtype)` move them but never
+    round them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if recurse:
@@ -47,7 +57,11 @@ class Float32State(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 device = fn(torch.zeros(0, device=buffer.device)).device
-                self._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta and device.type != "meta" else buffer.to(device)
+                self._buffers[name] = (
+                    torch.empty_like(buffer, device=device)
+                    if buffer.is_meta and device.type != "meta"
+                    else buffer.to(device)
+                )
         self.forget()
         return self
 
@@ -56,14 +70,53 @@ class Float32State(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Drop whatever was derived from the buffers; it is derived again when needed. Call it after writing into a buffer."""
+        """Drop whatever was derived from the buffers; it is derived again when needed. Call it after writing into a
+        buffer."""
 
 
-class QuantLinear(Float32State):
-    """y = dequant(Qa(x (left kron right))) w^T + bias with int4 weights and int4 activations.
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer to be built: its path in the model, its size, and, for an output projection of attention, the
+    heads whose outputs it reads."""
 
-    Buffers, which are also the checkpoint's tensors: `left` [l, l] and `right` [r, r] float32 (each may be absent; l * r == K),
-    `clip` float32 scalar, `w_q` [N, ceil(K/2)] uint8 (two nibbles, low = even k), `w_scale` [N] float32, `bias` [N] float32 or absent.
+    path: str
+    in_features: int
+    out_features: int
+    bias: bool
+    heads: int | None = None
+    device: torch.device | str | None = None
+
+
+class SchemeLinear(Float32State):
+    """A linear layer of a scheme: [..., K] -> [..., N], a row's bits independent of the other rows. Its buffers are the
+    checkpoint's tensors."""
+
+    scheme: Scheme
+    in_features: int
+    out_features: int
+
+    @classmethod
+    @abstractmethod
+    def build(cls, spec: LinearSpec, scheme: Scheme, shapes: Shapes | None) -> Self:
+        """An empty layer. shapes: of all tensors of the checkpoint that will be loaded, which decide what is optional;
+        None: the scheme's defaults. CheckpointError for impossible ones."""
+
+    @abstractmethod
+    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
+        """Fill it from a float weight [N, K] by rounding to nearest. clip in (0, 1]: of activations."""
+
+    @abstractmethod
+    def dequantized_weight(self) -> Tensor:
+        """[N, K] float32, of the input as the layer transforms or scales it."""
+
+
+class QuantLinear(SchemeLinear):
+    """y = dequant(Qa(x (left kron right))) w^T + bias with weights and activations in signed codes of two to a byte.
+
+    Buffers, which are also the checkpoint's tensors: `left` [l, l] and `right` [r, r] float32 (each may be absent; l *
+    r == K),
+    `clip` float32 scalar, `w_q` [N, ceil(K/2)] uint8 (two nibbles, low = even k), `w_scale` [N] float32, `bias` [N]
+    float32 or absent.
     The weight is already expressed in the transformed basis.
     """
 
@@ -74,21 +127,72 @@ class QuantLinear(Float32State):
     w_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, left: int | None = None, right: int | None = None,
-                 device: torch.device | str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        left: int | None = None,
+        right: int | None = None,
+        device: torch.device | str | None = None,
+        scheme: Scheme = DEFAULT,
+    ) -> None:
         super().__init__()
+        if scheme.weights is None or not scheme.weights.stored_as(INT4) or scheme.activations != INT4:
+            raise ValueError(
+                f"scheme {scheme.name}: expected weights stored as int4 and activations int4, got {scheme}"
+            )
+        self.scheme, self.weights = scheme, scheme.weights
         self.in_features, self.out_features = in_features, out_features
         left, right = left or None, right or None
         _check_factors(in_features, left, right)
-        float32: Any = {"dtype": torch.float32, "device": device}  # whatever the default dtype is while a model is being built
+        float32: Any = {
+            "dtype": torch.float32,
+            "device": device,
+        }  # whatever the default dtype is while a model is being built
         self.register_buffer("left", None if left is None else torch.zeros(left, left, **float32))
         self.register_buffer("right", None if right is None else torch.zeros(right, right, **float32))
         self.register_buffer("clip", torch.ones((), **float32))
-        self.register_buffer("w_q", torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device))
+        self.register_buffer(
+            "w_q", torch.zeros(out_features, self.weights.code_bytes(in_features), dtype=torch.uint8, device=device)
+        )
         self.register_buffer("w_scale", torch.zeros(out_features, **float32))
         self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
         self._packed: ops.PackedWeight | None = None
         self._clip: float | None = None
+
+    @classmethod
+    def build(cls, spec: LinearSpec, scheme: Scheme, shapes: Shapes | None) -> Self:
+        """Default factors: [heads, heads] on the left of an output projection, else two of sizes as equal as can be."""
+        size = spec.in_features
+        if shapes is not None:
+            left, right = (_stored_factor(shapes, f"{spec.path}.{side}", size) for side in ("left", "right"))
+            if left is not None and right is not None and left * right != size:
+                raise CheckpointError(
+                    f"tensor {spec.path}.left: expected left * right == {size} inputs, got {left} * {right}; the"
+                    " checkpoint is damaged"
+                )
+        elif not scheme.transforms:
+            left, right = None, None
+        else:
+            left, right = decompose(size) if spec.heads is None else (spec.heads, None)
+        return cls(size, spec.out_features, bias=spec.bias, left=left, right=right, device=spec.device, scheme=scheme)
+
+    @torch.no_grad()
+    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
+        """As `SchemeLinear`; Hadamard factors where it has any. They are orthogonal, so P^-T = P and W' = W P."""
+        for factor in (self.left, self.right):
+            if factor is not None:
+                factor.copy_(hadamard(factor.shape[0]))
+        left, right = (None if factor is None else factor.double() for factor in (self.left, self.right))
+        w_q, w_scale = quantize_weight(apply_kronecker(weight.double(), left, right).float(), form=self.weights)
+        self.w_q.copy_(w_q)
+        self.w_scale.copy_(w_scale)
+        self.clip.fill_(clip)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        self.forget()
 
     def forget(self) -> None:
         self._packed, self._clip = None, None
@@ -141,7 +245,8 @@ class QuantLinear(Float32State):
 
     @torch.no_grad()
     def quant_risk(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation quantizer."""
+        """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation
+        quantizer."""
         rows = self._rows(x)
         u = ops.transform(rows, self.left, self.right)
         x_q, x_scale = self._quantize(rows)
@@ -152,7 +257,10 @@ class QuantLinear(Float32State):
 
     def extra_repr(self) -> str:
         left, right = (None if t is None else t.shape[0] for t in (self.left, self.right))
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, left={left}, right={right}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" left={left}, right={right}"
+        )
 
 
 def row_norm(x: Tensor) -> Tensor:
@@ -160,8 +268,22 @@ def row_norm(x: Tensor) -> Tensor:
     return x.double().square().sum(-1).sqrt().float()
 
 
+def _stored_factor(shapes: Shapes, name: str, in_features: int) -> int | None:
+    shape = shapes.get(name)
+    if shape is None:
+        return None
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1 or in_features % shape[0]:
+        raise CheckpointError(
+            f"tensor {name}: expected a square matrix whose size divides {in_features}, got {list(shape)}; the"
+            " checkpoint is damaged"
+        )
+    return shape[0]
+
+
 def _check_factors(in_features: int, left: int | None, right: int | None) -> None:
     if (left is not None and in_features % left) or (right is not None and in_features % right):
-        raise ValueError(f"transform: expected factors dividing {in_features} input features, got left {left} and right {right}")
+        raise ValueError(
+            f"transform: expected factors dividing {in_features} input features, got left {left} and right {right}"
+        )
     if left is not None and right is not None and left * right != in_features:
         raise ValueError(f"transform: expected left * right == {in_features} input features, got {left} * {right}")

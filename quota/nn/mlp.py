@@ -8,33 +8,40 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 
 GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}
 PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-_BLOCK_BYTES = 20 << 20  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
+_BLOCK_BYTES = (
+    20 << 20
+)  # of gate and up at once on CPU: stays in last-level caches, and in memory that malloc gives again without new pages
 
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels disagree in the
-    last bit, so a float32 result would depend on where a token lies in the batch."""
+    """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels
+    disagree in the last bit, so a float32 result would depend on where a token lies in the batch."""
     return function(x.double()).float()
 
 
 class QuantMLP(nn.Module):
     """down(act(gate(x)) * up(x)); `gate_up_proj` holds the rows of gate, then of up."""
 
-    def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear, act: str = "silu") -> None:
+    def __init__(self, gate_up_proj: SchemeLinear, down_proj: SchemeLinear, act: str = "silu") -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, ACT2FN[act]
         self._prologue = GATED_PROLOGUES.get(act)
 
     @without_grad
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> same shape and dtype. Rows do not depend on each other, so a long prompt goes in blocks of them."""
+        """x [..., hidden] -> same shape and dtype. Rows do not depend on each other, so a long prompt goes in blocks of
+        them."""
         rows = as_float32(x.reshape(-1, x.shape[-1]))
         blocks = -(-4 * len(rows) * self.gate_up_proj.out_features // _BLOCK_BYTES) if rows.is_cpu else 1
-        y = self._rows(rows) if blocks <= 1 else torch.cat([self._rows(part) for part in rows.split(-(-len(rows) // blocks))])
+        y = (
+            self._rows(rows)
+            if blocks <= 1
+            else torch.cat([self._rows(part) for part in rows.split(-(-len(rows) // blocks))])
+        )
         return as_dtype_of(y.view(x.shape), x)
 
     def _rows(self, rows: Tensor) -> Tensor:

@@ -28,7 +28,10 @@ def start_of_mask(mask: Tensor, batch: int) -> Tensor:
     mask: [B, S], or [B or 1, 1, T, S] boolean (True = visible) or additive float. The last query sees every real token.
     """
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        raise UsageError(f"attention_mask: expected a tensor [B, S] or [B, 1, T, S], got {type(mask).__name__}; use attn_implementation='sdpa'")
+        raise UsageError(
+            f"attention_mask: expected a tensor [B, S] or [B, 1, T, S], got {type(mask).__name__}; use"
+            " attn_implementation='sdpa'"
+        )
     if mask.ndim == 4:
         mask = mask[:, 0, -1]
         mask = mask if mask.dtype == torch.bool else mask >= 0

@@ -1,4 +1,5 @@
-"""The ops. Each module holds the contract (docstring), the reference that defines it, and the table of implementations."""
+"""The ops. Each module holds the contract (docstring), the reference that defines it, and the table of
+implementations."""
 
 from quota.ops.float_linear import float_linear
 from quota.ops.kv4_append import kv4_append
@@ -18,7 +19,23 @@ from quota.ops.w4a16_linear import w4a16_linear
 from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
 
 __all__ = [
-    "FloatWeight", "GroupedWeight", "Kv", "PackedWeight", "float_linear", "kv4_append", "kv4_attention", "kv4_page_read", "kv4_page_write",
-    "kv4_paged_attention", "qkv_append", "quantize_act", "rms_norm", "token_gather", "token_score", "token_select", "transform", "w4a16_linear",
+    "FloatWeight",
+    "GroupedWeight",
+    "Kv",
+    "PackedWeight",
+    "float_linear",
+    "kv4_append",
+    "kv4_attention",
+    "kv4_page_read",
+    "kv4_page_write",
+    "kv4_paged_attention",
+    "qkv_append",
+    "quantize_act",
+    "rms_norm",
+    "token_gather",
+    "token_score",
+    "token_select",
+    "transform",
+    "w4a16_linear",
     "w4a4_linear",
-]  # fmt: skip
+]

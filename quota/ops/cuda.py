@@ -1,4 +1,5 @@
-"""The CUDA library: loading it where torch has CUDA, and its implementations of the ops. Kernels: csrc/cuda; what runs where: docs/cuda.md."""
+"""The CUDA library: loading it where torch has CUDA, and its implementations of the ops. Kernels: csrc/cuda; what runs
+where: docs/cuda.md."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def load_failure(path: Path = LIBRARY, namespace: str = "quota_cuda") -> str | N
 
 @cache
 def why_not(index: int = 0) -> str | None:
-    """None when the library runs on GPU `index`, else the first reason it cannot: a missing device is said only of a library that loads."""
+    """None when the library runs on GPU `index`, else the first reason it cannot: a missing device is said only of a
+    library that loads."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     if _library is None and (reason := load_failure()):
@@ -45,11 +47,17 @@ def why_not(index: int = 0) -> str | None:
         return f"there is no CUDA device {index} (torch sees {torch.cuda.device_count()})"
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
-        return f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; the library needs 8.0 or newer"
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; the library"
+            " needs 8.0 or newer"
+        )
     try:
         _library.check_device(index)
     except RuntimeError as error:
-        return f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}: {str(error).splitlines()[0]}"
+        return (
+            f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}:"
+            f" {str(error).splitlines()[0]}"
+        )
     return None
 
 
@@ -66,7 +74,9 @@ def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return _library.transform(x.contiguous(), dense(left), dense(right))
 
 
-def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+def quantize_act(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+) -> tuple[Tensor, Tensor]:
     number = PROLOGUES.get(prologue)
     if number is None:
         raise ValueError(f"prologue: expected one of {', '.join(filter(None, PROLOGUES))}, got {prologue!r}")
@@ -81,25 +91,57 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     return layout
 
 
-def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None, way: str = "choose") -> Tensor:
+def w4a4_linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    x_zero: Tensor | None = None,
+    way: str = "choose",
+) -> Tensor:
     """way: one of `WAYS`, for tests and benchmarks; all give the same bits."""
     blocks, col_sum = _packed(weight)
-    return _library.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero), WAYS.index(way))
+    return _library.w4a4_linear(
+        x_q.contiguous(),
+        x_scale.contiguous(),
+        blocks,
+        col_sum,
+        weight.w_scale,
+        weight.k,
+        dense(bias),
+        dense(x_zero),
+        WAYS.index(way),
+    )
 
 
 def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
     _library.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
 
 
-def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
-               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+def qkv_append(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    transforms: tuple[Tensor | None, Tensor | None],
+    k: Kv,
+    v: Kv,
+    position: int,
+    clips: tuple[float, float],
+) -> Tensor:
     cos, sin = (None, None) if rotary is None else rotary
-    return _library.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
+    return _library.qkv_append(
+        qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips
+    )
 
 
-def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _library.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
-def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _library.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))
+def kv4_paged_attention(
+    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _library.kv4_paged_attention(
+        q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared)
+    )

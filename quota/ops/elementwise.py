@@ -1,6 +1,8 @@
-"""Functions of single float32 values in a fixed sequence of IEEE operations, so that every implementation gives the same bits.
+"""Functions of single float32 values in a fixed sequence of IEEE operations, so that every implementation gives the
+same bits.
 
-The vector and scalar versions in a math library differ in the last bit, so with them a result would depend on where a token lies in the batch.
+The vector and scalar versions in a math library differ in the last bit, so with them a result would depend on where a
+token lies in the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ from torch import Tensor
 from quota.ops.fma import fma
 
 LANES = 16
-_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)  # Cephes expf
+_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)  # Cephes expf
+# log Phi(-a): minimax on [0, 6.5] with the weight of `gelu`'s error, falling ever faster above; the last is log 0.5
 _LOG_PHI = (
     -2.71311613e-8,
     7.48082016e-7,
@@ -24,7 +34,7 @@ _LOG_PHI = (
     -3.18306506e-1,
     -7.97884881e-1,
     -6.93147182e-1,
-)  # log Phi(-a): minimax on [0, 6.5] with the weight of `gelu`'s error, falling ever faster above; the last one is log 0.5
+)
 _FURTHEST = 16.0  # |x| from which on e^(log Phi) is 0
 _SLOPES = {"silu_mul": 1.0, "quick_gelu": 1.702}
 PROLOGUES = (*_SLOPES, "gelu")
@@ -56,8 +66,9 @@ def gated_by_sigmoid(x: Tensor, slope: float) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """x Phi(x) of float32 x, Phi the normal distribution function, as max(x, 0) - |x| Phi(-|x|).
 
-    That never subtracts two equal numbers, so negative x keep their digits: the error is at most 3.5e-8 for x in [-6, 0] (relative 2.2e-7 for x
-    in [-1, 0]) and 1.5e-7 relative for positive x, where 0.5 x (1 + erf(x / sqrt 2)) in float32 errs by 9e-7 and 3e-7. 0 at minus infinity.
+    That never subtracts two equal numbers, so negative x keep their digits: the error is at most 3.5e-8 for x in [-6,
+    0] (relative 2.2e-7 for x in [-1, 0]) and 1.5e-7 relative for positive x, where 0.5 x (1 + erf(x / sqrt 2)) in
+    float32 errs by 9e-7 and 3e-7. 0 at minus infinity.
     """
     a = x.abs().clamp(max=_FURTHEST)
     p = torch.full_like(x, _LOG_PHI[0])
@@ -67,7 +78,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def apply_prologue(x: Tensor, name: str) -> Tensor:
-    """float32 x [M, K] -> [M, K], or [M, 2K] (gate, then up) for `silu_mul`: silu(gate) * up; x * sigmoid(1.702 x) for `quick_gelu`, `gelu`."""
+    """float32 x [M, K] -> [M, K], or [M, 2K] (gate, then up) for `silu_mul`: silu(gate) * up; x * sigmoid(1.702 x) for
+    `quick_gelu`, `gelu`."""
     if name not in PROLOGUES:
         raise ValueError(f"prologue: expected one of {', '.join(PROLOGUES)}, got {name!r}")
     if name == "silu_mul":

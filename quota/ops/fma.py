@@ -12,8 +12,9 @@ from torch import Tensor
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """round(a * b + c) with one rounding, float32; a and b are float64 tensors that hold float32 values, c is float32.
 
-    The product is exact in float64. The sum is rounded to odd (Boldo and Melquiond, "Emulation of a FMA and correctly-rounded sums", 2008):
-    float64 has more than twice the bits of float32 and two to spare, so rounding that to float32 equals rounding the exact sum.
+    The product is exact in float64. The sum is rounded to odd (Boldo and Melquiond, "Emulation of a FMA and
+    correctly-rounded sums", 2008): float64 has more than twice the bits of float32 and two to spare, so rounding that
+    to float32 equals rounding the exact sum.
     """
     product, c = a * b, c.double()
     total = product + c
@@ -26,7 +27,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """float32 [..., M, K] @ [..., K, N] -> float32 [..., M, N] in chain order; one step per k, so meant for K up to about a thousand."""
+    """float32 [..., M, K] @ [..., K, N] -> float32 [..., M, N] in chain order; one step per k, so meant for K up to
+    about a thousand."""
     a, b = a.double(), b.double()
     shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     out = torch.zeros(*shape, a.shape[-2], b.shape[-1], dtype=torch.float32, device=a.device)

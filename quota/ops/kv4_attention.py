@@ -1,4 +1,5 @@
-"""`kv4_attention`: causal attention over packed 4-bit keys and values, prefill and decode, without replicating KV heads."""
+"""`kv4_attention`: causal attention over packed 4-bit keys and values, prefill and decode, without replicating KV
+heads."""
 
 from __future__ import annotations
 
@@ -18,16 +19,21 @@ def dequantized(kv: Kv, length: int, d: int) -> Tensor:
     return dequantize_kv(unpack_uint4(q, d), scale, zero)
 
 
-def kv4_attention_ref(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot; None: 0) -> (out float32 [B, T, H, D], lse [B, H, T]).
+def kv4_attention_ref(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q float32 [B, H, T, D] for the last T of `length` slots, start int32 [B] (first real slot; None: 0) -> (out
+    float32 [B, T, H, D], lse [B, H, T]).
 
-    shared float32 [B, E, C >= length]: more key channels, not quantized and common to all heads; q is then [B, H, T, D + E].
+    shared float32 [B, E, C >= length]: more key channels, not quantized and common to all heads; q is then [B, H, T, D
+    + E].
 
-    Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out 0, lse -inf.
-    Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B, left padding or threads. The native
-    one takes q and, in blocks of 64 slots from `start`, the weights of the values as 24-bit fixed point, so that all its dot products are exact
-    integers (csrc/cpu/kv4_attention.h); the shared channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton
-    kernels do the same and give the same `out`; their `lse` differs by the rounding of the logarithm.
+    Query t sees slots start[b] .. length - T + t; head h reads KV head h // (H / Hkv). Rows that see nothing give out
+    0, lse -inf. Exactness: float stage, compared by relative RMS; an implementation's bits must not depend on T, B,
+    left padding or threads. The native one takes q and, in blocks of 64 slots from `start`, the weights of the values
+    as 24-bit fixed point, so that all its dot products are exact integers (csrc/cpu/kv4_attention.h); the shared
+    channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton kernels do the same
+    and give the same `out`; their `lse` differs by the rounding of the logarithm.
     """
     b, h, t, _ = q.shape
     d = 2 * k[0].shape[-1]

@@ -10,8 +10,9 @@ from quota.ops.weights import Kv
 
 
 def kv4_page_read_ref(pages: Kv, table: Tensor, length: Tensor, capacity: int) -> Kv:
-    """pages as in `kv4_page_write`; table int32 [B, W] (units in order), length int32 [B] -> (q uint8 [B, Hkv, capacity, D/2], scale, zero
-    float32 [B, Hkv, capacity]): row b's slots lie at capacity - length[b] .. capacity, zeros before them.
+    """pages as in `kv4_page_write`; table int32 [B, W] (units in order), length int32 [B] -> (q uint8 [B, Hkv,
+    capacity, D/2], scale, zero float32 [B, Hkv, capacity]): row b's slots lie at capacity - length[b] .. capacity,
+    zeros before them.
 
     Exactness: a copy.
     """

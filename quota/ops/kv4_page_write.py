@@ -10,8 +10,9 @@ from quota.ops.weights import Kv
 
 
 def kv4_page_write_ref(pages: Kv, rows: Kv, slot: Tensor) -> None:
-    """pages (q uint8 [U, Hkv, P, D/2], scale and zero float32 [U, Hkv, P]) are written in place from rows (q [1, Hkv, M, D/2], scale, zero
-    [1, Hkv, M]); slot int64 [M]: row m goes to place slot % P of unit slot // P, a negative slot is not stored.
+    """pages (q uint8 [U, Hkv, P, D/2], scale and zero float32 [U, Hkv, P]) are written in place from rows (q [1, Hkv,
+    M, D/2], scale, zero [1, Hkv, M]); slot int64 [M]: row m goes to place slot % P of unit slot // P, a negative slot
+    is not stored.
 
     Exactness: a copy.
     """

@@ -68,7 +68,8 @@ def supported_isas() -> tuple[str, ...]:
 
 
 def set_isa(isa: str | None) -> str:
-    """Use this instruction set from now on (None: the best). Returns its name; UsageError when the CPU or the build lacks it."""
+    """Use this instruction set from now on (None: the best). Returns its name; UsageError when the CPU or the build
+    lacks it."""
     available = supported_isas()
     if isa is not None and isa not in available:
         raise UsageError(f"QUOTA_CPU_ISA: {isa!r} cannot run here; available: {', '.join(available) or 'none'}")
@@ -78,7 +79,8 @@ def set_isa(isa: str | None) -> str:
 
 
 def why_not() -> str | None:
-    """None when the native implementations can run, else the reason. UsageError when QUOTA_CPU_ISA asks for what this CPU lacks."""
+    """None when the native implementations can run, else the reason. UsageError when QUOTA_CPU_ISA asks for what this
+    CPU lacks."""
     reason = _load()
     if reason is None and not _bound.isa:
         set_isa(forced_cpu_isa())
@@ -100,7 +102,9 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("native")
     if layout is None:
         layout = weight.layouts["native"] = tuple(_bound.w4a4_pack(weight.w_q, weight.k))
-        release_pages(weight.w_q.data_ptr(), weight.w_q.numel())  # from here on it is read only to be saved: no second copy in memory
+        release_pages(
+            weight.w_q.data_ptr(), weight.w_q.numel()
+        )  # from here on it is read only to be saved: no second copy in memory
     return layout
 
 
@@ -110,7 +114,9 @@ def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return _bound.transform(x.contiguous(), dense(left), dense(right))
 
 
-def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+def quantize_act(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+) -> tuple[Tensor, Tensor]:
     number = PROLOGUES.get(prologue)
     if number is None:
         raise ValueError(f"prologue: expected one of {', '.join(filter(None, PROLOGUES))}, got {prologue!r}")
@@ -121,30 +127,51 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _bound.rms_norm(x.contiguous(), weight.contiguous(), eps)
 
 
-def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
+def w4a4_linear(
+    x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None
+) -> Tensor:
     blocks, col_sum = _packed(weight)
-    return _bound.w4a4_linear(x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero))
+    return _bound.w4a4_linear(
+        x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero)
+    )
 
 
 def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
     _bound.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
 
 
-def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
-               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+def qkv_append(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    transforms: tuple[Tensor | None, Tensor | None],
+    k: Kv,
+    v: Kv,
+    position: int,
+    clips: tuple[float, float],
+) -> Tensor:
     cos, sin = (None, None) if rotary is None else rotary
-    return _bound.qkv_append(qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips)
+    return _bound.qkv_append(
+        qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips
+    )
 
 
-def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _bound.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
 
 
-def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_paged_attention(q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared))
+def kv4_paged_attention(
+    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _bound.kv4_paged_attention(
+        q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared)
+    )
 
 
-def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def token_score(
+    q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     keys = (k.contiguous(), None, None, None) if isinstance(k, Tensor) else (None, *k)
     return _bound.token_score(q.contiguous(), *keys, lse.contiguous(), text.contiguous(), visual.contiguous(), scaling)
 
@@ -166,7 +193,9 @@ def float_linear(x: Tensor, weight: FloatWeight) -> Tensor:
     if panels is None:
         n, k = weight.w.shape
         count = -(-n // _PANEL)
-        panels = weight.w.new_zeros(count * _PANEL, k, dtype=weight.w.dtype if weight.w.dtype == torch.bfloat16 else torch.float32)
+        panels = weight.w.new_zeros(
+            count * _PANEL, k, dtype=weight.w.dtype if weight.w.dtype == torch.bfloat16 else torch.float32
+        )
         panels[:n] = weight.w
         panels = weight.layouts["native"] = panels.view(count, _PANEL, k).transpose(1, 2).contiguous()
     return _bound.float_linear(x.contiguous(), panels, weight.w.shape[0])

@@ -1,4 +1,5 @@
-"""Where the portable codes of a weight lie once a kernel has its own layout of them: a GPU's memory holds a weight once."""
+"""Where the portable codes of a weight lie once a kernel has its own layout of them: a GPU's memory holds a weight
+once."""
 
 from __future__ import annotations
 

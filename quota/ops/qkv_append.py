@@ -22,13 +22,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def qkv_append_ref(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
-                   clips: tuple[float, float]) -> Tensor:  # fmt: skip
-    """qkv float32 [B, T, (H + 2 Hkv) D] -> q float32 [B, H, T, D]; writes slots position .. position+T of the caches k and v, in place.
+def qkv_append_ref(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    transforms: tuple[Tensor | None, Tensor | None],
+    k: Kv,
+    v: Kv,
+    position: int,
+    clips: tuple[float, float],
+) -> Tensor:
+    """qkv float32 [B, T, (H + 2 Hkv) D] -> q float32 [B, H, T, D]; writes slots position .. position+T of the caches k
+    and v, in place.
 
-    rotary: cos, sin float32 [B or 1, T, D] for the heads of q and k; transforms: of q and of k, [D, D] float32 or None, after the rotary
-    embedding; k, v as in `kv4_append` (Hkv and D are theirs); clips: of k and of v.
-    Exactness: equal bits everywhere; it is `transform` and `kv4_append` of the rotated heads, and rotating is two products and one sum.
+    rotary: cos, sin float32 [B or 1, T, D] for the heads of q and k; transforms: of q and of k, [D, D] float32 or None,
+    after the rotary embedding; k, v as in `kv4_append` (Hkv and D are theirs); clips: of k and of v. Exactness: equal
+    bits everywhere; it is `transform` and `kv4_append` of the rotated heads, and rotating is two products and one sum.
     """
     batch, tokens, _ = qkv.shape
     kv_heads, d = k[0].shape[1], 2 * k[0].shape[3]

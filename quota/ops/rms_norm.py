@@ -14,8 +14,8 @@ from quota.ops.fma import fma
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x float32 [M, K], weight float32 [K] -> float32 [M, K]: (x * (1 / sqrt(mean(x^2) + eps))) * weight.
 
-    Exactness: equal bits everywhere. Squares are summed in sixteen chains of fused multiply-adds, chain i taking i, i + 16, ...; the chains
-    are then added in ascending order.
+    Exactness: equal bits everywhere. Squares are summed in sixteen chains of fused multiply-adds, chain i taking i, i +
+    16, ...; the chains are then added in ascending order.
     """
     m, k = x.shape
     lanes = x.new_zeros(m, LANES)
@@ -24,7 +24,8 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     total = x.new_zeros(m)
     for lane in lanes.unbind(-1):
         total = total + lane
-    # float64 square root and division, rounded once more, are correctly rounded float32 ones; torch's own float32 ones need not be
+    # float64 square root and division, rounded once more, are correctly rounded float32 ones; torch's own float32 ones
+    # need not be
     root = (total / k + torch.tensor(eps, dtype=torch.float32, device=x.device)).double().sqrt().float()
     return x * (1.0 / root)[:, None] * weight
 

@@ -16,8 +16,12 @@ def token_select_ref(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
     Exactness: equal masks everywhere.
     """
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-    order = order.gather(1, torch.sort((~eligible).gather(1, order).int(), dim=-1, stable=True).indices)  # the eligible first
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device).expand_as(order))
+    order = order.gather(
+        1, torch.sort((~eligible).gather(1, order).int(), dim=-1, stable=True).indices
+    )  # the eligible first
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
+    )
     return (rank < keep[:, None]) & eligible
 
 

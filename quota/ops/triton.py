@@ -1,4 +1,5 @@
-"""The Triton kernels (`kernels/quota_kernels`) as implementations of the ops: on CUDA devices, and in Triton's interpreter on the CPU for tests."""
+"""The Triton kernels (`kernels/quota_kernels`) as implementations of the ops: on CUDA devices, and in Triton's
+interpreter on the CPU for tests."""
 
 from __future__ import annotations
 
@@ -27,20 +28,31 @@ def why_not() -> str | None:
         return "triton is not installed: pip install -e '.[gpu]' in the clone"
     if find_spec("quota_kernels") is None and (_CHECKOUT / "quota_kernels").is_dir():
         sys.path.append(str(_CHECKOUT))  # quota runs from its repository, where nothing is installed
-    return None if find_spec("quota_kernels") else "the package quota_kernels is missing: install quota with pip, from its repository or as a wheel"
+    return (
+        None
+        if find_spec("quota_kernels")
+        else "the package quota_kernels is missing: install quota with pip, from its repository or as a wheel"
+    )
 
 
 def supports(ctx: Context) -> str | None:
     """As `quota.core.registry.Implementation`."""
     reason = why_not()
     if reason is None and ctx.device == "cpu":
-        return None if triton_interpreted() else "needs a CUDA device; on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
+        return (
+            None
+            if triton_interpreted()
+            else "needs a CUDA device; on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
+        )
     if reason is None and ctx.device == "cuda":
         import torch
 
         capability = torch.cuda.get_device_capability(ctx.index)
         if capability < _OLDEST:
-            return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer, device {ctx.index} has {capability[0]}.{capability[1]}"
+            return (
+                f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer, device {ctx.index} has"
+                f" {capability[0]}.{capability[1]}"
+            )
     return reason
 
 
@@ -53,7 +65,9 @@ def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return _kernel("transform")(x, left, right)
 
 
-def quantize_act(x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None) -> tuple[Tensor, Tensor]:
+def quantize_act(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+) -> tuple[Tensor, Tensor]:
     return _kernel("quantize_act")(x, left, right, clip, prologue)
 
 
@@ -61,12 +75,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _kernel("rms_norm")(x, weight, eps)
 
 
-def w4a4_linear(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
+def w4a4_linear(
+    x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None
+) -> Tensor:
     zero = None
     if x_zero is not None:
         layout = weight.layouts.get("triton")
         if layout is None:
-            layout = weight.layouts["triton"] = (import_module("quota_kernels.w4a4_linear").column_sums(weight.codes()),)
+            layout = weight.layouts["triton"] = (
+                import_module("quota_kernels.w4a4_linear").column_sums(weight.codes()),
+            )
         zero = (x_zero, layout[0])
     return _kernel("w4a4_linear")(x_q, x_scale, weight.codes(), weight.w_scale, bias, zero)
 
@@ -90,16 +108,27 @@ def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tens
     _kernel("kv4_append")(cache_q, cache_scale, cache_zero, x, position, clip)
 
 
-def qkv_append(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, transforms: tuple[Tensor | None, Tensor | None], k: Kv, v: Kv, position: int,
-               clips: tuple[float, float]) -> Tensor:  # fmt: skip
+def qkv_append(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    transforms: tuple[Tensor | None, Tensor | None],
+    k: Kv,
+    v: Kv,
+    position: int,
+    clips: tuple[float, float],
+) -> Tensor:
     return _kernel("qkv_append")(qkv, rotary, transforms, k, v, position, clips)
 
 
-def kv4_attention(q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kv4_attention(
+    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _kernel("kv4_attention")(q, k, v, length, start, scaling, shared)
 
 
-def kv4_paged_attention(q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kv4_paged_attention(
+    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _kernel("kv4_paged_attention")(q, k, v, table, length, scaling, shared)
 
 
@@ -111,7 +140,9 @@ def kv4_page_read(pages: Kv, table: Tensor, length: Tensor, capacity: int) -> Kv
     return _kernel("kv4_page_read")(pages, table, length, capacity)
 
 
-def token_score(q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def token_score(
+    q: Tensor, k: Tensor | Kv, lse: Tensor, text: Tensor, visual: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     return _kernel("token_score")(q, k, lse, text, visual, scaling)
 
 

@@ -11,8 +11,11 @@ from quota.ops.weights import PackedWeight
 from quota.quant.pack import unpack_int4
 
 
-def w4a4_linear_ref(x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None) -> Tensor:
-    """x_q uint8 [M, ceil(K/2)], x_scale float32 [M], bias float32 [N] or None, x_zero int32 [M] or None -> float32 [M, N].
+def w4a4_linear_ref(
+    x_q: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None = None, x_zero: Tensor | None = None
+) -> Tensor:
+    """x_q uint8 [M, ceil(K/2)], x_scale float32 [M], bias float32 [N] or None, x_zero int32 [M] or None -> float32 [M,
+    N].
 
     acc = sum_k x_q w_q (- x_zero * sum_k w_q) in int32; y = (float(acc) * w_scale[n]) * x_scale[m], then + bias[n].
     Exactness: equal bits everywhere (integers are exact, each float step is one IEEE operation).

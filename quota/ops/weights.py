@@ -1,4 +1,5 @@
-"""What the ops take beside plain tensors: weights in their portable layouts, cached keys or values, and small rules all backends share.
+"""What the ops take beside plain tensors: weights in their portable layouts, cached keys or values, and small rules all
+backends share.
 
 A weight keeps the layouts that backends made of it, by the backend's name.
 """
@@ -11,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quota.core.formats import INT4, INT4_GROUPS
 from quota.ops.placement import beside
-from quota.quant.grouped import group_count
 
 Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
-PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}  # what `quantize_act` does to its input first, as numbered in csrc (quota::Prologue)
+PROLOGUES = {
+    None: 0,
+    "silu_mul": 1,
+    "quick_gelu": 2,
+    "gelu": 3,
+}  # what `quantize_act` does to its input first, as numbered in csrc (quota::Prologue)
 _WORD_BYTES = 4
 
 
@@ -25,11 +31,14 @@ def dense(t: Tensor | None) -> Tensor | None:
 
 
 class PackedWeight:
-    """A weight in the portable layout (w_q uint8 [N, ceil(K/2)], w_scale float32 [N]) and, once asked for, a kernel's own layout."""
+    """A weight in the portable layout (w_q uint8 [N, ceil(K/2)], w_scale float32 [N]) and, once asked for, a kernel's
+    own layout."""
 
     def __init__(self, w_q: Tensor, w_scale: Tensor, k: int) -> None:
-        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != (k + 1) // 2:
-            raise ValueError(f"w_q: expected uint8 [N, {(k + 1) // 2}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}")
+        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != INT4.code_bytes(k):
+            raise ValueError(
+                f"w_q: expected uint8 [N, {INT4.code_bytes(k)}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}"
+            )
         if tuple(w_scale.shape) != (w_q.shape[0],):
             raise ValueError(f"w_scale: expected [{w_q.shape[0]}], got {tuple(w_scale.shape)}")
         self.w_q, self.w_scale, self.k, self.n = w_q.contiguous(), w_scale.float().contiguous(), k, w_q.shape[0]
@@ -41,13 +50,15 @@ class PackedWeight:
 
 
 class GroupedWeight:
-    """A weight in the portable layout (w_q uint8 [N, ceil(K/2)] of codes 0..15, w_scale float32 and w_zero uint8 [N, ceil(K/128)]) and, once asked for, a
-    kernel's own layout."""
+    """A weight in the portable layout (w_q uint8 [N, ceil(K/2)] of codes 0..15, w_scale float32 and w_zero uint8 [N,
+    G]), grouped as `INT4_GROUPS`, and, once asked for, a kernel's own layout."""
 
     def __init__(self, w_q: Tensor, w_scale: Tensor, w_zero: Tensor, k: int) -> None:
-        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != (k + 1) // 2:
-            raise ValueError(f"w_q: expected uint8 [N, {(k + 1) // 2}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}")
-        shape = (w_q.shape[0], group_count(k))
+        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != INT4_GROUPS.code_bytes(k):
+            raise ValueError(
+                f"w_q: expected uint8 [N, {INT4_GROUPS.code_bytes(k)}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}"
+            )
+        shape = (w_q.shape[0], INT4_GROUPS.groups(k))
         for name, tensor, dtype in (("w_scale", w_scale, torch.float32), ("w_zero", w_zero, torch.uint8)):
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
@@ -60,16 +71,20 @@ class GroupedWeight:
         return beside(self.w_q, self.w_scale)
 
     def panels(self, columns: int) -> tuple[Tensor, Tensor]:
-        """int32 [P, ceil(K/8), columns] of eight codes each, the lowest k lowest, and float32 [P, G, 2, columns] of scales and zeros; zero past N."""
+        """int32 [P, ceil(K/8), columns] of eight codes each, the lowest k lowest, and float32 [P, G, 2, columns] of
+        scales and zeros; zero past N."""
         rows = -self.n % columns
         bytes_ = functional.pad(self.codes(), (0, -self.w_q.shape[1] % _WORD_BYTES, 0, rows))
         words = bytes_.view(-1).view(torch.int32).view(self.n + rows, bytes_.shape[1] // _WORD_BYTES)
         params = functional.pad(torch.stack((self.w_scale, self.w_zero.float()), -1), (0, 0, 0, 0, 0, rows))
-        return words.unflatten(0, (-1, columns)).transpose(1, 2).contiguous(), params.unflatten(0, (-1, columns)).permute(0, 2, 3, 1).contiguous()
+        return words.unflatten(0, (-1, columns)).transpose(1, 2).contiguous(), params.unflatten(
+            0, (-1, columns)
+        ).permute(0, 2, 3, 1).contiguous()
 
 
 class FloatWeight:
-    """w [N, K] of any float dtype, and the layouts that implementations made of it (bfloat16 stays that, all else is float32)."""
+    """w [N, K] of any float dtype, and the layouts that implementations made of it (bfloat16 stays that, all else is
+    float32)."""
 
     def __init__(self, w: Tensor) -> None:
         self.w = w

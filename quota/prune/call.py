@@ -1,8 +1,9 @@
 """What belongs to one call of a pruned model, and where it is kept while the call runs.
 
-A model holds only what its recipe says. A forward's own state travels with it in keyword arguments (`Call`), what a prompt's cache must remember lies
-in the cache (`Mark`), the prompt that `generate` was given is a context variable, and the outcome of a prefill is kept per thread. So calls of several
-threads, nested calls and calls that end in an exception cannot meet.
+A model holds only what its recipe says. A forward's own state travels with it in keyword arguments (`Call`), what a
+prompt's cache must remember lies in the cache (`Mark`), the prompt that `generate` was given is a context variable, and
+the outcome of a prefill is kept per thread. So calls of several threads, nested calls and calls that end in an
+exception cannot meet.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quota.models.images import Pictures, Shown
-from quota.nn.attention import Record
+from quota.models.images import ImageInfo, ImageTokens
+from quota.nn.attention import AttentionTrace
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -45,7 +46,8 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """Of a prefill: candidate -> bool [B, prompt tokens] alive from there on; candidate -> raw scores; tokens each decoder layer ran on."""
+    """Of a prefill: candidate -> bool [B, prompt tokens] alive from there on; candidate -> raw scores; tokens each
+    decoder layer ran on."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
     signals: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -65,30 +67,32 @@ class LastOutcome(threading.local):
 
 @dataclass
 class Prefill:
-    """One prompt on its way through the layers. `keep`: candidate -> visual tokens to keep [B, sets], only where some row drops any."""
+    """One prompt on its way through the layers. `keep`: candidate -> visual tokens to keep [B, sets], only where some
+    row drops any."""
 
     stage: Stage
     keep: dict[int, Tensor]
     first_column: Tensor  # int64 [B], the prompt's first real token
     tokens: int  # columns of this forward
     prompt: int  # columns of the prompt; those behind are drafted or, without a cache, generated, and never asked
-    pictures: Pictures
+    images: ImageTokens
     outcome: Outcome
     pruned: bool = False
-    record: Record | None = None
+    trace: AttentionTrace | None = None
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Left on a cache by the call that filled it. ahead: int64 [B, 1], rotary position minus column of every token behind the prompt; None where the
-    model counts positions by itself."""
+    """Left on a cache by the call that filled it. ahead: int64 [B, 1], rotary position minus column of every token
+    behind the prompt; None where the model counts positions by itself."""
 
     recipe: Recipe
     ahead: Tensor | None
 
 
 def ahead_of(positions: Tensor | None, mask: Tensor | None, tokens: int) -> Tensor | None:
-    """int64 [B, 1]: rotary position minus column of whatever follows the prompt; positions [3 or 4, B, T], [B, T] or None."""
+    """int64 [B, 1]: rotary position minus column of whatever follows the prompt; positions [3 or 4, B, T], [B, T] or
+    None."""
     if positions is None:
         return None
     rows = positions[None] if positions.ndim == 2 else positions[-3:]
@@ -107,10 +111,11 @@ def continued_positions(ahead: Tensor | None, batch: int, first: int, end: int, 
 
 @dataclass
 class Call:
-    """One forward. picture int64 [B, T]: see `ArchSpec.image_index`; shown: the pictures given with it; text: the language model it runs through."""
+    """One forward. image int64 [B, T]: see `Family.image_index`; shown: the images given with it; text: the
+    language model it runs through."""
 
-    picture: Tensor | None
-    shown: list[Shown] | None = None
+    image_index: Tensor | None
+    shown: list[ImageInfo] | None = None
     text: Any = None
     prefill: Prefill | None = None
     mark: Mark | None = None
@@ -137,7 +142,8 @@ _prompt: ContextVar[tuple[object, int | None]] = ContextVar("quota_prompt", defa
 
 @contextmanager
 def generating(owner: object, prompt: int | None) -> Iterator[None]:
-    """While open, forwards of this thread that `owner` watches know how many columns the prompt of `generate` has (None: not known)."""
+    """While open, forwards of this thread that `owner` watches know how many columns the prompt of `generate` has
+    (None: not known)."""
     token = _prompt.set((owner, prompt))
     try:
         yield

@@ -30,7 +30,9 @@ def model_view(picture: Image.Image, side_px: int = _PANEL_PX) -> Image.Image:
     """
     edge = min(picture.size)
     left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    return to_rgb(picture).resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
+    return to_rgb(picture).resize(
+        (side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge)
+    )
 
 
 def dim_dropped(view: Image.Image, kept: np.ndarray) -> Image.Image:
@@ -45,7 +47,8 @@ def dim_dropped(view: Image.Image, kept: np.ndarray) -> Image.Image:
 
 
 def edges(kept: np.ndarray) -> list[list[tuple[float, float]]]:
-    """Line segments ((x0, y0), (x1, y1)) in patch units between kept and dropped patches, joined along straight runs."""
+    """Line segments ((x0, y0), (x1, y1)) in patch units between kept and dropped patches, joined along straight
+    runs."""
     padded = np.pad(kept, 1)
     across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # [rows + 1, columns]: horizontal lines
     along = (padded[1:-1, 1:] != padded[1:-1, :-1]).T  # [columns + 1, rows]: vertical lines
@@ -59,23 +62,31 @@ def edges(kept: np.ndarray) -> list[list[tuple[float, float]]]:
 
 
 def whole_view(picture: Image.Image, grid: tuple[int, int], side_px: int = _PANEL_PX) -> Image.Image:
-    """What a processor of dynamic resolution shows: the whole picture in the shape of its token grid (rows, columns), longer side `side_px`."""
+    """What a processor of dynamic resolution shows: the whole picture in the shape of its token grid (rows, columns),
+    longer side `side_px`."""
     rows, columns = grid
     scale = side_px / max(rows, columns)
     return to_rgb(picture).resize((round(columns * scale), round(rows * scale)), Image.Resampling.LANCZOS)
 
 
 def save_overlay(
-    path: str | Path, pictures: Image.Image | Sequence[Image.Image], kept: Mapping[int, Any], grids: Sequence[tuple[int, int]] | None = None
+    path: str | Path,
+    pictures: Image.Image | Sequence[Image.Image],
+    kept: Mapping[int, Any],
+    grids: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """Write the PNG: per picture one row of panels, the picture first, then one panel per pruning layer.
 
     kept: layer -> bool array or tensor [V], raster order over all pictures in prompt order.
-    grids: (rows, columns) of each picture's tokens, which then show the whole picture; None: equal squares. UsageError when a mask does not fit.
+    grids: (rows, columns) of each picture's tokens, which then show the whole picture; None: equal squares. UsageError
+    when a mask does not fit.
     """
     shown = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not shown or not kept:
-        raise UsageError(f"overlay: expected a picture and at least one pruning layer, got {len(shown)} pictures and {len(kept)} layers")
+        raise UsageError(
+            f"overlay: expected a picture and at least one pruning layer, got {len(shown)} pictures and {len(kept)}"
+            " layers"
+        )
     masks = {layer: _per_picture(layer, mask, len(shown), grids) for layer, mask in sorted(kept.items())}
     rows_each = math.ceil((1 + len(masks)) / _PER_ROW)
     columns = math.ceil((1 + len(masks)) / rows_each)
@@ -86,8 +97,14 @@ def save_overlay(
         sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
         for i, (layer, per_picture) in enumerate(masks.items(), start=1):
             mask = per_picture[number]
-            alive, place = int(mask.sum()), f"layer {layer}" if layer >= 0 else "before layer 0"
-            axes = sheet.panel(row + i // columns, i % columns, dim_dropped(view, mask), place, f"{alive} kept, {alive / mask.size:.0%}")
+            alive, place = int(mask.sum()), f"layer {layer}" if layer else "before layer 0"
+            axes = sheet.panel(
+                row + i // columns,
+                i % columns,
+                dim_dropped(view, mask),
+                place,
+                f"{alive} kept, {alive / mask.size:.0%}",
+            )
             _outline(axes, mask, view.width)
             _gauge(axes, alive / mask.size)
     save_figure(sheet.figure, path)
@@ -99,8 +116,15 @@ def _per_picture(layer: int, mask: Any, pictures: int, grids: Sequence[tuple[int
     shapes = list(grids) if grids else [(side, side)] * pictures
     sizes = [rows * columns for rows, columns in shapes]
     if len(shapes) != pictures or 0 in sizes or sum(sizes) != values.size:
-        wanted = " + ".join(f"{rows} x {columns}" for rows, columns in shapes) if grids else f"{pictures} square grid{'s' if pictures > 1 else ''}"
-        raise UsageError(f"overlay: layer {layer}: expected a mask of {wanted}, got {values.size} tokens; pass every picture of the prompt")
+        wanted = (
+            " + ".join(f"{rows} x {columns}" for rows, columns in shapes)
+            if grids
+            else f"{pictures} square grid{'s' if pictures > 1 else ''}"
+        )
+        raise UsageError(
+            f"overlay: layer {layer}: expected a mask of {wanted}, got {values.size} tokens; pass every picture of the"
+            " prompt"
+        )
     parts = np.split(values, np.cumsum(sizes)[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -119,7 +143,15 @@ class _Sheet:
         left = self.margin_in + column * (self.panel_in + self.gap_in)
         top = row * (self.head_in + self.panel_in + self.foot_in) + self.head_in
         bottom = self.height_in - top - self.panel_in
-        axes = add_axes(self.figure, (left / self.width_in, bottom / self.height_in, self.panel_in / self.width_in, self.panel_in / self.height_in))
+        axes = add_axes(
+            self.figure,
+            (
+                left / self.width_in,
+                bottom / self.height_in,
+                self.panel_in / self.width_in,
+                self.panel_in / self.height_in,
+            ),
+        )
         axes.imshow(np.asarray(image), interpolation="antialiased")
         axes.set_axis_off()
         axes.text(0, 1.035, title, transform=axes.transAxes, fontsize=11, fontweight="bold", color=INK, va="bottom")
@@ -136,4 +168,8 @@ def _outline(axes: Axes, mask: np.ndarray, width_px: int) -> None:
 def _gauge(axes: Axes, share: float) -> None:
     """A bar under the title: the share of tokens still alive."""
     for width, color in ((1.0, FAINT), (share, ORANGE)):
-        axes.add_patch(Rectangle((0, 1.012), width, 0.012, transform=axes.transAxes, facecolor=color, edgecolor="none", clip_on=False))
+        axes.add_patch(
+            Rectangle(
+                (0, 1.012), width, 0.012, transform=axes.transAxes, facecolor=color, edgecolor="none", clip_on=False
+            )
+        )

@@ -9,21 +9,39 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from quota.allocate.explain import compact_layers, facts, layer_rows
-from quota.allocate.methods import METHODS
 from quota.allocate.profile import Profile
 from quota.core.errors import RecipeError
+from quota.core.methods import METHODS
 from quota.core.recipe import Recipe
-from quota.report.style import BAND, BLUE, MUTED, ORANGE, PEACH, RUST, TEAL, VIOLET, add_axes, heading, new_figure, save_figure, tidy
+from quota.report.style import (
+    BAND,
+    BLUE,
+    MUTED,
+    ORANGE,
+    PEACH,
+    RUST,
+    TEAL,
+    VIOLET,
+    add_axes,
+    heading,
+    new_figure,
+    save_figure,
+    tidy,
+)
 
 
 def save_profile_plot(path: str | Path, profile: Profile, recipe: Recipe) -> None:
-    """Four panels over the decoder layers: concentration with its interquartile range, redundancy, sensitivity, and the recipe's keep ratio.
+    """Four panels over the decoder layers: concentration with its interquartile range, redundancy, sensitivity, and the
+    recipe's keep ratio.
 
     The candidate layers are shaded. RecipeError when the recipe is for a model of another depth.
     """
     layers = profile.model.layers
     if recipe.model.layers != layers:
-        raise RecipeError(f"model.layers: the profile has {layers} decoder layers, the recipe {recipe.model.layers}; plot a recipe made from this profile")
+        raise RecipeError(
+            f"model.layers: the profile has {layers} decoder layers, the recipe {recipe.model.layers}; plot a recipe"
+            " made from this profile"
+        )
     figure = new_figure(11, 7.7)
     x = np.arange(layers)
     panels = [add_axes(figure, (left, bottom, 0.405, 0.265)) for bottom in (0.525, 0.085) for left in (0.07, 0.565)]
@@ -34,12 +52,18 @@ def save_profile_plot(path: str | Path, profile: Profile, recipe: Recipe) -> Non
     for axes in panels:
         _layer_axis(axes, layers, recipe.candidates)
     note = f"{profile.model.architecture}, {profile.samples} samples, {profile.model.visual_tokens} visual tokens"
-    heading(figure, 0.07, f"Layer profile, {profile.regime}", f"{note}  ·  shaded: layers {compact_layers(recipe.candidates)} drop tokens")
+    heading(
+        figure,
+        0.07,
+        f"Layer profile, {profile.regime}",
+        f"{note}  ·  shaded: layers {compact_layers(recipe.candidates)} drop tokens",
+    )
     save_figure(figure, path)
 
 
 def save_recipe_plot(path: str | Path, recipe: Recipe) -> None:
-    """Bars of the visual tokens alive per decoder layer, with what each candidate layer drops stacked above in a lighter tone."""
+    """Bars of the visual tokens alive per decoder layer, with what each candidate layer drops stacked above in a
+    lighter tone."""
     rows, total = layer_rows(recipe), recipe.reference_tokens
     layers = len(rows)
     width_in = max(7.5, min(13.0, 1.6 + 0.62 * layers))
@@ -56,15 +80,38 @@ def save_recipe_plot(path: str | Path, recipe: Recipe) -> None:
     for i in range(layers):
         if i == 0 or alive[i] != before[i] or (i == layers - 1 and not small):
             size = 7 if small else 9.5
-            axes.text(i, alive[i] - 0.018 * total, f"{alive[i]}", ha="center", va="top", fontsize=size, color="white", fontweight="bold", zorder=3)
+            axes.text(
+                i,
+                alive[i] - 0.018 * total,
+                f"{alive[i]}",
+                ha="center",
+                va="top",
+                fontsize=size,
+                color="white",
+                fontweight="bold",
+                zorder=3,
+            )
         if chosen[i] and alive[i] != before[i]:
-            axes.text(i, before[i] + 0.015 * total, f"-{before[i] - alive[i]}", ha="center", va="bottom", fontsize=7 if small else 9, color=RUST, zorder=3)
+            axes.text(
+                i,
+                before[i] + 0.015 * total,
+                f"-{before[i] - alive[i]}",
+                ha="center",
+                va="bottom",
+                fontsize=7 if small else 9,
+                color=RUST,
+                zorder=3,
+            )
     f = facts(recipe)
     tidy(axes, "", "")
     axes.set_ylim(0, 1.1 * total)
     axes.set_ylabel("visual tokens alive", fontsize=9.5)
     _layer_axis(axes, layers, ())
-    spent = "" if f["compute_ratio_language"] is None else f"  ·  {f['compute_ratio_language']:.0%} of the language model's prefill compute"
+    spent = (
+        ""
+        if f["compute_ratio_language"] is None
+        else f"  ·  {f['compute_ratio_language']:.0%} of the language model's prefill compute"
+    )
     name = METHODS[recipe.method].title if recipe.method in METHODS else "Custom"
     title = f"{name} recipe: {total} to {f['final_tokens']} visual tokens"
     heading(figure, left, title, f"{f['average_visual_tokens']:.0f} on average over {layers} layers{spent}")
@@ -78,7 +125,9 @@ def save_recipe_plot(path: str | Path, recipe: Recipe) -> None:
 
 def _concentration(axes: Axes, x: np.ndarray, profile: Profile) -> None:
     tidy(axes, "Attention concentration", "share of the 10 strongest visual tokens; median and quartiles")
-    axes.fill_between(x, profile.concentration_q25, profile.concentration_q75, color=BLUE, alpha=0.18, linewidth=0, zorder=2)
+    axes.fill_between(
+        x, profile.concentration_q25, profile.concentration_q75, color=BLUE, alpha=0.18, linewidth=0, zorder=2
+    )
     axes.plot(x, profile.concentration_median, color=BLUE, linewidth=2, marker="o", markersize=4.5, zorder=3)
     _from_zero(axes, max(profile.concentration_q75))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -103,7 +152,12 @@ def _sensitivity(axes: Axes, x: np.ndarray, profile: Profile, candidates: tuple[
 
 def _keep(axes: Axes, recipe: Recipe) -> None:
     layers = recipe.model.layers
-    tidy(axes, "Keep ratio", f"visual tokens alive inside the layer; {recipe.tokens_at(layers - 1)} of {recipe.reference_tokens} reach the end")
+    tidy(
+        axes,
+        "Keep ratio",
+        f"visual tokens alive inside the layer; {recipe.tokens_at(layers - 1)} of {recipe.reference_tokens} reach"
+        " the end",
+    )
     keep = [recipe.keep_at(i) for i in range(layers)]
     at = np.arange(layers + 1) - 0.5
     axes.stairs(keep, at, color=ORANGE, linewidth=2, zorder=3)
@@ -113,7 +167,17 @@ def _keep(axes: Axes, recipe: Recipe) -> None:
     for layer in labelled:
         place = (layer, "center") if layers <= 16 else (layer - 0.3, "left")
         label = f"{recipe.tokens_at(layer)}"
-        axes.text(place[0], recipe.keep_at(layer) + 0.02, label, ha=place[1], va="bottom", fontsize=8.5, color=RUST, fontweight="bold", zorder=4)
+        axes.text(
+            place[0],
+            recipe.keep_at(layer) + 0.02,
+            label,
+            ha=place[1],
+            va="bottom",
+            fontsize=8.5,
+            color=RUST,
+            fontweight="bold",
+            zorder=4,
+        )
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 

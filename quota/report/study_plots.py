@@ -8,7 +8,20 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from quota.report.style import BLUE, FAINT, INK, MUTED, ORANGE, TEAL, VIOLET, add_axes, heading, new_figure, save_figure, tidy
+from quota.report.style import (
+    BLUE,
+    FAINT,
+    INK,
+    MUTED,
+    ORANGE,
+    TEAL,
+    VIOLET,
+    add_axes,
+    heading,
+    new_figure,
+    save_figure,
+    tidy,
+)
 
 _SERIES = (ORANGE, BLUE, TEAL, VIOLET)  # what is ours is orange
 
@@ -39,31 +52,60 @@ def save_bars(path: str | Path, title: str, note: str, bars: Sequence[Bar]) -> N
     for place, bar in enumerate(bars):
         axes.barh(place, bar.point.value, height=0.62, color=BLUE, zorder=2)
         axes.plot([bar.point.low, bar.point.high], [place, place], color=INK, linewidth=1.3, zorder=3)
-        axes.text(max(bar.point.high, bar.published or 0) + 1.2, place, f"{bar.point.value:.1f}", va="center", fontsize=8.5, color=MUTED, zorder=4)
+        axes.text(
+            max(bar.point.high, bar.published or 0) + 1.2,
+            place,
+            f"{bar.point.value:.1f}",
+            va="center",
+            fontsize=8.5,
+            color=MUTED,
+            zorder=4,
+        )
         if bar.published is not None:
-            axes.plot(bar.published, place, marker="D", markersize=6, markerfacecolor="none", markeredgecolor=ORANGE, zorder=5)
+            axes.plot(
+                bar.published, place, marker="D", markersize=6, markerfacecolor="none", markeredgecolor=ORANGE, zorder=5
+            )
     tidy(axes, "")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=FAINT, linewidth=0.9)
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, max([105.0, *(bar.point.high + 8 for bar in bars)]))
-    hollow = "  ·  diamonds: published, other model and questions" if any(bar.published is not None for bar in bars) else ""
+    hollow = (
+        "  ·  diamonds: published, other model and questions" if any(bar.published is not None for bar in bars) else ""
+    )
     heading(figure, 0.03, title, note + hollow)
     save_figure(figure, path)
 
 
-def save_curve(path: str | Path, title: str, note: str, own: Sequence[tuple[float, Point]], published: Sequence[tuple[float, float]]) -> None:
+def save_curve(
+    path: str | Path,
+    title: str,
+    note: str,
+    own: Sequence[tuple[float, Point]],
+    published: Sequence[tuple[float, float]],
+) -> None:
     """Retention along the keep ratio in percent; the published curve dashed."""
     figure = new_figure(8, 4.6)
     axes = add_axes(figure, (0.08, 0.13, 0.88, 0.66))
     own = sorted(own, key=lambda pair: pair[0])
     x = [keep for keep, _ in own]
-    axes.fill_between(x, [p.low for _, p in own], [p.high for _, p in own], color=ORANGE, alpha=0.16, linewidth=0, zorder=2)
+    axes.fill_between(
+        x, [p.low for _, p in own], [p.high for _, p in own], color=ORANGE, alpha=0.16, linewidth=0, zorder=2
+    )
     axes.plot(x, [p.value for _, p in own], color=ORANGE, linewidth=2, marker="o", markersize=5, zorder=3)
     if published:
         line = sorted(published)
-        axes.plot([k for k, _ in line], [v for _, v in line], color=MUTED, linewidth=1.3, linestyle=(0, (4, 3)), marker="D", markersize=4, zorder=2)
+        axes.plot(
+            [k for k, _ in line],
+            [v for _, v in line],
+            color=MUTED,
+            linewidth=1.3,
+            linestyle=(0, (4, 3)),
+            marker="D",
+            markersize=4,
+            zorder=2,
+        )
     tidy(axes, "")
     axes.set_xlabel("visual tokens kept after the last drop, percent", fontsize=9, color=MUTED)
     heading(figure, 0.03, title, note + ("  ·  dashed: published, other model and questions" if published else ""))
@@ -71,9 +113,14 @@ def save_curve(path: str | Path, title: str, note: str, own: Sequence[tuple[floa
 
 
 def save_groups(path: str | Path, title: str, note: str, rows: Sequence[tuple[str, str, Point]]) -> None:
-    """rows: (group, series, retention). One line per group in the order given, a mark with its interval per series; a series of one group has no key."""
+    """rows: (group, series, retention). One line per group in the order given, a mark with its interval per series; a
+    series of one group has no key."""
     groups = list(dict.fromkeys(group for group, _, _ in rows))
-    shared = [name for name in dict.fromkeys(series for _, series, _ in rows) if sum(series == name for _, series, _ in rows) > 1]
+    shared = [
+        name
+        for name in dict.fromkeys(series for _, series, _ in rows)
+        if sum(series == name for _, series, _ in rows) > 1
+    ]
     height_in = 1.75 + 0.52 * len(groups)
     figure = new_figure(9, height_in)
     axes = add_axes(figure, (0.17, 0.45 / height_in, 0.8, 1 - 1.75 / height_in))
@@ -100,7 +147,8 @@ def save_groups(path: str | Path, title: str, note: str, rows: Sequence[tuple[st
 
 
 def save_tradeoff(path: str | Path, title: str, note: str, rows: Sequence[tuple[str, str, float, Point]]) -> None:
-    """rows: (name, series, compute in percent, retention). One panel per series on one scale; names without "(series)", best first."""
+    """rows: (name, series, compute in percent, retention). One panel per series on one scale; names without "(series)",
+    best first."""
     series = list(dict.fromkeys(s for _, s, _, _ in rows))
     most = max(sum(s == name for _, s, _, _ in rows) for name in series)
     height_in = 1.6 + 0.3 * most
@@ -115,7 +163,9 @@ def save_tradeoff(path: str | Path, title: str, note: str, rows: Sequence[tuple[
         tidy(axes, name)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=FAINT, linewidth=0.9)
-        axes.set_xlim(first, first + (max(105.0, highest) - first) / 0.64)  # the rest is for the figures beside the marks
+        axes.set_xlim(
+            first, first + (max(105.0, highest) - first) / 0.64
+        )  # the rest is for the figures beside the marks
     heading(figure, 0.02, title, note + "  ·  right: compute of the whole model")
     save_figure(figure, path)
 

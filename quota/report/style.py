@@ -27,9 +27,17 @@ BAND = "#fff3e6"  # behind the candidate layers
 DPI = 150
 
 _RC: Any = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#b6bcc6",
-    "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.linewidth": 0.8, "axes.axisbelow": True,
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#b6bcc6",
+    "axes.titlecolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+}
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:

@@ -38,15 +38,24 @@ def interval(low: float, high: float, digits: int = 1) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A padded Markdown table; columns after the first whose cells all start with a digit, sign or "-" are right-aligned."""
+    """A padded Markdown table; columns after the first whose cells all start with a digit, sign or "-" are
+    right-aligned."""
     cells = [[_cell(c) for c in row] for row in rows]
     _check(columns, cells)
     head = [_cell(c) for c in columns]
     right = [i > 0 and _numeric([row[i] for row in cells]) for i in range(len(head))]
-    widths = [max(3, len(head[i]), *(len(row[i]) for row in cells)) if cells else max(3, len(head[i])) for i in range(len(head))]
+    widths = [
+        max(3, len(head[i]), *(len(row[i]) for row in cells)) if cells else max(3, len(head[i]))
+        for i in range(len(head))
+    ]
     lines = [head, *cells]
-    out = ["| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |" for line in lines]
-    out.insert(1, "| " + " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + " |")
+    out = [
+        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        for line in lines
+    ]
+    out.insert(
+        1, "| " + " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + " |"
+    )
     return "\n".join(out) + "\n"
 
 

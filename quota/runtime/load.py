@@ -10,7 +10,16 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
-from quota.core.checkpoint import Manifest, check_tensor, is_quantized_folder, iterate_tensors, listed_files, tensor_shapes, verify_files, weight_files
+from quota.core.checkpoint import (
+    Manifest,
+    check_tensor,
+    is_quantized_folder,
+    iterate_tensors,
+    listed_files,
+    tensor_shapes,
+    verify_files,
+    weight_files,
+)
 from quota.core.documents import read_object
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.folders import resolve_folder
@@ -18,7 +27,7 @@ from quota.core.malloc import keep_freed_memory
 from quota.models import find_family, model_fingerprint
 from quota.models.config import OWN_KEYS, read_config
 from quota.models.processing import open_processor
-from quota.models.weight_only import build_structure
+from quota.models.quantize import quantize_structure
 from quota.nn.linear import Float32State
 from quota.runtime.hf import QuotaConfig, QuotaQuantizer
 from quota.runtime.patch import patched
@@ -30,17 +39,27 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtype: torch.dtype = torch.float32, *,
-         device: torch.device | str = "cpu", verify: bool = True) -> Any:  # fmt: skip
-    """A transformers model (`LlavaForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`) in eval mode, ready for `generate`.
+def load(
+    checkpoint: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> Any:
+    """A transformers model (`LlavaForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`) in eval mode, ready
+    for `generate`.
 
     Threads may share it, each with a cache of its own; see `patched` for what holds under a recipe.
-    `.processor` is attached (None where the folder has none) and uses PIL pictures. From now on the process keeps freed memory (`keep_freed_memory`).
+    `.processor` is attached (None where the folder has none) and uses PIL images. From now on the process keeps freed
+    memory (`keep_freed_memory`).
 
     checkpoint: a folder written by `quota calibrate`, or a float folder or hub name. recipe: installed if given, see
-    `model.quota_handle`. dtype: of everything that is not quantized. device: where the model runs; each kernel repacks the weights it wants
+    `model.quota_handle`. dtype: of everything that is not quantized. device: where the model runs; each kernel repacks
+    the weights it wants
     otherwise at first use. verify: check every file's SHA-256 first.
-    Raises CheckpointError (missing, truncated, altered or mismatched), RecipeError (malformed or made for another model), UsageError (no such device).
+    Raises CheckpointError (missing, truncated, altered or mismatched), RecipeError (malformed or made for another
+    model), UsageError (no such device).
     """
     if dtype not in _FLOATS:
         raise CheckpointError(f"dtype: expected one of {[str(d) for d in _FLOATS]}, got {dtype}")
@@ -55,6 +74,23 @@ def load(checkpoint: str | Path, recipe: Recipe | str | Path | None = None, dtyp
     return model
 
 
+def load_model(
+    checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """(`load`, its processor). Library chatter is silenced. CheckpointError also where the folder has no processor."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = load(str(checkpoint), recipe=recipe, dtype=dtype, device=device)
+    if model.processor is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float"
+            " model"
+        )
+    return model, model.processor
+
+
 def checked_device(device: torch.device | str) -> torch.device:
     """The device of that name; UsageError when it is none, or is not here."""
     try:
@@ -64,7 +100,11 @@ def checked_device(device: torch.device | str) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        built = "this torch was built for the CPU; install one for CUDA" if torch.version.cuda is None else f"{torch.cuda.device_count()} CUDA devices found"
+        built = (
+            "this torch was built for the CPU; install one for CUDA"
+            if torch.version.cuda is None
+            else f"{torch.cuda.device_count()} CUDA devices found"
+        )
         raise UsageError(f"device: {device} is not here: {built}, or leave device at cpu")
     return found
 
@@ -83,20 +123,23 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
             delattr(config, name)
     with torch.device("meta"):
         model: Any = _model_class(config)._from_config(config, dtype=dtype)
-    build_structure(model, manifest.regime, manifest.modules, tensor_shapes(files))
+    quantize_structure(model, manifest.modules, tensor_shapes(files), manifest.scheme)
     _assign(model, files, dtype)
     fill_derived(model)
     model.eval().requires_grad_(False)
     found = model_fingerprint(model)
     if found != manifest.source_fingerprint:
         raise CheckpointError(
-            f"source_fingerprint: {folder / 'quota.json'} says {manifest.source_fingerprint}, the tensors say {found}; the folder mixes two models"
+            f"source_fingerprint: {folder / 'quota.json'} says {manifest.source_fingerprint}, the tensors say {found};"
+            " the folder mixes two models"
         )
     if generation is not None:
         model.generation_config = generation
     model.config._name_or_path = model.name_or_path = str(folder)
     model.quota_manifest, model.processor = manifest, processor
-    model.hf_quantizer = QuotaQuantizer(QuotaConfig(manifest.regime, manifest.modules), pre_quantized=True)  # answers `save_pretrained`
+    model.hf_quantizer = QuotaQuantizer(
+        QuotaConfig(manifest.scheme.name, manifest.modules), pre_quantized=True
+    )  # answers `save_pretrained`
     return model
 
 
@@ -107,24 +150,39 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_dict(read_object(path))
     except Exception as error:  # transformers' own checks raise many kinds
-        raise CheckpointError(f"{path}: not readable as a generation configuration ({_first_line(error)}); restore the file") from None
+        raise CheckpointError(
+            f"{path}: not readable as a generation configuration ({_first_line(error)}); restore the file"
+        ) from None
 
 
 def _assign(model: Any, files: list[Path], dtype: torch.dtype) -> None:
     expected: dict[str, Tensor] = model.state_dict()
-    own = {f"{prefix}.{name}" for prefix, module in model.named_modules() if isinstance(module, Float32State) for name in module._buffers}
+    own = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Float32State)
+        for name in module._buffers
+    }
     loaded: dict[str, Tensor] = {}
     for name, tensor in iterate_tensors(files):
         if name not in expected:
-            raise CheckpointError(f"tensor {name}: found in the checkpoint, unknown to this model; the folder is damaged or written by another version")
+            raise CheckpointError(
+                f"tensor {name}: found in the checkpoint, unknown to this model; the folder is damaged or written by"
+                " another version"
+            )
         check_tensor(name, tensor, expected[name])
         if name in own and tensor.dtype != expected[name].dtype:
-            raise CheckpointError(f"tensor {name}: expected {expected[name].dtype}, got {tensor.dtype}; the folder is damaged")
+            raise CheckpointError(
+                f"tensor {name}: expected {expected[name].dtype}, got {tensor.dtype}; the folder is damaged"
+            )
         loaded[name] = tensor if name in own or not tensor.dtype.is_floating_point else tensor.to(dtype)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = sorted(set(expected) - set(loaded) - tied)
     if missing:
-        raise CheckpointError(f"tensor {missing[0]}: missing from the checkpoint ({len(missing)} in all); the folder is damaged: copy or calibrate it again")
+        raise CheckpointError(
+            f"tensor {missing[0]}: missing from the checkpoint ({len(missing)} in all); the folder is damaged: copy or"
+            " calibrate it again"
+        )
     model.load_state_dict(loaded, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         model.tie_weights()
@@ -138,7 +196,10 @@ def fill_derived(model: Any) -> None:
             if buffer is None or not buffer.is_meta:
                 continue
             if name != "position_ids":
-                raise CheckpointError(f"buffer {path}.{name}: not in the checkpoint and not known how to compute; this transformers version is not supported")
+                raise CheckpointError(
+                    f"buffer {path}.{name}: not in the checkpoint and not known how to compute; this transformers"
+                    " version is not supported"
+                )
             module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(buffer.shape).clone(), persistent=False)
 
 
@@ -146,12 +207,21 @@ def _load_float(folder: Path, dtype: torch.dtype) -> Any:
     config = read_config(folder)
     try:
         model, found = _model_class(config).from_pretrained(
-            str(folder), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except CheckpointError:
         raise
     except Exception as error:  # safetensors and transformers raise many kinds
-        raise CheckpointError(f"{folder}: cannot be loaded ({_first_line(error)}); expected a folder of a supported model with safetensors") from error
+        raise CheckpointError(
+            f"{folder}: cannot be loaded ({_first_line(error)}); expected a folder of a supported model with"
+            " safetensors"
+        ) from error
     invented = sorted(found["missing_keys"])
     if invented:
         shown = ", ".join(invented[:5]) + (f" and {len(invented) - 5} more" if len(invented) > 5 else "")
@@ -168,7 +238,9 @@ def _load_processor(folder: Path) -> Any:
     except Exception as error:  # tokenizers and transformers raise many kinds
         found = [name for name in _PROCESSOR_FILES if (folder / name).is_file()]
         if found:
-            raise CheckpointError(f"{folder / found[0]}: the processor cannot be built ({_first_line(error)}); restore the folder's files") from error
+            raise CheckpointError(
+                f"{folder / found[0]}: the processor cannot be built ({_first_line(error)}); restore the folder's files"
+            ) from error
         return None
     return processor if getattr(processor, "tokenizer", None) is not None else None
 

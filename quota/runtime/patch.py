@@ -28,8 +28,9 @@ _REFUSED = {
 class PatchHandle:
     """An installed recipe. A context manager; `undo()` (or leaving the block) restores the model exactly.
 
-    State belongs to the call: threads may call the model at once, and `kept` and `cache_lengths` are those of the thread that asks. A deep copy of
-    the model has the recipe installed for itself and a handle of its own, `quota_handle`; pickling it is a UsageError.
+    State belongs to the call: threads may call the model at once, and `kept` and `cache_lengths` are those of the
+    thread that asks. A deep copy of the model has the recipe installed for itself and a handle of its own,
+    `quota_handle`; pickling it is a UsageError.
     """
 
     def __init__(self, model: Any, recipe: Recipe, forced: Mapping[int, Tensor] | None = None) -> None:
@@ -41,7 +42,8 @@ class PatchHandle:
 
     @property
     def kept(self) -> dict[int, Tensor]:
-        """Of this thread's last prefill: candidate layer -> bool [B, prompt tokens], True for tokens (text included) alive from that layer on."""
+        """Of this thread's last prefill: candidate layer -> bool [B, prompt tokens], True for tokens (text included)
+        alive from that layer on."""
         return self.pruner.kept
 
     @property
@@ -65,52 +67,74 @@ class PatchHandle:
             self.model.generate = self._own_generate
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate` while the recipe is installed. UsageError for what would choose other tokens than one prefill of the prompt does."""
+        """`model.generate` while the recipe is installed. UsageError for what would choose other tokens than one
+        prefill of the prompt does."""
         model = self.model
         for name, reason in _REFUSED.items():
             if self._setting(name, kwargs):
                 raise UsageError(f"{name}: {reason}; leave it unset")
         implementation = self._setting("cache_implementation", kwargs)
         if implementation not in (None, "dynamic"):
-            raise UsageError(f"cache_implementation: expected none or 'dynamic' with a recipe installed, got {implementation!r}")
+            raise UsageError(
+                f"cache_implementation: expected none or 'dynamic' with a recipe installed, got {implementation!r}"
+            )
         if kwargs.get("inputs_embeds") is not None:
             raise UsageError("inputs_embeds: expected input_ids alone; pruning must know which tokens are visual")
-        ids, mask, cache = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)), kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        ids, mask, cache = (
+            kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)),
+            kwargs.get("attention_mask"),
+            kwargs.get("past_key_values"),
+        )
         prompt = None if ids is None else max(ids.shape[1], 0 if mask is None else mask.shape[-1])
         if cache is not None and cache.get_seq_length() and ids is not None:
             if self._drafts(kwargs):
-                raise UsageError("past_key_values: drafted decoding starts from an empty cache (transformers feeds it the whole prompt); leave it unset")
-            mark = self.pruner.watch.mark_of(cache)
-            if self.pruner.watch.family.axes > 1 and kwargs.get("position_ids") is None:
+                raise UsageError(
+                    "past_key_values: drafted decoding starts from an empty cache (transformers feeds it the whole"
+                    " prompt); leave it unset"
+                )
+            mark = self.pruner.hooks.mark_of(cache)
+            if self.pruner.hooks.family.axes > 1 and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = continued_positions(mark.ahead, len(ids), 0, prompt or 0, ids.device)
-        with generating(self.pruner.watch, prompt):
-            return type(model).generate(model, *args, **kwargs) if self._own_generate is None else self._own_generate(*args, **kwargs)
+        with generating(self.pruner.hooks, prompt):
+            return (
+                type(model).generate(model, *args, **kwargs)
+                if self._own_generate is None
+                else self._own_generate(*args, **kwargs)
+            )
 
     def _setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
         """As `generate` resolves it: from its arguments, the configuration given, or the model's own."""
-        places = (getattr(kwargs.get("generation_config"), name, None), getattr(self.model.generation_config, name, None))
+        places = (
+            getattr(kwargs.get("generation_config"), name, None),
+            getattr(self.model.generation_config, name, None),
+        )
         return kwargs[name] if name in kwargs else next((value for value in places if value is not None), None)
 
     def _drafts(self, kwargs: Mapping[str, Any]) -> bool:
-        return kwargs.get("assistant_model") is not None or self._setting("prompt_lookup_num_tokens", kwargs) is not None
+        return (
+            kwargs.get("assistant_model") is not None or self._setting("prompt_lookup_num_tokens", kwargs) is not None
+        )
 
     def __enter__(self) -> PatchHandle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.undo()
 
 
 def patched(model: Any, recipe: Recipe | str | Path, *, forced: Mapping[int, Tensor] | None = None) -> PatchHandle:
-    """Install `recipe` (a Recipe or a file) on a supported model, float or quantized; `with patched(model, recipe) as handle:` undoes it.
+    """Install `recipe` (a Recipe or a file) on a supported model, float or quantized; `with patched(model, recipe) as
+    handle:` undoes it.
 
-    Threads may share the patched model: what a call chooses travels with the call. Assisted and prompt-lookup decoding, beams, several returned
-    sequences and `use_cache=False` keep the tokens that plain decoding keeps; a chat goes on with the cache its own turns filled. What cannot
-    (chunked prefill, static, quantized and offloaded caches, a cache of another model or recipe, embeddings without ids, labels, gradient checkpointing)
-    is a UsageError.
+    Threads may share the patched model: what a call chooses travels with the call. Assisted and prompt-lookup decoding,
+    beams, several returned sequences and `use_cache=False` keep the tokens that plain decoding keeps; a chat goes on
+    with the cache its own turns filled. What cannot (chunked prefill, static, quantized and offloaded caches, a cache
+    of another model or recipe, embeddings without ids, labels, gradient checkpointing) is a UsageError.
 
-    forced: candidate layer -> bool [B, prompt tokens] replaces the scored choice. CheckpointError for another architecture, RecipeError when the recipe
-    belongs to another model, UsageError when a recipe is already installed.
+    forced: candidate layer -> bool [B, prompt tokens] replaces the scored choice. CheckpointError for another
+    architecture, RecipeError when the recipe belongs to another model, UsageError when a recipe is already installed.
     """
     from quota.core.recipe import Recipe  # reads and checks documents: needed only with a recipe
 

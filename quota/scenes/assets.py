@@ -39,7 +39,8 @@ def calibration_sample(index: int, size_px: int = IMAGE_SIZE) -> tuple[g.Scene, 
 
 
 def mixed_sample(index: int) -> tuple[Any, str, str, str]:
-    """(picture or None, kind, instruction, answer) number `index` of the mixed set of five kinds, in turn; one picture in three is read out."""
+    """(picture or None, kind, instruction, answer) number `index` of the mixed set of five kinds, in turn; one picture
+    in three is read out."""
     kind, number = k.KINDS[index % len(k.KINDS)], index // len(k.KINDS)
     found = k.example(kind, "calibration", number)
     if found.caption is not None and number % 3 == 2:
@@ -56,15 +57,19 @@ def folder_of(family: str) -> Path:
 
 
 def write_calibration(out: Path, n: int = SAMPLE_COUNT, size_px: int = IMAGE_SIZE, family: str = "llava") -> Path:
-    """Draw `n` samples of the calibration split into `out`: scenes of `size_px` for LLaVA, the mixed set for Qwen2.5-VL. Returns the path of `samples.json`.
+    """Draw `n` samples of the calibration split into `out`: scenes of `size_px` for LLaVA, the mixed set for
+    Qwen2.5-VL. Returns the path of `samples.json`.
 
-    `samples.json` holds {"schema": "quota-samples/1", "samples": [{"id", "image", "instruction", "answer", "task"}]} with image paths
-    relative to it (none for text). An older such folder at `out` is replaced when the new one is complete; UsageError when it
-    holds anything else.
+    `samples.json` holds {"schema": "quota-samples/1", "samples": [{"id", "image", "instruction", "answer", "task"}]}
+    with image paths
+    relative to it (none for text). An older such folder at `out` is replaced when the new one is complete; UsageError
+    when it holds anything else.
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1 sample, got {n}")
-    with atomic_folder(out, lambda file: re.fullmatch(r"samples\.json|images/\d{3,}\.jpg", file.as_posix()) is not None) as fresh:
+    with atomic_folder(
+        out, lambda file: re.fullmatch(r"samples\.json|images/\d{3,}\.jpg", file.as_posix()) is not None
+    ) as fresh:
         _draw_samples(fresh, n, size_px, family)
     return out / "samples.json"
 
@@ -74,7 +79,13 @@ def _draw_samples(fresh: Path, n: int, size_px: int, family: str) -> None:
     samples = []
     for index in range(n):
         picture, kind, instruction, answer = _scene_sample(index, size_px) if family == "llava" else mixed_sample(index)
-        sample = {"id": f"calibration-{index:03d}", "image": f"images/{index:03d}.jpg", "instruction": instruction, "answer": answer, "task": kind}
+        sample = {
+            "id": f"calibration-{index:03d}",
+            "image": f"images/{index:03d}.jpg",
+            "instruction": instruction,
+            "answer": answer,
+            "task": kind,
+        }
         if picture is None:
             del sample["image"]
         else:

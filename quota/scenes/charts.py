@@ -26,7 +26,10 @@ def _bars(page: Page) -> list[tuple[float, float, float, float]]:
     left = (page.width_px - _PITCH_PX * len(page.content)) / 2
     base, unit = page.height_px - _FOOT_PX, (page.height_px - _FOOT_PX - _HEAD_PX) / 9
     centres = [left + (i + 0.5) * _PITCH_PX for i in range(len(page.content))]
-    return [(x - _BAR_PX / 2, base - unit * bar[2], x + _BAR_PX / 2, base) for x, bar in zip(centres, page.content, strict=True)]
+    return [
+        (x - _BAR_PX / 2, base - unit * bar[2], x + _BAR_PX / 2, base)
+        for x, bar in zip(centres, page.content, strict=True)
+    ]
 
 
 def marks(page: Page) -> list[Mark]:

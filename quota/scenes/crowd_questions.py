@@ -1,6 +1,5 @@
 """What is asked about crowds. Every answer follows from what is drawn; the objects that a question names are told from
-all others by that name.
-"""
+all others by that name."""
 
 from __future__ import annotations
 
@@ -18,8 +17,11 @@ from quota.scenes.generate import Question
 from quota.scenes.vocabulary import COLORS, LETTERS, NUMBERS, SHAPES, SIGN_WORDS
 
 _CLASSES: dict[str, tuple[str, ...]] = {
-    "size": tuple(RADII_PX), "texture": TEXTURES, "color": tuple(COLORS), "shape": SHAPES,
-}  # fmt: skip
+    "size": tuple(RADII_PX),
+    "texture": TEXTURES,
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+}
 _FARTHEST = {"left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1)}
 _GAP_PX = 20  # by which a position has to differ before anything is asked about it
 _NEARER = 1.3  # how much farther away the second nearest object is
@@ -29,8 +31,7 @@ CHANGE_REQUEST = "what changed from the first picture to the second?"
 @dataclass(frozen=True)
 class Dialogue:
     """Questions in turn, each with its answer; a later one cannot be understood without the ones before. `task` is the
-    last one's.
-    """
+    last one's."""
 
     turns: tuple[Question, ...]
 
@@ -88,8 +89,7 @@ def _attribute(asked: str, ask: Callable[[str], str]) -> Callable[[Crowd, np.ran
 
 def _counting(c: Crowd, rng: np.random.Generator) -> Question:
     """Objects with one or two attributes in common among others that share one of them; each count that occurs equally
-    likely.
-    """
+    likely."""
     first, second = (ATTRIBUTES[i] for i in sorted(rng.permutation(len(ATTRIBUTES))[:2]))
     used = (first, second) if rng.random() < 0.6 else (second,)
     have = Counter(tuple(getattr(item, name) for name in used) for item in c.items)
@@ -197,8 +197,7 @@ def _choice(c: Crowd, rng: np.random.Generator) -> Question | None:
 
 def _follow_up(c: Crowd, rng: np.random.Generator) -> Dialogue | None:
     """The object nearest to another or farthest to a side of three, then two things about it that its name does not
-    say.
-    """
+    say."""
     first = (_nearest if rng.random() < 0.5 else _extreme)(c, rng)
     if first is None:
         return None
@@ -213,12 +212,21 @@ def _follow_up(c: Crowd, rng: np.random.Generator) -> Dialogue | None:
 
 _color = _attribute("color", lambda name: f"what color is the {name}?")
 MAKERS: dict[str, Callable[[Crowd, np.random.Generator], Question | Dialogue | None]] = {
-    "existence": _existence, "color": _color, "shape": _attribute("shape", lambda name: f"what shape is the {name}?"),
+    "existence": _existence,
+    "color": _color,
+    "shape": _attribute("shape", lambda name: f"what shape is the {name}?"),
     "texture": _attribute("texture", lambda name: f"what is the pattern of the {name}?"),
     "size": _attribute("size", lambda name: f"is the {name} small or large?"),
-    "counting": _counting, "extreme": _extreme, "relation": _relation, "nearest": _nearest, "position": _position,
-    "reading": _reading, "sign_there": _sign_there, "choice": _choice, "follow_up": _follow_up,
-}  # fmt: skip
+    "counting": _counting,
+    "extreme": _extreme,
+    "relation": _relation,
+    "nearest": _nearest,
+    "position": _position,
+    "reading": _reading,
+    "sign_there": _sign_there,
+    "choice": _choice,
+    "follow_up": _follow_up,
+}
 TASKS = tuple(MAKERS)
 
 

@@ -17,7 +17,9 @@ _Content = tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
 
 def make(rng: np.random.Generator, width_px: int, height_px: int) -> _Content:
     """(column names, ((item, digits), ...)): 2 to 9 rows that fit, 1 column at 160 px, up to 2 above."""
-    columns = tuple(COLUMNS[i] for i in rng.permutation(len(COLUMNS))[: 1 if width_px < 240 else int(rng.integers(1, 3))])
+    columns = tuple(
+        COLUMNS[i] for i in rng.permutation(len(COLUMNS))[: 1 if width_px < 240 else int(rng.integers(1, 3))]
+    )
     rows = int(rng.integers(2, min(height_px // _ROW_PX, len(NUMBERS))))
     items = [ITEMS[i] for i in rng.permutation(len(ITEMS))[:rows]]
     return columns, tuple((item, tuple(int(v) for v in rng.integers(0, 10, len(columns)))) for item in items)
@@ -29,7 +31,10 @@ def _layout(page: Page) -> tuple[list[Mark], Box]:
     rng = page.seed("layout")
     pitch = 80 if page.width_px > 80 * (len(columns) + 1) else 60
     width, height = pitch * (len(columns) + 1), _ROW_PX * (len(rows) + 1)
-    left, top = (GRID_PX * int(rng.integers(0, max(0, side - used - 1) // GRID_PX + 1)) for side, used in ((page.width_px, width), (page.height_px, height)))
+    left, top = (
+        GRID_PX * int(rng.integers(0, max(0, side - used - 1) // GRID_PX + 1))
+        for side, used in ((page.width_px, width), (page.height_px, height))
+    )
     cells = [("item", *columns), *((item, *map(str, values)) for item, values in rows)]
     found = []
     for i, cell_row in enumerate(cells):

@@ -1,7 +1,7 @@
 """Seeded pictures and questions. `scene(split, index)` is a pure function; splits cannot overlap.
 
-A scene's content hash decides its split: hash % 10 == 0 is test, == 1 is calibration, the rest is train. A scene drawn for
-one split is redrawn until its hash falls there, so no scene of one split can appear in another, whatever the seeds.
+A scene's content hash decides its split: hash % 10 == 0 is test, == 1 is calibration, the rest is train. A scene drawn
+for one split is redrawn until its hash falls there, so no scene of one split can appear in another, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def draw(s: Scene) -> Image.Image:
         reach = 60 / max(60.0, math.hypot(x1 - x0, y1 - y0))
         pen.line([x0, y0, x0 + (x1 - x0) * reach, y0 + (y1 - y0) * reach], fill=(grey, grey, grey), width=1)
     colors = tuple(COLORS.values())
-    for _ in range(int(rng.integers(4, 12)) * n // 168):  # specks in object colours: colour alone does not make an object
+    for _ in range(
+        int(rng.integers(4, 12)) * n // 168
+    ):  # specks in object colours: colour alone does not make an object
         x, y = (int(v) for v in rng.integers(0, n, 2))
         pen.rectangle([x, y, x + 1, y + 1], fill=colors[int(rng.integers(len(colors)))])
     for thing in s.things:
@@ -157,7 +159,10 @@ def shape_mask(shape: str, radius: float, side: int, turn: float) -> Image.Image
             pen.polygon(points, fill=255)
     else:  # heart
         steps = [2 * math.pi * k / 40 for k in range(40)]
-        curve = [(16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) for t in steps]
+        curve = [
+            (16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t))
+            for t in steps
+        ]
         pen.polygon([(c + u * r / 16, c - (v + 2) * r / 16) for u, v in curve], fill=255)
     return mask
 
@@ -170,7 +175,12 @@ def _draw_thing(image: Image.Image, thing: Thing, rng: np.random.Generator) -> N
     tint = np.clip(np.array(COLORS[thing.color]) + rng.integers(-14, 15, 3), 0, 255)
     image.paste(tuple(int(v) for v in tint), (thing.x - mask.width // 2, thing.y - mask.height // 2), mask)
     if rng.random() < 0.15:  # some objects are slightly out of focus
-        box = (max(0, thing.x - thing.radius - 3), max(0, thing.y - thing.radius - 3), thing.x + thing.radius + 3, thing.y + thing.radius + 3)
+        box = (
+            max(0, thing.x - thing.radius - 3),
+            max(0, thing.y - thing.radius - 3),
+            thing.x + thing.radius + 3,
+            thing.y + thing.radius + 3,
+        )
         image.paste(image.crop(box).filter(ImageFilter.GaussianBlur(0.7)), box[:2])
 
 
@@ -182,13 +192,20 @@ def caption(s: Scene, rng: np.random.Generator) -> str:
     return " , ".join(f"{s.things[i].name} {s.things[i].quadrant(s.size_px)}" for i in rng.permutation(len(s.things)))
 
 
-def questions(s: Scene, per_task: int | Mapping[str, int] = 1, rng: np.random.Generator | None = None) -> list[Question]:
-    """`per_task` questions of each task, or as many as it says per task (fewer where the scene allows none); yes and no equally likely."""
+def questions(
+    s: Scene, per_task: int | Mapping[str, int] = 1, rng: np.random.Generator | None = None
+) -> list[Question]:
+    """`per_task` questions of each task, or as many as it says per task (fewer where the scene allows none); yes and no
+    equally likely."""
     rng = rng or s.seed("questions")
     makers = {
-        "existence": _existence, "attribute": _attribute, "position": _position,
-        "relation": _relation, "counting": _counting, "choice": _choice,
-    }  # fmt: skip
+        "existence": _existence,
+        "attribute": _attribute,
+        "position": _position,
+        "relation": _relation,
+        "counting": _counting,
+        "choice": _choice,
+    }
     out: list[Question] = []
     for task in TASKS:
         made = [makers[task](s, rng) for _ in range(per_task if isinstance(per_task, int) else per_task[task])]
@@ -217,8 +234,14 @@ def _existence(s: Scene, rng: np.random.Generator) -> Question:
 
 def _attribute(s: Scene, rng: np.random.Generator) -> Question | None:
     shape_count, color_count = Counter(t.shape for t in s.things), Counter(t.color for t in s.things)
-    options = [Question("attribute", f"what color is the {t.shape} ?", t.color) for t in s.things if shape_count[t.shape] == 1]
-    options += [Question("attribute", f"what shape is the {t.color} object ?", t.shape) for t in s.things if color_count[t.color] == 1]
+    options = [
+        Question("attribute", f"what color is the {t.shape} ?", t.color) for t in s.things if shape_count[t.shape] == 1
+    ]
+    options += [
+        Question("attribute", f"what shape is the {t.color} object ?", t.shape)
+        for t in s.things
+        if color_count[t.color] == 1
+    ]
     return _pick(rng, options)
 
 
@@ -260,11 +283,16 @@ def _choice(s: Scene, rng: np.random.Generator) -> Question | None:
     options = [thing.color, *(others[int(i)] for i in rng.permutation(len(others))[:3])]
     options = [options[int(i)] for i in rng.permutation(4)]
     listed = " ".join(f"{letter} . {word}" for letter, word in zip(LETTERS, options, strict=True))
-    return Question("choice", f"what color is the {thing.shape} ? {listed} answer with the letter .", LETTERS[options.index(thing.color)])
+    return Question(
+        "choice",
+        f"what color is the {thing.shape} ? {listed} answer with the letter .",
+        LETTERS[options.index(thing.color)],
+    )
 
 
 def patch_labels(s: Scene, patch_px: int = 14) -> tuple[np.ndarray, np.ndarray]:
-    """Per patch (raster order): shape index and colour index of the object whose centre region covers it; -1 background, -2 undecided."""
+    """Per patch (raster order): shape index and colour index of the object whose centre region covers it; -1
+    background, -2 undecided."""
     side = s.size_px // patch_px
     centre = (np.arange(side) + 0.5) * patch_px
     shape, color = np.full((side, side), -1), np.full((side, side), -1)

@@ -1,7 +1,10 @@
-"""The five kinds of the mixed set: conversation (scenes of objects), text only, scene text, document and chart, in miniature.
+"""The five kinds of the mixed set: conversation (scenes of objects), text only, scene text, document and chart, in
+miniature.
 
-`page(kind, split, index)` is a pure function, and as with scenes the content's hash decides the split, so no content of one split can appear in
-another. Conversation has square pictures; the other pictures come in several sizes and shapes, which is what dynamic resolution is about.
+`page(kind, split, index)` is a pure function, and as with scenes the content's hash decides the split, so no content of
+one split can appear in
+another. Conversation has square pictures; the other pictures come in several sizes and shapes, which is what dynamic
+resolution is about.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ def _written(module: Any) -> Kind:
 
 PAGES: dict[str, Kind] = {
     TEXT: Kind(texts.TASKS, ((0, 0),), texts.make, texts.questions),
-    "scene_text": _written(signs), "document": _written(documents), "chart": _written(charts),
-}  # fmt: skip
+    "scene_text": _written(signs),
+    "document": _written(documents),
+    "chart": _written(charts),
+}
 KINDS = (CONVERSATION, *PAGES)
 TASKS: dict[str, tuple[str, ...]] = {CONVERSATION: g.TASKS, **{name: kind.tasks for name, kind in PAGES.items()}}
 

@@ -13,14 +13,16 @@ from quota.scenes.generate import seeded
 from quota.scenes.vocabulary import COLORS, DIGITS, NUMBERS, QWEN_PATCH_SIZE, READABLE
 
 FONT_PX = 18
-GRID_PX = QWEN_PATCH_SIZE  # words stand on a grid of patches, as type does: a tower this small learns to read in minutes, not days
+# words stand on a grid of patches, as type does: a tower this small learns to read in minutes, not days
+GRID_PX = QWEN_PATCH_SIZE
 INK = (24, 24, 28)
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
 class Page:
-    """Picture `index` of a split of one kind: what is on it (`content`, plain tuples) and its size. Text-only pages have size (0, 0)."""
+    """Picture `index` of a split of one kind: what is on it (`content`, plain tuples) and its size. Text-only pages
+    have size (0, 0)."""
 
     kind: str
     split: str
@@ -35,7 +37,8 @@ class Page:
 
 @dataclass(frozen=True)
 class Mark:
-    """A box that shows a readable word or digit, or has a colour, or both; what dense supervision tells the visual tokens inside."""
+    """A box that shows a readable word or digit, or has a colour, or both; what dense supervision tells the visual
+    tokens inside."""
 
     box: Box
     word: str | None = None
@@ -70,8 +73,11 @@ def paper(rng: np.random.Generator, width_px: int, height_px: int, noise: float)
 WORD_CLASSES = (*READABLE, *NUMBERS)  # a drawn digit is labelled with its number word
 
 
-def labels(marks: list[Mark], width_px: int, height_px: int, token_px: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per visual token (raster order): index into SHAPES, COLORS and WORD_CLASSES; -1 background, -2 undecided. Pages have no shapes."""
+def labels(
+    marks: list[Mark], width_px: int, height_px: int, token_px: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per visual token (raster order): index into SHAPES, COLORS and WORD_CLASSES; -1 background, -2 undecided. Pages
+    have no shapes."""
     columns, rows = width_px // token_px, height_px // token_px
     x, y = np.meshgrid((np.arange(columns) + 0.5) * token_px, (np.arange(rows) + 0.5) * token_px)
     color, word = np.full((rows, columns), -1), np.full((rows, columns), -1)

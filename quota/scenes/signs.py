@@ -23,9 +23,14 @@ def make(rng: np.random.Generator, width_px: int, height_px: int) -> tuple[tuple
     for word, color in zip((SIGN_WORDS[i] for i in words), (tuple(COLORS)[i] for i in colors), strict=True):
         half_width, half_height = _half(word)
         for _ in range(40):  # where no place is left the page has a plate less
-            x, y = (GRID_PX * int(rng.integers(-(-(half + 2) // GRID_PX), (side - half - 2) // GRID_PX + 1))
-                    for half, side in ((half_width, width_px), (half_height, height_px)))  # fmt: skip
-            if all(abs(x - o[2]) > half_width + _half(o[0])[0] + 6 or abs(y - o[3]) > half_height + _half(o[0])[1] + 6 for o in plates):
+            x, y = (
+                GRID_PX * int(rng.integers(-(-(half + 2) // GRID_PX), (side - half - 2) // GRID_PX + 1))
+                for half, side in ((half_width, width_px), (half_height, height_px))
+            )
+            if all(
+                abs(x - o[2]) > half_width + _half(o[0])[0] + 6 or abs(y - o[3]) > half_height + _half(o[0])[1] + 6
+                for o in plates
+            ):
                 plates.append((word, color, x, y))
                 break
     return tuple(plates)

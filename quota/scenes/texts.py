@@ -12,10 +12,14 @@ TASKS = ("fact", "order", "sum", "larger")
 _Fact = tuple[str, str, int]  # item, column, value
 
 
-def make(rng: np.random.Generator, width_px: int, height_px: int) -> tuple[tuple[_Fact, ...], tuple[str, ...], tuple[int, int]]:
+def make(
+    rng: np.random.Generator, width_px: int, height_px: int
+) -> tuple[tuple[_Fact, ...], tuple[str, ...], tuple[int, int]]:
     """(facts about distinct items, two objects and how they stand, two numbers whose sum is at most nine)."""
     column = COLUMNS[int(rng.integers(len(COLUMNS)))]
-    facts = tuple((ITEMS[i], column, int(rng.integers(10))) for i in rng.permutation(len(ITEMS))[: int(rng.integers(2, 5))])
+    facts = tuple(
+        (ITEMS[i], column, int(rng.integers(10))) for i in rng.permutation(len(ITEMS))[: int(rng.integers(2, 5))]
+    )
     colors, shapes = (rng.permutation(len(names))[:2] for names in (COLORS, SHAPES))
     objects = tuple(f"{tuple(COLORS)[c]} {SHAPES[s]}" for c, s in zip(colors, shapes, strict=True))
     a = int(rng.integers(0, 10))
@@ -37,7 +41,11 @@ def questions(page: Page, rng: np.random.Generator) -> list[Question]:
     x, y = (a, b) if a != b else (a, (a + 1) % 10)
     return [
         Question("fact", f"{told} . what is the {column} of {item} ?", NUMBERS[value]),
-        Question("order", f"the {first} is {way} the {second} . is the {subject} {asked} the {other} ?", "yes" if true else "no"),
+        Question(
+            "order",
+            f"the {first} is {way} the {second} . is the {subject} {asked} the {other} ?",
+            "yes" if true else "no",
+        ),
         Question("sum", f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?", NUMBERS[a + b]),
         Question("larger", f"which is more , {NUMBERS[x]} or {NUMBERS[y]} ?", NUMBERS[max(x, y)]),
     ]

@@ -19,34 +19,97 @@ LETTERS = ("a", "b", "c", "d")
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 _OTHER_WORDS = (
-    "user", "assistant", ":", "?", ".", ",", "top", "left", "right", "bottom", "above", "below", "of", "the", "is", "are", "there", "what", "which",
-    "where", "how", "many", "color", "shape", "picture", "in", "this", "object", "objects", "describe", "answer", "with", "letter", "yes", "no",
-    "small", "large", "and",
-)  # fmt: skip
-
-WORDS: tuple[str, ...] = (
-    *SPECIAL_TOKENS,
-    *SHAPES,
-    *COLORS,
-    *dict.fromkeys((*NUMBERS, *LETTERS, *_OTHER_WORDS)),
+    "user",
+    "assistant",
+    ":",
+    "?",
+    ".",
+    ",",
+    "top",
+    "left",
+    "right",
+    "bottom",
+    "above",
+    "below",
+    "of",
+    "the",
+    "is",
+    "are",
+    "there",
+    "what",
+    "which",
+    "where",
+    "how",
+    "many",
+    "color",
+    "shape",
+    "picture",
+    "in",
+    "this",
+    "object",
+    "objects",
+    "describe",
+    "answer",
+    "with",
+    "letter",
+    "yes",
+    "no",
+    "small",
+    "large",
+    "and",
 )
+
+WORDS: tuple[str, ...] = (*SPECIAL_TOKENS, *SHAPES, *COLORS, *dict.fromkeys((*NUMBERS, *LETTERS, *_OTHER_WORDS)))
 
 CAPTION_REQUEST = "describe the picture ."
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
 
-# -- the Qwen2.5-VL model also reads text: rendered words and digits, tables, bar charts, and plain statements ----------------------------
+# -- the Qwen2.5-VL model also reads text: rendered words and digits, tables, bar charts, and plain statements
+# ----------------------------
 SIGN_WORDS = ("open", "closed", "exit", "stop", "sale", "taxi", "cafe", "bank", "hotel", "park", "music", "school")
 ITEMS = ("bread", "fish", "milk", "tea", "rice", "salt", "corn", "cake", "soup", "plum")
 COLUMNS = ("price", "weight", "count")
 READABLE = (*SIGN_WORDS, *ITEMS, *COLUMNS, "item")
 DIGITS = tuple(str(n) for n in range(10))  # drawn; the model answers with NUMBERS
 
-QWEN_SPECIAL_TOKENS = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_SPECIAL_TOKENS = (
+    "<unk>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 _READING_WORDS = (
-    "word", "sign", "says", "on", "bar", "value", "highest", "lowest", "read", "plus", "minus", "more", "than", "or", "has", "row", "rows", "column",
-    "it", "that", "not", "now", "text", "say", "does",
-)  # fmt: skip
+    "word",
+    "sign",
+    "says",
+    "on",
+    "bar",
+    "value",
+    "highest",
+    "lowest",
+    "read",
+    "plus",
+    "minus",
+    "more",
+    "than",
+    "or",
+    "has",
+    "row",
+    "rows",
+    "column",
+    "it",
+    "that",
+    "not",
+    "now",
+    "text",
+    "say",
+    "does",
+)
 QWEN_WORDS: tuple[str, ...] = (
     *QWEN_SPECIAL_TOKENS,
     *dict.fromkeys((*(w for w in WORDS if w not in SPECIAL_TOKENS), *READABLE, *_READING_WORDS)),

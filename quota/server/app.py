@@ -14,18 +14,19 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from quota.core.errors import QuotaError
-from quota.server.answers import Answer
-from quota.server.around import Around
 from quota.server.errors import ApiError, handle
+from quota.server.middleware import RequestMiddleware
+from quota.server.responses import Answer
 from quota.server.schemas import ChatRequest, CompletionRequest
-from quota.server.service import Service, Spoken
+from quota.server.service import EngineRequest, Service
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
 
 
 def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None = None) -> FastAPI:
-    """Routes over one engine; UsageError for keys that cannot be read. Nothing about the interpreter or the schema is served: no docs pages.
+    """Routes over one engine; UsageError for keys that cannot be read. Nothing about the interpreter or the schema is
+    served: no docs pages.
 
     scrape: what /metrics answers instead of this engine's metrics, where there are several engines.
     """
@@ -35,13 +36,20 @@ def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None =
         yield
         await service.close()
 
-    app = FastAPI(title="quota", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="quota", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.service = service
     for kind in (ApiError, QuotaError, HTTPException):
         app.add_exception_handler(kind, handle)  # type: ignore[arg-type]
-    app.add_middleware(Around, service=service, keys=service.settings.accepted_keys())
+    app.add_middleware(RequestMiddleware, service=service, keys=service.settings.accepted_keys())
     if service.settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     _add_probes(app, service, scrape)
     _add_completions(app, service)
     return app
@@ -56,7 +64,9 @@ def _add_probes(app: FastAPI, service: Service, scrape: Callable[[], Awaitable[b
     @app.get("/ready")
     async def ready() -> JSONResponse:
         good = service.engine.healthy and not service.draining
-        return JSONResponse({"status": "ready" if good else "draining" if service.draining else "stopped"}, 200 if good else 503)
+        return JSONResponse(
+            {"status": "ready" if good else "draining" if service.draining else "stopped"}, 200 if good else 503
+        )
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -83,15 +93,23 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         return await _answer(request, service, await _prepared(request, service, CompletionRequest, service.complete))
 
 
-async def _prepared(request: Request, service: Service, kind: type[_Body], prepare: Callable[[_Body], Coroutine[Any, Any, Spoken]]) -> Spoken:
+async def _prepared(
+    request: Request,
+    service: Service,
+    kind: type[_Body],
+    prepare: Callable[[_Body, str], Coroutine[Any, Any, EngineRequest]],
+) -> EngineRequest:
     """What the engine is to do. Nothing of the body outlives this."""
-    service.check_open()
+    client = request.state.client
+    service.check_open(client)
     with service.bodies.held() as held:
-        return await _unless_gone(request, prepare(await service.bodies.parsed(request, kind, held)))
+        return await _unless_gone(request, prepare(await service.bodies.parsed(request, kind, held, client), client))
 
 
-async def _answer(request: Request, service: Service, spoken: Spoken) -> Response:
-    answer = Answer(spoken.id, service.name, chat=spoken.chat, logprobs=spoken.logprobs, fingerprint=service.fingerprint)
+async def _answer(request: Request, service: Service, spoken: EngineRequest) -> Response:
+    answer = Answer(
+        spoken.id, service.name, chat=spoken.chat, logprobs=spoken.logprobs, fingerprint=service.fingerprint
+    )
     if spoken.stream:
         events = service.events(spoken, answer)
         opening = await anext(events)  # refusals and a full queue still get their own status
@@ -125,7 +143,9 @@ class _EventStream(StreamingResponse):
     def __init__(self, opening: str, events: AsyncGenerator[str]) -> None:
         self._events = events
         self._body = self._read(opening)
-        super().__init__(self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
 
     async def _read(self, opening: str) -> AsyncGenerator[str]:
         yield opening

@@ -1,4 +1,5 @@
-"""Bodies: read within limits of size, time and memory over all connections, and parsed off the event loop within a bound of work."""
+"""Bodies: read within limits of size, time and memory over all connections, and parsed off the event loop within a
+bound of work."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ from quota.server.errors import ApiError, as_api_error
 from quota.server.lane import Lane
 
 _Body = TypeVar("_Body", bound=BaseModel)
-_UNCOUNTED_BYTES = 64 << 10  # of each body: what a connection may hold in buffers anyway, so that small requests pass whatever large ones hold
-# what a body may hold of each, in texts too: together they bound its values, which take 8 to 300 bytes of memory each and some microseconds
+_UNCOUNTED_BYTES = (
+    64 << 10
+)  # of each body: what a connection may hold in buffers anyway, so that small requests pass whatever large ones hold
+# what a body may hold of each, in texts too: together they bound its values, which take 8 to 300 bytes of memory each
+# and some microseconds
 MAX_MARKS = {b",": 1 << 20, b":": 1 << 17, b"[": 1 << 16, b"{": 1 << 16}
 MAX_KEYS = 128  # of one object; pydantic makes an error of a kilobyte for each that it does not know
 _SLICE = 1 << 20  # bytes counted at a time, between two chances for other threads
@@ -35,8 +39,8 @@ class Held:
 
 
 class Bodies:
-    """The bytes of all requests on their way, at most `in_flight_bytes` of them. Where one more byte does not fit, the largest body that is still arriving
-    is given up, so that whoever sends little is served."""
+    """The bytes of all requests on their way, at most `in_flight_bytes` of them. Where one more byte does not fit, the
+    largest body that is still arriving is given up, so that small requests are served."""
 
     def __init__(self, settings: Settings, lane: Lane) -> None:
         self.settings, self.lane = settings, lane
@@ -52,12 +56,12 @@ class Bodies:
         finally:
             self._free(held)
 
-    async def parsed(self, request: Request, kind: type[_Body], held: Held) -> _Body:
+    async def parsed(self, request: Request, kind: type[_Body], held: Held, client: str) -> _Body:
         """The body as `kind`. ApiError for one that is too large, too slow, crowded out, no JSON or not this."""
         self._check_headers(request)
         await self._arrive(request, held)
         data, held.data = bytes(held.data), bytearray()
-        return await self.lane.run(len(data), parse, kind, data)
+        return await self.lane.run(client, len(data), parse, kind, data)
 
     def _check_headers(self, request: Request) -> None:
         declared = request.headers.get("content-length", "0")
@@ -66,7 +70,9 @@ class Bodies:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "content-type: expected application/json", code="unsupported_media_type")
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise ApiError(415, "content-encoding: bodies are taken as they are, not compressed", code="unsupported_media_type")
+            raise ApiError(
+                415, "content-encoding: bodies are taken as they are, not compressed", code="unsupported_media_type"
+            )
 
     async def _arrive(self, request: Request, held: Held) -> None:
         self._arriving.add(held)
@@ -81,9 +87,13 @@ class Bodies:
                         raise self._too_large()
         except TimeoutError:
             if held.evicted:
-                message = f"the bodies on their way have more than {self.settings.in_flight_bytes} bytes; try again later"
+                message = (
+                    f"the bodies on their way have more than {self.settings.in_flight_bytes} bytes; try again later"
+                )
                 raise ApiError(429, message, code="too_many_bytes") from None
-            raise ApiError(408, f"the body did not arrive within {self.settings.body_timeout_s:g} s", code="request_timeout") from None
+            raise ApiError(
+                408, f"the body did not arrive within {self.settings.body_timeout_s:g} s", code="request_timeout"
+            ) from None
         except ClientDisconnect:
             raise ApiError(400, "the client went away") from None
         finally:
@@ -101,7 +111,7 @@ class Bodies:
         held.evicted = True
         self._arriving.discard(held)
         if held.deadline is not None:
-            held.deadline.reschedule(asyncio.get_running_loop().time())  # wakes whoever waits for its next bytes
+            held.deadline.reschedule(asyncio.get_running_loop().time())  # wakes the reader of its next bytes
 
     def _free(self, held: Held) -> None:
         self.total -= held.counted
@@ -112,13 +122,16 @@ class Bodies:
 
 
 def parse(kind: type[_Body], data: bytes) -> _Body:
-    """A body from JSON. ApiError 400 for what is none, holds more values than any request needs, or is wrong; time and memory grow with its size alone."""
+    """A body from JSON. ApiError 400 for what is none, holds more values than any request needs, or is wrong; time and
+    memory grow with its size alone."""
     left = dict(MAX_MARKS)
     for begin in range(0, len(data), _SLICE):
         for mark, most in MAX_MARKS.items():
             left[mark] -= data.count(mark, begin, begin + _SLICE)
             if left[mark] < 0:
-                raise ApiError(400, f"the body holds {mark.decode()!r} more than {most} times", code="request_too_large")
+                raise ApiError(
+                    400, f"the body holds {mark.decode()!r} more than {most} times", code="request_too_large"
+                )
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -137,7 +150,11 @@ def _check_keys(value: Any) -> None:
         value = waiting.pop()
         if isinstance(value, dict):
             if len(value) > MAX_KEYS:
-                raise ApiError(400, f"the body has an object of {len(value)} keys, at most {MAX_KEYS} are allowed", code="invalid_json")
+                raise ApiError(
+                    400,
+                    f"the body has an object of {len(value)} keys, at most {MAX_KEYS} are allowed",
+                    code="invalid_json",
+                )
             waiting += value.values()
         elif isinstance(value, list):
             waiting += [item for item in value if isinstance(item, (dict, list))]

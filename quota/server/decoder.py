@@ -1,8 +1,9 @@
-"""A process that decodes images for a server, and can be ended at any moment. Started by `quota.server.images`; imports neither torch nor fastapi.
+"""A process that decodes images for a server, and can be ended at any moment. Started by `quota.server.images`; imports
+neither torch nor fastapi.
 
-It reads requests from its standard input (`REQUEST`, then the encoded image) and answers each on its standard output (`ANSWER`, then rows of RGB, or a
-sentence). It has a limit on memory for its whole life and one on processor time per image; the kernel ends it when the second is over, inside a decoder
-too. It ends by itself when its input does.
+It reads requests from its standard input (`REQUEST`, then the encoded image) and answers each on its standard output
+(`ANSWER`, then rows of RGB, or a sentence). It has a limit on memory for its whole life and one on processor time per
+image; the kernel ends it when the second is over, inside a decoder too. It ends by itself when its input does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from quota.core import images
 from quota.core.errors import ImageError
 from quota.core.malloc import return_freed_memory
 
-REQUEST = struct.Struct("<QQQd")  # encoded bytes that follow, most pixels of the image, pixels from which it is called large, processor seconds
+REQUEST = struct.Struct(
+    "<QQQd"
+)  # encoded bytes that follow, most pixels of the image, pixels from which it is called large, processor seconds
 ANSWER = struct.Struct("<BII")  # status; width and height, or bytes of the sentence and 0
 DECODED, REFUSED, TOO_LARGE, LARGE = range(4)
 BAND_PIXELS = 1 << 20  # sent at a time
@@ -32,7 +35,11 @@ def band_rows(width: int) -> int:
 
 def main() -> None:
     encoded_bytes, decode_bytes = (int(text) for text in sys.argv[1:3])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a whole process group may get them: the server decides what they mean
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a whole process group may get them: the server decides what they mean
         signal.signal(number, signal.SIG_IGN)
     from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 

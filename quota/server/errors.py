@@ -15,10 +15,20 @@ from quota.server.schemas import BRANCHES
 
 _MESSAGE_CHARACTERS = 1000  # a message may name what a client sent
 _PARAM_CHARACTERS = 200
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
 
 
-_MESSAGES = {"extra_forbidden": "this parameter is not supported", "model_type": "expected an object", "missing": "expected a value, got none"}
+_MESSAGES = {
+    "extra_forbidden": "this parameter is not supported",
+    "model_type": "expected an object",
+    "missing": "expected a value, got none",
+}
 
 
 class ApiError(Exception):
@@ -27,7 +37,12 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         message = _cut(message, _MESSAGE_CHARACTERS)
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param and _cut(param, _PARAM_CHARACTERS)
+        self.status, self.message, self.code, self.param = (
+            status,
+            message,
+            code,
+            param and _cut(param, _PARAM_CHARACTERS),
+        )
 
     @property
     def body(self) -> dict[str, Any]:
@@ -35,7 +50,13 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        headers = (
+            {"Retry-After": "1"}
+            if self.status in (429, 503)
+            else {"WWW-Authenticate": "Bearer"}
+            if self.status == 401
+            else None
+        )
         return JSONResponse(self.body, self.status, headers)
 
 
@@ -70,7 +91,12 @@ def _invalid_body(error: ValidationError) -> ApiError:
     where = ".".join(names)
     message = _MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ApiError(400, f"{where}: {message}{more}" if where else f"{message}{more}", param=where or None, code="invalid_json" if not where else None)
+    return ApiError(
+        400,
+        f"{where}: {message}{more}" if where else f"{message}{more}",
+        param=where or None,
+        code="invalid_json" if not where else None,
+    )
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:

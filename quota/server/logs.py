@@ -1,4 +1,5 @@
-"""Structured logs: one JSON object per line. A log that cannot be written is counted, never a reason to fail or to wait."""
+"""Structured logs: one JSON object per line. A log that cannot be written is counted, never a reason to fail or to
+wait."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ from typing import Any
 
 from quota.core.errors import UsageError
 
-_PLAIN = set(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName", "color_message"}
+_PLAIN = set(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {
+    "message",
+    "asctime",
+    "taskName",
+    "color_message",
+}
 _WAITING_LINES = 4096
-_LINE_CHARACTERS = 16 << 10  # a traceback fits; with the line above this bounds what a log that nobody reads holds
+_LINE_CHARACTERS = 16 << 10  # a traceback fits; with the line above this bounds the memory of a log that is not read
 _LEAVE_S = 1.0  # how long a process that ends waits for its last lines
 
 
@@ -26,9 +32,11 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
-            "logger": record.name, "message": _cut(record.getMessage()),
-        }  # fmt: skip
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _cut(record.getMessage()),
+        }
         entry |= {name: value for name, value in record.__dict__.items() if name not in _PLAIN}
         if record.exc_info:
             entry["exception"] = _cut(self.formatException(record.exc_info))
@@ -40,7 +48,8 @@ def _cut(text: str) -> str:
 
 
 class CountingHandler(logging.Handler):
-    """Hands lines to a thread of its own that writes them, and counts those that a full disk, a closed pipe or one that nobody reads swallowed.
+    """Hands lines to a thread of its own that writes them, and counts those that a full disk, a closed pipe or one
+    without a reader swallowed.
 
     path: a file, appended to; None is standard error. UsageError for a file that cannot be opened.
     """
@@ -64,7 +73,8 @@ class CountingHandler(logging.Handler):
             self._lose()
 
     def reopen(self) -> None:
-        """Before its next line the log opens its file again: whoever renamed it gets a new one. Safe in a signal handler."""
+        """Before its next line the log opens its file again, so that a renamed file is replaced. Safe in a signal
+        handler."""
         self._stale = True
 
     def flush(self) -> None:
@@ -83,10 +93,12 @@ class CountingHandler(logging.Handler):
         if self.path is None:
             return -1 if sys.stderr is None else 2  # a process that was started without one may have another file there
         try:
-            # a FIFO that nobody reads is refused at once instead of waited for
+            # a FIFO without a reader is refused at once instead of waited for
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         except OSError as error:
-            raise UsageError(f"log_file: {self.path} cannot be opened ({error.strerror}); name a file this process may append to") from None
+            raise UsageError(
+                f"log_file: {self.path} cannot be opened ({error.strerror}); name a file this process may append to"
+            ) from None
         os.set_blocking(file, True)  # the thread that waits is the writer's own
         return file
 
@@ -134,12 +146,13 @@ class CountingHandler(logging.Handler):
 
 
 def configure(path: str | None) -> CountingHandler:
-    """Send everything from level INFO to one handler, uvicorn's logs and Python's warnings included. UsageError for a file that cannot be opened."""
+    """Send everything from level INFO to one handler, uvicorn's logs and Python's warnings included. UsageError for a
+    file that cannot be opened."""
     handler = CountingHandler(path)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    logging.captureWarnings(True)  # they would be written to standard error by whoever raises them
+    logging.captureWarnings(True)  # otherwise the raising thread writes them to standard error
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers[:] = []

@@ -29,13 +29,14 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"quota_{name}", text, buckets=_SECONDS, registry=self.registry)
 
-        self.running = gauge("requests_running", "Requests in the batch")
+        self.running = gauge("requests_running", "Requests that hold pages")
         self.waiting = gauge("requests_waiting", "Requests in the queue")
         self.batch = gauge("batch_requests", "Requests of the last step")
         self.pages = gauge("kv_pages", "Pages in use, by layers that share a length", "layers")
         self.idle = gauge("kv_pages_idle", "Pages kept only because their content may be asked for again")
-        self.free = gauge("kv_units_available", "Units that can still be allocated; a unit is one layer of a page")
-        self.units = gauge("kv_units", "Units of the pool")
+        self.free = gauge("kv_blocks_available", "Blocks that can still be allocated; a block is one layer of a page")
+        self.blocks = gauge("kv_blocks", "Blocks of the pool")
+        self.prepared = gauge("prepared_image_bytes", "Prepared images of requests that are not answered yet")
         self.http = counter("http_requests", "Responses", "path", "status")
         self.finished = counter("requests_finished", "Answers by reason", "reason")
         self.tokens = counter("generated_tokens", "Tokens generated")
@@ -43,9 +44,13 @@ class Metrics:
         self.cached = counter("prompt_tokens_cached", "Prompt tokens of finished requests that were not computed again")
         self.visual = counter("visual_tokens", "Visual tokens of finished requests")
         self.kept = counter("visual_tokens_kept", "Those alive in the last layer")
-        self.ratio = gauge("kept_token_ratio", "Visual tokens alive in the last layer over all, last finished request that had any")
-        self.preemptions = counter("preemptions", "Requests that gave their pages back to older ones")
-        self.decoders_lost = counter("image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason")
+        self.ratio = gauge(
+            "kept_token_ratio", "Visual tokens alive in the last layer over all, last finished request that had any"
+        )
+        self.preemptions = counter("preemptions", "Requests that gave their pages back to others")
+        self.decoders_lost = counter(
+            "image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason"
+        )
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token")
         self.between = histogram("inter_token_seconds", "Between tokens of a request")
         gauge("log_lines_lost", "Lines of the log that could not be written").set_function(lost_lines)
@@ -58,7 +63,7 @@ class Metrics:
         self.batch.set(stats.batch)
         self.idle.set(engine.pool.idle_pages())
         self.free.set(engine.pool.available)
-        self.units.set(engine.pool.units)
+        self.blocks.set(engine.pool.blocks)
         for name, pages in zip(stats.segments, engine.pool.held_pages(), strict=True):
             self.pages.labels(name).set(pages)
         self._advance(self.tokens, "tokens", stats.tokens)
@@ -94,7 +99,9 @@ class _Merged(Collector):
         for replica, text in sorted(self.texts.items()):
             for family in text_string_to_metric_families(text.decode()):
                 known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                known.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
+                known.samples += [
+                    sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
+                ]
         yield from families.values()
 
 

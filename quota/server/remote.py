@@ -1,7 +1,8 @@
-"""Fetching pictures from the network: off unless hosts are allowed, and then only from public addresses, within size and time.
+"""Fetching images from the network: off unless hosts are allowed, and then only from public addresses, within size
+and time.
 
-Every hop is checked, and the connection goes to the very address that was checked, so that a name cannot resolve to something else between
-check and use.
+Every hop is checked, and the connection goes to the very address that was checked, so that a name cannot resolve to
+something else between check and use.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ _CHUNK = 64 << 10
 
 
 def fetch(url: str, hosts: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
-    """The body at `url`. hosts: exact names, or ".example.org" for all below it. ApiError 400 for anything not allowed or not delivered."""
+    """The body at `url`. hosts: exact names, or ".example.org" for all below it. ApiError 400 for anything not allowed
+    or not delivered."""
     if not hosts:
-        raise refusal("remote pictures are switched off; send a data URL")
+        raise refusal("remote images are switched off; send a data URL")
     deadline = time.monotonic() + timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         parts = _checked(url, hosts)
         try:
             found, body = _get(parts, public_address(parts), max_bytes, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise refusal(f"cannot fetch the picture ({type(error).__name__})") from None
+            raise refusal(f"cannot fetch the image ({type(error).__name__})") from None
         if not found:
             return body
         url = urljoin(url, found)
@@ -57,7 +59,8 @@ def _checked(url: str, hosts: Sequence[str]) -> SplitResult:
 
 
 def public_address(parts: SplitResult) -> str:
-    """An address of the host. ApiError when any of its addresses is not public: a mixed answer is how a rebinding attack looks."""
+    """An address of the host. ApiError when any of its addresses is not public: a mixed answer is how a rebinding
+    attack looks."""
     try:
         found = {item[4][0] for item in socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)}
     except OSError:
@@ -75,7 +78,9 @@ def _get(parts: SplitResult, address: str, max_bytes: int, deadline: float) -> t
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, timeout=_left(deadline))
     wire = socket.create_connection((address, _PORTS[parts.scheme]), timeout=_left(deadline))
-    watchdog = threading.Timer(_left(deadline), _hang_up, (wire.dup(),))  # a timeout per read would let a trickle go on for ever
+    watchdog = threading.Timer(
+        _left(deadline), _hang_up, (wire.dup(),)
+    )  # a timeout per read would let a trickle go on for ever
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -93,7 +98,7 @@ def _get(parts: SplitResult, address: str, max_bytes: int, deadline: float) -> t
         while chunk := response.read1(_CHUNK):
             body += chunk
             if len(body) > max_bytes:
-                raise refusal(f"the picture has more than {max_bytes} bytes", "image_too_large")
+                raise refusal(f"the image has more than {max_bytes} bytes", "image_too_large")
         _left(deadline)
         return None, bytes(body)
     finally:
@@ -116,5 +121,5 @@ def _left(deadline: float) -> float:
 
 
 def refusal(message: str, code: str = "invalid_image_url") -> ApiError:
-    """The error for a picture that will not be fetched; it says nothing about what was found behind the name."""
+    """The error for an image that will not be fetched; it says nothing about what was found behind the name."""
     return ApiError(400, f"image_url: {message}", code=code, param="messages")

@@ -1,18 +1,31 @@
-"""Request bodies. null means not given. What has no effect is accepted; a parameter that would change the answer and is not known is an error."""
+"""Request bodies. null means not given. What has no effect is accepted; a parameter that would change the answer and is
+not known is an error."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from quota.runtime.engine import Sampling
+from quota.runtime.engine import SamplingParams
 from quota.runtime.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS
 
 MAX_CHOICES = 8
 MAX_STOPS = 4
 MAX_MESSAGES = 2048  # each takes several tokens of the prompt
-BRANCHES = frozenset({"<text>", "<parts>", "<text part>", "<image part>", "<texts>", "<ids>", "<lists of ids>"})  # of unions, which callers do not know
+BRANCHES = frozenset(
+    {"<text>", "<parts>", "<text part>", "<image part>", "<texts>", "<ids>", "<lists of ids>"}
+)  # of unions, which callers do not know
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _CHAT_TOKENS = 256
 _NAME_CHARACTERS = 1000
@@ -34,7 +47,9 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        return (
+            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
 
 
 def _among(*accepted: Any) -> AfterValidator:
@@ -98,13 +113,16 @@ def _choice(kind: Any, expected: str) -> Any:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text part>")] | Annotated[ImagePart, Tag("<image part>")], _choice(_kind_of_part, 'an object of type "text" or "image_url"')
+    Annotated[TextPart, Tag("<text part>")] | Annotated[ImagePart, Tag("<image part>")],
+    _choice(_kind_of_part, 'an object of type "text" or "image_url"'),
 ]
 _Text = Annotated[str, Tag("<text>")]
 _Texts = Annotated[list[str], _AT_FIRST, Tag("<texts>")]
 _Ids = Annotated[list[int], _AT_FIRST]
 Stop = Annotated[_Text | _Texts, _choice(_kind_of_texts, "a text, or a list of texts")]
-Content = Annotated[_Text | Annotated[list[Part], _AT_FIRST, Tag("<parts>")], _choice(_kind_of_content, "a text, or a list of parts")]
+Content = Annotated[
+    _Text | Annotated[list[Part], _AT_FIRST, Tag("<parts>")], _choice(_kind_of_content, "a text, or a list of parts")
+]
 PromptField = Annotated[
     _Text | _Texts | Annotated[_Ids, Tag("<ids>")] | Annotated[list[_Ids], _AT_FIRST, Tag("<lists of ids>")],
     _choice(_kind_of_prompt, "a text, a list of texts, a list of token ids, or a list of those"),
@@ -112,7 +130,8 @@ PromptField = Annotated[
 
 
 class Message(_Body):
-    """One turn. What this server sends as an assistant's message is taken back as it is, fields without content included."""
+    """One turn. What this server sends as an assistant's message is taken back as it is, fields without content
+    included."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -128,19 +147,39 @@ class Message(_Body):
         return values
 
     @model_validator(mode="after")
-    def _pictures_from_users(self) -> Message:
+    def _images_from_users(self) -> Message:
         if self.role != "user" and self.images:
-            raise ValueError("only user messages can hold pictures")
+            raise ValueError("only user messages can hold images")
         return self
 
     @property
     def images(self) -> list[str]:
         """URLs in order."""
-        return [] if isinstance(self.content, str) else [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+        return (
+            []
+            if isinstance(self.content, str)
+            else [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+        )
 
     @property
     def texts(self) -> list[str]:
-        return [self.content] if isinstance(self.content, str) else [part.text for part in self.content if isinstance(part, TextPart)]
+        return (
+            [self.content]
+            if isinstance(self.content, str)
+            else [part.text for part in self.content if isinstance(part, TextPart)]
+        )
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """As `quota.runtime.prompts` takes it, images apart."""
+        parts = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        return {
+            "role": self.role,
+            "content": [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in parts
+            ],
+        }
 
 
 class StreamOptions(_Body):
@@ -153,8 +192,9 @@ class ResponseFormat(_Body):
 
 
 class _Common(_Body):
-    """What both kinds of completion take; from presence_penalty to prompt_cache_key without effect. Ours: recipe, a name from the server's list, or
-    "none"; keep, another final keep ratio for it; ignore_eos, go on after the end token (for measurements)."""
+    """What both kinds of completion take; from presence_penalty to prompt_cache_key without effect. Ours: recipe, a
+    name from the server's list, or "none"; keep, another final keep ratio for it; ignore_eos, go on after the end token
+    (for measurements)."""
 
     model: _Name
     max_tokens: int | None = Field(default=None, ge=1)
@@ -197,10 +237,12 @@ class _Common(_Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
+    def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
         """Choice i of a seeded request draws with seed + i, so choices differ and each can be had again."""
         seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        return Sampling(max_tokens, self.temperature, self.top_p, max(0, self.top_k), seed, self.stops, logprobs, self.ignore_eos)
+        return SamplingParams(
+            max_tokens, self.temperature, self.top_p, max(0, self.top_k), seed, self.stops, logprobs, self.ignore_eos
+        )
 
 
 class ChatRequest(_Common):
@@ -224,7 +266,7 @@ class ChatRequest(_Common):
             raise ValueError("top_logprobs: needs logprobs to be true")
         return self
 
-    def samplings(self) -> list[Sampling]:
+    def samplings(self) -> list[SamplingParams]:
         limit = self.max_completion_tokens or self.max_tokens or _CHAT_TOKENS
         return [self.sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, i) for i in range(self.n)]
 
@@ -244,5 +286,5 @@ class CompletionRequest(_Common):
         many: Any = [self.prompt] if one else self.prompt
         return list(many)
 
-    def samplings(self) -> list[Sampling]:
+    def samplings(self) -> list[SamplingParams]:
         return [self.sampling(self.max_tokens or _COMPLETION_TOKENS, self.logprobs, i) for i in range(self.n)]

@@ -8,25 +8,37 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+import weakref
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from quota.core.errors import UsageError
 from quota.core.malloc import return_freed_memory
 from quota.core.recipe import Recipe
+from quota.core.shares import Shares
 from quota.models import model_fingerprint
-from quota.runtime.engine import AsyncEngine, Engine, EngineConfig, Output, Prompt, QueueFull, Request, Sampling, Usage
-from quota.server.answers import DONE, Answer, Choice, failure
+from quota.runtime.engine import (
+    AsyncEngine,
+    Engine,
+    EngineConfig,
+    Output,
+    Prompt,
+    QueueFull,
+    Request,
+    SamplingParams,
+    Usage,
+)
+from quota.runtime.prompts import PromptBuilder
 from quota.server.bodies import Bodies
 from quota.server.config import Settings
 from quota.server.errors import ApiError, as_api_error
 from quota.server.images import Decoders
 from quota.server.lane import Lane
 from quota.server.metrics import Metrics
-from quota.server.prompts import PromptBuilder
+from quota.server.responses import DONE, Answer, Choice, failure
 from quota.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger("quota.server")
@@ -38,7 +50,7 @@ _FEW_ENTRIES = 64  # which are written faster than a thread is asked
 
 
 @dataclass(frozen=True)
-class Spoken:
+class EngineRequest:
     """A request the engine can run: one engine request per choice."""
 
     id: str
@@ -55,122 +67,191 @@ class Service:
     def __init__(self, model: Any, settings: Settings) -> None:
         self.settings, self.name = settings, settings.name
         recipes = load_recipes(settings)
-        config = EngineConfig(
-            settings.kv_bytes, settings.page_tokens, settings.max_running, settings.max_waiting, settings.step_tokens, settings.max_model_tokens,
-            settings.feature_bytes, settings.prefix_cache,
-        )  # fmt: skip
-        # the engine decodes on its own thread, and tokenizers do not like company
+        shared = {field.name for field in fields(EngineConfig)} & Settings.model_fields.keys()
+        config = EngineConfig(**{name: getattr(settings, name) for name in shared})
+        # the engine decodes on its own thread, and tokenizers are not thread-safe
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
         self.prompts = PromptBuilder(model.processor, engine.model)
-        self._large_prompts = PromptBuilder(copy.deepcopy(model.processor), engine.model)  # large pictures take seconds: nobody waits behind them
+        self._large_prompts = PromptBuilder(
+            copy.deepcopy(model.processor), engine.model
+        )  # large images take seconds and block no small one
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
-        self.limit = engine.max_tokens
+        self.limit = engine.max_model_tokens
         self.engine = AsyncEngine(engine, self.metrics.observe)
         self.fingerprint = model_fingerprint(model)[:19]
         self.created = int(time.time())
         self.draining = False
-        self._preparing = 0
+        self._preparing = Shares(2 * settings.max_waiting)
+        self._prepared = Shares(settings.prepared_bytes)
+        self.metrics.prepared.set_function(lambda: self._prepared.total)
         self._lane, self._large_lane = Lane("quota-prepare"), Lane("quota-prepare-large")
         self.bodies = Bodies(settings, self._lane)
         self.decoders = Decoders(settings, lambda reason: self.metrics.decoders_lost.labels(reason).inc())
 
     def card(self) -> dict[str, Any]:
         """The model's entry in /v1/models."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "quota", "max_model_len": self.limit, "recipes": self.recipes}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "quota",
+            "max_model_len": self.limit,
+            "recipes": self.recipes,
+        }
 
     def check_model(self, name: str) -> None:
         if name != self.name:
-            raise ApiError(404, f"the model {name!r} does not exist here; this server has {self.name!r}", code="model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist here; this server has {self.name!r}",
+                code="model_not_found",
+                param="model",
+            )
 
-    def check_open(self) -> None:
-        """Refuse early: before a body is read, when the server stops or as much as it may hold is being prepared already."""
+    def check_open(self, client: str) -> None:
+        """Refuse early: before a body is read, when the server stops or as much of this client as it may hold is being
+        prepared already."""
         if self.draining or not self.engine.healthy:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        if self._preparing >= self.settings.max_waiting:
-            raise QueueFull(f"queue: {self._preparing} requests are being prepared already")
+        if not self._preparing.fits(client, 1):
+            raise QueueFull(f"queue: {self._preparing.total} requests are being prepared already")
 
-    async def chat(self, body: ChatRequest) -> Spoken:
-        """Decode pictures, render and tokenize, off the event loop."""
+    @contextmanager
+    def _place(self, client: str) -> Iterator[None]:
+        """Of a request that is being prepared."""
+        if not self._preparing.take(client, 1):
+            raise QueueFull(f"queue: {self._preparing.total} requests are being prepared already")
+        try:
+            yield
+        finally:
+            self._preparing.give_back(client, 1)
+
+    async def chat(self, body: ChatRequest, client: str) -> EngineRequest:
+        """Decode images, render and tokenize, off the event loop."""
         self.check_model(body.model)
         urls = [url for message in body.messages for url in message.images]
         if len(urls) > self.settings.max_images:
-            raise ApiError(400, f"messages: {len(urls)} pictures, the limit is {self.settings.max_images}", code="too_many_images", param="messages")
+            raise ApiError(
+                400,
+                f"messages: {len(urls)} images, the limit is {self.settings.max_images}",
+                code="too_many_images",
+                param="messages",
+            )
         characters = sum(len(text) for message in body.messages for text in message.texts)
         self._check_length("messages", characters)
-        self._preparing += 1
-        try:
-            async with self.decoders.opened(urls) as (images, large):
+        with self._place(client):
+            async with self.decoders.opened(urls, client) as (images, large):
                 size = characters + sum(image.width * image.height for image in images)
-                prompt = await (self._large_lane if large else self._lane).run(size, self._chat_prompt, body.messages, images, large)
-        finally:
-            self._preparing -= 1
-        return self._spoken("chatcmpl", [prompt], body, chat=True)
+                prompt = await (self._large_lane if large else self._lane).run(
+                    client, size, self._chat_prompt, body.messages, images, large
+                )
+        spoken = self._spoken("chatcmpl", [prompt], body, client, chat=True)
+        self._count_images(prompt, client)
+        return spoken
+
+    def _count_images(self, prompt: Prompt, client: str) -> None:
+        """Prepared images have a budget, of which a client takes no more than is left for others; they count as long as
+        anything refers to them."""
+        nbytes, most = sum(image.pixels.nbytes for image in prompt.images), self.settings.prepared_bytes // 2
+        if nbytes > most:
+            message = f"messages: the images take {nbytes} bytes as the model sees them, at most {most} fit"
+            raise ApiError(400, message, code="image_too_large", param="messages")
+        if nbytes and not self._prepared.take(client, nbytes):
+            message = (
+                f"the prepared images of requests that are not answered yet take {self._prepared.total} of"
+                f" {self._prepared.limit} bytes, {nbytes} more do not fit this client's share; try again later"
+            )
+            raise ApiError(429, message, code="too_many_bytes")
+        for image in prompt.images:
+            weakref.finalize(image, self._prepared.give_back, client, image.pixels.nbytes).atexit = False
 
     def _chat_prompt(self, messages: list[Message], images: list[Any], large: bool) -> Prompt:
         try:
-            return (self._large_prompts if large else self.prompts).chat(messages, images)
+            return (self._large_prompts if large else self.prompts).chat([message.turn for message in messages], images)
         finally:
             images.clear()  # the event loop holds the list
             if large:
                 return_freed_memory()
 
-    async def complete(self, body: CompletionRequest) -> Spoken:
+    async def complete(self, body: CompletionRequest, client: str) -> EngineRequest:
         """Tokenize, off the event loop."""
         self.check_model(body.model)
         given = body.prompts()
         if not 0 < len(given) <= self.settings.max_running:
-            raise ApiError(400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(given)}", param="prompt")
+            raise ApiError(
+                400, f"prompt: expected 1 to {self.settings.max_running} prompts, got {len(given)}", param="prompt"
+            )
         for prompt in given:
             self._check_length("prompt", len(prompt) if isinstance(prompt, str) else 0)
-        self._preparing += 1
-        try:
-            prompts = [await self._lane.run(len(prompt), self.prompts.text, prompt) for prompt in given]
-        finally:
-            self._preparing -= 1
-        return self._spoken("cmpl", prompts, body, chat=False)
+        with self._place(client):
+            prompts = [await self._lane.run(client, len(prompt), self.prompts.text, prompt) for prompt in given]
+        return self._spoken("cmpl", prompts, body, client, chat=False)
 
     def _check_length(self, where: str, characters: int) -> None:
-        """Refuse before tokenizing what cannot fit: a tokenizer takes about a second for a million characters, and others wait."""
+        """Refuse before tokenizing what cannot fit: a tokenizer takes about a second for a million characters, and
+        others wait."""
         most = min(_MAX_CHARACTERS, _TOKEN_CHARACTERS * self.limit)
         if characters > most:
             message = f"{where}: {characters} characters; a model of {self.limit} tokens takes at most {most}"
             raise ApiError(400, message, code="context_length_exceeded", param=where)
 
-    def _spoken(self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool) -> Spoken:
+    def _spoken(
+        self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, client: str, *, chat: bool
+    ) -> EngineRequest:
         id = f"{kind}-{uuid.uuid4().hex}"
         recipe = "default" if body.recipe is None else None if body.recipe == NO_RECIPE else body.recipe
         for prompt in prompts:
             if len(prompt.ids) >= self.limit:
                 where = "messages" if chat else "prompt"
-                raise ApiError(400, f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}", code="context_length_exceeded", param=where)
-        samplings: list[Sampling] = body.samplings()
+                raise ApiError(
+                    400,
+                    f"this model's limit is {self.limit} tokens, the prompt has {len(prompt.ids)}",
+                    code="context_length_exceeded",
+                    param=where,
+                )
+        samplings: list[SamplingParams] = body.samplings()
         self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
-        requests = [Request(f"{id}-{i}", prompt, sampling, recipe, body.keep) for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))]
+        requests = [
+            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep, client)
+            for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))
+        ]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Spoken(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
+        return EngineRequest(id, chat, tuple(requests), samplings[0].logprobs is not None, body.stream, with_usage)
 
     def _check_choices(self, prompts: Sequence[Prompt], n: int, where: str) -> None:
-        """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice and thousand tokens."""
+        """Bound what the engine's thread accepts at once, between two steps of the others: some milliseconds per choice
+        and thousand tokens."""
         answers = max(self.settings.max_running, MAX_CHOICES)
         if len(prompts) * n > answers:
-            raise ApiError(400, f"n: {len(prompts)} prompts with {n} choices each, at most {answers} answers are taken at once", param="n")
+            raise ApiError(
+                400,
+                f"n: {len(prompts)} prompts with {n} choices each, at most {answers} answers are taken at once",
+                param="n",
+            )
         tokens, most = n * sum(len(prompt.ids) for prompt in prompts), max(_MAX_TOKENS, MAX_CHOICES * self.limit)
         if tokens > most:
-            raise ApiError(400, f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once", param=where)
+            raise ApiError(
+                400,
+                f"{where}: the prompts of all choices have {tokens} tokens, at most {most} are taken at once",
+                param=where,
+            )
 
-    def _check_reports(self, choices: int, sampling: Sampling) -> None:
+    def _check_reports(self, choices: int, sampling: SamplingParams) -> None:
         """Bound what log-probabilities one answer collects: each takes some hundred bytes, and time to write."""
         if sampling.logprobs is not None:
             entries = choices * min(sampling.max_tokens, self.limit) * (1 + sampling.logprobs)
             if entries > _MAX_ENTRIES:
-                message = f"logprobs: {entries} of them, the limit is {_MAX_ENTRIES}; ask for fewer choices, tokens or alternatives"
+                message = (
+                    f"logprobs: {entries} of them, the limit is {_MAX_ENTRIES}; ask for fewer choices, tokens or"
+                    " alternatives"
+                )
                 raise ApiError(400, message, param="logprobs")
 
-    async def outputs(self, spoken: Spoken) -> AsyncGenerator[tuple[int, Output]]:
+    async def outputs(self, spoken: EngineRequest) -> AsyncGenerator[tuple[int, Output]]:
         """(choice, output) of all choices as they come. An error of one ends all."""
         numbers = {request.id: index for index, request in enumerate(spoken.requests)}
         async with aclosing(self.engine.stream(*spoken.requests)) as stream:
@@ -181,7 +262,7 @@ class Service:
                     self.metrics.observe_usage(output.usage)
                 yield numbers[output.id], output
 
-    async def collect(self, spoken: Spoken) -> list[Choice]:
+    async def collect(self, spoken: EngineRequest) -> list[Choice]:
         """All choices, complete."""
         choices = [Choice(index) for index in range(len(spoken.requests))]
         async with aclosing(self.outputs(spoken)) as outputs:
@@ -189,14 +270,15 @@ class Service:
                 choices[index].add(output)
         return choices
 
-    async def whole(self, spoken: Spoken, answer: Answer) -> bytes:
+    async def whole(self, spoken: EngineRequest, answer: Answer) -> bytes:
         """The body of an answer that is not streamed, written off the event loop."""
         choices = await self.collect(spoken)
         entries = sum(len(choice.logprobs) for choice in choices)
         return answer.whole(choices) if entries < _FEW_ENTRIES else await asyncio.to_thread(answer.whole, choices)
 
-    async def events(self, spoken: Spoken, answer: Answer) -> AsyncGenerator[str]:
-        """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be plain responses."""
+    async def events(self, spoken: EngineRequest, answer: Answer) -> AsyncGenerator[str]:
+        """Server-sent events. The first is given out only when the engine has answered, so that refusals can still be
+        plain responses."""
         usages: list[Usage] = []
         offsets = [0] * len(spoken.requests)
         opened = False
@@ -229,7 +311,7 @@ class Service:
         """Refuse new requests and wait for the running ones, at most `drain_s`."""
         self.draining = True
         until = time.monotonic() + self.settings.drain_s
-        while (self.engine.active or self._preparing) and time.monotonic() < until:
+        while (self.engine.active or self._preparing.total) and time.monotonic() < until:
             await asyncio.sleep(0.05)
         log.info("drained", extra={"unfinished": self.engine.active})
 

@@ -1,4 +1,5 @@
-"""What every study shares: calibrated checkpoints, recipes and answers, each made once and kept under the content it depends on."""
+"""What every study shares: calibrated checkpoints, recipes and answers, each made once and kept under the content it
+depends on."""
 
 from __future__ import annotations
 
@@ -11,36 +12,38 @@ from typing import Any
 
 from rich.console import Console
 
-from quota.allocate.baselines import Basis, Evidence
+from quota.allocate.baselines import RecipeContext, SearchStats
 from quota.allocate.compute import Cost, DecoderSizes, cost
 from quota.allocate.explain import recipe_cost
-from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.profile import Profile
 from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource, resolve_folder
+from quota.core import formats
 from quota.core.errors import UsageError
 from quota.core.files import claim_folder
+from quota.core.formats import MODULES
+from quota.core.methods import METHODS, baselines
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.cache import StageCache, code_fingerprint
 from quota.demo.embedded import reference_of, sources
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.compare import answer_rows, cache_dtype, folder_fingerprint
-from quota.eval.profiling import Asked, basis_of, measure_evidence, profile_models
 from quota.eval.questions import Question
+from quota.planning.request import RecipeRequest, measure_search, profile_models, recipe_context
 from quota.runtime.load import checked_device
 from quota.study.parts import assemble
 from quota.study.tasks import load_questions
 
-MODULES = ("vision", "projector", "llm")
-FLOAT, QUANTIZED, WEIGHT_ONLY = "float", "w4a4kv4", "w4a16"
+FLOAT, QUANTIZED, WEIGHT_ONLY = formats.FLOAT.name, formats.DEFAULT.name, formats.WEIGHT_ONLY.name
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the default. tasks: "scenes" (held-out
-    generated questions) or a samples file with answers. methods: the published ones that `pipelines` and `compute` have rows for. place: where rows are
-    answered; what they are made of (checkpoints, profiles, recipes) comes from the CPU in float32 everywhere."""
+    """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the
+    default. tasks: "scenes" (held-out generated questions) or a samples file with answers. methods: the published ones
+    that `pipelines` and `compute` have rows for. place: where rows are answered; what they are made of (checkpoints,
+    profiles, recipes) comes from the CPU in float32 everywhere."""
 
     out: Path = Path("study-out")
     family: str | None = None
@@ -49,7 +52,7 @@ class StudySettings:
     tasks: str = "scenes"
     questions: int = 600
     keep: float = 0.3
-    methods: tuple[str, ...] = BASELINES
+    methods: tuple[str, ...] = baselines()
     batch: int = 16
     max_new_tokens: int = 6
     steps: int | None = None
@@ -77,9 +80,9 @@ class Bench:
         self.settings = settings
         self.console = Console(stderr=True, quiet=settings.quiet)
         checked_device(settings.place.device)
-        unknown = sorted(set(settings.methods) - set(BASELINES))
+        unknown = sorted(set(settings.methods) - set(baselines()))
         if unknown:
-            raise UsageError(f"--methods: expected some of {', '.join(BASELINES)}, got {unknown[0]!r}")
+            raise UsageError(f"--methods: expected some of {', '.join(baselines())}, got {unknown[0]!r}")
         self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
         claim_folder(settings.out)
         self.samples = Samples.load(samples)
@@ -87,7 +90,7 @@ class Bench:
         self.code = code_fingerprint()
         self.cache = StageCache(settings.out / "cache", self.code)
         self._fingerprints: dict[str, str] = {}
-        self._evidence: dict[str, Evidence] = {}
+        self._evidence: dict[str, SearchStats] = {}
         self._loaded: tuple[tuple[str, Placement], Any, Any] | None = None
 
     # -- things made once ----------------------------------------------------------------------------------------------
@@ -99,16 +102,24 @@ class Bench:
     def quantized(self, modules: Sequence[str] = MODULES, recipe: Recipe | None = None) -> str:
         """A W4A4KV4 checkpoint of the float model; `recipe`: the decoder calibrated on the graph it prunes.
 
-        Blocks learn from the float model's hidden states, so those of the tower, the projector and the decoder are the same whichever of them are asked for:
-        they are calibrated once, and a checkpoint of some of them takes the finished blocks. Pruning inside the language model concerns the decoder alone.
+        Blocks learn from the float model's hidden states, so those of the tower, the projector and the decoder are the
+        same whichever of them are asked for: they are calibrated once, and a checkpoint of some of them takes the
+        finished blocks. Pruning inside the language model concerns the decoder alone.
         """
         whole = MODULES if recipe is None else ("llm",)
         calibrated = self._calibrated(whole, recipe)
         if recipe is None and tuple(modules) == MODULES:
             return calibrated
         sources = {name: calibrated if name in whole else self._calibrated(MODULES, None) for name in modules}
-        parts = {"float": self.content(self.float_checkpoint), "sources": {name: self.content(folder) for name, folder in sources.items()}}
-        return str(self.cache.make("assembled", parts, lambda path: assemble(self.source, {k: Path(v) for k, v in sources.items()}, path)))
+        parts = {
+            "float": self.content(self.float_checkpoint),
+            "sources": {name: self.content(folder) for name, folder in sources.items()},
+        }
+        return str(
+            self.cache.make(
+                "assembled", parts, lambda path: assemble(self.source, {k: Path(v) for k, v in sources.items()}, path)
+            )
+        )
 
     def weight_only(self, method: str) -> str:
         """A W4A16 checkpoint of the float model by `method`: rtn, gptq or awq."""
@@ -119,16 +130,32 @@ class Bench:
 
         s, steps = self.settings, self.settings.steps if method == "flatquant" else None
         parts = {
-            "float": self.content(self.float_checkpoint), "samples": self.samples.fingerprint, "modules": list(modules), "steps": steps, "seed": s.seed,
-            "recipe": recipe and recipe.dumps(), "method": method,
-        }  # fmt: skip
+            "float": self.content(self.float_checkpoint),
+            "samples": self.samples.fingerprint,
+            "modules": list(modules),
+            "steps": steps,
+            "seed": s.seed,
+            "recipe": recipe and recipe.dumps(),
+            "method": method,
+        }
 
         def work(path: Path) -> None:
-            self.console.print(f"calibrating {'+'.join(modules)} by {method}{f' on the graph {recipe.method} prunes' if recipe else ''}")
+            self.console.print(
+                f"calibrating {'+'.join(modules)} by"
+                f" {method}{f' on the graph {recipe.method} prunes' if recipe else ''}"
+            )
             calibrate(
-                self.float_checkpoint, self.samples, modules=tuple(modules), out=path, method=method, seed=s.seed, steps=steps, recipe=recipe,
-                progress=not s.quiet, overwrite=True,
-            )  # fmt: skip
+                self.float_checkpoint,
+                self.samples,
+                modules=tuple(modules),
+                out=path,
+                method=method,
+                seed=s.seed,
+                steps=steps,
+                recipe=recipe,
+                progress=not s.quiet,
+                overwrite=True,
+            )
 
         return str(self.cache.make("quantized", parts, work))
 
@@ -136,24 +163,40 @@ class Bench:
     def profile(self) -> Profile:
         """Of the float model beside the fully quantized one."""
         quantized = self.quantized()
-        parts = {"float": self.content(self.float_checkpoint), "quantized": self.content(quantized), "samples": self.samples.fingerprint}
-        path = self.cache.make("profile", parts, lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=self.settings.quiet).save(p))
+        parts = {
+            "float": self.content(self.float_checkpoint),
+            "quantized": self.content(quantized),
+            "samples": self.samples.fingerprint,
+        }
+        path = self.cache.make(
+            "profile",
+            parts,
+            lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=self.settings.quiet).save(p),
+        )
         return Profile.load(path)
 
-    def planned(self, method: str, keep: float | None = None, compute: float | None = None, checkpoint: str | None = None, tau: float = 1.0) -> Recipe:
-        """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized model)."""
-        asked = Asked(method, keep, compute, tau=tau, reference=self.reference)
-        if METHODS[method].needs == "profile":
+    def planned(
+        self,
+        method: str,
+        keep: float | None = None,
+        compute: float | None = None,
+        checkpoint: str | None = None,
+        tau: float = 1.0,
+    ) -> Recipe:
+        """A recipe by any method; the searches of published methods run on `checkpoint` (default: the quantized
+        model)."""
+        asked = RecipeRequest(method, keep, compute, tau=tau, reference=self.reference)
+        if METHODS[method].search == "profile":
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
         if (key := f"{method} {where}") not in self._evidence:
-            self._evidence[key] = measure_evidence(method, *self.loaded(where), self.samples, quiet=self.settings.quiet)
-        return asked.from_basis(self.basis, self._evidence[key])
+            self._evidence[key] = measure_search(method, *self.loaded(where), self.samples, quiet=self.settings.quiet)
+        return asked.from_context(self.basis, self._evidence[key])
 
     @cached_property
-    def basis(self) -> Basis:
+    def basis(self) -> RecipeContext:
         model, processor = self.loaded(self.quantized())
-        return basis_of(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
+        return recipe_context(model, processor, self.samples, seed=self.settings.seed, reference=self.reference)
 
     @property
     def family(self) -> str:
@@ -175,7 +218,9 @@ class Bench:
         assert f.hidden_size and f.kv_size and f.intermediate_size and f.head_dim
         sizes = DecoderSizes(f.layers, f.hidden_size, f.kv_size, f.intermediate_size)
         if recipe is None:
-            return cost([f.visual_tokens] * f.layers, f.visual_tokens, f.text_tokens or 0, sizes, f.vision_macs or 0, f.head_dim)
+            return cost(
+                [f.visual_tokens] * f.layers, f.visual_tokens, f.text_tokens or 0, sizes, f.vision_macs or 0, f.head_dim
+            )
         spent = recipe_cost(recipe)
         assert spent is not None
         return spent
@@ -183,7 +228,8 @@ class Bench:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def answered(self, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-        """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed study goes on from there.
+        """row name -> task -> bool [questions]; every batch of answers is on disk before the next begins, so a killed
+        study goes on from there.
 
         Rows of the same weights and recipe are answered once, in whichever study comes first.
         """
@@ -195,21 +241,29 @@ class Bench:
 
         settings = Settings(batch=s.batch, max_new_tokens=s.max_new_tokens, resamples=s.resamples, seed=s.seed)
         specs = {key: self._spec(key, e) for key, e in plan.items()}
-        done = answer_rows(list(specs.values()), self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet)
+        done = answer_rows(
+            list(specs.values()), self.questions, self.cache.folder / "answers", settings, opened, quiet=s.quiet
+        )
         return {e.name: done[specs[self._key(e)].name][0] for e in entries}
 
     def _key(self, entry: Entry) -> str:
-        return f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}{self.settings.place.key}"
+        return (
+            f"{self.content(entry.checkpoint)} {entry.recipe.dumps() if entry.recipe else 'none'}"
+            f" {self.code}{self.settings.place.key}"
+        )
 
     def _spec(self, key: str, entry: Entry) -> RowSpec:
         """Named by what answers, not by the row: that name is the file of the answers."""
         folder = resolve_folder(entry.checkpoint)
         name = f"{entry.recipe.method if entry.recipe else 'unpruned'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         stored = cache_dtype(folder, self.settings.place.dtype)
-        return RowSpec(name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), stored, _never)
+        return RowSpec(
+            name, entry.weights, f"{name}.json" if entry.recipe else None, key, weight_bytes(folder), stored, _never
+        )
 
     def opened_with(self, checkpoint: str, recipe: Recipe | None) -> tuple[Any, Any]:
-        """(model under the recipe, processor) where rows are answered: loaded once for neighbouring rows of one checkpoint, the recipe exchanged."""
+        """(model under the recipe, processor) where rows are answered: loaded once for neighbouring rows of one
+        checkpoint, the recipe exchanged."""
         from quota.runtime.patch import patched
 
         model, processor = self.loaded(checkpoint, self.settings.place)

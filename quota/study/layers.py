@@ -8,6 +8,7 @@ from typing import Any
 from quota.allocate.explain import compact_layers
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
+from quota.core.formats import DEFAULT
 from quota.core.recipe import Recipe
 from quota.eval.asking import ask
 from quota.report.table import markdown_table
@@ -23,8 +24,13 @@ def profile_study(bench: Bench) -> dict[str, Any]:
     out, profile = bench.settings.out, bench.profile
     recipe = bench.planned("quota", bench.settings.keep)
     save_profile_plot(out / "profile.png", profile, recipe)
-    report = {"study": "profile", "family": bench.family, "profile": profile.to_json(), "recipe": recipe.model_dump(mode="json"),
-              "files": {"markdown": "profile.md", "json": "profile.json", "plot": "profile.png"}}  # fmt: skip
+    report = {
+        "study": "profile",
+        "family": bench.family,
+        "profile": profile.to_json(),
+        "recipe": recipe.model_dump(mode="json"),
+        "files": {"markdown": "profile.md", "json": "profile.json", "plot": "profile.png"},
+    }
     _write(bench, report, profile_markdown(report))
     return report
 
@@ -33,20 +39,28 @@ def profile_markdown(report: dict[str, Any]) -> str:
     """The profile report as a table."""
     profile, recipe = report["profile"], Recipe.parse(report["recipe"])
     rows = [
-        [str(i), f"{profile['concentration_median'][i]:.3f}", f"{profile['concentration_q25'][i]:.3f} to {profile['concentration_q75'][i]:.3f}",
-         f"{profile['redundancy_median'][i]:.3f}", f"{profile['sensitivity'][i]:.4g}", str(recipe.tokens_at(i))]
+        [
+            str(i),
+            f"{profile['concentration_median'][i]:.3f}",
+            f"{profile['concentration_q25'][i]:.3f} to {profile['concentration_q75'][i]:.3f}",
+            f"{profile['redundancy_median'][i]:.3f}",
+            f"{profile['sensitivity'][i]:.4g}",
+            str(recipe.tokens_at(i)),
+        ]
         for i in range(recipe.model.layers)
-    ]  # fmt: skip
+    ]
     columns = ["layer", "concentration", "quartiles", "redundancy", "sensitivity", "visual tokens"]
     return (
-        f"### Layer profile\n\n{profile['samples']} calibration samples; concentration: attention share of the ten strongest visual tokens; redundancy: "
-        f"median cosine between visual tokens; sensitivity: relative error of the layer's input under {profile['regime']}. Layers "
-        f"{compact_layers(recipe.candidates)} drop tokens.\n\n{markdown_table(columns, rows)}"
+        f"### Layer profile\n\n{profile['samples']} calibration samples; concentration: attention share of the ten"
+        " strongest visual tokens; redundancy: median cosine between visual tokens; sensitivity: relative error of the"
+        f" layer's input under {profile['regime']}. Layers {compact_layers(recipe.candidates)} drop"
+        f" tokens.\n\n{markdown_table(columns, rows)}"
     )
 
 
 def show_study(bench: Bench) -> dict[str, Any]:
-    """Figure 4: for the first question with a picture, what each method keeps at each of its layers, and the answers."""
+    """Figure 4: for the first question with a picture, what each method keeps at each of its layers, and the
+    answers."""
     from quota.report.overlay import save_overlay
 
     asked = next((q for q in bench.questions if q.open_image is not None), None)
@@ -62,8 +76,14 @@ def show_study(bench: Bench) -> dict[str, Any]:
         save_overlay(out / path, picture, answer.kept_visual(), answer.grids)
         kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}
         answers[method] = {"answer": answer.text, "visual_tokens": kept, "overlay": path}
-    report = {"study": "show", "family": bench.family, "question": asked.instruction, "expected": asked.answer, "methods": answers,
-              "files": {"markdown": "show.md", "json": "show.json"}}  # fmt: skip
+    report = {
+        "study": "show",
+        "family": bench.family,
+        "question": asked.instruction,
+        "expected": asked.answer,
+        "methods": answers,
+        "files": {"markdown": "show.md", "json": "show.json"},
+    }
     _write(bench, report, show_markdown(report))
     return report
 
@@ -71,9 +91,13 @@ def show_study(bench: Bench) -> dict[str, Any]:
 def show_markdown(report: dict[str, Any], folder: str = "") -> str:
     """The report as a table with its pictures, which are in `folder` of the page."""
     methods = report["methods"]
-    rows = [[name, a["answer"], ", ".join(f"{n} at {at}" for at, n in a["visual_tokens"].items())] for name, a in methods.items()]
+    rows = [
+        [name, a["answer"], ", ".join(f"{n} at {at}" for at, n in a["visual_tokens"].items())]
+        for name, a in methods.items()
+    ]
     return (
-        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights: W4A4KV4; -1 is before the language model.\n\n"
+        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights:"
+        f" {DEFAULT.title}; 0 is before the language model.\n\n"
         + markdown_table(["method", "answer", "visual tokens alive"], rows)
         + "".join(f"\n{name}:\n\n![Tokens kept by {name}]({folder}{a['overlay']})\n" for name, a in methods.items())
     )

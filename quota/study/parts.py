@@ -1,4 +1,5 @@
-"""A quantized checkpoint put together from the finished blocks of others: which parts are quantized is a choice made after calibration."""
+"""A quantized checkpoint put together from the finished blocks of others: which parts are quantized is a choice made
+after calibration."""
 
 from __future__ import annotations
 
@@ -22,20 +23,22 @@ def block_paths(source: FloatSource, module: str) -> list[str]:
 
 
 def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> None:
-    """Write checkpoint `out`, atomically: blocks of module m from the quantized folder folders[m], everything else from the float model. `out` is a path of
-    the cache: an older checkpoint there is replaced.
+    """Write checkpoint `out`, atomically: blocks of module m from the quantized folder folders[m], everything else from
+    the float model. `out` is a path of the cache: an older checkpoint there is replaced.
 
     CheckpointError when a folder is of another float model or does not hold its module.
     """
     manifests = {module: Manifest.load(folder) for module, folder in folders.items()}
     for module, manifest in manifests.items():
         if manifest.source_fingerprint != source.fingerprint or module not in manifest.modules:
-            raise CheckpointError(f"{folders[module]}: expected quantized {module} blocks of {source.fingerprint}, got {manifest.modules} of "
-                                  f"{manifest.source_fingerprint}; calibrate the parts from one float model")  # fmt: skip
+            raise CheckpointError(
+                f"{folders[module]}: expected quantized {module} blocks of {source.fingerprint}, got {manifest.modules}"
+                f" of {manifest.source_fingerprint}; calibrate the parts from one float model"
+            )
     last = list(manifests.values())[-1]
     paths = {module: block_paths(source, module) for module in folders}
     reports = [r for module, m in manifests.items() for r in m.calibration["report"] if r["name"] in paths[module]]
-    manifest = Manifest(last.regime, tuple(folders), source.fingerprint, {**last.calibration, "report": reports})
+    manifest = Manifest(last.scheme, tuple(folders), source.fingerprint, {**last.calibration, "report": reports})
     with CheckpointWriter(out, manifest, overwrite=True) as writer:
         writer.add_config(source.config)
         writer.add_processor(processor_of(source.folder))

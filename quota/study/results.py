@@ -20,10 +20,16 @@ class StudyRow(Document):
     method: str | None = Field(description="the recipe's method; null for none")
     accuracy: float = Field(description="mean over tasks of the exact-match accuracy, 0 to 1")
     accuracy_by_task: dict[str, float] = Field(description="task -> accuracy, 0 to 1")
-    retention: Interval = Field(description="percent of the float row, mean over tasks, with its 95 % paired bootstrap interval")
+    retention: Interval = Field(
+        description="percent of the float row, mean over tasks, with its 95 % paired bootstrap interval"
+    )
     final_visual_tokens: int = Field(description="visual tokens of one reference picture in the last layer")
     average_visual_tokens: float = Field(description="the same, mean over decoder layers")
-    gmacs: float = Field(description="multiply-accumulates of one prefill, in 10^9: vision tower, projector, language model, text included")
+    gmacs: float = Field(
+        description=(
+            "multiply-accumulates of one prefill, in 10^9: vision tower, projector, language model, text included"
+        )
+    )
     compute_ratio: float = Field(description="gmacs against the unpruned model")
     kv_bytes: int = Field(description="bytes of the 4-bit cache of one prefill, by the cost model")
     figures: dict[str, Any] = Field(default_factory=dict, description="what only this study measures")
@@ -55,5 +61,7 @@ class StudyReport(Document):
     rows: list[StudyRow] = Field(description="one entry per configuration; the first is the float model")
     comparisons: list[Comparison] = Field(description="paired differences of retention")
     notes: list[str] = Field(description="what is missing, and which methods beat the random floor, in sentences")
-    published: list[PublishedRow] = Field(description="published figures of the same configurations; never mixed with the rows")
+    published: list[PublishedRow] = Field(
+        description="published figures of the same configurations; never mixed with the rows"
+    )
     files: dict[str, str] = Field(description="what -> path")

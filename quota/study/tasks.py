@@ -13,8 +13,8 @@ SCENES = "scenes"
 
 
 def load_questions(tasks: str, number: int, model: Any) -> list[Question]:
-    """tasks: "scenes", `number` held-out generated questions that suit the model (five kinds of pages where resolution is dynamic); or a samples file with
-    answers, of which the first `number` are asked. UsageError for anything else."""
+    """tasks: "scenes", `number` held-out generated questions that suit the model (five kinds of pages where resolution
+    is dynamic); or a samples file with answers, of which the first `number` are asked. UsageError for anything else."""
     if tasks == SCENES:
         return held_out(number, model.config)
     path = Path(tasks)

@@ -37,7 +37,9 @@ def main() -> None:
     from quota.study.tasks import load_questions
 
     idle = peak_bytes()
-    model, processor = Placement(*job["place"]).open(job["checkpoint"], Recipe.parse(job["recipe"]) if job["recipe"] else None)
+    model, processor = Placement(*job["place"]).open(
+        job["checkpoint"], Recipe.parse(job["recipe"]) if job["recipe"] else None
+    )
     questions = load_questions(job["tasks"], job["questions"], model)
     answers(model, processor, questions[:1], job["max_new_tokens"])  # weights are packed at first use
     before, began, spent = energy_uj(), time.perf_counter(), time.process_time()
@@ -45,11 +47,19 @@ def main() -> None:
         said = [answers(model, processor, [question], job["max_new_tokens"])[0] for question in questions]
     seconds, spent, after = time.perf_counter() - began, time.process_time() - spent, energy_uj()
     counted = isinstance(before, int) and isinstance(after, int)
-    print(json.dumps({
-        "answers": said, "peak_bytes": peak_bytes(), "idle_bytes": idle, "cpu_ms_per_question": 1e3 * spent / len(questions),
-        "power_w": (after - before) / 1e6 / seconds if counted and after >= before else None,  # type: ignore[operator]
-        "power_why_not": None if counted else before, "gpu": gpu and asdict(gpu),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "answers": said,
+                "peak_bytes": peak_bytes(),
+                "idle_bytes": idle,
+                "cpu_ms_per_question": 1e3 * spent / len(questions),
+                "power_w": (after - before) / 1e6 / seconds if counted and after >= before else None,  # type: ignore[operator]
+                "power_why_not": None if counted else before,
+                "gpu": gpu and asdict(gpu),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def test_quota_recipe() -> None:
 
 
 def test_same_input_same_bytes() -> None:
-    assert build_recipe(profile(), 0.3, "2-6", 0.5).dumps() == build_recipe(profile(), 0.3, [2, 3, 4, 5, 6], 0.5).dumps().replace('"2,3,4,5,6"', '"2-6"')
+    assert build_recipe(profile(), 0.3, "2-6", 0.5).dumps() == build_recipe(
+        profile(), 0.3, [2, 3, 4, 5, 6], 0.5
+    ).dumps().replace('"2,3,4,5,6"', '"2-6"')
 
 
 def test_uniform_recipe_has_equal_drops_and_no_quant_term() -> None:
@@ -86,7 +88,7 @@ def test_explain() -> None:
     assert sum(row["drop"] for row in facts["layers"]) == pytest.approx(0.7, abs=1e-5)
     json.dumps(facts, allow_nan=False)
     text = explain_text(build_recipe(profile(), 0.3))
-    assert "Of 576 visual tokens per picture 173 (0.3) reach the end" in text
+    assert "Of 576 visual tokens per image 173 (0.3) reach the end" in text
     assert "Layers 2-4 drop" in text
 
 

@@ -45,7 +45,10 @@ def test_too_small_a_model() -> None:
         choose_candidates([0.5])
 
 
-@pytest.mark.parametrize(("text", "chosen"), [("2-6", [2, 3, 4, 5, 6]), ("2,4,6", [2, 4, 6]), (" 1 , 3-4 ", [1, 3, 4]), ("5", [5]), ("3-3", [3])])
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [("2-6", [2, 3, 4, 5, 6]), ("2,4,6", [2, 4, 6]), (" 1 , 3-4 ", [1, 3, 4]), ("5", [5]), ("3-3", [3])],
+)
 def test_parse(text: str, chosen: list[int]) -> None:
     assert parse_layers(text, 8) == chosen
 

@@ -37,7 +37,7 @@ def test_text_and_tower_dilute_the_saving() -> None:
 
 def test_kv_bytes() -> None:
     assert kv_token_bytes(192, 64) == 2 * (96 + 3 * 8)
-    assert kv_token_bytes(192, 64, bits=16) == 2 * 192 * 2
+    assert kv_token_bytes(192, 64, None) == 2 * 192 * 2
     assert cost([10, 3], 10, 5, SMALL, head_dim=4).kv_bytes == (15 + 8) * kv_token_bytes(4, 4)
 
 
@@ -57,25 +57,30 @@ def staged(layers: int, stages: dict[int, int]) -> list[int]:
         ({0: 576, 8: 288, 16: 144, 24: 72}, 46.6, 51.8),  # PyramidDrop, lambda = 0.5
         ({0: 576, 15: 0}, 46.9, 52.1),  # VTW, K = 15
         ({0: 576, 2: 300, 6: 200, 15: 110}, 32.3, 38.9),  # SparseVLM's schedule for 192
-        ({0: 192}, 32.8, 39.4), ({0: 128}, 21.8, 29.5), ({0: 64}, 10.9, 19.6),  # before the language model
+        ({0: 192}, 32.8, 39.4),
+        ({0: 128}, 21.8, 29.5),
+        ({0: 64}, 10.9, 19.6),  # before the language model
     ],
-)  # fmt: skip
+)
 def test_published_ratios_follow_from_their_schedules(stages: dict[int, int], alone: float, with_text: float) -> None:
-    """LLaVA-1.5-7B, percent of the unpruned language model: visual tokens alone (as the papers count), and with 64 text tokens."""
+    """LLaVA-1.5-7B, percent of the unpruned language model: visual tokens alone (as the papers count), and with 64 text
+    tokens."""
     spent, counted = cost(staged(32, stages), 576, 0, LLAVA), cost(staged(32, stages), 576, 64, LLAVA)
     assert round(100 * spent.ratio_visual, 1) == alone and round(100 * counted.ratio_language, 1) == with_text
 
 
 def test_published_totals() -> None:
-    """3.82 T multiply-accumulates of LLaVA-1.5-7B, the number in every table; 8.79 T of Qwen2.5-VL-7B at 1296 tokens with its grouped queries."""
+    """3.82 T multiply-accumulates of LLaVA-1.5-7B, the number in every table; 8.79 T of Qwen2.5-VL-7B at 1296 tokens
+    with its grouped queries."""
     assert round(language_macs([576] * 32, 0, LLAVA) / 1e12, 2) == 3.82
     assert round(language_macs([1296] * 28, 0, QWEN) / 1e12, 2) == 8.79
 
 
 @pytest.mark.parametrize(("layers", "first", "last", "published"), [(32, 2, 8, 0.4089), (28, 8, 12, 0.5580)])
 def test_this_methods_published_ratios_are_not_derivable(layers: int, first: int, last: int, published: float) -> None:
-    """40.89 % and 55.80 % depend on the sensitivities, which are not published. What can be said: no table on these layers that ends at 30 % lies
-    outside the band from dropping all at the first to all at the last, both ratios are inside, and equal drops come within one point."""
+    """40.89 % and 55.80 % depend on the sensitivities, which are not published. What can be said: no table on these
+    layers that ends at 30 % lies outside the band from dropping all at the first to all at the last, both ratios are
+    inside, and equal drops come within one point."""
 
     def average(table: dict[int, float]) -> float:
         alive, tokens = 1.0, []
@@ -96,14 +101,31 @@ def test_wrong_length() -> None:
 
 def test_sizes_from_a_config() -> None:
     text = SimpleNamespace(
-        model_type="llama", num_hidden_layers=8, hidden_size=192, num_key_value_heads=3, num_attention_heads=3, head_dim=64, intermediate_size=512
+        model_type="llama",
+        num_hidden_layers=8,
+        hidden_size=192,
+        num_key_value_heads=3,
+        num_attention_heads=3,
+        head_dim=64,
+        intermediate_size=512,
     )
     vision = SimpleNamespace(
-        model_type="clip_vision_model", image_size=28, patch_size=14, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_channels=3,
+        model_type="clip_vision_model",
+        image_size=28,
+        patch_size=14,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_channels=3,
         num_attention_heads=1,
-    )  # fmt: skip
+    )
     config = SimpleNamespace(
-        model_type="llava", text_config=text, vision_config=vision, vision_feature_layer=-2, vision_feature_select_strategy="default", image_token_id=3
+        model_type="llava",
+        text_config=text,
+        vision_config=vision,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_token_id=3,
     )
     assert decoder_sizes(config) == DecoderSizes(8, 192, 192, 512)
     n, h, m = 5, 8, 16

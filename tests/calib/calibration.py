@@ -16,7 +16,8 @@ from tests.tiny import tiny_llava, tiny_qwen
 
 
 def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
-    """Save a tiny LLaVA (56 px, 16 visual tokens) with the scenes' processor; the processor's image token is the model's."""
+    """Save a tiny LLaVA (56 px, 16 visual tokens) with the scenes' processor; the processor's image token is the
+    model's."""
     model = tiny(**sizes)
     processor = build_processor(56)
     model.config.image_token_index = model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -26,16 +27,24 @@ def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
 
 
 def qwen_folder(path: Path, **sizes: Any) -> Path:
-    """Save a tiny Qwen2.5-VL (patches of 4 px) with the scenes' processor; the processor's special tokens are the model's."""
+    """Save a tiny Qwen2.5-VL (patches of 4 px) with the scenes' processor; the processor's special tokens are the
+    model's."""
     model, processor = tiny_qwen(**sizes), qwen_processor(4)
-    for name, word in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")):
+    for name, word in (
+        ("image", "image_pad"),
+        ("video", "video_pad"),
+        ("vision_start", "vision_start"),
+        ("vision_end", "vision_end"),
+    ):
         setattr(model.config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{word}|>"))
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
 
 
-def mixed_samples(sizes: tuple[tuple[int, int] | None, ...] = ((32, 32), (24, 16), None, (16, 40), (40, 40), (32, 16))) -> Samples:
+def mixed_samples(
+    sizes: tuple[tuple[int, int] | None, ...] = ((32, 32), (24, 16), None, (16, 40), (40, 40), (32, 16)),
+) -> Samples:
     """Samples with noise of the given sizes (width, height); None is text only."""
     generator, items = np.random.default_rng(0), []
     for number, size in enumerate(sizes):
@@ -48,12 +57,15 @@ def mixed_samples(sizes: tuple[tuple[int, int] | None, ...] = ((32, 32), (24, 16
 
 
 def picture_samples(count: int = 6, text_only: int = 0) -> Samples:
-    """`count` samples of coloured noise with questions of different lengths, the last `text_only` of them without a picture."""
+    """`count` samples of coloured noise with questions of different lengths, the last `text_only` of them without a
+    picture."""
     generator = np.random.default_rng(0)
     items = []
     for number in range(count):
         data = io.BytesIO()
         Image.fromarray(generator.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(data, "PNG")
         question = "what color is the star ?" if number % 2 else "how many red stars are there ?"
-        items.append(Sample(f"s{number}", question, data.getvalue() if number < count - text_only else None, answer="red"))
+        items.append(
+            Sample(f"s{number}", question, data.getvalue() if number < count - text_only else None, answer="red")
+        )
     return Samples.of(items)

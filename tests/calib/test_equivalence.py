@@ -1,4 +1,5 @@
-"""With the quantizers off, transformed blocks compute what the float blocks compute; nothing else may be calibrated before this holds."""
+"""With the quantizers off, transformed blocks compute what the float blocks compute; nothing else may be calibrated
+before this holds."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ def scramble(block, seed=3):
         for parameter in block.matrices():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
-                parameter.copy_(torch.linalg.qr(noise)[0] + 0.1 * torch.randn(parameter.shape, generator=generator) / parameter.shape[0] ** 0.5)
+                parameter.copy_(
+                    torch.linalg.qr(noise)[0]
+                    + 0.1 * torch.randn(parameter.shape, generator=generator) / parameter.shape[0] ** 0.5
+                )
             else:
                 parameter.copy_(0.5 * noise)
 
@@ -37,14 +41,20 @@ def relative(out, wanted):
 
 
 KINDS = [
-    ("decoder", "model.language_model.layers.1", 64), ("vision", "model.vision_tower.encoder.layers.0", 32), ("projector", "model.multi_modal_projector", 32),
-]  # fmt: skip
+    ("decoder", "model.language_model.layers.1", 64),
+    ("vision", "model.vision_tower.encoder.layers.0", 32),
+    ("projector", "model.multi_modal_projector", 32),
+]
 
 
 @pytest.mark.parametrize(("kind", "path", "width"), KINDS)
 def test_transforms_alone_change_nothing(source, kind, path, width):
     block = source.block(kind, path)
-    batch = Batch(torch.randn(2, 17, width, generator=torch.Generator().manual_seed(0)), torch.ones(2, 17, dtype=torch.bool), torch.arange(17).expand(2, 17))
+    batch = Batch(
+        torch.randn(2, 17, width, generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 17, dtype=torch.bool),
+        torch.arange(17).expand(2, 17),
+    )
     wanted = block(batch)
     block.quantize_linears()
     scramble(block)
@@ -65,7 +75,9 @@ def test_streamed_blocks_reproduce_the_model(source):
     folder = source.folder / "streams"
     folder.mkdir()
     arch = source.family
-    current = streaming.embed_images(source, [ImageInput(pixels) for pixels in inputs["pixel_values"]], [None] * 2, folder / "0", "float32")
+    current = streaming.embed_images(
+        source, [ImageInput(pixels) for pixels in inputs["pixel_values"]], [None] * 2, folder / "0", "float32"
+    )
     for index in range(arch.vision_layers_used):
         following = current.like(folder / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")

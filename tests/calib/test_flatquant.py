@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup, fake_asymmetric, fake_symmetric, search_clip, search_weight_clip
+from quota.calib.flatquant import (
+    GroupPart,
+    HeadTransforms,
+    ProjectionGroup,
+    fake_asymmetric,
+    fake_symmetric,
+    search_clip,
+    search_weight_clip,
+)
 from quota.calib.learn import split
+from quota.core.formats import KV4
 from quota.quant.affine import dequantize_kv, dequantize_symmetric, quantize_kv, quantize_symmetric
 from quota.quant.pack import unpack_int4
 
@@ -27,7 +36,8 @@ def test_fake_quantizers_are_the_formats(shape, clip):
 
 @pytest.mark.parametrize("fake", [fake_symmetric, fake_asymmetric])
 def test_straight_through_gradients(fake):
-    """Rounding replaced by its value at this point: inside the range x passes through, the clip moves scale (and zero)."""
+    """Rounding replaced by its value at this point: inside the range x passes through, the clip moves scale (and
+    zero)."""
     x, clip = noise(6, 32).double().requires_grad_(), torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     upstream = noise(6, 32, seed=1).double()
     (fake(x, clip) * upstream).sum().backward()
@@ -58,7 +68,9 @@ def test_clip_search_beats_no_clipping_on_gaussian_rows():
     assert (fake_symmetric(x, clip) - x).norm() < 0.85 * (fake_symmetric(x, 1.0) - x).norm()
     w_clip = search_weight_clip(x)
     assert w_clip.shape == (64,)
-    assert ((fake_symmetric(x, w_clip[:, None]) - x).norm(dim=-1) <= (fake_symmetric(x, 0.995) - x).norm(dim=-1) + 1e-6).all()
+    assert (
+        (fake_symmetric(x, w_clip[:, None]) - x).norm(dim=-1) <= (fake_symmetric(x, 0.995) - x).norm(dim=-1) + 1e-6
+    ).all()
 
 
 def group(bias=True, diag=True, out=(8, 8, 8), heads=None, rows=None):
@@ -84,7 +96,7 @@ def test_group_runs_once_per_input_and_serves_every_part():
 
 
 def test_value_transform_merges_into_rows_and_bias():
-    heads = HeadTransforms(4, quantize_kv=True)
+    heads = HeadTransforms(4, KV4)
     linears, fused = group(heads=heads, rows=slice(16, 24))
     fused.mode = "float"
     x = noise(5, 24)
@@ -123,7 +135,7 @@ def test_initialisation_beats_round_to_nearest_with_an_outlier_channel():
 
 
 def test_head_transforms_keep_scores_without_quantization():
-    heads = HeadTransforms(8, quantize_kv=True)
+    heads = HeadTransforms(8, KV4)
     with torch.no_grad():
         heads.key.add_(0.05 * noise(8, 8))
     heads.mode = "float"

@@ -1,4 +1,5 @@
-"""Calibrating Qwen2.5-VL: equivalence, pictures of several sizes, text-only samples, pruned graph, and the checkpoint it makes."""
+"""Calibrating Qwen2.5-VL: equivalence, pictures of several sizes, text-only samples, pruned graph, and the checkpoint
+it makes."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ import torch
 from quota.calib import run
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
-from quota.calib.profile import profile
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
@@ -18,6 +18,7 @@ from quota.core.recipe import Recipe
 from quota.models import find_family
 from quota.models.qwen2_5_vl import geometry_of
 from quota.nn.key_bias import QuantBiasedAttention
+from quota.planning.profile import profile
 from quota.runtime import load, patched
 from tests.calib.calibration import mixed_samples, qwen_folder
 from tests.calib.test_equivalence import TOLERANCE, relative, scramble
@@ -50,13 +51,21 @@ def batch_for(kind):
     if kind == "projector":
         return Batch(torch.randn(2, 16, 128, generator=generator), torch.ones(2, 16, dtype=torch.bool))
     positions = torch.stack([torch.arange(17), torch.arange(17) // 3, torch.arange(17) % 5], -1)
-    return Batch(torch.randn(2, 17, 64, generator=generator), torch.ones(2, 17, dtype=torch.bool), positions.expand(2, -1, -1))
+    return Batch(
+        torch.randn(2, 17, 64, generator=generator), torch.ones(2, 17, dtype=torch.bool), positions.expand(2, -1, -1)
+    )
 
 
-@pytest.mark.parametrize(("kind", "path"), [
-    ("decoder", "model.language_model.layers.0"), ("decoder", "model.language_model.layers.1"), ("projector", "model.visual.merger"),
-    ("vision", "model.visual.blocks.0"), ("vision", "model.visual.blocks.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("decoder", "model.language_model.layers.0"),
+        ("decoder", "model.language_model.layers.1"),
+        ("projector", "model.visual.merger"),
+        ("vision", "model.visual.blocks.0"),
+        ("vision", "model.visual.blocks.1"),
+    ],
+)
 def test_transforms_alone_change_nothing(source, kind, path):
     block, batch = source.block(kind, path), batch_for(kind)
     wanted = block(batch)
@@ -82,13 +91,16 @@ def test_planted_key_biases_do_not_reach_the_key_quantizer(source):
 
 
 def test_streamed_blocks_reproduce_the_model(source, tmp_path):
-    """Pictures of two sizes and a text-only prompt, through all blocks chained by hand: upstream's hidden states, M-RoPE positions included."""
+    """Pictures of two sizes and a text-only prompt, through all blocks chained by hand: upstream's hidden states,
+    M-RoPE positions included."""
     model = load(source.folder)
     arch, samples = source.family, mixed_samples(((32, 32), None, (24, 16)))
     encoded = [encode(model.processor, sample) for sample in samples]
     grids = [tuple(e["image_grid_thw"][0].tolist()) for e in encoded if "image_grid_thw" in e]
     assert grids == GRIDS
-    current = streaming.embed_images(source, [image for e in encoded for image in arch.images(e)], grids, tmp_path / "0", "float32")
+    current = streaming.embed_images(
+        source, [image for e in encoded for image in arch.images(e)], grids, tmp_path / "0", "float32"
+    )
     for index in range(arch.vision_layers_used):
         following = current.like(tmp_path / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")
@@ -108,20 +120,27 @@ def test_streamed_blocks_reproduce_the_model(source, tmp_path):
             current = following
     assert current.images == [(16,), (), (6,)]
     reopened = streaming.Stream.reopen(tmp_path, json.loads(json.dumps(current.layout())))
-    assert reopened.images == current.images and (reopened.positions == current.positions).all() and (reopened.columns == current.columns).all()
+    assert (
+        reopened.images == current.images
+        and (reopened.positions == current.positions).all()
+        and (reopened.columns == current.columns).all()
+    )
 
 
 def test_report_and_checkpoint(finished):
     out, report = finished
     assert [block["name"].removeprefix("model.") for block in report.blocks] == [
-        *(f"visual.blocks.{i}" for i in range(3)), "visual.merger", *(f"language_model.layers.{i}" for i in range(4)),
-    ]  # fmt: skip
+        *(f"visual.blocks.{i}" for i in range(3)),
+        "visual.merger",
+        *(f"language_model.layers.{i}" for i in range(4)),
+    ]
     assert all(0 < block["mse"] < 1.5 * block["mse_rtn"] and block["sqnr_db"] > 5 for block in report.blocks)
     assert json.loads((out / "quota.json").read_text())["calibration"]["image_backend"] == "pil"
 
 
 def test_loaded_model_runs_what_was_calibrated(finished, folder):
-    """Every decoder layer of the opened checkpoint, on real inputs, equals the float one up to the error the report states; answers can be generated."""
+    """Every decoder layer of the opened checkpoint, on real inputs, equals the float one up to the error the report
+    states; answers can be generated."""
     out, report = finished
     model, original = load(out), load(folder)
     assert all(isinstance(layer.self_attn, QuantBiasedAttention) for layer in model.model.language_model.layers)
@@ -130,7 +149,9 @@ def test_loaded_model_runs_what_was_calibrated(finished, folder):
     inputs = encode(model.processor, mixed_samples()[3])
     seen = []
     layer, float_layer = (m.model.language_model.layers[1] for m in (model, original))
-    hook = float_layer.register_forward_hook(lambda module, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True)
+    hook = float_layer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
+    )
     with torch.no_grad():
         original(**inputs, use_cache=False)
     hook.remove()
@@ -169,16 +190,40 @@ def test_resumes_after_a_kill(finished, folder, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
 
-BEFORE_LAYERS = {"candidates": [-1, 2], "selections": [{"score": "none", "policy": "grid"}, {"score": "text", "policy": "mmr"}], "method": "custom"}
+BEFORE_LAYERS = {
+    "candidates": [0, 2],
+    "selections": [{"score": "none", "policy": "grid"}, {"score": "text", "policy": "mmr"}],
+    "method": "custom",
+}
 
 
-@pytest.mark.parametrize(("reference", "plan"), [("per_image", {}), ("recorded", {}), ("per_image", BEFORE_LAYERS), ("recorded", BEFORE_LAYERS)])
+@pytest.mark.parametrize(
+    ("reference", "plan"),
+    [("per_image", {}), ("recorded", {}), ("per_image", BEFORE_LAYERS), ("recorded", BEFORE_LAYERS)],
+)
 def test_pruned_graph(source, folder, tmp_path, reference, plan):
-    """Prune-then-quantize keeps each picture's own share, and the tokens the float model keeps when it runs under the same recipe."""
+    """Prune-then-quantize keeps each picture's own share, and the tokens the float model keeps when it runs under the
+    same recipe."""
     model = load(folder)
-    facts = {"architecture": "Qwen2_5_VLForConditionalGeneration", "fingerprint": source.fingerprint, "layers": 4, "visual_tokens": 12}
-    recipe = Recipe.parse({"method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": [1, 3], "keep": [0.6, 0.3], "final_keep": 0.3,
-                           "reference": reference, "reference_tokens": 12, **plan})  # fmt: skip
+    facts = {
+        "architecture": "Qwen2_5_VLForConditionalGeneration",
+        "fingerprint": source.fingerprint,
+        "layers": 4,
+        "visual_tokens": 12,
+    }
+    recipe = Recipe.parse(
+        {
+            "method": "quota",
+            "regime": "w4a4kv4",
+            "model": facts,
+            "candidates": [1, 3],
+            "keep": [0.6, 0.3],
+            "final_keep": 0.3,
+            "reference": reference,
+            "reference_tokens": 12,
+            **plan,
+        }
+    )
     first, last = recipe.candidates
     samples, found = mixed_samples(), []
     real = run.prune.keep_masks
@@ -189,7 +234,16 @@ def test_pruned_graph(source, folder, tmp_path, reference, plan):
 
     run.prune.keep_masks = watch
     try:
-        run.calibrate(folder, samples, out=tmp_path / "out", progress=False, settings=QUICK, steps=0, modules=("llm",), recipe=recipe)
+        run.calibrate(
+            folder,
+            samples,
+            out=tmp_path / "out",
+            progress=False,
+            settings=QUICK,
+            steps=0,
+            modules=("llm",),
+            recipe=recipe,
+        )
     finally:
         run.prune.keep_masks = real
     with patched(model, recipe) as handle, torch.no_grad():
@@ -204,6 +258,11 @@ def test_pruned_graph(source, folder, tmp_path, reference, plan):
 def test_profile_of_mixed_sizes(folder, finished):
     original, quantized = load(folder), load(finished[0])
     made = profile(original, quantized, original.processor, mixed_samples())
-    assert made.samples == 6 and made.model.visual_tokens == 10 and len(made.sensitivity) == 4  # tokens of the six: 16, 6, none, 10, 25, 8
+    assert (
+        made.samples == 6 and made.model.visual_tokens == 10 and len(made.sensitivity) == 4
+    )  # tokens of the six: 16, 6, none, 10, 25, 8
     assert all(0 < x < 1.5 for x in made.sensitivity[1:]) and made.model.vision_macs
-    assert find_family(original).visual_tokens is None and geometry_of(original.config.vision_config, GRIDS[0]).patches == 64
+    assert (
+        find_family(original).visual_tokens is None
+        and geometry_of(original.config.vision_config, GRIDS[0]).patches == 64
+    )

@@ -1,4 +1,5 @@
-"""The whole calibration on a tiny model: same bytes, resume after a kill, module selection, packed execution, pruned graph, errors."""
+"""The whole calibration on a tiny model: same bytes, resume after a kill, module selection, packed execution, pruned
+graph, errors."""
 
 from __future__ import annotations
 
@@ -39,9 +40,23 @@ def contents(folder):
 
 
 def recipe_for(source, **changes):
-    model = {"architecture": "LlavaForConditionalGeneration", "fingerprint": source.fingerprint, "layers": 4, "visual_tokens": 16}
-    data = {"method": "uniform", "regime": "w4a4kv4", "model": model, "candidates": [1, 2], "keep": [0.75, 0.5], "final_keep": 0.5, "tau": 1.0,
-            "reference_tokens": 16, "weights": {"inter": 0.5, "mag": 0.3, "intra": 0.2, "quant": 0.0}}  # fmt: skip
+    model = {
+        "architecture": "LlavaForConditionalGeneration",
+        "fingerprint": source.fingerprint,
+        "layers": 4,
+        "visual_tokens": 16,
+    }
+    data = {
+        "method": "uniform",
+        "regime": "w4a4kv4",
+        "model": model,
+        "candidates": [1, 2],
+        "keep": [0.75, 0.5],
+        "final_keep": 0.5,
+        "tau": 1.0,
+        "reference_tokens": 16,
+        "weights": {"inter": 0.5, "mag": 0.3, "intra": 0.2, "quant": 0.0},
+    }
     return Recipe.parse({**data, **changes})
 
 
@@ -49,9 +64,10 @@ def test_report_and_manifest(finished):
     out, report = finished
     names = [block["name"] for block in report.blocks]
     assert names == [
-        *(f"model.vision_tower.encoder.layers.{i}" for i in range(2)), "model.multi_modal_projector",
+        *(f"model.vision_tower.encoder.layers.{i}" for i in range(2)),
+        "model.multi_modal_projector",
         *(f"model.language_model.layers.{i}" for i in range(4)),
-    ]  # fmt: skip
+    ]
     for block in report.blocks:
         assert 0 < block["mse"] < block["mse_rtn"] * 1.5
         assert block["sqnr_db"] > 5
@@ -86,7 +102,9 @@ def test_resumes_after_a_kill_with_the_same_bytes(folder, finished, tmp_path, mo
         run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
     assert not out.exists()
     done = []
-    monkeypatch.setattr(run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1])
+    monkeypatch.setattr(
+        run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1]
+    )
     run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
     assert len(done) + survived == 10  # images, 2 vision, features, projector, text, 4 decoder
     assert contents(out) == contents(finished[0])
@@ -104,12 +122,18 @@ def test_work_of_other_settings_is_refused_and_kept(folder, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
     done = []
-    monkeypatch.setattr(run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1])
+    monkeypatch.setattr(
+        run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1]
+    )
     before = {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match=r"seed is 0 there, 5 here.*--overwrite"):
         run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5)
-    assert not done and before == {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
-    run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5, overwrite=True)
+    assert not done and before == {
+        path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()
+    }
+    run.calibrate(
+        folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5, overwrite=True
+    )
     assert len(done) == 10
 
 
@@ -124,9 +148,15 @@ def test_two_calibrations_do_not_share_a_work_folder(folder, tmp_path):
 
 @pytest.mark.parametrize("modules", [("llm",), ("vision",), ("projector", "llm")])
 def test_left_out_modules_stay_float(folder, tmp_path, modules):
-    report = run.calibrate(folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=QUICK, modules=modules, steps=0)
+    report = run.calibrate(
+        folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=QUICK, modules=modules, steps=0
+    )
     quantized, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors")
-    parts = {"vision": "vision_tower.encoder.layers.0.mlp.fc1", "projector": "projector.linear_1", "llm": "layers.0.mlp.down_proj"}
+    parts = {
+        "vision": "vision_tower.encoder.layers.0.mlp.fc1",
+        "projector": "projector.linear_1",
+        "llm": "layers.0.mlp.down_proj",
+    }
     for name, part in parts.items():
         assert any(key.endswith(f"{part}.w_q") for key in quantized) == (name in modules)
     from quota.calib.stream import FloatSource
@@ -139,20 +169,34 @@ def test_left_out_modules_stay_float(folder, tmp_path, modules):
 
 
 def test_text_only_samples(folder, tmp_path):
-    run.calibrate(folder, picture_samples(4, text_only=2), out=tmp_path / "mixed", progress=False, settings=QUICK, steps=0)
-    run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "llm", progress=False, settings=QUICK, steps=0, modules=("llm",))
-    with pytest.raises(SampleError, match="at least one picture"):
+    run.calibrate(
+        folder, picture_samples(4, text_only=2), out=tmp_path / "mixed", progress=False, settings=QUICK, steps=0
+    )
+    run.calibrate(
+        folder,
+        picture_samples(3, text_only=3),
+        out=tmp_path / "llm",
+        progress=False,
+        settings=QUICK,
+        steps=0,
+        modules=("llm",),
+    )
+    with pytest.raises(SampleError, match="at least one image"):
         run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "all", progress=False, settings=QUICK)
 
 
 def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
-    """quota.nn's packed modules, fed the written tensors, against the frozen calibration blocks: equal weight integers, equal activations up to rounding."""
-    from quota.calib.learn import Lesson, learn_block
+    """quota.nn's packed modules, fed the written tensors, against the frozen calibration blocks: equal weight integers,
+    equal activations up to rounding."""
+    from quota.calib.learn import BlockData, learn_block
     from quota.calib.stream import FloatSource, Stream, advance
     from quota.models.quantize import quantize_structure
 
     source = FloatSource(folder)
-    for kind, path, width in (("decoder", "model.language_model.layers.1", 64), ("vision", "model.vision_tower.encoder.layers.0", 32)):
+    for kind, path, width in (
+        ("decoder", "model.language_model.layers.1", 64),
+        ("vision", "model.vision_tower.encoder.layers.0", 32),
+    ):
         stream = Stream(tmp_path / kind, width, [19, 23, 17], "float32", create=True)
         for item in range(3):
             stream.write(item, torch.randn(stream.lengths[item], width, generator=torch.Generator().manual_seed(item)))
@@ -160,7 +204,7 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
         block, out = source.block(kind, path), stream.like(tmp_path / f"{kind}-out")
         advance(block, stream, out, 2, "cpu")
         block.quantize_linears()
-        learn_block(block, Lesson(stream, out, None, 0), QUICK)
+        learn_block(block, BlockData(stream, out, None, 0), QUICK)
         tensors = block.export()
         model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
         quantize_structure(model, ("vision", "llm"), {name: tuple(t.shape) for name, t in tensors.items()})
@@ -182,11 +226,15 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
                 packed = layer(batch.hidden, attention_mask=None)
         packed = packed[0] if isinstance(packed, tuple) else packed
         difference = (packed - simulated).norm() / (simulated - out.read(1)[None]).norm()
-        assert difference < 0.3, (kind, float(difference))  # activations on a rounding boundary flip, nothing like the quantization error
+        assert difference < 0.3, (
+            kind,
+            float(difference),
+        )  # activations on a rounding boundary flip, nothing like the quantization error
 
 
 def _same_integers(group, linear, merged):
-    """One group on one input: equal weight integers by construction; equal activation integers except on a rounding boundary; then equal outputs."""
+    """One group on one input: equal weight integers by construction; equal activation integers except on a rounding
+    boundary; then equal outputs."""
     x = group.observed[0] if group.diag() is None else group.observed[0] / group.diag()
     group_u = group.transform(group.observed[0])
     wanted, scale = quantize_symmetric(group_u, float(linear.clip))
@@ -201,7 +249,8 @@ def _same_integers(group, linear, merged):
 
 
 def test_loaded_model_predicts_what_the_frozen_blocks_predict(folder, finished):
-    """The folder opens through the runtime's loader (checked by name, so this half stays independent of it) and gives finite logits."""
+    """The folder opens through the runtime's loader (checked by name, so this half stays independent of it) and gives
+    finite logits."""
     load = pytest.importorskip("quota.runtime.load").load
     model = load(finished[0])
     sample = encode(model.processor, picture_samples()[0])
@@ -214,7 +263,9 @@ def test_pruned_graph_changes_only_later_decoder_layers(folder, finished, tmp_pa
     from quota.calib.stream import FloatSource
 
     recipe = recipe_for(FloatSource(folder))
-    report = run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, recipe=recipe)
+    report = run.calibrate(
+        folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, recipe=recipe
+    )
     before, after = load_file(finished[0] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
     assert all(name in same for name in before if "layers.0." in name and "language_model" in name)
@@ -225,28 +276,47 @@ def test_pruned_graph_changes_only_later_decoder_layers(folder, finished, tmp_pa
 
 
 def selected(*selections, candidates=(1, 2), keep=(0.75, 0.5), method="custom", **fields):
-    return dict(method=method, candidates=list(candidates), keep=list(keep), final_keep=keep[-1], selections=list(selections), **fields)
+    return dict(
+        method=method,
+        candidates=list(candidates),
+        keep=list(keep),
+        final_keep=keep[-1],
+        selections=list(selections),
+        **fields,
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"position_policy": "compact"}, selected({"score": "last_token"}), selected({"score": "own_last_token"}, position_policy="compact"),
-        selected({"score": "random"}), selected({"score": "none", "policy": "maxmin"}, candidates=(-1,), keep=(0.25,)),
-        selected({"score": "relevance", "policy": "dpp"}, {"policy": "grid", "grid_share": 0.5}, candidates=(-1, 2), keep=(0.5, 0.25)),
+        {},
+        {"position_policy": "compact"},
+        selected({"score": "last_token"}),
+        selected({"score": "own_last_token"}, position_policy="compact"),
+        selected({"score": "random"}),
+        selected({"score": "none", "policy": "maxmin"}, candidates=(0,), keep=(0.25,)),
+        selected(
+            {"score": "relevance", "policy": "dpp"},
+            {"policy": "grid", "grid_share": 0.5},
+            candidates=(0, 2),
+            keep=(0.5, 0.25),
+        ),
         selected({"score": "none"}, candidates=(2,), keep=(0.0,), method="vtw"),
     ],
     ids=["original", "compact", "fastv", "pyramiddrop", "random", "divprune", "mixed", "vtw"],
-)  # fmt: skip
+)
 def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
-    """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states agree."""
+    """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states
+    agree."""
     from quota.calib.stream import FloatSource
     from quota.calib.work import WorkFolder
     from quota.prune.pruner import Pruner
 
     source, samples = FloatSource(folder), picture_samples(3)
     recipe = recipe_for(source, **changes)
-    job = run.Job(source, samples, tmp_path / "out", {"recipe": recipe, "progress": False, "settings": QUICK, "steps": 0})
+    job = run.Job(
+        source, samples, tmp_path / "out", {"recipe": recipe, "progress": False, "settings": QUICK, "steps": 0}
+    )
     work = WorkFolder(tmp_path / "work", {})
     for step in job.steps[:-1]:
         with job.bar(work) as bar:
@@ -256,7 +326,9 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
     pruner, seen = Pruner(model, recipe), []
     last = model.model.language_model.layers[3]
-    last.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    last.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     for item, sample in enumerate(samples):
         with torch.no_grad():
             model(**encode(job.processor, sample, answer=True))
@@ -272,7 +344,9 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
 def test_learning_from_quantized_inputs(folder, tmp_path, inputs):
     from dataclasses import replace
 
-    report = run.calibrate(folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=replace(QUICK, inputs=inputs))
+    report = run.calibrate(
+        folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=replace(QUICK, inputs=inputs)
+    )
     assert len(report.blocks) == 7
 
 

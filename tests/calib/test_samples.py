@@ -21,7 +21,9 @@ from quota.scenes.model import build_processor
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(out, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(
+        out, "PNG"
+    )
     return out.getvalue()
 
 
@@ -42,7 +44,9 @@ A = {"id": "a", "image": "a.png", "instruction": "what is this ?", "answer": "a 
 
 def test_load(folder: Path) -> None:
     url = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
-    samples = Samples.load(write(folder, A, {"id": "b", "image": url, "instruction": "and this ?"}, {"id": "c", "instruction": "hello"}))
+    samples = Samples.load(
+        write(folder, A, {"id": "b", "image": url, "instruction": "and this ?"}, {"id": "c", "instruction": "hello"})
+    )
     assert [s.id for s in samples] == ["a", "b", "c"]
     assert samples[0].image().size == (40, 30)
     assert samples[1].image().mode == "RGB"
@@ -141,9 +145,10 @@ def test_only_a_regular_file_is_read(tmp_path: Path, kind: str) -> None:
 def test_samples_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder, A, {**A, "id": "b"})
     for name, limit, message in (
-        ("MAX_FILE_BYTES", 50, "it has more than 50 bytes"), ("MAX_SAMPLES", 1, "expected at most 1, got 2"),
+        ("MAX_FILE_BYTES", 50, "it has more than 50 bytes"),
+        ("MAX_SAMPLES", 1, "expected at most 1, got 2"),
         ("MAX_IMAGE_BYTES", 2 * len(picture()) - 1, "passed at sample 'b'"),
-    ):  # fmt: skip
+    ):
         with monkeypatch.context() as limited, pytest.raises(SampleError, match=message):
             limited.setattr(f"quota.calib.samples.{name}", limit)
             Samples.load(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,33 +28,72 @@ def picture(seed: int, kind: str = "JPEG") -> bytes:
 
 def put(path: Path, data: bytes | str | list | dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else (data if isinstance(data, str) else json.dumps(data)).encode())
+    path.write_bytes(
+        data if isinstance(data, bytes) else (data if isinstance(data, str) else json.dumps(data)).encode()
+    )
 
 
 @pytest.fixture
 def copies(tmp_path) -> dict[str, Path]:
     root = tmp_path / "copies"
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}, {"from": "human", "value": "Sure?"}]
-    put(root / "llava/llava_v1_5_mix665k.json", [
-        *({"id": f"{i}", "image": f"coco/train2017/{i}.jpg", "conversations": turns} for i in range(6)),
-        {"id": "text", "conversations": turns}, {"id": "gone", "image": "gqa/images/none.jpg", "conversations": turns},
-    ])  # fmt: skip
-    put(root / "wiki/wiki.train.raw", "\n".join(["", " = Heading = ", "too short", *(" ".join(f"w{i}{j}" for j in range(100)) for i in range(5))]))
-    put(root / "textvqa/TextVQA_0.5.1_train.json", {"dataset_type": "train", "data": [
-        {"image_id": f"t{i}", "question": "what does it say?", "answers": ["stop", "stop sign", "stop"]} for i in range(4)
-    ]})  # fmt: skip
-    put(root / "docvqa/train_v1.0_withQT.json", {"data": [
-        {"questionId": i, "question": "What is the date?", "image": f"documents/d{i}_1.png", "answers": ["May 1"]} for i in range(4)
-    ]})  # fmt: skip
-    put(root / "ChartQA Dataset/train/train_human.json", [{"imgname": f"c{i}.png", "query": "How many?", "label": "7"} for i in range(4)])
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "Sure?"},
+    ]
+    put(
+        root / "llava/llava_v1_5_mix665k.json",
+        [
+            *({"id": f"{i}", "image": f"coco/train2017/{i}.jpg", "conversations": turns} for i in range(6)),
+            {"id": "text", "conversations": turns},
+            {"id": "gone", "image": "gqa/images/none.jpg", "conversations": turns},
+        ],
+    )
+    put(
+        root / "wiki/wiki.train.raw",
+        "\n".join(["", " = Heading = ", "too short", *(" ".join(f"w{i}{j}" for j in range(100)) for i in range(5))]),
+    )
+    put(
+        root / "textvqa/TextVQA_0.5.1_train.json",
+        {
+            "dataset_type": "train",
+            "data": [
+                {"image_id": f"t{i}", "question": "what does it say?", "answers": ["stop", "stop sign", "stop"]}
+                for i in range(4)
+            ],
+        },
+    )
+    put(
+        root / "docvqa/train_v1.0_withQT.json",
+        {
+            "data": [
+                {
+                    "questionId": i,
+                    "question": "What is the date?",
+                    "image": f"documents/d{i}_1.png",
+                    "answers": ["May 1"],
+                }
+                for i in range(4)
+            ]
+        },
+    )
+    put(
+        root / "ChartQA Dataset/train/train_human.json",
+        [{"imgname": f"c{i}.png", "query": "How many?", "label": "7"} for i in range(4)],
+    )
     for i in range(6):
         put(root / f"llava/coco/train2017/{i}.jpg", picture(i))
     for i in range(4):
         put(root / f"textvqa/train_images/t{i}.jpg", picture(10 + i))
         put(root / f"docvqa/documents/d{i}_1.png", picture(20 + i, "PNG"))
         put(root / f"ChartQA Dataset/train/png/c{i}.png", picture(30 + i, "PNG"))
-    return {"llava-mix": root / "llava", "wikitext-2": root / "wiki", "textvqa": root / "textvqa", "docvqa": root / "docvqa",
-            "chartqa": root / "ChartQA Dataset"}  # fmt: skip
+    return {
+        "llava-mix": root / "llava",
+        "wikitext-2": root / "wiki",
+        "textvqa": root / "textvqa",
+        "docvqa": root / "docvqa",
+        "chartqa": root / "ChartQA Dataset",
+    }
 
 
 def test_five_kinds_in_turn(copies, tmp_path):
@@ -63,7 +104,10 @@ def test_five_kinds_in_turn(copies, tmp_path):
     by_kind = {sample.task: sample for sample in made}
     assert (by_kind["conversation"].instruction, by_kind["conversation"].answer) == ("What is it?", "A cat.")
     assert (by_kind["scene_text"].answer, by_kind["document"].answer, by_kind["chart"].answer) == ("stop", "May 1", "7")
-    assert by_kind["text"].image_bytes is None and len((by_kind["text"].instruction + " " + by_kind["text"].answer).split()) == 100
+    assert (
+        by_kind["text"].image_bytes is None
+        and len((by_kind["text"].instruction + " " + by_kind["text"].answer).split()) == 100
+    )
     assert all((sample.image() is None) == (sample.task == "text") for sample in made)
     assert Samples.load(tmp_path / "out/samples.json").fingerprint == made.fingerprint
 
@@ -121,10 +165,40 @@ def test_wrong_sources_are_named(copies, tmp_path):
         build_samples(list(copies.items()), 4, tmp_path / "x.json")
 
 
+def test_files_are_read_through_the_bounded_door(copies, tmp_path, monkeypatch):
+    """With or without a byte order mark, of bounded size, and only from regular files."""
+    data = (copies["textvqa"] / "TextVQA_0.5.1_train.json").read_text()
+    put(tmp_path / "marked/TextVQA_train.json", b"\xef\xbb\xbf" + data.encode())
+    assert read_source("textvqa", tmp_path / "marked") == [
+        dataclasses.replace(
+            record, picture=tuple(tmp_path / "marked" / path.relative_to(copies["textvqa"]) for path in record.picture)
+        )
+        for record in read_source("textvqa", copies["textvqa"])
+    ]
+    passage = " ".join(["word"] * 80)
+    put(tmp_path / "wiki/wiki.train.raw", b"\xef\xbb\xbf" + passage.encode())
+    assert read_source("wikitext-2", tmp_path / "wiki")[0].instruction.startswith("word")
+    put(tmp_path / "deep/train.json", "[" * 100_000)
+    put(tmp_path / "bytes/train.json", b"\xff\xfe")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/x_train.json")
+    for name, said in (("deep", "recursion|deeply"), ("bytes", "UTF-8"), ("pipe", "regular file")):
+        with pytest.raises(SampleError, match=f"{name}.*({said})"):
+            read_source("textvqa" if name != "bytes" else "docvqa", tmp_path / name)
+    monkeypatch.setattr(sources, "_FILE_BYTES", 100)
+    for name in ("textvqa", "wikitext-2"):
+        with pytest.raises(SampleError, match="more than 100 bytes"):
+            read_source(name, copies[name])
+
+
 def test_command(copies, tmp_path):
     asked = [f"--source={name}={path}" for name, path in copies.items()]
-    result = CliRunner().invoke(app, ["samples", "build", *asked, "--count", "5", "--out", str(tmp_path / "s.json"), "--json"])
+    result = CliRunner().invoke(
+        app, ["samples", "build", *asked, "--count", "5", "--out", str(tmp_path / "s.json"), "--json"]
+    )
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["kinds"] == dict.fromkeys(("conversation", "text", "scene_text", "document", "chart"), 1)
+    assert json.loads(result.stdout)["kinds"] == dict.fromkeys(
+        ("conversation", "text", "scene_text", "document", "chart"), 1
+    )
     wrong = CliRunner().invoke(app, ["samples", "build", "--source", "textvqa", "--out", str(tmp_path / "s.json")])
     assert wrong.exit_code == 1 and "NAME=PATH" in wrong.stderr

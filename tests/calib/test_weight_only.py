@@ -1,4 +1,5 @@
-"""W4A16 by GPTQ, AWQ and rounding: scaling alone changes nothing, checkpoints of both families load, answer, take recipes and resume."""
+"""W4A16 by GPTQ, AWQ and rounding: scaling alone changes nothing, checkpoints of both families load, answer, take
+recipes and resume."""
 
 from __future__ import annotations
 
@@ -8,16 +9,17 @@ import pytest
 import torch
 
 from quota.calib import run
-from quota.calib.profile import profile
 from quota.calib.samples import encode
 from quota.calib.settings import Settings, default_settings
 from quota.calib.stream import FloatSource
-from quota.calib.weight_only import Seen, _scale
+from quota.calib.weight_only import InputStats, _scale
 from quota.core.errors import CheckpointError, UsageError
+from quota.core.formats import INT4_GROUPS
 from quota.eval.compare import cache_dtype
 from quota.models import find_family
 from quota.models.quantize import quantized_linears, quantized_modules
 from quota.nn.weight_linear import WeightLinear
+from quota.planning.profile import profile
 from quota.runtime import load, patched
 from quota.runtime.engine.model import EngineModel
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
@@ -40,17 +42,29 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folders, tmp_path_factory):
     made = {}
-    for family, method in (("llava", "rtn"), ("llava", "gptq"), ("llava", "awq"), ("qwen2_5_vl", "gptq"), ("qwen2_5_vl", "awq")):
+    for family, method in (
+        ("llava", "rtn"),
+        ("llava", "gptq"),
+        ("llava", "awq"),
+        ("qwen2_5_vl", "gptq"),
+        ("qwen2_5_vl", "awq"),
+    ):
         out = tmp_path_factory.mktemp("out") / f"{family}-{method}"
-        report = run.calibrate(folders[family], FAMILIES[family][1](), out=out, method=method, progress=False, settings=quick(method))
+        report = run.calibrate(
+            folders[family], FAMILIES[family][1](), out=out, method=method, progress=False, settings=quick(method)
+        )
         made[family, method] = out, report
     return made
 
 
-@pytest.mark.parametrize(("kind", "path", "kept"), [
-    ("decoder", "model.language_model.layers.0", {"self_attn.o_proj"}), ("vision", "model.visual.blocks.0", set()),
-    ("projector", "model.visual.merger", {"mlp.0", "mlp.2"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "path", "kept"),
+    [
+        ("decoder", "model.language_model.layers.0", {"self_attn.o_proj"}),
+        ("vision", "model.visual.blocks.0", set()),
+        ("projector", "model.visual.merger", {"mlp.0", "mlp.2"}),
+    ],
+)
 @torch.no_grad()
 def test_scaling_alone_changes_nothing(folders, kind, path, kept):
     block = FloatSource(folders["qwen2_5_vl"]).block(kind, path)
@@ -58,9 +72,12 @@ def test_scaling_alone_changes_nothing(folders, kind, path, kept):
     before, scales = block(batch), {}
     for plan in block.plans:
         linear = block.layer.get_submodule(plan.parts[0])
-        seen = Seen(linear.in_features, "awq", 64, "cpu")
-        seen.add(torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 9, linear.in_features))
-        rows = _scale(block, plan, seen, scales)
+        seen = InputStats(linear.in_features, "awq", 64, "cpu")
+        seen.add(
+            torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(1))
+            * torch.linspace(0.1, 9, linear.in_features)
+        )
+        rows = _scale(block, plan, seen, scales, INT4_GROUPS)
         assert rows.std(0).max() < 0.9 * seen.rows.std(0).max()  # something was scaled
     for name, scale in scales.items():
         linear = block.layer.get_submodule(name)
@@ -144,8 +161,11 @@ def test_refusals(folders, finished, tmp_path):
     out, _ = finished["llava", "rtn"]
     with pytest.raises(UsageError, match="this one is w4a16 with parts vision, projector, llm; use `quota run`"):
         EngineModel(load(out))
-    for options, words in (({"method": "best"}, "flatquant"), ({"method": "awq", "steps": 3}, "steps: 3"),
-                           ({"method": "gptq", "settings": Settings(inputs="mixed")}, "inputs: 'mixed'")):  # fmt: skip
+    for options, words in (
+        ({"method": "best"}, "flatquant"),
+        ({"method": "awq", "steps": 3}, "steps: 3"),
+        ({"method": "gptq", "settings": Settings(inputs="mixed")}, "inputs: 'mixed'"),
+    ):
         with pytest.raises(UsageError, match=words):
             run.calibrate(folders["llava"], picture_samples(2), out=tmp_path / "none", progress=False, **options)
     data = json.loads((out / "quota.json").read_text())

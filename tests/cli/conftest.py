@@ -46,10 +46,26 @@ def make_samples(root: Path, n: int = 3) -> Path:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
-    made = World(root, make_float(root / "float"), make_samples(root), root / "quantized", root / "recipe.json", root / "0.png")
+    made = World(
+        root, make_float(root / "float"), make_samples(root), root / "quantized", root / "recipe.json", root / "0.png"
+    )
     for args in (
         ["calibrate", made.model, "--samples", made.samples, "--out", made.quantized, "--steps", "1", "--json"],
-        ["recipe", made.quantized, "--model", made.model, "--samples", made.samples, "--keep", "0.3", "--layers", "1-2", "--out", made.recipe, "--json"],
+        [
+            "recipe",
+            made.quantized,
+            "--model",
+            made.model,
+            "--samples",
+            made.samples,
+            "--keep",
+            "0.3",
+            "--layers",
+            "1-2",
+            "--out",
+            made.recipe,
+            "--json",
+        ],
     ):
         result = CliRunner().invoke(app, [str(a) for a in args])
         assert result.exit_code == 0, (args, result.output, result.exception)

@@ -54,7 +54,11 @@ def test_run_says_the_same_twice_and_counts_tokens(world: World) -> None:
     assert first["text"] == second["text"]
     assert first["visual_tokens"] == 16
     assert first["visual_tokens_by_layer"][0] == 16 and first["visual_tokens_by_layer"][-1] == 5
-    plain = json.loads(quota("run", world.quantized, "--image", world.picture, "--prompt", "what ?", "--max-new-tokens", "2", "--json").stdout)
+    plain = json.loads(
+        quota(
+            "run", world.quantized, "--image", world.picture, "--prompt", "what ?", "--max-new-tokens", "2", "--json"
+        ).stdout
+    )
     assert plain["visual_tokens_by_layer"] == [16, 16, 16] and plain["overlay"] is None
 
 
@@ -63,11 +67,39 @@ def test_one_and_two_threads_agree(world: World, tmp_path: Path) -> None:
     seen = []
     for threads in ("1", "2"):
         recipe = tmp_path / f"recipe-{threads}.json"
-        made = ["recipe", str(world.quantized), "--model", str(world.model), "--samples", str(world.samples), "--layers", "1-2", "--out", str(recipe)]
-        asked = ["run", str(world.quantized), "--recipe", str(recipe), "--image", str(world.picture), "-p", "what color is the star ?", "--max-new-tokens", "5"]
+        made = [
+            "recipe",
+            str(world.quantized),
+            "--model",
+            str(world.model),
+            "--samples",
+            str(world.samples),
+            "--layers",
+            "1-2",
+            "--out",
+            str(recipe),
+        ]
+        asked = [
+            "run",
+            str(world.quantized),
+            "--recipe",
+            str(recipe),
+            "--image",
+            str(world.picture),
+            "-p",
+            "what color is the star ?",
+            "--max-new-tokens",
+            "5",
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         outputs = [
-            subprocess.run([sys.executable, "-m", "quota.cli.main", *args, "--json"], capture_output=True, text=True, env=env, check=True).stdout
+            subprocess.run(
+                [sys.executable, "-m", "quota.cli.main", *args, "--json"],
+                capture_output=True,
+                text=True,
+                env=env,
+                check=True,
+            ).stdout
             for args in (made, asked)
         ]
         answer = json.loads(outputs[1])
@@ -78,7 +110,10 @@ def test_one_and_two_threads_agree(world: World, tmp_path: Path) -> None:
 
 def test_a_hub_name_out_of_reach_is_one_line(world: World, tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    for args in (["run", "nobody/nothing", "-p", "x"], ["calibrate", "nobody/nothing", "--samples", str(world.samples), "--out", str(tmp_path / "q")]):
+    for args in (
+        ["run", "nobody/nothing", "-p", "x"],
+        ["calibrate", "nobody/nothing", "--samples", str(world.samples), "--out", str(tmp_path / "q")],
+    ):
         done = subprocess.run([sys.executable, "-m", "quota.cli.main", *args], capture_output=True, text=True, env=env)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "nobody/nothing" in [line for line in done.stderr.splitlines() if line.startswith("error: ")][-1]
@@ -89,12 +124,33 @@ def test_run_takes_any_photo_several_and_none(world: World, tmp_path: Path) -> N
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (97, 231, 3), dtype=np.uint8)).save(photo)
     Image.new("RGBA", (31, 400), (10, 200, 30, 128)).save(tmp_path / "tall.png")
     Image.new("L", (1, 1), 7).save(tmp_path / "dot.png")
-    base = ("run", world.quantized, "--recipe", world.recipe, "--max-new-tokens", "3", "--json", "--prompt", "Qu'est-ce que c'est? \N{SNOWMAN}")
+    base = (
+        "run",
+        world.quantized,
+        "--recipe",
+        world.recipe,
+        "--max-new-tokens",
+        "3",
+        "--json",
+        "--prompt",
+        "Qu'est-ce que c'est? \N{SNOWMAN}",
+    )
     for pictures in ([photo], [tmp_path / "tall.png"], [tmp_path / "dot.png"], [photo, tmp_path / "tall.png"], []):
         result = quota(*base, *(a for p in pictures for a in ("--image", p)))
         assert result.exit_code == 0, (pictures, result.output, result.exception)
         assert json.loads(result.stdout)["visual_tokens"] == 16 * len(pictures)
-    shown = quota("run", world.quantized, "--recipe", world.recipe, "--image", photo, "--prompt", "what ?", "--show", tmp_path / "kept.png")
+    shown = quota(
+        "run",
+        world.quantized,
+        "--recipe",
+        world.recipe,
+        "--image",
+        photo,
+        "--prompt",
+        "what ?",
+        "--show",
+        tmp_path / "kept.png",
+    )
     assert shown.exit_code == 0
     with Image.open(tmp_path / "kept.png") as overlay:
         assert overlay.width > 100
@@ -108,7 +164,10 @@ def test_eval_of_samples_with_a_float_row(world: World, tmp_path: Path) -> None:
     document = json.loads(first.stdout)
     assert [row["name"] for row in document["rows"]] == ["float", "quantized+recipe"]
     assert document["questions"] == 3 and document["blind_accuracy_by_task"] is not None
-    assert document["rows"][1]["kv_dtype"] == "int4" and document["rows"][1]["kv_bytes"] < document["rows"][0]["kv_bytes"] / 4
+    assert (
+        document["rows"][1]["kv_dtype"] == "int4"
+        and document["rows"][1]["kv_bytes"] < document["rows"][0]["kv_bytes"] / 4
+    )
     assert document["rows"][1]["average_visual_tokens"] < 16 == document["rows"][0]["average_visual_tokens"]
     again = json.loads(quota(*args).stdout)
     assert all(row["answer_seconds"] == 0 for row in again["rows"]), "finished answers are reused"
@@ -117,14 +176,36 @@ def test_eval_of_samples_with_a_float_row(world: World, tmp_path: Path) -> None:
 
 def test_eval_in_another_float_type_and_on_no_device(world: World, tmp_path: Path) -> None:
     asked = ("--samples", world.samples, "--out", tmp_path, "--json")
-    whole, half = (json.loads(quota("eval", world.model, *asked, *more).stdout)["rows"][0] for more in ((), ("--dtype", "bfloat16")))
-    assert (whole["kv_dtype"], half["kv_dtype"]) == ("float32", "bfloat16") and half["kv_bytes"] * 2 == whole["kv_bytes"]
+    whole, half = (
+        json.loads(quota("eval", world.model, *asked, *more).stdout)["rows"][0]
+        for more in ((), ("--dtype", "bfloat16"))
+    )
+    assert (whole["kv_dtype"], half["kv_dtype"]) == ("float32", "bfloat16") and half["kv_bytes"] * 2 == whole[
+        "kv_bytes"
+    ]
     assert len(list(tmp_path.glob("answers-*.jsonl"))) == 2  # answers of one float type are not taken for another's
     assert half["gpu_peak_bytes"] is None and half["gpu_power_w"] is None
     if not torch.cuda.is_available():
         fails(quota("eval", world.model, *asked, "--device", "cuda"), "device: cuda is not here")
-        fails(quota("study", "keep", "--model", world.model, "--samples", world.samples, "--out", tmp_path / "study", "--steps", "0", "-n", "6", "--device",
-                    "cuda"), "device: cuda is not here")  # fmt: skip
+        fails(
+            quota(
+                "study",
+                "keep",
+                "--model",
+                world.model,
+                "--samples",
+                world.samples,
+                "--out",
+                tmp_path / "study",
+                "--steps",
+                "0",
+                "-n",
+                "6",
+                "--device",
+                "cuda",
+            ),
+            "device: cuda is not here",
+        )
 
 
 def test_eval_prints_tables(world: World) -> None:
@@ -136,7 +217,18 @@ def test_eval_prints_tables(world: World) -> None:
 def test_eval_of_several_recipes_says_what_it_does(world: World, tmp_path: Path) -> None:
     shutil.copyfile(world.recipe, tmp_path / "second.json")
     rows = ("--recipe", "none", "--recipe", world.recipe, "--recipe", tmp_path / "second.json")
-    result = quota("eval", world.quantized, *rows, "--model", world.model, "--samples", world.samples, "--out", tmp_path / "out", "--json")
+    result = quota(
+        "eval",
+        world.quantized,
+        *rows,
+        "--model",
+        world.model,
+        "--samples",
+        world.samples,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     assert result.exit_code == 0, (result.output, result.exception)
     document = json.loads(result.stdout)
     assert [row["name"] for row in document["rows"]] == ["float", "quantized", "quantized+recipe", "quantized+second"]
@@ -148,10 +240,14 @@ def test_eval_of_several_recipes_says_what_it_does(world: World, tmp_path: Path)
         assert words in result.stderr
     fails(quota("eval", world.quantized, *rows, "--recipe", world.recipe, "--samples", world.samples), "given twice")
     shutil.copyfile(world.recipe, tmp_path / "recipe.json")
-    fails(quota("eval", world.quantized, *rows, "--recipe", tmp_path / "recipe.json", "--samples", world.samples), "share a name")
+    fails(
+        quota("eval", world.quantized, *rows, "--recipe", tmp_path / "recipe.json", "--samples", world.samples),
+        "share a name",
+    )
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_for_another_model(world: World, tmp_path: Path) -> None:
@@ -160,6 +256,18 @@ def test_a_recipe_for_another_model(world: World, tmp_path: Path) -> None:
     fails(quota("eval", other, "--recipe", world.recipe, "--samples", world.samples), "fingerprint")
     result = quota("recipe", "validate", world.recipe, "--model", other)
     assert result.exit_code == 1 and "fingerprint" in result.stderr
+
+
+@pytest.mark.parametrize(("field", "value"), [("architecture", "Foo"), ("layers", 4)])
+def test_what_loading_refuses_is_not_called_valid(world: World, tmp_path: Path, field: str, value: Any) -> None:
+    """Not the fingerprint alone."""
+    data = json.loads(world.recipe.read_text())
+    data["model"][field] = value
+    (tmp_path / "edited.json").write_text(json.dumps(data))
+    assert quota("recipe", "validate", tmp_path / "edited.json").exit_code == 0
+    result = quota("recipe", "validate", tmp_path / "edited.json", world.recipe, "--model", world.quantized)
+    assert result.exit_code == 1 and f"model.{field}" in result.stderr and str(world.recipe) in result.stdout
+    fails(quota("run", world.quantized, "--recipe", tmp_path / "edited.json", "--prompt", "what ?"), f"model.{field}")
 
 
 def test_truncated_and_tampered_weights(world: World, tmp_path: Path) -> None:
@@ -177,7 +285,10 @@ def test_truncated_and_tampered_weights(world: World, tmp_path: Path) -> None:
     weights = tmp_path / "float" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     fails(quota("run", tmp_path / "float", "--prompt", "what ?"), "float")
-    fails(quota("calibrate", tmp_path / "float", "--samples", world.samples, "--out", tmp_path / "q", "--steps", "1"), "model.safetensors")
+    fails(
+        quota("calibrate", tmp_path / "float", "--samples", world.samples, "--out", tmp_path / "q", "--steps", "1"),
+        "model.safetensors",
+    )
     assert not (tmp_path / "q").exists()
 
 
@@ -185,7 +296,10 @@ def test_truncated_and_tampered_weights(world: World, tmp_path: Path) -> None:
     ("document", "words"),
     [
         ({"schema": "quota-samples/1", "samples": []}, ("at least one",)),
-        ({"schema": "quota-samples/1", "samples": [{"id": "s9", "image": "missing.png", "instruction": "?"}]}, ("s9", "missing.png")),
+        (
+            {"schema": "quota-samples/1", "samples": [{"id": "s9", "image": "missing.png", "instruction": "?"}]},
+            ("s9", "missing.png"),
+        ),
         ({"schema": "quota-samples/1", "samples": [{"id": "s9", "image": "corrupt.png", "instruction": "?"}]}, ("s9",)),
         ([], ("schema",)),
     ],
@@ -226,7 +340,10 @@ def test_the_mark_of_a_picture_in_a_sample(world: World, tmp_path: Path) -> None
 
 
 def test_run_refuses_a_prompt_beyond_the_model_and_stops_at_its_end(world: World) -> None:
-    fails(quota("run", world.quantized, "--prompt", "what " * 4200), "tokens leave no room for an answer; the limit is 4096 together")
+    fails(
+        quota("run", world.quantized, "--prompt", "what " * 4200),
+        "tokens leave no room for an answer; the limit is 4096 together",
+    )
     prompt = "what " * (4096 - 6)
     whole = quota("run", world.quantized, "--prompt", prompt, "--max-new-tokens", "200", "--json")
     figures = json.loads(whole.stdout)
@@ -234,7 +351,9 @@ def test_run_refuses_a_prompt_beyond_the_model_and_stops_at_its_end(world: World
 
 
 def test_eval_needs_answers(world: World, tmp_path: Path) -> None:
-    (tmp_path / "samples.json").write_text(json.dumps({"schema": "quota-samples/1", "samples": [{"id": "s1", "instruction": "?"}]}))
+    (tmp_path / "samples.json").write_text(
+        json.dumps({"schema": "quota-samples/1", "samples": [{"id": "s1", "instruction": "?"}]})
+    )
     fails(quota("eval", world.model, "--samples", tmp_path / "samples.json"), "s1", "answer")
 
 
@@ -242,7 +361,9 @@ def test_a_failed_calibration_leaves_the_good_checkpoint(world: World, tmp_path:
     shutil.copytree(world.quantized, tmp_path / "q")
     before = {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()}
     (tmp_path / "empty.json").write_text('{"schema": "quota-samples/1", "samples": []}')
-    fails(quota("calibrate", world.model, "--samples", tmp_path / "empty.json", "--out", tmp_path / "q"), "at least one")
+    fails(
+        quota("calibrate", world.model, "--samples", tmp_path / "empty.json", "--out", tmp_path / "q"), "at least one"
+    )
     assert {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()} == before
 
 
@@ -264,26 +385,55 @@ app()
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_calibration_resumes_to_the_same_bytes(world: World, tmp_path: Path) -> None:
     out, partial = tmp_path / "q", tmp_path / "q.partial"
-    arguments = ["calibrate", str(world.model), "--samples", str(world.samples), "--out", str(out), "--steps", "1", "--json"]
+    arguments = [
+        "calibrate",
+        str(world.model),
+        "--samples",
+        str(world.samples),
+        "--out",
+        str(out),
+        "--steps",
+        "1",
+        "--json",
+    ]
     killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert partial.exists() and not out.exists()
     done = subprocess.run([sys.executable, "-m", "quota.cli.main", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not partial.exists()
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in world.quantized.iterdir()}
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in world.quantized.iterdir()
+    }
 
 
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune"])
+@pytest.mark.parametrize(
+    "method", ["fastv", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune"]
+)
 def test_published_methods_from_the_command_line(world: World, tmp_path: Path, method: str) -> None:
-    """Made for the quantized checkpoint, explained, and used by it; `fitprune` may not reach its default on three layers, so it is asked for more."""
+    """Made for the quantized checkpoint, explained, and used by it; `fitprune` may not reach its default on three
+    layers, so it is asked for more."""
     path = tmp_path / f"{method}.json"
     extra = ["--keep", "0.9"] if method == "fitprune" else []
-    made = quota("recipe", world.quantized, "--method", method, "--samples", world.samples, "--out", path, "--json", *extra)
+    made = quota(
+        "recipe", world.quantized, "--method", method, "--samples", world.samples, "--out", path, "--json", *extra
+    )
     assert made.exit_code == 0, made.output
     recipe = json.loads(made.stdout)
     assert recipe["method"] == method and recipe["regime"] == "w4a4kv4" and recipe["provenance"]["samples"] == 3
     assert method in quota("recipe", "explain", path).stdout
-    said = quota("run", world.quantized, "--recipe", path, "--image", world.picture, "-p", "what is it ?", "--max-new-tokens", "2", "--json")
+    said = quota(
+        "run",
+        world.quantized,
+        "--recipe",
+        path,
+        "--image",
+        world.picture,
+        "-p",
+        "what is it ?",
+        "--max-new-tokens",
+        "2",
+        "--json",
+    )
     assert said.exit_code == 0, said.output
     assert list(json.loads(said.stdout)["kept"]) == [str(c) for c in recipe["candidates"]]

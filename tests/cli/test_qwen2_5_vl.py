@@ -32,8 +32,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (root / "calibration" / "images").iterdir():  # tiny pictures for the tiny model
         Image.open(path).resize((48, 32)).save(path)
     quota("calibrate", root / "float", "--samples", samples, "--out", root / "quantized", "--steps", "1")
-    quota("recipe", root / "quantized", "--model", root / "float", "--samples", samples, "--keep", "0.4", "--layers", "1-2", "--reference", "per_image",
-          "--out", root / "recipe.json")  # fmt: skip
+    quota(
+        "recipe",
+        root / "quantized",
+        "--model",
+        root / "float",
+        "--samples",
+        samples,
+        "--keep",
+        "0.4",
+        "--layers",
+        "1-2",
+        "--reference",
+        "per_image",
+        "--out",
+        root / "recipe.json",
+    )
     return root
 
 
@@ -41,12 +55,28 @@ def test_run_with_two_pictures_of_different_shapes(root: Path) -> None:
     for name, size in (("a", (80, 40)), ("b", (32, 32))):
         Image.new("RGB", size, (200, 90, 30)).save(root / f"{name}.png")
     pictures = ("--image", root / "a.png", "--image", root / "b.png")
-    asked = ("--recipe", root / "recipe.json", *pictures, "-p", "what color is it ?", "--max-new-tokens", "3", "--show", root / "kept.png", "--json")
+    asked = (
+        "--recipe",
+        root / "recipe.json",
+        *pictures,
+        "-p",
+        "what color is it ?",
+        "--max-new-tokens",
+        "3",
+        "--show",
+        root / "kept.png",
+        "--json",
+    )
     found = json.loads(quota("run", root / "quantized", *asked).stdout)
     assert found["visual_tokens"] == 50 + 16
     assert found["visual_tokens_by_layer"] == [66, found["visual_tokens_by_layer"][1], 20 + 7, 20 + 7]
     assert (root / "kept.png").stat().st_size > 1000
-    assert json.loads(quota("run", root / "quantized", "-p", "what is two plus two ?", "--max-new-tokens", "2", "--json").stdout)["visual_tokens"] == 0
+    assert (
+        json.loads(
+            quota("run", root / "quantized", "-p", "what is two plus two ?", "--max-new-tokens", "2", "--json").stdout
+        )["visual_tokens"]
+        == 0
+    )
 
 
 def test_eval_on_the_mixed_samples(root: Path) -> None:

@@ -14,18 +14,35 @@ from typer.testing import CliRunner
 
 from quota.cli.main import app
 
-_RECIPE_VERBS = ("build", "explain", "validate", "diff")
-_BENCH_VERBS = ("ops", "model", "ceiling", "tables")
+_RECIPE_VERBS = ("build", "explain", "validate", "diff", "upgrade")
 VERBS = (
-    ["doctor"], ["calibrate"], ["recipe"], *(["recipe", verb] for verb in _RECIPE_VERBS), ["run"], ["eval"], ["study"], ["demo"],
-    *(["bench", verb] for verb in _BENCH_VERBS),
-)  # fmt: skip
+    ["doctor"],
+    ["calibrate"],
+    ["recipe"],
+    *(["recipe", verb] for verb in _RECIPE_VERBS),
+    ["run"],
+    ["eval"],
+    ["study"],
+    ["demo"],
+)
 RECIPE: dict[str, Any] = {
-    "schema_version": 1, "method": "quota", "regime": "w4a4kv4",
-    "model": {"architecture": "LlavaForConditionalGeneration", "fingerprint": "sha256:00", "layers": 8, "visual_tokens": 576},
-    "candidates": [2, 3, 4], "keep": [0.8, 0.5, 0.3], "final_keep": 0.3, "tau": 1.0, "reference": "recorded", "reference_tokens": 576,
+    "schema_version": 2,
+    "method": "quota",
+    "regime": "w4a4kv4",
+    "model": {
+        "architecture": "LlavaForConditionalGeneration",
+        "fingerprint": "sha256:00",
+        "layers": 8,
+        "visual_tokens": 576,
+    },
+    "candidates": [2, 3, 4],
+    "keep": [0.8, 0.5, 0.3],
+    "final_keep": 0.3,
+    "tau": 1.0,
+    "reference": "recorded",
+    "reference_tokens": 576,
     "sensitivities": [0.3, 0.2, 0.1],
-}  # fmt: skip
+}
 
 
 def quota(*args: str | Path) -> Any:
@@ -48,7 +65,8 @@ def recipe_file(folder: Path, name: str = "recipe.json", **changes: Any) -> Path
     return path
 
 
-# -- help ----------------------------------------------------------------------------------------------------------------
+# -- help
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
@@ -78,19 +96,29 @@ def test_unknown_options_are_usage_errors() -> None:
     assert quota("no-such-verb").exit_code == 2
 
 
-# -- bad input, found before any model is loaded -------------------------------------------------------------------------
+# -- bad input, found before any model is loaded
+# -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", ["0", "1.5", "-0.1", "nan"])
 def test_keep_out_of_range(tmp_path: Path, keep: str) -> None:
-    fails(quota("recipe", "ckpt", "--model", "m", "--samples", "s.json", "--keep", keep, "--out", tmp_path / "r.json"), "keep", keep)
+    fails(
+        quota("recipe", "ckpt", "--model", "m", "--samples", "s.json", "--keep", keep, "--out", tmp_path / "r.json"),
+        "keep",
+        keep,
+    )
     fails(quota("demo", "--keep", keep, "--out", tmp_path / "demo"), "keep", keep)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layers", ["6-2", "x", "2-", ""])
 def test_layers_spelling(tmp_path: Path, layers: str) -> None:
-    fails(quota("recipe", "ckpt", "--model", "m", "--samples", "s.json", "--layers", layers, "--out", tmp_path / "r.json"), "layers")
+    fails(
+        quota(
+            "recipe", "ckpt", "--model", "m", "--samples", "s.json", "--layers", layers, "--out", tmp_path / "r.json"
+        ),
+        "layers",
+    )
 
 
 def test_choices_are_listed(tmp_path: Path) -> None:
@@ -123,7 +151,11 @@ def test_unwritable_output(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    fails(quota("calibrate", folder, "--samples", "s.json", "--out", tmp_path / "file" / "q"), "--out", "not a writable folder")
+    fails(
+        quota("calibrate", folder, "--samples", "s.json", "--out", tmp_path / "file" / "q"),
+        "--out",
+        "not a writable folder",
+    )
     fails(quota("demo", "--out", tmp_path / "file" / "demo"), "not a writable folder")
 
 
@@ -138,7 +170,8 @@ def test_bad_pictures(tmp_path: Path) -> None:
     fails(quota("run", folder, "-p", "x", "--show", tmp_path / "o.png"), "--show", "--recipe")
 
 
-# -- recipes -------------------------------------------------------------------------------------------------------------
+# -- recipes
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_explain(tmp_path: Path) -> None:
@@ -162,7 +195,7 @@ def test_validate_names_every_bad_file(tmp_path: Path) -> None:
 
 
 def test_a_broken_recipe_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_text('{"schema_version": 1,')
+    (tmp_path / "r.json").write_text('{"schema_version": 2,')
     fails(quota("recipe", "explain", tmp_path / "r.json"), "r.json", "JSON")
     fails(quota("recipe", "explain", tmp_path / "none.json"), "none.json")
     fails(quota("recipe", "explain", recipe_file(tmp_path, keep=[0.8, 0.5, 0.0], final_keep=0.0)), "keep")
@@ -177,7 +210,39 @@ def test_diff(tmp_path: Path) -> None:
     assert json.loads(quota("recipe", "diff", a, b, "--json").stdout) == [{"field": "tau", "first": 1.0, "second": 0.5}]
 
 
-# -- doctor --------------------------------------------------------------------------------------------------------------
+def test_upgrade_rewrites_all_or_none(tmp_path: Path) -> None:
+    before = dict(candidates=[-1, 3, 4], selections=[{"score": "random"}], schema_version=1)
+    a, b = (recipe_file(tmp_path, name, **before) for name in ("a.json", "b.json"))
+    new, bad = recipe_file(tmp_path, "new.json"), recipe_file(tmp_path, "bad.json", schema_version=1, keep=[1, 2, 3])
+    untouched = {path: path.read_bytes() for path in (a, b, new, bad)}
+    fails(quota("recipe", "explain", a), "a.json", "schema_version", "quota recipe upgrade")
+    fails(quota("recipe", "upgrade", a, b, bad), "bad.json", "keep")
+    fails(quota("recipe", "upgrade", a, b, "--out", tmp_path / "c.json"), "--out", "one FILE")
+    fails(quota("recipe", "upgrade", a, "--out", b), "--out", "exists")
+    assert all(path.read_bytes() == data for path, data in untouched.items())
+
+    copied = quota("recipe", "upgrade", a, "--out", tmp_path / "c.json")
+    assert copied.exit_code == 0 and a.read_bytes() == untouched[a]
+    result = quota("recipe", "upgrade", a, b, new, *Path("recipes").glob("*.json"))
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "schema_version: 1 -> 2; candidates[0]: -1 -> 0; digest: sha256:" in said and "this version already" in said
+    assert new.read_bytes() == untouched[new]
+    assert a.read_bytes() == b.read_bytes() == (tmp_path / "c.json").read_bytes()
+    assert json.loads(a.read_text())["candidates"] == [0, 3, 4]
+    assert json.loads(quota("recipe", "upgrade", a, "--json").stdout) == [{"file": str(a), "changes": []}]
+
+
+def test_upgrade_writes_through_a_link(tmp_path: Path) -> None:
+    real = recipe_file(tmp_path, "real.json", schema_version=1)
+    link = tmp_path / "link.json"
+    link.symlink_to(real)
+    assert quota("recipe", "upgrade", link).exit_code == 0
+    assert link.is_symlink() and json.loads(real.read_text())["schema_version"] == 2
+
+
+# -- doctor
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_doctor_lists_ops() -> None:
@@ -185,14 +250,25 @@ def test_doctor_lists_ops() -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 0 and document["problems"] == []
     names = {row["op"] for row in document["ops"]}
-    assert {"quantize_act", "w4a4_linear", "kv4_append", "kv4_attention", "token_score", "token_select", "token_gather"} <= names
+    assert {
+        "quantize_act",
+        "w4a4_linear",
+        "kv4_append",
+        "kv4_attention",
+        "token_score",
+        "token_select",
+        "token_gather",
+    } <= names
     assert sum(row["state"] == "chosen" for row in document["ops"]) == len(names)
     assert quota("doctor").exit_code == 0
 
 
 def test_doctor_reports_a_wrong_choice() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "quota.cli.main", "doctor"], capture_output=True, text=True, env={**__import__("os").environ, "QUOTA_IMPL": "w4a4_linear=magic"}
+        [sys.executable, "-m", "quota.cli.main", "doctor"],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "QUOTA_IMPL": "w4a4_linear=magic"},
     )
     assert done.returncode == 1 and "magic" in done.stdout and "Traceback" not in done.stderr
 
@@ -220,6 +296,8 @@ def test_the_demo_says_how_many_rows_it_makes() -> None:
     assert f"evaluates {number} configurations" in quota("demo", "--help").stdout
 
 
-@pytest.mark.parametrize("page", [*Path().glob("*.md"), *Path("docs").glob("*.md"), *Path("quota").rglob("*.py")], ids=str)
+@pytest.mark.parametrize(
+    "page", [*Path().glob("*.md"), *Path("docs").glob("*.md"), *Path("quota").rglob("*.py")], ids=str
+)
 def test_no_command_installs_from_an_index_that_has_no_quota(page: Path) -> None:
     assert not re.search(r"pip install [^`\n]*['\" ]quota(\[|['\" ]|$)", page.read_text(encoding="utf-8")), page

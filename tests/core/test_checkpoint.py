@@ -5,12 +5,21 @@ import json
 import pytest
 import torch
 
-from quota.core.checkpoint import CheckpointWriter, Manifest, is_quantized_folder, iterate_tensors, tensor_shapes, verify_files, weight_files
+from quota.core.checkpoint import (
+    CheckpointWriter,
+    Manifest,
+    is_quantized_folder,
+    iterate_tensors,
+    tensor_shapes,
+    verify_files,
+    weight_files,
+)
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 
 
 def manifest() -> Manifest:
-    return Manifest("w4a4kv4", ("llm",), "sha256:0", {"seed": 3})
+    return Manifest(DEFAULT, ("llm",), "sha256:0", {"seed": 3})
 
 
 def tensors(count: int = 6) -> dict[str, torch.Tensor]:
@@ -57,7 +66,10 @@ def test_nothing_is_left_after_an_error(tmp_path):
         writer.add(tensors())
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CheckpointError, match="written twice"), CheckpointWriter(tmp_path / "out", manifest()) as writer:
+    with (
+        pytest.raises(CheckpointError, match="written twice"),
+        CheckpointWriter(tmp_path / "out", manifest()) as writer,
+    ):
         writer.add(tensors())
         writer.add({"block.0.w": torch.zeros(1)})
     assert list(tmp_path.iterdir()) == []
@@ -68,11 +80,14 @@ def test_nothing_is_left_after_an_error(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda d: d.update(schema_version=2), "schema_version"), (lambda d: d.pop("modules"), "modules: expected a list"),
-        (lambda d: d.update(extra=1), "extra: unknown field"), (lambda d: d["files"].update({"../x": "0"}), "plain file name"),
-        (lambda d: d["files"].update({"y": 3}), "plain file name"), (lambda d: d.update(files={}), None),
+        (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d.pop("modules"), "modules: expected a list"),
+        (lambda d: d.update(extra=1), "extra: unknown field"),
+        (lambda d: d["files"].update({"../x": "0"}), "plain file name"),
+        (lambda d: d["files"].update({"y": 3}), "plain file name"),
+        (lambda d: d.update(files={}), None),
     ],
-)  # fmt: skip
+)
 def test_malformed_manifest(tmp_path, change, message):
     write(tmp_path / "out")
     path = tmp_path / "out" / "quota.json"

@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 from quota.core.errors import UsageError
-from quota.core.files import OUTPUT_MARK, atomic_folder, atomic_write_bytes, atomic_write_text, claim_folder, reserve, sha256_file
+from quota.core.files import (
+    OUTPUT_MARK,
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+    claim_folder,
+    reserve,
+    sha256_file,
+)
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import ctypes, resource
 from quota.core.malloc import keep_freed_memory
 kept = keep_freed_memory()
 libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes, libc.memset.argtypes = ctypes.c_void_p, [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 for turn in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = libc.malloc(24 << 20)
@@ -26,8 +27,12 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def run(**environment: str) -> list[int]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True, env={**clean, **environment})
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True, env={**clean, **environment}
+    )
     return [int(word) for word in done.stdout.split()]
 
 

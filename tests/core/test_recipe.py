@@ -20,14 +20,24 @@ def data(**changes: object) -> dict:
     plain = {
         "method": "quota",
         "regime": "w4a4kv4",
-        "model": {"architecture": "LlavaForConditionalGeneration", "fingerprint": "sha256:aa", "layers": 8, "visual_tokens": 576},
+        "model": {
+            "architecture": "LlavaForConditionalGeneration",
+            "fingerprint": "sha256:aa",
+            "layers": 8,
+            "visual_tokens": 576,
+        },
         "candidates": [2, 3, 5],
         "keep": [0.8, 0.55, 0.3],
         "final_keep": 0.3,
         "tau": 1.0,
         "reference_tokens": 576,
         "sensitivities": [0.1, 0.2, 0.3],
-        "provenance": {"model_fingerprint": "sha256:aa", "calibration_fingerprint": "sha256:bb", "tool_version": "0.1.0", "samples": 128},
+        "provenance": {
+            "model_fingerprint": "sha256:aa",
+            "calibration_fingerprint": "sha256:bb",
+            "tool_version": "0.1.0",
+            "samples": 128,
+        },
     }
     return {**plain, **changes}
 
@@ -39,7 +49,7 @@ def test_round_trip_and_canonical_bytes(tmp_path: Path) -> None:
     assert again == recipe
     again.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert json.loads(recipe.dumps())["schema_version"] == 1
+    assert json.loads(recipe.dumps())["schema_version"] == 2
 
 
 def test_tokens_per_layer() -> None:
@@ -51,7 +61,10 @@ def test_tokens_per_layer() -> None:
         recipe.keep_at(8)
 
 
-@pytest.mark.parametrize(("ratio", "tokens", "kept"), [(0.3, 576, 173), (0.07, 100, 7), (1.0, 576, 576), (0.001, 5, 1), (0.5, 1, 1), (0.3, 0, 0)])
+@pytest.mark.parametrize(
+    ("ratio", "tokens", "kept"),
+    [(0.3, 576, 173), (0.07, 100, 7), (1.0, 576, 576), (0.001, 5, 1), (0.5, 1, 1), (0.3, 0, 0)],
+)
 def test_kept_tokens_is_the_exact_ceiling(ratio: float, tokens: int, kept: int) -> None:
     assert kept_tokens(ratio, tokens) == kept
 
@@ -69,30 +82,48 @@ def test_kept_tokens_bounds(ratio: float, tokens: int) -> None:
         ({"keep": [0.8, 0.3]}, "keep: expected one ratio per candidate"),
         ({"keep": [0.8, 0.5, 0.31]}, "keep: expected the last ratio to equal final_keep 0.3, got 0.31"),
         ({"keep": [1.2, 0.55, 0.3]}, r"keep\[0\]: .*less than or equal to 1, got 1.2"),
-        ({"keep": [0.8, 0.55, 0], "final_keep": 0}, r"keep: expected ratios greater than 0, entry 2 is 0: only method vtw"),
+        (
+            {"keep": [0.8, 0.55, 0], "final_keep": 0},
+            r"keep: expected ratios greater than 0, entry 2 is 0: only method vtw",
+        ),
         ({"keep": ["0.8", 0.55, 0.3]}, r"keep\[0\]: .*got '0.8'"),
         ({"final_keep": True}, "final_keep: .*got True"),
         ({"candidates": [2, 2, 5]}, "candidates: .*entry 1 is 2 after 2"),
-        ({"candidates": [0, 2, 5]}, r"candidates\[0\]: expected -1 .* or a decoder layer from 1 on.*, got 0"),
+        (
+            {"candidates": [-1, 2, 5]},
+            r"candidates\[0\]: expected a decoder layer from 0 on.*quota recipe upgrade.*, got -1",
+        ),
         ({"candidates": [2, 3, 8]}, "candidates: expected layers below model.layers 8, got 8"),
         ({"candidates": []}, "candidates: "),
         ({"sensitivities": [0.1]}, "sensitivities: expected none or one per candidate"),
         ({"selections": [{}, {}]}, r"selections: expected none, one for all, or one per candidate \(3\), got 2"),
         ({"selections": [{"score": "best"}]}, r"selections\[0\]\.score: .*got 'best'"),
         ({"selections": [{"mmr_score": 1.5}]}, r"selections\[0\]\.mmr_score: .*got 1\.5"),
-        ({"candidates": [-1, 3, 5]}, "candidate -1 runs before any attention: .*got 'quota'"),
-        ({"candidates": [-2, 3, 5]}, r"candidates\[0\]: .*greater than or equal to -1, got -2"),
+        (
+            {"candidates": [0, 3, 5]},
+            "candidate 0 runs before any attention: expected score relevance, random, none, got 'quota'",
+        ),
+        ({"candidates": [1.0, 3, 5]}, r"candidates\[0\]: .*integer, got 1.0"),
         ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
         ({"method": "best"}, "method: .*'quota', 'uniform', 'fastv'.*got 'best'"),
         ({"tau": 0.0}, "tau: .*greater than 0, got 0.0"),
-        ({"reference": "file"}, "reference: .*'recorded' or 'per_image'.*got 'file'"),
+        ({"reference": "file"}, "reference: expected one of 'recorded', 'per_image', got 'file'"),
         ({"position_policy": "kept"}, "position_policy: .*got 'kept'"),
-        ({"schema_version": 2}, "schema_version: this quota reads recipes of schema_version 1"),
+        (
+            {"schema_version": 1},
+            "schema_version: this quota reads recipes of schema_version 2; rewrite the file with `quota recipe"
+            " upgrade`, got 1",
+        ),
+        ({"schema_version": 3}, "schema_version 2; make the recipe again with `quota recipe`, got 3"),
+        ({"schema_version": True}, "schema_version 2; make the recipe again with `quota recipe`, got True"),
         ({"kepp": 1}, "kepp: unknown field"),
         ({"weights": {"inter": -1.0}}, "weights.inter: .*greater than or equal to 0, got -1.0"),
         ({"weights": {"inter": 0.0, "mag": 0.0, "intra": 0.0, "quant": 0.0}}, "weights: at least one weight"),
         ({"percentiles": {"low": 95.0, "high": 5.0}}, "percentiles: expected 0 <= low < high"),
-        ({"provenance": {"model_fingerprint": "sha256:cc"}}, "provenance.model_fingerprint: expected model.fingerprint sha256:aa"),
+        (
+            {"provenance": {"model_fingerprint": "sha256:cc"}},
+            "provenance.model_fingerprint: expected model.fingerprint sha256:aa",
+        ),
         ({"model": {"architecture": "L"}}, "model.fingerprint: required field is missing"),
     ],
 )
@@ -106,7 +137,13 @@ def test_selections_per_candidate(tmp_path: Path) -> None:
     assert plain.selections == () and plain.selection_at(3) == DEFAULT_SELECTION
     one = Recipe.parse(data(method="custom", selections=[{"policy": "mmr", "mmr_score": 0.7}]))
     assert {one.selection_at(c).mmr_score for c in one.candidates} == {0.7}
-    staged = Recipe.parse(data(method="custom", candidates=[-1, 3, 5], selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}]))
+    staged = Recipe.parse(
+        data(
+            method="custom",
+            candidates=[0, 3, 5],
+            selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}],
+        )
+    )
     assert [staged.selection_at(c).score for c in staged.candidates] == ["none", "quota", "last_token"]
     assert [staged.keep_at(i) for i in (0, 2, 3, 7)] == [0.8, 0.8, 0.55, 0.3]
     staged.save(tmp_path / "r.json")
@@ -114,7 +151,9 @@ def test_selections_per_candidate(tmp_path: Path) -> None:
 
 
 def test_only_vtw_may_keep_nothing() -> None:
-    withdrawn = Recipe.parse(data(method="vtw", candidates=[5], keep=[0.0], final_keep=0.0, selections=[{"score": "none"}], sensitivities=[]))
+    withdrawn = Recipe.parse(
+        data(method="vtw", candidates=[5], keep=[0.0], final_keep=0.0, selections=[{"score": "none"}], sensitivities=[])
+    )
     assert withdrawn.tokens_at(4) == 576 and withdrawn.tokens_at(5) == 0
 
 
@@ -156,13 +195,21 @@ def test_check_model() -> None:
         recipe.check_model("sha256:aa", 8, "Foo")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d["model"].update(layers=10**9), "model.layers"), (lambda d: d.update(reference_tokens=10**30), "reference_tokens"),
-    (lambda d: d.update(reference_tokens=10**4000), "reference_tokens"), (lambda d: d["model"].update(visual_tokens=10**12), "model.visual_tokens"),
-    (lambda d: d.update(seed=2**200), "seed"), (lambda d: d.update(regime="w8a8"), "regime"), (lambda d: d.update(regime="x" * 9000), "regime"),
-    (lambda d: d["weights"].update(quant=1e300), "weights.quant"), (lambda d: d.update(keep=["x"] * 5000), "keep"),
-    (lambda d: d.update({"k" * 9000: 1}), "kkk"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d["model"].update(layers=10**9), "model.layers"),
+        (lambda d: d.update(reference_tokens=10**30), "reference_tokens"),
+        (lambda d: d.update(reference_tokens=10**4000), "reference_tokens"),
+        (lambda d: d["model"].update(visual_tokens=10**12), "model.visual_tokens"),
+        (lambda d: d.update(seed=2**200), "seed"),
+        (lambda d: d.update(regime="w8a8"), "regime"),
+        (lambda d: d.update(regime="x" * 9000), "regime"),
+        (lambda d: d["weights"].update(quant=1e300), "weights.quant"),
+        (lambda d: d.update(keep=["x"] * 5000), "keep"),
+        (lambda d: d.update({"k" * 9000: 1}), "kkk"),
+    ],
+)
 def test_no_number_or_text_of_a_file_is_unbounded(change, message: str) -> None:
     edited = Recipe.parse(data()).model_dump(mode="json")
     change(edited)
@@ -197,7 +244,14 @@ def test_weights_without_quant_keep_their_sum() -> None:
 def test_any_valid_table_survives_the_file(keep: list[float], tau: float) -> None:
     table = sorted(keep, reverse=True)
     recipe = Recipe.parse(
-        data(model={**data()["model"], "layers": 40}, candidates=list(range(1, len(table) + 1)), keep=table, final_keep=table[-1], sensitivities=[], tau=tau)
+        data(
+            model={**data()["model"], "layers": 40},
+            candidates=list(range(1, len(table) + 1)),
+            keep=table,
+            final_keep=table[-1],
+            sensitivities=[],
+            tau=tau,
+        )
     )
     assert Recipe.parse(json.loads(recipe.dumps())) == recipe
 

@@ -50,16 +50,22 @@ class Placed:
 
 
 def test_each_device_has_its_own_choice(op: Op) -> None:
-    gpu = backend("gpu", lambda a, b: "gpu", lambda ctx: None if ctx.device == "cuda" else f"tensors are on {ctx.device}")
+    gpu = backend(
+        "gpu", lambda a, b: "gpu", lambda ctx: None if ctx.device == "cuda" else f"tensors are on {ctx.device}"
+    )
     there, here = Placed(Device("cuda", 1)), Placed(Device("cpu", None))
-    op = Op(add_ref, gpu, backend("host", lambda a, b: "host", lambda ctx: None if ctx == Context() else "not on the host"))
+    op = Op(
+        add_ref, gpu, backend("host", lambda a, b: "host", lambda ctx: None if ctx == Context() else "not on the host")
+    )
     assert op(there, 0) == "gpu" and op(here, 0) == "host" and op((there, 0), 0) == "gpu" and op(1, 2) == "host"
     assert op.choose(Context("cuda", 3)).name == "gpu"
 
 
 def test_a_gpu_never_falls_to_the_reference_unasked(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Placed(Device("cuda", 1))
-    with pytest.raises(UsageError, match=r"device: cuda:1 has no implementation of add \(broken: it is broken\).*QUOTA_IMPL=add=ref"):
+    with pytest.raises(
+        UsageError, match=r"device: cuda:1 has no implementation of add \(broken: it is broken\).*QUOTA_IMPL=add=ref"
+    ):
         op(there, 0)
     monkeypatch.setenv("QUOTA_IMPL", "add=ref")
     assert op.choose(Context("cuda", 1)).name == "ref"
@@ -69,7 +75,11 @@ def test_forcing(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     op = Op(add_ref, backend("fast", lambda a, b: 0), backend("broken", print, lambda ctx: "it is broken"))
     monkeypatch.setenv("QUOTA_IMPL", "add=ref")
     assert op(1, 2) == 3
-    for value, message in (("add=broken", "it is broken"), ("add=none", "expected one of"), ("sub=ref", "unknown op 'sub'")):
+    for value, message in (
+        ("add=broken", "it is broken"),
+        ("add=none", "expected one of"),
+        ("sub=ref", "unknown op 'sub'"),
+    ):
         monkeypatch.setenv("QUOTA_IMPL", value)
         op.rebind()
         with pytest.raises(UsageError, match=message):

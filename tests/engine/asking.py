@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quota.models.images import ImageInput
-from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, Sampling
-from quota.runtime.engine.storage import unit_bytes
+from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
+from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for
 from tests.tiny import IMAGE_TOKEN, QWEN_IDS
 
@@ -45,7 +45,9 @@ def prompt(model: Any, *parts: int | ImageInput, seed: int = 0, selection: int |
 
 def patches(rows: int, columns: int, seed: int = 0) -> ImageInput:
     """A picture of Qwen2.5-VL with rows x columns patches, four of which make a visual token."""
-    return ImageInput(torch.randn(rows * columns, 96, generator=torch.Generator().manual_seed(seed)), (1, rows, columns))
+    return ImageInput(
+        torch.randn(rows * columns, 96, generator=torch.Generator().manual_seed(seed)), (1, rows, columns)
+    )
 
 
 def qwen_prompt(*parts: int | ImageInput, seed: int = 0, selection: int | None = None) -> Prompt:
@@ -56,21 +58,32 @@ def qwen_prompt(*parts: int | ImageInput, seed: int = 0, selection: int | None =
         if isinstance(part, int):
             ids += torch.randint(3, 119, (part,), generator=generator).tolist()
         else:
-            ids += [QWEN_IDS["vision_start_token_id"], *[IMAGE_TOKEN] * (len(part.pixels) // 4), QWEN_IDS["vision_end_token_id"]]
+            ids += [
+                QWEN_IDS["vision_start_token_id"],
+                *[IMAGE_TOKEN] * (len(part.pixels) // 4),
+                QWEN_IDS["vision_end_token_id"],
+            ]
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
 def recipes(model: Any) -> dict[str, Any]:
     fields = {} if model.config.model_type == "llava" else {"reference": "per_image"}
-    return {"pruned": recipe_for(model, **fields), "compact": recipe_for(model, **{**fields, "position_policy": "compact"})}
+    return {
+        "pruned": recipe_for(model, **fields),
+        "compact": recipe_for(model, **{**fields, "position_policy": "compact"}),
+    }
 
 
-def engine(model: Any, pages: int = 2000, default: str | None = "pruned", tokenizer: Any = None, **config: Any) -> Watched:
+def engine(
+    model: Any, pages: int = 2000, default: str | None = "pruned", tokenizer: Any = None, **config: Any
+) -> Watched:
     """A pool of `pages` units."""
     places = config.get("page_tokens", 4)
     text = model.config.get_text_config()
-    size = unit_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
-    options = EngineConfig(kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"})
+    size = block_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    options = EngineConfig(
+        kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"}
+    )
     return Watched(model, tokenizer=tokenizer, recipes=recipes(model), default=default, config=options)
 
 
@@ -95,18 +108,34 @@ def tokens(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.tokens]
 
 
-def asked(id: str, prompt: Prompt, tokens: int = 6, recipe: Any = "default", keep: float | None = None, **sampling: Any) -> Request:
-    return Request(id, prompt, Sampling(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep)
+def asked(
+    id: str,
+    prompt: Prompt,
+    tokens: int = 6,
+    recipe: Any = "default",
+    keep: float | None = None,
+    client: str = "",
+    **sampling: Any,
+) -> Request:
+    return Request(id, prompt, SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep, client)
 
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The model's inputs for the pictures of a prompt."""
-    more = {} if model.config.model_type == "llava" else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == IMAGE_TOKEN).int()}
+    more = (
+        {}
+        if model.config.model_type == "llava"
+        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == IMAGE_TOKEN).int()}
+    )
     if not prompt.images:
         return more
     if model.config.model_type == "llava":
         return {"pixel_values": torch.stack([image.pixels for image in prompt.images])}
-    return {**more, "pixel_values": torch.cat([image.pixels for image in prompt.images]), "image_grid_thw": torch.tensor([i.grid for i in prompt.images])}
+    return {
+        **more,
+        "pixel_values": torch.cat([image.pixels for image in prompt.images]),
+        "image_grid_thw": torch.tensor([i.grid for i in prompt.images]),
+    }
 
 
 @torch.no_grad()
@@ -114,7 +143,9 @@ def generated(model: Any, prompt: Prompt, tokens: int = 6) -> list[int]:
     """What transformers' generate answers, greedy, exactly `tokens` tokens."""
     ids = torch.tensor([list(prompt.ids)])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels_of(model, prompt)}
-    out = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=0, eos_token_id=None, pad_token_id=0, do_sample=False)
+    out = model.generate(
+        **inputs, max_new_tokens=tokens, min_new_tokens=0, eos_token_id=None, pad_token_id=0, do_sample=False
+    )
     return out[0, ids.shape[1] :].tolist()
 
 
@@ -127,4 +158,6 @@ def logits(model: Any, requests: Iterable[Request], **options: Any) -> Watched:
 
 def same(a: dict[str, list[Any]], b: dict[str, list[Any]]) -> bool:
     """Whether two engines saw the same logits, bit for bit."""
-    return a.keys() == b.keys() and all(len(a[k]) == len(b[k]) and all((x == y).all() for x, y in zip(a[k], b[k], strict=True)) for k in a)
+    return a.keys() == b.keys() and all(
+        len(a[k]) == len(b[k]) and all((x == y).all() for x, y in zip(a[k], b[k], strict=True)) for k in a
+    )

@@ -1,6 +1,8 @@
-"""A GPU's rules without a GPU: tensors that say they are elsewhere (on torch's device "meta"), hold CPU tensors and compute on them.
+"""A GPU's rules without a GPU: tensors that say they are elsewhere (on torch's device "meta"), hold CPU tensors and
+compute on them.
 
-Operations that mix devices fail as they would on a GPU; those that wait for the device are counted. Numbers, and their bits, are the CPU's.
+Operations that mix devices fail as they would on a GPU; those that wait for the device are counted. Numbers, and their
+bits, are the CPU's.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnDevice:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device="meta", requires_grad=False
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="meta",
+            requires_grad=False,
         )
         made.held = held
         return made
@@ -61,11 +69,17 @@ class Emulated(TorchDispatchMode):
         ours = [x for x in tensors if isinstance(x, OnDevice)]
         hosts = [x for x in tensors if not isinstance(x, OnDevice) and x.dim()]
         if ours and hosts and func not in _MIX and not (func in _INDEXED and isinstance(args[0], OnDevice)):
-            raise AssertionError(f"{func}: tensors on two devices, {[(tuple(x.shape), str(x.device)) for x in tensors]}")
+            raise AssertionError(
+                f"{func}: tensors on two devices, {[(tuple(x.shape), str(x.device)) for x in tensors]}"
+            )
         target = kwargs.get("device")
         to_host = func is aten._to_copy.default and target is not None and torch.device(target).type == "cpu"
-        masked = func in _INDEXED and any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_flatten(args[1])[0])
-        if ours and (func in _WAITS or to_host or masked or (func is aten.copy_.default and not isinstance(args[0], OnDevice))):
+        masked = func in _INDEXED and any(
+            isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_flatten(args[1])[0]
+        )
+        if ours and (
+            func in _WAITS or to_host or masked or (func is aten.copy_.default and not isinstance(args[0], OnDevice))
+        ):
             self.waited.append(str(func))
         if func is aten._fused_sdp_choice.default:
             return 0  # composed of other operations
@@ -73,7 +87,9 @@ class Emulated(TorchDispatchMode):
         wrap = bool(ours) and not to_host if target is None or to_host else torch.device(target).type == "meta"
         known = {id(x.held): x for x in ours}
         flat, form = tree_flatten(out)
-        return tree_unflatten([known.get(id(x), OnDevice(x)) if wrap and isinstance(x, torch.Tensor) else x for x in flat], form)
+        return tree_unflatten(
+            [known.get(id(x), OnDevice(x)) if wrap and isinstance(x, torch.Tensor) else x for x in flat], form
+        )
 
 
 def _held(x: Any) -> Any:

@@ -16,15 +16,15 @@ from quota.models.rtn import quantize_rtn
 from quota.ops import native
 from quota.runtime.engine import decode
 from quota.runtime.engine.decode import Buffers, chosen, describe
-from quota.runtime.engine.work import Work
+from quota.runtime.engine.forward_batch import Work
 from tests.engine.asking import asked, engine, patches, picture, prompt, qwen_prompt, run, same
 from tests.engine.device import Emulated, moved
 from tests.tiny import tiny_qwen
 
 
 class Traced:
-    """Stands in for `cuda_graphs`: runs the step once, records every operation of a second run and replays the record. As in a graph, whatever a step takes
-    from the host is a constant from then on."""
+    """Stands in for `cuda_graphs`: runs the step once, records every operation of a second run and replays the record.
+    As in a graph, whatever a step takes from the host is a constant from then on."""
 
     def __init__(self) -> None:
         self.replays: list[int] = []  # per capture
@@ -56,8 +56,16 @@ def served(request, model):
         cases = [prompt(model, 9, seed=1), prompt(model, 3, a, 5, seed=2), prompt(model, 20, b, 9, a, seed=6)]
     else:
         model = quantize_rtn(tiny_qwen(key_bias=20.0), ("llm",))
-        cases = [qwen_prompt(9, seed=1), qwen_prompt(3, patches(4, 4), 5, seed=2), qwen_prompt(9, patches(4, 6, 1), 12, seed=3)]
-    asks = [asked(f"{recipe} {i}", case, tokens=8, recipe=recipe) for i, case in enumerate(cases) for recipe in ("pruned", "compact")]
+        cases = [
+            qwen_prompt(9, seed=1),
+            qwen_prompt(3, patches(4, 4), 5, seed=2),
+            qwen_prompt(9, patches(4, 6, 1), 12, seed=3),
+        ]
+    asks = [
+        asked(f"{recipe} {i}", case, tokens=8, recipe=recipe)
+        for i, case in enumerate(cases)
+        for recipe in ("pruned", "compact")
+    ]
     return model, [*asks, asked("drawn", cases[1], tokens=8, temperature=1.1, seed=3)]
 
 
@@ -83,28 +91,41 @@ def test_replays_survive_preemption(model):
 
 
 def work(layers: int, at: int, shared: int = 0) -> Work:
-    units = np.arange(layers * 3, dtype=np.int32).reshape(layers, 3) + 1
-    return Work([7], np.array([[40]]), (at,), (shared,), [units], 0, layers, compact=(False,))
+    blocks = np.arange(layers * 3, dtype=np.int32).reshape(layers, 3) + 1
+    return Work([7], np.array([[40]]), (at,), (shared,), [blocks], 0, layers, compact=(False,))
 
 
 def test_buffers_say_where_rows_are(model):
-    """Slots of the new token, tables up to its page; rows without work, and content that is there already, are not stored."""
+    """Slots of the new token, tables up to its page; rows without work, and content that is there already, are not
+    stored."""
     made = engine(model, default=None)
     made.segments = type(made.segments)((0, made.model.layers))
     buffers = Buffers(made.model, made.segments, 4, 4, 4)
     buffers.fill([work(4, 9), work(4, 11, shared=12), work(4, 3)])
     buffers.fill([work(4, 8), work(4, 7, shared=8)])  # nothing of the step before is left
-    assert buffers.length.tolist() == [[9, 8, 0, 0]] and buffers.ids.tolist() == [7, 7, 0, 0] and buffers.positions.tolist() == [[[40, 40, 0, 0]]]
+    assert (
+        buffers.length.tolist() == [[9, 8, 0, 0]]
+        and buffers.ids.tolist() == [7, 7, 0, 0]
+        and buffers.positions.tolist() == [[[40, 40, 0, 0]]]
+    )
     assert buffers.slot.tolist() == [[4 * (3 + 3 * layer), -1, -1, -1] for layer in range(4)]
     assert buffers.table[1].tolist() == [[4, 5, 6, 0], [4, 5, 0, 0], [0] * 4, [0] * 4]
 
 
 def test_a_device_without_an_implementation_is_refused(monkeypatch):
-    monkeypatch.setattr(decode.ops.kv4_paged_attention, "implementations", [
-        Implementation("cuda", print, lambda ctx: "the library is not built"), Implementation("ref", print, lambda ctx: None),
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        decode.ops.kv4_paged_attention,
+        "implementations",
+        [
+            Implementation("cuda", print, lambda ctx: "the library is not built"),
+            Implementation("ref", print, lambda ctx: None),
+        ],
+    )
     monkeypatch.setattr(decode, "OPS", (decode.ops.kv4_paged_attention,))
-    with pytest.raises(UsageError, match=r"cuda:1 has no implementation of kv4_paged_attention \(cuda: the library is not built\).*use the CPU"):
+    with pytest.raises(
+        UsageError,
+        match=r"cuda:1 has no implementation of kv4_paged_attention \(cuda: the library is not built\).*use the CPU",
+    ):
         chosen(torch.device("cuda:1"))
     assert "kv4_paged_attention" in describe(torch.device("cuda"))
     assert chosen(torch.device("cpu")) == {"kv4_paged_attention": "ref"}
@@ -132,7 +153,8 @@ def emulated(monkeypatch):
 
 
 def test_the_engine_keeps_to_one_device(served, emulated):
-    """Prefill, pruning, decoding on an emulated GPU: nothing mixes devices, the bits are the CPU's, and a decode step waits for nothing."""
+    """Prefill, pruning, decoding on an emulated GPU: nothing mixes devices, the bits are the CPU's, and a decode step
+    waits for nothing."""
     model, asks = served
     plain = engine(model)
     run(plain, asks)

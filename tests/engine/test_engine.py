@@ -20,9 +20,13 @@ from tests.tiny import IMAGE_TOKEN, tiny_llava
 def prompts(model):
     a, b = picture(1), picture(2)
     return {
-        "text": prompt(model, 9, seed=1), "one picture": prompt(model, 3, a, 5, seed=2), "no text after": prompt(model, 4, b, seed=3),
-        "two pictures": prompt(model, 2, a, 3, b, 6, seed=4), "picture first": prompt(model, b, 7, seed=5), "long": prompt(model, 40, a, 20, seed=6),
-    }  # fmt: skip
+        "text": prompt(model, 9, seed=1),
+        "one picture": prompt(model, 3, a, 5, seed=2),
+        "no text after": prompt(model, 4, b, seed=3),
+        "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
+        "picture first": prompt(model, b, 7, seed=5),
+        "long": prompt(model, 40, a, 20, seed=6),
+    }
 
 
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
@@ -35,7 +39,9 @@ def test_agrees_with_generate(model, recipe):
         else:
             with patched(model, recipes(model)[recipe]):
                 want[name] = generated(model, case)
-    alone = {name: tokens(run(engine(model, default=recipe), [asked(name, case)])[name]) for name, case in cases.items()}
+    alone = {
+        name: tokens(run(engine(model, default=recipe), [asked(name, case)])[name]) for name, case in cases.items()
+    }
     assert alone == want
     together = run(engine(model, default=recipe), [asked(name, case) for name, case in cases.items()])
     assert {name: tokens(out) for name, out in together.items()} == want
@@ -70,7 +76,7 @@ def test_logits_survive_preemption(model):
     assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
     assert same(tight.seen, ample.seen)
     tight.pool.forget()
-    assert tight.pool.available == tight.pool.units
+    assert tight.pool.available == tight.pool.blocks
 
 
 def test_logits_do_not_depend_on_threads(model, mixed):
@@ -109,19 +115,33 @@ def test_chat_keeps_its_first_selection(model):
         with patched(model, recipes(model)[recipe]) as handle:
             ids = torch.tensor([list(first.ids)])
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=a.pixels[None], max_new_tokens=5, eos_token_id=None, pad_token_id=0,
-                do_sample=False, return_dict_in_generate=True,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=a.pixels[None],
+                max_new_tokens=5,
+                eos_token_id=None,
+                pad_token_id=0,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
             kept = {layer: mask[0].nonzero()[:, 0].tolist() for layer, mask in handle.kept.items()}
             question = torch.tensor([[17, 33, 99, 41]])
             second = torch.cat([out.sequences, question], 1)
             more = model.generate(
-                input_ids=second, attention_mask=torch.ones_like(second), past_key_values=out.past_key_values, max_new_tokens=5, eos_token_id=None,
-                pad_token_id=0, do_sample=False,
-            )  # fmt: skip
+                input_ids=second,
+                attention_mask=torch.ones_like(second),
+                past_key_values=out.past_key_values,
+                max_new_tokens=5,
+                eos_token_id=None,
+                pad_token_id=0,
+                do_sample=False,
+            )
         whole = Prompt(second[0].tolist(), [a], len(first.ids))
         for made in (engine(model, default=recipe), engine(model, default=recipe, step_tokens=9)):
-            assert tokens(run(made, [asked("first", first, tokens=5)])["first"]) == out.sequences[0, ids.shape[1] :].tolist()
+            assert (
+                tokens(run(made, [asked("first", first, tokens=5)])["first"])
+                == out.sequences[0, ids.shape[1] :].tolist()
+            )
             sequence = made.submit(asked("second", whole, tokens=5))
             answer = tokens([output for _ in range(60) if made.busy for output in made.step()])
             assert answer == more[0, second.shape[1] :].tolist()
@@ -132,19 +152,19 @@ def test_chat_keeps_its_first_selection(model):
 
 def test_pruning_gives_memory_back(model):
     case = prompt(model, 3, picture(1), 5)
-    units = {}
+    blocks = {}
     for recipe in (None, "pruned"):
         made = engine(model, default=recipe)
         made.submit(asked("a", case))
         while not made.scheduler.running or not made.scheduler.running[0].decoding:
             made.step()
-        units[recipe] = made.pool.units - made.pool.available
+        blocks[recipe] = made.pool.blocks - made.pool.available
         made.abort("a")
         made.step()
         made.check_integrity()
     text, visual, layers = 9, model.config.image_seq_length, 4
-    assert units[None] == layers * -(-(text + visual + 1) // 4)
-    assert units["pruned"] == sum(-(-(text + kept + 1) // 4) for kept in (16, 12, 8, 4))
+    assert blocks[None] == layers * -(-(text + visual + 1) // 4)
+    assert blocks["pruned"] == sum(-(-(text + kept + 1) // 4) for kept in (16, 12, 8, 4))
 
 
 def test_usage(model):
@@ -156,7 +176,7 @@ def test_usage(model):
 def test_refusals(model):
     made = engine(model, pages=40, max_waiting=1)
     good = prompt(model, 4)
-    with pytest.raises(UsageError, match="pictures"):
+    with pytest.raises(UsageError, match="images"):
         made.submit(asked("a", Prompt([1, IMAGE_TOKEN, 3])))
     with pytest.raises(UsageError, match="at least one token"):
         made.submit(asked("a", Prompt([])))
@@ -164,7 +184,7 @@ def test_refusals(model):
         made.submit(asked("a", Prompt([1, 5000])))
     with pytest.raises(UsageError, match="selection_tokens"):
         made.submit(asked("a", prompt(model, 3, picture(1), 2, selection=9)))
-    with pytest.raises(UsageError, match="units"):
+    with pytest.raises(UsageError, match="blocks"):
         made.submit(asked("a", good, tokens=200))
     with pytest.raises(UsageError, match="no room"):
         made.submit(asked("a", prompt(model, 2048)))
@@ -197,7 +217,9 @@ def test_only_the_request_that_fails_fails(model, monkeypatch):
     monkeypatch.setattr(made.runner, "run", fragile)
     outputs = run(made, asks)
     assert outputs["text"][-1].reason == "error" and "a fault inside" in outputs["text"][-1].error
-    assert {name: tokens(out) for name, out in outputs.items() if name != "text"} == {name: found for name, found in want.items() if name != "text"}
+    assert {name: tokens(out) for name, out in outputs.items() if name != "text"} == {
+        name: found for name, found in want.items() if name != "text"
+    }
 
 
 def test_unsuitable_models():
@@ -214,7 +236,8 @@ def test_unsuitable_models():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_comings_and_goings(model, mixed, seed):
-    """Submissions, aborts and steps in random order on a small pool: accounts balance after every operation, and who ends, ends as alone."""
+    """Submissions, aborts and steps in random order on a small pool: accounts balance after every operation, and who
+    ends, ends as alone."""
     asks, alone = mixed
     rng = random.Random(seed)
     made = engine(model, pages=200, max_running=4, step_tokens=rng.choice((7, 30, 500)))
@@ -247,7 +270,10 @@ def test_pictures_are_encoded_once(model, monkeypatch):
 
 def test_features_do_not_depend_on_company(model):
     family, images = engine(model).model, [picture(i) for i in range(5)]
-    assert all(torch.equal(together, family.encode_images([image])[0]) for together, image in zip(family.encode_images(images), images, strict=True))
+    assert all(
+        torch.equal(together, family.encode_images([image])[0])
+        for together, image in zip(family.encode_images(images), images, strict=True)
+    )
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
@@ -262,3 +288,54 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     monkeypatch.setattr(made.model, "encode_images", fragile)
     outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
     assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]
+
+
+def test_a_short_request_is_answered_beside_a_crowd(model):
+    """Fifty long requests of another client, with images and answers to come, cost it two steps."""
+    made = engine(model, step_tokens=16, max_running=8)
+    crowd = [asked(f"c{n}", prompt(model, 20, picture(n), 20, seed=n), tokens=200, client="crowd") for n in range(50)]
+    made.submit_all(crowd)
+    for _ in range(12):
+        made.step()
+    made.submit(asked("one", prompt(model, 3, seed=9), tokens=4, client="one"))
+    steps, ended = 0, False
+    while not ended and steps < 100:
+        ended = any(output.id == "one" and output.reason == "length" for output in made.step())
+        steps += 1
+    assert ended and steps <= 4 + 2, steps
+
+
+def test_a_full_queue_takes_who_has_little_in_it(model):
+    """max_waiting of one client, and every further one finds half of what is left of twice as much."""
+    made = engine(model, max_waiting=8)
+    case = prompt(model, 4)
+    for client, places in (("a", 8), ("b", 4), ("c", 2), ("d", 1)):
+        made.submit_all([asked(f"{client}{n}", case, client=client) for n in range(places)])
+        with pytest.raises(QueueFull, match=f"{places} requests of this client"):
+            made.submit(asked("more", case, client=client))
+    made.abort("a0")
+    with pytest.raises(QueueFull):
+        made.submit_all([asked("e", case, client="e"), asked("more", case, client="a")])
+    made.submit(asked("e", case, client="e"))
+
+
+def test_a_paused_request_goes_on_to_the_same_bits(model, mixed):
+    asks, alone = mixed
+    made = engine(model, step_tokens=30)
+    made.submit_all(asks)
+    names = [ask.id for ask in asks]
+    for step in range(200):
+        if not made.busy:
+            break
+        paused = [name for name in names[step % 4 :: 4] if name in made.seen] if step % 3 == 0 else []
+        made.pause(paused)
+        made.check_integrity()
+        assert not any(pages for s in made._sequences.values() if s.request.id in paused for pages in s.pages)
+        made.step()
+        made.resume(names)
+    assert not made.busy and same(made.seen, alone)
+    made.submit(replace(asks[0], id="again"))
+    made.pause(["again", "nobody"])
+    assert not made.busy and made.step() == []
+    made.abort("again")
+    assert [output.reason for output in made.step()] == ["abort"]

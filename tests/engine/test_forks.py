@@ -27,7 +27,10 @@ def together(made, asks):
     while made.busy:
         made.step()
         made.check_integrity()
-        most = max(most, sum(pages * layers for pages, layers in zip(made.pool.held_pages(), made.pool.segment_layers, strict=True)))
+        most = max(
+            most,
+            sum(pages * layers for pages, layers in zip(made.pool.held_pages(), made.pool.segment_layers, strict=True)),
+        )
     return most
 
 
@@ -42,12 +45,17 @@ def test_bits_are_those_of_answers_given_alone(model, qwen):
         asks, alone = answers(case, recipe=recipe), {}
         for ask in asks:
             alone.update(logits(served, [ask]).seen)
-        for options in ({}, {"prefix_cache": False, "page_tokens": 5}, {"max_running": 2, "step_tokens": 9}, {"pages": 90}):
+        for options in (
+            {},
+            {"prefix_cache": False, "page_tokens": 5},
+            {"max_running": 2, "step_tokens": 9},
+            {"pages": 90},
+        ):
             made = engine(served, **options)
             together(made, asks)
             assert same(made.seen, alone), (recipe, options)
             made.pool.forget()
-            assert made.pool.available == made.pool.units
+            assert made.pool.available == made.pool.blocks
 
 
 def test_the_prompt_is_computed_and_held_once(model):
@@ -82,7 +90,10 @@ def test_who_leaves_leaves_the_others_alone(model):
             made.abort(str(leaver))
             made.check_integrity()
             together(made, [])
-            assert same({k: v for k, v in made.seen.items() if k != str(leaver)}, {k: v for k, v in whole.seen.items() if k != str(leaver)})
+            assert same(
+                {k: v for k, v in made.seen.items() if k != str(leaver)},
+                {k: v for k, v in whole.seen.items() if k != str(leaver)},
+            )
 
 
 def test_a_prompt_that_fails_does_so_once_for_each(model, monkeypatch):
@@ -93,18 +104,22 @@ def test_a_prompt_that_fails_does_so_once_for_each(model, monkeypatch):
     while made.busy:
         reasons += [output.reason for output in made.step()]
         made.check_integrity()
-    assert reasons == ["error"] * 3 and made.pool.available == made.pool.units
+    assert reasons == ["error"] * 3 and made.pool.available == made.pool.blocks
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_groups(model, qwen, seed):
-    """Groups, aborts and steps in random order on a small pool; accounts balance after every operation, who ends, ends as alone."""
+    """Groups, aborts and steps in random order on a small pool; accounts balance after every operation, who ends, ends
+    as alone."""
     rng = random.Random(seed)
     cases = list(every_case(model, qwen))[seed::2]
     served = cases[0][0]
     made, alone, live, reasons = engine(served, pages=150, max_running=5, step_tokens=rng.choice((7, 40))), {}, [], {}
     kinds = [(case, recipe) for _, case, recipe in (*cases, *cases)]
-    groups = [[asked(f"{g}/{i}", case, tokens=7, temperature=1.5, seed=i, recipe=recipe) for i in range(3)] for g, (case, recipe) in enumerate(kinds)]
+    groups = [
+        [asked(f"{g}/{i}", case, tokens=7, temperature=1.5, seed=i, recipe=recipe) for i in range(3)]
+        for g, (case, recipe) in enumerate(kinds)
+    ]
     for group in groups:
         for ask in group:
             alone.update(logits(served, [ask]).seen)

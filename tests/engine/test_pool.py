@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from quota.core.errors import RecipeError, UsageError
-from quota.runtime.engine.plan import Segments, at_budget, plan_prompt
 from quota.runtime.engine.pool import OutOfPages, PagePool
+from quota.runtime.engine.segments import Segments, at_budget, plan_prompt
 from tests.prune.recipes import recipe_for
 from tests.tiny import tiny_llava
 
@@ -18,7 +18,8 @@ UNITS, LAYERS = 13, (1, 2, 3)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model: which units each hold covers, and for each key the units that hold its content until they are given to someone else."""
+    """The model: which blocks each hold covers, and for each key the blocks that hold its content until they are
+    given to someone else."""
 
     holds = Bundle("holds")
 
@@ -29,7 +30,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[bytes, tuple[int, ...]] = {}
 
     def _taken(self) -> set[int]:
-        return {unit for page in self.pages for unit in page.units}
+        return {block for page in self.pages for block in page.blocks}
 
     @rule(target=holds, segment=st.integers(0, len(LAYERS) - 1))
     def allocate(self, segment):
@@ -39,8 +40,8 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.allocate(segment)
             return None
         page = self.pool.allocate(segment)
-        assert len(page.units) == LAYERS[segment] and not taken & set(page.units)
-        self.content = {key: units for key, units in self.content.items() if not set(units) & set(page.units)}
+        assert len(page.blocks) == LAYERS[segment] and not taken & set(page.blocks)
+        self.content = {key: blocks for key, blocks in self.content.items() if not set(blocks) & set(page.blocks)}
         self.pages.append(page)
         return page
 
@@ -50,7 +51,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         name = bytes([key])
         if page.key is None and name not in self.content:
-            self.content[name] = page.units
+            self.content[name] = page.blocks
         self.pool.publish(page, name)
 
     @rule(target=holds, key=st.integers(0, 5))
@@ -58,7 +59,7 @@ class PoolMachine(RuleBasedStateMachine):
         page = self.pool.acquire(bytes([key]))
         assert (page is None) == (bytes([key]) not in self.content)
         if page is not None:
-            assert page.units == self.content[bytes([key])]
+            assert page.blocks == self.content[bytes([key])]
             self.pages.append(page)
         return page
 
@@ -72,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
     def forget(self):
         self.pool.forget()
         taken = self._taken()
-        self.content = {key: units for key, units in self.content.items() if set(units) & taken}
+        self.content = {key: blocks for key, blocks in self.content.items() if set(blocks) & taken}
 
     @invariant()
     def nothing_is_lost(self):
@@ -97,7 +98,7 @@ def test_misuse_is_noticed():
         pool.release(page)
     with pytest.raises(ValueError, match="nobody"):
         pool.publish(page, b"x")
-    with pytest.raises(ValueError, match="units"):
+    with pytest.raises(ValueError, match="blocks"):
         PagePool(0, (1,))
     pool._free.append(3)
     with pytest.raises(AssertionError, match="twice"):
@@ -114,7 +115,7 @@ def test_segments_and_plans(model):
     segments = Segments.between(4, [recipe, recipe_for(model, (2,), (0.1,))])
     assert segments.bounds == (0, 1, 2, 3, 4) and segments.names() == ["0", "1", "2", "3"]
     assert Segments.between(4, [recipe_for(model, (2,), (0.1,))]).names() == ["0-1", "2-3"]
-    before = recipe_for(model, (-1, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
+    before = recipe_for(model, (0, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
     assert Segments.between(4, [before]).names() == ["0-1", "2-3"]
 
     def plan(recipe, *pictures):
@@ -141,7 +142,10 @@ def test_budgets_share_the_drop_alike(model):
     assert at_budget(recipe, 1.0).keep == (1.0, 1.0, 1.0)
     assert at_budget(recipe_for(model, keep=(1.0, 1.0, 1.0)), 0.25).keep == (0.75, 0.5, 0.25)
     profiled = recipe_for(model, keep=(0.8, 0.7, 0.5), sensitivities=[0.1, 0.2, 0.3])
-    assert at_budget(profiled, 0.4).final_keep == 0.4 and at_budget(profiled, 0.4).keep[0] < at_budget(profiled, 0.6).keep[0]
+    assert (
+        at_budget(profiled, 0.4).final_keep == 0.4
+        and at_budget(profiled, 0.4).keep[0] < at_budget(profiled, 0.6).keep[0]
+    )
     for wrong in (0, 1.1, True, -1):
         with pytest.raises(RecipeError, match="keep"):
             at_budget(recipe, wrong)

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL in the engine: pictures of several sizes, three rotary axes, key biases outside the cache; against generate, and bit for bit in any company."""
+"""Qwen2.5-VL in the engine: pictures of several sizes, three rotary axes, key biases outside the cache; against
+generate, and bit for bit in any company."""
 
 from __future__ import annotations
 
@@ -13,7 +14,19 @@ from quota.models.images import ImageInput
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Prompt
 from quota.runtime.patch import patched
-from tests.engine.asking import asked, engine, generated, logits, patches, pixels_of, qwen_prompt, recipes, run, same, tokens
+from tests.engine.asking import (
+    asked,
+    engine,
+    generated,
+    logits,
+    patches,
+    pixels_of,
+    qwen_prompt,
+    recipes,
+    run,
+    same,
+    tokens,
+)
 from tests.tiny import IMAGE_TOKEN, tiny_qwen
 
 
@@ -26,9 +39,13 @@ def model():
 def prompts():
     a, b, c = patches(8, 8, 1), patches(4, 6, 2), patches(2, 14, 3)
     return {
-        "text": qwen_prompt(9, seed=1), "one picture": qwen_prompt(3, a, 5, seed=2), "no text after": qwen_prompt(4, b, seed=3),
-        "two sizes": qwen_prompt(2, a, 3, b, 6, seed=4), "neighbours": qwen_prompt(c, b, 7, seed=5), "long": qwen_prompt(40, a, 20, seed=6),
-    }  # fmt: skip
+        "text": qwen_prompt(9, seed=1),
+        "one picture": qwen_prompt(3, a, 5, seed=2),
+        "no text after": qwen_prompt(4, b, seed=3),
+        "two sizes": qwen_prompt(2, a, 3, b, 6, seed=4),
+        "neighbours": qwen_prompt(c, b, 7, seed=5),
+        "long": qwen_prompt(40, a, 20, seed=6),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +99,7 @@ def test_logits_survive_preemption(model, prompts):
     assert tight.scheduler.preemptions > 0 == ample.scheduler.preemptions
     assert same(tight.seen, ample.seen)
     tight.pool.forget()
-    assert tight.pool.available == tight.pool.units
+    assert tight.pool.available == tight.pool.blocks
 
 
 def test_logits_do_not_depend_on_threads(model, mixed):
@@ -95,7 +112,8 @@ def test_logits_do_not_depend_on_threads(model, mixed):
 
 
 def test_logits_do_not_depend_on_what_was_cached(model, mixed):
-    """Pages of a pruned prompt come with the positions of the tokens that were chosen: the bias of their keys turns with them."""
+    """Pages of a pruned prompt come with the positions of the tokens that were chosen: the bias of their keys turns
+    with them."""
     asks, alone = mixed
     made = engine(model)
     for round in range(3):
@@ -111,16 +129,25 @@ def test_chat_keeps_its_first_selection(model, recipe):
     with patched(model, recipes(model)[recipe]):
         ids = torch.tensor([list(first.ids)])
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **pixels_of(model, first), max_new_tokens=5, eos_token_id=None, pad_token_id=0,
-            do_sample=False, return_dict_in_generate=True,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **pixels_of(model, first),
+            max_new_tokens=5,
+            eos_token_id=None,
+            pad_token_id=0,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
     answer = out.sequences[0, ids.shape[1] :].tolist()
     second = Prompt([*first.ids, *answer, 17, 33, 99, 41], first.images, len(first.ids))
     made = engine(model, default=recipe)
     assert tokens(run(made, [asked("first", first, tokens=5)])["first"]) == answer
     warm = run(made, [asked("second", second, tokens=5)])["second"]
     assert warm[-1].usage.cached_tokens > len(first.ids) - 4
-    assert same({"second": made.seen["second"]}, logits(model, [asked("second", second, tokens=5)], default=recipe, step_tokens=9).seen)
+    assert same(
+        {"second": made.seen["second"]},
+        logits(model, [asked("second", second, tokens=5)], default=recipe, step_tokens=9).seen,
+    )
 
 
 def test_usage_counts_each_picture(model):
@@ -138,10 +165,15 @@ def test_pictures_of_the_processor(model):
 
 def test_refusals(model):
     made, good = engine(model), patches(4, 4)
-    for image in (torch.zeros(3, 8, 8), ImageInput(good.pixels, (2, 2, 4)), ImageInput(good.pixels, (1, 3, 4)), ImageInput(good.pixels[:8], (1, 4, 4))):
+    for image in (
+        torch.zeros(3, 8, 8),
+        ImageInput(good.pixels, (2, 2, 4)),
+        ImageInput(good.pixels, (1, 3, 4)),
+        ImageInput(good.pixels[:8], (1, 4, 4)),
+    ):
         with pytest.raises(UsageError, match="image"):
             made.submit(asked("a", Prompt([122, *[IMAGE_TOKEN] * 4, 123, 5], [image])))
-    with pytest.raises(UsageError, match="2 pictures"):  # nothing between them: which tokens are whose?
+    with pytest.raises(UsageError, match="2 images"):  # nothing between them: which tokens are whose?
         made.submit(asked("a", Prompt([122, *[IMAGE_TOKEN] * 8, 123, 5], [good, good])))
     other = quantize_rtn(tiny_qwen())
     other.model.language_model.rotary_emb.inner.rope_type = "dynamic"

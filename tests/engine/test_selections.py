@@ -1,4 +1,5 @@
-"""Every way a recipe may choose, in both families: the engine keeps what the patched model keeps, whole or in pieces, alone or with a warm cache."""
+"""Every way a recipe may choose, in both families: the engine keeps what the patched model keeps, whole or in pieces,
+alone or with a warm cache."""
 
 from __future__ import annotations
 
@@ -10,7 +11,19 @@ import torch
 from quota.core.recipe import Recipe
 from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.engine.asking import asked, engine, generated, logits, patches, picture, prompt, qwen_prompt, run, same, tokens
+from tests.engine.asking import (
+    asked,
+    engine,
+    generated,
+    logits,
+    patches,
+    picture,
+    prompt,
+    qwen_prompt,
+    run,
+    same,
+    tokens,
+)
 from tests.prune.recipes import recipe_for
 from tests.tiny import tiny_llava, tiny_qwen
 
@@ -19,9 +32,19 @@ SELECTIONS = {
     "own_last_token": ((1, 2, 3), [{"score": "own_last_token"}]),
     "cross_self": ((1, 2, 3), [{"score": "cross_self"}]),
     "mmr": ((1, 2, 3), [{"score": "text", "policy": "mmr"}]),
-    "maxmin before": ((-1, 2, 3), [{"score": "none", "policy": "maxmin"}]),
-    "mmr before": ((-1, 1, 3), [{"score": "relevance", "policy": "mmr"}, {"score": "own_last_token"}, {"policy": "dpp"}]),
-    "grid": ((-1, 2, 3), [{"score": "none", "policy": "grid"}, {"policy": "grid", "grid_share": 0.5}, {"score": "random", "policy": "grid"}]),
+    "maxmin before": ((0, 2, 3), [{"score": "none", "policy": "maxmin"}]),
+    "mmr before": (
+        (0, 1, 3),
+        [{"score": "relevance", "policy": "mmr"}, {"score": "own_last_token"}, {"policy": "dpp"}],
+    ),
+    "grid": (
+        (0, 2, 3),
+        [
+            {"score": "none", "policy": "grid"},
+            {"policy": "grid", "grid_share": 0.5},
+            {"score": "random", "policy": "grid"},
+        ],
+    ),
     "random": ((1, 2, 3), [{"score": "random"}]),
 }
 
@@ -45,7 +68,9 @@ def cases(family, model):
 def test_agrees_with_the_patched_model(models, family, name, policy):
     model, (candidates, selections) = models[family], SELECTIONS[name]
     reference = "per_image" if family == "qwen" or policy == "compact" else "recorded"
-    facts = recipe_for(model, candidates, position_policy=policy, reference=reference, method="custom", selections=selections).model_dump(mode="json")
+    facts = recipe_for(
+        model, candidates, position_policy=policy, reference=reference, method="custom", selections=selections
+    ).model_dump(mode="json")
     recipe = Recipe.parse(facts)
     prompts, want, kept = cases(family, model), {}, {}
     with patched(model, recipe) as handle:
@@ -61,16 +86,23 @@ def test_agrees_with_the_patched_model(models, family, name, policy):
             outputs[output.id].append(output)
     assert {case: tokens(out) for case, out in outputs.items()} == want
     for sequence in sequences:
-        assert {layer: rows.tolist() for layer, rows in sequence.kept.items()} == {max(layer, 0): k for layer, k in kept[sequence.request.id].items()}
+        assert {layer: rows.tolist() for layer, rows in sequence.kept.items()} == {
+            layer: k for layer, k in kept[sequence.request.id].items()
+        }
     assert same(logits(model, asks, step_tokens=5).seen, made.seen)
     run(made, [replace(ask, id=f"{ask.id} again") for ask in asks])
-    assert all((x == y).all() for case in prompts for x, y in zip(made.seen[case], made.seen[f"{case} again"], strict=True))
+    assert all(
+        (x == y).all() for case in prompts for x, y in zip(made.seen[case], made.seen[f"{case} again"], strict=True)
+    )
 
 
 def test_beginnings_shared_before_a_choice_by_own_attention(models):
-    """Another question about another picture after the same words: the shared words' keys count in the attention that is run for the choice."""
+    """Another question about another picture after the same words: the shared words' keys count in the attention that
+    is run for the choice."""
     for family, model in models.items():
-        recipe = recipe_for(model, (1, 2), (0.5, 0.25), method="custom", selections=[{"score": "own_last_token"}], reference="per_image")
+        recipe = recipe_for(
+            model, (1, 2), (0.5, 0.25), method="custom", selections=[{"score": "own_last_token"}], reference="per_image"
+        )
         if family == "llava":
             first, second = prompt(model, 9, picture(1), 5, seed=2), prompt(model, 9, picture(2), 5, seed=2)
         else:
@@ -85,7 +117,7 @@ def test_beginnings_shared_before_a_choice_by_own_attention(models):
 
 def test_what_is_dropped_before_the_first_layer_takes_no_page(models):
     model = models["llava"]
-    recipe = recipe_for(model, (-1,), (0.25,), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
+    recipe = recipe_for(model, (0,), (0.25,), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
     made = engine(model)
     made.submit(asked("a", prompt(model, 3, picture(1), 5), recipe=recipe))
     made.step()

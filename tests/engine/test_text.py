@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
+from quota.runtime.engine.detokenize import Detokenizer, StopStrings
+from quota.runtime.engine.logprobs import LogprobBuffer
 from quota.runtime.engine.prefix import PageNames, content_of
-from quota.runtime.engine.report import Entries
-from quota.runtime.engine.request import Sampling, TokenLogprob
-from quota.runtime.engine.sampling import Logits, draw_token, logprobs, uniform
-from quota.runtime.engine.text import Detokenizer, StopWatch
+from quota.runtime.engine.request import SamplingParams, TokenLogprob
+from quota.runtime.engine.sampling import Logits, logprobs, sample_token, uniform
 from quota.scenes.model import build_tokenizer
 from tests.engine.tokenizers import byte_tokenizer
 
@@ -28,7 +28,9 @@ def test_pieces_join_to_the_whole(tokenizer, data):
     detokenizer = Detokenizer(tokenizer)
     seen = [(detokenizer.peek(token), detokenizer.push(token)) for token in ids]
     assert all(peeked == pushed for peeked, pushed in seen)
-    assert "".join([*(pushed for _, pushed in seen), detokenizer.flush()]) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join([*(pushed for _, pushed in seen), detokenizer.flush()]) == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 def test_characters_come_whole():
@@ -36,9 +38,18 @@ def test_characters_come_whole():
     ids = tokenizer("a é 🙂 b", add_special_tokens=False)["input_ids"]
     detokenizer = Detokenizer(tokenizer)
     assert [(detokenizer.utf8(token), detokenizer.push(token)) for token in ids] == [
-        (b"a", "a"), (b" ", " "), (b"\xc3", ""), (b"\xa9", "é"), (b" ", " "), (b"\xf0", ""), (b"\x9f", ""), (b"\x99", ""),
-        (b"\x82", "🙂"), (b" ", " "), (b"b", "b"),
-    ]  # fmt: skip
+        (b"a", "a"),
+        (b" ", " "),
+        (b"\xc3", ""),
+        (b"\xa9", "é"),
+        (b" ", " "),
+        (b"\xf0", ""),
+        (b"\x9f", ""),
+        (b"\x99", ""),
+        (b"\x82", "🙂"),
+        (b" ", " "),
+        (b"b", "b"),
+    ]
 
 
 def test_a_special_token_has_a_name_and_no_text():
@@ -51,7 +62,7 @@ def test_a_special_token_has_a_name_and_no_text():
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_entries_come_with_their_text(pieces, stops):
     """Never before it, and at the end they are the answer."""
-    watch, entries, shown, given = StopWatch(stops), Entries(), "", ""
+    watch, entries, shown, given = StopStrings(stops), LogprobBuffer(), "", ""
     for place, piece in enumerate(pieces):
         text = watch.push(piece) + (watch.flush() if place == len(pieces) - 1 else "")
         shown += text
@@ -64,9 +75,12 @@ def test_entries_come_with_their_text(pieces, stops):
     assert given == shown
 
 
-@given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 def test_stop_texts_never_leak(pieces, stops):
-    watch, whole = StopWatch(stops), "".join(pieces)
+    watch, whole = StopStrings(stops), "".join(pieces)
     shown = ""
     for piece in pieces:
         shown += watch.push(piece)
@@ -79,7 +93,7 @@ def test_stop_texts_never_leak(pieces, stops):
 
 
 def test_text_before_a_stop_is_complete():
-    watch = StopWatch(["</end>"])
+    watch = StopStrings(["</end>"])
     assert [watch.push(t) for t in ("x <", "/en", "q </", "end> y")] == ["x ", "", "</enq ", ""]
     assert watch.found and watch.flush() == ""
 
@@ -97,42 +111,60 @@ class Counted(str):
 def test_stop_texts_are_matched_in_linear_time():
     """The old watch compared every beginning of the stop text at every token."""
     stop, text = Counted("ab" * 500 + "x"), "ab" * 5000
-    watch, Counted.looks = StopWatch([stop]), 0
+    watch, Counted.looks = StopStrings([stop]), 0
     shown = "".join(watch.push(character) for character in text)
     assert Counted.looks < 3 * len(text) and len(text) - 1001 <= len(shown) <= len(text)
     assert shown + watch.flush() == text
 
 
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(1, 7))
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(1, 7),
+)
 def test_where_a_text_is_cut_changes_nothing(text, stops, size):
-    whole, pieces = StopWatch(stops), StopWatch(stops)
+    whole, pieces = StopStrings(stops), StopStrings(stops)
     want = whole.push(text)
     got = "".join(pieces.push(text[at : at + size]) for at in range(0, len(text), size))
     assert (got + pieces.flush(), pieces.found) == (want + whole.flush(), whole.found)
 
 
 def test_stop_texts_have_a_length():
-    Sampling(stop=("x" * 1024,))
+    SamplingParams(stop=("x" * 1024,))
     for wrong in (("x" * 1025,), ("",), ("x",) * 17):
         with pytest.raises(UsageError, match="stop: expected at most 16 texts of 1 to 1024 characters"):
-            Sampling(stop=wrong)
+            SamplingParams(stop=wrong)
 
 
 def test_greedy_and_limits():
     x = np.array([0.0, 3.0, 3.0, 1.0], dtype=np.float32)
     (row,) = Logits(torch.from_numpy(x)[None], torch.from_numpy(x)[None].argmax(-1)).rows(1)
-    assert row.choose(Sampling(), 0, 0) == 1 == row.choose(Sampling(temperature=1.0, top_k=1), 5, 0) and (row.values == x).all()
-    drawn = {draw_token(x, Sampling(temperature=1.0, top_k=2), 5, place) for place in range(50)}
+    assert (
+        row.choose(SamplingParams(), 0, 0) == 1 == row.choose(SamplingParams(temperature=1.0, top_k=1), 5, 0)
+        and (row.values == x).all()
+    )
+    drawn = {sample_token(x, SamplingParams(temperature=1.0, top_k=2), 5, place) for place in range(50)}
     assert drawn == {1, 2}
-    assert {draw_token(x, Sampling(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
-    assert draw_token(np.array([1e4, -1e4], dtype=np.float32), Sampling(temperature=1e-3), 5, 0) == 0
+    assert {sample_token(x, SamplingParams(temperature=1.0, top_p=0.01), 5, place) for place in range(20)} == {1}
+    assert sample_token(np.array([1e4, -1e4], dtype=np.float32), SamplingParams(temperature=1e-3), 5, 0) == 0
 
 
 def test_samples_follow_the_distribution():
     x = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
-    counts = np.bincount([draw_token(x, Sampling(temperature=1.0), 11, place) for place in range(20_000)], minlength=4) / 20_000
+    counts = (
+        np.bincount(
+            [sample_token(x, SamplingParams(temperature=1.0), 11, place) for place in range(20_000)], minlength=4
+        )
+        / 20_000
+    )
     assert np.abs(counts - [0.1, 0.2, 0.3, 0.4]).max() < 0.015
-    cut = np.bincount([draw_token(x, Sampling(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)], minlength=4) / 20_000
+    cut = (
+        np.bincount(
+            [sample_token(x, SamplingParams(temperature=1.0, top_p=0.65), 11, place) for place in range(20_000)],
+            minlength=4,
+        )
+        / 20_000
+    )
     assert np.abs(cut - [0, 0, 3 / 7, 4 / 7]).max() < 0.015
     assert all(0 <= uniform(seed, place) < 1 for seed in range(50) for place in range(50))
 
@@ -144,14 +176,26 @@ def test_logprobs_sum_to_one():
     assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}, {"logprobs": 21}, {"seed": 2**63}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"stop": ("",)},
+        {"logprobs": 21},
+        {"seed": 2**63},
+    ],
+)
 def test_sampling_out_of_range(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        Sampling(**wrong)
+        SamplingParams(**wrong)
 
 
 def test_names_of_pages():
-    """Equal content, equal names; the first difference changes every name from there on; what was dropped depends on recipe and question."""
+    """Equal content, equal names; the first difference changes every name from there on; what was dropped depends on
+    recipe and question."""
     visual = np.array([False, False, True, True, True, True, False, False, False])
     ids, picture = [1, 2, 9, 9, 9, 9, 3, 4, 5], [(b"p" * 16, 4)]
 
@@ -165,7 +209,10 @@ def test_names_of_pages():
     assert other[0] == base[0] and all(a != b for a, b in zip(other[1:], base[1:], strict=True))
     dropped = names(chosen=(2, 2, 8, b"recipe"))
     assert len(dropped) == 3 and dropped[0] == base[0] and not set(dropped[1:]) & set(base)
-    for changed in (names(chosen=(2, 2, 8, b"another")), names(ids=[1, 2, 9, 9, 9, 9, 3, 7, 5], chosen=(2, 2, 8, b"recipe"))):
+    for changed in (
+        names(chosen=(2, 2, 8, b"another")),
+        names(ids=[1, 2, 9, 9, 9, 9, 3, 7, 5], chosen=(2, 2, 8, b"recipe")),
+    ):
         assert changed[0] == base[0] and not set(changed[1:]) & set(dropped)
     grown = PageNames("0", 2, content_of(ids, visual, picture), None)
     grown.append(6)

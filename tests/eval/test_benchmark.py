@@ -32,10 +32,20 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     assert path.read_text() == whole
     again.add(questions[4:], ["no", "no"])
     assert len(AnswerFile(path, "key").known) == 6
-    assert [json.loads(line)["right"] for line in path.read_text().splitlines()[1:]] == [True, False, True, True, False, False]
+    assert [json.loads(line)["right"] for line in path.read_text().splitlines()[1:]] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("content", ["", "not json\n", '{"schema": "quota-answers/1", "key": "other"}\n{"id": "q0", "prediction": "x"}\n', '{"schema"'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "not json\n", '{"schema": "quota-answers/1", "key": "other"}\n{"id": "q0", "prediction": "x"}\n', '{"schema"'],
+)
 def test_files_of_another_key_are_not_reused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text(content)
@@ -75,7 +85,12 @@ def test_summary_round_trips_and_judges(tmp_path: Path) -> None:
         Answered(_spec("worse"), {"a": bad, "b": bad}, 1.0, cost),
     ]
     result = summarise(
-        questions, rows, Settings(resamples=500), baseline="float", blind=None, compare=[("better", "worse"), ("worse", "better"), ("better", "float")]
+        questions,
+        rows,
+        Settings(resamples=500),
+        baseline="float",
+        blind=None,
+        compare=[("better", "worse"), ("worse", "better"), ("better", "float")],
     )
     assert [c.verdict for c in result.comparisons] == ["better", "worse", "undecided"]
     assert result.rows[2].retention is not None and result.rows[2].retention.value == pytest.approx(60)
@@ -88,7 +103,9 @@ def test_summary_round_trips_and_judges(tmp_path: Path) -> None:
 def test_nothing_is_retained_of_a_float_row_without_a_right_answer() -> None:
     wrong = {"a": np.zeros(3, dtype=bool), "b": np.zeros(3, dtype=bool)}
     rows = [Answered(_spec(name), wrong, 1.0, Cost(1.0, 1.0, 1.0, [1.0])) for name in ("float", "row")]
-    result = summarise(_questions(6), rows, Settings(resamples=20), baseline="float", blind=None, compare=[("row", "float")])
+    result = summarise(
+        _questions(6), rows, Settings(resamples=20), baseline="float", blind=None, compare=[("row", "float")]
+    )
     assert result.comparisons == [] and result.rows[1].retention is None
     json.loads(result.model_dump_json(), parse_constant=lambda name: pytest.fail(name))
 
@@ -98,7 +115,10 @@ def test_what_a_reader_must_not_overlook() -> None:
     questions = _questions(8)
     none, some, whole = np.zeros(4, dtype=bool), np.array([True, False, False, False]), np.ones(4, dtype=bool)
     cost = Cost(1.0, 1.0, 1.0, [1.0])
-    rows = [Answered(_spec("float"), {"a": whole, "b": none}, 1.0, cost), Answered(_spec("row"), {"a": some, "b": whole}, 1.0, cost)]
+    rows = [
+        Answered(_spec("float"), {"a": whole, "b": none}, 1.0, cost),
+        Answered(_spec("row"), {"a": some, "b": whole}, 1.0, cost),
+    ]
     result = summarise(questions, rows, Settings(resamples=20), baseline="float", blind=None)
     assert result.retention_leaves_out == ["b"] and result.rows[1].below_majority == ["a"]
     said = remarks(result)

@@ -18,11 +18,18 @@ def board(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Readings of the energy counter, next one first; torch.cuda as if a device were there."""
     readings: list[int] = []
     fake = SimpleNamespace(
-        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetTotalEnergyConsumption=lambda board: readings.pop(0),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    answers = {"synchronize": None, "reset_peak_memory_stats": None, "max_memory_allocated": 12, "get_device_properties": SimpleNamespace(uuid="x")}
+    answers = {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 12,
+        "get_device_properties": SimpleNamespace(uuid="x"),
+    }
     for name, value in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     return readings
@@ -41,7 +48,9 @@ def test_several_pieces_share_their_energy_over_their_time() -> None:
     still, moved = gpu.GpuCost(5, None, "too short", 0.0, 1.0), gpu.GpuCost(9, 6.0, None, 6.0, 1.0)
     assert gpu.together([still, moved]) == gpu.GpuCost(9, 3.0, None, 6.0, 2.0)
     assert "did not move in 1000 ms" in str(gpu.together([still]).power_why_not)
-    assert gpu.together([moved, gpu.GpuCost(1, None, "no counter", None, 1.0)]) == gpu.GpuCost(9, None, "no counter", None, 2.0)
+    assert gpu.together([moved, gpu.GpuCost(1, None, "no counter", None, 1.0)]) == gpu.GpuCost(
+        9, None, "no counter", None, 2.0
+    )
 
 
 def test_no_figure_without_a_reason(board: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from quota.scenes.generate import TASKS
 def test_balanced_fixed_and_one_picture_each() -> None:
     short, long = scene_questions(18, 168), scene_questions(36, 168)
     assert [q.id for q in long[:18]] == [q.id for q in short]
-    assert questions_fingerprint(short) == questions_fingerprint(scene_questions(18, 168)) != questions_fingerprint(long)
+    assert (
+        questions_fingerprint(short) == questions_fingerprint(scene_questions(18, 168)) != questions_fingerprint(long)
+    )
     assert Counter(q.task for q in long) == dict.fromkeys(TASKS, 6)
     assert len({q.id.rsplit("-", 1)[0] for q in long}) == 36
     assert all(q.id.startswith("test-") for q in long)
@@ -46,7 +48,9 @@ def test_samples_need_answers() -> None:
 
 def test_sample_pictures_are_part_of_the_fingerprint() -> None:
     def made(stored: bytes | None) -> str:
-        sample = SimpleNamespace(id="a", instruction="?", answer="yes", task="t", image_bytes=stored, image=lambda: None)
+        sample = SimpleNamespace(
+            id="a", instruction="?", answer="yes", task="t", image_bytes=stored, image=lambda: None
+        )
         return questions_fingerprint(sample_questions([sample]))
 
     assert len({made(None), made(b"x"), made(b"y")}) == 3

@@ -10,16 +10,28 @@ from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, m
 @pytest.mark.parametrize(
     ("prediction", "answer", "right"),
     [
-        ("red", "red", True), ("Red.", "red", True), ("red and blue", "red", True), ("top left corner", "top left", True), ("top right", "top left", False),
-        ("reddish", "red", False), ("", "red", False), ("the red", "red", False), ("b . blue", "b", True), ("YES, there is", "yes", True), ("red", "", False),
+        ("red", "red", True),
+        ("Red.", "red", True),
+        ("red and blue", "red", True),
+        ("top left corner", "top left", True),
+        ("top right", "top left", False),
+        ("reddish", "red", False),
+        ("", "red", False),
+        ("the red", "red", False),
+        ("b . blue", "b", True),
+        ("YES, there is", "yes", True),
+        ("red", "", False),
     ],
-)  # fmt: skip
+)
 def test_first_words_decide(prediction: str, answer: str, right: bool) -> None:
     assert is_right(prediction, answer) is right
 
 
 def _questions() -> list[Question]:
-    return [Question(str(i), task, "?", answer, None) for i, (task, answer) in enumerate([("a", "yes"), ("b", "one"), ("a", "yes"), ("a", "No"), ("b", "two")])]
+    return [
+        Question(str(i), task, "?", answer, None)
+        for i, (task, answer) in enumerate([("a", "yes"), ("b", "one"), ("a", "yes"), ("a", "No"), ("b", "two")])
+    ]
 
 
 def test_accuracy_weighs_tasks_equally() -> None:

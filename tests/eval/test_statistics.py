@@ -23,7 +23,9 @@ def test_seeded_and_independent_of_other_rows() -> None:
     a = resampled_retention({"float": base, "row": row}, "float", resamples=777, seed=3)
     b = resampled_retention({"float": base, "other": _row(2, 0.5), "row": row}, "float", resamples=777, seed=3)
     assert np.array_equal(a["row"], b["row"]), "every row must see the same resampled questions"
-    assert not np.array_equal(a["row"], resampled_retention({"float": base, "row": row}, "float", resamples=777, seed=4)["row"])
+    assert not np.array_equal(
+        a["row"], resampled_retention({"float": base, "row": row}, "float", resamples=777, seed=4)["row"]
+    )
 
 
 def test_pairing_narrows_the_difference() -> None:

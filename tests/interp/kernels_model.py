@@ -36,4 +36,6 @@ def test_answers_and_scores_equal_the_native_ones(family: str, monkeypatch: pyte
     (native_run, native_kept), (triton_run, triton_kept) = runs
     assert torch.equal(triton_run.sequences, native_run.sequences)
     assert all(torch.equal(a, b) for a, b in zip(triton_run.scores, native_run.scores, strict=True))
-    assert triton_kept.keys() == native_kept.keys() and all(torch.equal(triton_kept[layer], native_kept[layer]) for layer in native_kept)
+    assert triton_kept.keys() == native_kept.keys() and all(
+        torch.equal(triton_kept[layer], native_kept[layer]) for layer in native_kept
+    )

@@ -7,7 +7,12 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install -e '.[gpu]' in the clone (Linux)")
 
 ARCHITECTURES = (80, 86, 89, 90)
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # CUDA C++ programming guide, compute capabilities: most per block
+SHARED_BYTES = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+}  # CUDA C++ programming guide, compute capabilities: most per block
 
 
 @pytest.mark.slow
@@ -18,7 +23,9 @@ def test_every_kernel_compiles(arch: int) -> None:
     for made in [compiled(call, arch) for call in recorded(arch)]:
         assert made.shared <= SHARED_BYTES[arch], made.kernel
         assert made.registers * made.warps * 32 <= 65536, made.kernel
-        assert "div.full" not in made.ptx and "div.approx" not in made.ptx and "sqrt.approx" not in made.ptx, made.kernel  # one rounding, as the contract says
+        assert "div.full" not in made.ptx and "div.approx" not in made.ptx and "sqrt.approx" not in made.ptx, (
+            made.kernel
+        )  # one rounding, as the contract says
         if made.kernel.startswith("w4a4_linear"):
             assert ".s32.s8.s8" in made.ptx and made.spilled == 0, made.kernel
 

@@ -1,4 +1,5 @@
-"""Runs the kernels in Triton's interpreter: it is chosen when a kernel is defined, so its tests need a process of their own."""
+"""Runs the kernels in Triton's interpreter: it is chosen when a kernel is defined, so its tests need a process of their
+own."""
 
 from __future__ import annotations
 

@@ -57,7 +57,13 @@ def ask(manager: Any) -> Callable[..., dict[str, list[str]]]:
 
     def asked(model: Any, tasks: list[str], limit: int) -> dict[str, list[str]]:
         done = evaluator.simple_evaluate(
-            model=model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, process_docs_parallel=1, verbosity="ERROR"
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            verbosity="ERROR",
         )
         return {task: [sample["resps"][0][0] for sample in rows] for task, rows in done["samples"].items()}
 

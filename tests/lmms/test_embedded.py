@@ -21,7 +21,11 @@ Asked = Callable[[Any, list[str], int], dict[str, list[str]]]
 
 
 def shipped(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted((TASKS / "data").glob(f"{name}_*.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted((TASKS / "data").glob(f"{name}_*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def test_the_files_hold_the_questions_of_quota_eval() -> None:
@@ -37,7 +41,9 @@ def test_groups_name_every_kind() -> None:
     for group, kinds in (("scenes", g.TASKS), ("pages", k.KINDS)):
         named = yaml.safe_load((TASKS / f"quota_{group}.yaml").read_text())["task"]
         assert sorted(named) == sorted(f"quota_{group}_{kind}" for kind in kinds)
-        assert sorted(path.stem for path in (TASKS / "data").glob(f"{group}_*")) == sorted(f"{group}_{kind}" for kind in kinds)
+        assert sorted(path.stem for path in (TASKS / "data").glob(f"{group}_*")) == sorted(
+            f"{group}_{kind}" for kind in kinds
+        )
 
 
 def of_kind(questions: list[Question], kind: str, n: int) -> list[Question]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from quota.calib.profile import model_facts
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, UsageError
 from quota.core.recipe import Recipe
 from quota.lmms import model as m
 from quota.lmms.model import Quota
 from quota.models import model_fingerprint
+from quota.planning.facts import model_facts
 from quota.runtime.load import load
 
 Asked = Callable[[Any, list[str], int], dict[str, list[str]]]
@@ -27,9 +27,17 @@ def recipe(llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("recipe") / "recipe.json"
     facts = model_facts(model, model_fingerprint(model), [16], [10])
     made = Recipe(
-        method="quota", regime="float", model=facts, candidates=(1, 2), keep=(0.5, 0.25), final_keep=0.25, tau=1.0, reference="recorded",
-        reference_tokens=16, sensitivities=(0.2, 0.1),
-    )  # fmt: skip
+        method="quota",
+        regime="float",
+        model=facts,
+        candidates=(1, 2),
+        keep=(0.5, 0.25),
+        final_keep=0.25,
+        tau=1.0,
+        reference="recorded",
+        reference_tokens=16,
+        sensitivities=(0.2, 0.1),
+    )
     made.save(path)
     return path
 
@@ -37,10 +45,12 @@ def recipe(llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "pretrained"), ({"pretrained": "x", "bits": 4}, "bits"), ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
+        ({}, "pretrained"),
+        ({"pretrained": "x", "bits": 4}, "bits"),
+        ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
         ({"pretrained": "x", "dtype": "int3"}, "int3"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named_and_the_known_ones_listed(given: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=f"model_args: .*{words}.*known: pretrained, recipe"):
         Quota(**given)
@@ -56,7 +66,9 @@ def test_wrong_values(llava_folder: Path, tmp_path: Path) -> None:
         Quota(pretrained=str(llava_folder), device="warp9")
 
 
-def test_lmms_evals_own_command_ends_with_status_one(llava_folder: Path, ask: Asked, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmms_evals_own_command_ends_with_status_one(
+    llava_folder: Path, ask: Asked, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would swallow an exception and end with 0; an exit it lets through."""
     with pytest.raises(SystemExit) as left:
         Quota.create_from_arg_string("pretrained=nowhere/at/all")
@@ -72,12 +84,22 @@ def test_lmms_evals_own_command_ends_with_status_one(llava_folder: Path, ask: As
     assert left.value.code == 1 and "out of luck" in capsys.readouterr().err
 
 
-def test_kept_tokens_times_and_texts_are_logged_per_question(llava_folder: Path, recipe: Path, ask: Asked, tmp_path: Path) -> None:
-    texts = ask(Quota(pretrained=str(llava_folder), recipe=str(recipe), answers=tmp_path, batch_size=2), ["quota_scenes_relation"], 3)
+def test_kept_tokens_times_and_texts_are_logged_per_question(
+    llava_folder: Path, recipe: Path, ask: Asked, tmp_path: Path
+) -> None:
+    texts = ask(
+        Quota(pretrained=str(llava_folder), recipe=str(recipe), answers=tmp_path, batch_size=2),
+        ["quota_scenes_relation"],
+        3,
+    )
     (path,) = tmp_path.iterdir()
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert header["recipe"] == str(recipe)
-    assert [row["text"] for row in rows] == texts["quota_scenes_relation"] and [row["doc_id"] for row in rows] == [0, 1, 2]
+    assert [row["text"] for row in rows] == texts["quota_scenes_relation"] and [row["doc_id"] for row in rows] == [
+        0,
+        1,
+        2,
+    ]
     for row in rows:
         assert row["visual_tokens"] == 16 and row["visual_tokens_by_layer"] == [16, 8, 4]
         assert row["prompt_tokens"] > 16 and 1 <= row["new_tokens"] <= 6 and row["prefill_ms"] > 0
@@ -87,11 +109,15 @@ def test_kept_tokens_times_and_texts_are_logged_per_question(llava_folder: Path,
 
 def test_batches_answer_like_single_requests(llava_folder: Path, recipe: Path, ask: Asked) -> None:
     tasks = ["quota_scenes_choice", "quota_scenes_position"]
-    alone, together = (ask(Quota(pretrained=str(llava_folder), recipe=str(recipe), batch_size=size), tasks, 3) for size in (1, 3))
+    alone, together = (
+        ask(Quota(pretrained=str(llava_folder), recipe=str(recipe), batch_size=size), tasks, 3) for size in (1, 3)
+    )
     assert alone == together
 
 
-def test_a_stopped_run_goes_on_and_other_content_does_not(llava_folder: Path, ask: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_and_other_content_does_not(
+    llava_folder: Path, ask: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks, given = ["quota_scenes_existence"], {"pretrained": str(llava_folder), "answers": tmp_path, "batch_size": 2}
     whole = ask(Quota(**given), tasks, 4)
     (path,) = tmp_path.iterdir()
@@ -113,7 +139,14 @@ def test_sampling_and_other_kinds_of_task_are_refused(llava_folder: Path, manage
 
     made = Quota(pretrained=str(llava_folder))
     with pytest.raises(UsageError, match=r"quota_scenes_choice.*answers greedily"):
-        evaluator.simple_evaluate(model=made, tasks=["quota_scenes_choice"], task_manager=manager, limit=1, gen_kwargs="temperature=0.7", bootstrap_iters=0)
+        evaluator.simple_evaluate(
+            model=made,
+            tasks=["quota_scenes_choice"],
+            task_manager=manager,
+            limit=1,
+            gen_kwargs="temperature=0.7",
+            bootstrap_iters=0,
+        )
     for method in (made.loglikelihood, made.generate_until_multi_round):
         with pytest.raises(QuotaError, match="generate_until"):
             method([])

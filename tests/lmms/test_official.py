@@ -1,4 +1,5 @@
-"""The published benchmarks by their own names and code, on small local copies, and what happens when something is missing.
+"""The published benchmarks by their own names and code, on small local copies, and what happens when something is
+missing.
 
 The model's answers are dictated here: what is tested is data, prompts, scoring and failures. All six run.
 """
@@ -35,11 +36,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def manager() -> Any:
     """Of the six benchmarks' folders alone: indexing all of lmms-eval's takes ten seconds."""
     folder = Path(lmms_tasks.__file__).parent
-    return lmms_tasks.TaskManager("ERROR", include_path=[str(TASKS), *(str(folder / name) for name in FOLDERS)], include_defaults=False, model_name="quota")
+    return lmms_tasks.TaskManager(
+        "ERROR",
+        include_path=[str(TASKS), *(str(folder / name) for name in FOLDERS)],
+        include_defaults=False,
+        model_name="quota",
+    )
 
 
 @pytest.fixture
-def run(llava_folder: Path, data: Path, manager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Benchmark, list[str]]]:
+def run(
+    llava_folder: Path, data: Path, manager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Benchmark, list[str]]]:
     """run(task, said) -> (outcome, prompts); said: place of a request -> the model's answer."""
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
 
@@ -59,13 +67,24 @@ def run(llava_folder: Path, data: Path, manager: Any, tmp_path: Path, monkeypatc
 
 def test_pope(run: Any) -> None:
     outcome, prompts = run("pope", lambda i: "Yes" if i < 3 else "no")
-    assert outcome.metric == "pope_accuracy" and outcome.scores.tolist() == [1, 0, 1, 1, 0, 1] and outcome.answers[3] == "no"
-    assert prompts[0] == "USER: <image>\nIs there a dog number 0?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    assert (
+        outcome.metric == "pope_accuracy"
+        and outcome.scores.tolist() == [1, 0, 1, 1, 0, 1]
+        and outcome.answers[3] == "no"
+    )
+    assert (
+        prompts[0]
+        == "USER: <image>\nIs there a dog number 0?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    )
 
 
 def test_mme_is_a_sum_over_categories_of_pairs(run: Any) -> None:
     outcome, prompts = run("mme", lambda i: ("yes", "no")[i % 2] if i < 4 else "yes")
-    assert {name: values.tolist() for name, values in outcome.scores.items()} == {"existence": [200, 200], "color": [50, 50], "code_reasoning": [50]}
+    assert {name: values.tolist() for name, values in outcome.scores.items()} == {
+        "existence": [200, 200],
+        "color": [50, 50],
+        "code_reasoning": [50],
+    }
     assert outcome.score == 300 and "Please answer" not in prompts[0]
 
 
@@ -99,7 +118,8 @@ def test_the_judged_mmbench_wants_its_judge(monkeypatch: pytest.MonkeyPatch, man
         find_tasks(["mmbench_en_dev"])
 
 
-# -- failures ------------------------------------------------------------------------------------------------------------
+# -- failures
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_wrong_names(monkeypatch: pytest.MonkeyPatch, manager: Any) -> None:
@@ -126,11 +146,15 @@ def test_a_failure_inside_lmms_eval_has_its_reason(run: Any, manager: Any, monke
 
     simple_evaluate = evaluator.simple_evaluate
     monkeypatch.setattr(evaluator, "simple_evaluate", lambda **given: simple_evaluate(**{**given, "limit": 3}))
-    with pytest.raises(UsageError, match="lmms-eval failed on mme: AssertionError: MME only supports pairwise evaluation"):
+    with pytest.raises(
+        UsageError, match="lmms-eval failed on mme: AssertionError: MME only supports pairwise evaluation"
+    ):
         run("mme", lambda i: "yes")
 
 
-def test_a_fault_of_the_model_passes_as_it_is(llava_folder: Path, manager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_model_passes_as_it_is(
+    llava_folder: Path, manager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import quota.lmms.model as m
 
     def fails(*args: Any, **kwargs: Any) -> Any:

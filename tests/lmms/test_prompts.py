@@ -1,6 +1,7 @@
 """The model's inputs and answers are those of lmms-eval's own wrappers, bit for bit.
 
-Those wrappers import packages for videos at the top of their files; empty stand-ins serve, because nothing here shows a video.
+Those wrappers import packages for videos at the top of their files; empty stand-ins serve, because nothing here shows a
+video.
 """
 
 from __future__ import annotations
@@ -59,11 +60,18 @@ def test_llava_equals_the_built_in_wrapper(llava_folder: Path, ask: Asked, monke
     from lmms_eval.models.chat.llava_hf import LlavaHf
 
     built_in = LlavaHf(str(llava_folder), device="cpu", device_map="cpu", dtype="float32")
-    compare(built_in, own.Quota(pretrained=str(llava_folder)), ask, monkeypatch, ["quota_scenes_choice", "quota_scenes_counting"])
+    compare(
+        built_in,
+        own.Quota(pretrained=str(llava_folder)),
+        ask,
+        monkeypatch,
+        ["quota_scenes_choice", "quota_scenes_counting"],
+    )
 
 
 def test_qwen2_5_vl_equals_the_built_in_wrapper(qwen_folder: Path, ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wrapper's processor needs torchvision; it gets ours, opened with the wrapper's own arguments. Pictures smaller than its limit are enlarged."""
+    """The wrapper's processor needs torchvision; it gets ours, opened with the wrapper's own arguments. Pictures
+    smaller than its limit are enlarged."""
     stand_in(monkeypatch, "decord")
     stand_in(monkeypatch, "torchvision", io=None, transforms=None)
     stand_in(monkeypatch, "torchvision.transforms", InterpolationMode=None)
@@ -106,4 +114,7 @@ def test_limits_that_cannot_be(llava_folder: Path, qwen_folder: Path) -> None:
 
 def test_videos_are_refused() -> None:
     with pytest.raises(UsageError, match=r"task clips: expected pictures and text, got video \(str\)"):
-        conversation([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "what ?"}]}], "clips")
+        conversation(
+            [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "what ?"}]}],
+            "clips",
+        )

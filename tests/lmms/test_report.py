@@ -30,7 +30,8 @@ def quota(*args: Any) -> Any:
 
 
 def test_strata_are_added_up_and_resampled_apart() -> None:
-    """The spread of a sum of two means is that of the parts together, and the same questions are drawn for both rows."""
+    """The spread of a sum of two means is that of the parts together, and the same questions are drawn for both
+    rows."""
     rng = np.random.default_rng(0)
     full = {"a": rng.random(40) < 0.9, "b": rng.random(60) < 0.8}
     half = {name: values & (rng.random(len(values)) < 0.5) for name, values in full.items()}
@@ -46,7 +47,9 @@ def test_strata_are_added_up_and_resampled_apart() -> None:
 def outcome(scores: dict[str, Any], texts: list[str], ratio: float) -> Outcome:
     records = [{"visual_tokens": 16, "visual_tokens_by_layer": [16, 8], "prompt_tokens": 20}] * 4
     benchmarks = {task: Benchmark("m", values, dict(enumerate(texts))) for task, values in scores.items()}
-    return Outcome(benchmarks, Cost(10.0, 1.0, 1000.0, [16, 8]), records, ratio, 5000, {"peak_memory_bytes": None, "power_w": None})
+    return Outcome(
+        benchmarks, Cost(10.0, 1.0, 1000.0, [16, 8]), records, ratio, 5000, {"peak_memory_bytes": None, "power_w": None}
+    )
 
 
 def test_report_compares_with_the_float_row(tmp_path: Path) -> None:
@@ -56,14 +59,24 @@ def test_report_compares_with_the_float_row(tmp_path: Path) -> None:
         FLOAT: outcome({"x": good, "mme": {"c": good * 200}}, ["a", "b", "c", "d"], 1.0),
         "q": outcome({"x": good, "mme": {"c": good * 200}}, ["a", "b", "c", "e"], 1.0),
         "q+r": outcome({"x": bad, "mme": {"c": good * 200}}, ["a", "x", "y", "z"], 0.5),
-    }  # fmt: skip
+    }
     report = summarise_tasks(rows, done, EvalSettings(Plan(("x", "mme"), tmp_path), resamples=400))
     own = {row.name: row for row in report.rows}
     assert own["q"].retention is not None and own["q"].retention.value == 100
-    assert own["q+r"].retention is not None and own["q+r"].retention.value == pytest.approx((100 / 3 + 100) / 2, abs=1e-3)
+    assert own["q+r"].retention is not None and own["q+r"].retention.value == pytest.approx(
+        (100 / 3 + 100) / 2, abs=1e-3
+    )
     by_task = own["q+r"].retention_by_task
-    assert by_task["x"] is not None and by_task["x"].value == pytest.approx(100 / 3, abs=1e-3) and by_task["x"].low < by_task["x"].high
-    assert own["q+r"].loyalty is not None and own["q+r"].loyalty.value == 25 and own["q"].loyalty_by_task == {"x": 75, "mme": 75}
+    assert (
+        by_task["x"] is not None
+        and by_task["x"].value == pytest.approx(100 / 3, abs=1e-3)
+        and by_task["x"].low < by_task["x"].high
+    )
+    assert (
+        own["q+r"].loyalty is not None
+        and own["q+r"].loyalty.value == 25
+        and own["q"].loyalty_by_task == {"x": 75, "mme": 75}
+    )
     assert own["q+r"].scores == {"x": 0.25, "mme": 150} and report.questions == {"x": 4, "mme": 4}
     (compared,) = report.comparisons
     assert compared.row == "q+r" and compared.against == "q" and compared.difference.value < 0
@@ -93,12 +106,28 @@ def test_frontier_is_what_no_other_row_beats() -> None:
 def test_quota_eval_by_tasks(llava_folder: Path, tmp_path: Path) -> None:
     """Two rows of one checkpoint: the float model keeps all of itself. The second run answers nothing again."""
     out = tmp_path / "out"
-    args = ("eval", llava_folder, "--model", llava_folder, "--tasks", "quota_scenes_choice,quota_scenes_relation", "--limit", "2", "--batch", "2", "--out", out)
+    args = (
+        "eval",
+        llava_folder,
+        "--model",
+        llava_folder,
+        "--tasks",
+        "quota_scenes_choice,quota_scenes_relation",
+        "--limit",
+        "2",
+        "--batch",
+        "2",
+        "--out",
+        out,
+    )
     result = quota(*args, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     report = TaskReport.model_validate_json((out / "eval.json").read_text())
     assert json.loads(result.stdout) == report.model_dump(mode="json")
-    assert [row.name for row in report.rows] == ["float", llava_folder.name] and report.questions == {"quota_scenes_choice": 2, "quota_scenes_relation": 2}
+    assert [row.name for row in report.rows] == ["float", llava_folder.name] and report.questions == {
+        "quota_scenes_choice": 2,
+        "quota_scenes_relation": 2,
+    }
     assert all(row.loyalty is not None and row.loyalty.value == 100 and row.compute_ratio == 1 for row in report.rows)
     assert "retention" in (out / "eval.md").read_text()
     logs = {path: path.read_text() for path in (out / "answers").iterdir()}
@@ -110,14 +139,22 @@ def test_quota_eval_by_tasks(llava_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--tasks", ","), "--tasks: expected names"), (("--tasks", "a", "--samples", "s.json"), "--samples: not with --tasks"),
-        (("--tasks", "a", "--blind"), "--blind: not with --tasks"), (("--tasks", "a", "--data", "nowhere"), "--data: no folder nowhere"),
-        (("--tasks", "a", "--recipe", "none", "--recipe", "none"), "--recipe: none is given twice"), (("--limit", "3"), "--limit: only with --tasks"),
+        (("--tasks", ","), "--tasks: expected names"),
+        (("--tasks", "a", "--samples", "s.json"), "--samples: not with --tasks"),
+        (("--tasks", "a", "--blind"), "--blind: not with --tasks"),
+        (("--tasks", "a", "--data", "nowhere"), "--data: no folder nowhere"),
+        (("--tasks", "a", "--recipe", "none", "--recipe", "none"), "--recipe: none is given twice"),
+        (("--limit", "3"), "--limit: only with --tasks"),
     ],
-)  # fmt: skip
+)
 def test_wrong_use_is_one_line(llava_folder: Path, args: tuple[str, ...], words: str) -> None:
     result = quota("eval", llava_folder, *args)
-    assert result.exit_code == 1 and result.stderr.startswith("error: ") and words in result.stderr and "Traceback" not in result.output
+    assert (
+        result.exit_code == 1
+        and result.stderr.startswith("error: ")
+        and words in result.stderr
+        and "Traceback" not in result.output
+    )
 
 
 def test_without_lmms_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,12 +165,38 @@ def test_without_lmms_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_the_command_itself_in_two_processes(llava_folder: Path, tmp_path: Path) -> None:
-    """torchrun shares the questions out; each process logs its own, and one process afterwards finds them all answered. Wrong tasks and arguments: status 1."""
-    code = "import sys; from lmms_eval.models import list_available_models; print('quota' in list_available_models(True))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip().endswith("True")
-    common = ["--tasks", "quota_scenes_choice", "--limit", "3", "--device", "cpu", "--output_path", str(tmp_path / "logs"), "--log_samples"]
+    """torchrun shares the questions out; each process logs its own, and one process afterwards finds them all answered.
+    Wrong tasks and arguments: status 1."""
+    code = (
+        "import sys; from lmms_eval.models import list_available_models; print('quota' in list_available_models(True))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .endswith("True")
+    )
+    common = [
+        "--tasks",
+        "quota_scenes_choice",
+        "--limit",
+        "3",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "logs"),
+        "--log_samples",
+    ]
     args = f"pretrained={llava_folder},answers={tmp_path / 'answers'}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "quota.lmms"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "quota.lmms",
+    ]
     done = subprocess.run([*torchrun, "--model_args", args, *common], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = sorted((tmp_path / "answers").iterdir())
@@ -142,5 +205,7 @@ def test_the_command_itself_in_two_processes(llava_folder: Path, tmp_path: Path)
     found = Quota(pretrained=str(llava_folder), answers=tmp_path / "answers")
     assert sorted(found.records()) == [("quota_scenes_choice", i) for i in range(3)]
     for wrong in (["--tasks", "nothing_such"], ["--model_args", "pretrained=x,bits=4"]):
-        failed = subprocess.run([sys.executable, "-m", "quota.lmms", "--model_args", args, *common, *wrong], capture_output=True, text=True)
+        failed = subprocess.run(
+            [sys.executable, "-m", "quota.lmms", "--model_args", args, *common, *wrong], capture_output=True, text=True
+        )
         assert failed.returncode == 1 and "error: " in failed.stderr

@@ -16,8 +16,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import quota
 from quota.calib.stream import FloatSource
-from quota.core.checkpoint import MODULES
 from quota.core.errors import CheckpointError
+from quota.core.formats import MODULES
 from quota.models import FAMILIES, find_family, submodule
 from quota.models.llava import Llava
 from quota.models.quantize import quantized_linears
@@ -63,7 +63,12 @@ def family(monkeypatch):
     monkeypatch.setitem(FAMILIES, key, (module, name))
     monkeypatch.setitem(transformers.CONFIG_MAPPING._extra_content, key, OneLinearConfig)
     # the module as it is now: transformers replaces itself when a class is first asked for
-    monkeypatch.setattr(sys.modules["transformers"], OneLinearForConditionalGeneration.__name__, OneLinearForConditionalGeneration, raising=False)
+    monkeypatch.setattr(
+        sys.modules["transformers"],
+        OneLinearForConditionalGeneration.__name__,
+        OneLinearForConditionalGeneration,
+        raising=False,
+    )
     return getattr(made, name)
 
 
@@ -72,7 +77,9 @@ def tiny() -> OneLinearForConditionalGeneration:
     base = tiny_llava()
     config = OneLinearConfig(**{k: v for k, v in base.config.to_dict().items() if k != "model_type"})
     torch.manual_seed(5)
-    model = OneLinearForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model = OneLinearForConditionalGeneration._from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
     assert {key.rpartition("projector.")[2] for key in missing} == {"linear.weight", "linear.bias"}
     assert all(".linear_" in key for key in unexpected)
@@ -89,8 +96,13 @@ def test_the_family_of_the_page_is_found(family):
     found = find_family(model)
     assert type(found) is family and issubclass(family, Llava)
     listed = [part for group in found.groups["projector"] for part in group.parts]
-    assert listed == [at for at, linear in submodule(model, found.projector_path).named_modules() if isinstance(linear, nn.Linear)]
-    assert found.vision_macs(found.visual_tokens) == Llava.vision_macs(found, found.visual_tokens) - found.patches * found.hidden_size**2
+    assert listed == [
+        at for at, linear in submodule(model, found.projector_path).named_modules() if isinstance(linear, nn.Linear)
+    ]
+    assert (
+        found.vision_macs(found.visual_tokens)
+        == Llava.vision_macs(found, found.visual_tokens) - found.patches * found.hidden_size**2
+    )
 
 
 @torch.no_grad()
@@ -107,11 +119,15 @@ def test_its_projector_is_quantized(family):
 @torch.no_grad()
 def test_quantized_whole_it_gives_a_row_the_same_bits_in_any_batch(family):
     model, inputs = quantize_rtn(tiny()), llava_inputs(tiny_llava(), rows=((3, 5), (3, 5)))
-    assert {f"{path}.{group.name}" for path, group in find_family(model).group_paths(MODULES)} == set(quantized_linears(model))
+    assert {f"{path}.{group.name}" for path, group in find_family(model).group_paths(MODULES)} == set(
+        quantized_linears(model)
+    )
     together = model(**inputs).logits
     assert together.isfinite().all()
     for row in range(2):
-        assert torch.equal(model(**{name: value[row : row + 1] for name, value in inputs.items()}).logits[0], together[row])
+        assert torch.equal(
+            model(**{name: value[row : row + 1] for name, value in inputs.items()}).logits[0], together[row]
+        )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
-from quota.core.checkpoint import MODULES
+from quota.core.formats import MODULES
 from quota.models import FAMILIES, family_class, find_family, submodule
 from quota.models.base import PARTS
 from quota.models.quantize import float_linears, quantize_structure, quantized_linears
@@ -50,7 +50,11 @@ def test_every_family_has_a_tiny_model():
 
 def test_no_other_room_knows_a_family_by_name():
     names = re.compile("|".join(rf"[\"']{name}[\"']" for name in TINY))
-    rooms = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if names.search(path.read_text(encoding="utf-8"))}
+    rooms = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if names.search(path.read_text(encoding="utf-8"))
+    }
     assert rooms <= {"models", "scenes"}
 
 
@@ -98,7 +102,9 @@ def test_the_tower_block_by_block_is_the_tower(name, folder):
             assert hidden.shape == (family.tower_rows(image.grid), family.vision_hidden_size)
             valid, grids = torch.ones(1, len(hidden), dtype=torch.bool), None if image.grid is None else [image.grid]
             for path in family.blocks("vision"):
-                hidden = source.block("vision", path)(Batch(hidden[None] if hidden.ndim == 2 else hidden, valid, grids=grids))
+                hidden = source.block("vision", path)(
+                    Batch(hidden[None] if hidden.ndim == 2 else hidden, valid, grids=grids)
+                )
             rows = family.projector_rows(hidden[0], image.grid)
             projected = source.block("projector", family.projector_path)(Batch(rows[None], valid))[0]
             assert projected.shape == features.shape == (family.image_tokens(image), family.hidden_size)
@@ -118,7 +124,10 @@ def test_synthetic_pixels_are_an_image_of_the_model(name):
     family = find_family(tiny(name))
     tokens = family.visual_tokens or 9
     shape, grid = family.pixel_shape(tokens)
-    assert family.image_tokens(type(family.images({"pixel_values": torch.zeros(1, 3, 4, 4)})[0])(torch.zeros(shape), grid)) == tokens
+    assert (
+        family.image_tokens(type(family.images({"pixel_values": torch.zeros(1, 3, 4, 4)})[0])(torch.zeros(shape), grid))
+        == tokens
+    )
     assert family.vision_macs(tokens) > 0
 
 

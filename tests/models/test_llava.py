@@ -23,7 +23,14 @@ def test_layout(model):
     assert (arch.layers, arch.vision_layers_total, arch.vision_layers_used) == (4, 3, 2)
     assert (arch.hidden_size, arch.heads, arch.kv_heads, arch.head_dim) == (64, 4, 2, 16)
     assert (arch.visual_tokens, arch.image_token_id, arch.drops_cls) == (16, 120, True)
-    for path in (arch.decoder_layer(3), arch.vision_layer(2), arch.projector_path, arch.embed_path, arch.lm_head_path, arch.text_path):
+    for path in (
+        arch.decoder_layer(3),
+        arch.vision_layer(2),
+        arch.projector_path,
+        arch.embed_path,
+        arch.lm_head_path,
+        arch.text_path,
+    ):
         assert submodule(model, path) is model.get_submodule(path)
     assert find_family(model.config).dims == arch.dims
     with pytest.raises(CheckpointError, match=r"no\.such"):
@@ -32,13 +39,17 @@ def test_layout(model):
 
 @pytest.mark.parametrize(("feature", "used"), [(-1, 3), (-2, 2), (1, 1), (0, 0)])
 def test_vision_feature_layer(model, feature, used):
-    config = LlavaConfig(vision_config=model.config.vision_config, text_config=model.config.text_config, vision_feature_layer=feature)
+    config = LlavaConfig(
+        vision_config=model.config.vision_config, text_config=model.config.text_config, vision_feature_layer=feature
+    )
     assert find_family(config).vision_layers_used == used
 
 
 @pytest.mark.parametrize("feature", [[-2, -1], -9])
 def test_unsupported_feature_layers(model, feature):
-    config = LlavaConfig(vision_config=model.config.vision_config, text_config=model.config.text_config, vision_feature_layer=feature)
+    config = LlavaConfig(
+        vision_config=model.config.vision_config, text_config=model.config.text_config, vision_feature_layer=feature
+    )
     with pytest.raises(CheckpointError, match="vision_feature_layer"):
         find_family(config)
 
@@ -50,15 +61,19 @@ def test_other_architectures_are_named():
         find_family(LlavaConfig(text_config={"model_type": "mistral"}))
 
 
-@pytest.mark.parametrize(("stored", "canonical"), [
-    ("language_model.model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
-    ("language_model.lm_head.weight", "lm_head.weight"), ("lm_head.weight", "lm_head.weight"),
-    ("vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias", "model.vision_tower.encoder.layers.1.mlp.fc1.bias"),
-    ("vision_tower.encoder.layers.1.mlp.fc1.bias", "model.vision_tower.encoder.layers.1.mlp.fc1.bias"),
-    ("model.vision_tower.vision_model.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
-    ("multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight"),
-    ("model.language_model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored", "canonical"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias", "model.vision_tower.encoder.layers.1.mlp.fc1.bias"),
+        ("vision_tower.encoder.layers.1.mlp.fc1.bias", "model.vision_tower.encoder.layers.1.mlp.fc1.bias"),
+        ("model.vision_tower.vision_model.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
+        ("multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight"),
+        ("model.language_model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+    ],
+)
 def test_canonical_keys(stored, canonical):
     assert ARCH.canonical_key(stored) == canonical
     assert ARCH.canonical_key(canonical) == canonical

@@ -29,7 +29,9 @@ def test_everything_asked_for_is_replaced():
         assert quantized_modules(model) == tuple(m for m in ALL if m in modules)
         assert torch.isfinite(model(**llava_inputs(model)).logits).all()
     names = quantized_linears(quantize_rtn(tiny_llava()))
-    assert len(names) == 4 * 4 + 2 * 4 + 2  # four groups per decoder layer and per used vision layer; the last vision layer feeds nothing
+    assert (
+        len(names) == 4 * 4 + 2 * 4 + 2
+    )  # four groups per decoder layer and per used vision layer; the last vision layer feeds nothing
     assert not any("encoder.layers.2" in name for name in names)
 
 
@@ -37,7 +39,9 @@ def test_the_layer_that_feeds_nothing_is_not_computed(model):
     inputs, damaged = llava_inputs(model), copy.deepcopy(model)
     for parameter in damaged.get_submodule("model.vision_tower.encoder.layers.2").parameters():
         parameter.data.fill_(float("nan"))
-    hidden = [m.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states for m in (model, damaged)]
+    hidden = [
+        m.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states for m in (model, damaged)
+    ]
     assert len(hidden[0]) == 4 and torch.equal(hidden[0][-2], hidden[1][-2]) and torch.isfinite(hidden[1][-1]).all()
     assert torch.equal(model(**inputs).logits, damaged(**inputs).logits)
 
@@ -46,7 +50,9 @@ def test_structure_on_meta_matches_the_quantized_model(model):
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config))
     quantize_structure(empty, ALL)
-    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {n: (t.shape, t.dtype) for n, t in model.state_dict().items()}
+    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in model.state_dict().items()
+    }
     assert all(t.is_meta for t in empty.state_dict().values())
 
 
@@ -69,7 +75,8 @@ def test_identity_survives_quantization_and_bytes_shrink(model):
 
 
 def test_transforms_cancel_before_rounding():
-    """Quantization error aside, the rotated model is the float one: it stays far closer to it than to a different model."""
+    """Quantization error aside, the rotated model is the float one: it stays far closer to it than to a different
+    model."""
     original, inputs = tiny_llava(), llava_inputs(tiny_llava())
     want, got = (m(**inputs).logits[:, -1] for m in (original, quantize_rtn(tiny_llava())))
     other = tiny_llava(seed=3)(**inputs).logits[:, -1]
@@ -79,7 +86,9 @@ def test_transforms_cancel_before_rounding():
 def test_rotary_agrees_with_upstream(model):
     upstream = tiny_llava().model.language_model.rotary_emb
     positions = torch.arange(50)[None]
-    for got, want in zip(Rotary(model.config.text_config)(torch.zeros(1), positions), upstream(torch.zeros(1), positions), strict=True):
+    for got, want in zip(
+        Rotary(model.config.text_config)(torch.zeros(1), positions), upstream(torch.zeros(1), positions), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
@@ -90,7 +99,9 @@ def test_prefill_then_decode_equals_one_prefill(model):
     with torch.no_grad(), final_states(model) as states:
         model(**inputs)
         cut = ids.shape[1] - 3
-        cache = model(ids[:, :cut], attention_mask=mask[:, :cut], pixel_values=inputs["pixel_values"], use_cache=True).past_key_values
+        cache = model(
+            ids[:, :cut], attention_mask=mask[:, :cut], pixel_values=inputs["pixel_values"], use_cache=True
+        ).past_key_values
         for t in range(cut, ids.shape[1]):
             model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache, use_cache=True)
         assert torch.equal(states[0], states[-1])

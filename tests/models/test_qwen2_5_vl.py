@@ -42,13 +42,19 @@ def test_structure_on_meta_matches_the_quantized_model(tied):
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config))
     quantize_structure(empty, ALL)
-    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {n: (t.shape, t.dtype) for n, t in model.state_dict().items()}
+    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in model.state_dict().items()
+    }
     assert model_fingerprint(model) == model_fingerprint(tiny_qwen())
 
 
 def test_bias_coefficients_are_the_rotated_dot_product():
     generator = torch.Generator().manual_seed(0)
-    q, bias, angles = torch.randn(1, 4, 3, 16, generator=generator), 900 * torch.randn(2, 16, generator=generator), torch.rand(1, 7, 8, generator=generator) * 6
+    q, bias, angles = (
+        torch.randn(1, 4, 3, 16, generator=generator),
+        900 * torch.randn(2, 16, generator=generator),
+        torch.rand(1, 7, 8, generator=generator) * 6,
+    )
     cos, sin = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
     turned = apply_rotary(bias.repeat_interleave(2, 0)[None, :, None].expand(-1, -1, 7, -1), cos, sin)
     wanted = q @ turned.transpose(-1, -2)
@@ -61,14 +67,16 @@ def log_probabilities(model, inputs):
 
 
 def divergence(model, inputs, wanted) -> float:
-    """Mean over real positions of KL(float || quantized) of the next-token distribution, at a temperature that suits random weights."""
+    """Mean over real positions of KL(float || quantized) of the next-token distribution, at a temperature that suits
+    random weights."""
     got, real = log_probabilities(model, inputs), inputs["attention_mask"].bool()
     return float((wanted.exp() * (wanted - got)).sum(-1)[real].mean())
 
 
 @torch.no_grad()
 def test_large_key_biases_cost_nothing():
-    """Against the same model with the bias taken down to nothing: an equal KL. The bias inside the cache, as plain W4A4KV4 has it, ruins the model."""
+    """Against the same model with the bias taken down to nothing: an equal KL. The bias inside the cache, as plain
+    W4A4KV4 has it, ruins the model."""
     found = {}
     for norm in (1e-3, 600.0, 900.0):
         original = tiny_qwen(key_bias=norm)
@@ -86,7 +94,12 @@ def test_large_key_biases_cost_nothing():
 
 def folded(attention: QuantBiasedAttention, index: int) -> QuantAttention:
     """The same layer with the bias in the keys it caches."""
-    sizes = {"heads": attention.heads, "kv_heads": attention.kv_heads, "head_dim": attention.head_dim, "layer_idx": index}
+    sizes = {
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "layer_idx": index,
+    }
     plain = QuantAttention(attention.qkv_proj, attention.o_proj, **sizes)
     plain.q_transform, plain.k_transform = attention.q_transform, attention.k_transform
     first = attention.heads * attention.head_dim
@@ -97,14 +110,21 @@ def folded(attention: QuantBiasedAttention, index: int) -> QuantAttention:
 def test_rotary_agrees_with_upstream(model):
     upstream = tiny_qwen().model.language_model.rotary_emb
     positions = torch.randint(0, 60, (3, 2, 9), generator=torch.Generator().manual_seed(0))
-    for got, want in zip(MultimodalRotary(model.config.text_config)(torch.zeros(1), positions), upstream(torch.zeros(1), positions), strict=True):
+    for got, want in zip(
+        MultimodalRotary(model.config.text_config)(torch.zeros(1), positions),
+        upstream(torch.zeros(1), positions),
+        strict=True,
+    ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def test_float_attention_in_the_quantized_tower_is_upstreams():
     """Only rounding separates the two towers: without it (wide weights) they would agree, so features stay close."""
     original, inputs = tiny_qwen(), qwen_inputs(tiny_qwen(), rows=MIXED)
-    want, got = (m.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output for m in (original, quantize_rtn(tiny_qwen())))
+    want, got = (
+        m.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        for m in (original, quantize_rtn(tiny_qwen()))
+    )
     other = tiny_qwen(seed=3).model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
     assert got.shape == want.shape
     assert (got - want).norm() < 0.6 * (other - want).norm()
@@ -121,19 +141,35 @@ def test_a_picture_alone_and_in_a_batch(model):
 
 @torch.no_grad()
 def test_prefill_then_decode_equals_one_prefill(model):
-    """generate's way of cutting: the cache of a shorter prompt, then token by token with the same positions; equal bits."""
+    """generate's way of cutting: the cache of a shorter prompt, then token by token with the same positions; equal
+    bits."""
     inputs = qwen_inputs(model)
-    full = model.model.get_rope_index(**{k: inputs[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")})[0]
+    full = model.model.get_rope_index(
+        **{k: inputs[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    )[0]
     ids, mask, cut = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1] - 3
     pictures = {k: inputs[k] for k in ("pixel_values", "image_grid_thw")}
     with final_states(model) as states:
         model(ids, attention_mask=mask, position_ids=full, **pictures)
         cache = DynamicCache()
-        model(ids[:, :cut], attention_mask=mask[:, :cut], position_ids=full[..., :cut], past_key_values=cache, use_cache=True, **pictures)
+        model(
+            ids[:, :cut],
+            attention_mask=mask[:, :cut],
+            position_ids=full[..., :cut],
+            past_key_values=cache,
+            use_cache=True,
+            **pictures,
+        )
         assert all(isinstance(layer, BiasedKv4Layer) for layer in cache.layers)
         assert len({id(layer.angles) for layer in cache.layers}) == 1  # one table for all layers
         for t in range(cut, ids.shape[1]):
-            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], position_ids=full[..., t : t + 1], past_key_values=cache, use_cache=True)
+            model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                position_ids=full[..., t : t + 1],
+                past_key_values=cache,
+                use_cache=True,
+            )
         assert torch.equal(states[0], states[-1])
         cache.crop(-3)
         model(ids[:, cut:], attention_mask=mask, position_ids=full[..., cut:], past_key_values=cache, use_cache=True)

@@ -1,4 +1,5 @@
-"""`emulated`: the CUDA kernels' own source, compiled by g++ against emulation.h, behind the wrappers of `quota.ops.cuda`."""
+"""`emulated`: the CUDA kernels' own source, compiled by g++ against emulation.h, behind the wrappers of
+`quota.ops.cuda`."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ from quota.ops import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "emulated"
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DQUOTA_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-w"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-DQUOTA_EMULATED",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-w",
+]
 FOLDERS = ("csrc/cuda", "csrc/include", "csrc/torch", "tests/native")
 
 
@@ -32,7 +42,9 @@ def sources() -> list[Path]:
 def build() -> Path:
     """The emulated library, kept by the digest of everything it is made of."""
     texts = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in (".cu", ".h", ".cpp"))
-    digest = hashlib.sha256("".join([torch.__version__, *FLAGS, *(p.read_text() for p in texts)]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("".join([torch.__version__, *FLAGS, *(p.read_text() for p in texts)]).encode()).hexdigest()[
+        :16
+    ]
     library = BUILT / f"libquota_emulated_{digest}.so"
     if library.exists():
         return library
@@ -56,7 +68,10 @@ def _compile(library: Path) -> None:
 
         with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
             objects = list(pool.map(compiled, sources()))
-        subprocess.run(["g++", "-shared", "-o", f"{folder}/out.so", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"], check=True)
+        subprocess.run(
+            ["g++", "-shared", "-o", f"{folder}/out.so", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"],
+            check=True,
+        )
         Path(f"{folder}/out.so").rename(library)
 
 

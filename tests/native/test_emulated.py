@@ -1,6 +1,8 @@
-"""The CUDA kernels against the references, played by tests/native/emulation.h: index arithmetic, operand layouts, barriers, pipelines.
+"""The CUDA kernels against the references, played by tests/native/emulation.h: index arithmetic, operand layouts,
+barriers, pipelines.
 
-What this cannot see: whether the hardware's instructions are as the PTX tables say, memory ordering between proxies, and speed.
+What this cannot see: whether the hardware's instructions are as the PTX tables say, memory ordering between proxies,
+and speed.
 """
 
 from __future__ import annotations
@@ -25,20 +27,31 @@ from tests.ops.kv import cache
 WAYS = ("few4", "few8", "tile4", "tile8", "warpgroup")
 
 
-def product(m: int, k: int, n: int, low: int = -8, high: int = 8) -> tuple[torch.Tensor, torch.Tensor, PackedWeight, torch.Tensor, torch.Tensor]:
+def product(
+    m: int, k: int, n: int, low: int = -8, high: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, PackedWeight, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(m * 7 + k * 3 + n)
     x, w = (torch.randint(low, high, s, generator=g, dtype=torch.int8) for s in ((m, k), (n, k)))
     weight = PackedWeight(pack_int4(w), torch.rand(n, generator=g) + 0.01, k)
-    return pack_int4(x), torch.rand(m, generator=g) + 0.01, weight, torch.randn(n, generator=g), torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32)
+    return (
+        pack_int4(x),
+        torch.rand(m, generator=g) + 0.01,
+        weight,
+        torch.randn(n, generator=g),
+        torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32),
+    )
 
 
 def assert_exact(emulated: ModuleType, way: str, m: int, k: int, n: int) -> None:
     x, scale, weight, bias, zero = product(m, k, n)
     for b, z in ((None, None), (bias, zero)):
-        assert torch.equal(emulated.w4a4_linear(x, scale, weight, b, z, way), w4a4_linear_ref(x, scale, weight, b, z)), f"{way} M={m} K={k} N={n}"
+        assert torch.equal(
+            emulated.w4a4_linear(x, scale, weight, b, z, way), w4a4_linear_ref(x, scale, weight, b, z)
+        ), f"{way} M={m} K={k} N={n}"
 
 
-# Around tiles of 8, 16, 64 and 128 rows and channels, steps of 128 values of k, 4 stages; odd k; k that 16-byte copies cannot read in place.
+# Around tiles of 8, 16, 64 and 128 rows and channels, steps of 128 values of k, 4 stages; odd k; k that 16-byte copies
+# cannot read in place.
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (2, 127, 17), (8, 129, 16), (9, 544, 130), (16, 1281, 33)])
 @pytest.mark.parametrize("way", WAYS)
 def test_linear_equals_the_reference_bit_for_bit(emulated: ModuleType, way: str, m: int, k: int, n: int) -> None:
@@ -69,21 +82,30 @@ def test_every_width_of_a_warpgroup_tile(emulated: ModuleType, m: int) -> None:
 def test_the_largest_sums_are_exact(emulated: ModuleType) -> None:
     for way in WAYS:
         x, scale, weight, bias, _ = product(3, 2048, 5, -8, -7)
-        assert torch.equal(emulated.w4a4_linear(x, scale, weight, bias, None, way), w4a4_linear_ref(x, scale, weight, bias))
+        assert torch.equal(
+            emulated.w4a4_linear(x, scale, weight, bias, None, way), w4a4_linear_ref(x, scale, weight, bias)
+        )
 
 
 def matrix(n: int, g: torch.Generator) -> torch.Tensor:
     return torch.randn(n, n, generator=g) / n**0.5
 
 
-@pytest.mark.parametrize(("m", "left", "right"), [(3, 4, 6), (2, 5, 7), (1, 9, 64), (2, 43, 64), (2, 12, 0), (3, 0, 20), (2, 0, 0), (1, 1, 31)])
+@pytest.mark.parametrize(
+    ("m", "left", "right"),
+    [(3, 4, 6), (2, 5, 7), (1, 9, 64), (2, 43, 64), (2, 12, 0), (3, 0, 20), (2, 0, 0), (1, 1, 31)],
+)
 @pytest.mark.parametrize("prologue", [None, "silu_mul", "quick_gelu", "gelu"])
-def test_quantize_act_equals_the_reference_bit_for_bit(emulated: ModuleType, m: int, left: int, right: int, prologue: str | None) -> None:
+def test_quantize_act_equals_the_reference_bit_for_bit(
+    emulated: ModuleType, m: int, left: int, right: int, prologue: str | None
+) -> None:
     g = torch.Generator().manual_seed(left + right)
     k = (left or 3) * (right or 7)
     x = torch.randn(m, 2 * k if prologue == "silu_mul" else k, generator=g) * 3
     factors = [matrix(n, g) if n else None for n in (left, right)]
-    for got, want in zip(emulated.quantize_act(x, *factors, 0.9, prologue), quantize_act_ref(x, *factors, 0.9, prologue), strict=True):
+    for got, want in zip(
+        emulated.quantize_act(x, *factors, 0.9, prologue), quantize_act_ref(x, *factors, 0.9, prologue), strict=True
+    ):
         assert torch.equal(got, want)
     if prologue is None:
         assert torch.equal(emulated.transform(x, *factors), transform_ref(x, *factors))
@@ -116,14 +138,19 @@ def test_append_equals_the_reference_bit_for_bit(emulated: ModuleType, b: int, h
 
 @pytest.mark.parametrize("rotates", [True, False])
 @pytest.mark.parametrize("moves", [True, False])
-def test_qkv_append_equals_the_reference_bit_for_bit(emulated: ModuleType, order: str, rotates: bool, moves: bool) -> None:
+def test_qkv_append_equals_the_reference_bit_for_bit(
+    emulated: ModuleType, order: str, rotates: bool, moves: bool
+) -> None:
     b, t, heads, kv_heads, d = 2, 9, 4, 2, 36
     g = torch.Generator().manual_seed(4)
     qkv = torch.randn(b, t, (heads + 2 * kv_heads) * d, generator=g)
     rotary = (torch.randn(b, t, d, generator=g), torch.randn(b, t, d, generator=g)) if rotates else None
     transforms = (matrix(d, g), matrix(d, g)) if moves else (None, None)
     caches = [[cache(torch.zeros(b, kv_heads, 1, d), t + 2) for _ in range(2)] for _ in range(2)]
-    results = [f(qkv, rotary, transforms, *c, 1, (0.95, 0.9)) for f, c in zip((emulated.qkv_append, qkv_append_ref), caches, strict=True)]
+    results = [
+        f(qkv, rotary, transforms, *c, 1, (0.95, 0.9))
+        for f, c in zip((emulated.qkv_append, qkv_append_ref), caches, strict=True)
+    ]
     assert torch.equal(*results)
     for got, want in zip(*caches, strict=True):
         assert all(torch.equal(a.nan_to_num(nan=-1.0), c.nan_to_num(nan=-1.0)) for a, c in zip(got, want, strict=True))
@@ -136,7 +163,14 @@ def attention_case(b: int, h: int, hkv: int, t: int, s: int, d: int, extra: int 
     return q, cache(k, s + 5), cache(v, s + 5), s, torch.arange(b, dtype=torch.int32) * min(3, s - 1), d**-0.5, shared
 
 
-SHAPES = [(1, 1, 1, 1, 1, 8), (2, 4, 2, 5, 9, 16), (2, 3, 3, 1, 70, 64), (1, 7, 1, 2, 131, 128), (1, 2, 1, 1, 600, 96), (1, 1, 1, 1, 130, 192)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 8),
+    (2, 4, 2, 5, 9, 16),
+    (2, 3, 3, 1, 70, 64),
+    (1, 7, 1, 2, 131, 128),
+    (1, 2, 1, 1, 600, 96),
+    (1, 1, 1, 1, 130, 192),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -167,7 +201,10 @@ def test_attention_with_shared_channels(emulated: ModuleType) -> None:
 def test_attention_over_several_splits(emulated: ModuleType) -> None:
     args = attention_case(2, 2, 1, 1, 2100, 16)
     (out, lse), (want, want_lse) = emulated.kv4_attention(*args), kv4_attention_ref(*args)
-    assert float((out.double() - want.double()).norm() / want.double().norm()) < 1e-6 and (lse - want_lse).abs().max() < 1e-5
+    assert (
+        float((out.double() - want.double()).norm() / want.double().norm()) < 1e-6
+        and (lse - want_lse).abs().max() < 1e-5
+    )
     alone = [args[0][1:], *((tuple(x[1:] for x in kv)) for kv in args[1:3]), args[3], args[4][1:], args[5], None]
     assert torch.equal(emulated.kv4_attention(*alone)[0], out[1:])
 
@@ -176,9 +213,14 @@ def test_attention_of_a_long_prompt_in_a_workspace_that_does_not_grow(emulated: 
     """Twenty queries over two splits, eight at a time: each has the bits that it has alone."""
     args = attention_case(2, 2, 1, 20, 1100, 16)
     (out, lse), (want, want_lse) = emulated.kv4_attention(*args), kv4_attention_ref(*args)
-    assert float((out.double() - want.double()).norm() / want.double().norm()) < 1e-6 and (lse - want_lse).abs().max() < 1e-5
+    assert (
+        float((out.double() - want.double()).norm() / want.double().norm()) < 1e-6
+        and (lse - want_lse).abs().max() < 1e-5
+    )
     for t in (0, 7, 8, 19):
-        one, one_lse = emulated.kv4_attention(args[0][:, :, t : t + 1].contiguous(), *args[1:3], 1100 - 19 + t, *args[4:])
+        one, one_lse = emulated.kv4_attention(
+            args[0][:, :, t : t + 1].contiguous(), *args[1:3], 1100 - 19 + t, *args[4:]
+        )
         assert torch.equal(one, out[:, t : t + 1]) and torch.equal(one_lse, lse[:, :, t : t + 1])
 
 
@@ -199,7 +241,8 @@ def test_paged_attention(emulated: ModuleType, extra: int) -> None:
 
 
 def test_room_for_more_pages_changes_no_bit(emulated: ModuleType) -> None:
-    """A table as wide as a captured graph needs it: the slots are split, and a row that ends in the first split has the CPU's bits all the same."""
+    """A table as wide as a captured graph needs it: the slots are split, and a row that ends in the first split has the
+    CPU's bits all the same."""
     g = torch.Generator().manual_seed(4)
     pages = [cache(torch.randn(70, 1, 16, 8, generator=g), 16) for _ in range(2)]
     table, length = torch.randperm(70, generator=g)[None].int(), torch.tensor([77], dtype=torch.int32)

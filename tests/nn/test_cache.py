@@ -42,7 +42,11 @@ def test_crop_reorder_select_repeat_and_reset():
     layer.start, layer.dropped = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([5, 2])
     before = layer.dequantize_keys()
     layer.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(layer.dequantize_keys(), before[[1, 0]]) and layer.start.tolist() == [3, 0] and layer.dropped.tolist() == [2, 5]
+    assert (
+        torch.equal(layer.dequantize_keys(), before[[1, 0]])
+        and layer.start.tolist() == [3, 0]
+        and layer.dropped.tolist() == [2, 5]
+    )
     layer.batch_repeat_interleave(2)
     assert torch.equal(layer.dequantize_keys(), before[[1, 1, 0, 0]]) and layer.start.tolist() == [3, 3, 0, 0]
     layer.batch_select_indices(torch.tensor([0, 3]))

@@ -1,4 +1,5 @@
-"""A decode step never reads a tensor on the host: on a GPU that would wait for everything before it, and no graph could be captured."""
+"""A decode step never reads a tensor on the host: on a GPU that would wait for everything before it, and no graph could
+be captured."""
 
 from __future__ import annotations
 

@@ -5,19 +5,28 @@ import copy
 import pytest
 import torch
 
-from quota.models.rtn import fill
 from quota.nn import mlp
 from quota.nn.linear import QuantLinear, row_norm
 from quota.quant.transform import apply_kronecker, decompose, hadamard
 
-SIZES = [(64, 24, None), (12, 7, None), (60, 5, (4, None)), (30, 9, (None, 10)), (33, 3, (None, None)), (13, 4, (None, None))]
+SIZES = [
+    (64, 24, None),
+    (12, 7, None),
+    (60, 5, (4, None)),
+    (30, 9, (None, 10)),
+    (33, 3, (None, None)),
+    (13, 4, (None, None)),
+]
 
 
-def group(k: int, n: int, bias: bool = True, factors: tuple[int | None, int | None] | None = None, clip: float = 1.0) -> QuantLinear:
+def group(
+    k: int, n: int, bias: bool = True, factors: tuple[int | None, int | None] | None = None, clip: float = 1.0
+) -> QuantLinear:
     generator = torch.Generator().manual_seed(k * 31 + n)
     left, right = decompose(k) if factors is None else factors
     layer = QuantLinear(k, n, bias=bias, left=left, right=right)
-    fill(layer, torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None, clip)
+    filled = torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None
+    layer.round_from(*filled, clip)
     return layer
 
 

@@ -23,7 +23,9 @@ def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int, d
 def test_a_bfloat16_weight_stays_one(isa: str) -> None:
     x, weight = random(2, 8), FloatWeight(random(70, 8).bfloat16())
     assert torch.equal(native.float_linear(x, weight), native.float_linear(x, FloatWeight(weight.w.float())))
-    assert weight.layouts["native"].dtype == torch.bfloat16  # as float32 a head of 7B models would take twice its memory, and twice its time
+    assert (
+        weight.layouts["native"].dtype == torch.bfloat16
+    )  # as float32 a head of 7B models would take twice its memory, and twice its time
 
 
 def test_rows_and_threads_change_nothing(isa: str, threads) -> None:

@@ -9,7 +9,9 @@ def empty(b: int, h: int, c: int, d: int) -> tuple[torch.Tensor, torch.Tensor, t
     return torch.full((b, h, c, d // 2), 77, dtype=torch.uint8), torch.full((b, h, c), 3.0), torch.full((b, h, c), 4.0)
 
 
-@pytest.mark.parametrize(("b", "h", "t", "d"), [(1, 1, 1, 2), (2, 3, 5, 64), (1, 2, 3, 22), (2, 1, 4, 130), (1, 1, 0, 8)])
+@pytest.mark.parametrize(
+    ("b", "h", "t", "d"), [(1, 1, 1, 2), (2, 3, 5, 64), (1, 2, 3, 22), (2, 1, 4, 130), (1, 1, 0, 8)]
+)
 def test_native_equals_reference_bit_for_bit(isa: str, b: int, h: int, t: int, d: int) -> None:
     x = torch.randn(b, t, h, d, generator=torch.Generator().manual_seed(d)).transpose(1, 2) * 3 + 1
     got, want = empty(b, h, t + 4, d), empty(b, h, t + 4, d)

@@ -9,9 +9,15 @@ from quota.ops.kv4_attention import kv4_attention_ref
 from tests.ops.kv import cache, filled
 
 SHAPES = [
-    (1, 1, 1, 1, 1, 2), (2, 4, 2, 5, 9, 16), (1, 3, 3, 30, 30, 64), (2, 2, 1, 1, 70, 22), (1, 2, 2, 65, 131, 36), (1, 8, 2, 14, 64, 130),
-    (1, 7, 1, 12, 200, 128), (1, 2, 1, 1, 129, 192),
-]  # fmt: skip
+    (1, 1, 1, 1, 1, 2),
+    (2, 4, 2, 5, 9, 16),
+    (1, 3, 3, 30, 30, 64),
+    (2, 2, 1, 1, 70, 22),
+    (1, 2, 2, 65, 131, 36),
+    (1, 8, 2, 14, 64, 130),
+    (1, 7, 1, 12, 200, 128),
+    (1, 2, 1, 1, 129, 192),
+]
 
 
 def case(b: int, h: int, hkv: int, t: int, s: int, d: int) -> tuple:
@@ -123,7 +129,9 @@ def test_shared_channels_add_to_the_packed_ones(isa: str) -> None:
     plain = native.kv4_attention(q[..., :22], k, v, s, start, scaling)[0]
     assert relative(plain, want) > 0.1  # they matter
     silent = torch.cat([q[..., :22], torch.zeros_like(q[..., 22:])], -1)
-    assert torch.equal(native.kv4_attention(silent, k, v, s, start, scaling, shared[..., :s])[0], plain)  # zeros add nothing
+    assert torch.equal(
+        native.kv4_attention(silent, k, v, s, start, scaling, shared[..., :s])[0], plain
+    )  # zeros add nothing
 
 
 def test_shared_channels_are_exact_in_every_way_of_running(threads: Callable[[int], None]) -> None:
@@ -134,7 +142,9 @@ def test_shared_channels_are_exact_in_every_way_of_running(threads: Callable[[in
         for n in (1, 3):
             threads(n)
             results.append(native.kv4_attention(q, k, v, s, start, scaling, shared))
-        row = native.kv4_attention(q[1:], *(tuple(t[1:] for t in kv) for kv in (k, v)), s, start[1:], scaling, shared[1:])
+        row = native.kv4_attention(
+            q[1:], *(tuple(t[1:] for t in kv) for kv in (k, v)), s, start[1:], scaling, shared[1:]
+        )
         assert torch.equal(row[0][0], results[-1][0][1])
         last = native.kv4_attention(q[:, :, -1:], k, v, s, start, scaling, shared)
         assert torch.equal(last[0], results[-1][0][:, -1:])

@@ -15,25 +15,41 @@ from tests.ops.test_kv4_attention import relative
 
 # heads, KV heads, head size, places of a page, query rows, lengths
 CASES = [
-    (1, 1, 2, 4, 1, (1,)), (4, 2, 16, 4, 1, (4, 5, 0, 63, 64, 65)), (3, 3, 22, 7, 1, (130, 1, 70)), (8, 2, 64, 16, 1, (16, 128, 0, 129, 200)),
-    (7, 1, 128, 16, 5, (37, 5, 192)), (2, 1, 36, 64, 1, (64, 63, 150)), (4, 4, 48, 100, 2, (100, 101, 260)), (2, 2, 64, 128, 70, (70, 140)),
-]  # fmt: skip
+    (1, 1, 2, 4, 1, (1,)),
+    (4, 2, 16, 4, 1, (4, 5, 0, 63, 64, 65)),
+    (3, 3, 22, 7, 1, (130, 1, 70)),
+    (8, 2, 64, 16, 1, (16, 128, 0, 129, 200)),
+    (7, 1, 128, 16, 5, (37, 5, 192)),
+    (2, 1, 36, 64, 1, (64, 63, 150)),
+    (4, 4, 48, 100, 2, (100, 101, 260)),
+    (2, 2, 64, 128, 70, (70, 140)),
+]
 
 
 def case(heads: int, kv_heads: int, d: int, places: int, rows: int, lengths: tuple[int, ...], extra: int = 0) -> tuple:
-    """Rows in pages that lie in no order; every other slot of the pool, and every table entry past a row's end, is poison."""
+    """Rows in pages that lie in no order; every other slot of the pool, and every table entry past a row's end, is
+    poison."""
     g = torch.Generator().manual_seed(heads * 100 + d)
     widths = [-(-n // places) for n in lengths]
     units = sum(widths) + 2
-    pool = [(torch.full((units, kv_heads, places, d // 2), 255, dtype=torch.uint8), *(torch.full((units, kv_heads, places), torch.nan) for _ in "sz"))
-            for _ in "kv"]  # fmt: skip
+    pool = [
+        (
+            torch.full((units, kv_heads, places, d // 2), 255, dtype=torch.uint8),
+            *(torch.full((units, kv_heads, places), torch.nan) for _ in "sz"),
+        )
+        for _ in "kv"
+    ]
     order = iter(torch.randperm(units, generator=g).tolist())
     table = torch.full((len(lengths), max(widths) + 1), 10**6, dtype=torch.int32)
     for row, (n, width) in enumerate(zip(lengths, widths, strict=True)):
         table[row, :width] = torch.tensor([next(order) for _ in range(width)], dtype=torch.int32)
         at = torch.arange(n)
         for pages in pool:
-            kv4_page_write_ref(pages, cache(torch.randn(1, kv_heads, n, d, generator=g), n), table[row, at // places].long() * places + at % places)
+            kv4_page_write_ref(
+                pages,
+                cache(torch.randn(1, kv_heads, n, d, generator=g), n),
+                table[row, at // places].long() * places + at % places,
+            )
     q = torch.randn(len(lengths), heads, rows, d + extra, generator=g)
     shared = torch.randn(len(lengths), extra, max(lengths) + 3, generator=g) if extra else None
     for row, n in enumerate(lengths if shared is not None else ()):
@@ -46,11 +62,15 @@ def gathered(q, k, v, table, length, scaling, shared=None):
     parts = []
     for row, n in enumerate(length.tolist()):
         if n == 0:
-            parts.append((torch.zeros(1, q.shape[2], q.shape[1], 2 * k[0].shape[3]), torch.full((1, *q.shape[1:3]), -torch.inf)))
+            parts.append(
+                (torch.zeros(1, q.shape[2], q.shape[1], 2 * k[0].shape[3]), torch.full((1, *q.shape[1:3]), -torch.inf))
+            )
             continue
         one = slice(row, row + 1)
         keys, values = (kv4_page_read_ref(pages, table[one], length[one], n) for pages in (k, v))
-        parts.append(native.kv4_attention(q[one], keys, values, n, None, scaling, None if shared is None else shared[one, :, :n]))
+        parts.append(
+            native.kv4_attention(q[one], keys, values, n, None, scaling, None if shared is None else shared[one, :, :n])
+        )
     return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
 
@@ -74,7 +94,9 @@ def test_company_threads_and_instruction_sets_change_no_bit(threads: Callable[[i
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
     for row in range(len(length)):
         one = slice(row, row + 1)
-        out, lse = native.kv4_paged_attention(q[one], k, v, table[one, : -(-int(length[row]) // 16)], length[one], scaling, shared[one])
+        out, lse = native.kv4_paged_attention(
+            q[one], k, v, table[one, : -(-int(length[row]) // 16)], length[one], scaling, shared[one]
+        )
         assert torch.equal(out, results[0][0][one]) and torch.equal(lse, results[0][1][one])
 
 

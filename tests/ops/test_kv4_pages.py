@@ -10,7 +10,9 @@ UNITS, HEADS, PLACES, DIM = 7, 3, 4, 10
 
 
 def poisoned_pages():
-    return torch.full((UNITS, HEADS, PLACES, DIM // 2), 99, dtype=torch.uint8), *(torch.full((UNITS, HEADS, PLACES), float("nan")) for _ in range(2))
+    return torch.full((UNITS, HEADS, PLACES, DIM // 2), 99, dtype=torch.uint8), *(
+        torch.full((UNITS, HEADS, PLACES), float("nan")) for _ in range(2)
+    )
 
 
 def equal(a, b) -> bool:

@@ -70,7 +70,10 @@ def test_packing_for_cuda_leaves_the_portable_codes_on_the_host(monkeypatch: pyt
 def test_kernels_are_found_in_a_checkout_without_installing(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the Triton kernels need triton: pip install 'quota[gpu]' (Linux)")
     site = next(path for path in sys.path if path.endswith("site-packages"))
-    code = f"import sys; sys.path.append({site!r}); from quota.ops import triton; sys.exit(triton.why_not())"  # -S: nothing installed in place
+    # -S: nothing installed in place
+    code = f"import sys; sys.path.append({site!r}); from quota.ops import triton; sys.exit(triton.why_not())"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]

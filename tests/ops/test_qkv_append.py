@@ -7,24 +7,40 @@ from quota.ops import native
 from quota.ops.qkv_append import qkv_append_ref
 from quota.ops.weights import Kv
 
-SHAPES = [(1, 1, 1, 1, 2), (2, 4, 2, 5, 16), (1, 3, 1, 30, 36), (1, 2, 2, 3, 64), (2, 6, 2, 1, 22), (1, 1, 1, 2, 130), (1, 2, 1, 0, 8)]
+SHAPES = [
+    (1, 1, 1, 1, 2),
+    (2, 4, 2, 5, 16),
+    (1, 3, 1, 30, 36),
+    (1, 2, 2, 3, 64),
+    (2, 6, 2, 1, 22),
+    (1, 1, 1, 2, 130),
+    (1, 2, 1, 0, 8),
+]
 
 
 def caches(b: int, hkv: int, slots: int, d: int) -> tuple[Kv, Kv]:
     def one() -> Kv:
-        return torch.full((b, hkv, slots, d // 2), 77, dtype=torch.uint8), torch.full((b, hkv, slots), 3.0), torch.full((b, hkv, slots), 4.0)
+        return (
+            torch.full((b, hkv, slots, d // 2), 77, dtype=torch.uint8),
+            torch.full((b, hkv, slots), 3.0),
+            torch.full((b, hkv, slots), 4.0),
+        )
 
     return one(), one()
 
 
 def case(b: int, h: int, hkv: int, t: int, d: int) -> tuple:
     g = torch.Generator().manual_seed(b * 100 + t + d)
-    qkv, cos, sin, a, m = (torch.randn(*s, generator=g) for s in ((b, t, (h + 2 * hkv) * d), (b, t, d), (1, t, d), (d, d), (d, d)))
+    qkv, cos, sin, a, m = (
+        torch.randn(*s, generator=g) for s in ((b, t, (h + 2 * hkv) * d), (b, t, d), (1, t, d), (d, d), (d, d))
+    )
     return qkv, (cos, sin.expand(b, -1, -1)), (a, m)
 
 
 def same(a: tuple, b: tuple) -> bool:
-    return torch.equal(a[0], b[0]) and all(torch.equal(x, y) for p, q in zip(a[1:], b[1:], strict=True) for x, y in zip(p, q, strict=True))
+    return torch.equal(a[0], b[0]) and all(
+        torch.equal(x, y) for p, q in zip(a[1:], b[1:], strict=True) for x, y in zip(p, q, strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,7 +64,9 @@ def test_batch_threads_and_pieces_change_no_bit(isa: str, threads: Callable[[int
     assert same((native.qkv_append(qkv, (cos, sin), transforms, *again, 0, (0.9, 0.8)), *again), (q, *whole))
     row = caches(1, 2, 50, 16)
     for begin, end in ((0, 1), (1, 30), (30, 50)):
-        part = native.qkv_append(qkv[1:2, begin:end], (cos[1:2, begin:end], sin[1:2, begin:end]), transforms, *row, begin, (0.9, 0.8))
+        part = native.qkv_append(
+            qkv[1:2, begin:end], (cos[1:2, begin:end], sin[1:2, begin:end]), transforms, *row, begin, (0.9, 0.8)
+        )
         assert torch.equal(part, q[1:2, :, begin:end])
     assert all(torch.equal(x, y[1:2]) for p, w in zip(row, whole, strict=True) for x, y in zip(p, w, strict=True))
 

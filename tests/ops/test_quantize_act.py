@@ -38,11 +38,15 @@ def test_prologues_equal_the_reference_bit_for_bit(isa: str, m: int, l: int, r: 
 
 
 def test_gelu_of_many_values(isa: str) -> None:
-    x = torch.cat([torch.linspace(-20, 20, 4000), torch.tensor([1e-40, -1e-40, -0.0, 3e38, -3e38, 16.0, -16.0, 1e-30])]).view(24, 167)
+    x = torch.cat(
+        [torch.linspace(-20, 20, 4000), torch.tensor([1e-40, -1e-40, -0.0, 3e38, -3e38, 16.0, -16.0, 1e-30])]
+    ).view(24, 167)
     for rows in (x, x[:, None].reshape(-1, 1)):  # alone, a value is its row's largest: the scale is its bits
         assert same(native.quantize_act(rows, None, None, 0.9, "gelu"), quantize_act_ref(rows, None, None, 0.9, "gelu"))
     for bad in (float("nan"), float("inf"), -float("inf")):
-        got, want = (f(torch.tensor([[bad]]), None, None, 1.0, "gelu")[1] for f in (native.quantize_act, quantize_act_ref))
+        got, want = (
+            f(torch.tensor([[bad]]), None, None, 1.0, "gelu")[1] for f in (native.quantize_act, quantize_act_ref)
+        )
         assert torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0))
 
 
@@ -66,7 +70,9 @@ def test_nan_and_infinity_reach_the_scale(isa: str, bad: float, at: int) -> None
     x = torch.ones(2, 21)
     x[1, at] = bad
     (q, scale), (want_q, want) = native.quantize_act(x, None, None, 1.0), quantize_act_ref(x, None, None, 1.0)
-    assert not scale[1].isfinite() and torch.equal(q, want_q) and torch.equal(scale.nan_to_num(1e9), want.nan_to_num(1e9))
+    assert (
+        not scale[1].isfinite() and torch.equal(q, want_q) and torch.equal(scale.nan_to_num(1e9), want.nan_to_num(1e9))
+    )
     assert not unpack_int4(q, 21)[1].any()
 
 

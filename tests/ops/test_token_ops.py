@@ -46,7 +46,9 @@ def test_scores_are_close_to_the_float64_reference(isa: str, shape: tuple[int, .
 def test_scores_of_packed_keys_are_close_to_the_float64_reference(isa: str, shape: tuple[int, ...]) -> None:
     q, k, lse, *rest = case(*shape)
     packed = cache(k, shape[3])
-    for got, want in zip(native.token_score(q, packed, lse, *rest), token_score_ref(q, packed, lse, *rest), strict=True):
+    for got, want in zip(
+        native.token_score(q, packed, lse, *rest), token_score_ref(q, packed, lse, *rest), strict=True
+    ):
         assert (got - want).abs().max() <= 1e-6 * want.abs().max() and not got[~rest[1]].any()
 
 
@@ -72,11 +74,20 @@ def _row(x: torch.Tensor | tuple, i: int) -> torch.Tensor | tuple:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0, -math.inf, math.inf, math.nan, -0.0]), st.booleans()), min_size=1, max_size=30), st.integers(0, 35))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 1.0, 2.0, -math.inf, math.inf, math.nan, -0.0]), st.booleans()),
+        min_size=1,
+        max_size=30,
+    ),
+    st.integers(0, 35),
+)
 def test_select_keeps_the_largest_and_breaks_ties_low(name: str, tokens: list[tuple[float, bool]], keep: int) -> None:
     select = implementation(name, token_select_ref, native.token_select)
     mask = select(torch.tensor([[s for s, _ in tokens]]), torch.tensor([[e for _, e in tokens]]), torch.tensor([keep]))
-    order = sorted((i for i, (_, e) in enumerate(tokens) if e), key=lambda i: (not math.isnan(tokens[i][0]), -tokens[i][0], i))
+    order = sorted(
+        (i for i, (_, e) in enumerate(tokens) if e), key=lambda i: (not math.isnan(tokens[i][0]), -tokens[i][0], i)
+    )
     assert mask.dtype == torch.bool and mask[0].nonzero()[:, 0].tolist() == sorted(order[:keep])
 
 

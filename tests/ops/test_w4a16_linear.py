@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from quota.core.formats import INT4_GROUPS
 from quota.ops import GroupedWeight, native
 from quota.ops.w4a16_linear import w4a16_linear_ref
 from quota.quant.grouped import dequantize_groups, round_groups
@@ -11,22 +13,45 @@ from quota.quant.pack import pack_uint4, unpack_uint4
 
 def case(m: int, k: int, n: int, symmetric: bool = False) -> tuple[torch.Tensor, GroupedWeight, torch.Tensor]:
     g = torch.Generator().manual_seed(m * 7 + k * 3 + n)
-    q, scale, zero = round_groups(torch.randn(n, k, generator=g), symmetric)
+    q, scale, zero = round_groups(torch.randn(n, k, generator=g), replace(INT4_GROUPS, symmetric=symmetric))
     return torch.randn(m, k, generator=g), GroupedWeight(pack_uint4(q), scale, zero, k), torch.randn(n, generator=g)
 
 
-# Around every block of a kernel: streamed rows (4), rows of a tile (6, 12) and of a pass (64), a word (8 codes), a group (128), a panel (64 columns).
-@pytest.mark.parametrize(("m", "k", "n"), [
-    (1, 1, 1), (1, 128, 64), (1, 129, 65), (1, 300, 130), (2, 7, 3), (2, 127, 63), (3, 64, 65), (4, 257, 16), (5, 33, 130), (6, 136, 15), (7, 9, 63),
-    (13, 129, 100), (64, 40, 17), (65, 131, 70), (130, 48, 66), (0, 16, 8), (5, 8, 0), (3, 0, 5), (9, 0, 5),
-])  # fmt: skip
+# Around every block of a kernel: streamed rows (4), rows of a tile (6, 12) and of a pass (64), a word (8 codes), a
+# group (128), a panel (64 columns).
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [
+        (1, 1, 1),
+        (1, 128, 64),
+        (1, 129, 65),
+        (1, 300, 130),
+        (2, 7, 3),
+        (2, 127, 63),
+        (3, 64, 65),
+        (4, 257, 16),
+        (5, 33, 130),
+        (6, 136, 15),
+        (7, 9, 63),
+        (13, 129, 100),
+        (64, 40, 17),
+        (65, 131, 70),
+        (130, 48, 66),
+        (0, 16, 8),
+        (5, 8, 0),
+        (3, 0, 5),
+        (9, 0, 5),
+    ],
+)
 def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int) -> None:
     for symmetric in (False, True):
         x, weight, bias = case(m, k, n, symmetric)
         for b in (None, bias):
             for rows in (x, x.bfloat16()):
                 got = native.w4a16_linear(rows, weight, b)
-                assert got.dtype == rows.dtype and torch.equal(got, w4a16_linear_ref(rows, weight, b)), f"M={m} K={k} N={n}"
+                assert got.dtype == rows.dtype and torch.equal(got, w4a16_linear_ref(rows, weight, b)), (
+                    f"M={m} K={k} N={n}"
+                )
 
 
 def test_reference_is_the_dequantized_product() -> None:
@@ -53,7 +78,9 @@ def test_extreme_values_follow_the_reference(isa: str) -> None:
     x, weight, _ = case(6, 260, 20)
     x[0, 3], x[1, 200], x[2, 5], x[3] = float("inf"), float("nan"), 1e-42, 0.0
     for rows in (x, x[:2], x[2:4]):
-        assert torch.equal(native.w4a16_linear(rows, weight).nan_to_num(nan=7.0), w4a16_linear_ref(rows, weight).nan_to_num(nan=7.0))
+        assert torch.equal(
+            native.w4a16_linear(rows, weight).nan_to_num(nan=7.0), w4a16_linear_ref(rows, weight).nan_to_num(nan=7.0)
+        )
 
 
 def test_strided_input(isa: str) -> None:

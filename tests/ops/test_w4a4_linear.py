@@ -7,23 +7,45 @@ from quota.ops import PackedWeight, native
 from quota.ops.w4a4_linear import w4a4_linear_ref
 from quota.quant.pack import pack_int4
 
-SHAPES = [(1, 1, 1), (1, 192, 64), (2, 7, 3), (3, 64, 65), (7, 33, 130), (8, 40, 16), (9, 16, 63), (13, 129, 100), (100, 48, 70), (0, 16, 8), (5, 8, 0)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 192, 64),
+    (2, 7, 3),
+    (3, 64, 65),
+    (7, 33, 130),
+    (8, 40, 16),
+    (9, 16, 63),
+    (13, 129, 100),
+    (100, 48, 70),
+    (0, 16, 8),
+    (5, 8, 0),
+]
 
 
-def case(m: int, k: int, n: int, extreme: bool = False) -> tuple[torch.Tensor, torch.Tensor, PackedWeight, torch.Tensor, torch.Tensor]:
+def case(
+    m: int, k: int, n: int, extreme: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, PackedWeight, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(m * 7 + k * 3 + n)
     x, w = (torch.randint(-8, 8, s, generator=g, dtype=torch.int8) for s in ((m, k), (n, k)))
     if extreme:
         x, w = torch.full_like(x, -8), torch.full_like(w, -8)
     weight = PackedWeight(pack_int4(w), torch.rand(n, generator=g) + 0.01, k)
-    return pack_int4(x), torch.rand(m, generator=g) + 0.01, weight, torch.randn(n, generator=g), torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32)
+    return (
+        pack_int4(x),
+        torch.rand(m, generator=g) + 0.01,
+        weight,
+        torch.randn(n, generator=g),
+        torch.randint(-20, 20, (m,), generator=g, dtype=torch.int32),
+    )
 
 
 def assert_exact(m: int, k: int, n: int) -> None:
     x, scale, weight, bias, zero = case(m, k, n)
     for b in (None, bias):
         for z in (None, zero):
-            assert torch.equal(native.w4a4_linear(x, scale, weight, b, z), w4a4_linear_ref(x, scale, weight, b, z)), f"M={m} K={k} N={n}"
+            assert torch.equal(native.w4a4_linear(x, scale, weight, b, z), w4a4_linear_ref(x, scale, weight, b, z)), (
+                f"M={m} K={k} N={n}"
+            )
 
 
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
@@ -31,7 +53,8 @@ def test_native_equals_reference_bit_for_bit(isa: str, m: int, k: int, n: int) -
     assert_exact(m, k, n)
 
 
-# Around every block size of a kernel: rows of a tile (6, 16, 32), of a task (320, 480), columns of a register, a tile and a panel.
+# Around every block size of a kernel: rows of a tile (6, 16, 32), of a task (320, 480), columns of a register, a tile
+# and a panel.
 @pytest.mark.parametrize("m", [1, 4, 5, 6, 7, 12, 13, 16, 17, 31, 33, 48, 49, 320, 321, 481, 1000])
 @pytest.mark.parametrize("n", [1, 15, 17, 63, 64, 65])
 def test_row_and_column_tails(isa: str, m: int, n: int) -> None:
@@ -74,7 +97,9 @@ def test_result_does_not_depend_on_batch_or_threads(isa: str, threads: Callable[
 def test_strided_input(isa: str) -> None:
     x, scale, weight, _, _ = case(12, 40, 9)
     wide = torch.stack((x, x), -1).flatten(-2)[:, ::2]
-    assert not wide.is_contiguous() and torch.equal(native.w4a4_linear(wide, scale, weight), w4a4_linear_ref(x, scale, weight))
+    assert not wide.is_contiguous() and torch.equal(
+        native.w4a4_linear(wide, scale, weight), w4a4_linear_ref(x, scale, weight)
+    )
 
 
 def test_wrong_shapes_are_refused(isa: str) -> None:

@@ -17,14 +17,26 @@ from tests.tiny import QWEN_IDS
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 
 
-def recipe_for(model: Any, candidates: tuple[int, ...] = (1, 2, 3), keep: tuple[float, ...] = (0.75, 0.5, 0.25), **fields: Any) -> Recipe:
+def recipe_for(
+    model: Any, candidates: tuple[int, ...] = (1, 2, 3), keep: tuple[float, ...] = (0.75, 0.5, 0.25), **fields: Any
+) -> Recipe:
     arch = find_family(model)
     tokens = arch.visual_tokens or REFERENCE_TOKENS
-    facts = {"architecture": type(model).__name__, "fingerprint": model_fingerprint(model), "layers": arch.layers, "visual_tokens": tokens}
+    facts = {
+        "architecture": type(model).__name__,
+        "fingerprint": model_fingerprint(model),
+        "layers": arch.layers,
+        "visual_tokens": tokens,
+    }
     base = {
-        "method": "quota", "regime": "w4a4kv4", "model": facts, "candidates": list(candidates), "keep": list(keep), "final_keep": keep[-1],
+        "method": "quota",
+        "regime": "w4a4kv4",
+        "model": facts,
+        "candidates": list(candidates),
+        "keep": list(keep),
+        "final_keep": keep[-1],
         "reference_tokens": tokens,
-    }  # fmt: skip
+    }
     return Recipe.parse({**base, **fields})
 
 
@@ -32,7 +44,9 @@ def recipe_for(model: Any, candidates: tuple[int, ...] = (1, 2, 3), keep: tuple[
 def final_states(model: Any) -> Iterator[list[Tensor]]:
     """Collects the last column of the decoder's normed output, [B, hidden], once per forward."""
     seen: list[Tensor] = []
-    handle = model.model.language_model.norm.register_forward_hook(lambda module, args, out: seen.append(out[:, -1].clone()))
+    handle = model.model.language_model.norm.register_forward_hook(
+        lambda module, args, out: seen.append(out[:, -1].clone())
+    )
     try:
         yield seen
     finally:
@@ -42,7 +56,11 @@ def final_states(model: Any) -> Iterator[list[Tensor]]:
 def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One row of a batch without its padding."""
     real = inputs["attention_mask"][row].bool()
-    out = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs}
+    out = {
+        name: inputs[name][row : row + 1, real]
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        if name in inputs
+    }
     if "image_grid_thw" in inputs:
         starts = (inputs["input_ids"] == QWEN_IDS["vision_start_token_id"]).sum(-1).tolist()
         first, count = sum(starts[:row]), starts[row]
@@ -59,9 +77,15 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def greedy(model: Any, inputs: dict[str, Tensor], tokens: int = 5, **options: Any) -> Any:
     """Greedy decoding of exactly `tokens` tokens; never an image token. Scores are returned too."""
     return model.generate(
-        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[find_family(model).image_token_id],
-        return_dict_in_generate=True, output_scores=True, **options,
-    )  # fmt: skip
+        **inputs,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        suppress_tokens=[find_family(model).image_token_id],
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
 
 
 def assert_recomputing_agrees(model: Any, inputs: dict[str, Tensor], recipe: Recipe) -> None:

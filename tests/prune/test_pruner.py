@@ -10,9 +10,10 @@ from quota import ops
 from quota.core.errors import UsageError
 from quota.core.recipe import kept_tokens
 from quota.models.rtn import quantize_rtn
-from quota.nn.attention import Record
+from quota.nn.attention import AttentionTrace
+from quota.prune.attention import text_queries
 from quota.prune.pruner import Pruner
-from quota.prune.scores import combine, text_queries, token_signals
+from quota.prune.signals import combine, token_signals
 from quota.runtime.patch import patched
 from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
 from tests.tiny import IMAGE_TOKEN, llava_inputs, tiny_llava
@@ -23,7 +24,11 @@ V = 16  # visual tokens of one tiny picture
 
 @pytest.fixture(scope="module")
 def models():
-    return {"float": tiny_llava(), "quantized": quantize_rtn(tiny_llava()), "vision": quantize_rtn(tiny_llava(), ("vision", "projector"))}
+    return {
+        "float": tiny_llava(),
+        "quantized": quantize_rtn(tiny_llava()),
+        "vision": quantize_rtn(tiny_llava(), ("vision", "projector")),
+    }
 
 
 @pytest.fixture(params=KINDS)
@@ -34,7 +39,9 @@ def model(request, models):
 def embeddings(model, inputs) -> Tensor:
     """Merged embeddings [B, S, hidden], caught on their way into the text model."""
     seen: list[Tensor] = []
-    handle = model.model.language_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     with torch.no_grad():
         model(**inputs)
     handle.remove()
@@ -43,7 +50,8 @@ def embeddings(model, inputs) -> Tensor:
 
 @torch.no_grad()
 def recompute(model, embeds: Tensor, kept: dict[int, Tensor], compact: bool = False) -> Tensor:
-    """Next-token logits [vocabulary] of one row without padding: embeds [S, hidden]; kept: layer -> alive prompt columns, bool [prompt]."""
+    """Next-token logits [vocabulary] of one row without padding: embeds [S, hidden]; kept: layer -> alive prompt
+    columns, bool [prompt]."""
     text = model.model.language_model
     hidden, positions, columns = embeds[None], torch.arange(len(embeds))[None], torch.arange(len(embeds))
     for number, layer in enumerate(text.layers):
@@ -66,7 +74,9 @@ def test_generation_equals_recomputation(model, policy):
         out = greedy(model, inputs, tokens=4)
         kept, lengths = dict(handle.kept), list(handle.cache_lengths)
     prompt = inputs["input_ids"].shape[1]
-    assert lengths[0] == prompt and [layer.get_seq_length() for layer in out.past_key_values.layers] == [n + 3 for n in lengths]
+    assert lengths[0] == prompt and [layer.get_seq_length() for layer in out.past_key_values.layers] == [
+        n + 3 for n in lengths
+    ]
     for row in range(3):
         real = inputs["attention_mask"][row].bool()
         embeds = embeddings(model, single(inputs, row))[0]
@@ -95,8 +105,12 @@ def test_kept_tokens_follow_the_equations(model):
     assert bool((pruner.kept[2] <= pruner.kept[1]).all()) and bool((pruner.kept[3] <= pruner.kept[2]).all())
     seen: dict[str, Tensor] = {}
     layers = model.model.language_model.layers
-    handle = layers[1].register_forward_pre_hook(lambda module, args, kwargs: seen.update(hidden=args[0]), with_kwargs=True)
-    probe = Pruner(model, recipe_for(model, candidates=(2,), keep=(0.5,)))  # leaves layer 1 unpruned, so its input is layer 0's output
+    handle = layers[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(hidden=args[0]), with_kwargs=True
+    )
+    probe = Pruner(
+        model, recipe_for(model, candidates=(2,), keep=(0.5,))
+    )  # leaves layer 1 unpruned, so its input is layer 0's output
     with torch.no_grad():
         model(**inputs)
     probe.remove()
@@ -127,7 +141,11 @@ def test_attention_signals_equal_the_full_matrix(models):
 
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         n = x.shape[1]
-        a = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4).masked_fill(~torch.ones(n, n).tril().bool(), float("-inf")).softmax(-1)
+        a = (
+            (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4)
+            .masked_fill(~torch.ones(n, n).tril().bool(), float("-inf"))
+            .softmax(-1)
+        )
     for name, rows in (("inter", text), ("intra", visual)):
         want = a[0][:, rows[0]].mean((0, 1))[visual[0]]
         torch.testing.assert_close(pruner.signals[1][name][visual], want, rtol=1e-4, atol=1e-6)
@@ -135,16 +153,21 @@ def test_attention_signals_equal_the_full_matrix(models):
 
 def test_quantized_risk_comes_from_the_deployed_quantizer(models):
     for name, model in models.items():
-        layer, x = model.model.language_model.layers[1], torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(5))
+        layer, x = (
+            model.model.language_model.layers[1],
+            torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(5)),
+        )
         normed = layer.input_layernorm(x)
         if name == "quantized":
             want = layer.self_attn.qkv_proj.quant_risk(normed)
         else:
             scale = normed.abs().amax(-1, keepdim=True) / 7
             want = (normed - (normed / scale).round().clamp(-8, 7) * scale).norm(dim=-1)
-        record = Record(torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 4, 3))
+        trace = AttentionTrace(torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 4, 3))
         mask = torch.ones(1, 3, dtype=torch.bool)
-        torch.testing.assert_close(token_signals(record, x, layer, mask, mask, quant=True)["quant"], want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            token_signals(trace, x, layer, mask, mask, quant=True)["quant"], want, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("policy", ["original", "compact"])
@@ -186,7 +209,11 @@ def test_mixed_batch_of_text_one_image_and_two(model):
     g = torch.Generator().manual_seed(4)
     words = lambda n: torch.randint(3, 119, (n,), generator=g)  # noqa: E731
     image = torch.full((V,), IMAGE_TOKEN)
-    rows = [torch.cat([torch.tensor([1]), words(6)]), torch.cat([torch.tensor([1]), image, words(4)]), torch.cat([words(2), image, words(3), image, words(2)])]
+    rows = [
+        torch.cat([torch.tensor([1]), words(6)]),
+        torch.cat([torch.tensor([1]), image, words(4)]),
+        torch.cat([words(2), image, words(3), image, words(2)]),
+    ]
     longest = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(longest - len(r)).long(), r]) for r in rows])
     mask = torch.stack([torch.cat([torch.zeros(longest - len(r)), torch.ones(len(r))]) for r in rows]).long()
@@ -225,7 +252,10 @@ def test_keep_everything_is_bit_identical(model):
 
 
 def test_text_only_prompt_is_untouched(model):
-    inputs = {"input_ids": torch.tensor([[1, 5, 6, 7], [0, 1, 8, 9]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])}
+    inputs = {
+        "input_ids": torch.tensor([[1, 5, 6, 7], [0, 1, 8, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]),
+    }
     plain = greedy(model, inputs).sequences
     with patched(model, recipe_for(model)) as handle:
         assert torch.equal(greedy(model, inputs).sequences, plain)
@@ -239,9 +269,13 @@ def test_fewer_visual_tokens_than_the_budget(model):
     with patched(model, recipe_for(model, keep=(0.5, 0.1, 0.05), reference_tokens=160)) as handle:
         greedy(model, inputs)
         assert [int((handle.kept[l] & visual).sum()) for l in (1, 2, 3)] == [32, 32, 16]
-    with patched(model, recipe_for(model, keep=(0.5, 0.1, 0.05), reference_tokens=160, reference="per_image")) as handle:
+    with patched(
+        model, recipe_for(model, keep=(0.5, 0.1, 0.05), reference_tokens=160, reference="per_image")
+    ) as handle:
         greedy(model, inputs)
-        assert [int((handle.kept[l] & visual).sum()) for l in (1, 2, 3)] == [2 * kept_tokens(r, V) for r in (0.5, 0.1, 0.05)]
+        assert [int((handle.kept[l] & visual).sum()) for l in (1, 2, 3)] == [
+            2 * kept_tokens(r, V) for r in (0.5, 0.1, 0.05)
+        ]
 
 
 def test_candidates_need_not_be_neighbours(model):
@@ -262,10 +296,18 @@ def test_beam_search_prompt_lookup_and_second_turn(model):
         assert torch.equal(greedy(model, alone, prompt_lookup_num_tokens=2).sequences, plain.sequences)
         # a second turn goes on with the pruned cache: equal to deciding the same tokens one by one
         more = torch.cat([plain.sequences, torch.tensor([[7, 8, 9]])], 1)
-        turn = greedy(model, {"input_ids": more, "attention_mask": torch.ones_like(more)}, past_key_values=plain.past_key_values)
+        turn = greedy(
+            model, {"input_ids": more, "attention_mask": torch.ones_like(more)}, past_key_values=plain.past_key_values
+        )
         cache = model(**alone, use_cache=True).past_key_values
         for t in range(alone["input_ids"].shape[1], more.shape[1]):
-            last = model(more[:, t : t + 1], attention_mask=torch.ones(1, t + 1), position_ids=torch.tensor([[t]]), past_key_values=cache, use_cache=True)
+            last = model(
+                more[:, t : t + 1],
+                attention_mask=torch.ones(1, t + 1),
+                position_ids=torch.tensor([[t]]),
+                past_key_values=cache,
+                use_cache=True,
+            )
         assert int(last.logits[0, -1].argmax()) == int(turn.scores[0].argmax()) == int(turn.sequences[0, more.shape[1]])
     with patched(model, recipe, forced=kept):
         assert torch.equal(greedy(model, inputs, num_beams=3, use_cache=False).sequences, beams)
@@ -287,7 +329,9 @@ def test_what_is_refused(model):
         with pytest.raises(UsageError, match="ready-made"):
             model(**{**inputs, "attention_mask": torch.ones(2, 1, 30, 30).bool()})
         ids, cut = inputs["input_ids"], 20
-        cache = model(**{**inputs, "pixel_values": None, "input_ids": ids.where(ids != IMAGE_TOKEN, 5)}, use_cache=True).past_key_values
+        cache = model(
+            **{**inputs, "pixel_values": None, "input_ids": ids.where(ids != IMAGE_TOKEN, 5)}, use_cache=True
+        ).past_key_values
         with pytest.raises(UsageError, match="image tokens arrived"):
             model(ids[:, :cut], past_key_values=cache, pixel_values=None, use_cache=True)
 
@@ -307,7 +351,13 @@ def test_ties_go_to_the_lower_index_and_threads_change_nothing(models):
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(found[0][1][l], found[1][1][l]) for l in (1, 2, 3))
     eligible = torch.ones(1, 5, dtype=torch.bool)
-    assert ops.token_select(torch.zeros(1, 5), eligible, torch.tensor([2]))[0].tolist() == [True, True, False, False, False]
+    assert ops.token_select(torch.zeros(1, 5), eligible, torch.tensor([2]))[0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_eager_attention_and_bfloat16():

@@ -1,4 +1,5 @@
-"""Pruning Qwen2.5-VL: three rotary axes, pictures of several sizes, text-only rows; against recomputation without cache, padding or hooks."""
+"""Pruning Qwen2.5-VL: three rotary axes, pictures of several sizes, text-only rows; against recomputation without
+cache, padding or hooks."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from quota.core.recipe import kept_tokens
 from quota.models.rtn import quantize_rtn
-from quota.prune.policies import even_sites
+from quota.prune.greedy import even_sites
 from quota.runtime.patch import patched
 from tests.prune.recipes import final_states, greedy, recipe_for, single
 from tests.tiny import IMAGE_TOKEN, qwen_inputs, tiny_qwen
@@ -18,7 +19,11 @@ MIXED = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)),
 
 @pytest.fixture(scope="module")
 def models():
-    return {"float": tiny_qwen(key_bias=20), "quantized": quantize_rtn(tiny_qwen(key_bias=800)), "vision": quantize_rtn(tiny_qwen(), ("vision", "projector"))}
+    return {
+        "float": tiny_qwen(key_bias=20),
+        "quantized": quantize_rtn(tiny_qwen(key_bias=800)),
+        "vision": quantize_rtn(tiny_qwen(), ("vision", "projector")),
+    }
 
 
 @pytest.fixture(params=("float", "quantized", "vision"))
@@ -35,7 +40,9 @@ def prompt_of(model, inputs) -> tuple[Tensor, Tensor]:
     """Merged embeddings [S, hidden] and M-RoPE positions [3, S] of one row without padding."""
     seen: list[Tensor] = []
     text = model.model.language_model
-    handle = text.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    handle = text.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     model(**inputs)
     handle.remove()
     asked = {name: inputs.get(name) for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
@@ -44,10 +51,13 @@ def prompt_of(model, inputs) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def recompute(model, embeds: Tensor, positions: Tensor, kept: dict[int, Tensor], compact: bool) -> Tensor:
-    """Next-token logits [vocabulary]: embeds [S, hidden] of prompt and fed tokens, positions [3, prompt]; kept: layer -> alive prompt columns."""
+    """Next-token logits [vocabulary]: embeds [S, hidden] of prompt and fed tokens, positions [3, prompt]; kept: layer
+    -> alive prompt columns."""
     text = model.model.language_model
     fed = len(embeds) - positions.shape[1]
-    positions = torch.cat([positions, (positions.max() + 1 + torch.arange(fed)).expand(3, -1)], -1)  # the unpruned counter goes on
+    positions = torch.cat(
+        [positions, (positions.max() + 1 + torch.arange(fed)).expand(3, -1)], -1
+    )  # the unpruned counter goes on
     hidden, columns = embeds[None], torch.arange(len(embeds))
     places = positions
     for number, layer in enumerate(text.layers):
@@ -57,7 +67,9 @@ def recompute(model, embeds: Tensor, positions: Tensor, kept: dict[int, Tensor],
             places = torch.arange(len(columns)).expand(3, -1) if compact else positions[:, columns]
         n = hidden.shape[1]
         mask = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n).tril().bool(), torch.finfo(torch.float32).min)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, position_ids=places[:, None]))
+        hidden = layer(
+            hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, position_ids=places[:, None])
+        )
     return model.lm_head(text.norm(hidden))[0, -1]
 
 
@@ -69,69 +81,99 @@ def test_generation_equals_recomputation(model, policy):
         out = greedy(model, inputs, tokens=4)
         kept, lengths = dict(handle.kept), list(handle.cache_lengths)
     prompt = inputs["input_ids"].shape[1]
-    assert lengths[0] == prompt > lengths[3] and [layer.get_seq_length() for layer in out.past_key_values.layers] == [n + 3 for n in lengths]
+    assert lengths[0] == prompt > lengths[3] and [layer.get_seq_length() for layer in out.past_key_values.layers] == [
+        n + 3 for n in lengths
+    ]
     for row in range(len(MIXED)):
         alone, real = single(inputs, row), inputs["attention_mask"][row].bool()
         embeds, positions = prompt_of(model, alone)
         own = {layer: mask[row, real] for layer, mask in kept.items()}
         for step in range(4):
             fed = table(out.sequences[row, prompt : prompt + step])
-            logits, got = recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"), out.scores[step][row]
+            logits, got = (
+                recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"),
+                out.scores[step][row],
+            )
             finite = got.isfinite()
             torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=2e-4)
 
 
 SELECTIONS = {
-    "maxmin": ((-1,), (0.25,), [{"score": "none", "policy": "maxmin"}]),
-    "grid": ((-1, 2), (0.75, 0.25), [{"score": "none", "policy": "grid"}, {"policy": "grid", "grid_share": 0.5}]),
-    "random": ((-1, 2), (0.5, 0.25), [{"score": "random"}]),
+    "maxmin": ((0,), (0.25,), [{"score": "none", "policy": "maxmin"}]),
+    "grid": ((0, 2), (0.75, 0.25), [{"score": "none", "policy": "grid"}, {"policy": "grid", "grid_share": 0.5}]),
+    "random": ((0, 2), (0.5, 0.25), [{"score": "random"}]),
     "last_token": ((1, 2), (0.5, 0.25), [{"score": "last_token"}, {"score": "own_last_token"}]),
-    "cross_self": ((-1, 1, 2), (0.75, 0.5, 0.25), [{"score": "none", "policy": "maxmin"}, {"score": "cross_self"}, {"score": "text", "policy": "mmr"}]),
+    "cross_self": (
+        (0, 1, 2),
+        (0.75, 0.5, 0.25),
+        [{"score": "none", "policy": "maxmin"}, {"score": "cross_self"}, {"score": "text", "policy": "mmr"}],
+    ),
 }
 
 
 @pytest.mark.parametrize("policy", ["original", "compact"])
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_every_selection_decodes_as_recomputed(model, name, policy):
-    """Also before layer 0, where the cache holds less than the prompt: exact budgets per picture, decoding as recomputed, rows alone as in the batch."""
+    """Also before layer 0, where the cache holds less than the prompt: exact budgets per picture, decoding as
+    recomputed, rows alone as in the batch."""
     candidates, keep, selections = SELECTIONS[name]
     inputs, table = qwen_inputs(model, rows=MIXED), model.get_input_embeddings()
     ids = inputs["input_ids"]
-    plan = recipe(model, method="custom", candidates=candidates, keep=keep, selections=selections, position_policy=policy)
+    plan = recipe(
+        model, method="custom", candidates=candidates, keep=keep, selections=selections, position_policy=policy
+    )
     with patched(model, plan) as handle:
         out = greedy(model, inputs, tokens=3)
         kept, lengths = dict(handle.kept), list(handle.cache_lengths)
         for row in range(len(MIXED)):
             greedy(model, single(inputs, row), tokens=1)
-            assert all(torch.equal(kept[layer][row, inputs["attention_mask"][row].bool()], mask[0]) for layer, mask in handle.kept.items()), row
+            assert all(
+                torch.equal(kept[layer][row, inputs["attention_mask"][row].bool()], mask[0])
+                for layer, mask in handle.kept.items()
+            ), row
     prompt = ids.shape[1]
-    assert [layer.stored for layer in out.past_key_values.layers if hasattr(layer, "stored")][-2:] == [n + 2 for n in lengths[-2:]]
+    assert [layer.stored for layer in out.past_key_values.layers if hasattr(layer, "stored")][-2:] == [
+        n + 2 for n in lengths[-2:]
+    ]
     assert out.past_key_values.get_seq_length() == prompt + 2, "generate counts the whole prompt"
     for row, counts in enumerate([[16], [6], [], [4, 12]]):
         for layer, ratio in zip(candidates, keep, strict=True):
-            assert [int(p.sum()) for p in kept[layer][row, ids[row] == IMAGE_TOKEN].split(counts)] == [kept_tokens(ratio, v) for v in counts], (layer, row)
+            assert [int(p.sum()) for p in kept[layer][row, ids[row] == IMAGE_TOKEN].split(counts)] == [
+                kept_tokens(ratio, v) for v in counts
+            ], (layer, row)
         embeds, positions = prompt_of(model, single(inputs, row))
-        own = {max(layer, 0): mask[row, inputs["attention_mask"][row].bool()] for layer, mask in kept.items()}
+        own = {layer: mask[row, inputs["attention_mask"][row].bool()] for layer, mask in kept.items()}
         for step in range(3):
             fed = table(out.sequences[row, prompt : prompt + step])
-            logits, got = recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"), out.scores[step][row]
+            logits, got = (
+                recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"),
+                out.scores[step][row],
+            )
             finite = got.isfinite()
             torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=2e-4)
 
 
 def test_grid_spreads_over_the_pictures_own_shape(models):
-    """A picture of 2 x 3 tokens keeps two places, one in each row; asked as a single row of six it would keep others."""
+    """A picture of 2 x 3 tokens keeps two places, one in each row; asked as a single row of six it would keep
+    others."""
     model = models["quantized"]
     inputs = qwen_inputs(model, rows=((2, ((4, 6),), 3),))
-    plan = recipe(model, method="custom", candidates=(-1,), keep=(2 / 6,), selections=[{"score": "none", "policy": "grid", "grid_share": 1.0}])
+    plan = recipe(
+        model,
+        method="custom",
+        candidates=(0,),
+        keep=(2 / 6,),
+        selections=[{"score": "none", "policy": "grid", "grid_share": 1.0}],
+    )
     with patched(model, plan) as handle, torch.no_grad():
         model(**inputs)
-    places = handle.kept[-1][0][inputs["input_ids"][0] == IMAGE_TOKEN].nonzero()[:, 0].tolist()
+    places = handle.kept[0][0][inputs["input_ids"][0] == IMAGE_TOKEN].nonzero()[:, 0].tolist()
     assert places == [r * 3 + c for r, c in even_sites(2, 3, 2)] != [c for _, c in even_sites(1, 6, 2)]
 
 
 def test_restarted_positions_would_be_noticed(models):
-    """The comparison above can fail: decoding from the number of kept tokens instead of the unpruned counter gives other logits."""
+    """The comparison above can fail: decoding from the number of kept tokens instead of the unpruned counter gives
+    other logits."""
     model = models["float"]
     inputs = qwen_inputs(model, rows=MIXED[:1])
     embeds, positions = prompt_of(model, inputs)
@@ -155,11 +197,14 @@ def test_budgets_are_each_pictures_own(model):
         for row, counts in enumerate(sizes):
             alive, visual = kept[layer][row], ids[row] == IMAGE_TOKEN
             assert bool(alive[~visual & inputs["attention_mask"][row].bool()].all())
-            assert [int(part.sum()) for part in alive[visual].split(counts)] == [kept_tokens(ratio, v) for v in counts], (layer, row)
+            assert [int(part.sum()) for part in alive[visual].split(counts)] == [
+                kept_tokens(ratio, v) for v in counts
+            ], (layer, row)
 
 
 def test_recorded_budgets_count_pictures(models):
-    """V_ref 16 per picture: the row of two pictures (16 tokens) may keep all 32 * 0.5, the one of 16 keeps 8, the one of 6 all."""
+    """V_ref 16 per picture: the row of two pictures (16 tokens) may keep all 32 * 0.5, the one of 16 keeps 8, the one
+    of 6 all."""
     model, inputs = models["quantized"], qwen_inputs(models["quantized"], rows=MIXED)
     with patched(model, recipe(model, reference="recorded", candidates=(2,), keep=(0.5,))) as handle, torch.no_grad():
         model(**inputs)
@@ -189,7 +234,8 @@ def test_undo_restores_the_model(model):
 
 @pytest.mark.parametrize("policy", ["original", "compact"])
 def test_rows_alone_and_in_a_batch(models, policy):
-    """Mixed sizes, a text-only row, two pictures in one prompt: kept tokens and every bit of the decoder are those of the row alone."""
+    """Mixed sizes, a text-only row, two pictures in one prompt: kept tokens and every bit of the decoder are those of
+    the row alone."""
     model = models["quantized"]
     inputs = qwen_inputs(model, rows=MIXED)
     with patched(model, recipe(model, position_policy=policy)) as handle, final_states(model) as states:
@@ -205,7 +251,8 @@ def test_rows_alone_and_in_a_batch(models, policy):
 
 
 def test_cached_and_cache_free_generation_agree(models):
-    """With forced masks, generate(use_cache=False) recomputes each step from scratch: equal tokens; a table of angles per segment."""
+    """With forced masks, generate(use_cache=False) recomputes each step from scratch: equal tokens; a table of angles
+    per segment."""
     model = models["quantized"]
     inputs = qwen_inputs(model, rows=MIXED)
     with patched(model, recipe(model)) as handle:

@@ -1,4 +1,5 @@
-"""Every selection inside a model, float and quantized: exact budgets, the same choice alone and in a batch, and decoding that equals recomputation."""
+"""Every selection inside a model, float and quantized: exact budgets, the same choice alone and in a batch, and
+decoding that equals recomputation."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from quota.core.errors import RecipeError, UsageError
 from quota.core.recipe import Recipe
-from quota.models.images import Pictures
+from quota.models.images import ImageTokens
 from quota.models.rtn import quantize_rtn
-from quota.prune.scores import text_queries
-from quota.prune.select import Alive, choose
+from quota.prune.alive import Alive
+from quota.prune.attention import text_queries
+from quota.prune.select import choose
 from quota.runtime.patch import patched
 from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
 from tests.prune.test_pruner import embeddings, recompute
@@ -23,15 +25,19 @@ METHODS = {
     "pyramiddrop": dict(candidates=(1, 2, 3), keep=(0.5, 0.25, 0.125), selections=[{"score": "own_last_token"}]),
     "text": dict(candidates=(1, 3), keep=(0.5, 0.25), selections=[{"score": "text"}]),
     "vtw": dict(candidates=(2,), keep=(0.0,), method="vtw", selections=[{"score": "none"}]),
-    "divprune": dict(candidates=(-1,), keep=(0.25,), selections=[{"score": "none", "policy": "maxmin"}]),
-    "cdpruner": dict(candidates=(-1,), keep=(0.25,), selections=[{"score": "relevance", "policy": "dpp"}]),
-    "random": dict(candidates=(-1,), keep=(0.5,), selections=[{"score": "random"}]),
+    "divprune": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "none", "policy": "maxmin"}]),
+    "cdpruner": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "relevance", "policy": "dpp"}]),
+    "random": dict(candidates=(0,), keep=(0.5,), selections=[{"score": "random"}]),
     "random_inside": dict(candidates=(1, 2), keep=(0.5, 0.25), selections=[{"score": "random"}]),
-    "grid": dict(candidates=(-1,), keep=(0.25,), selections=[{"score": "none", "policy": "grid"}]),
+    "grid": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "none", "policy": "grid"}]),
     "grid_floor": dict(candidates=(1, 2), keep=(0.75, 0.25), selections=[{"policy": "grid", "grid_share": 0.5}]),
     "mmr": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"policy": "mmr"}]),
     "fitprune": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"score": "cross_self"}]),
-    "mixed": dict(candidates=(-1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}]),
+    "mixed": dict(
+        candidates=(0, 2, 3),
+        keep=(0.75, 0.5, 0.25),
+        selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}],
+    ),
 }
 
 
@@ -55,24 +61,30 @@ def visual_kept(handle, inputs) -> dict[int, list[int]]:
     return {layer: (mask & visual).sum(-1).tolist() for layer, mask in handle.kept.items()}
 
 
-@pytest.mark.parametrize(("name", "policy"), [*((name, "original") for name in METHODS), *((name, "compact") for name in ("pyramiddrop", "divprune", "mixed"))])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [*((name, "original") for name in METHODS), *((name, "compact") for name in ("pyramiddrop", "divprune", "mixed"))],
+)
 def test_decoding_equals_recomputation(model, name, policy):
-    """Exact budgets; then prefill plus decode against a forward without cache, padding or hooks. Cache lengths are those of the tokens alive."""
+    """Exact budgets; then prefill plus decode against a forward without cache, padding or hooks. Cache lengths are
+    those of the tokens alive."""
     inputs = llava_inputs(model, rows=((3, 5), (9, 4), (0, 2)))
     table = model.get_input_embeddings()
     recipe = method_recipe(model, name, position_policy=policy)
     with patched(model, recipe) as handle:
         out = greedy(model, inputs, tokens=3)
         kept, lengths = dict(handle.kept), list(handle.cache_lengths)
-        assert visual_kept(handle, inputs) == {c: [recipe.tokens_at(max(c, 0))] * 3 for c in recipe.candidates}
+        assert visual_kept(handle, inputs) == {c: [recipe.tokens_at(c)] * 3 for c in recipe.candidates}
     prompt = inputs["input_ids"].shape[1]
-    stored = [layer.stored if hasattr(layer, "stored") else layer.get_seq_length() for layer in out.past_key_values.layers]
+    stored = [
+        layer.stored if hasattr(layer, "stored") else layer.get_seq_length() for layer in out.past_key_values.layers
+    ]
     assert stored == [n + 2 for n in lengths] == [prompt - V + recipe.tokens_at(i) + 2 for i in range(4)]
     assert out.past_key_values.get_seq_length() == prompt + 2, "generate counts the whole prompt"
     for row in range(3):
         real = inputs["attention_mask"][row].bool()
         embeds = embeddings(model, single(inputs, row))[0]
-        own = {max(layer, 0): mask[row, real] for layer, mask in kept.items()}
+        own = {layer: mask[row, real] for layer, mask in kept.items()}
         for step in range(3):
             fed = out.sequences[row, prompt : prompt + step]
             logits = recompute(model, torch.cat([embeds, table(fed)]), own, policy == "compact")
@@ -126,7 +138,9 @@ def test_threads_do_not_show(models, name):
                 seen.append((model(**inputs).logits[:, -1], dict(handle.kept)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(seen[0][0], seen[1][0]) and all(torch.equal(seen[0][1][c], mask) for c, mask in seen[1][1].items())
+    assert torch.equal(seen[0][0], seen[1][0]) and all(
+        torch.equal(seen[0][1][c], mask) for c, mask in seen[1][1].items()
+    )
 
 
 @pytest.mark.parametrize("name", ["divprune", "random", "grid"])
@@ -138,7 +152,7 @@ def test_a_stage_before_the_model_ignores_the_question(model, name):
         masks = []
         for inputs in (first, second):
             model(**inputs)
-            masks.append(handle.kept[-1][inputs["input_ids"] == IMAGE_TOKEN])
+            masks.append(handle.kept[0][inputs["input_ids"] == IMAGE_TOKEN])
     assert torch.equal(*masks)
 
 
@@ -149,7 +163,7 @@ def test_random_follows_the_seed_and_the_picture(models):
     for seed in (0, 0, 1):
         with patched(model, method_recipe(model, "random", seed=seed)) as handle, torch.no_grad():
             model(**inputs)
-            masks.append(handle.kept[-1][inputs["input_ids"] == IMAGE_TOKEN].view(2, V))
+            masks.append(handle.kept[0][inputs["input_ids"] == IMAGE_TOKEN].view(2, V))
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0][0], masks[0][1]), "another picture, other tokens"
 
@@ -161,14 +175,14 @@ def test_random_with_beams_and_without_pixels(models):
         features = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
     with patched(model, method_recipe(model, "random")) as handle:
         greedy(model, inputs)
-        plain = handle.kept[-1]
+        plain = handle.kept[0]
         model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
-        assert torch.equal(handle.kept[-1], plain.repeat_interleave(2, 0))
+        assert torch.equal(handle.kept[0], plain.repeat_interleave(2, 0))
         prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         with torch.no_grad():
             seen = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
             model(**prompt, mm_encoder_outputs={"image": seen})  # features carry what they show
-        assert torch.equal(handle.kept[-1], plain)
+        assert torch.equal(handle.kept[0], plain)
         with pytest.raises(UsageError, match="pixel_values: the random score"), torch.no_grad():
             model(**prompt, mm_encoder_outputs={"image": features})
 
@@ -178,13 +192,22 @@ def test_second_turn_continues_a_cache_pruned_before_the_model(model):
     inputs = llava_inputs(model, rows=((3, 5),))
     recipe = method_recipe(model, "mixed")
     with patched(model, recipe) as handle, torch.no_grad():
-        first = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, suppress_tokens=[IMAGE_TOKEN])
+        first = model.generate(
+            **inputs,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            suppress_tokens=[IMAGE_TOKEN],
+        )
         kept = dict(handle.kept)
         more = torch.cat([first.sequences, torch.tensor([[17, 23, 31]])], dim=1)
         fed = dict(input_ids=more, attention_mask=torch.ones_like(more))
         second = greedy(model, fed, tokens=2, past_key_values=first.past_key_values)
-    embeds = torch.cat([embeddings(model, inputs)[0], model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])])
-    own = {max(layer, 0): mask[0] for layer, mask in kept.items()}
+    embeds = torch.cat(
+        [embeddings(model, inputs)[0], model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])]
+    )
+    own = {layer: mask[0] for layer, mask in kept.items()}
     got, logits = second.scores[0][0], recompute(model, embeds, own)
     finite = got.isfinite()
     torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=1e-4)
@@ -199,7 +222,13 @@ def test_beams_and_cropping_keep_rows_together(model, name):
             alone = model.generate(**single(inputs, row), max_new_tokens=4, num_beams=3, do_sample=False)
             new = alone[0, -4:]
             assert torch.equal(one[row, -len(new) :], new)
-        lookup = model.generate(**single(inputs, 0), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE_TOKEN], prompt_lookup_num_tokens=3)
+        lookup = model.generate(
+            **single(inputs, 0),
+            max_new_tokens=8,
+            do_sample=False,
+            suppress_tokens=[IMAGE_TOKEN],
+            prompt_lookup_num_tokens=3,
+        )
         plain = model.generate(**single(inputs, 0), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE_TOKEN])
         assert torch.equal(lookup, plain)
 
@@ -221,7 +250,9 @@ def full_attention(model, layer: int, hidden: Tensor) -> Tensor:
 def inputs_of(model, layer: int, inputs) -> Tensor:
     """Unpruned input of a decoder layer."""
     seen: list[Tensor] = []
-    handle = model.model.language_model.layers[layer].register_forward_pre_hook(lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    handle = model.model.language_model.layers[layer].register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True
+    )
     model(**inputs)
     handle.remove()
     return seen[0]
@@ -229,7 +260,8 @@ def inputs_of(model, layer: int, inputs) -> Tensor:
 
 @torch.no_grad()
 def test_scores_are_what_their_papers_define(models):
-    """FastV: layer K-1, last row. PyramidDrop: layer K's own projections, last row. FitPrune: head maximum of cross times self. Text: mean over text."""
+    """FastV: layer K-1, last row. PyramidDrop: layer K's own projections, last row. FitPrune: head maximum of cross
+    times self. Text: mean over text."""
     model = models["float"]
     inputs = single(llava_inputs(model), 0)
     visual = (inputs["input_ids"] == IMAGE_TOKEN)[0]
@@ -238,11 +270,15 @@ def test_scores_are_what_their_papers_define(models):
     cross = before[:, text][:, :, visual].amax(0).mean(0)
     itself = before[:, visual][:, :, visual].amax(0).mean(0)
     wanted = {
-        "last_token": before[:, -1, visual].mean(0), "own_last_token": own[:, -1, visual].mean(0), "text": before[:, text][:, :, visual].mean((0, 1)),
+        "last_token": before[:, -1, visual].mean(0),
+        "own_last_token": own[:, -1, visual].mean(0),
+        "text": before[:, text][:, :, visual].mean((0, 1)),
         "cross_self": cross * itself,
-    }  # fmt: skip
+    }
     for score, values in wanted.items():
-        with patched(model, recipe_for(model, candidates=(2,), keep=(0.25,), method="custom", selections=[{"score": score}])) as handle:
+        with patched(
+            model, recipe_for(model, candidates=(2,), keep=(0.25,), method="custom", selections=[{"score": score}])
+        ) as handle:
             model(**inputs)
             best = torch.sort(values, descending=True, stable=True).indices[:4].sort().values
             assert torch.equal(handle.kept[2][0][visual].nonzero()[:, 0], best), score
@@ -264,13 +300,13 @@ def test_divprune_and_cdpruner_work_on_the_merged_embeddings(models):
         chosen.append(int(nearest.argmax()))
     with patched(model, method_recipe(model, "divprune")) as handle:
         model(**inputs)
-        assert handle.kept[-1][0][visual].nonzero()[:, 0].tolist() == sorted(chosen)
+        assert handle.kept[0][0][visual].nonzero()[:, 0].tolist() == sorted(chosen)
     words = text_queries(visual[None], torch.ones_like(visual)[None])[0]
     relevance = (unit[visual] @ unit[words].T).mean(1)
     recipe = method_recipe(model, "cdpruner", selections=[{"score": "relevance", "policy": "topk"}])
     with patched(model, recipe) as handle:
         model(**inputs)
-        assert handle.kept[-1][0][visual].nonzero()[:, 0].tolist() == relevance.topk(4).indices.sort().values.tolist()
+        assert handle.kept[0][0][visual].nonzero()[:, 0].tolist() == relevance.topk(4).indices.sort().values.tolist()
 
 
 def test_withdrawal_leaves_text_only(model):
@@ -285,7 +321,11 @@ def test_text_only_rows_and_two_pictures(model):
     g = torch.Generator().manual_seed(4)
     image = torch.full((V,), IMAGE_TOKEN)
     words = torch.randint(3, 119, (24,), generator=g)
-    rows = [words[:7], torch.cat([words[:1], image, words[:4]]), torch.cat([words[:2], image, words[2:5], image, words[:2]])]
+    rows = [
+        words[:7],
+        torch.cat([words[:1], image, words[:4]]),
+        torch.cat([words[:2], image, words[2:5], image, words[:2]]),
+    ]
     longest = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(longest - len(r)).long(), r]) for r in rows])
     mask = torch.stack([torch.cat([torch.zeros(longest - len(r)), torch.ones(len(r))]) for r in rows]).long()
@@ -302,23 +342,34 @@ def test_sets_have_budgets_of_their_own() -> None:
     """Two sets of one row, a policy each: what one keeps does not depend on the other's tokens."""
     g = torch.Generator().manual_seed(0)
     group = torch.tensor([[0] * 8 + [-1] + [1] * 8 + [-1]])
-    picture = Pictures.of(group)
-    ways = ({"policy": "maxmin", "score": "none"}, {"policy": "dpp", "score": "relevance"}, {"policy": "grid", "score": "none"}, {"score": "relevance"})
+    picture = ImageTokens.of(group)
+    ways = (
+        {"policy": "maxmin", "score": "none"},
+        {"policy": "dpp", "score": "relevance"},
+        {"policy": "grid", "score": "none"},
+        {"score": "relevance"},
+    )
     column = torch.arange(18)[None]
     for selection in ways:
-        recipe = recipe_for(tiny_llava(), candidates=(-1,), keep=(0.5,), method="custom", selections=[selection])
+        recipe = recipe_for(tiny_llava(), candidates=(0,), keep=(0.5,), method="custom", selections=[selection])
         hidden = torch.randn(1, 18, 12, generator=g)
         other = hidden.clone()
         other[:, 9:17] = torch.randn(1, 8, 12, generator=g)
-        kept = [choose(recipe, -1, Alive(x, group, column == 17, column, None, picture), torch.tensor([[3, 5]])) for x in (hidden, other)]
+        kept = [
+            choose(recipe, -1, Alive(x, group, column == 17, column, None, picture), torch.tensor([[3, 5]]))
+            for x in (hidden, other)
+        ]
         assert all([int((mask & (group == n)).sum()) for n in (0, 1)] == [3, 5] for mask in kept)
         assert torch.equal(kept[0][:, :8], kept[1][:, :8])
 
 
 def test_recipes_that_cannot_work_say_so(models):
     model = models["float"]
-    with pytest.raises(RecipeError, match="candidate -1 runs before any attention: expected score relevance, random or none, got 'quota'"):
-        recipe_for(model, candidates=(-1,), keep=(0.5,))
+    with pytest.raises(
+        RecipeError,
+        match="candidate 0 runs before any attention: expected score relevance, random, none, got 'quota'",
+    ):
+        recipe_for(model, candidates=(0,), keep=(0.5,))
     with pytest.raises(RecipeError, match="only method vtw withdraws every visual token"):
         recipe_for(model, candidates=(2,), keep=(0.0,), method="fastv")
     with pytest.raises(RecipeError, match=r"selections: expected none, one for all, or one per candidate \(3\), got 2"):

@@ -22,7 +22,9 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("size", [(400, 300), (300, 401), (336, 336), (90, 50)])
 def test_the_view_is_the_processors_crop(size: tuple[int, int]) -> None:
     picture = noise(*size)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}, do_normalize=False, do_rescale=False)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}, do_normalize=False, do_rescale=False
+    )
     seen = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     view = np.asarray(model_view(picture, 112), dtype=np.float64)
     assert np.abs(view - seen).mean() < 4
@@ -71,7 +73,11 @@ def test_several_pictures_and_a_given_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pictures", "kept", "message"),
-    [(1, {2: 15}, "layer 2: expected a mask of 1 square grid, got 15"), (2, {2: 16}, "2 square grids"), (1, {}, "at least one")],
+    [
+        (1, {2: 15}, "layer 2: expected a mask of 1 square grid, got 15"),
+        (2, {2: 16}, "2 square grids"),
+        (1, {}, "at least one"),
+    ],
 )
 def test_errors(tmp_path: Path, pictures: int, kept: dict, message: str) -> None:
     masks = {layer: np.ones(n, dtype=bool) for layer, n in kept.items()}

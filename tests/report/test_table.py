@@ -20,7 +20,12 @@ def test_formats() -> None:
 def test_markdown() -> None:
     assert markdown_table(["weights", "acc"], [["45/25", "9"]]).splitlines()[2] == "| 45/25   |   9 |"
     text = markdown_table(["row", "acc"], [["float", "95.0 %"], ["a|b", "-"]])
-    assert text.splitlines() == ["| row   |    acc |", "| ----- | -----: |", "| float | 95.0 % |", "| a\\|b  |      - |"]
+    assert text.splitlines() == [
+        "| row   |    acc |",
+        "| ----- | -----: |",
+        "| float | 95.0 % |",
+        "| a\\|b  |      - |",
+    ]
     assert markdown_table(["a"], []).splitlines() == ["| a   |", "| --- |"]
     with pytest.raises(ValueError, match=r"rows\[0\]: expected 2 cells, got 1"):
         markdown_table(["a", "b"], [["x"]])

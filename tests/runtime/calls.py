@@ -1,4 +1,5 @@
-"""Tiny models of both families, answers recomputed without `generate` and without a cache, and what a refusal looks like."""
+"""Tiny models of both families, answers recomputed without `generate` and without a cache, and what a refusal looks
+like."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ from tests.tiny import IMAGE_TOKEN, llava_inputs, qwen_inputs, tiny_llava, tiny_
 TINY = {"llava": (tiny_llava, llava_inputs), "qwen2_5_vl": (tiny_qwen, qwen_inputs)}
 CASES = [(family, kind) for family in TINY for kind in ("float", "quantized")]
 TOKENS, PROMPTS = 5, range(3)
-RECIPES = {"quota": {}, "last token": {"method": "custom", "selections": [{"score": "last_token"}] * 3},
-           "random": {"method": "custom", "candidates": (-1, 2, 3), "selections": [{"score": "random"}] * 3}}  # fmt: skip
+RECIPES = {
+    "quota": {},
+    "last token": {"method": "custom", "selections": [{"score": "last_token"}] * 3},
+    "random": {"method": "custom", "candidates": (-1, 2, 3), "selections": [{"score": "random"}] * 3},
+}
 
 PAIRS = [(case, name) for case in CASES for name in ("quota", "random" if case[1] == "float" else "last token")]
 
@@ -31,8 +35,8 @@ KNOWN: dict[tuple, tuple[Tensor, dict[int, Tensor]]] = {}
 
 
 def reference(model, recipe, inputs) -> tuple[Tensor, dict[int, Tensor]]:
-    """(new ids [B, TOKENS], kept): the choice of one bare forward over the prompt; then every token from a forward over everything so far that keeps that
-    choice, without `generate` and without a cache."""
+    """(new ids [B, TOKENS], kept): the choice of one bare forward over the prompt; then every token from a forward over
+    everything so far that keeps that choice, without `generate` and without a cache."""
     key = (model, recipe.model_dump_json(), *(tuple(value.flatten().tolist()) for value in inputs.values()))
     if key not in KNOWN:
         KNOWN[key] = recomputed(model, recipe, inputs)
@@ -72,7 +76,16 @@ def same(kept: dict[int, Tensor], other: dict[int, Tensor]) -> bool:
 def generated(model, inputs, **options) -> Tensor:
     """New ids [B, TOKENS]."""
     banned = [IMAGE_TOKEN, model.generation_config.eos_token_id]
-    out = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "suppress_tokens": banned, **options})
+    out = model.generate(
+        **inputs,
+        **{
+            "do_sample": False,
+            "max_new_tokens": TOKENS,
+            "min_new_tokens": TOKENS,
+            "suppress_tokens": banned,
+            **options,
+        },
+    )
     return out[:, inputs["input_ids"].shape[1] :]
 
 

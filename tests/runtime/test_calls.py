@@ -1,4 +1,5 @@
-"""State of a pruned call belongs to the call: however it is made, the same tokens stay and the answer is that of one prefill, or the call is refused."""
+"""State of a pruned call belongs to the call: however it is made, the same tokens stay and the answer is that of one
+prefill, or the call is refused."""
 
 from __future__ import annotations
 
@@ -41,20 +42,29 @@ def test_equal_answers(pair, name, built):
         want, kept = reference(model, recipe, inputs)
         used = dict(options)
         with patched(model, recipe) as handle:
-            assistant = {"float": lambda: TINY[find_family(model).name][0](seed=3), "self": lambda: model, "patched": lambda: assisting(model, recipe)}
+            assistant = {
+                "float": lambda: TINY[find_family(model).name][0](seed=3),
+                "self": lambda: model,
+                "patched": lambda: assisting(model, recipe),
+            }
             if "assistant_model" in used:
                 used["assistant_model"] = assistant[used["assistant_model"]]()
             if "past_key_values" in used:
                 used["past_key_values"] = DynamicCache()
             if "custom_generate" in used:
                 used["custom_generate"] = loop
-            if name == "itself as assistant" and recipe.selection_at(3).score == "random":  # transformers shows an assistant no pictures
+            if (
+                name == "itself as assistant" and recipe.selection_at(3).score == "random"
+            ):  # transformers shows an assistant no pictures
                 refuse("pixel_values: the random score", lambda: generated(model, inputs, **used))  # noqa: B023
                 continue
             ids = generated(model, inputs, **used)
             copies = len(ids) // rows
             assert torch.equal(ids, want.repeat_interleave(copies, 0)), (name, seed)
-            assert same(handle.kept, {layer: mask.repeat_interleave(copies, 0) for layer, mask in kept.items()}), (name, seed)
+            assert same(handle.kept, {layer: mask.repeat_interleave(copies, 0) for layer, mask in kept.items()}), (
+                name,
+                seed,
+            )
 
 
 def assisting(model, recipe):
@@ -91,7 +101,10 @@ def test_beams_with_and_without_a_cache(pair, beams=3):
 
 REFUSED = {
     "chunked prefill": ({"prefill_chunk_size": 8}, "prefill_chunk_size: pruning ranks a whole prompt"),
-    "chunked prefill by configuration": ({"generation_config": GenerationConfig(prefill_chunk_size=8)}, "prefill_chunk_size: "),
+    "chunked prefill by configuration": (
+        {"generation_config": GenerationConfig(prefill_chunk_size=8)},
+        "prefill_chunk_size: ",
+    ),
     "static cache": ({"cache_implementation": "static"}, "cache_implementation: expected none or 'dynamic'"),
     "quantized cache": ({"cache_implementation": "quantized"}, "cache_implementation: "),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation: "),
@@ -132,8 +145,12 @@ def test_refused_forwards(model):
         refuse("input_ids: expected token ids", lambda: model.model.language_model(inputs_embeds=features))
         refuse("labels: ", lambda: model(**inputs, labels=inputs["input_ids"]))
         refuse("past_key_values: a static cache", lambda: model(**inputs, past_key_values=static))
-        refuse("past_key_values: expected a cache filled under this recipe", lambda: model(**one, past_key_values=other))
-        refuse("attention_mask: .*padding", lambda: model(**{**inputs, "attention_mask": inputs["attention_mask"].flip(1)}))
+        refuse(
+            "past_key_values: expected a cache filled under this recipe", lambda: model(**one, past_key_values=other)
+        )
+        refuse(
+            "attention_mask: .*padding", lambda: model(**{**inputs, "attention_mask": inputs["attention_mask"].flip(1)})
+        )
         own = model(**inputs, use_cache=True).past_key_values
     refuse("past_key_values: the cache holds a pruned prompt and no recipe", lambda: model(**one, past_key_values=own))
     with patched(model, recipe_for(model, keep=(0.5, 0.5, 0.5))):
@@ -172,8 +189,14 @@ def test_conversations_in_turns_do_not_meet(model):
         for turn in first:
             ids = torch.cat([turn.sequences, more], 1)
             kept = turn.past_key_values
-            second.append(generated(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=kept))
-            lookups.append(lambda ids=ids, kept=kept: generated(model, {"input_ids": ids}, past_key_values=kept, prompt_lookup_num_tokens=2))
+            second.append(
+                generated(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=kept)
+            )
+            lookups.append(
+                lambda ids=ids, kept=kept: generated(
+                    model, {"input_ids": ids}, past_key_values=kept, prompt_lookup_num_tokens=2
+                )
+            )
         refuse("past_key_values: drafted decoding", lookups[0])
     for inputs, turn, got in zip(prompts, first, second, strict=True):
         with patched(model, plain) as handle:
@@ -182,7 +205,9 @@ def test_conversations_in_turns_do_not_meet(model):
         whole = {**inputs, "input_ids": torch.cat([turn.sequences, more], 1)}
         for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
             if name in whole:
-                whole[name] = nn.functional.pad(whole[name], (0, whole["input_ids"].shape[1] - whole[name].shape[1]), value=value)
+                whole[name] = nn.functional.pad(
+                    whole[name], (0, whole["input_ids"].shape[1] - whole[name].shape[1]), value=value
+                )
         with patched(model, plain, forced=kept):
             assert torch.equal(generated(model, whole, use_cache=False), got)
 

@@ -1,4 +1,5 @@
-"""Folders that somebody damaged, edited or prepared: one sentence naming file and field, nothing invented, nothing run."""
+"""Folders that somebody damaged, edited or prepared: one sentence naming file and field, nothing invented, nothing
+run."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 from quota.models import model_fingerprint
 from quota.models.rtn import quantize_rtn
 from quota.runtime.load import load
@@ -33,7 +35,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(root / "float")
     build_processor().save_pretrained(root / "float")
     tiny_qwen().save_pretrained(root / "qwen")
-    manifest = Manifest("w4a4kv4", ALL, model_fingerprint(model))
+    manifest = Manifest(DEFAULT, ALL, model_fingerprint(model))
     save_checkpoint(quantize_rtn(model, ALL), root / "quantized", manifest, build_processor())
     return root
 
@@ -58,15 +60,23 @@ def one_line(folder, message, **options):
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("float", "model.language_model.layers.2.mlp.up_proj.weight"), ("float", "lm_head.weight"), ("float", "model.multi_modal_projector.linear_1.bias"),
-    ("qwen", "model.visual.blocks.1.attn.qkv.weight"), ("qwen", "model.language_model.layers.0.self_attn.k_proj.bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("float", "model.language_model.layers.2.mlp.up_proj.weight"),
+        ("float", "lm_head.weight"),
+        ("float", "model.multi_modal_projector.linear_1.bias"),
+        ("qwen", "model.visual.blocks.1.attn.qkv.weight"),
+        ("qwen", "model.language_model.layers.0.self_attn.k_proj.bias"),
+    ],
+)
 def test_a_float_model_with_a_tensor_missing_is_not_completed_with_random_numbers(copy, kind, name):
     folder = copy(kind)
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    stored = next(key for key in tensors if key.endswith(".".join(name.split(".")[-3 if "projector" in name else -4 :])))  # files have older names than modules
+    stored = next(
+        key for key in tensors if key.endswith(".".join(name.split(".")[-3 if "projector" in name else -4 :]))
+    )  # files have older names than modules
     del tensors[stored]
     save_file(tensors, path, metadata={"format": "pt"})
     one_line(folder, f"tensors missing from the checkpoint: {name}")
@@ -81,7 +91,10 @@ def test_a_tied_head_is_not_missing(tmp_path):
 def test_a_quantized_model_refuses_to_be_saved_without_its_manifest(folders, tmp_path):
     import quota.runtime  # noqa: F401 - registers the method
 
-    for model in (load(folders / "quantized"), AutoModelForImageTextToText.from_pretrained(folders / "quantized", dtype=torch.float32)):
+    for model in (
+        load(folders / "quantized"),
+        AutoModelForImageTextToText.from_pretrained(folders / "quantized", dtype=torch.float32),
+    ):
         with pytest.raises(CheckpointError, match="copy the folder"):
             model.save_pretrained(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
@@ -90,14 +103,23 @@ def test_a_quantized_model_refuses_to_be_saved_without_its_manifest(folders, tmp
 @pytest.mark.parametrize("kind", ["AutoModelForImageTextToText", "LlavaForConditionalGeneration"])
 def test_transformers_alone_refuses_the_folder(folders, kind):
     code = f"import sys, transformers\ntransformers.{kind}.from_pretrained(sys.argv[1])"
-    result = subprocess.run([sys.executable, "-c", code, str(folders / "quantized")], capture_output=True, text=True, check=False,
-                            env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folders / "quantized")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert result.returncode and "import-quota-first" in result.stderr.splitlines()[-1]
 
 
 def test_every_checkpoint_says_how_to_open_it(folders):
     text = (folders / "quantized" / "README.md").read_text()
-    assert "quota.load(" in text and "import quota.runtime" in text and "README.md" in Manifest.load(folders / "quantized").files
+    assert (
+        "quota.load(" in text
+        and "import quota.runtime" in text
+        and "README.md" in Manifest.load(folders / "quantized").files
+    )
 
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
@@ -105,7 +127,12 @@ def test_every_checkpoint_says_how_to_open_it(folders):
 def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(copy, monkeypatch, kind, name):
     folder, ran = copy(kind), []
     (folder / "code.py").write_text("raise SystemExit('ran')")
-    value = {"AutoConfig": "code.C", "AutoProcessor": "code.P", "AutoTokenizer": ["code.T", None], "AutoModelForImageTextToText": "code.M"}
+    value = {
+        "AutoConfig": "code.C",
+        "AutoProcessor": "code.P",
+        "AutoTokenizer": ["code.T", None],
+        "AutoModelForImageTextToText": "code.M",
+    }
     edit(folder / name, lambda d: d.update(auto_map=value))
     monkeypatch.setattr("builtins.input", lambda *_: ran.append(1) or "y")
     one_line(folder, rf"{name}: auto_map: names code")
@@ -123,12 +150,23 @@ def test_files_beside_the_manifest_are_not_used(copy, folders):
     (folder / "additional_chat_templates" / "evil.jinja").write_text("EVIL")
     (folder / "adapter_config.json").write_text("{}")
     processor = load(folder).processor
-    assert processor.chat_template == before.chat_template and processor.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    assert (
+        processor.chat_template == before.chat_template
+        and processor.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    )
     assert processor.tokenizer.special_tokens_map == before.tokenizer.special_tokens_map
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "generation_config.json"]
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ],
 )
 def test_a_file_dropped_from_the_manifest_is_refused(copy, name):
     folder = copy("quantized")
@@ -144,15 +182,34 @@ def deep(folder):
 
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
-@pytest.mark.parametrize("field, value", [
-    ("model_type", ["llava"]), ("model_type", "Foo"), ("text_config", 3), ("text_config.hidden_size", 0), ("text_config.hidden_size", 10**30),
-    ("text_config.num_hidden_layers", "8"), ("text_config.num_hidden_layers", 10**9), ("text_config.num_attention_heads", True),
-    ("text_config.rope_parameters.rope_type", "spiral"), ("text_config.rope_parameters", [1]), ("text_config.hidden_act", "os.system"),
-    ("text_config.dtype", "float3"), ("dtype", 7), ("text_config.rms_norm_eps", "x"), ("text_config.num_key_value_heads", 3),
-    ("vision_config.patch_size", 0), ("vision_config.patch_size", 57), ("vision_config.image_size", -1), ("vision_config.hidden_act", 1),
-    ("projector_hidden_act", "none"), ("image_token_index", -1), ("vision_feature_layer", 99),
-    ("vision_feature_select_strategy", "half"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", ["llava"]),
+        ("model_type", "Foo"),
+        ("text_config", 3),
+        ("text_config.hidden_size", 0),
+        ("text_config.hidden_size", 10**30),
+        ("text_config.num_hidden_layers", "8"),
+        ("text_config.num_hidden_layers", 10**9),
+        ("text_config.num_attention_heads", True),
+        ("text_config.rope_parameters.rope_type", "spiral"),
+        ("text_config.rope_parameters", [1]),
+        ("text_config.hidden_act", "os.system"),
+        ("text_config.dtype", "float3"),
+        ("dtype", 7),
+        ("text_config.rms_norm_eps", "x"),
+        ("text_config.num_key_value_heads", 3),
+        ("vision_config.patch_size", 0),
+        ("vision_config.patch_size", 57),
+        ("vision_config.image_size", -1),
+        ("vision_config.hidden_act", 1),
+        ("projector_hidden_act", "none"),
+        ("image_token_index", -1),
+        ("vision_feature_layer", 99),
+        ("vision_feature_select_strategy", "half"),
+    ],
+)
 def test_an_edited_config_names_the_field(copy, kind, field, value):
     folder = copy(kind)
 
@@ -190,14 +247,22 @@ def test_a_config_that_is_no_object_or_too_deep(copy, kind):
     one_line(folder, "config.json")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d.update(modules=[[2]]), "modules: expected a list"), (lambda d: d.update(modules=["llm", "tail"]), "modules: expected"),
-    (lambda d: d.update(modules=[]), "modules: expected"), (lambda d: d.update(regime=[]), "regime: expected"),
-    (lambda d: d.update(regime="w8a8"), "regime"), (lambda d: (d["files"].update({"x" * 5000: "0"}), d["bytes"].update({"x" * 5000: 1})), "files"),
-    (lambda d: (d["files"].update({"a\0b": "0"}), d["bytes"].update({"a\0b": 1})), "files"), (lambda d: d["bytes"].update({"config.json": True}), "files"),
-    (lambda d: d["bytes"].update({"config.json": -1}), "files"), (lambda d: d.update(schema_version=[1] * 10_000), "schema_version"),
-    (lambda d: d.update({"y" * 9000: 1}), "unknown field"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.update(modules=[[2]]), "modules: expected a list"),
+        (lambda d: d.update(modules=["llm", "tail"]), "modules: expected"),
+        (lambda d: d.update(modules=[]), "modules: expected"),
+        (lambda d: d.update(regime=[]), "regime: expected"),
+        (lambda d: d.update(regime="w8a8"), "regime"),
+        (lambda d: (d["files"].update({"x" * 5000: "0"}), d["bytes"].update({"x" * 5000: 1})), "files"),
+        (lambda d: (d["files"].update({"a\0b": "0"}), d["bytes"].update({"a\0b": 1})), "files"),
+        (lambda d: d["bytes"].update({"config.json": True}), "files"),
+        (lambda d: d["bytes"].update({"config.json": -1}), "files"),
+        (lambda d: d.update(schema_version=[1] * 10_000), "schema_version"),
+        (lambda d: d.update({"y" * 9000: 1}), "unknown field"),
+    ],
+)
 def test_an_edited_manifest_names_the_field(copy, change, message):
     folder = copy("quantized")
     edit(folder / "quota.json", change)
@@ -213,7 +278,22 @@ def test_a_manifest_too_deep_or_endless(copy):
     one_line(folder, r"quota\.json: not readable.*regular file")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/here", "a/b/c", "~/x", "tests/nowhere", "x" * 5000, "own er/name", "..", "a\0b", "owner/"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere",
+        "./nowhere",
+        "/nowhere/here",
+        "a/b/c",
+        "~/x",
+        "tests/nowhere",
+        "x" * 5000,
+        "own er/name",
+        "..",
+        "a\0b",
+        "owner/",
+    ],
+)
 def test_what_cannot_be_a_hub_name_is_not_looked_up(monkeypatch, tmp_path, name):
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append(a))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError, RecipeError, UsageError
 from quota.core.files import sha256_file
+from quota.core.formats import DEFAULT
 from quota.models import model_fingerprint
 from quota.models.quantize import quantized_modules
 from quota.models.rtn import quantize_rtn
@@ -25,7 +26,7 @@ def save(folder, modules=ALL, max_shard_bytes=2**30, **options):
     model = tiny_llava()
     fingerprint = model_fingerprint(model)
     quantize_rtn(model, modules, **options)
-    save_checkpoint(model, folder, Manifest("w4a4kv4", tuple(modules), fingerprint), max_shard_bytes=max_shard_bytes)
+    save_checkpoint(model, folder, Manifest(DEFAULT, tuple(modules), fingerprint), max_shard_bytes=max_shard_bytes)
     return model
 
 
@@ -83,15 +84,22 @@ def test_sharded_checkpoint_equals_a_single_file(saved, tmp_path):
 def test_saving_what_was_loaded_gives_the_same_bytes(saved, tmp_path):
     folder, _ = saved
     model = load(folder)
-    again = save_checkpoint(model, tmp_path / "again", Manifest("w4a4kv4", ALL, model_fingerprint(model)), max_shard_bytes=60_000)
+    again = save_checkpoint(
+        model, tmp_path / "again", Manifest(DEFAULT, ALL, model_fingerprint(model)), max_shard_bytes=60_000
+    )
     first = Manifest.load(folder)
-    assert {n: h for n, h in again.files.items() if "safetensors" in n} == {n: h for n, h in first.files.items() if "safetensors" in n}
+    assert {n: h for n, h in again.files.items() if "safetensors" in n} == {
+        n: h for n, h in first.files.items() if "safetensors" in n
+    }
 
 
 def test_dtype(saved):
     folder, _ = saved
     low = load(folder, dtype=torch.bfloat16)
-    assert low.lm_head.weight.dtype == torch.bfloat16 and low.model.language_model.layers[0].mlp.down_proj.w_scale.dtype == torch.float32
+    assert (
+        low.lm_head.weight.dtype == torch.bfloat16
+        and low.model.language_model.layers[0].mlp.down_proj.w_scale.dtype == torch.float32
+    )
     inputs = llava_inputs(low)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     assert greedy(low, inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + 5
@@ -161,12 +169,16 @@ def test_missing_manifest(folder):
         ("model.language_model.layers.1.mlp.down_proj.w_q", lambda t: t[:-1].clone(), "down_proj.w_q: expected shape"),
         ("model.language_model.layers.1.mlp.down_proj.w_q", lambda t: t.float(), "down_proj.w_q: expected torch.uint8"),
         ("model.language_model.layers.1.mlp.down_proj.w_scale", lambda t: t.half(), "w_scale: expected torch.float32"),
-        ("model.language_model.layers.1.mlp.down_proj.left", lambda t: t[:, :-1].contiguous(), "left: expected a square"),
+        (
+            "model.language_model.layers.1.mlp.down_proj.left",
+            lambda t: t[:, :-1].contiguous(),
+            "left: expected a square",
+        ),
         ("model.language_model.layers.1.mlp.down_proj.w_scale", None, "w_scale: missing"),
         ("lm_head.weight", None, "lm_head.weight: missing"),
         ("model.language_model.embed_tokens.weight", lambda t: -t, "source_fingerprint"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(folder, name, change, message):
     path = shard_with(folder, name)
     tensors = load_file(path)
@@ -194,7 +206,7 @@ def test_processor_is_attached_and_left_padded(tmp_path):
     processor = build_processor()
     processor.tokenizer.padding_side = "right"
     model = quantize_rtn(tiny_llava())
-    save_checkpoint(model, tmp_path / "out", Manifest("w4a4kv4", ALL, model_fingerprint(model)), processor)
+    save_checkpoint(model, tmp_path / "out", Manifest(DEFAULT, ALL, model_fingerprint(model)), processor)
     loaded = load(tmp_path / "out")
     assert loaded.processor.tokenizer.padding_side == "left"
     assert loaded.processor.tokenizer("what color")["input_ids"] == processor.tokenizer("what color")["input_ids"]

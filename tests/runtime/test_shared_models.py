@@ -26,13 +26,17 @@ THREADS = 4
 
 
 def lockstep(model, barrier: threading.Barrier) -> list:
-    """Every prefill waits for the others at the embedding and in every layer, so that all of them are always between the same two steps."""
+    """Every prefill waits for the others at the embedding and in every layer, so that all of them are always between
+    the same two steps."""
 
     def wait(module, args):
         if args[0].shape[1] > 1:
             barrier.wait(120)
 
-    return [part.register_forward_pre_hook(wait) for part in (model.get_input_embeddings(), *(layer.mlp for layer in model.model.language_model.layers))]
+    return [
+        part.register_forward_pre_hook(wait)
+        for part in (model.get_input_embeddings(), *(layer.mlp for layer in model.model.language_model.layers))
+    ]
 
 
 def together(barrier: threading.Barrier, calls: list) -> list:
@@ -45,7 +49,9 @@ def together(barrier: threading.Barrier, calls: list) -> list:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         done = [pool.submit(guarded, call) for call in calls]
-    for call in sorted(done, key=lambda call: isinstance(call.exception(), threading.BrokenBarrierError)):  # the cause before what it cut short
+    for call in sorted(
+        done, key=lambda call: isinstance(call.exception(), threading.BrokenBarrierError)
+    ):  # the cause before what it cut short
         call.result()
     return [call.result() for call in done]
 
@@ -54,7 +60,10 @@ def together(barrier: threading.Barrier, calls: list) -> list:
 def test_threads_share_a_model(pair, lengths):
     """Four prompts at once. Where they are equally long, a mixed-up choice raises nothing: picks are compared."""
     model, recipe = pair
-    prompts = [inputs_of(model, seed) if lengths == "equal" or seed % 2 else single(inputs_of(model, seed), 0) for seed in range(THREADS)]
+    prompts = [
+        inputs_of(model, seed) if lengths == "equal" or seed % 2 else single(inputs_of(model, seed), 0)
+        for seed in range(THREADS)
+    ]
     want = [reference(model, recipe, inputs) for inputs in prompts]
     barrier = threading.Barrier(THREADS)
     with patched(model, recipe) as handle:
@@ -72,7 +81,11 @@ def test_threads_share_a_model(pair, lengths):
                 hook.remove()
         assert not handle.kept and not handle.cache_lengths  # this thread asked nothing
     for inputs, (ids, kept, lengths_seen), (right, right_kept) in zip(prompts, found, want, strict=True):
-        assert same(kept, right_kept) and torch.equal(ids, right) and (-1 in kept or lengths_seen[0] == inputs["input_ids"].shape[1])
+        assert (
+            same(kept, right_kept)
+            and torch.equal(ids, right)
+            and (-1 in kept or lengths_seen[0] == inputs["input_ids"].shape[1])
+        )
     assert any(not same(kept, want[0][1]) for _, kept in want[1:])  # a mixed-up choice would show
 
 
@@ -161,7 +174,11 @@ def test_pickling_is_refused(model):
 def test_a_copied_layer_carries_its_hooks_and_no_model(model):
     with patched(model, recipe_for(model)):
         layer = copy.deepcopy(model.model.language_model.layers[0])
-        assert not any(isinstance(getattr(part, "__self__", None), nn.Module) for hook in layer._forward_pre_hooks.values() for part in (hook, hook.func))
+        assert not any(
+            isinstance(getattr(part, "__self__", None), nn.Module)
+            for hook in layer._forward_pre_hooks.values()
+            for part in (hook, hook.func)
+        )
 
 
 # installing

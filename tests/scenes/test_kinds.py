@@ -1,4 +1,5 @@
-"""The miniature mixed set: pure functions, disjoint splits, answers that follow from what is drawn, labels where the words are."""
+"""The miniature mixed set: pure functions, disjoint splits, answers that follow from what is drawn, labels where the
+words are."""
 
 from __future__ import annotations
 
@@ -40,7 +41,13 @@ def test_every_word_is_known():
             assert {word for text in texts for word in text.split()} <= set(QWEN_WORDS)
             assert {q.task for q in example.questions} <= set(k.TASKS[kind])
     assert len(set(QWEN_WORDS)) == len(QWEN_WORDS)
-    assert WORDS[:5] == ("<unk>", "<s>", "</s>", "<pad>", "<image>")  # the first model's ids stay what its checkpoint was trained with
+    assert WORDS[:5] == (
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<image>",
+    )  # the first model's ids stay what its checkpoint was trained with
 
 
 def by_task(kind, index):
@@ -97,7 +104,10 @@ def test_every_drawn_word_labels_a_token(kind):
         size = (page.width_px, page.height_px)
         _, color, word = k.dense_labels(kind, "train", i, size)
         assert len(word) == page.width_px * page.height_px // QWEN_TOKEN_PX**2
-        shown = {mark.word if mark.word is None or not mark.word.isdigit() else NUMBERS[int(mark.word)] for mark in k.PAGES[kind].marks(page)} - {None}
+        shown = {
+            mark.word if mark.word is None or not mark.word.isdigit() else NUMBERS[int(mark.word)]
+            for mark in k.PAGES[kind].marks(page)
+        } - {None}
         assert {WORD_CLASSES[n] for n in word[word >= 0]} == shown
         if kind == "chart":
             assert (color >= 0).any()

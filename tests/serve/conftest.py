@@ -19,7 +19,7 @@ from quota.models.rtn import quantize_rtn
 from quota.scenes.model import build_config, build_model, build_processor
 from quota.server.app import create_app
 from quota.server.config import Settings
-from quota.server.protocol import OPTIONS
+from quota.server.header_timeout import OPTIONS
 from quota.server.service import Service
 from tests.one_thread import one_thread
 from tests.prune.recipes import recipe_for
@@ -68,7 +68,7 @@ class Running:
         engine = self.service.engine.engine
         wait_for(lambda: not (self.service.engine.active or engine.busy))
         engine.check_integrity()
-        assert engine.pool.available == engine.pool.units
+        assert engine.pool.available == engine.pool.blocks
 
 
 class Host:
@@ -76,12 +76,18 @@ class Host:
 
     def __init__(self, service: Service) -> None:
         # an idle connection outlives every test, so that what closes one is a limit of ours
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, timeout_keep_alive=600, **OPTIONS))
+        self.server = uvicorn.Server(
+            uvicorn.Config(create_app(service), host="127.0.0.1", port=0, timeout_keep_alive=600, **OPTIONS)
+        )
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
         wait_for(lambda: self.server.started)
         port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.running = Running(f"http://127.0.0.1:{port}", service, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0))
+        self.running = Running(
+            f"http://127.0.0.1:{port}",
+            service,
+            openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0),
+        )
 
     def stop(self) -> None:
         self.running.client.close()

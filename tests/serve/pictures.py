@@ -28,4 +28,10 @@ def data_url(image: Image.Image | bytes, format: str = "PNG", **options: Any) ->
 def user(text: str, *images: Image.Image | bytes | str) -> dict[str, Any]:
     """A user message."""
     urls = [image if isinstance(image, str) else data_url(image) for image in images]
-    return {"role": "user", "content": [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [
+            *({"type": "image_url", "image_url": {"url": url}} for url in urls),
+            {"type": "text", "text": text},
+        ],
+    }

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.serve.process import served
 from quota.core.errors import UsageError
-from quota.server import logs, protocol
+from quota.server import header_timeout, logs
 from quota.server.app import create_app
 from quota.server.config import Settings, settings
 from quota.server.logs import CountingHandler
@@ -37,7 +37,10 @@ def read_all(raw) -> bytes:
 
 
 def request(body: bytes, version: str = "1.1", extra: str = "") -> bytes:
-    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/{version}\r\nHost: localhost\r\nContent-Type:"
+        f" application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
+    )
     return head.encode() + body
 
 
@@ -92,9 +95,18 @@ def test_keys_are_trimmed_and_empty_ones_refused(tmp_path):
 # hosts and content types
 
 
-@pytest.mark.parametrize(("host", "status"), [
-    ("evil.example", 403), ("localhost.evil.example:80", 403), ("[::2]", 403), ("", 403), ("127.0.0.1:9", 200), ("LOCALHOST", 200), ("[::1]:9", 200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 403),
+        ("localhost.evil.example:80", 403),
+        ("[::2]", 403),
+        ("", 403),
+        ("127.0.0.1:9", 200),
+        ("LOCALHOST", 200),
+        ("[::1]:9", 200),
+    ],
+)
 def test_on_loopback_only_its_own_names_pass(server, host, status):
     answer = httpx.get(f"{server.url}/health", headers={"host": host})
     assert answer.status_code == status
@@ -115,16 +127,23 @@ def test_names_below_an_allowed_one_pass(serving):
         assert httpx.get(f"{wide.url}/health", headers={"host": host}).status_code == status
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonp"])
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonp"],
+)
 def test_what_a_foreign_page_may_send_is_refused(server, kind):
     """Requests that browsers send across origins without asking first."""
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps(BODY).encode(), headers={"content-type": kind})
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions", content=json.dumps(BODY).encode(), headers={"content-type": kind}
+    )
     assert answer.status_code == 415 and answer.json()["error"]["message"].startswith("content-type")
 
 
 def test_json_with_a_charset_is_taken(server):
     for kind in ("application/json; charset=utf-8", "Application/JSON"):
-        answer = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps(BODY).encode(), headers={"content-type": kind})
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions", content=json.dumps(BODY).encode(), headers={"content-type": kind}
+        )
         assert answer.status_code == 200
 
 
@@ -146,12 +165,19 @@ def test_headers_are_bounded_however_they_arrive(server, head):
                 raw.sendall(data[at : at + step])
                 time.sleep(0.01)
             answer = read_all(raw)
-        assert b" 431 " in answer.split(b"\r\n")[0] and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"
+        assert (
+            b" 431 " in answer.split(b"\r\n")[0]
+            and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"
+        )
 
 
 def test_a_second_head_on_the_same_connection_is_bounded_too(server):
     with connect(server) as raw:
-        raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n")
+        raw.sendall(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\nX: "
+            + b"x" * 100_000
+            + b"\r\n\r\n"
+        )
         answer = read_all(raw)
     assert b" 200 " in answer.split(b"\r\n")[0] and b"431 Request Header" in answer
 
@@ -182,11 +208,16 @@ def test_a_half_body_is_not_waited_for(server):
         assert b" 200 " not in read_all(raw)
 
 
-@pytest.mark.parametrize(("extra", "status"), [("Content-Length: 99999999999", b" 413 "), ("Content-Length: 50000000\r\nHost: evil", b" 4")])
+@pytest.mark.parametrize(
+    ("extra", "status"), [("Content-Length: 99999999999", b" 413 "), ("Content-Length: 50000000\r\nHost: evil", b" 4")]
+)
 def test_a_refused_body_is_not_taken(server, extra, status):
     """The answer can be read, then the connection ends; what else is sent is not read."""
     with connect(server) as raw:
-        raw.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{extra}\r\n\r\n".encode())
+        raw.sendall(
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
+            f" application/json\r\n{extra}\r\n\r\n".encode()
+        )
         assert status in read_all(raw).split(b"\r\n")[0]
         with pytest.raises(OSError):
             for _ in range(200):
@@ -194,8 +225,10 @@ def test_a_refused_body_is_not_taken(server, extra, status):
 
 
 def test_an_answer_that_nobody_takes_ends_its_connection(server, monkeypatch):
-    monkeypatch.setattr(protocol.PatientProtocol, "unread_s", 0.3)
-    body = json.dumps({**BODY, "max_tokens": 800, "n": 5, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}).encode()
+    monkeypatch.setattr(header_timeout.HeaderTimeoutProtocol, "unread_s", 0.3)
+    body = json.dumps(
+        {**BODY, "max_tokens": 800, "n": 5, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}
+    ).encode()
     counted = server.service.metrics.http.labels("/v1/chat/completions", 200)._value.get
     before = counted()
     with socket.socket() as raw:
@@ -244,7 +277,9 @@ def test_a_log_that_nobody_reads_blocks_nobody(tmp_path, monkeypatch):
     read, write = os.pipe()
     handler = CountingHandler(f"/dev/fd/{write}")
     try:
-        sender = threading.Thread(target=lambda: [handler.handle(record("x" * 100)) for _ in range(10_000)], daemon=True)
+        sender = threading.Thread(
+            target=lambda: [handler.handle(record("x" * 100)) for _ in range(10_000)], daemon=True
+        )
         sender.start()
         sender.join(60)
         assert not sender.is_alive() and handler.lost > 0
@@ -289,7 +324,10 @@ def test_hangup_and_an_unread_log_end_nothing(folder, tmp_path):  # noqa: F811
     """Standard error is a pipe that nobody reads; SIGHUP goes on, SIGTERM ends with status 0."""
     read, write = os.pipe()
     try:
-        with served(folder, "--threads", "1", "--kv-memory", "4M", log=None, stderr=write) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+        with (
+            served(folder, "--threads", "1", "--kv-bytes", "4M", log=None, stderr=write) as server,
+            httpx.Client(base_url=server.url, timeout=30) as http,
+        ):
             for _ in range(1500):
                 assert http.get("/health").status_code == 200
             server.process.send_signal(signal.SIGHUP)

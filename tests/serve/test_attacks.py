@@ -1,4 +1,5 @@
-"""The attacks of `benchmarks/serve/attack.py` at a tenth of their size: all are answered as expected, while a well-behaved client is served."""
+"""The attacks of `benchmarks/serve/attack.py` at a tenth of their size: all are answered as expected, while a
+well-behaved client is served."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import time
 import httpx
 import pytest
 
-from benchmarks.serve.attack import MAX_DELAY_S, attacked, problems_of
+from benchmarks.serve.attack import KEYS, MAX_DELAY_S, attacked, problems_of
 from benchmarks.serve.attacks import ATTACKS, Attack, Target
-from quota.bench.serving import attack_table
+from benchmarks.serve.tables import attack_table
 from quota.server import bodies
 from quota.server.bodies import MAX_MARKS, parse
 from quota.server.config import Settings
@@ -26,7 +27,7 @@ PATIENCE_S = 20.0  # a loaded machine is slow for everybody; the measured second
 
 @pytest.fixture(scope="module")
 def target(serving):
-    running = serving(max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT)
+    running = serving(max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT, api_keys=KEYS)
     most = [0]
     done = threading.Event()
 
@@ -36,7 +37,7 @@ def target(serving):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield Target(running.url, "tiny", SCALE, BODY_BYTES), running, most
+    yield Target(running.url, "tiny", SCALE, BODY_BYTES, KEYS[0]), running, most
     done.set()
     thread.join()
 
@@ -54,8 +55,17 @@ def test_an_attack_holds_up_nobody(target, attack):
 
 def test_what_an_attack_does_is_noticed():
     slow = Attack("slow", "none", lambda target: ["500"], frozenset({"200"}))
-    row = {"attack": slow.name, "bound": slow.bound, "outcomes": {"500": 1}, "unexpected": ["500"], "witness_refused": {}, "alone_s": 0.1, "attacked_s": 3.0,
-           "questions": 3, "growth_bytes": 1 << 40}  # fmt: skip
+    row = {
+        "attack": slow.name,
+        "bound": slow.bound,
+        "outcomes": {"500": 1},
+        "unexpected": ["500"],
+        "witness_refused": {},
+        "alone_s": 0.1,
+        "attacked_s": 3.0,
+        "questions": 3,
+        "growth_bytes": 1 << 40,
+    }
     found = problems_of([row])
     assert len(found) == 3 and f"{3.0:.2f} s" in found[1] and MAX_DELAY_S <= 1.0
     table = attack_table({"attacks": [row], "problems": found})
@@ -73,20 +83,28 @@ def test_marks_are_counted_before_a_body_is_parsed(mark, monkeypatch):
     assert caught.value.status == 400
 
 
-@pytest.mark.parametrize("body", [
-    b'{"model":"m","messages":[' + b"1," * 300_000 + b"1]}",
-    b'{"model":"m","messages":[' + b'{"a":1},' * 60_000 + b"{}]}",
-    b'{"model":"m","messages":[{"role":"user","content":[' + b"1," * 300_000 + b"1]}]}",
-    b'{"model":"m","messages":[{"role":"user","content":"x"}],"stop":[' + b"1," * 300_000 + b"1]}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","messages":[' + b"1," * 300_000 + b"1]}",
+        b'{"model":"m","messages":[' + b'{"a":1},' * 60_000 + b"{}]}",
+        b'{"model":"m","messages":[{"role":"user","content":[' + b"1," * 300_000 + b"1]}]}",
+        b'{"model":"m","messages":[{"role":"user","content":"x"}],"stop":[' + b"1," * 300_000 + b"1]}",
+    ],
+)
 def test_errors_are_few(body):
     """Each would take a kilobyte."""
     with pytest.raises(ApiError) as caught:
         parse(ChatRequest, body)
-    assert len(caught.value.message) < 300 and ("more)" not in caught.value.message or int(caught.value.message.rpartition("(")[2].split()[0]) < 10)
+    assert len(caught.value.message) < 300 and (
+        "more)" not in caught.value.message or int(caught.value.message.rpartition("(")[2].split()[0]) < 10
+    )
 
 
-@pytest.mark.parametrize("prompt", [b'["a",' + b"1," * 100_000 + b"1]", b"[1," + b'"a",' * 100_000 + b"1]", b"[[1]," + b"1," * 100_000 + b"1]"])
+@pytest.mark.parametrize(
+    "prompt",
+    [b'["a",' + b"1," * 100_000 + b"1]", b"[1," + b'"a",' * 100_000 + b"1]", b"[[1]," + b"1," * 100_000 + b"1]"],
+)
 def test_errors_of_prompts_are_few(prompt):
     with pytest.raises(ApiError) as caught:
         parse(CompletionRequest, b'{"model":"m","prompt":' + prompt + b"}")
@@ -102,8 +120,17 @@ def test_objects_have_few_keys_at_every_depth():
 
 def test_an_error_does_not_repeat_what_was_sent(server):
     name = "n" * 1_000_000
-    for change in ({"model": name}, {"recipe": name}, {name: 1}, {"messages": [{"role": "user", name: 1}]}, {"logit_bias": {name: 1}}):
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x"}], **change})
+    for change in (
+        {"model": name},
+        {"recipe": name},
+        {name: 1},
+        {"messages": [{"role": "user", name: 1}]},
+        {"logit_bias": {name: 1}},
+    ):
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={"model": "tiny", "messages": [{"role": "user", "content": "x"}], **change},
+        )
         assert answer.status_code == 400 and len(answer.content) < 2000
 
 
@@ -139,16 +166,16 @@ def test_a_body_budget_below_one_body_is_refused():
 def test_small_jobs_go_first():
     async def scenario() -> list[int]:
         lane, order, gate = Lane("test"), [], threading.Event()
-        first = asyncio.ensure_future(lane.run(9, gate.wait, 20))
+        first = asyncio.ensure_future(lane.run("", 9, gate.wait, 20))
         await asyncio.sleep(0.05)
-        jobs = [asyncio.ensure_future(lane.run(size, order.append, size)) for size in (5, 1, 7, 3, 1)]
+        jobs = [asyncio.ensure_future(lane.run("", size, order.append, size)) for size in (5, 1, 7, 3, 1)]
         await asyncio.sleep(0)
         jobs[2].cancel()
         await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(first, *jobs, return_exceptions=True)
         with pytest.raises(ZeroDivisionError):
-            await lane.run(0, lambda: 1 // 0)
+            await lane.run("", 0, lambda: 1 // 0)
         return order
 
     assert asyncio.run(scenario()) == [1, 1, 3, 5]
@@ -157,7 +184,10 @@ def test_small_jobs_go_first():
 def test_long_texts_are_refused_before_they_are_tokenized(server, monkeypatch):
     monkeypatch.setattr(server.service.prompts, "_lock", None)  # whoever would tokenize fails
     text = "x" * (32 * server.service.limit + 1)
-    for path, body in (("completions", {"prompt": text}), ("chat/completions", {"messages": [{"role": "user", "content": text}]})):
+    for path, body in (
+        ("completions", {"prompt": text}),
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
         answer = httpx.post(f"{server.url}/v1/{path}", json={"model": "tiny", **body})
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
 
@@ -166,6 +196,12 @@ def test_the_engine_accepts_a_bounded_number_of_answers_at_once(server):
     for body, param in (({"prompt": ["x"] * 33, "n": 2}, "n"), ({"prompt": ["x"] * 65}, "prompt")):
         answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "max_tokens": 1, **body})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param
-    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4000, "n": 8, "logprobs": True, "top_logprobs": 20}
+    asked = {
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 4000,
+        "n": 8,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", **asked})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"

@@ -19,7 +19,9 @@ from tests.serve.pictures import noise, user
 
 
 def ask(server, *messages, **options):
-    return server.client.chat.completions.create(model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options})
+    return server.client.chat.completions.create(
+        model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options}
+    )
 
 
 def generated(model, text, pictures, tokens=8):
@@ -45,10 +47,16 @@ def test_answers_are_those_of_generate(server, model):
     answer = ask(server, question)
     assert answer.choices[0].message.content == pruned
     assert ask(server, question, extra_body={"recipe": "none"}).choices[0].message.content == want
-    assert ask(server, user("where is it ?")).choices[0].message.content == generated(model, "USER: where is it ? ASSISTANT:", [])
+    assert ask(server, user("where is it ?")).choices[0].message.content == generated(
+        model, "USER: where is it ? ASSISTANT:", []
+    )
     usage = answer.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert usage.quota["visual_tokens"] == 16 and usage.quota["visual_tokens_kept"] == 4 and usage.quota["selection"] == "prompt"
+    assert (
+        usage.quota["visual_tokens"] == 16
+        and usage.quota["visual_tokens_kept"] == 4
+        and usage.quota["selection"] == "prompt"
+    )
     assert ask(server, question, extra_body={"keep": 0.5}).usage.quota["visual_tokens_kept"] == 8
     server.idle()
 
@@ -67,7 +75,9 @@ def test_stream_equals_whole(server):
             entries[choice.index] += choice.logprobs.content if choice.logprobs else []
     assert texts == [choice.message.content for choice in whole.choices] and len(set(texts)) > 1
     assert reasons == [choice.finish_reason for choice in whole.choices]
-    assert [[e.logprob for e in one] for one in entries] == [[e.logprob for e in choice.logprobs.content] for choice in whole.choices]
+    assert [[e.logprob for e in one] for one in entries] == [
+        [e.logprob for e in choice.logprobs.content] for choice in whole.choices
+    ]
     assert all(len(e.top_logprobs) == 2 for e in entries[0])
     assert usage.completion_tokens == whole.usage.completion_tokens
 
@@ -85,11 +95,18 @@ def test_stop_texts_and_limits(server):
 
 
 def test_every_parameter_of_a_chat(server):
-    """What docs/serving.md lists, through the official client; the ones with no effect of their own are at least accepted."""
+    """What docs/serving.md lists, through the official client; the ones with no effect of their own are at least
+    accepted."""
     question = user("describe the picture .", noise(seed=6))
     accepted = {
-        "response_format": {"type": "text"}, "user": "somebody", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "top_p": 1.0,
-    }  # fmt: skip
+        "response_format": {"type": "text"},
+        "user": "somebody",
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "n": 1,
+        "top_p": 1.0,
+    }
     greedy = ask(server, question, max_tokens=12)
     assert ask(server, question, max_tokens=12, **accepted).choices == greedy.choices
     for narrow in ({"top_p": 1e-9}, {"extra_body": {"top_k": 1}}):
@@ -97,10 +114,15 @@ def test_every_parameter_of_a_chat(server):
     several = ask(server, question, max_tokens=12, temperature=1.5, seed=8, n=3).choices
     assert len({choice.message.content for choice in several}) == 3
     for index, choice in enumerate(several):
-        assert ask(server, question, max_tokens=12, temperature=1.5, seed=8 + index).choices[0].message.content == choice.message.content
+        assert (
+            ask(server, question, max_tokens=12, temperature=1.5, seed=8 + index).choices[0].message.content
+            == choice.message.content
+        )
     longer = ask(server, question, max_completion_tokens=40, max_tokens=3, extra_body={"ignore_eos": True})
     assert longer.usage.completion_tokens == 40 and longer.choices[0].finish_reason == "length"
-    system, developer = ([{"role": role, "content": "answer yes or no ."}, question] for role in ("system", "developer"))
+    system, developer = (
+        [{"role": role, "content": "answer yes or no ."}, question] for role in ("system", "developer")
+    )
     assert ask(server, *system).choices == ask(server, *developer).choices
     parts = user("describe the picture .", noise(seed=6))
     parts["content"][0]["image_url"]["detail"] = "high"
@@ -109,15 +131,33 @@ def test_every_parameter_of_a_chat(server):
 
 def test_every_parameter_of_a_completion(server):
     def complete(**options):
-        return server.client.completions.create(**{"model": "tiny", "prompt": "USER : yes ?", "max_tokens": 8, "temperature": 0, **options})
+        return server.client.completions.create(
+            **{"model": "tiny", "prompt": "USER : yes ?", "max_tokens": 8, "temperature": 0, **options}
+        )
 
     greedy = complete()
-    extra = {"echo": False, "best_of": 1, "suffix": None, "user": "somebody", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
+    extra = {
+        "echo": False,
+        "best_of": 1,
+        "suffix": None,
+        "user": "somebody",
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+    }
     assert complete(**extra).choices == greedy.choices
-    assert complete(temperature=1.5, seed=2, extra_body={"top_k": 1}).choices == complete(temperature=1.5, top_p=1e-9).choices == greedy.choices
+    assert (
+        complete(temperature=1.5, seed=2, extra_body={"top_k": 1}).choices
+        == complete(temperature=1.5, top_p=1e-9).choices
+        == greedy.choices
+    )
     several = complete(prompt=["USER : yes ?", "where ?"], temperature=1.5, seed=2, n=2).choices
     assert [choice.index for choice in several] == [0, 1, 2, 3]
-    alone = [complete(prompt=prompt, temperature=1.5, seed=seed).choices[0].text for prompt in ("USER : yes ?", "where ?") for seed in (2, 3)]
+    alone = [
+        complete(prompt=prompt, temperature=1.5, seed=seed).choices[0].text
+        for prompt in ("USER : yes ?", "where ?")
+        for seed in (2, 3)
+    ]
     assert [choice.text for choice in several] == alone
     *pieces, last = complete(stream=True, stream_options={"include_usage": True}, logprobs=2)
     assert "".join(piece.choices[0].text for piece in pieces) == greedy.choices[0].text
@@ -130,12 +170,22 @@ def test_every_parameter_of_a_completion(server):
 def test_the_page_lists_what_there_is(server):
     """docs/serving.md names every parameter, setting and metric, and no other."""
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    metrics = {family.name for family in text_string_to_metric_families(server.service.metrics.text().decode()) if not family.name.endswith("_created")}
+    metrics = {
+        family.name
+        for family in text_string_to_metric_families(server.service.metrics.text().decode())
+        if not family.name.endswith("_created")
+    }
     for heading, names in (
-        ("Parameters", set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)), ("Settings", set(Settings.model_fields)), ("Metrics", metrics),
-    ):  # fmt: skip
+        ("Parameters", set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)),
+        ("Settings", set(Settings.model_fields)),
+        ("Metrics", metrics),
+    ):
         section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        listed = {name for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+        listed = {
+            name
+            for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+            for name in re.findall(r"`(\w+)`", row)
+        }
         assert listed == names, heading
 
 
@@ -149,12 +199,18 @@ def test_second_turn_keeps_the_first_selection(server):
 
 
 def test_plain_completions(server, model):
-    answer = server.client.completions.create(model="tiny", prompt=["USER : yes ?", "where ?"], max_tokens=5, temperature=0, logprobs=2)
-    assert [choice.index for choice in answer.choices] == [0, 1] and answer.choices[0].text == generated(model, "USER : yes ?", [], 5)
+    answer = server.client.completions.create(
+        model="tiny", prompt=["USER : yes ?", "where ?"], max_tokens=5, temperature=0, logprobs=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.choices[0].text == generated(
+        model, "USER : yes ?", [], 5
+    )
     report = answer.choices[1].logprobs
     assert len(report.tokens) == len(report.token_logprobs) == len(report.text_offset) == len(report.top_logprobs) <= 5
     assert server.client.completions.create(model="tiny", prompt=[1, 9, 12], max_tokens=5).usage.prompt_tokens == 3
-    pieces = server.client.completions.create(model="tiny", prompt="USER : yes ?", max_tokens=5, temperature=0, stream=True)
+    pieces = server.client.completions.create(
+        model="tiny", prompt="USER : yes ?", max_tokens=5, temperature=0, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in pieces) == answer.choices[0].text
 
 
@@ -164,7 +220,13 @@ def test_probes_ids_and_metrics(server):
         assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
         assert len(http.get("/health", headers={"x-request-id": "no such id!"}).headers["x-request-id"]) == 32
         text = http.get("/metrics").text
-    for name in ("time_to_first_token_seconds_count", "inter_token_seconds_count", 'kv_pages{layers="0"}', "kept_token_ratio 0.25", "generated_tokens_total"):
+    for name in (
+        "time_to_first_token_seconds_count",
+        "inter_token_seconds_count",
+        'kv_pages{layers="0"}',
+        "kept_token_ratio 0.25",
+        "generated_tokens_total",
+    ):
         assert f"quota_{name}" in text
     assert 'path="/health"' in text
 
@@ -186,7 +248,10 @@ WRONG = [
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": "look: <image>"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "star " * 5000}]}, "messages"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, "messages.0"),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+        "messages.0",
+    ),
 ]
 
 
@@ -196,7 +261,12 @@ def test_wrong_requests(server, change, param, stream):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "yes ?"}], "stream": stream, **change}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     error = answer.json()["error"]
-    assert answer.status_code == 400 and error["type"] == "invalid_request_error" and error["param"] == param and error["message"]
+    assert (
+        answer.status_code == 400
+        and error["type"] == "invalid_request_error"
+        and error["param"] == param
+        and error["message"]
+    )
     assert set(error) == {"message", "type", "param", "code"}
 
 
@@ -211,10 +281,15 @@ def test_other_refusals(server, serving):
     assert httpx.get(post).status_code == 405 and httpx.get(post).json()["error"]["message"]
     for path in ("/docs", "/openapi.json", "/redoc"):
         assert httpx.get(server.url + path).status_code == 404
-    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/health", headers={"origin": "http://evil.example"}).headers
+    assert (
+        "access-control-allow-origin"
+        not in httpx.get(f"{server.url}/health", headers={"origin": "http://evil.example"}).headers
+    )
 
     locked = serving(api_keys=("secret",), max_body_bytes=2000, cors_origins=("http://good.example",), max_images=1)
-    assert httpx.get(f"{locked.url}/v1/models").status_code == 401 and httpx.get(f"{locked.url}/health").status_code == 200
+    assert (
+        httpx.get(f"{locked.url}/v1/models").status_code == 401 and httpx.get(f"{locked.url}/health").status_code == 200
+    )
     with pytest.raises(openai.AuthenticationError):
         locked.client.models.list()
     key = locked.client.with_options(api_key="secret")
@@ -237,7 +312,9 @@ def test_other_refusals(server, serving):
 
 
 def post(server, body, path="chat/completions"):
-    return httpx.post(f"{server.url}/v1/{path}", json={"model": "tiny", "max_tokens": 8, "temperature": 0, **body}, timeout=60)
+    return httpx.post(
+        f"{server.url}/v1/{path}", json={"model": "tiny", "max_tokens": 8, "temperature": 0, **body}, timeout=60
+    )
 
 
 def test_what_the_server_sent_is_taken_back(server):
@@ -246,7 +323,15 @@ def test_what_the_server_sent_is_taken_back(server):
     message = answer.choices[0].message
     want = ask(server, first, {"role": "assistant", "content": message.content}, user("and where is it ?")).choices
     raw = post(server, {"messages": [first]}).json()["choices"][0]["message"]
-    openais = {"content": message.content, "refusal": None, "role": "assistant", "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    openais = {
+        "content": message.content,
+        "refusal": None,
+        "role": "assistant",
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
     for form in (message, message.model_dump(), message.to_dict(), raw, openais):
         assert ask(server, first, form, user("and where is it ?")).choices == want
     for silent in ({"role": "assistant", "content": None}, {"role": "assistant"}):
@@ -263,23 +348,59 @@ def test_null_is_not_given(server):
         assert post(server, {"messages": messages, name: None}).status_code == 200
     for name in set(CompletionRequest.model_fields) - {"model", "prompt"}:
         assert post(server, {"prompt": "yes ?", name: None}, "completions").status_code == 200, name
-    for body, param in (({"messages": None}, "messages"), ({"messages": [{"role": "user", "content": None}]}, "messages.0.content")):
+    for body, param in (
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ):
         answer = post(server, body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 
 NO_EFFECT = {
-    "store": False, "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
-    "min_p": 0, "service_tier": "auto", "top_k": -1, "repetition_penalty": 1.0, "length_penalty": 1, "min_tokens": 0, "stop_token_ids": [],
-    "skip_special_tokens": True, "modalities": ["text"], "safety_identifier": "x", "prompt_cache_key": "x", "user": "x", "logit_bias": {},
-    "presence_penalty": 0.0, "stop": [],
+    "store": False,
+    "metadata": {"a": "b"},
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "function_call": "none",
+    "parallel_tool_calls": True,
+    "min_p": 0,
+    "service_tier": "auto",
+    "top_k": -1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1,
+    "min_tokens": 0,
+    "stop_token_ids": [],
+    "skip_special_tokens": True,
+    "modalities": ["text"],
+    "safety_identifier": "x",
+    "prompt_cache_key": "x",
+    "user": "x",
+    "logit_bias": {},
+    "presence_penalty": 0.0,
+    "stop": [],
     "stream_options": {"include_usage": False, "include_obfuscation": False},
-}  # fmt: skip
+}
 AN_EFFECT = {
-    "store": True, "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "function_call": {"name": "f"}, "min_p": 0.1,
-    "service_tier": "flex", "repetition_penalty": 1.1, "length_penalty": 2, "min_tokens": 3, "stop_token_ids": [1], "skip_special_tokens": False,
-    "modalities": ["text", "audio"], "logit_bias": {"1": 5}, "presence_penalty": 0.5, "reasoning_effort": "low", "min_p ": 0.1, "audio": {},
-}  # fmt: skip
+    "store": True,
+    "tools": [{"type": "function"}],
+    "tool_choice": "required",
+    "functions": [{}],
+    "function_call": {"name": "f"},
+    "min_p": 0.1,
+    "service_tier": "flex",
+    "repetition_penalty": 1.1,
+    "length_penalty": 2,
+    "min_tokens": 3,
+    "stop_token_ids": [1],
+    "skip_special_tokens": False,
+    "modalities": ["text", "audio"],
+    "logit_bias": {"1": 5},
+    "presence_penalty": 0.5,
+    "reasoning_effort": "low",
+    "min_p ": 0.1,
+    "audio": {},
+}
 
 
 def test_what_has_no_effect_is_accepted(server):
@@ -288,7 +409,10 @@ def test_what_has_no_effect_is_accepted(server):
     answer = post(server, {"messages": messages, **NO_EFFECT})
     assert answer.status_code == 200 and answer.json()["choices"] == want
     plain = {name: value for name, value in NO_EFFECT.items() if name in CompletionRequest.model_fields}
-    assert post(server, {"prompt": "yes ?", **plain, "echo": False, "best_of": 1, "suffix": ""}, "completions").status_code == 200
+    assert (
+        post(server, {"prompt": "yes ?", **plain, "echo": False, "best_of": 1, "suffix": ""}, "completions").status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize("name", AN_EFFECT)
@@ -301,27 +425,42 @@ def test_what_would_change_the_answer_is_refused_by_name(server, name):
 GOOD_PART = {"type": "text", "text": "x"}
 
 
-@pytest.mark.parametrize(("part", "param"), [
-    ({"type": "image_url", "image_url": {"url": "data:,", "detail": "original"}}, "image_url.detail"),
-    ({"type": "image_url", "image_url": "data:,"}, "image_url"),
-    ({"type": "image_url", "image_url": {}}, "image_url.url"),
-    ({"type": "text", "text": "x", "cache_control": {}}, "cache_control"),
-    ({"type": "text", "text": 3}, "text"),
-    ({"type": "input_audio", "input_audio": {}}, None),
-    ("x", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:,", "detail": "original"}}, "image_url.detail"),
+        ({"type": "image_url", "image_url": "data:,"}, "image_url"),
+        ({"type": "image_url", "image_url": {}}, "image_url.url"),
+        ({"type": "text", "text": "x", "cache_control": {}}, "cache_control"),
+        ({"type": "text", "text": 3}, "text"),
+        ({"type": "input_audio", "input_audio": {}}, None),
+        ("x", None),
+    ],
+)
 def test_a_wrong_part_is_named(server, part, param):
-    answer = post(server, {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": [GOOD_PART, part]}]})
+    answer = post(
+        server, {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": [GOOD_PART, part]}]}
+    )
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == "messages.1.content.1" + (f".{param}" if param else "")
     assert "valid string" not in error["message"] or param == "text"
 
 
-@pytest.mark.parametrize(("body", "param"), [
-    ({"prompt": ["a", 3]}, "prompt.1"), ({"prompt": [1, "a"]}, "prompt.1"), ({"prompt": [[1], [2, "a"]]}, "prompt.1.1"), ({"prompt": {}}, "prompt"),
-    ({"prompt": [True]}, "prompt.0"), ({"prompt": []}, "prompt"), ({"prompt": "x", "stop": 3}, "stop"), ({"prompt": "x", "stop": ["a", 3]}, "stop.1"),
-    ({"prompt": "x", "stop": "x" * 1025}, "stop"), ({"prompt": "x", "stop": ["ok", ""]}, "stop"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ["a", 3]}, "prompt.1"),
+        ({"prompt": [1, "a"]}, "prompt.1"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt.1.1"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": [True]}, "prompt.0"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "x", "stop": 3}, "stop"),
+        ({"prompt": "x", "stop": ["a", 3]}, "stop.1"),
+        ({"prompt": "x", "stop": "x" * 1025}, "stop"),
+        ({"prompt": "x", "stop": ["ok", ""]}, "stop"),
+    ],
+)
 def test_wrong_prompts_and_stops_are_named(server, body, param):
     answer = post(server, body, "completions")
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text

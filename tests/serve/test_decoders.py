@@ -1,4 +1,5 @@
-"""Attacks by image at a tenth of their size: the process that decodes is ended, and others are answered while the attack runs."""
+"""Attacks by image at a tenth of their size: the process that decodes is ended, and others are answered while the
+attack runs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ GOOD = data_url(noise())
 
 @pytest.fixture
 def unchecked(tmp_path, monkeypatch):
-    """Decoding processes in which JPEGs are decoded whatever their scans: what an attack nobody thought of looks like."""
+    """Decoding processes in which JPEGs are decoded whatever their scans: what an attack nobody thought of looks
+    like."""
     (tmp_path / "sitecustomize.py").write_text("import quota.core.image_files as files\nfiles.MAX_SCANS = 10**9\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
@@ -54,13 +56,15 @@ def decoding(test, settings: Settings = SETTINGS, **options) -> list[str]:
 
 
 async def size_of(decoders: Decoders, url: str) -> tuple[int, int]:
-    async with decoders.opened([url]) as (found, _):
+    async with decoders.opened([url], "") as (found, _):
         return found[0].size
 
 
 def test_others_go_on_while_one_image_is_slow_and_it_is_ended(unchecked):
     async def attack(decoders: Decoders) -> None:
-        attacks = [asyncio.ensure_future(size_of(decoders, data_url(endless(), "JPEG"))) for _ in range(2)]  # as many as there are processes
+        attacks = [
+            asyncio.ensure_future(size_of(decoders, data_url(endless(), "JPEG"))) for _ in range(2)
+        ]  # as many as there are processes
         await asyncio.sleep(0)
         done = 0
         while not attacks[-1].done():
@@ -132,7 +136,7 @@ def test_large_images_never_take_the_last_process():
     large = data_url(encoded(noise(2400, 2000), "JPEG"), "JPEG")
 
     async def load(decoders: Decoders) -> None:
-        async with decoders.opened([large]) as (found, is_large):
+        async with decoders.opened([large], "") as (found, is_large):
             assert is_large and found[0].size == (2400, 2000)
             waiting = asyncio.ensure_future(size_of(decoders, large))
             assert await size_of(decoders, GOOD) == (80, 60)
@@ -175,13 +179,20 @@ def test_over_http(serving, unchecked):
     question = {"model": "tiny", "messages": [user("which shape ?", data_url(endless(), "JPEG"))], "max_tokens": 2}
     body, address = json.dumps(question).encode(), httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as raw:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Type:"
+            f" application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         raw.sendall(head.encode() + body)
         wait_for(lambda: server.service.decoders._busy)
         assert ask(server, user("which shape ?", noise(seed=1))).choices
     wait_for(lambda: not server.service.decoders._busy)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=question, timeout=60)
-    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_image" and "processor time" in answer.json()["error"]["message"]
+    assert (
+        answer.status_code == 400
+        and answer.json()["error"]["code"] == "invalid_image"
+        and "processor time" in answer.json()["error"]["message"]
+    )
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'quota_image_workers_replaced_total{reason="time"}' in metrics
     server.idle()
@@ -190,7 +201,11 @@ def test_over_http(serving, unchecked):
 def test_the_server_uses_the_door(server):
     """Orientation, transparency and wide numbers as everywhere; attacks are refused with the door's sentence."""
     for data in (hostile.huge_tile(7000), hostile.many_scans(600, 100), hostile.large_gif_frame(7000)):
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", "messages": [user("x", data_url(data))]}, timeout=60)
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={"model": "tiny", "messages": [user("x", data_url(data))]},
+            timeout=60,
+        )
         with pytest.raises(images.ImageError) as caught:
             images.decode(data, name="image_url")
         assert answer.status_code == 400 and answer.json()["error"]["message"] == str(caught.value)

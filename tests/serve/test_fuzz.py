@@ -1,4 +1,5 @@
-"""The short form of `benchmarks/serve/fuzz.py`: it finds nothing, and finds every fault again whose fix is taken out."""
+"""The short form of `benchmarks/serve/fuzz.py`: it finds nothing, and finds every fault again whose fix is taken
+out."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from benchmarks.serve.fuzz import MIB, Limits, fuzz
 from benchmarks.serve.fuzz_targets import TARGETS
 from quota.core import image_files
 from quota.core.image_files import Survey
-from quota.runtime.engine import text
+from quota.runtime.engine import detokenize
 from quota.server import bodies
 
 LIMITS = Limits(seconds=8.0, memory_bytes=112 * MIB)
@@ -38,11 +39,14 @@ def quadratic_stops() -> None:
             if ended and not self.found:
                 self.found = True
                 return self._held[: -len(max(ended, key=len))]
-            longest = max((size for stop in self.stops for size in range(len(stop)) if self._held.endswith(stop[:size])), default=0)
+            longest = max(
+                (size for stop in self.stops for size in range(len(stop)) if self._held.endswith(stop[:size])),
+                default=0,
+            )
         shown, self._held = self._held[: len(self._held) - longest], self._held[len(self._held) - longest :]
         return "" if self.found else shown
 
-    text.StopWatch.push = push  # type: ignore[method-assign]
+    detokenize.StopStrings.push = push  # type: ignore[method-assign]
 
 
 def uncounted_bodies() -> None:
@@ -67,11 +71,19 @@ def unbounded_flight() -> None:
     bodies.Bodies._evict = lambda self, held: self._arriving.discard(held)  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("weaken", "target", "said"), [
-    (quadratic_stops, "stop", "processor time"), (uncounted_bodies, "completion", "memory grew"), (unbounded_scans, "image", "processor time"),
-    (unbounded_tiles, "image", "memory grew"), (unbounded_flight, "connections", "memory grew"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weaken", "target", "said"),
+    [
+        (quadratic_stops, "stop", "processor time"),
+        (uncounted_bodies, "completion", "memory grew"),
+        (unbounded_scans, "image", "processor time"),
+        (unbounded_tiles, "image", "memory grew"),
+        (unbounded_flight, "connections", "memory grew"),
+    ],
+)
 def test_a_fault_is_found_again(weaken: Callable[[], None], target, said, tmp_path):
-    report = fuzz(FOREVER_S, seed=0, names=(target,), inputs=200, limits=FEW_SECONDS, keep=tmp_path, most=1, prepare=weaken)
+    report = fuzz(
+        FOREVER_S, seed=0, names=(target,), inputs=200, limits=FEW_SECONDS, keep=tmp_path, most=1, prepare=weaken
+    )
     assert len(report.failures) == 1 and said in report.failures[0], report
     assert len(report.kept) == 1 and report.kept[0].startswith(str(tmp_path / f"{target}-0-"))

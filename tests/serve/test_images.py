@@ -35,7 +35,7 @@ def load_image(url: str, settings: Settings) -> Image.Image:
     async def scenario() -> Image.Image:
         decoders = Decoders(settings, lambda reason: pytest.fail(reason))
         try:
-            async with decoders.opened([url]) as (found, _):
+            async with decoders.opened([url], "") as (found, _):
                 return found[0]
         finally:
             decoders.close()
@@ -55,13 +55,22 @@ def animated() -> bytes:
 
 
 GOOD = {
-    "one pixel": encoded(noise(1, 1)), "jpeg": encoded(noise(), "JPEG"), "webp": encoded(noise(), "WEBP", lossless=True), "bmp": encoded(noise(), "BMP"),
-    "grey": encoded(noise().convert("L")), "grey and alpha": encoded(noise().convert("LA")), "alpha": encoded(noise().convert("RGBA")),
-    "palette": encoded(noise().convert("P")), "one bit": encoded(noise().convert("1")), "cmyk": encoded(noise().convert("CMYK"), "JPEG"),
-    "cmyk tiff": encoded(noise().convert("CMYK"), "TIFF"), "16 bit": encoded(grey16(40_000)), "animated": animated(),
+    "one pixel": encoded(noise(1, 1)),
+    "jpeg": encoded(noise(), "JPEG"),
+    "webp": encoded(noise(), "WEBP", lossless=True),
+    "bmp": encoded(noise(), "BMP"),
+    "grey": encoded(noise().convert("L")),
+    "grey and alpha": encoded(noise().convert("LA")),
+    "alpha": encoded(noise().convert("RGBA")),
+    "palette": encoded(noise().convert("P")),
+    "one bit": encoded(noise().convert("1")),
+    "cmyk": encoded(noise().convert("CMYK"), "JPEG"),
+    "cmyk tiff": encoded(noise().convert("CMYK"), "TIFF"),
+    "16 bit": encoded(grey16(40_000)),
+    "animated": animated(),
     "large": encoded(noise(4000, 3000), "JPEG"),
     "float tiff": encoded(Image.fromarray(np.full((5, 5), 100.0, dtype=np.float32)), "TIFF"),
-}  # fmt: skip
+}
 
 
 def test_values_survive():
@@ -79,14 +88,25 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 BAD = {
-    "empty": b"", "text": b"hello", "truncated png": encoded(noise())[:200], "truncated jpeg": encoded(noise(), "JPEG")[:300],
-    "bomb": bomb(60_000, 60_000), "strip": encoded(noise(3000, 2)), "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "empty": b"",
+    "text": b"hello",
+    "truncated png": encoded(noise())[:200],
+    "truncated jpeg": encoded(noise(), "JPEG")[:300],
+    "bomb": bomb(60_000, 60_000),
+    "strip": encoded(noise(3000, 2)),
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
     "short png": bomb(300, 300),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -97,7 +117,17 @@ def test_pictures_that_are_refused(kind):
 
 
 @pytest.mark.parametrize(
-    "url", ["data:image/png,abc", "data:image/png;base64,***", "data:", "ftp://x/y", "file:///etc/passwd", "//x", "http://", "javascript:1"]
+    "url",
+    [
+        "data:image/png,abc",
+        "data:image/png;base64,***",
+        "data:",
+        "ftp://x/y",
+        "file:///etc/passwd",
+        "//x",
+        "http://",
+        "javascript:1",
+    ],
 )
 def test_urls_that_are_refused(url):
     for hosts in ((), ("example.org",)):
@@ -113,7 +143,16 @@ def test_byte_limit():
 @given(st.data())
 @settings(max_examples=150)
 def test_damaged_pictures_never_crash(data):
-    source = bytearray(data.draw(st.sampled_from([GOOD[kind] for kind in ("one pixel", "jpeg", "webp", "bmp", "palette", "16 bit", "animated", "cmyk tiff")])))
+    source = bytearray(
+        data.draw(
+            st.sampled_from(
+                [
+                    GOOD[kind]
+                    for kind in ("one pixel", "jpeg", "webp", "bmp", "palette", "16 bit", "animated", "cmyk tiff")
+                ]
+            )
+        )
+    )
     for _ in range(data.draw(st.integers(1, 8))):
         source[data.draw(st.integers(0, len(source) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -126,10 +165,26 @@ def test_damaged_pictures_never_crash(data):
 
 
 def resolve_to(monkeypatch, *addresses: str) -> None:
-    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *args, **kwargs: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in addresses])
+    monkeypatch.setattr(
+        remote.socket,
+        "getaddrinfo",
+        lambda *args, **kwargs: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in addresses],
+    )
 
 
-PRIVATE = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1", "fd00::1", "fe80::1", "::ffff:127.0.0.1", "224.0.0.1"]
+PRIVATE = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "192.168.0.1",
+    "169.254.169.254",
+    "100.64.0.1",
+    "0.0.0.0",
+    "::1",
+    "fd00::1",
+    "fe80::1",
+    "::ffff:127.0.0.1",
+    "224.0.0.1",
+]
 
 
 @pytest.mark.parametrize("address", PRIVATE)
@@ -155,7 +210,8 @@ def test_hosts_have_to_be_allowed(monkeypatch):
 
 @pytest.fixture
 def web(monkeypatch):
-    """A web server on the loopback interface that pretends to be public: path -> response bytes (or a function of the connection)."""
+    """A web server on the loopback interface that pretends to be public: path -> response bytes (or a function of the
+    connection)."""
     pages: dict[str, object] = {}
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -200,7 +256,10 @@ def test_fetching(web):
     web["/round"] = b"HTTP/1.1 302 Found\r\nLocation: /round\r\nContent-Length: 0\r\n\r\n"
     web["/missing"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
     web["/garbage"] = b"\0" * 100
-    web["/endless"] = lambda c: [c.sendall(b"HTTP/1.1 200 OK\r\n\r\n"), [c.sendall(b"x" * 10_000) for _ in range(10_000)]]
+    web["/endless"] = lambda c: [
+        c.sendall(b"HTTP/1.1 200 OK\r\n\r\n"),
+        [c.sendall(b"x" * 10_000) for _ in range(10_000)],
+    ]
     web["/silent"] = lambda c: threading.Event().wait(5)
     hosts = ["p.example", "inside.example"]
 
@@ -208,8 +267,15 @@ def test_fetching(web):
         return remote.fetch(f"http://p.example{path}", hosts, 200_000, 0.5 if path == "/silent" else PATIENCE_S)
 
     assert get("/good") == get("/moved") == picture
-    for path, reason in (("/inside", "public"), ("/outside", "list"), ("/round", "redirects"), ("/missing", "404"), ("/garbage", "cannot fetch"),
-                         ("/endless", "more than 200000"), ("/silent", r"cannot fetch|too long")):  # fmt: skip
+    for path, reason in (
+        ("/inside", "public"),
+        ("/outside", "list"),
+        ("/round", "redirects"),
+        ("/missing", "404"),
+        ("/garbage", "cannot fetch"),
+        ("/endless", "more than 200000"),
+        ("/silent", r"cannot fetch|too long"),
+    ):
         with pytest.raises(ApiError, match=reason):
             get(path)
 

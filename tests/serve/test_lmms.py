@@ -1,4 +1,5 @@
-"""lmms-eval asks the running server through its own OpenAI client: the answers are those of the engine asked directly, one at a time."""
+"""lmms-eval asks the running server through its own OpenAI client: the answers are those of the engine asked directly,
+one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quota.runtime.engine import Engine, Request, Sampling
+from quota.runtime.engine import Engine, Request, SamplingParams
 from quota.server.schemas import Message
 from quota.server.service import Service, load_recipes
 from tests.serve.pictures import noise
@@ -45,8 +46,8 @@ def directly(service: Service, model: Any, docs: list[dict[str, Any]]) -> list[s
     answers = []
     for doc in docs:
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": doc["question"]}]
-        prompt = service.prompts.chat([Message.model_validate({"role": "user", "content": parts})], picture(doc))
-        engine.submit(Request(str(doc["seed"]), prompt, Sampling(max_tokens=TOKENS, temperature=0.0)))
+        prompt = service.prompts.chat([Message.model_validate({"role": "user", "content": parts}).turn], picture(doc))
+        engine.submit(Request(str(doc["seed"]), prompt, SamplingParams(max_tokens=TOKENS, temperature=0.0)))
         text = ""
         while engine.busy:
             text += "".join(output.text for output in engine.step())
@@ -68,8 +69,17 @@ def test_lmms_eval_gets_the_engines_answers(server, model, tmp_path, monkeypatch
     arguments = f"model_version=tiny,base_url={server.url}/v1,api_key=none,num_concurrent=4,max_retries=1"
     client = get_model("openai_compatible").create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
     tasks = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False, model_name="openai_compatible")
-    found = evaluator.simple_evaluate(model=client, tasks=["quota_noise"], task_manager=tasks, log_samples=True, bootstrap_iters=0, process_docs_parallel=1)
+    found = evaluator.simple_evaluate(
+        model=client,
+        tasks=["quota_noise"],
+        task_manager=tasks,
+        log_samples=True,
+        bootstrap_iters=0,
+        process_docs_parallel=1,
+    )
     samples = sorted(found["samples"]["quota_noise"], key=lambda sample: sample["doc_id"])
     want = directly(server.service, model, docs)
-    assert [sample["filtered_resps"][0].strip() for sample in samples] == [text.strip() for text in want] and len(set(want)) > 3
+    assert [sample["filtered_resps"][0].strip() for sample in samples] == [text.strip() for text in want] and len(
+        set(want)
+    ) > 3
     assert found["results"]["quota_noise"]["words,none"] > 0

@@ -1,4 +1,5 @@
-"""The texts of `logprobs` are the answer's, for tokenizers that join words by spaces, write bytes, or fall back to them."""
+"""The texts of `logprobs` are the answer's, for tokenizers that join words by spaces, write bytes, or fall back to
+them."""
 
 from __future__ import annotations
 
@@ -34,16 +35,31 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in HALVES), *(f"▁{letter}" for letter in LETTERS), "▁", *LETTERS[:-1]]
-    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    names = [
+        *SPECIAL,
+        *(f"<0x{byte:02X}>" for byte in HALVES),
+        *(f"▁{letter}" for letter in LETTERS),
+        "▁",
+        *LETTERS[:-1],
+    ]
+    tokenizer = Tokenizer(
+        models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return _fast(tokenizer)
 
 
 def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
     )
     assert len(made) <= len(WORDS)
     return made
@@ -56,16 +72,22 @@ def speaking(request: Any, model: Any) -> Iterator[Running]:
     if request.param != "words":
         tokenizer = byte_level() if request.param == "bytes" else sentencepiece()
         made.processor = LlavaProcessor(
-            image_processor=model.processor.image_processor, tokenizer=tokenizer, patch_size=model.processor.patch_size,
-            vision_feature_select_strategy="default", chat_template=model.processor.chat_template, num_additional_image_tokens=1,
-        )  # fmt: skip
+            image_processor=model.processor.image_processor,
+            tokenizer=tokenizer,
+            patch_size=model.processor.patch_size,
+            vision_feature_select_strategy="default",
+            chat_template=model.processor.chat_template,
+            num_additional_image_tokens=1,
+        )
     host = Host(Service(made, Settings(checkpoint="tiny", kv_bytes=4 << 20, page_tokens=4)))
     yield host.running
     host.stop()
 
 
 def chat(server: Running, **options: Any) -> Any:
-    return server.client.chat.completions.create(model="tiny", messages=[user("describe the picture .", noise(seed=6))], **{**OPTIONS, **options})
+    return server.client.chat.completions.create(
+        model="tiny", messages=[user("describe the picture .", noise(seed=6))], **{**OPTIONS, **options}
+    )
 
 
 def complete(server: Running, **options: Any) -> Any:
@@ -73,7 +95,8 @@ def complete(server: Running, **options: Any) -> Any:
 
 
 def outline(text: str) -> str:
-    """Without what decoders read differently: sentencepiece's shows a run of bytes as nothing but U+FFFD where one of them is wrong."""
+    """Without what decoders read differently: sentencepiece's shows a run of bytes as nothing but U+FFFD where one of
+    them is wrong."""
     return re.sub(r"[^\x00-\x7f]+", "?", text)
 
 
@@ -81,13 +104,21 @@ def test_texts_of_tokens_join_to_the_answer(speaking: Running) -> None:
     for choice in chat(speaking, n=4, logprobs=True, top_logprobs=3).choices:
         entries, content = choice.logprobs.content, choice.message.content
         assert len(entries) == 60 and "".join(entry.token for entry in entries) == content
-        assert outline(b"".join(bytes(entry.bytes or []) for entry in entries).decode(errors="replace")) == outline(content)
+        assert outline(b"".join(bytes(entry.bytes or []) for entry in entries).decode(errors="replace")) == outline(
+            content
+        )
         assert len(content) > 60 and " " in content
-        assert all(entry.bytes == list(entry.token.encode()) for entry in entries if "\ufffd" not in entry.token and entry.token.isascii() and entry.token)
+        assert all(
+            entry.bytes == list(entry.token.encode())
+            for entry in entries
+            if "\ufffd" not in entry.token and entry.token.isascii() and entry.token
+        )
         for entry in entries:
             values = [other.logprob for other in entry.top_logprobs]
             assert len(values) == 3 and values == sorted(values, reverse=True) and entry.logprob <= values[0] <= 0
-            assert all(other.token or other.logprob == entry.logprob for other in entry.top_logprobs)  # only a chosen token may have no text
+            assert all(
+                other.token or other.logprob == entry.logprob for other in entry.top_logprobs
+            )  # only a chosen token may have no text
     assert chat(speaking).choices[0].logprobs is None
 
 
@@ -133,7 +164,9 @@ def test_a_stop_text_cuts_the_entries_too(speaking: Running, stream: bool) -> No
     else:
         answer = complete(speaking, stop=stop, logprobs=0).choices[0]
         text, tokens, offsets = answer.text, answer.logprobs.tokens, answer.logprobs.text_offset
-    assert text == "".join(tokens) == cut and all(text[offset:].startswith(token) for token, offset in zip(tokens, offsets, strict=True))
+    assert text == "".join(tokens) == cut and all(
+        text[offset:].startswith(token) for token, offset in zip(tokens, offsets, strict=True)
+    )
 
 
 def test_characters_of_several_tokens(speaking: Running, request: pytest.FixtureRequest) -> None:
@@ -146,7 +179,11 @@ def test_characters_of_several_tokens(speaking: Running, request: pytest.Fixture
     pairs = [(a, b) for a, b in pairwise(entries) if b.token and not b.token.isascii() and "\ufffd" not in b.token]
     assert pairs
     for first, second in pairs:
-        assert first.token == "" and len(first.bytes) == len(second.bytes) == 1 and bytes(first.bytes + second.bytes).decode() == second.token
+        assert (
+            first.token == ""
+            and len(first.bytes) == len(second.bytes) == 1
+            and bytes(first.bytes + second.bytes).decode() == second.token
+        )
 
 
 def test_greedy_answers_are_the_first_alternatives(speaking: Running) -> None:
@@ -159,5 +196,11 @@ def test_alternatives_without_a_text_have_their_names(speaking: Running) -> None
     with pytest.raises(openai.BadRequestError):
         chat(speaking, logprobs=True, top_logprobs=21)
     entries = chat(speaking, n=8, logprobs=True, top_logprobs=20).choices
-    named = [other for choice in entries for entry in choice.logprobs.content for other in entry.top_logprobs if other.token in SPECIAL]
+    named = [
+        other
+        for choice in entries
+        for entry in choice.logprobs.content
+        for other in entry.top_logprobs
+        if other.token in SPECIAL
+    ]
     assert named and all(other.bytes is None for other in named)

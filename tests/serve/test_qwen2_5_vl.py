@@ -43,13 +43,17 @@ def recipe(qwen: Any) -> Any:
 def server(qwen: Any, recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = tmp_path_factory.mktemp("recipes") / "quota.json"
     recipe.save(path)
-    host = Host(Service(qwen, Settings(checkpoint="tiny", recipes=(f"pruned={path}",), kv_bytes=8 << 20, page_tokens=4)))
+    host = Host(
+        Service(qwen, Settings(checkpoint="tiny", recipes=(f"pruned={path}",), kv_bytes=8 << 20, page_tokens=4))
+    )
     yield host.running
     host.stop()
 
 
 def ask(server: Running, *messages: Any, **options: Any) -> Any:
-    return server.client.chat.completions.create(model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options})
+    return server.client.chat.completions.create(
+        model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options}
+    )
 
 
 def generated(model: Any, text: str, pictures: list[Any]) -> str:
@@ -64,7 +68,12 @@ SHOWN = "<|vision_start|><|image_pad|><|vision_end|>"
 
 def test_answers_are_those_of_generate(server: Running, qwen: Any, recipe: Any) -> None:
     wide, high = noise(200, 60, seed=1), noise(70, 130, seed=2)
-    questions = [([wide], "what is it ?"), ([wide, high], "which is it ?"), ([], "what is it ?"), ([noise(1, 1)], "what is it ?")]
+    questions = [
+        ([wide], "what is it ?"),
+        ([wide, high], "which is it ?"),
+        ([], "what is it ?"),
+        ([noise(1, 1)], "what is it ?"),
+    ]
     for pictures, question in questions:
         text = f"<|im_start|>user\n{SHOWN * len(pictures)}{question}<|im_end|>\n<|im_start|>assistant\n"
         want = generated(qwen, text, pictures)
@@ -86,7 +95,9 @@ def test_visual_tokens_are_counted_per_picture(server: Running, qwen: Any) -> No
 def test_second_turn_keeps_the_first_selection(server: Running) -> None:
     first = user("what is it ?", noise(200, 60, seed=5), noise(70, 130, seed=6))
     answer = ask(server, first)
-    usage = ask(server, first, {"role": "assistant", "content": answer.choices[0].message.content}, user("where is it ?")).usage
+    usage = ask(
+        server, first, {"role": "assistant", "content": answer.choices[0].message.content}, user("where is it ?")
+    ).usage
     assert usage.quota["selection"] == "first_turn" and usage.quota["selection_tokens"] == answer.usage.prompt_tokens
 
 
@@ -103,7 +114,10 @@ def test_choices_share_the_prompt(server: Running) -> None:
 @pytest.mark.parametrize("mark", ["<|image_pad|>", "<|video_pad|>"])
 def test_a_mark_in_two_parts_is_refused(server: Running, mark: str, pictures: int) -> None:
     """The template joins them."""
-    parts = user("", *[noise(60, 60)] * pictures)["content"][:pictures] + [{"type": "text", "text": mark[:5]}, {"type": "text", "text": mark[5:]}]
+    parts = user("", *[noise(60, 60)] * pictures)["content"][:pictures] + [
+        {"type": "text", "text": mark[:5]},
+        {"type": "text", "text": mark[5:]},
+    ]
     with pytest.raises(openai.BadRequestError, match="must not contain"):
         ask(server, {"role": "user", "content": parts})
 

@@ -1,4 +1,5 @@
-"""`quota serve --replicas 2` on a real local Ray: the same answers, balancing, sessions, a killed replica, a rolling restart, draining."""
+"""`quota serve --replicas 2` on a real local Ray: the same answers, balancing, sessions, a killed replica, a rolling
+restart, draining."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import httpx
 import pytest
 
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT
 from quota.server.config import Settings
 from quota.server.logs import CountingHandler
 from quota.server.metrics import merged
@@ -27,7 +29,13 @@ from quota.server.replicas import application, serve_replicas, threads_of
 from tests.serve.pictures import noise, user
 from tests.waiting import PATIENCE_S, wait_for
 
-QUESTION = {"model": "tiny", "messages": [user("describe the picture .", noise(seed=1))], "max_tokens": 12, "temperature": 1.0, "seed": 4}
+QUESTION = {
+    "model": "tiny",
+    "messages": [user("describe the picture .", noise(seed=1))],
+    "max_tokens": 12,
+    "temperature": 1.0,
+    "seed": 4,
+}
 START_S = 600  # on a loaded machine
 CHAT = "/v1/chat/completions"
 
@@ -41,7 +49,9 @@ def test_metrics_of_replicas_are_one_exposition():
 
 def test_threads_are_shared_out(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert threads_of(Settings(checkpoint="x", replicas=3)) == 2 and threads_of(Settings(checkpoint="x", replicas=20)) == 1
+    assert (
+        threads_of(Settings(checkpoint="x", replicas=3)) == 2 and threads_of(Settings(checkpoint="x", replicas=20)) == 1
+    )
     assert threads_of(Settings(checkpoint="x", replicas=3, threads=5)) == 5
 
 
@@ -63,12 +73,37 @@ class Replicas:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         self.log, self.output = log, log.with_suffix(".out").open("wb")
-        command = [sys.executable, "-m", "quota.cli.main", "serve", str(folder), "--recipe", f"q={recipe_file}", "--port", self.url.rpartition(":")[2]]
-        command += ["--threads", "1", "--kv-memory", "4M", "--replicas", "2", "--session-affinity", "--log-file", str(log)]
+        command = [
+            sys.executable,
+            "-m",
+            "quota.cli.main",
+            "serve",
+            str(folder),
+            "--recipe",
+            f"q={recipe_file}",
+            "--port",
+            self.url.rpartition(":")[2],
+        ]
+        command += [
+            "--threads",
+            "1",
+            "--kv-bytes",
+            "4M",
+            "--replicas",
+            "2",
+            "--session-affinity",
+            "--log-file",
+            str(log),
+        ]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         # a loaded machine takes its time, and Ray would start again and again
-        environment |= {name: str(START_S) for name in ("RAY_raylet_start_wait_time_s", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")}
-        environment |= {"RAY_agent_register_timeout_ms": str(1000 * START_S), "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
+        environment |= {
+            name: str(START_S) for name in ("RAY_raylet_start_wait_time_s", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
+        }
+        environment |= {
+            "RAY_agent_register_timeout_ms": str(1000 * START_S),
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+        }
         self.process = subprocess.Popen(command, env=environment, stdout=self.output, stderr=self.output)
 
     def started(self) -> list[dict[str, Any]]:
@@ -93,13 +128,21 @@ class Replicas:
     def reporting(self) -> int:
         """Replicas whose samples /metrics has."""
         with contextlib.suppress(httpx.TransportError):
-            return len(set(re.findall(r'^quota_kv_units{replica="(\w+)"}', httpx.get(f"{self.url}/metrics").text, re.MULTILINE)))
+            return len(
+                set(
+                    re.findall(
+                        r'^quota_kv_blocks{replica="(\w+)"}', httpx.get(f"{self.url}/metrics").text, re.MULTILINE
+                    )
+                )
+            )
         return 0
 
     def answered(self) -> Counter[str]:
         """Chats answered with 200, by replica."""
         text = httpx.get(f"{self.url}/metrics").text
-        found = re.findall(rf'^quota_http_requests_total{{path="{CHAT}",replica="(\w+)",status="200"}} (\S+)$', text, re.MULTILINE)
+        found = re.findall(
+            rf'^quota_http_requests_total{{path="{CHAT}",replica="(\w+)",status="200"}} (\S+)$', text, re.MULTILINE
+        )
         return Counter({replica: int(float(count)) for replica, count in found})
 
     def stop(self) -> None:
@@ -118,10 +161,17 @@ def replicas(model, recipe_file, tmp_path_factory):
     from quota.models import model_fingerprint
 
     folder = tmp_path_factory.mktemp("replicas")
-    save_checkpoint(model, folder / "tiny", Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor)
+    save_checkpoint(
+        model,
+        folder / "tiny",
+        Manifest(DEFAULT, ("vision", "projector", "llm"), model_fingerprint(model)),
+        model.processor,
+    )
     made = Replicas(folder / "tiny", recipe_file, folder / "log")
     try:
-        wait_for(lambda: made.ready() and made.reporting() == 2, START_S)  # the proxy may know one replica before the other
+        wait_for(
+            lambda: made.ready() and made.reporting() == 2, START_S
+        )  # the proxy may know one replica before the other
         yield made
     finally:
         made.stop()
@@ -137,7 +187,11 @@ def test_answers_are_the_same_on_every_replica(replicas, server):
     counts = replicas.answered()
     assert len(counts) == 2 and sum(counts.values()) == 16 and min(counts.values()) >= 1
     refused = replicas.ask(temperature=9)
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature" and refused.headers["x-request-id"]
+    assert (
+        refused.status_code == 400
+        and refused.json()["error"]["param"] == "temperature"
+        and refused.headers["x-request-id"]
+    )
 
 
 @pytest.mark.ray
@@ -164,13 +218,20 @@ def test_a_session_stays_on_its_replica(replicas):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_client_that_leaves_frees_its_pages(replicas):
-    with httpx.stream("POST", f"{replicas.url}{CHAT}", json={**QUESTION, "stream": True, "max_tokens": 3000, "ignore_eos": True}) as response:
+    with httpx.stream(
+        "POST", f"{replicas.url}{CHAT}", json={**QUESTION, "stream": True, "max_tokens": 3000, "ignore_eos": True}
+    ) as response:
         next(response.iter_lines())
 
     def idle() -> bool:
         text = httpx.get(f"{replicas.url}/metrics").text
-        values = {name: re.findall(rf"^quota_{name}{{\S+}} (\S+)$", text, re.MULTILINE) for name in ("requests_running", "kv_units", "kv_units_available")}
-        return values["requests_running"] == ["0.0", "0.0"] and sorted(values["kv_units"]) == sorted(values["kv_units_available"])
+        values = {
+            name: re.findall(rf"^quota_{name}{{\S+}} (\S+)$", text, re.MULTILINE)
+            for name in ("requests_running", "kv_blocks", "kv_blocks_available")
+        }
+        return values["requests_running"] == ["0.0", "0.0"] and sorted(values["kv_blocks"]) == sorted(
+            values["kv_blocks_available"]
+        )
 
     wait_for(idle)
 

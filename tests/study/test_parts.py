@@ -21,12 +21,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_parts(tmp_path: Path, family: str) -> None:
-    made, samples = (float_folder, picture_samples(3)) if family == "llava" else (qwen_folder, mixed_samples(((32, 32), (24, 16), None)))
+    made, samples = (
+        (float_folder, picture_samples(3))
+        if family == "llava"
+        else (qwen_folder, mixed_samples(((32, 32), (24, 16), None)))
+    )
     source = FloatSource(made(tmp_path / "float", layers=3))
     recipe = Recipe.parse({**pruned(tmp_path / "float"), "reference": "recorded" if family == "llava" else "per_image"})
     for name, options in {
-        "whole": {}, "some": {"modules": ("vision", "llm")}, "pruned": {"recipe": recipe}, "decoder": {"modules": ("llm",), "recipe": recipe},
-    }.items():  # fmt: skip
+        "whole": {},
+        "some": {"modules": ("vision", "llm")},
+        "pruned": {"recipe": recipe},
+        "decoder": {"modules": ("llm",), "recipe": recipe},
+    }.items():
         calibrate(tmp_path / "float", samples, out=tmp_path / name, steps=1, progress=False, **options)
     whole, decoder = tmp_path / "whole", tmp_path / "decoder"
     assemble(source, {"vision": whole, "llm": whole}, tmp_path / "some-assembled")

@@ -30,7 +30,9 @@ from quota.study.tables import KEEPS, ORDERS, Plan
 @pytest.fixture(autouse=True)
 def lenient_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model is never right: a hash of what it says decides, so that rows differ and retention is defined."""
-    monkeypatch.setattr(benchmark, "is_right", lambda prediction, answer: zlib.crc32(f"{prediction} {answer}".encode()) % 2 == 0)
+    monkeypatch.setattr(
+        benchmark, "is_right", lambda prediction, answer: zlib.crc32(f"{prediction} {answer}".encode()) % 2 == 0
+    )
 
 
 def finished(name: str, settings: StudySettings) -> StudyReport:
@@ -44,7 +46,11 @@ def finished(name: str, settings: StudySettings) -> StudyReport:
 def test_keep(settings: StudySettings) -> None:
     report = finished("keep", settings)
     assert [row.name for row in report.rows] == ["float", "keep 100 %", *(f"keep {100 * k:g} %" for k in KEEPS)]
-    assert report.rows[0].retention.value == 100 and report.questions == 24 and sum(report.questions_by_task.values()) == 24
+    assert (
+        report.rows[0].retention.value == 100
+        and report.questions == 24
+        and sum(report.questions_by_task.values()) == 24
+    )
     assert [row.final_visual_tokens for row in report.rows] == [16, 16, 8, 7, 5, 4, 2, 1]
     ratios = [row.compute_ratio for row in report.rows[1:]]
     assert ratios[0] == 1 and ratios == sorted(ratios, reverse=True)
@@ -55,19 +61,36 @@ def test_keep(settings: StudySettings) -> None:
         assert row.recipe and Recipe.load(settings.out / row.recipe).method == "quota"
 
 
-def test_pipelines_share_checkpoints_and_answers_with_keep(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipelines_share_checkpoints_and_answers_with_keep(
+    settings: StudySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished("keep", settings)
     report = finished("pipelines", settings)
     names = [row.name for row in report.rows]
-    assert names[:6] == ["float", "quant-only", "prune-only", "quantize-then-prune", "prune-then-quantize", "collaborative"]
+    assert names[:6] == [
+        "float",
+        "quant-only",
+        "prune-only",
+        "quantize-then-prune",
+        "prune-then-quantize",
+        "collaborative",
+    ]
     for method in ("pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune"):
         assert [name for name in names if name.startswith(f"{method}, ")] == [f"{method}, {order}" for order in ORDERS]
     pairs = {(c.row, c.against) for c in report.comparisons}
-    assert {("collaborative", "prune-only"), ("collaborative", "grid, prune-then-quantize"), ("grid, prune-only", "random, prune-only")} <= pairs
+    assert {
+        ("collaborative", "prune-only"),
+        ("collaborative", "grid, prune-then-quantize"),
+        ("grid, prune-only", "random, prune-only"),
+    } <= pairs
     said = [note for note in report.notes if "better than random: " in note]
-    assert [note.split(":")[0] for note in said] == list(ORDERS) and all("divprune (" in note and "quota" not in note for note in said)
+    assert [note.split(":")[0] for note in said] == list(ORDERS) and all(
+        "divprune (" in note and "quota" not in note for note in said
+    )
     weights = {row.name: row.weights for row in report.rows}
-    assert weights["grid, prune-only"] == "float" and weights["grid, prune-then-quantize"].endswith("calibrated on the pruned graph")
+    assert weights["grid, prune-only"] == "float" and weights["grid, prune-then-quantize"].endswith(
+        "calibrated on the pruned graph"
+    )
     monkeypatch.setattr(benchmark, "answers", lambda *_: pytest.fail("answered again"))
     monkeypatch.setattr("quota.calib.run.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     assert study.run_study("pipelines", settings) == report
@@ -82,8 +105,22 @@ def test_modules(settings: StudySettings) -> None:
 def test_compute_gives_every_method_the_same_budget(settings: StudySettings) -> None:
     report = finished("compute", settings)
     names = [row.name for row in report.rows]
-    assert any(note.startswith("No row for fastv (float): compute: no recipe") for note in report.notes), "two of three layers whole cost too much"
-    for method in ("quota", "quota, mmr", "quota, grid", "uniform", "pyramiddrop", "vtw", "divprune", "cdpruner", "random", "grid", "fitprune"):
+    assert any(note.startswith("No row for fastv (float): compute: no recipe") for note in report.notes), (
+        "two of three layers whole cost too much"
+    )
+    for method in (
+        "quota",
+        "quota, mmr",
+        "quota, grid",
+        "uniform",
+        "pyramiddrop",
+        "vtw",
+        "divprune",
+        "cdpruner",
+        "random",
+        "grid",
+        "fitprune",
+    ):
         assert f"{method} (float)" in names and f"{method} (w4a4kv4)" in names
     budget = next(row for row in report.rows if row.name == "quota (float)").gmacs
     for row in report.rows[2:]:
@@ -96,7 +133,14 @@ def test_compute_gives_every_method_the_same_budget(settings: StudySettings) -> 
 def test_weights_cover_leave_one_out_single_signals_and_the_sign(settings: StudySettings) -> None:
     report = finished("weights", settings)
     rows = {row.name: row for row in report.rows}
-    assert {"without quant", "only inter", "45/25/10/-20 (quant reversed)", "only quant, reversed", "45/25/10/20 (default)", "35/25/10/30"} <= set(rows)
+    assert {
+        "without quant",
+        "only inter",
+        "45/25/10/-20 (quant reversed)",
+        "only quant, reversed",
+        "45/25/10/20 (default)",
+        "35/25/10/30",
+    } <= set(rows)
     plan = Recipe.load(settings.out / str(rows["without mag"].recipe))
     assert plan.weights.mag == 0 and abs(sum(plan.weights.model_dump().values()) - 1) < 1e-5
     assert Recipe.load(settings.out / str(rows["only quant, reversed"].recipe)).weights.quant == -1
@@ -105,15 +149,23 @@ def test_weights_cover_leave_one_out_single_signals_and_the_sign(settings: Study
 def test_formats_put_weight_only_beside_w4a4kv4(settings: StudySettings) -> None:
     report = finished("formats", settings)
     names = ["w4a16 rtn", "w4a16 gptq", "w4a16 awq", "w4a4kv4"]
-    assert [row.name for row in report.rows] == ["float", *(f"{name}{end}" for name in names for end in ("", " + quota"))]
+    assert [row.name for row in report.rows] == [
+        "float",
+        *(f"{name}{end}" for name in names for end in ("", " + quota")),
+    ]
     assert [row.weights for row in report.rows[1::2]] == ["w4a16"] * 3 + ["w4a4kv4"]
     assert all((row.recipe is not None) == row.name.endswith("+ quota") for row in report.rows)
     pairs = {(c.row, c.against) for c in report.comparisons}
-    assert {("w4a16 gptq", "w4a16 rtn"), ("w4a16 awq + quota", "w4a16 awq"), ("w4a4kv4 + quota", "w4a16 gptq + quota")} <= pairs
+    assert {
+        ("w4a16 gptq", "w4a16 rtn"),
+        ("w4a16 awq + quota", "w4a16 awq"),
+        ("w4a4kv4 + quota", "w4a16 gptq + quota"),
+    } <= pairs
 
 
 def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory and disk per process; the reference of every op gives the native answers (a generated text depends on every bit)."""
+    """Memory and disk per process; the reference of every op gives the native answers (a generated text depends on
+    every bit)."""
     monkeypatch.setattr("quota.study.runtime.CHECKED", 1)
     report = finished("runtime", replace(settings, questions=6))
     for row in report.rows:
@@ -126,24 +178,39 @@ def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, mon
         measure(Bench(settings), Entry("broken", str(settings.out), "float"), 1)
 
 
-def test_rows_answered_elsewhere_are_other_rows_of_the_same_checkpoints(settings: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_answered_elsewhere_are_other_rows_of_the_same_checkpoints(
+    settings: StudySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     half = Bench(replace(settings, place=Placement("cpu", "bfloat16")))
     monkeypatch.setattr("quota.calib.run.calibrate", lambda *a, **k: pytest.fail("calibrated again"))
     entry = Entry("w4a4kv4", half.quantized(), "w4a4kv4")
     assert half._key(entry) == f"{Bench(settings)._key(entry)} cpu bfloat16"
-    assert half.opened_with(entry.checkpoint, None)[0].dtype == torch.bfloat16 and half.loaded(entry.checkpoint)[0].dtype == torch.float32
+    assert (
+        half.opened_with(entry.checkpoint, None)[0].dtype == torch.bfloat16
+        and half.loaded(entry.checkpoint)[0].dtype == torch.float32
+    )
     found = measure(half, entry, 1)
     assert found["gpu"] is None and len(found["answers"]) == 1
     shown = _figures(entry, found | {"gpu": {"peak_bytes": 2_000_000, "power_w": 312.4, "power_why_not": None}})
     assert shown["GPU peak memory"] == "2.00 MB" and shown["GPU power"] == "312 W"
-    assert _where(half.settings) == ["Rows answered on cpu, with bfloat16 in what is not quantized."] and _where(settings) == []
+    assert (
+        _where(half.settings) == ["Rows answered on cpu, with bfloat16 in what is not quantized."]
+        and _where(settings) == []
+    )
 
 
 def test_profile_and_show(settings: StudySettings) -> None:
     layers = study.run_study("profile", settings)
-    assert len(layers["profile"]["sensitivity"]) == 3 and (settings.out / "profile.png").exists() and "| layer |" in (settings.out / "profile.md").read_text()
+    assert (
+        len(layers["profile"]["sensitivity"]) == 3
+        and (settings.out / "profile.png").exists()
+        and "| layer |" in (settings.out / "profile.md").read_text()
+    )
     shown = study.run_study("show", settings)
-    assert shown["methods"]["divprune"]["visual_tokens"] == {"-1": 5} and (settings.out / shown["methods"]["divprune"]["overlay"]).exists()
+    assert (
+        shown["methods"]["divprune"]["visual_tokens"] == {"-1": 5}
+        and (settings.out / shown["methods"]["divprune"]["overlay"]).exists()
+    )
 
 
 def test_a_samples_file_is_a_task(settings: StudySettings) -> None:
@@ -154,15 +221,25 @@ def test_a_samples_file_is_a_task(settings: StudySettings) -> None:
 
 
 def test_the_second_family(qwen_settings: StudySettings) -> None:
-    """Five kinds as tasks, every picture's own budget, the merger as projector; text-only questions are asked in every row."""
+    """Five kinds as tasks, every picture's own budget, the merger as projector; text-only questions are asked in every
+    row."""
     report = finished("modules", qwen_settings)
-    assert [row.name for row in report.rows] == ["float", "llm", "vision+llm", "vision+projector+llm"] and report.family == "qwen2_5_vl"
+    assert [row.name for row in report.rows] == [
+        "float",
+        "llm",
+        "vision+llm",
+        "vision+projector+llm",
+    ] and report.family == "qwen2_5_vl"
     assert report.questions_by_task == {"conversation": 3, "text": 3, "scene_text": 3, "document": 3, "chart": 3}
     report = finished("compute", qwen_settings)
     rows = {row.name: row for row in report.rows}
     assert Recipe.load(qwen_settings.out / str(rows["quota (w4a4kv4)"].recipe)).reference == "per_image"
     assert Recipe.load(qwen_settings.out / str(rows["divprune (float)"].recipe)).reference == "per_image"
-    assert all(rows[f"{method} ({weights})"].compute_ratio < 1 for method in ("quota", "grid", "vtw") for weights in ("float", "w4a4kv4"))
+    assert all(
+        rows[f"{method} ({weights})"].compute_ratio < 1
+        for method in ("quota", "grid", "vtw")
+        for weights in ("float", "w4a4kv4")
+    )
     shown = study.run_study("show", qwen_settings)
     assert shown["family"] == "qwen2_5_vl" and (qwen_settings.out / "show-grid.png").exists()
 
@@ -191,8 +268,22 @@ def test_command_line(settings: StudySettings, tmp_path: Path) -> None:
     def quota(*args: Any) -> Any:
         return CliRunner().invoke(app, [str(a) for a in args])
 
-    common = ("--model", settings.model, "--samples", settings.samples, "--questions", 24, "--steps", 0, "--resamples", 200, "--max-new-tokens", 3,
-              "--out", settings.out)  # fmt: skip
+    common = (
+        "--model",
+        settings.model,
+        "--samples",
+        settings.samples,
+        "--questions",
+        24,
+        "--steps",
+        0,
+        "--resamples",
+        200,
+        "--max-new-tokens",
+        3,
+        "--out",
+        settings.out,
+    )
     done = quota("study", "modules", *common, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["study"] == "modules"

@@ -1,6 +1,5 @@
 """The trainer of the pretrained model, on a tiny one: it trains what inference sees, stops and goes on, and its small
-file makes the checkpoint.
-"""
+file makes the checkpoint."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ PLAN = Plan(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with 336 px images, and a tokenizer; the chat's markers are unknown words to it, which changes
-    nothing here.
-    """
+    nothing here."""
     path = tmp_path_factory.mktemp("parts")
     tiny_dinov2(image_size=336, layers=2).half().save_pretrained(path)
     build_tokenizer().save_pretrained(path)

@@ -27,9 +27,27 @@ from tools.pretrained.parts import IMAGE_MEAN, IMAGE_STD, PATCH_PX, SIZE_PX
 Turns = tuple[tuple[str, str], ...]
 SCENE, CROWD, CHANGE = "scene", "crowd", "change"
 MIX = (
-    CROWD, SCENE, "document", CROWD, CROWD, SCENE, "chart", CROWD, SCENE, CROWD,
-    CHANGE, CROWD, SCENE, "scene_text", CROWD, "document", CROWD, SCENE, "chart", CROWD,
-)  # fmt: skip
+    CROWD,
+    SCENE,
+    "document",
+    CROWD,
+    CROWD,
+    SCENE,
+    "chart",
+    CROWD,
+    SCENE,
+    CROWD,
+    CHANGE,
+    CROWD,
+    SCENE,
+    "scene_text",
+    CROWD,
+    "document",
+    CROWD,
+    SCENE,
+    "chart",
+    CROWD,
+)
 LABELS = (*crowds.ATTRIBUTES, "word")
 CAPTION, READ = "caption", "read"
 BRIEF = 6  # questions of a brief lesson
@@ -129,10 +147,11 @@ def _change(split: str, number: int) -> Lesson:
     asked = crowd_questions.change_question(pair)
     labels = [_crowd_labels(c) for c in (pair.before, pair.after)]
     return Lesson(
-        CHANGE, (crowds.draw(pair.before), crowds.draw(pair.after)),
+        CHANGE,
+        (crowds.draw(pair.before), crowds.draw(pair.after)),
         (Segment(asked.task, ((asked.text, asked.answer),)),),
         {name: np.concatenate([one[name] for one in labels]) for name in LABELS},
-    )  # fmt: skip
+    )
 
 
 def pixels(images: tuple[Any, ...]) -> Tensor:

@@ -43,9 +43,12 @@ from tools.pretrained.model import Student
 from tools.pretrained.parts import PATCH_PX, SIZE_PX, VISUAL_TOKENS
 
 CLASSES: dict[str, tuple[str, ...]] = {
-    "size": tuple(crowds.RADII_PX), "texture": crowds.TEXTURES, "color": tuple(COLORS), "shape": SHAPES,
+    "size": tuple(crowds.RADII_PX),
+    "texture": crowds.TEXTURES,
+    "color": tuple(COLORS),
+    "shape": SHAPES,
     "word": WORD_CLASSES,
-}  # fmt: skip
+}
 WEIGHT = {"size": 0.6, "texture": 0.6, "color": 1.0, "shape": 1.0, "word": 1.2}
 _NOTHING, _PLACE_WEIGHT, _SHARPNESS = "nothing", 0.5, 16.0
 _MEAN_OVER_STEPS = 40
@@ -55,8 +58,7 @@ _SAVE_SECONDS = 240
 @dataclass(frozen=True)
 class Plan:
     """Sizes of a run. dense_lessons: whose features are stored. batch: lessons per step. lr falls over the last `fall`
-    of all language steps.
-    """
+    of all language steps."""
 
     dense_lessons: int = 800
     dense_steps: int = 1600
@@ -105,8 +107,7 @@ class Dictionary:
 
     def loss(self, visual: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """visual [tokens, D] of whole images, labels int64 [tokens] -> (loss, share of labelled tokens nearest to their
-        word, by attribute).
-        """
+        word, by attribute)."""
         target, known, open_ = (
             torch.zeros_like(visual),
             torch.zeros(len(visual), dtype=torch.bool),
@@ -180,11 +181,15 @@ class Run:
         """The state, whole or not at all."""
         projector = self.student.projector
         record = {
-            "dense": self.dense, "step": self.step, "plan": asdict(self.plan), "mean": self.mean,
+            "dense": self.dense,
+            "step": self.step,
+            "plan": asdict(self.plan),
+            "mean": self.mean,
             "weights": {name: p.detach() for name, p in self.parameters.items()},
-            "feature_mean": projector.mean, "feature_deviation": projector.deviation,
+            "feature_mean": projector.mean,
+            "feature_deviation": projector.deviation,
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
-        }  # fmt: skip
+        }
         partial = self.state_file.with_suffix(".part")
         torch.save(record, partial)
         partial.replace(self.state_file)
@@ -361,8 +366,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self, lessons: int, first: int = 0) -> dict[str, Any]:
         """Held-out lessons with the mean weights: {"right": percent, "of": questions, "by_task": {kind: {task: [right,
-        of]}}}.
-        """
+        of]}}}."""
         last = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.use_mean()
         right: Counter[tuple[str, str]] = Counter()
@@ -424,9 +428,12 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     plan = Plan(
-        dense_lessons=args.dense_lessons, dense_steps=args.dense_steps, describe_steps=args.describe_steps,
-        steps=args.steps, lr=args.lr,
-    )  # fmt: skip
+        dense_lessons=args.dense_lessons,
+        dense_steps=args.dense_steps,
+        describe_steps=args.describe_steps,
+        steps=args.steps,
+        lr=args.lr,
+    )
     run = Run(args.run, args.parts, plan, args.start)
     run.train_dense()
     run.train_language(args.eval_every, args.eval_lessons)

@@ -1,8 +1,9 @@
 """The decode step: the next token of every decoding request, as a function of static buffers.
 
-All a step reads is in one `Buffers` and the pool, and nothing in it waits for the device. So on a GPU a step is captured as a CUDA graph, one per
-number of rows and width of tables, both rounded up to powers of two, and replayed; rows that fill a graph up store nothing and see nothing. On a CPU the
-same function runs on buffers of exactly the size asked for. No row depends on the others, so both give every row the bits it has alone.
+All a step reads is in one `Buffers` and the pool, and nothing in it waits for the device. So on a GPU a step is
+captured as a CUDA graph, one per number of rows and width of tables, both rounded up to powers of two, and replayed;
+rows that fill a graph up store nothing and see nothing. On a CPU the same function runs on buffers of exactly the size
+asked for. No row depends on the others, so both give every row the bits it has alone.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from torch import Tensor
 from quota import ops
 from quota.core.errors import UsageError
 from quota.core.registry import Context
+from quota.runtime.engine.forward_batch import Work
+from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits, Row
-from quota.runtime.engine.storage import KvStorage
-from quota.runtime.engine.work import Work
+from quota.runtime.engine.segments import Segments
 
-OPS = (ops.rms_norm, ops.quantize_act, ops.w4a4_linear, ops.qkv_append, ops.kv4_page_write, ops.kv4_paged_attention, ops.float_linear)
+OPS = (
+    ops.rms_norm,
+    ops.quantize_act,
+    ops.w4a4_linear,
+    ops.qkv_append,
+    ops.kv4_page_write,
+    ops.kv4_paged_attention,
+    ops.float_linear,
+)
 """What a decode step calls."""
 
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -32,13 +41,16 @@ _ALIGNMENT = 16  # bytes, of every buffer
 
 
 def chosen(device: torch.device) -> dict[str, str]:
-    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none or is told to run a reference, which reads lengths
-    on the host."""
+    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none or is told to run a
+    reference, which reads lengths on the host."""
     ctx = Context(device.type, device.index or 0)
     found = {op.name: op.choose(ctx).name for op in OPS}
     forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
     if device.type != "cpu" and forced is not None:
-        raise UsageError(f"QUOTA_IMPL: {forced}=ref cannot decode on {device}: a reference reads lengths on the host; leave it out, or serve on the CPU")
+        raise UsageError(
+            f"QUOTA_IMPL: {forced}=ref cannot decode on {device}: a reference reads lengths on the host; leave it out,"
+            " or serve on the CPU"
+        )
     return found
 
 
@@ -48,12 +60,15 @@ def describe(device: torch.device) -> str:
         found = chosen(device)
     except UsageError as error:
         return str(error)
-    return f"{'eager' if device.type == 'cpu' else 'CUDA graphs'}, pages read in place by {found['kv4_paged_attention']}, head by {found['float_linear']}"
+    return (
+        f"{'eager' if device.type == 'cpu' else 'CUDA graphs'}, pages read in place by {found['kv4_paged_attention']},"
+        f" head by {found['float_linear']}"
+    )
 
 
 def cuda_graphs(device: torch.device) -> Capture:
-    """Runs a step once, which packs weights and compiles kernels, then captures it; what comes back replays it into the same outputs. Graphs share memory:
-    one step's outputs hold until the next step."""
+    """Runs a step once, which packs weights and compiles kernels, then captures it; what comes back replays it into the
+    same outputs. Graphs share memory: one step's outputs hold until the next step."""
     with torch.cuda.device(device):
         pool = torch.cuda.graph_pool_handle()
 
@@ -65,7 +80,9 @@ def cuda_graphs(device: torch.device) -> Capture:
                 step()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
+            with torch.cuda.graph(
+                graph, pool=pool, capture_error_mode="thread_local"
+            ):  # other threads may use the device meanwhile
                 outputs = step()
 
         def replay() -> tuple[Tensor, Tensor]:
@@ -78,36 +95,52 @@ def cuda_graphs(device: torch.device) -> Capture:
 
 
 class Buffers:
-    """Inputs of a step of B rows whose tables have W pages: ids int64 [B]; per segment rotary positions int64 [S, A, B] and lengths int32 [S, B], the
-    new token included; per layer tables int32 [L, B, W] and slots int64 [L, B]; where the family asks for them, positions of all slots int64
-    [S, A, B, W * P]. They lie in one piece of memory, on the host and on the device, so a step is told everything in one copy.
+    """Inputs of a step of B rows whose tables have W pages: ids int64 [B]; per segment rotary positions int64 [S, A, B]
+    and lengths int32 [S, B], the new token included; per layer tables int32 [L, B, W] and slots int64 [L, B]; where the
+    family asks for them, positions of all slots int64 [S, A, B, W * P]. They lie in one piece of memory, on the host
+    and on the device, so a step is told everything in one copy.
     """
 
-    def __init__(self, model: EngineModel, segments: Segments, rows: int, width: int, places: int) -> None:
-        self.rows, self.width, self.places, self.segments = rows, width, places, segments
+    def __init__(self, model: EngineModel, segments: Segments, rows: int, width: int, page_size: int) -> None:
+        self.rows, self.width, self.page_size, self.segments = rows, width, page_size, segments
         count, axes = len(segments), model.axes
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "ids": (torch.int64, (rows,)), "positions": (torch.int64, (count, axes, rows)), "slot": (torch.int64, (segments.layers, rows)),
-            "cached": (torch.int64, (count, axes, rows, width * places if model.biased else 0)),
-            "table": (torch.int32, (segments.layers, rows, width)), "length": (torch.int32, (count, rows)),
-        }  # fmt: skip
+            "ids": (torch.int64, (rows,)),
+            "positions": (torch.int64, (count, axes, rows)),
+            "slot": (torch.int64, (segments.layers, rows)),
+            "cached": (torch.int64, (count, axes, rows, width * page_size if model.biased else 0)),
+            "table": (torch.int32, (segments.layers, rows, width)),
+            "length": (torch.int32, (count, rows)),
+        }
         on_gpu = model.device.type == "cuda"
-        sizes = {name: -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for name, (dtype, shape) in shapes.items()}
+        sizes = {
+            name: -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            for name, (dtype, shape) in shapes.items()
+        }
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = self._host if model.device.type == "cpu" else torch.zeros(len(self._host), dtype=torch.uint8, device=model.device)
+        self._device = (
+            self._host
+            if model.device.type == "cpu"
+            else torch.zeros(len(self._host), dtype=torch.uint8, device=model.device)
+        )
         host: dict[str, np.ndarray] = {}
         device: dict[str, Tensor] = {}
         begin = 0
         for name, (dtype, shape) in shapes.items():
             end = begin + int(np.prod(shape)) * dtype.itemsize
-            host[name], device[name] = self._host[begin:end].view(dtype).view(shape).numpy(), self._device[begin:end].view(dtype).view(shape)
+            host[name], device[name] = (
+                self._host[begin:end].view(dtype).view(shape).numpy(),
+                self._device[begin:end].view(dtype).view(shape),
+            )
             begin += sizes[name]
-        self._ids, self._positions, self._slot, self._cached, self._table, self._length = (host[name] for name in shapes)
+        self._ids, self._positions, self._slot, self._cached, self._table, self._length = (
+            host[name] for name in shapes
+        )
         self.ids, self.positions, self.slot, self.cached, self.table, self.length = (device[name] for name in shapes)
 
     def fill(self, works: Sequence[Work]) -> None:
         """The rows of these works, at most as many as there are, then rows without work."""
-        n, places, biased = len(works), self.places, self._cached.shape[-1] > 0
+        n, page_size, biased = len(works), self.page_size, self._cached.shape[-1] > 0
         self._ids[:n], self._ids[n:] = [work.ids[0] for work in works], 0
         self._slot[:, n:] = -1
         self._table[:], self._length[:, n:], self._positions[..., n:], self._cached[:] = 0, 0, 0, 0
@@ -115,19 +148,29 @@ class Buffers:
             layers = slice(span[0], span[-1] + 1)
             for row, work in enumerate(works):
                 at = work.base[segment]
-                units = work.tables[segment][:, : at // places + 1]
-                self._table[layers, row, : units.shape[1]] = units
-                self._slot[layers, row] = -1 if at < work.shared[segment] else units[:, at // places].astype(np.int64) * places + at % places
+                blocks = work.tables[segment][:, : at // page_size + 1]
+                self._table[layers, row, : blocks.shape[1]] = blocks
+                self._slot[layers, row] = (
+                    -1
+                    if at < work.shared[segment]
+                    else blocks[:, at // page_size].astype(np.int64) * page_size + at % page_size
+                )
                 self._length[segment, row] = at + 1
                 self._positions[segment, :, row] = position = at if work.compact[segment] else work.positions[:, 0]
                 if biased:
-                    self._cached[segment, :, row, :at], self._cached[segment, :, row, at] = work.cached[segment], position
+                    self._cached[segment, :, row, :at], self._cached[segment, :, row, at] = (
+                        work.cached[segment],
+                        position,
+                    )
         if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)  # the host writes again only after it has fetched this step's tokens
+            self._device.copy_(
+                self._host, non_blocking=True
+            )  # the host writes again only after it has fetched this step's tokens
 
 
 class Decoder:
-    """Runs decode steps on one model and one pool. capture: what makes a step replayable, for buffers that stay; None runs it anew each time."""
+    """Runs decode steps on one model and one pool. capture: what makes a step replayable, for buffers that stay; None
+    runs it anew each time."""
 
     def __init__(self, model: EngineModel, storage: KvStorage, segments: Segments, capture: Capture | None) -> None:
         self.model, self.storage, self.segments, self.capture = model, storage, segments, capture
@@ -135,7 +178,7 @@ class Decoder:
 
     def run(self, works: Sequence[Work]) -> list[Row]:
         """The logits after each work, all of which decode."""
-        pages = max(max(work.base) for work in works) // self.storage.places + 1
+        pages = max(max(work.base) for work in works) // self.storage.page_size + 1
         buffers, step = self._prepared(len(works), pages, works)
         buffers.fill(works)
         values, likeliest = step()
@@ -145,7 +188,7 @@ class Decoder:
         size = (rows, pages) if self.capture is None else (_power(rows), _power(pages))
         found = self._ready.get(size)
         if found is None:
-            buffers = Buffers(self.model, self.segments, *size, self.storage.places)
+            buffers = Buffers(self.model, self.segments, *size, self.storage.page_size)
             step = self.step_on(buffers)
             if self.capture is None:
                 self._ready.clear()  # sizes change as answers grow

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,35 +15,40 @@ from torch import Tensor
 
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
+from quota.core.shares import fits
 from quota.models import model_fingerprint
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
+from quota.runtime.engine.detokenize import Detokenizer
+from quota.runtime.engine.forward_batch import Result, Work
+from quota.runtime.engine.kv_storage import KvStorage, block_bytes
+from quota.runtime.engine.logprobs import entry_of
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.plan import Segments, at_budget
 from quota.runtime.engine.pool import PagePool
-from quota.runtime.engine.report import entry_of
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
 from quota.runtime.engine.runner import Runner
 from quota.runtime.engine.sampling import Row
-from quota.runtime.engine.scheduler import Scheduler, Turn
+from quota.runtime.engine.scheduler import Chunk, Scheduler
+from quota.runtime.engine.segments import Segments, at_budget
 from quota.runtime.engine.sequence import Piece, Sequence
 from quota.runtime.engine.stats import Stats
-from quota.runtime.engine.storage import KvStorage, unit_bytes
-from quota.runtime.engine.text import Detokenizer
-from quota.runtime.engine.work import Result, Work
+from quota.runtime.engine.turns import Pace
 
 log = logging.getLogger(__name__)
 
 
 class QueueFull(QuotaError):
-    """As many requests wait as the engine accepts."""
+    """As many requests of this client wait as the engine accepts."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share more. step_tokens: most
-    prefill rows per step, the bound on how long a decoding request waits for others. max_tokens: longest prompt plus answer, None for the
-    model's own limit. feature_bytes: memory for encoded pictures, so that a picture asked about again is not encoded again. graphs: whether decode steps on
-    a GPU are captured and replayed as CUDA graphs.
+    """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share
+    more. max_running: most requests in a step's decoding, and of one client that hold pages. max_waiting: most requests
+    of a client in the queue; several share twice as many places. step_tokens: most prefill rows per step, the bound on
+    how long a decoding request waits for others. step_s: how long a step should take; a slow machine gives out fewer
+    rows per step. max_model_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory
+    for encoded images, so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU
+    are captured and replayed as CUDA graphs.
     """
 
     kv_bytes: int = 256 << 20
@@ -51,7 +56,8 @@ class EngineConfig:
     max_running: int = 64
     max_waiting: int = 256
     step_tokens: int = 512
-    max_tokens: int | None = None
+    step_s: float = math.inf
+    max_model_tokens: int | None = None
     feature_bytes: int = 256 << 20
     prefix_cache: bool = True
     graphs: bool = True
@@ -60,11 +66,13 @@ class EngineConfig:
         for name in ("kv_bytes", "page_tokens", "max_running", "max_waiting", "step_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.step_s > 0:
+            raise UsageError(f"step_s: expected a time above 0, got {self.step_s}")
 
 
 @dataclass
 class _Features:
-    """Encoded pictures by content, least recently used first out."""
+    """Encoded images by content, least recently used first out."""
 
     limit_bytes: int
     kept: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
@@ -87,12 +95,20 @@ class _Features:
 class Engine:
     """Continuous batching over one model.
 
-    model: from `quota.load`, without a recipe installed. recipes: name -> Recipe; all their prune points become segment boundaries. default: the
-    name of the recipe for requests that ask for none in particular; None prunes nothing. tokenizer: for texts and stop texts; None reports ids.
+    model: from `quota.load`, without a recipe installed. recipes: name -> Recipe; all their prune points become segment
+    boundaries. default: the name of the recipe for requests that ask for none in particular; None prunes nothing.
+    tokenizer: for texts and stop texts; None reports ids.
     """
 
-    def __init__(self, model: Any, *, tokenizer: Any = None, recipes: Mapping[str, Recipe] | None = None, default: str | None = None,
-                 config: EngineConfig | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        recipes: Mapping[str, Recipe] | None = None,
+        default: str | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
         self.config = config or EngineConfig()
         self.model = EngineModel(model)
         chosen(self.model.device)
@@ -105,16 +121,22 @@ class Engine:
             recipe.check_model(identity, self.model.layers, self.model.family.model_class)
         self.default = default
         self.segments = Segments.between(self.model.layers, self.recipes.values())
-        places = self.config.page_tokens
-        units = self.config.kv_bytes // unit_bytes(places, self.model.kv_heads, self.model.head_dim)
-        if units < self.model.layers:
-            raise UsageError(f"kv_bytes: {self.config.kv_bytes} hold no page of {places} tokens in {self.model.layers} layers; give the pool more")
-        self.storage = KvStorage(units, places, self.model.kv_heads, self.model.head_dim, self.model.device)
-        self.pool = PagePool(units, [len(span) for span in self.segments.spans])
+        page_size = self.config.page_tokens
+        blocks = self.config.kv_bytes // block_bytes(page_size, self.model.kv_heads, self.model.head_dim)
+        if blocks < self.model.layers:
+            raise UsageError(
+                f"kv_bytes: {self.config.kv_bytes} hold no page of {page_size} tokens in {self.model.layers} layers;"
+                " give the pool more"
+            )
+        self.storage = KvStorage(blocks, page_size, self.model.kv_heads, self.model.head_dim, self.model.device)
+        self.pool = PagePool(blocks, [len(span) for span in self.segments.spans])
         capture = cuda_graphs(self.model.device) if self.config.graphs and self.model.device.type == "cuda" else None
-        self.runner = Runner(self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture))
-        self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens)
-        self.max_tokens = min(self.model.max_tokens, self.config.max_tokens or self.model.max_tokens)
+        self.runner = Runner(
+            self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture)
+        )
+        self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running)
+        self.pace = Pace(self.config.step_tokens, self.config.step_s)
+        self.max_model_tokens = min(self.model.max_tokens, self.config.max_model_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
         self._features = _Features(self.config.feature_bytes)
@@ -130,30 +152,42 @@ class Engine:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Iterable[Request]) -> list[Sequence]:
-        """Accept all of these requests or none. Those of one `Prompt` object, recipe and keep ratio compute it once: the first does, the others go on
-        from its pages. An empty queue takes a group of any size.
+        """Accept all of these requests or none. Those of one `Prompt` object, recipe and keep ratio compute it once:
+        the first does, the others go on from its pages. An empty queue takes a group of any size.
         """
         requests, ids = list(requests), set(self._sequences)
         for request in requests:
             if request.id in ids:
                 raise UsageError(f"id: {request.id!r} is in use")
             ids.add(request.id)
-        waiting = len(self.scheduler.waiting) + sum(len(s.followers) for s in self._sequences.values())
-        if waiting and waiting + len(requests) > self.config.max_waiting:
-            raise QueueFull(f"queue: {self.config.max_waiting} requests wait already")
+        self._check_queue(requests)
         sequences = [self._sequence(request, self._order + number) for number, request in enumerate(requests)]
-        leaders: list[Sequence] = []
+        parents: list[Sequence] = []
         for sequence in sequences:
-            leader = next((s for s in leaders if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe), None)
-            if leader is not None:
-                leader.followers.append(sequence)
+            parent = next(
+                (s for s in parents if s.request.prompt is sequence.request.prompt and s.recipe == sequence.recipe),
+                None,
+            )
+            if parent is not None:
+                parent.siblings.append(sequence)
             else:
-                leaders.append(sequence)
+                parents.append(sequence)
                 self.scheduler.queue(sequence)
             self._sequences[sequence.request.id] = sequence
         self._order += len(sequences)
         self.stats.accepted += len(sequences)
         return sequences
+
+    def _check_queue(self, requests: list[Request]) -> None:
+        waiting = Counter(sequence.client for sequence in self.scheduler.waiting)
+        waiting.update(sibling.client for sequence in self._sequences.values() for sibling in sequence.siblings)
+        for client, amount in Counter(request.client for request in requests).items():
+            places = 2 * self.config.max_waiting  # so that a client alone has max_waiting
+            if waiting and not fits(places, waiting.total(), waiting[client], amount):
+                raise QueueFull(
+                    f"queue: {waiting[client]} requests of this client wait already, {waiting.total()} in all"
+                )
+            waiting[client] += amount
 
     def _sequence(self, request: Request, order: int) -> Sequence:
         sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments)
@@ -189,12 +223,18 @@ class Engine:
         return recipe
 
     def _check_size(self, sequence: Sequence) -> None:
-        if sequence.prompt_tokens >= self.max_tokens:
-            raise UsageError(f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is {self.max_tokens} together")
-        longest = min(self.max_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
-        need = sequence.units(longest, self.config.page_tokens)
-        if need > self.pool.units:
-            raise UsageError(f"prompt: {longest} tokens need {need} units of the key/value pool, which has {self.pool.units}; ask for less or give it more")
+        if sequence.prompt_tokens >= self.max_model_tokens:
+            raise UsageError(
+                f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is"
+                f" {self.max_model_tokens} together"
+            )
+        longest = min(self.max_model_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
+        need = sequence.blocks(longest, self.config.page_tokens)
+        if need > self.pool.blocks:
+            raise UsageError(
+                f"prompt: {longest} tokens need {need} blocks of the key/value pool, which has {self.pool.blocks}; ask"
+                " for less or give it more"
+            )
 
     def abort(self, id: str) -> None:
         """Stop a request; its last output has the reason "abort". Unknown ids are ignored: it may just have ended."""
@@ -202,55 +242,66 @@ class Engine:
         if sequence is not None:
             self._finish(sequence, "abort")
 
+    def pause(self, ids: Iterable[str]) -> None:
+        """Compute nothing for these requests until `resume`; they hold no pages meanwhile. Unknown ids are ignored."""
+        for sequence in filter(None, map(self._sequences.get, ids)):
+            self.scheduler.pause(sequence)
+
+    def resume(self, ids: Iterable[str]) -> None:
+        """Go on with these requests."""
+        for sequence in filter(None, map(self._sequences.get, ids)):
+            sequence.paused = False
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._sequences or self._outputs)
+        return bool(self._outputs) or self.scheduler.busy
 
     # one step
 
     @torch.no_grad()
     def step(self) -> list[Output]:
         """Advance every request that can; returns what each gained."""
-        began = time.monotonic()
-        turns = self.scheduler.decodes()
-        self._encode_pictures()
-        turns += self.scheduler.prefills(self.config.step_tokens)
-        for turn in turns:
-            if turn.sequence.times.admitted is None:
-                turn.sequence.times.admitted = began
-        for turn, result in zip(turns, self._run(turns), strict=True):
+        began, rows = time.monotonic(), self.pace.rows
+        self.scheduler.admit(rows)
+        chunks = self.scheduler.decodes(min(rows, self.config.max_running))
+        encoded = self._encode_images(rows)
+        chunks += self.scheduler.prefills(rows)
+        for chunk in chunks:
+            if chunk.sequence.times.admitted is None:
+                chunk.sequence.times.admitted = began
+        for chunk, result in zip(chunks, self._run(chunks), strict=True):
             if result is not None:
-                self._guarded(turn.sequence, self._commit, turn, result)
-        self.stats.observe_step(turns, time.monotonic() - began)
+                self._guarded(chunk.sequence, self._commit, chunk, result)
+        seconds = time.monotonic() - began
+        self.pace.observe(max(encoded, sum(chunk.end - chunk.begin for chunk in chunks)), seconds)
+        self.stats.observe_step(chunks, seconds)
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _encode_pictures(self) -> None:
-        """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that decoding goes on meanwhile."""
-        wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
-        rows = 0
-        room = self.config.max_running - len(self.scheduler.running)
-        for sequence in [*self.scheduler.running, *islice(self.scheduler.waiting, room)]:
-            if sequence.decoding:
-                continue
-            for number, (name, tokens) in enumerate(sequence.pictures):
+    def _encode_images(self, tokens: int) -> int:
+        """Encode about `tokens` visual tokens of images that are not known yet, so that decoding goes on meanwhile;
+        how many."""
+        for sequence in self.scheduler.prefilling():
+            for number, (name, _) in enumerate(sequence.images):
                 if sequence.features[number] is None:
                     sequence.features[number] = self._features.get(name)
-                if sequence.features[number] is None:
-                    rows += tokens if name not in wanted else 0
-                    if wanted and rows > self.config.step_tokens:
-                        return self._encode(wanted)
-                    wanted.setdefault(name, []).append((sequence, number))
-        return self._encode(wanted)
+        wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
+        for sequence, number in self.scheduler.images(tokens):
+            wanted.setdefault(sequence.images[number][0], []).append((sequence, number))
+        self._encode(wanted)
+        return sum(holders[0][0].images[holders[0][1]][1] for holders in wanted.values())
 
     def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
-        """All in one batch; after an exception each alone, so that only the requests of a picture that cannot be encoded fail."""
+        """All in one batch; after an exception each alone, so that only the requests of an image that cannot be
+        encoded fail."""
         images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
         try:
-            found: dict[bytes, Tensor] = dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
+            found: dict[bytes, Tensor] = (
+                dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
+            )
         except Exception:
-            log.exception("%d pictures could not be encoded together; encoding them one by one", len(images))
+            log.exception("%d images could not be encoded together; encoding them one by one", len(images))
             found = {}
             for name, image in images.items():
                 try:
@@ -263,25 +314,25 @@ class Engine:
             for sequence, number in wanted[name]:
                 sequence.features[number] = features
 
-    def _run(self, turns: list[Turn]) -> list[Result | None]:
-        """All turns in one batch; after an exception each alone, so that only the request that causes it fails."""
-        if not turns:
+    def _run(self, chunks: list[Chunk]) -> list[Result | None]:
+        """All chunks in one batch; after an exception each alone, so that only the request that causes it fails."""
+        if not chunks:
             return []
         try:
-            return list(self.runner.run([self._work(turn) for turn in turns]))
+            return list(self.runner.run([self._work(chunk) for chunk in chunks]))
         except Exception:
-            log.exception("a step of %d requests failed; running them one by one", len(turns))
+            log.exception("a step of %d requests failed; running them one by one", len(chunks))
         results: list[Result | None] = []
-        for turn in turns:
+        for chunk in chunks:
             try:
-                results += self.runner.run([self._work(turn)])
+                results += self.runner.run([self._work(chunk)])
             except Exception as error:
-                self._fail(turn.sequence, error)
+                self._fail(chunk.sequence, error)
                 results.append(None)
         return results
 
-    def _work(self, turn: Turn) -> Work:
-        return turn.sequence.work(self.model, turn.begin, turn.end, turn.enter, turn.leave)
+    def _work(self, chunk: Chunk) -> Work:
+        return chunk.sequence.work(self.model, chunk.begin, chunk.end, chunk.enter, chunk.leave)
 
     def _guarded(self, sequence: Sequence, function: Any, *args: Any) -> None:
         try:
@@ -294,60 +345,76 @@ class Engine:
         self.stats.failed += 1
         self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
-    def _commit(self, turn: Turn, result: Result) -> None:
-        sequence = turn.sequence
+    def _commit(self, chunk: Chunk, result: Result) -> None:
+        sequence = chunk.sequence
         if result.logits is None:
             assert result.hidden is not None
             sequence.ahead.append(Piece(result.hidden, result.attended))
             return
-        sequence.advance(turn.begin, turn.end, result.kept)
+        sequence.advance(chunk.begin, chunk.end, result.kept)
         sequence.publish(self.pool, self.config.page_tokens)
-        if turn.end == len(sequence.tokens):
+        if chunk.end == len(sequence.tokens):
             sequence.features = [None] * len(sequence.features)
-            while sequence.followers:
-                follower = sequence.followers.pop(0)
-                if self.scheduler.fork(sequence, follower):
-                    self._guarded(follower, self._choose, follower, result.logits)
+            while sequence.siblings:
+                sibling = sequence.siblings.pop(0)
+                if self.scheduler.fork(sequence, sibling):
+                    self._guarded(sibling, self._choose, sibling, result.logits)
                 else:
-                    self.scheduler.queue(follower)
+                    self.scheduler.queue(sibling)
             self._choose(sequence, result.logits)
 
     def _choose(self, sequence: Sequence, logits: Row) -> None:
         """The next token of a request from its logits."""
-        sampling, place = sequence.request.sampling, len(sequence.answer)
-        token = logits.choose(sampling, sequence.seed, place)
+        sampling, step = sequence.request.sampling, len(sequence.answer)
+        token = logits.choose(sampling, sequence.seed, step)
         ends = token in self.eos and not sampling.ignore_eos
-        last = ends or place + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
-        entry = None if sampling.logprobs is None else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
+        last = ends or step + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_model_tokens
+        entry = (
+            None
+            if sampling.logprobs is None
+            else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
+        )
         sequence.append(token)
         self.stats.observe_token(sequence.times)
-        text = sequence.said(token, last)
+        text = sequence.next_text(token, last)
         report = () if entry is None else sequence.entries.push(entry, text, sequence.stops.found)
         if last or sequence.stops.found:
             self._finish(sequence, "stop" if ends or sequence.stops.found else "length", text, (token,), report)
         else:
             self._outputs.append(Output(sequence.request.id, text, (token,), report))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = (),
-                report: tuple[TokenLogprob, ...] = (), error: str | None = None) -> None:  # fmt: skip
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        report: tuple[TokenLogprob, ...] = (),
+        error: str | None = None,
+    ) -> None:
         if self._sequences.pop(sequence.request.id, None) is None:
             return
         self.scheduler.remove(sequence)
-        for leader in self._sequences.values():
-            if sequence in leader.followers:
-                leader.followers.remove(sequence)
-        if sequence.followers:  # the next one computes the prompt for the others
-            heir = sequence.followers[0]
-            heir.followers, sequence.followers = sequence.followers[1:], []
-            self.scheduler.queue(heir)
+        for parent in self._sequences.values():
+            if sequence in parent.siblings:
+                parent.siblings.remove(sequence)
+        if sequence.siblings:  # the next one computes the prompt for the others
+            successor = sequence.siblings[0]
+            successor.siblings, sequence.siblings = sequence.siblings[1:], []
+            self.scheduler.queue(successor)
         self.stats.finished[reason] += 1
         self._outputs.append(Output(sequence.request.id, text, tokens, report, reason, sequence.usage(), error))
 
-    # for whoever watches
+    # introspection
 
     def check_integrity(self) -> None:
-        """AssertionError unless every unit of the pool is accounted for."""
-        holders = [page for sequence in [*self.scheduler.running, *self.scheduler.waiting] for pages in sequence.pages for page in pages]
+        """AssertionError unless every block of the pool is accounted for."""
+        holders = [
+            page
+            for sequence in [*self.scheduler.running, *self.scheduler.waiting]
+            for pages in sequence.pages
+            for page in pages
+        ]
         self.pool.check_integrity(holders)
 
 

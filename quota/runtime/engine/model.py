@@ -1,4 +1,5 @@
-"""The loaded model as the engine runs it. Everything here works on rows: tokens of any requests, one below the other."""
+"""The loaded model as the engine runs it. Everything here works on rows: tokens of any requests, one below the
+other."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from quota.core.errors import UsageError
+from quota.core.formats import KV4, SCHEMES
 from quota.models import find_family
-from quota.models.images import ImageInput, Shown
+from quota.models.images import ImageInfo, ImageInput
+from quota.models.quantize import model_scheme, quantized_modules, text_scheme
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
 from quota.ops.weights import Kv
@@ -21,10 +24,10 @@ from quota.runtime.engine.prefix import digest
 class EngineModel:
     """One loaded model. M rows, hidden size d; rows come and go in the dtype of the model.
 
-    device: where the model is; positions and ids go there, `positions` and what `Prompt` holds stay on the host. embed, rotary,
-    angles, project, finish and logits run inside captured steps, so they do not wait for it.
-    axes: A, numbers that make a position: 1, or time, row and column. biased: some layers keep their key bias out of the 4-bit cache and need the
-    positions of cached keys. UsageError for a model the engine cannot serve.
+    device: where the model is; positions and ids go there, `positions` and what `Prompt` holds stay on the host. embed,
+    rotary, angles, project, finish and logits run inside captured steps, so they do not wait for it. axes: A, numbers
+    that make a position: 1, or time, row and column. biased: some layers keep their key bias out of the 4-bit cache and
+    need the positions of cached keys. UsageError for a model the engine cannot serve.
     """
 
     def __init__(self, model: Any) -> None:
@@ -33,32 +36,40 @@ class EngineModel:
         self.text: Any = model.get_submodule(family.text_path)
         self.device = self.text.embed_tokens.weight.device
         self._layers = list(self.text.layers)
-        if not all(isinstance(layer.self_attn, QuantAttention) for layer in self._layers):
-            manifest = getattr(model, "quota_manifest", None)
-            found = "a float one" if manifest is None else f"{manifest.regime} with parts {', '.join(manifest.modules)}"
-            raise UsageError(
-                f"model: the engine serves W4A4KV4 language models (4-bit cache), this one is {found}; use `quota run` or `quota.load` with it, or "
-                "`quota calibrate --method flatquant` the float model"
-            )
+        if text_scheme(model).kv is None:
+            raise UsageError(_refusal(model))
         if getattr(model, "quota_handle", None) is not None:
-            raise UsageError("recipe: already installed on this model; load it without one and give the recipe to the engine")
+            raise UsageError(
+                "recipe: already installed on this model; load it without one and give the recipe to the engine"
+            )
         rope = getattr(self.text.rotary_emb, "inner", self.text.rotary_emb).rope_type
         if rope not in family.fixed_rope:
             known = ", ".join(family.fixed_rope)
-            raise UsageError(f"rope_type: the angles of {rope!r} depend on more than a token's position; the engine needs one of {known}")
-        self.layers, self.heads, self.kv_heads, self.head_dim = family.layers, family.heads, family.kv_heads, family.head_dim
+            raise UsageError(
+                f"rope_type: the angles of {rope!r} depend on more than a token's position; the engine needs one of"
+                f" {known}"
+            )
+        self.layers, self.heads, self.kv_heads, self.head_dim = (
+            family.layers,
+            family.heads,
+            family.kv_heads,
+            family.head_dim,
+        )
         self.axes = family.axes
         self.vocabulary, self.image_token = int(self.text.embed_tokens.weight.shape[0]), family.image_token_id
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
         self.scaling = float(self._layers[0].self_attn.scaling)
         self.biased = any(isinstance(layer.self_attn, QuantBiasedAttention) for layer in self._layers)
         self._cos, self._sin = self._turns()
-        if self.axes > 1:  # channels by axis, of a table [D, max_tokens] whose halves are cosines and sines of the same angles
+        if (
+            self.axes > 1
+        ):  # channels by axis, of a table [D, max_tokens] whose halves are cosines and sines of the same angles
             self._spans = family.rotary_axes(self.text.rotary_emb)
             self._table = key_angles(self._cos[None], self._sin[None])[0].contiguous()
 
     def _turns(self) -> tuple[Tensor, Tensor]:
-        """cos, sin float32 [max_tokens, D] of positions that are one number, as the model's own embedding rounds them."""
+        """cos, sin float32 [max_tokens, D] of positions that are one number, as the model's own embedding rounds
+        them."""
         like = torch.empty(0, dtype=self.text.embed_tokens.weight.dtype, device=self.device)
         cos, sin = self.text.rotary_emb(like, torch.arange(self.max_tokens, device=self.device)[None])
         return cos[0].float(), sin[0].float()
@@ -76,10 +87,12 @@ class EngineModel:
     def image_tokens(self, image: ImageInput) -> int:
         """Visual tokens of one image; UsageError for what is none."""
         if not isinstance(image, ImageInput):
-            raise UsageError(f"image: expected ImageInput, got {type(image).__name__}; make them with `EngineModel.images`")
+            raise UsageError(
+                f"image: expected ImageInput, got {type(image).__name__}; make them with `EngineModel.images`"
+            )
         return self.family.image_tokens(image)
 
-    def image_shown(self, image: ImageInput) -> Shown:
+    def image_shown(self, image: ImageInput) -> ImageInfo:
         """What selections by content or position need to know of it."""
         return self.family.shown(image)
 
@@ -96,8 +109,11 @@ class EngineModel:
         return self.text.embed_tokens(ids.to(self.device))
 
     def positions(self, ids: Tensor, images: Sequence[ImageInput]) -> np.ndarray:
-        """ids int64 [S] of a prompt and its images -> int64 [A, S]. What follows counts on from the largest number, alike on all axes."""
-        return self.family.positions(self.model, ids, [image.grid for image in images if image.grid is not None]).numpy()
+        """ids int64 [S] of a prompt and its images -> int64 [A, S]. What follows counts on from the largest number,
+        alike on all axes."""
+        return self.family.positions(
+            self.model, ids, [image.grid for image in images if image.grid is not None]
+        ).numpy()
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [A, M] -> cos, sin float32 [M, D]."""
@@ -107,18 +123,25 @@ class EngineModel:
         return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
     def angles(self, positions: Tensor) -> Tensor:
-        """int64 [A, B, S] -> float32 [B, D, S]: cosines and sines of cached positions, the `shared` channels of `kv4_attention`."""
+        """int64 [A, B, S] -> float32 [B, D, S]: cosines and sines of cached positions, the `shared` channels of
+        `kv4_attention`."""
         _, batch, slots = positions.shape
         if self.axes == 1:
             flat = positions.reshape(-1)
             return key_angles(*(t[flat].view(batch, slots, -1) for t in (self._cos, self._sin)))
         out = torch.empty(batch, self.head_dim, slots, device=self.device)
         for begin, end, axis in self._spans:
-            out[:, begin:end] = self._table[begin:end].index_select(1, positions[axis].reshape(-1)).view(end - begin, batch, slots).transpose(0, 1)
+            out[:, begin:end] = (
+                self._table[begin:end]
+                .index_select(1, positions[axis].reshape(-1))
+                .view(end - begin, batch, slots)
+                .transpose(0, 1)
+            )
         return out
 
     def project(self, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Kv, Kv]:
-        """x [M, d] at a layer's input -> q float32 [1, H, M, D], or 2 D wide where the key bias is kept apart; packed keys and values [1, Hkv, M, ...]."""
+        """x [M, d] at a layer's input -> q float32 [1, H, M, D], or 2 D wide where the key bias is kept apart; packed
+        keys and values [1, Hkv, M, ...]."""
         module = self._layers[layer]
         attention: QuantAttention = module.self_attn
         qkv = attention.qkv_proj(module.input_layernorm(x).float())[None]
@@ -128,7 +151,7 @@ class EngineModel:
 
     def _slots(self, rows: int) -> Kv:
         shape = (1, self.kv_heads, rows)
-        codes = torch.empty(*shape, self.head_dim // 2, dtype=torch.uint8, device=self.device)
+        codes = torch.empty(*shape, KV4.code_bytes(self.head_dim), dtype=torch.uint8, device=self.device)
         return codes, torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
@@ -144,3 +167,15 @@ class EngineModel:
     def decoder_layer(self, layer: int) -> Any:
         """The module, for token scores."""
         return self._layers[layer]
+
+
+def _refusal(model: Any) -> str:
+    scheme, parts = model_scheme(model), quantized_modules(model)
+    found = f"{scheme.name} with parts {', '.join(parts)}" if parts else "a float one"
+    served = [row for row in SCHEMES.values() if row.kv is not None]
+    methods = [method for row in served for method in row.methods]
+    return (
+        f"model: the engine serves {' and '.join(row.title for row in served)} language models (4-bit cache), this one"
+        f" is {found}; use `quota run` or `quota.load` with it, or `quota calibrate --method {methods[0]}` the float"
+        " model"
+    )

@@ -1,8 +1,9 @@
 """Names for the content of pages: equal names, equal keys and values, bit for bit.
 
-Keys and values of a token are a function of the tokens before it: word ids and the content of pictures. In a segment that lost visual tokens
-they are, from the first visual token on, also a function of what was chosen, that is of the recipe and of the tokens it was chosen by. So a
-name is a hash chain over the page's tokens, and where something was dropped the recipe and the selecting tokens enter it.
+Keys and values of a token are a function of the tokens before it: word ids and the content of images. In a segment
+that lost visual tokens they are, from the first visual token on, also a function of what was chosen, that is of the
+recipe and of the tokens it was chosen by. So a name is a hash chain over the page's tokens, and where something was
+dropped the recipe and the selecting tokens enter it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Content = np.ndarray  # int64 [tokens, 3]: word id, 0, 0; or place in the picture, and two words of the picture's digest
+Content = np.ndarray  # int64 [tokens, 3]: word id, 0, 0; or place in the image, and two words of the image's digest
 
 
 def digest(data: bytes) -> bytes:
@@ -20,11 +21,11 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def content_of(ids: Sequence[int], visual: np.ndarray, pictures: Sequence[tuple[bytes, int]]) -> Content:
-    """visual bool [tokens]; pictures: digest of 16 bytes and number of visual tokens of each, in order."""
+def content_of(ids: Sequence[int], visual: np.ndarray, images: Sequence[tuple[bytes, int]]) -> Content:
+    """visual bool [tokens]; images: digest of 16 bytes and number of visual tokens of each, in order."""
     content = np.zeros((len(ids), 3), dtype=np.int64)
     content[:, 0] = ids
-    rows = [_picture_rows(name, tokens) for name, tokens in pictures]
+    rows = [_picture_rows(name, tokens) for name, tokens in images]
     if rows:
         content[visual] = np.concatenate(rows)
     return content
@@ -41,23 +42,26 @@ def _picture_rows(name: bytes, tokens: int) -> Content:
 class PageNames:
     """Names of the pages of one request in one segment, in order; grows with the answer.
 
-    chosen: None where the segment holds every token, else (first visual token, tokens dropped, selecting tokens, digest of the recipe).
+    chosen: None where the segment holds every token, else (first visual token, tokens dropped, selecting tokens, digest
+    of the recipe).
     """
 
-    def __init__(self, segment: str, places: int, prompt: Content, chosen: tuple[int, int, int, bytes] | None) -> None:
-        self.places = places
+    def __init__(
+        self, segment: str, page_size: int, prompt: Content, chosen: tuple[int, int, int, bytes] | None
+    ) -> None:
+        self.page_size = page_size
         self._last = digest(segment.encode())
         self._names: list[bytes] = []
         rows = prompt if chosen is None else _after_drop(prompt, *chosen)
-        full = len(rows) // places * places
-        for first in range(0, full, places):
-            self._name(rows[first : first + places])
+        full = len(rows) // page_size * page_size
+        for first in range(0, full, page_size):
+            self._name(rows[first : first + page_size])
         self._rest: list[list[int]] = rows[full:].tolist()
 
     def append(self, token: int) -> None:
         """A new word of the answer."""
         self._rest.append([token, 0, 0])
-        if len(self._rest) == self.places:
+        if len(self._rest) == self.page_size:
             self._name(np.array(self._rest, dtype=np.int64))
             self._rest = []
 

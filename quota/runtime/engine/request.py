@@ -12,15 +12,18 @@ from quota.core.recipe import Recipe
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOPS, MAX_LOGPROBS = 16, 20
-MAX_STOP_CHARACTERS = 1024  # of each stop text: what an answer may hold back, and what the engine's thread prepares per request
+MAX_STOP_CHARACTERS = (
+    1024  # of each stop text: what an answer may hold back, and what the engine's thread prepares per request
+)
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to choose tokens. temperature 0 is greedy; top_k 0 is no limit.
 
-    seed: None draws one. stop: texts that end the answer and are not part of it. logprobs: how many alternatives to report per token, None for no
-    report at all. ignore_eos: go on after the end token (for measurements). UsageError names a field that is out of range.
+    seed: None draws one. stop: texts that end the answer and are not part of it. logprobs: how many alternatives to
+    report per token, None for no report at all. ignore_eos: go on after the end token (for measurements). UsageError
+    names a field that is out of range.
     """
 
     max_tokens: int = 256
@@ -40,8 +43,18 @@ class Sampling:
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
         lengths = [len(text) for text in self.stop]
         good = len(lengths) <= MAX_STOPS and all(1 <= length <= MAX_STOP_CHARACTERS for length in lengths)
-        _check(good, "stop", f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters", f"{len(lengths)} of up to {max(lengths, default=0)}")
-        _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}", self.logprobs)
+        _check(
+            good,
+            "stop",
+            f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters",
+            f"{len(lengths)} of up to {max(lengths, default=0)}",
+        )
+        _check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            f"0 to {MAX_LOGPROBS}",
+            self.logprobs,
+        )
 
     def drawn_seed(self) -> int:
         """The seed, or a fresh one."""
@@ -55,10 +68,12 @@ def _check(good: bool, name: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with one image token per visual token, and the pictures in order, as the model family's processor made them.
+    """Token ids with one image token per visual token, and the images in order, as the model family's processor made
+    them.
 
-    selection_tokens: the visual tokens are chosen by what this many leading tokens say; None is the whole prompt. A chat passes the length of
-    its prompt up to the first answer after the last picture, so that later turns keep the first selection.
+    selection_tokens: the visual tokens are chosen by what this many leading tokens say; None is the whole prompt. A
+    chat passes the length of its prompt up to the first answer after the last image, so that later turns keep the
+    first selection.
     """
 
     ids: Sequence[int]
@@ -68,23 +83,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to make. recipe: a name the engine knows, a Recipe of its own with known prune points, or None for no pruning; the string
-    "default" is the engine's default. keep: another final keep ratio for that recipe."""
+    """One answer to make. recipe: a name the engine knows, a Recipe of its own with known prune points, or None for no
+    pruning; the string "default" is the engine's default. keep: another final keep ratio for that recipe. client: on
+    whose behalf; clients take fair turns, and the requests of one go in order of arrival."""
 
     id: str
     prompt: Prompt
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     recipe: Recipe | str | None = "default"
     keep: float | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token and its natural log-probability under the model's own distribution (temperature 1).
 
-    text: what it adds to the answer, so that the texts of all tokens join to the answer's; a character that several tokens make is the last one's.
-    An alternative that would add none has its name in the vocabulary. utf8: its bytes, its share of such a character too; None for special tokens.
-    top: the likeliest alternatives in its place, best first.
+    text: what it adds to the answer, so that the texts of all tokens join to the answer's; a character that several
+    tokens make is the last one's. An alternative that would add none has its name in the vocabulary. utf8: its bytes,
+    its share of such a character too; None for special tokens. top: the likeliest alternatives in its place, best
+    first.
     """
 
     token: int
@@ -96,8 +114,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one request. visual_by_layer: visual tokens alive in each decoder layer; cached: prompt tokens whose keys and values were
-    reused instead of computed."""
+    """Counts of one request. visual_by_layer: visual tokens alive in each decoder layer; cached: prompt tokens whose
+    keys and values were reused instead of computed."""
 
     prompt_tokens: int
     completion_tokens: int

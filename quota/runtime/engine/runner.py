@@ -1,7 +1,9 @@
-"""One step of the model for a mixed batch: requests that decode go through `Decoder`, rows of prefills through the decoder layers together, here.
+"""One step of the model for a mixed batch: requests that decode go through `Decoder`, rows of prefills through the
+decoder layers together, here.
 
-Linear layers, norms and feed-forward blocks see one matrix of rows; attention and the choice of tokens see requests. No result depends on
-what else is in the batch: a row's dot products are exact integers or chains in a fixed order, whatever the number of rows and threads.
+Linear layers, norms and feed-forward blocks see one matrix of rows; attention and the choice of tokens see requests. No
+result depends on what else is in the batch: a row's dot products are exact integers or chains in a fixed order,
+whatever the number of rows and threads.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ import torch
 from torch import Tensor
 
 from quota import ops
-from quota.nn.attention import Record
+from quota.nn.attention import AttentionTrace
 from quota.ops.weights import Kv
-from quota.runtime.engine.choice import Attended
 from quota.runtime.engine.decode import Decoder
+from quota.runtime.engine.forward_batch import Result, Work
+from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.plan import Segments
 from quota.runtime.engine.sampling import Logits
-from quota.runtime.engine.storage import KvStorage
-from quota.runtime.engine.work import Result, Work
+from quota.runtime.engine.segments import Segments
+from quota.runtime.engine.selection import Attended
 
 
 class _Flight:
@@ -73,18 +75,25 @@ class _Batch:
 
 
 class _Slots:
-    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each flight the tables int32 [layers, 1, W], length int32 [1] and, where the
-    family asks for them, angles [1, D, length] of all slots.
+    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each flight the tables int32 [layers, 1,
+    W], length int32 [1] and, where the family asks for them, angles [1, D, length] of all slots.
     """
 
-    def __init__(self, batch: _Batch, segment: int, places: int, model: EngineModel) -> None:
+    def __init__(self, batch: _Batch, segment: int, page_size: int, model: EngineModel) -> None:
         works = [(flight.work, len(flight.rows)) for flight in batch.flights]
-        slots = [_slots(work, segment, rows, places) for work, rows in works]
+        slots = [_slots(work, segment, rows, page_size) for work, rows in works]
         ends = [work.base[segment] + rows for work, rows in works]
         self.slot = _on(np.concatenate(slots, axis=1), model)
-        self.tables = [_on(work.tables[segment][:, None, : -(-end // places)], model) for (work, _), end in zip(works, ends, strict=True)]
+        self.tables = [
+            _on(work.tables[segment][:, None, : -(-end // page_size)], model)
+            for (work, _), end in zip(works, ends, strict=True)
+        ]
         self.lengths = _on(np.array(ends, dtype=np.int32), model).split(1)
-        self.angles = [model.angles(_on(flight.filled(segment)[:, None], model)) for flight in batch.flights] if model.biased else None
+        self.angles = (
+            [model.angles(_on(flight.filled(segment)[:, None], model)) for flight in batch.flights]
+            if model.biased
+            else None
+        )
 
 
 def _on(array: np.ndarray, model: EngineModel) -> Tensor:
@@ -92,17 +101,18 @@ def _on(array: np.ndarray, model: EngineModel) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(model.device)
 
 
-def _slots(work: Work, segment: int, rows: int, places: int) -> np.ndarray:
+def _slots(work: Work, segment: int, rows: int, page_size: int) -> np.ndarray:
     """int64 [layers, rows]; -1 where the content is there already."""
     first = work.base[segment]
     at = np.arange(first, first + rows)
-    slot = work.tables[segment][:, at // places].astype(np.int64) * places + at % places
+    slot = work.tables[segment][:, at // page_size].astype(np.int64) * page_size + at % page_size
     slot[:, at < work.shared[segment]] = -1
     return slot
 
 
 class Runner:
-    """Runs works on one model and one pool. Nothing but the pool's own slots of a work is changed, so a step can be run again."""
+    """Runs works on one model and one pool. Nothing but the pool's own slots of a work is changed, so a step can be run
+    again."""
 
     def __init__(self, model: EngineModel, storage: KvStorage, segments: Segments, decoder: Decoder) -> None:
         self.model, self.storage, self.segments, self.decoder = model, storage, segments, decoder
@@ -120,7 +130,11 @@ class Runner:
 
     def _prefill(self, works: Sequence[Work]) -> list[Result]:
         flights = [_Flight(work, x) for work, x in zip(works, self._inputs(works), strict=True)]
-        events = {layer for work in works for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))}
+        events = {
+            layer
+            for work in works
+            for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))
+        }
         compact = any(any(work.compact) for work in works)
         results: dict[int, Result] = {}
         batch: _Batch | None = None
@@ -129,7 +143,7 @@ class Runner:
                 if layer in events:
                     batch = self._regroup(batch, [f for f in flights if f.work.enter <= layer < f.work.leave], layer)
                 if batch is not None:
-                    slots = _Slots(batch, segment, self.storage.places, self.model)
+                    slots = _Slots(batch, segment, self.storage.page_size, self.model)
                     if layer in events or compact:
                         positions = np.concatenate([flight.positions(segment) for flight in batch.flights], axis=1)
                         rotary = self.model.rotary(_on(positions, self.model))
@@ -154,11 +168,14 @@ class Runner:
         if choice is None or layer not in choice.keep:
             return
         n = int((flight.rows < choice.selecting).sum())
-        record = flight.attended.record(n, self.model.scaling) if flight.attended is not None else None
+        trace = flight.attended.trace(n, self.model.scaling) if flight.attended is not None else None
         module = self.model.decoder_layer(layer)
-        flight.drop(layer, choice.kept_rows(layer, module, flight.x, flight.rows, record, lambda: self._own_record(flight, layer, n)))
+        flight.drop(
+            layer,
+            choice.kept_rows(layer, module, flight.x, flight.rows, trace, lambda: self._own_record(flight, layer, n)),
+        )
 
-    def _own_record(self, flight: _Flight, layer: int, rows: int) -> Record:
+    def _own_record(self, flight: _Flight, layer: int, rows: int) -> AttentionTrace:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
         segment = self._segment_of[layer]
         positions = flight.positions(segment - 1)[:, :rows]
@@ -166,7 +183,7 @@ class Runner:
         base = flight.work.base[segment]
         cached = (keys, values)
         if base:
-            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.places)], self.model)
+            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.page_size)], self.model)
             before = self.storage.read(table, _on(np.array([base], dtype=np.int32), self.model), base)
             cached = _joined(before[0], keys), _joined(before[1], values)
         angles = None
@@ -175,12 +192,16 @@ class Runner:
             assert known is not None
             angles = self.model.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.model))
         _, lse = ops.kv4_attention(q, *cached, base + rows, None, self.model.scaling, angles)
-        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).record(rows, self.model.scaling)
+        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).trace(rows, self.model.scaling)
 
     def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
         counts = [0 if work.hidden is not None else len(work.ids) for work in works]
         ids = [token for work in works if work.hidden is None for token in work.ids]
-        embedded = iter(self.model.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n])) if ids else iter(())
+        embedded = (
+            iter(self.model.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n]))
+            if ids
+            else iter(())
+        )
         return [next(embedded) if work.hidden is None else work.hidden for work in works]
 
     def _logits(self, flights: list[_Flight], results: dict[int, Result]) -> None:
@@ -198,7 +219,9 @@ class Runner:
         for number, (flight, begin, end) in enumerate(batch.spans()):
             own = q[:, :, begin:end].contiguous()
             angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.model.head_dim else None
-            out, lse = self.storage.attend(own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles)
+            out, lse = self.storage.attend(
+                own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles
+            )
             outs.append(out.view(end - begin, -1))
             flight.attended = None
             if flight.recorded_at(layer):

@@ -1,5 +1,6 @@
-"""From a row of logits to a token: the likeliest (the lower of equals), or one drawn. Drawing runs on one row in float64, and randomness is a hash of
-(seed, place), so a request's tokens depend neither on the batch nor on what happened before: after a preemption the same token is drawn again."""
+"""From a row of logits to a token: the likeliest (the lower of equals), or one drawn. Drawing runs on one row in
+float64, and randomness is a hash of (seed, place), so a request's tokens depend neither on the batch nor on what
+happened before: after a preemption the same token is drawn again."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from quota.runtime.engine.request import Sampling
+from quota.runtime.engine.request import SamplingParams
 
 
 class Logits:
-    """Logits [M, N] of a step's rows and the likeliest token int64 [M] of each. On a GPU only the tokens are fetched, until a row's logits are asked for;
-    they hold until the next step."""
+    """Logits [M, N] of a step's rows and the likeliest token int64 [M] of each. On a GPU only the tokens are fetched,
+    until a row's logits are asked for; they hold until the next step."""
 
     def __init__(self, values: Tensor, likeliest: Tensor) -> None:
         self._values, self.likeliest = values, likeliest.tolist()
@@ -42,12 +43,16 @@ class Row:
         """float32 [N]."""
         return self.logits.host[self.number]
 
-    def choose(self, sampling: Sampling, seed: int, place: int) -> int:
+    def choose(self, sampling: SamplingParams, seed: int, step: int) -> int:
         """The next token; place: how many were chosen before."""
-        return self.logits.likeliest[self.number] if sampling.temperature == 0 else draw_token(self.values, sampling, seed, place)
+        return (
+            self.logits.likeliest[self.number]
+            if sampling.temperature == 0
+            else sample_token(self.values, sampling, seed, step)
+        )
 
 
-def draw_token(logits: np.ndarray, sampling: Sampling, seed: int, place: int) -> int:
+def sample_token(logits: np.ndarray, sampling: SamplingParams, seed: int, step: int) -> int:
     """logits float [N], a temperature above 0. Ties go to the lower token."""
     x = logits.astype(np.float64)
     order = np.argsort(-x, kind="stable")
@@ -59,13 +64,13 @@ def draw_token(logits: np.ndarray, sampling: Sampling, seed: int, place: int) ->
     if sampling.top_p < 1:
         kept = int(np.searchsorted(total, sampling.top_p * total[-1])) + 1
         order, total = order[:kept], total[:kept]
-    at = int(np.searchsorted(total, uniform(seed, place) * total[-1], side="right"))
+    at = int(np.searchsorted(total, uniform(seed, step) * total[-1], side="right"))
     return int(order[min(at, len(order) - 1)])
 
 
-def uniform(seed: int, place: int) -> float:
+def uniform(seed: int, step: int) -> float:
     """In [0, 1), 53 bits."""
-    digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / (1 << 53)
 
 

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
-from quota.models.images import Pictures
-from quota.prune.budget import picture_sizes
-from quota.prune.select import asks_for_pictures
-from quota.runtime.engine.choice import Attended, Choice
+from quota.models.images import ImageTokens
+from quota.prune.budget import image_sizes
+from quota.prune.select import needs_images
+from quota.runtime.engine.detokenize import Detokenizer, StopStrings
+from quota.runtime.engine.forward_batch import Work
+from quota.runtime.engine.logprobs import LogprobBuffer
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.places import Places
-from quota.runtime.engine.plan import Segments, plan_prompt
 from quota.runtime.engine.pool import Page, PagePool
+from quota.runtime.engine.positions import Positions
 from quota.runtime.engine.prefix import Content, PageNames, content_of, digest
-from quota.runtime.engine.report import Entries
 from quota.runtime.engine.request import Request, Usage
-from quota.runtime.engine.text import Detokenizer, StopWatch
-from quota.runtime.engine.work import Work
+from quota.runtime.engine.segments import Segments, plan_prompt
+from quota.runtime.engine.selection import Attended, Choice
 
 
 @dataclass
@@ -47,28 +47,43 @@ class Times:
 
 
 class Sequence:
-    """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of the first `computed`
-    of them are in the pool."""
+    """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of
+    the first `computed` of them are in the pool."""
 
-    def __init__(self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments) -> None:
+    def __init__(
+        self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments
+    ) -> None:
         self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
+        self.client = request.client
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
         _check_tokens(self.tokens, model.vocabulary)
         ids = torch.tensor(self.tokens, dtype=torch.int64)
-        picture = model.image_index(ids[None])
-        self.visual = (picture[0] >= 0).numpy()
-        sizes = [model.image_tokens(image) for image in request.prompt.images]  # refuses what is no picture, so it comes first
-        self.pictures = [(model.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)]
-        self.features: list[Tensor | None] = [None] * len(self.pictures)
-        self.selecting = self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
-        self._check(picture)
-        self.plan = plan_prompt(recipe, segments, picture[0])
-        shown = [model.image_shown(image) for image in request.prompt.images] if recipe is not None and asks_for_pictures(recipe) else None
-        self.raster = Pictures.of(picture, shown)
-        self.places = Places(model.positions(ids, request.prompt.images), self.plan.dropped, recipe, model.biased)
-        places = self.visual.nonzero()[0]
-        self.first_visual, self.last_visual = (int(places[0]), int(places[-1])) if len(places) else (self.prompt_tokens, -1)
+        image_index = model.image_index(ids[None])
+        self.visual = (image_index[0] >= 0).numpy()
+        sizes = [
+            model.image_tokens(image) for image in request.prompt.images
+        ]  # refuses what is no image, so it comes first
+        self.images = [
+            (model.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)
+        ]
+        self.features: list[Tensor | None] = [None] * len(self.images)
+        self.selecting = (
+            self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
+        )
+        self._check(image_index)
+        self.plan = plan_prompt(recipe, segments, image_index[0])
+        shown = (
+            [model.image_shown(image) for image in request.prompt.images]
+            if recipe is not None and needs_images(recipe)
+            else None
+        )
+        self.raster = ImageTokens.of(image_index, shown)
+        self.positions = Positions(model.positions(ids, request.prompt.images), self.plan.dropped, recipe, model.biased)
+        visual_at = self.visual.nonzero()[0]
+        self.first_visual, self.last_visual = (
+            (int(visual_at[0]), int(visual_at[-1])) if len(visual_at) else (self.prompt_tokens, -1)
+        )
         self.names: list[PageNames] = []
         self.pages: list[list[Page]] = [[] for _ in segments.spans]
         self.tables = [np.zeros((len(span), 0), dtype=np.int32) for span in segments.spans]
@@ -77,28 +92,35 @@ class Sequence:
         self.computed = self.cached = 0
         self.ahead: list[Piece] = []
         self.seed = request.sampling.drawn_seed()
-        self.preemptions = 0
+        self.preemptions = self.passed_by = self.admitted_tokens = 0
+        self.paused = False
         self.times = Times()
         self.detokenizer: Detokenizer | None = None
-        self.stops = StopWatch(request.sampling.stop)
-        self.entries = Entries()
+        self.stops = StopStrings(request.sampling.stop)
+        self.entries = LogprobBuffer()
         self.kept: dict[int, np.ndarray] = {}  # layer -> prompt tokens alive from there on
-        self.followers: list[Sequence] = []  # requests of the same prompt, which wait for its pages
+        self.siblings: list[Sequence] = []  # requests of the same prompt, which wait for its pages
 
-    def _check(self, picture: Tensor) -> None:
-        pictures, found = [tokens for _, tokens in self.pictures], picture_sizes(picture)[0]
-        if pictures != found:
-            raise UsageError(f"prompt: expected image tokens for {len(pictures)} pictures of {pictures or 'no'} visual tokens, got {found or 'none'}")
+    def _check(self, image_index: Tensor) -> None:
+        images, found = [tokens for _, tokens in self.images], image_sizes(image_index)[0]
+        if images != found:
+            raise UsageError(
+                f"prompt: expected image tokens for {len(images)} images of {images or 'no'} visual tokens, got"
+                f" {found or 'none'}"
+            )
         if not 0 < self.selecting <= self.prompt_tokens or self.visual[self.selecting :].any():
-            raise UsageError(f"selection_tokens: expected a part of the prompt that holds every picture, got {self.selecting} of {self.prompt_tokens}")
+            raise UsageError(
+                f"selection_tokens: expected a part of the prompt that holds every image, got {self.selecting} of"
+                f" {self.prompt_tokens}"
+            )
 
-    def name_pages(self, places: int) -> None:
+    def name_pages(self, page_size: int) -> None:
         """Prepare the names under which pages can be shared."""
-        content: Content = content_of(self.tokens[: self.prompt_tokens], self.visual, self.pictures)
+        content: Content = content_of(self.tokens[: self.prompt_tokens], self.visual, self.images)
         recipe = digest(self.recipe.dumps().encode()) if self.recipe is not None else b""
         for name, dropped in zip(self.segments.names(), self.plan.dropped, strict=True):
             chosen = (self.first_visual, dropped, self.selecting, recipe) if dropped else None
-            self.names.append(PageNames(name, places, content, chosen))
+            self.names.append(PageNames(name, page_size, content, chosen))
 
     # counting
 
@@ -111,18 +133,27 @@ class Sequence:
         """Only the newest token is missing from the pool."""
         return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_tokens
 
+    @property
+    def gained(self) -> int:
+        """Tokens of the answer since it was admitted."""
+        return len(self.tokens) - self.admitted_tokens
+
     def slots(self, segment: int, tokens: int) -> int:
-        """Slots that the first `tokens` tokens take in a segment; tokens is outside the pictures of a pruned prompt."""
+        """Slots that the first `tokens` tokens take in a segment; tokens is outside the images of a pruned prompt."""
         return tokens if tokens <= self.first_visual else tokens - self.plan.dropped[segment]
 
-    def units(self, tokens: int, places: int) -> int:
-        """Units of all segments for that many tokens."""
-        return sum(-(-self.slots(s, tokens) // places) * len(span) for s, span in enumerate(self.segments.spans))
+    def blocks(self, tokens: int, page_size: int) -> int:
+        """Blocks of all segments for that many tokens."""
+        return sum(-(-self.slots(s, tokens) // page_size) * len(span) for s, span in enumerate(self.segments.spans))
 
     def usage(self) -> Usage:
         visual = int(self.visual.sum())
-        by_layer = tuple(visual - dropped for span, dropped in zip(self.segments.spans, self.plan.dropped, strict=True) for _ in span)
-        return Usage(self.prompt_tokens, len(self.answer), visual, by_layer, self.cached, self.selecting, self.preemptions)
+        by_layer = tuple(
+            visual - dropped for span, dropped in zip(self.segments.spans, self.plan.dropped, strict=True) for _ in span
+        )
+        return Usage(
+            self.prompt_tokens, len(self.answer), visual, by_layer, self.cached, self.selecting, self.preemptions
+        )
 
     # pages
 
@@ -130,22 +161,24 @@ class Sequence:
         """Append a page to the block table of a segment."""
         self.pages[segment].append(page)
         if page.positions is not None:
-            self.places.extend(segment, page.positions)
-        self.tables[segment] = np.concatenate([self.tables[segment], np.array(page.units, dtype=np.int32)[:, None]], axis=1)
+            self.positions.extend(segment, page.positions)
+        self.tables[segment] = np.concatenate(
+            [self.tables[segment], np.array(page.blocks, dtype=np.int32)[:, None]], axis=1
+        )
 
-    def replace(self, segment: int, place: int, page: Page) -> Page:
+    def replace(self, segment: int, at: int, page: Page) -> Page:
         """Put a page with the same content in the place of another, which is returned."""
-        old, self.pages[segment][place] = self.pages[segment][place], page
+        old, self.pages[segment][at] = self.pages[segment][at], page
         table = self.tables[segment].copy()  # a step may still read the old one
-        table[:, place] = page.units
+        table[:, at] = page.blocks
         self.tables[segment] = table
         return old
 
-    def follow(self, leader: Sequence) -> None:
+    def fork_from(self, parent: Sequence) -> None:
         """Take over the progress of a request of the same prompt, whose pages are held already."""
-        self.computed = self.cached = leader.computed
-        self.shared, self.published = [0] * len(self.segments), list(leader.published)
-        self.places, self.kept = leader.places.forked(), dict(leader.kept)
+        self.computed = self.cached = parent.computed
+        self.shared, self.published = [0] * len(self.segments), list(parent.published)
+        self.positions, self.kept = parent.positions.fork(), dict(parent.kept)
         self.features = [None] * len(self.features)
 
     def release(self, pool: PagePool) -> None:
@@ -157,14 +190,16 @@ class Sequence:
             self.tables[segment] = self.tables[segment][:, :0]
             self.shared[segment] = self.published[segment] = 0
         self.computed, self.ahead = 0, []
-        self.places.forget()
+        self.positions.forget()
 
-    def publish(self, pool: PagePool, places: int) -> None:
+    def publish(self, pool: PagePool, page_size: int) -> None:
         """Offer the pages that are full and computed to others."""
         for segment, names in enumerate(self.names):
-            full = self.slots(segment, self.computed) // places
+            full = self.slots(segment, self.computed) // page_size
             for page in range(self.published[segment], full):
-                self.pages[segment][page].positions = self.places.copied(segment, page * places, (page + 1) * places)
+                self.pages[segment][page].positions = self.positions.copied(
+                    segment, page * page_size, (page + 1) * page_size
+                )
                 pool.publish(self.pages[segment][page], names[page])
                 self.published[segment] = full
 
@@ -174,7 +209,7 @@ class Sequence:
         for names in self.names:
             names.append(token)
 
-    def said(self, token: int, last: bool) -> str:
+    def next_text(self, token: int, last: bool) -> str:
         """The text that may be shown after a new token of the answer."""
         if self.detokenizer is None:
             return ""
@@ -184,7 +219,8 @@ class Sequence:
     # work
 
     def reusable(self, matched: list[int]) -> int:
-        """Tokens that need not be computed when the first matched[s] slots of each segment are there; the last token always is."""
+        """Tokens that need not be computed when the first matched[s] slots of each segment are there; the last token
+        always is."""
         most = len(self.tokens) - 1
         if not self.plan.keep:
             return min(*matched, most)
@@ -197,7 +233,8 @@ class Sequence:
         return bool(self.plan.keep) and self.computed <= self.first_visual
 
     def work(self, model: EngineModel, begin: int, end: int, enter: int, leave: int) -> Work:
-        """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to the first drop."""
+        """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to
+        the first drop."""
         choice = attended = None
         hidden = self._embedded(model, begin, end)
         if self.chooses and self.recipe is not None:
@@ -209,20 +246,35 @@ class Sequence:
             parts = [piece.attended for piece in self.ahead if piece.attended is not None]
             attended = Attended.joined(parts) if parts else None
         base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
-        positions, cached = self.places.of_tokens(begin, end), tuple(self.places.of_slots(s, 0, slots) for s, slots in enumerate(base))
+        positions, cached = (
+            self.positions.of_tokens(begin, end),
+            tuple(self.positions.of_slots(s, 0, slots) for s, slots in enumerate(base)),
+        )
         return Work(
-            self.tokens[begin:end], positions, base, tuple(self.shared), self.tables, enter, leave, hidden, choice, attended, self.places.compact, cached
+            self.tokens[begin:end],
+            positions,
+            base,
+            tuple(self.shared),
+            self.tables,
+            enter,
+            leave,
+            hidden,
+            choice,
+            attended,
+            self.positions.compact,
+            cached,
         )
 
     def advance(self, begin: int, end: int, kept: Mapping[int, Tensor]) -> None:
-        """Tokens begin .. end have passed all layers; kept: layer -> which of them, as rows, were alive from there on."""
+        """Tokens begin .. end have passed all layers; kept: layer -> which of them, as rows, were alive from there
+        on."""
         for layer, rows in kept.items():
             self.kept[layer] = rows.numpy() + begin
         alive = np.arange(begin, end)
         for segment, span in enumerate(self.segments.spans):
             if span[0] in kept:
                 alive = self.kept[span[0]]
-            self.places.put(segment, self.slots(segment, begin), alive)
+            self.positions.put(segment, self.slots(segment, begin), alive)
         self.computed, self.ahead = end, []
 
     def _embedded(self, model: EngineModel, begin: int, end: int) -> Tensor | None:

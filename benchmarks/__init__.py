@@ -1,0 +1,2 @@
+"""Measuring QUOTA from a checkout: ops and models beside named peers, the CUDA side, the server under load. Not
+shipped."""

@@ -1,0 +1,1 @@
+"""Whole models of full size with random weights, beside transformers."""

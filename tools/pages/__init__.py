@@ -1,0 +1,1 @@
+"""The generated blocks of README, docs and SECURITY.md: `python -m tools.pages`."""
