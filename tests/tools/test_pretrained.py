@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(folder, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         killed.train_language(eval_every=100, eval_lessons=2)
     monkeypatch.setattr(Run, "_losses", real)
-    again = Run(tmp_path / "killed", folder, PLAN, None)
+    again = Run(tmp_path / "killed", folder, replace(PLAN, dense_steps=9), None)  # what is done is not done again
     assert (again.dense, again.step) == (2, survived)
     again.train_dense()
     again.train_language(eval_every=100, eval_lessons=2)

@@ -233,9 +233,9 @@ class Run:
         return stored
 
     def train_dense(self) -> None:
-        """The projector on stored features, from the start: minutes, so it is not resumed in between."""
+        """The projector on stored features, where that is not done: minutes, so it is not resumed in between."""
         plan, projector = self.plan, self.student.projector
-        if self.dense >= plan.dense_steps:
+        if self.dense:
             return
         stored = self._stored_features()
         labels = [_labels(lesson("train", number)) for number in range(len(stored))]
