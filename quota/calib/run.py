@@ -138,11 +138,14 @@ class Ticks:
 
     def passed(self) -> None:
         """The samples went through the step."""
-        self.bar.update(self.passing)
+        self._move(self.passing)
 
     def calibrated(self, share: float) -> None:
         """That share of the calibration is done."""
-        self.bar.update(self.calibrating * share)
+        self._move(self.calibrating * share)
+
+    def _move(self, seconds: float) -> None:
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))  # sums of shares round
 
 
 def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str, Stream]:

@@ -125,6 +125,11 @@ class Scheme:
         batch, in attention too. Else the upstream modules stay and each linear is replaced by itself."""
         return self.activations is not None or self.kv is not None
 
+    @property
+    def served(self) -> bool:
+        """Whether `quota serve` takes a language model of it: its pool holds packed keys and values."""
+        return self.kv is not None
+
     def words(self) -> str:
         """`weights int4, activations int4, cache int4`, leaving out what stays float."""
         parts = (("weights", self.weights), ("activations", self.activations), ("cache", self.kv))

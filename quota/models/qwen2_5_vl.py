@@ -281,6 +281,14 @@ class Qwen2_5_VLProcessor(upstream.Qwen2_5_VLProcessor):
         )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes. Upstream's class wants a video processor where torchvision is installed; it
+        has the images' sizes, as upstream's own fallback gives it."""
+        out: dict[str, Any] = super().to_dict()
+        videos = {name: value for name, value in out["image_processor"].items() if name != "image_processor_type"}
+        out["video_processor"] = {**videos, "video_processor_type": "Qwen2VLVideoProcessor"}
+        return out
+
 
 @dataclass(frozen=True)
 class TowerGeometry:

@@ -106,6 +106,11 @@ class SchemeLinear(Float32State):
         """Fill it from a float weight [N, K] by rounding to nearest. clip in (0, 1]: of activations."""
 
     @abstractmethod
+    def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
+        """x [..., K] any float dtype -> [..., N] in the same dtype. prologue: an activation that is applied to x first,
+        one of `ops.quantize_act`'s; "silu_mul" takes x [..., 2 K]."""
+
+    @abstractmethod
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, of the input as the layer transforms or scales it."""
 
@@ -216,10 +221,7 @@ class QuantLinear(SchemeLinear):
 
     @without_grad
     def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
-        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is int32 or float32.
-
-        prologue: an activation that `ops.quantize_act` applies to x first; "silu_mul" takes x [..., 2K].
-        """
+        """As `SchemeLinear`; all arithmetic is int32 or float32."""
         rows = as_float32(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
         y = ops.w4a4_linear(*self._quantize(rows, prologue), self.packed, self.bias)
         return as_dtype_of(y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features), x)

@@ -10,6 +10,7 @@ from torch import Tensor
 from quota import ops
 from quota.core.formats import INT4_GROUPS, WEIGHT_ONLY, Scheme
 from quota.nn.linear import LinearSpec, SchemeLinear, Shapes, as_dtype_of, without_grad
+from quota.ops.elementwise import apply_prologue
 from quota.quant.grouped import dequantize_groups, round_groups
 from quota.quant.pack import pack_uint4, unpack_uint4
 
@@ -90,9 +91,12 @@ class WeightLinear(SchemeLinear):
         return self._grouped
 
     @without_grad
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is float32."""
-        rows = x.reshape(-1, self.in_features)
+    def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
+        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is float32. prologue: as of
+        `QuantLinear.forward`."""
+        rows = x.reshape(-1, x.shape[-1])
+        if prologue is not None:
+            rows = apply_prologue(rows.float(), prologue)
         if rows.dtype not in _NATIVE_DTYPES or self.input_scale is not None:
             rows = rows.float()
         if self.input_scale is not None:

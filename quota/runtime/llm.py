@@ -329,8 +329,7 @@ def _recipe(given: RecipeLike) -> Recipe:
 
 
 def _room(model: EngineModel, given: Mapping[str, Any]) -> dict[str, int]:
-    """Defaults of an LLM: callers wait by themselves, and one long request fits into the pool (memory is taken when it
-    is used)."""
+    """Defaults of an LLM: callers wait by themselves, and one long request fits into the pool."""
     page = given.get("page_tokens", EngineConfig.page_tokens)
     pages = -(-min(model.max_tokens, _POOL_TOKENS) // max(1, page))
     one = (pages + 1) * model.layers * block_bytes(page, model.kv_heads, model.head_dim)

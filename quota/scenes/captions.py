@@ -20,7 +20,8 @@ from quota.scenes.vocabulary import COLORS, QUADRANTS, SHAPES, SIGN_WORDS
 @dataclass(frozen=True)
 class Mention:
     """One object as a caption names it: `words` says what it is ("large striped red star", "green sign taxi"), `place`
-    its quadrant or ""."""
+    its quadrant or "".
+    """
 
     words: str
     place: str
@@ -28,7 +29,8 @@ class Mention:
     @property
     def core(self) -> str:
         """Colour and shape alone, or the sign without its colour's context: what must be in the picture for the object
-        not to be invented."""
+        not to be invented.
+        """
         return " ".join(word for word in self.words.split() if word not in RADII_PX and word not in TEXTURES)
 
 
@@ -36,7 +38,8 @@ class Mention:
 class CaptionScore:
     """Counts over any number of captions. said, there: objects mentioned, objects in the pictures. right: mentions that
     agree with an object in all words and the place; exact: in all words. invented: mentions whose colour and shape no
-    object of the picture has."""
+    object of the picture has.
+    """
 
     said: int = 0
     there: int = 0
@@ -111,7 +114,8 @@ _MENTION = re.compile(
 
 def mentions(text: str) -> list[Mention]:
     """The objects and signs that a caption names, each at the quadrant last named before it; words it does not know are
-    passed over."""
+    passed over.
+    """
     found, place = [], ""
     for match in _MENTION.finditer(" ".join(text.lower().split())):
         if match["place"]:

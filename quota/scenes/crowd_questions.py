@@ -1,5 +1,6 @@
 """What is asked about crowds. Every answer follows from what is drawn; the objects that a question names are told from
-all others by that name."""
+all others by that name.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ CHANGE_REQUEST = "what changed from the first picture to the second?"
 @dataclass(frozen=True)
 class Dialogue:
     """Questions in turn, each with its answer; a later one cannot be understood without the ones before. `task` is the
-    last one's."""
+    last one's.
+    """
 
     turns: tuple[Question, ...]
 
@@ -89,7 +91,8 @@ def _attribute(asked: str, ask: Callable[[str], str]) -> Callable[[Crowd, np.ran
 
 def _counting(c: Crowd, rng: np.random.Generator) -> Question:
     """Objects with one or two attributes in common among others that share one of them; each count that occurs equally
-    likely."""
+    likely.
+    """
     first, second = (ATTRIBUTES[i] for i in sorted(rng.permutation(len(ATTRIBUTES))[:2]))
     used = (first, second) if rng.random() < 0.6 else (second,)
     have = Counter(tuple(getattr(item, name) for name in used) for item in c.items)
@@ -197,7 +200,8 @@ def _choice(c: Crowd, rng: np.random.Generator) -> Question | None:
 
 def _follow_up(c: Crowd, rng: np.random.Generator) -> Dialogue | None:
     """The object nearest to another or farthest to a side of three, then two things about it that its name does not
-    say."""
+    say.
+    """
     first = (_nearest if rng.random() < 0.5 else _extreme)(c, rng)
     if first is None:
         return None

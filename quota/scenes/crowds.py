@@ -73,7 +73,8 @@ class Crowd:
     @cached_property
     def names(self) -> dict[Item, str]:
         """The shortest description of each object that fits no other: "red star", "striped red star", "small striped
-        red star"."""
+        red star".
+        """
         return {item: shortest_name(item, self.items) for item in self.items}
 
     def quadrant(self, thing: Item | Sign) -> str:
@@ -229,7 +230,8 @@ class Change:
 
 def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
     """Crowd `index` of a split beside itself after one change; objects stay where they are. Both pictures belong to the
-    split."""
+    split.
+    """
     whole = crowd(split, index, size_px)
     for attempt in range(10_000):
         rng = whole.seed(f"change {attempt}")
@@ -254,7 +256,8 @@ def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
 
 def patch_labels(c: Crowd, patch_px: int = 14) -> dict[str, np.ndarray]:
     """Per patch in raster order, int64: indices into RADII_PX, TEXTURES, COLORS, SHAPES and SIGN_WORDS (`word`); -1
-    nothing, -2 undecided."""
+    nothing, -2 undecided.
+    """
     side = c.size_px // patch_px
     centre = (np.arange(side) + 0.5) * patch_px
     out = {name: np.full((side, side), -1) for name in (*ATTRIBUTES, "word")}

@@ -11,6 +11,7 @@ from quota.core.files import atomic_write_text
 from quota.core.formats import DEFAULT
 from quota.core.recipe import Recipe
 from quota.eval.asking import ask
+from quota.eval.generation import under
 from quota.report.table import markdown_table
 from quota.study.bench import Bench
 
@@ -70,8 +71,9 @@ def show_study(bench: Bench) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     for method in SHOWN:
         recipe = bench.planned(method, bench.settings.keep)
-        model, processor = bench.opened_with(bench.quantized(), recipe)
-        answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
+        model, processor = bench.loaded(bench.quantized(), bench.settings.place)
+        with under(model, recipe):
+            answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
         path = f"show-{method}.png"
         save_overlay(out / path, picture, answer.kept_visual(), answer.grids)
         kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}

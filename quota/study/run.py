@@ -11,12 +11,13 @@ import numpy as np
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.core.formats import DEFAULT
+from quota.eval.pipeline import Entry
 from quota.eval.questions import questions_fingerprint
 from quota.eval.remarks import below_sentences, left_out, left_out_sentence
 from quota.eval.results import Comparison
 from quota.eval.score import accuracies, majority_accuracy, mean_accuracy
 from quota.eval.statistics import interval, resampled_retention, retention, retention_by_task
-from quota.study.bench import Bench, Entry, StudySettings
+from quota.study.bench import Bench, StudySettings
 from quota.study.layers import profile_study, show_study
 from quota.study.published import published
 from quota.study.render import markdown, save_chart

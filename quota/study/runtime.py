@@ -15,8 +15,9 @@ from quota.calib.stream import resolve_folder
 from quota.core.errors import UsageError
 from quota.core.registry import ops
 from quota.eval.benchmark import weight_bytes
+from quota.eval.pipeline import FLOAT, QUANTIZED, Entry
 from quota.report.table import byte_size
-from quota.study.bench import FLOAT, QUANTIZED, Bench, Entry
+from quota.study.bench import Bench
 from quota.study.tables import Plan
 
 MEASURED = 24  # questions behind memory, power and time

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quota.core.errors import RecipeError
-from quota.core.formats import MODULES
-from quota.core.recipe import Recipe
-from quota.core.selection import ScoreWeights
-from quota.study.bench import FLOAT, QUANTIZED, WEIGHT_ONLY, Bench, Entry
+from quota.core.recipe import Recipe, ScoreWeights
+from quota.eval.pipeline import FLOAT, MODULES, QUANTIZED, WEIGHT_ONLY, Entry
+from quota.study.bench import Bench
 
 KEEPS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 SWEEP = ((0.45, 0.25, 0.10, 0.20), (0.35, 0.25, 0.10, 0.30), (0.55, 0.25, 0.10, 0.10), (0.25, 0.25, 0.25, 0.25))

@@ -1,5 +1,6 @@
 """LLaVA with a DINOv2 tower, beyond the contract: what it refuses, calibrated, loaded, pruned, and in the engine
-against generate."""
+against generate.
+"""
 
 from __future__ import annotations
 

@@ -28,8 +28,9 @@ SELECTION = {"score": "peak", "policy": "ranks"}
 
 
 def blocks() -> dict[str, str]:
-    """First word that names something -> the page's block of Python."""
-    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """First word that names something -> the block of Python in the page's section on selectors."""
+    section = PAGE.read_text(encoding="utf-8").partition("\n## A selector\n")[2].partition("\n## ")[0]
+    found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     return {re.search(r'def (\w+)|"(\w+)": (?:Score|Policy|Method)', text).group(0): text for text in found}  # type: ignore[union-attr]
 
 

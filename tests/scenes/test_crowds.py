@@ -1,5 +1,6 @@
 """Crowds: pure, splits apart, answers that follow from what is drawn, and nothing of it changes what the older kinds
-show and ask."""
+show and ask.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class EngineModel:
         self.text: Any = model.get_submodule(family.text_path)
         self.device = self.text.embed_tokens.weight.device
         self._layers = list(self.text.layers)
-        if text_scheme(model).kv is None:
+        if not text_scheme(model).served:
             raise UsageError(_refusal(model))
         if getattr(model, "quota_handle", None) is not None:
             raise UsageError(
@@ -172,10 +172,9 @@ class EngineModel:
 def _refusal(model: Any) -> str:
     scheme, parts = model_scheme(model), quantized_modules(model)
     found = f"{scheme.name} with parts {', '.join(parts)}" if parts else "a float one"
-    served = [row for row in SCHEMES.values() if row.kv is not None]
-    methods = [method for row in served for method in row.methods]
+    served = [row for row in SCHEMES.values() if row.served]
     return (
-        f"model: the engine serves {' and '.join(row.title for row in served)} language models (4-bit cache), this one"
-        f" is {found}; use `quota run` or `quota.load` with it, or `quota calibrate --method {methods[0]}` the float"
-        " model"
+        f"model: the engine serves {', '.join(row.title for row in served)} language models (4-bit cache), this one is"
+        f" {found}; use `quota run` or `quota.load` with it, or `quota calibrate --method {served[0].methods[0]}` the"
+        " float model"
     )

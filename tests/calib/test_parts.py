@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from quota.calib.parts import assemble
 from quota.calib.run import calibrate
 from quota.calib.stream import FloatSource
 from quota.core.errors import CheckpointError
 from quota.core.recipe import Recipe
-from quota.study.parts import assemble
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
 from tests.prune.recipes import recipe_for
 

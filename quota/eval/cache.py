@@ -17,17 +17,16 @@ from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 
 _PACKAGE = Path(__file__).parents[1]
-# Every other room's source decides what calibration, planning and answering compute.
-_FACES = ("bench", "cli", "demo", "lmms", "report", "server", "study")
+# Rooms that show results or ask for them; the source of every other decides what is computed.
+_FACES = frozenset({"bench", "cli", "demo", "lmms", "report", "server", "study"})
 
 
 def code_fingerprint(package: Path = _PACKAGE) -> str:
     """sha256 over quota's own computing source, so that a changed calibrator is not answered from an old cache."""
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
-        name = file.relative_to(package)
-        if name.parts[0] not in _FACES:
-            digest.update(f"{name}\0".encode() + file.read_bytes())
+        if file.relative_to(package).parts[0] not in _FACES:
+            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

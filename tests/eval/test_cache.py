@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import quota
 from quota.core.errors import UsageError
-from quota.demo.cache import StageCache, code_fingerprint, link
+from quota.eval.cache import StageCache, code_fingerprint, link
 
 
 def test_a_finished_stage_is_reused_and_other_parts_are_another_stage(tmp_path: Path) -> None:
@@ -65,14 +66,16 @@ def test_link_replaces_links_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_code_fingerprint_sees_computing_source_only(tmp_path: Path) -> None:
-    for name in ("calib", "cli", "models", "prune"):
+    deciding = ("allocate", "calib", "core", "eval", "models", "nn", "ops", "prune", "quant", "runtime", "scenes")
+    for name in (*deciding, "cli", "demo"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.py").write_text("1")
     before = code_fingerprint(tmp_path)
-    (tmp_path / "cli" / "x.py").write_text("2")
+    for name in ("cli", "demo"):
+        (tmp_path / name / "x.py").write_text("2")
     assert code_fingerprint(tmp_path) == before
-    for room in ("calib", "models", "prune"):
-        (tmp_path / room / "x.py").write_text("2")
-        after = code_fingerprint(tmp_path)
-        assert after != before, room
-        before = after
+    for name in deciding:
+        assert (Path(quota.__file__).parent / name).is_dir()
+        (tmp_path / name / "x.py").write_text("2")
+        before, changed = code_fingerprint(tmp_path), before
+        assert before != changed, name
