@@ -1,4 +1,4 @@
-"""Pruning inside a LLaVA, float and quantized: equations, budgets, decoding, refusals. Recomputed: test_pruner_family."""
+"""Pruning inside a LLaVA, float and quantized: equations, budgets, decoding, refusals; for all: test_pruner_family."""
 
 from __future__ import annotations
 
