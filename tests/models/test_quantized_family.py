@@ -13,14 +13,9 @@ from quota.models import FAMILIES, find_family, model_fingerprint
 from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules
 from quota.models.rtn import quantize_rtn
 from tests.prune.recipes import final_states, greedy, single
-from tests.tiny import TINY, tiny_llava, tiny_qwen
+from tests.tiny import ROWS, TINY, tiny_llava, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
-# a long and a short prompt, an image first; where resolution is dynamic several sizes, two images and none
-ROWS = {
-    "llava": ((3, 5), (9, 4), (0, 1)),
-    "qwen2_5_vl": ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3)),
-}
 # four groups per decoder layer; per used vision layer two or three times two; the projector's two
 LINEARS = {"llava": 4 * 4 + 2 * 4 + 2, "qwen2_5_vl": 4 * 4 + 4 * 3 + 2}
 

@@ -1,4 +1,4 @@
-"""Pruning inside a model, float and quantized, against an independent recomputation without cache, padding or hooks."""
+"""Pruning inside a LLaVA, float and quantized: equations, budgets, decoding, refusals; for all: test_pruner_family."""
 
 from __future__ import annotations
 
@@ -15,78 +15,21 @@ from quota.prune.attention import text_queries
 from quota.prune.pruner import Pruner
 from quota.prune.signals import combine, token_signals
 from quota.runtime.patch import patched
-from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
+from tests.prune.recipes import KINDS, assert_recomputing_agrees, greedy, recipe_for, single, tiny_model
+from tests.prune.recomputing import embeddings
 from tests.tiny import IMAGE_TOKEN, llava_inputs, tiny_llava
 
-KINDS = ("float", "quantized", "vision")
 V = 16  # visual tokens of one tiny picture
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {
-        "float": tiny_llava(),
-        "quantized": quantize_rtn(tiny_llava()),
-        "vision": quantize_rtn(tiny_llava(), ("vision", "projector")),
-    }
+    return {kind: tiny_model("llava", kind) for kind in KINDS}
 
 
 @pytest.fixture(params=KINDS)
 def model(request, models):
     return models[request.param]
-
-
-def embeddings(model, inputs) -> Tensor:
-    """Merged embeddings [B, S, hidden], caught on their way into the text model."""
-    seen: list[Tensor] = []
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    handle.remove()
-    return seen[0]
-
-
-@torch.no_grad()
-def recompute(model, embeds: Tensor, kept: dict[int, Tensor], compact: bool = False) -> Tensor:
-    """Next-token logits [vocabulary] of one row without padding: embeds [S, hidden]; kept: layer -> alive prompt
-    columns, bool [prompt]."""
-    text = model.model.language_model
-    hidden, positions, columns = embeds[None], torch.arange(len(embeds))[None], torch.arange(len(embeds))
-    for number, layer in enumerate(text.layers):
-        if number in kept:
-            alive = torch.cat([kept[number], torch.ones(len(embeds) - len(kept[number]), dtype=torch.bool)])
-            chosen = alive[columns]
-            hidden, columns = hidden[:, chosen], columns[chosen]
-            positions = torch.arange(len(columns))[None] if compact else columns[None]
-        n = hidden.shape[1]
-        mask = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n).tril().bool(), torch.finfo(torch.float32).min)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, position_ids=positions))
-    return model.lm_head(text.norm(hidden))[0, -1]
-
-
-@pytest.mark.parametrize("policy", ["original", "compact"])
-def test_generation_equals_recomputation(model, policy):
-    inputs = llava_inputs(model, rows=((3, 5), (9, 4), (0, 2)))
-    table = model.get_input_embeddings()
-    with patched(model, recipe_for(model, position_policy=policy)) as handle:
-        out = greedy(model, inputs, tokens=4)
-        kept, lengths = dict(handle.kept), list(handle.cache_lengths)
-    prompt = inputs["input_ids"].shape[1]
-    assert lengths[0] == prompt and [layer.get_seq_length() for layer in out.past_key_values.layers] == [
-        n + 3 for n in lengths
-    ]
-    for row in range(3):
-        real = inputs["attention_mask"][row].bool()
-        embeds = embeddings(model, single(inputs, row))[0]
-        own = {layer: mask[row, real] for layer, mask in kept.items()}
-        for step in range(4):
-            fed = out.sequences[row, prompt : prompt + step]
-            logits = recompute(model, torch.cat([embeds, table(fed)]), own, policy == "compact")
-            got = out.scores[step][row]
-            finite = got.isfinite()
-            torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=1e-4)
 
 
 def test_kept_tokens_follow_the_equations(model):
@@ -192,18 +135,6 @@ def test_float_cache_and_no_cache_agree(models):
         torch.testing.assert_close(a[finite], b[finite], rtol=1e-4, atol=1e-4)
 
 
-def test_rows_alone_and_in_a_batch(model):
-    inputs = llava_inputs(model, rows=((3, 5), (9, 4), (0, 1)))
-    with patched(model, recipe_for(model)) as handle:
-        together = greedy(model, inputs).sequences[:, -5:]
-        kept = dict(handle.kept)
-        for row in range(3):
-            real = inputs["attention_mask"][row].bool()
-            assert torch.equal(greedy(model, single(inputs, row)).sequences[0, -5:], together[row])
-            for layer, mask in handle.kept.items():
-                assert torch.equal(mask[0], kept[layer][row, real]), (row, layer)
-
-
 def test_mixed_batch_of_text_one_image_and_two(model):
     """Rows: text only, one picture, two pictures with text between; the budget counts pictures."""
     g = torch.Generator().manual_seed(4)
@@ -239,16 +170,6 @@ def test_image_last_and_image_first(model):
         with patched(model, recipe_for(model)) as handle:
             greedy(model, inputs)
             assert [int(handle.kept[l].sum()) - sum(rows[0]) - 1 for l in (1, 2, 3)] == [12, 8, 4]
-
-
-def test_keep_everything_is_bit_identical(model):
-    inputs = llava_inputs(model)
-    with torch.no_grad():
-        plain, logits = greedy(model, inputs).sequences, model(**inputs).logits
-        with patched(model, recipe_for(model, keep=(1.0, 1.0, 1.0))) as handle:
-            assert torch.equal(model(**inputs).logits, logits)
-            assert torch.equal(greedy(model, inputs).sequences, plain)
-            assert all(bool((mask == inputs["attention_mask"].bool()).all()) for mask in handle.kept.values())
 
 
 def test_text_only_prompt_is_untouched(model):

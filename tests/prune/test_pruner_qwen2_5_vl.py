@@ -5,97 +5,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from quota.core.recipe import kept_tokens
-from quota.models.rtn import quantize_rtn
 from quota.prune.greedy import even_sites
 from quota.runtime.patch import patched
-from tests.prune.recipes import final_states, greedy, recipe_for, single
-from tests.tiny import IMAGE_TOKEN, qwen_inputs, tiny_qwen
+from tests.prune.recipes import KINDS, greedy, recipe_for, single, tiny_model
+from tests.prune.recomputing import prompt_of, recompute
+from tests.tiny import IMAGE_TOKEN, ROWS, qwen_inputs
 
-MIXED = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))
+MIXED = ROWS["qwen2_5_vl"]
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {
-        "float": tiny_qwen(key_bias=20),
-        "quantized": quantize_rtn(tiny_qwen(key_bias=800)),
-        "vision": quantize_rtn(tiny_qwen(), ("vision", "projector")),
-    }
+    return {kind: tiny_model("qwen2_5_vl", kind) for kind in KINDS}
 
 
-@pytest.fixture(params=("float", "quantized", "vision"))
+@pytest.fixture(params=KINDS)
 def model(request, models):
     return models[request.param]
 
 
 def recipe(model, **fields):
     return recipe_for(model, **{"reference": "per_image", **fields})
-
-
-@torch.no_grad()
-def prompt_of(model, inputs) -> tuple[Tensor, Tensor]:
-    """Merged embeddings [S, hidden] and M-RoPE positions [3, S] of one row without padding."""
-    seen: list[Tensor] = []
-    text = model.model.language_model
-    handle = text.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    model(**inputs)
-    handle.remove()
-    asked = {name: inputs.get(name) for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
-    return seen[0][0], model.model.get_rope_index(**asked)[0][:, 0]
-
-
-@torch.no_grad()
-def recompute(model, embeds: Tensor, positions: Tensor, kept: dict[int, Tensor], compact: bool) -> Tensor:
-    """Next-token logits [vocabulary]: embeds [S, hidden] of prompt and fed tokens, positions [3, prompt]; kept: layer
-    -> alive prompt columns."""
-    text = model.model.language_model
-    fed = len(embeds) - positions.shape[1]
-    positions = torch.cat(
-        [positions, (positions.max() + 1 + torch.arange(fed)).expand(3, -1)], -1
-    )  # the unpruned counter goes on
-    hidden, columns = embeds[None], torch.arange(len(embeds))
-    places = positions
-    for number, layer in enumerate(text.layers):
-        if number in kept:
-            alive = torch.cat([kept[number], torch.ones(fed, dtype=torch.bool)])[columns]
-            hidden, columns = hidden[:, alive], columns[alive]
-            places = torch.arange(len(columns)).expand(3, -1) if compact else positions[:, columns]
-        n = hidden.shape[1]
-        mask = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n).tril().bool(), torch.finfo(torch.float32).min)
-        hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=text.rotary_emb(hidden, position_ids=places[:, None])
-        )
-    return model.lm_head(text.norm(hidden))[0, -1]
-
-
-@pytest.mark.parametrize("policy", ["original", "compact"])
-def test_generation_equals_recomputation(model, policy):
-    inputs = qwen_inputs(model, rows=MIXED)
-    table = model.get_input_embeddings()
-    with patched(model, recipe(model, position_policy=policy)) as handle:
-        out = greedy(model, inputs, tokens=4)
-        kept, lengths = dict(handle.kept), list(handle.cache_lengths)
-    prompt = inputs["input_ids"].shape[1]
-    assert lengths[0] == prompt > lengths[3] and [layer.get_seq_length() for layer in out.past_key_values.layers] == [
-        n + 3 for n in lengths
-    ]
-    for row in range(len(MIXED)):
-        alone, real = single(inputs, row), inputs["attention_mask"][row].bool()
-        embeds, positions = prompt_of(model, alone)
-        own = {layer: mask[row, real] for layer, mask in kept.items()}
-        for step in range(4):
-            fed = table(out.sequences[row, prompt : prompt + step])
-            logits, got = (
-                recompute(model, torch.cat([embeds, fed]), positions, own, policy == "compact"),
-                out.scores[step][row],
-            )
-            finite = got.isfinite()
-            torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=2e-4)
 
 
 SELECTIONS = {
@@ -210,44 +142,6 @@ def test_recorded_budgets_count_pictures(models):
         model(**inputs)
         alive = handle.kept[2] & (inputs["input_ids"] == IMAGE_TOKEN)
     assert alive.sum(-1).tolist() == [8, 6, 0, 16]
-
-
-def test_keeping_everything_changes_no_bit(model):
-    inputs = qwen_inputs(model, rows=MIXED)
-    plain = greedy(model, inputs)
-    with patched(model, recipe(model, keep=(1.0, 1.0, 1.0))):
-        kept = greedy(model, inputs)
-    again = greedy(model, inputs)
-    for other in (kept, again):
-        assert torch.equal(plain.sequences, other.sequences)
-        assert all(torch.equal(a, b) for a, b in zip(plain.scores, other.scores, strict=True))
-
-
-def test_undo_restores_the_model(model):
-    inputs = qwen_inputs(model)
-    with torch.no_grad():
-        before = model(**inputs).logits
-        with patched(model, recipe(model)):
-            assert model(**inputs).logits.shape[1] < before.shape[1]
-        assert torch.equal(model(**inputs).logits, before)
-
-
-@pytest.mark.parametrize("policy", ["original", "compact"])
-def test_rows_alone_and_in_a_batch(models, policy):
-    """Mixed sizes, a text-only row, two pictures in one prompt: kept tokens and every bit of the decoder are those of
-    the row alone."""
-    model = models["quantized"]
-    inputs = qwen_inputs(model, rows=MIXED)
-    with patched(model, recipe(model, position_policy=policy)) as handle, final_states(model) as states:
-        together = greedy(model, inputs).sequences[:, -5:]
-        batched, kept = states[:], dict(handle.kept)
-        for row in range(len(MIXED)):
-            states.clear()
-            alone = greedy(model, single(inputs, row)).sequences[:, -5:]
-            real = inputs["attention_mask"][row].bool()
-            assert all(torch.equal(kept[layer][row, real], mask[0]) for layer, mask in handle.kept.items())
-            assert torch.equal(alone[0], together[row])
-            assert all(torch.equal(state[0], batched[step][row]) for step, state in enumerate(states)), row
 
 
 def test_cached_and_cache_free_generation_agree(models):
