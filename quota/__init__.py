@@ -1,7 +1,8 @@
 """Joint quantization and visual-token pruning of vision-language models.
 
-`quota.load` opens a checkpoint, `quota.patched` runs any LLaVA under a recipe. Importing this package imports neither
-torch nor transformers.
+`quota.LLM` answers many prompts at once through the engine, `quota.load` opens a checkpoint as a transformers model,
+`quota.patched` runs any supported transformers model under a recipe. Importing this package imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 from quota.core.version import VERSION
 
 if TYPE_CHECKING:
+    from quota.runtime.engine import SamplingParams
+    from quota.runtime.llm import LLM
     from quota.runtime.load import load
     from quota.runtime.patch import patched
 
 __version__ = VERSION
-__all__ = ["__version__", "load", "patched"]
+__all__ = ["LLM", "SamplingParams", "__version__", "load", "patched"]
 
-_LAZY = {"load": "quota.runtime.load", "patched": "quota.runtime.patch"}
+_LAZY = {
+    "LLM": "quota.runtime.llm",
+    "SamplingParams": "quota.runtime.engine",
+    "load": "quota.runtime.load",
+    "patched": "quota.runtime.patch",
+}
 
 
 def __getattr__(name: str) -> Any:

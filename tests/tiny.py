@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Dinov2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -97,6 +98,39 @@ def llava_inputs(
     }
 
 
+def tiny_dinov2(**options: Any) -> LlavaForConditionalGeneration:
+    """`tiny_llava` with a DINOv2 tower of the same sizes, its LayerScale far from one; tied word embeddings.
+    Deterministic under `seed`."""
+    clip = tiny_llava(**options)
+    config, seed = clip.config, options.get("seed", 0)
+    clip_vision = config.vision_config
+    vision = Dinov2Config(
+        hidden_size=32,
+        mlp_ratio=2,
+        num_hidden_layers=clip_vision.num_hidden_layers,
+        num_attention_heads=2,
+        image_size=clip_vision.image_size,
+        patch_size=clip_vision.patch_size,
+    )
+    tied = LlavaConfig(
+        vision_config=vision,
+        text_config=config.text_config,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=config.image_seq_length,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration._from_config(tied, attn_implementation="sdpa", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed + 7)
+    _scatter(model, generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lambda1"):
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+    return model
+
+
 QWEN_IDS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
 
 
@@ -184,8 +218,12 @@ def qwen_inputs(
     return out
 
 
-# per family of quota.models.FAMILIES: a tiny model, and inputs for it
-TINY = {"llava": (tiny_llava, llava_inputs), "qwen2_5_vl": (tiny_qwen, qwen_inputs)}
+# per file of a family in quota.models: a tiny model, and inputs for it
+TINY = {
+    "llava": (tiny_llava, llava_inputs),
+    "llava_dinov2": (tiny_dinov2, llava_inputs),
+    "qwen2_5_vl": (tiny_qwen, qwen_inputs),
+}
 
 # rows of a mixed batch: a short and a long prompt, an image first; where resolution is dynamic also two images and none
 ROWS = {

@@ -23,7 +23,8 @@ from benchmarks.gpu.apart import apart, source
 from benchmarks.gpu.options import ROOT, Line, Options, collected
 from benchmarks.gpu.report import body, markdown
 from benchmarks.gpu.serving import serving
-from quota.core.files import atomic_write_text
+from quota.core.errors import QuotaError
+from quota.core.files import atomic_write_text, claim_folder
 
 
 class Planned(NamedTuple):
@@ -170,11 +171,13 @@ def main(arguments: list[str], prog: str) -> int:
         time.monotonic() + budget_s,
         {p.run.__name__: p.seconds for p in PLAN},
     )
-    path = given.out / f"{stem}.json"
+    try:
+        path = claim_folder(given.out) / f"{stem}.json"
+    except QuotaError as error:
+        parser.error(f"--out: {error}")
     records = {
         r["section"]: r for r in (json.loads(path.read_text()) if path.exists() else []) if r["section"] in SECTIONS
     }
-    given.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         limit_s = min(given.limit_s or 2.0 * seconds[name], end - time.monotonic())
         record = records[name] = _run(name, options, limit_s, given.out / f"{stem}-{name}.jsonl")

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import machine, rows
 from quota.core.errors import QuotaError
+from quota.core.formats import DEFAULT
 
 OP = "model"
 TEXT_TOKENS, NEW_TOKENS = 64, 32
@@ -117,7 +118,7 @@ def recipe_for(model: Any, keep: float) -> Any:
     )
     return Recipe(
         method="uniform",
-        regime="w4a4kv4",
+        regime=DEFAULT.name,
         model=facts,
         candidates=candidates,
         keep=tuple(ratios),

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from quota.core.checkpoint import MODULES, CheckpointWriter, Manifest
+from quota.core.checkpoint import CheckpointWriter, Manifest
+from quota.core.formats import DEFAULT, MODULES
 from quota.models import find_family, fingerprint
 from quota.models.quantize import quantize_structure
 from quota.nn.linear import QuantLinear
@@ -20,7 +21,7 @@ from quota.quant.transform import apply_kronecker, hadamard
 from quota.runtime.load import fill_derived
 
 FLOAT = torch.bfloat16  # of what is not quantized: embeddings, norms, head, patch embedding, unused vision layers
-_REGIME, _SHARD_BYTES = "w4a4kv4", 1024**3
+_SHARD_BYTES = 1024**3
 _NUMBERS_AT_ONCE = 1 << 24  # of a weight, so that memory does not grow with the layer
 
 
@@ -37,7 +38,7 @@ def make_checkpoint(
     model = quantized_skeleton(config)
     embed = _embedding(config, seed, "cpu")
     manifest = Manifest(
-        _REGIME,
+        DEFAULT,
         MODULES,
         fingerprint(config, embed),
         calibration={"method": "synthetic weights, round to nearest", "seed": seed},

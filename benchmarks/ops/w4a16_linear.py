@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,10 +14,11 @@ from benchmarks.ops.peers import Peer, activations, weight
 from benchmarks.ops.w4a4_linear import Prepared
 from benchmarks.shapes import Linear
 from benchmarks.timing import Contender
+from quota.core.formats import INT4_GROUPS
 from quota.ops import native
 from quota.ops.w4a16_linear import w4a16_linear_ref
 from quota.ops.weights import GroupedWeight
-from quota.quant.grouped import group_count, round_groups
+from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_uint4
 
 OP = "w4a16_linear"
@@ -34,7 +36,7 @@ class Ours:
 
     def __init__(self, shape: Linear, isa: str) -> None:
         self.shape, self.isa = shape, isa
-        q, scale, zero = round_groups(weight(shape), symmetric=True)
+        q, scale, zero = round_groups(weight(shape), replace(INT4_GROUPS, symmetric=True))
         self.weight = GroupedWeight(pack_uint4(q), scale, zero, shape.k)
 
     def feed(self, m: int) -> None:
@@ -57,7 +59,7 @@ class Ours:
 
     def contenders(self, m: int) -> list[Contender]:
         k, n = self.shape.k, self.shape.n
-        moved = n * k / 2 + 8 * n * group_count(k) + 4 * m * (k + n)
+        moved = n * k / 2 + 8 * n * INT4_GROUPS.groups(k) + 4 * m * (k + n)
         return [
             Contender(
                 NAME, float_unit(self.isa), moved, run=self.run, isa=self.isa, before=partial(native.set_isa, self.isa)

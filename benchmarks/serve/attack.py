@@ -1,5 +1,5 @@
-"""Attacks on a server of its own, each at full size while a well-behaved client asks on; how long that one waits, and
-what memory the server takes.
+"""Attacks on a server of its own, each at full size while a well-behaved client with a key of its own asks on; how long
+that one waits, and what memory the server takes.
 
     python -m benchmarks serve attack CHECKPOINT --out benchmarks/results/attack.json
     python -m tools.pages
@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from benchmarks.serve.tables import attack_table
 from quota.core.files import atomic_write_text
 
 MAX_DELAY_S = 1.0
+KEYS = "attacker", "witness"
 GROWTH_BYTES = 512 << 20  # the budget of bodies, and what one of them becomes when it is parsed
 
 
@@ -59,7 +60,7 @@ class Witness:
             thread.join()
 
     def _ask(self, done: threading.Event) -> None:
-        with httpx.Client(base_url=self.target.url, timeout=300) as http:
+        with httpx.Client(base_url=self.target.url, headers=self.target.headers, timeout=300) as http:
             while not done.is_set() or len(self.waits_s) < 3:
                 number = len(self.waits_s)
                 body = (
@@ -80,7 +81,8 @@ class Witness:
 
 def attacked(attack: Attack, target: Target, rss_bytes: Callable[[], int] | None = None) -> dict[str, Any]:
     """One attack with a witness before and during it."""
-    before, during = Witness(target, attack.images), Witness(target, attack.images)
+    other = replace(target, key=KEYS[1])
+    before, during = Witness(other, attack.images), Witness(other, attack.images)
     with before.asking():
         time.sleep(2 * target.scale)
     start = peak = rss_bytes() if rss_bytes else 0
@@ -121,12 +123,20 @@ def _watched(rss_bytes: Callable[[], int] | None) -> Iterator[list[int]]:
         thread.join()
 
 
+_KEYS = {"QUOTA_SERVE_API_KEYS": ",".join(KEYS)}
+
+
+def _target(server: Served) -> Target:
+    at = Target(server.url, "", key=KEYS[0])
+    return replace(at, model=httpx.get(f"{server.url}/v1/models", headers=at.headers).json()["data"][0]["id"])
+
+
 def unread_log(checkpoint: str, flags: list[str]) -> dict[str, Any]:
     """A server whose standard error is a pipe that nobody reads: thousands of lines, then SIGTERM."""
     read, write = os.pipe()
     try:
-        with served(checkpoint, *flags, log=None, stderr=write) as server:
-            target = Target(server.url, httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"])
+        with served(checkpoint, *flags, environment=_KEYS, log=None, stderr=write) as server:
+            target = _target(server)
             flood = Attack(
                 "8000 requests while nobody reads the log",
                 "4096 lines wait, further ones are counted as lost",
@@ -161,10 +171,13 @@ def problems_of(found: list[dict[str, Any]]) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> list[str]:
-    flags = ["--threads", str(options.threads), "--kv-memory", "64M"]
+    flags = ["--threads", str(options.threads), "--kv-bytes", "64M"]
     found = []
-    with tempfile.TemporaryDirectory() as folder, served(options.checkpoint, *flags, log=Path(folder, "log")) as server:
-        target = Target(server.url, httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(options.checkpoint, *flags, environment=_KEYS, log=Path(folder, "log")) as server,
+    ):
+        target = _target(server)
         for attack in ATTACKS:
             if options.only in attack.name:
                 found.append(_told(attacked(attack, target, server.family_bytes)))

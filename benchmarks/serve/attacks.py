@@ -25,12 +25,13 @@ JSON = {"content-type": "application/json"}
 
 @dataclass(frozen=True)
 class Target:
-    """Where to attack, with which share of the full size."""
+    """Where to attack, with which share of the full size, and as whom: an API key."""
 
     url: str
     model: str
     scale: float = 1.0
     max_body_bytes: int = 32 * MIB
+    key: str = "none"
 
     def of(self, full: int) -> int:
         return max(1, int(full * self.scale))
@@ -57,12 +58,18 @@ class Target:
             **fields,
         )
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
     def post(self, content: bytes | dict[str, Any], path: str = CHAT, headers: dict[str, str] | None = None) -> str:
         """The status of the answer."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         with contextlib.suppress(httpx.TransportError):
             return str(
-                httpx.post(self.url + path, content=data, headers={**JSON, **(headers or {})}, timeout=300).status_code
+                httpx.post(
+                    self.url + path, content=data, headers={**JSON, **self.headers, **(headers or {})}, timeout=300
+                ).status_code
             )
         return "closed"
 
@@ -72,8 +79,8 @@ class Target:
 
     def head(self, length: int, path: str = CHAT) -> bytes:
         return (
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:"
-            f" {length}\r\n\r\n".encode()
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
         )
 
 
@@ -209,9 +216,10 @@ def idle_connections(target: Target) -> Iterator[str]:
 
 
 def unread_streams(target: Target) -> Iterator[str]:
-    body = json.dumps(target.body(stream=True, max_tokens=400, logprobs=True, top_logprobs=5, ignore_eos=True)).encode()
+    fields = {"n": 2, "max_tokens": 400, "logprobs": True, "top_logprobs": 5, "ignore_eos": True, "stream": True}
+    body = json.dumps(target.body(**fields)).encode()
     with contextlib.ExitStack() as stack:
-        for _ in range(target.of(20)):
+        for _ in range(target.of(50)):
             raw = stack.enter_context(socket.socket())
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             raw.connect((httpx.URL(target.url).host, httpx.URL(target.url).port))
@@ -221,7 +229,7 @@ def unread_streams(target: Target) -> Iterator[str]:
 
 
 def leaving(target: Target) -> Iterator[str]:
-    body = json.dumps(target.body(max_tokens=2000, ignore_eos=True, temperature=1.0)).encode()
+    body = json.dumps(target.body(n=8, max_tokens=2000, ignore_eos=True, temperature=1.0)).encode()
     for _ in range(target.of(200)):
         with target.connect() as raw:
             raw.sendall(target.head(len(body)) + body)
@@ -306,9 +314,12 @@ ATTACKS = (
     ),
     Attack("500 connections with half a request line", "closed after 15 s", idle_connections, OK),
     Attack(
-        "20 streams that are not read, log-probabilities", "the answer's length; cut after 30 s", unread_streams, OK
+        "50 streams of 2 answers that are not read, log-probabilities",
+        "256 unread outputs, then paused; cut after 30 s",
+        unread_streams,
+        OK,
     ),
-    Attack("200 clients that ask for 2000 tokens and leave", "aborted at the next step", leaving, OK | BUSY),
+    Attack("200 clients that ask for 8 x 2000 tokens and leave", "turns; aborted at the next step", leaving, OK | BUSY),
     *(
         Attack(f"4 x {name}", bound, hostile(kind), OK | REFUSED, images=True)
         for kind, (name, bound) in _IMAGES.items()

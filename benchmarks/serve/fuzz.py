@@ -189,6 +189,9 @@ def fuzz(
 
 _WATCHED = (
     "quota.core.recipe",
+    "quota.core.recipe_file",
+    "quota.core.recipe_upgrade",
+    "quota.core.selection",
     "quota.server.errors",
     "quota.core.images",
     "quota.core.image_files",

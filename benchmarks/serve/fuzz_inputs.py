@@ -261,7 +261,34 @@ def samples(rng: random.Random) -> bytes:
     return data.replace(b"a.png", rng.choice((b"a.png", b"../a.png", b"/dev/zero", b"", data_url(rng))), 1)
 
 
+_STREAM = {
+    "file": "float-001.bin",
+    "width": 2,
+    "dtype": "float32",
+    "lengths": [2, 1],
+    "positions": [0, 1, 0],
+    "roles": [0, 1, 2],
+    "columns": [0, 1, 0],
+    "images": [[1], []],
+    "grids": [[1, 2, 2]],
+    "sha256": "0" * 64,
+}
+STATE = {
+    "job": {"seed": 0},
+    "done": 3,
+    "blocks": {"a.b": {"sha256": "0" * 64, "report": {"name": "a.b"}}},
+    "streams": {"float": _STREAM},
+    "notes": {
+        "ids": [[1, 2], [3]],
+        "grids": [[1, 2, 2]],
+        "shown": [[["a", [1, 1]]], [["b", None]]],
+        "keep": [[1, 0], [1]],
+    },
+}
+
+
 def state(rng: random.Random) -> bytes:
-    """The state of a calibration's work folder, damaged."""
-    text = json.dumps({"job": {"seed": 0}, "done": rng.randint(0, 9), "blocks": {}, "notes": {}, "streams": {}})
-    return damaged(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode(), rng)
+    """The state of a calibration's work folder: edited and signed again, or damaged."""
+    body = document(STATE)(rng)
+    text = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+    return damaged(text, rng) if rng.random() < 0.3 else text

@@ -21,6 +21,7 @@ from benchmarks.serve.traffic import image_bytes
 from quota.core import images
 from quota.core.errors import ImageError, QuotaError, RecipeError, SampleError
 from quota.core.recipe import Recipe
+from quota.core.recipe_upgrade import upgrade
 
 LIMITS = images.Limits(pixels=1_000_000)
 
@@ -51,6 +52,7 @@ def _in_folder(name: str, data: bytes, take: Callable[[Path], None]) -> None:
 
 def take_recipe(data: bytes) -> None:
     def take(folder: Path) -> None:
+        _refused(RecipeError, upgrade, folder / "r.json")
         recipe = _refused(RecipeError, Recipe.load, folder / "r.json")
         assert recipe is None or Recipe.parse(json.loads(recipe.dumps())) == recipe, (
             "a recipe that does not survive its own text"
@@ -253,7 +255,7 @@ def _check(request: _Request) -> None:
     if request.status != 200:
         assert json.loads(request.answer)["error"]["message"]
     service = _server()[0]
-    assert service.bodies.total == 0 and service._preparing == 0, "something of the request is still held"
+    assert service.bodies.total == 0 and service._preparing.total == 0, "something of the request is still held"
 
 
 def take_http(path: str) -> Callable[[bytes], None]:

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(32 * kWarps) tile_kernel(LinearArgs args, cons
   const int channel_warp = warp % kChannelWarps, token_warp = warp / kChannelWarps;
   for (int64_t step = begin; step < end; ++step) {
     ptx::copy_wait<kStages - 2>();
-    __syncthreads();  // everybody's part of this stage is there, and nobody reads the one that is loaded next
+    __syncthreads();  // all threads' copies of this stage have landed; the oldest stage is free
     load(step + kStages - 1);
     const unsigned char* stage = memory + step % kStages * kStageBytes;
     Words low[2], high[2];

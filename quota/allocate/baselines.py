@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
 
 from quota.allocate.candidates import check_layers, parse_layers
 from quota.allocate.compute import DecoderSizes, layer_macs
 from quota.allocate.explain import recipe_cost
 from quota.allocate.fitprune import AttentionSample, search
-from quota.allocate.methods import METHODS
 from quota.allocate.solve import check_keep
 from quota.core.errors import RecipeError, UsageError
-from quota.core.keep import BEFORE, keep_of, significant
+from quota.core.keep import keep_of, significant
+from quota.core.methods import METHODS, Method, baselines
 from quota.core.recipe import ModelFacts, Provenance, Recipe
 
-FASTV_LAYER = 2
-VTW_LAYER = 15 / 32  # of the depth, where nothing was searched
 VTW_THRESHOLD = 0.003
 
 
@@ -45,56 +43,54 @@ class RecipeContext:
 
 
 def build_baseline(
-    basis: RecipeContext,
+    context: RecipeContext,
     method: str,
     keep: float | None = None,
     layers: str | Sequence[int] | None = None,
-    evidence: SearchStats | None = None,
+    stats: SearchStats | None = None,
 ) -> Recipe:
-    """The recipe of a published method; what `keep` means and its default are in `quota.allocate.methods`.
+    """The recipe of a published method; what `keep` means and its default are in `quota.core.methods`.
 
-    layers: instead of the method's own places (FastV and VTW one layer, PyramidDrop any number; not for the others).
+    layers: instead of the method's own, as many as its row allows.
     RecipeError or UsageError name the option.
     """
-    if method not in _BUILDERS:
-        raise RecipeError(f"method: expected one of {', '.join(_BUILDERS)}, got {method!r}")
-    asked = METHODS[method].keep if keep is None else keep
-    if method != "vtw":
+    if method not in baselines():
+        raise RecipeError(f"method: expected one of {', '.join(baselines())}, got {method!r}")
+    row = METHODS[method]
+    asked = row.keep if keep is None else keep
+    if not row.withdraws:
         check_keep(asked)
     elif asked:
         raise UsageError(
-            f"--keep: VTW withdraws every visual token; leave it out and choose the layer with --layers, got {asked:g}"
+            f"--keep: {row.title} withdraws every visual token; leave it out and choose the layer with --layers, got"
+            f" {asked:g}"
         )
-    total = basis.model.layers
-    chosen = (
-        None
-        if layers is None
-        else parse_layers(layers, total)
-        if isinstance(layers, str)
-        else check_layers(layers, total)
-    )
-    if chosen is not None and method not in ("fastv", "vtw", "pyramiddrop"):
-        raise UsageError(f"--layers: {method} has no layers to choose, got {','.join(map(str, chosen))}")
-    if chosen is not None and method != "pyramiddrop" and len(chosen) > 1:
-        raise UsageError(f"--layers: {METHODS[method].title} drops before one layer, got {','.join(map(str, chosen))}")
-    plan = _BUILDERS[method](basis, significant(asked), chosen, evidence or SearchStats())
+    chosen = _given_layers(row, layers, context.model.layers, method)
+    asked, stats = significant(asked), stats or SearchStats()
+    if chosen is None and row.search == "attention":
+        plan = _by_attention(context, asked, stats)
+    elif chosen is None and row.search == "withdrawal" and stats.withdrawal:
+        plan = _by_withdrawal(stats)
+    else:
+        plan = _by_stages(chosen or _published_layers(row, context), asked)
     rule = "published" if layers is None else layers if isinstance(layers, str) else ",".join(map(str, layers))
-    found = plan.pop("search", ())
-    provenance = basis.provenance.model_copy(
-        update={"model_fingerprint": basis.model.fingerprint, "layer_rule": rule, "search": tuple(found)}
+    provenance = context.provenance.model_copy(
+        update={"model_fingerprint": context.model.fingerprint, "layer_rule": rule, "search": plan.found}
     )
     return Recipe.parse(
         {
             "method": method,
-            "regime": basis.regime,
-            "model": basis.model,
-            "final_keep": plan["keep"][-1],
-            "reference": basis.reference,
-            "seed": basis.seed,
-            "reference_tokens": basis.model.visual_tokens,
-            "position_policy": basis.position_policy,
+            "regime": context.regime,
+            "model": context.model,
+            "candidates": plan.candidates,
+            "keep": plan.keep,
+            "final_keep": plan.keep[-1],
+            "reference": context.reference,
+            "seed": context.seed,
+            "reference_tokens": context.model.visual_tokens,
+            "position_policy": context.position_policy,
+            "selections": [row.selection],
             "provenance": provenance,
-            **plan,
         }
     )
 
@@ -136,84 +132,75 @@ def _language_ratio(recipe: Recipe) -> float:
     return spent.ratio_language
 
 
-def _fastv(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    return {
-        "candidates": layers or [_inside(FASTV_LAYER, basis)],
-        "keep": [keep],
-        "selections": [{"score": "last_token"}],
-    }
+@dataclass(frozen=True)
+class _Plan:
+    """Where a method drops and what it keeps from there on; found: what its search says about it."""
+
+    candidates: list[int]
+    keep: list[float]
+    found: tuple[str, ...] = ()
 
 
-def _pyramiddrop(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    depth = basis.model.layers
-    places = layers or sorted({_inside(round(depth * i / 4), basis) for i in (1, 2, 3)})
-    table = [keep ** (i / len(places)) for i in range(1, len(places))]
-    return {
-        "candidates": places,
-        "keep": [*(significant(r) for r in table), keep],
-        "selections": [{"score": "own_last_token"}],
-    }
+def _given_layers(row: Method, layers: str | Sequence[int] | None, total: int, name: str) -> list[int] | None:
+    if layers is None:
+        return None
+    chosen = parse_layers(layers, total) if isinstance(layers, str) else check_layers(layers, total)
+    if row.layers == 0:
+        raise UsageError(f"--layers: {name} has no layers to choose, got {','.join(map(str, chosen))}")
+    if row.layers is not None and len(chosen) > row.layers:
+        raise UsageError(f"--layers: {row.title} drops before one layer, got {','.join(map(str, chosen))}")
+    return chosen
 
 
-def _vtw(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    place, found = layers[0] if layers else _inside(round(VTW_LAYER * basis.model.layers), basis), []
-    if layers is None and evidence.withdrawal:
-        place, sentence = withdrawal_layer(evidence)
-        found = [sentence]
-    return {"candidates": [place], "keep": [0.0], "selections": [{"score": "none"}], "search": found}
+def _published_layers(row: Method, context: RecipeContext) -> list[int]:
+    depth = context.model.layers
+    return sorted(
+        {0 if at == 0 else _inside(round(at * depth) if isinstance(at, Fraction) else at, context) for at in row.at}
+    )
 
 
-def withdrawal_layer(evidence: SearchStats) -> tuple[int, str]:
+def _by_stages(layers: list[int], keep: float) -> _Plan:
+    """Every drop keeps the same share of what is alive."""
+    table = [significant(keep ** (i / len(layers))) for i in range(1, len(layers))]
+    return _Plan(layers, [*table, keep])
+
+
+def _by_withdrawal(stats: SearchStats) -> _Plan:
+    layer, sentence = withdrawal_layer(stats)
+    return _Plan([layer], [0.0], (sentence,))
+
+
+def withdrawal_layer(stats: SearchStats) -> tuple[int, str]:
     """VTW's search: the first layer whose mean KL is at most the threshold, the last one where none is; and the
     sentence that says so."""
-    known = sorted(evidence.withdrawal.items())
+    known = sorted(stats.withdrawal.items())
     for layer, kl in known:
-        if kl <= evidence.threshold:
+        if kl <= stats.threshold:
             return (
                 layer,
                 (
                     f"withdrawing before layer {layer} changes the next-token distribution by a mean KL of {kl:.2g}"
-                    f" over {evidence.samples} samples"
+                    f" over {stats.samples} samples"
                 ),
             )
     layer, kl = known[-1]
     return (
         layer,
         (
-            f"no layer is within a mean KL of {evidence.threshold:g} over {evidence.samples} samples; the last one,"
+            f"no layer is within a mean KL of {stats.threshold:g} over {stats.samples} samples; the last one,"
             f" {layer}, has {kl:.2g}"
         ),
     )
 
 
-def _divprune(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    return _first(keep, {"score": "none", "policy": "maxmin"})
-
-
-def _cdpruner(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    return _first(keep, {"score": "relevance", "policy": "dpp"})
-
-
-def _random(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    return _first(keep, {"score": "random"})
-
-
-def _grid(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    return _first(keep, {"score": "none", "policy": "grid"})
-
-
-def _first(keep: float, selection: dict[str, Any]) -> dict[str, Any]:
-    return {"candidates": [BEFORE], "keep": [keep], "selections": [selection]}
-
-
-def _fitprune(basis: RecipeContext, keep: float, layers: list[int] | None, evidence: SearchStats) -> dict[str, Any]:
-    tokens, sizes = basis.model.visual_tokens, _sizes(basis.model)
-    unpruned = basis.model.layers * layer_macs(tokens, sizes)
+def _by_attention(context: RecipeContext, keep: float, stats: SearchStats) -> _Plan:
+    tokens, sizes = context.model.visual_tokens, _sizes(context.model)
+    unpruned = context.model.layers * layer_macs(tokens, sizes)
 
     def ratio(shares: Sequence[float]) -> float:
         return sum(layer_macs(round(share * tokens), sizes) for share in shares) / unpruned
 
-    alpha, shares = search(evidence.attention, keep, ratio)
+    alpha, shares = search(stats.attention, keep, ratio)
     alive, candidates, table = tokens, [], []
     for layer, share in enumerate(shares):
         count = max(1, round(share * tokens))
@@ -222,36 +209,24 @@ def _fitprune(basis: RecipeContext, keep: float, layers: list[int] | None, evide
             candidates.append(layer)
             table.append(keep_of(count, tokens))
     if not candidates:
-        candidates, table = [basis.model.layers - 1], [1.0]
+        candidates, table = [context.model.layers - 1], [1.0]
     note = (
-        f"alpha {alpha:.2f} over {len(evidence.attention)} samples reaches a compute ratio of {ratio(shares):.4f} for"
+        f"alpha {alpha:.2f} over {len(stats.attention)} samples reaches a compute ratio of {ratio(shares):.4f} for"
         " the visual tokens"
     )
-    return {"candidates": candidates, "keep": table, "selections": [{"score": "cross_self"}], "search": [note]}
+    return _Plan(candidates, table, (note,))
 
 
-def _inside(layer: int, basis: RecipeContext) -> int:
+def _inside(layer: int, context: RecipeContext) -> int:
     """A decoder layer that exists and is not the first."""
-    if basis.model.layers < 2:
+    if context.model.layers < 2:
         raise UsageError(
-            f"layers: pruning between layers needs a model of at least 2 decoder layers, got {basis.model.layers}"
+            f"layers: pruning between layers needs a model of at least 2 decoder layers, got {context.model.layers}"
         )
-    return min(max(layer, 1), basis.model.layers - 1)
+    return min(max(layer, 1), context.model.layers - 1)
 
 
 def _sizes(model: ModelFacts) -> DecoderSizes:
     if model.hidden_size is None or model.kv_size is None or model.intermediate_size is None:
         raise RecipeError("model: the sizes of the language model are unknown, so compute cannot be predicted")
     return DecoderSizes(model.layers, model.hidden_size, model.kv_size, model.intermediate_size)
-
-
-_BUILDERS: dict[str, Callable[[RecipeContext, float, list[int] | None, SearchStats], dict[str, Any]]] = {
-    "fastv": _fastv,
-    "pyramiddrop": _pyramiddrop,
-    "vtw": _vtw,
-    "divprune": _divprune,
-    "cdpruner": _cdpruner,
-    "random": _random,
-    "grid": _grid,
-    "fitprune": _fitprune,
-}

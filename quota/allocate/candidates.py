@@ -50,8 +50,8 @@ def choose_candidates(concentration: Sequence[float]) -> list[int]:
 def parse_layers(text: str, layers: int | None = None) -> list[int]:
     """ "2-6" -> [2, 3, 4, 5, 6]; "2,4,6" -> [2, 4, 6]; both mix. UsageError names the wrong part.
 
-    With `layers`, entries must be decoder layers 1 .. layers-1 (dropping before layer 0 would also change what the text
-    model caches).
+    With `layers`, entries must be decoder layers 1 .. layers-1 (at the input of layer 0 there is no attention to choose
+    by).
     """
     chosen: list[int] = []
     for part in text.split(","):
@@ -78,7 +78,8 @@ def check_layers(chosen: Sequence[int], layers: int | None = None) -> list[int]:
             raise UsageError(f"--layers: expected ascending, distinct layers, got {b} after {a}")
     if chosen[0] < 1:
         raise UsageError(
-            f"--layers: expected layers from 1 on, got {chosen[0]}: nothing is dropped before decoder layer 0"
+            f"--layers: expected layers from 1 on, got {chosen[0]}: no attention has run before decoder"
+            " layer 0 to choose by"
         )
     if layers is not None and chosen[-1] >= layers:
         raise UsageError(

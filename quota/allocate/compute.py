@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quota.core.formats import KV4, Format
+
 
 @dataclass(frozen=True)
 class DecoderSizes:
@@ -63,12 +65,9 @@ def decoder_sizes(config: Any) -> DecoderSizes:
     )
 
 
-def kv_token_bytes(kv_size: int, head_dim: int, bits: int = 4) -> int:
-    """Bytes one token takes in one layer's K and V: packed values, and for 4 bit a float32 scale and zero per head and
-    tensor."""
-    if bits == 4:
-        return 2 * (kv_size // 2 + 8 * (kv_size // head_dim))
-    return 2 * kv_size * bits // 8
+def kv_token_bytes(kv_size: int, head_dim: int, form: Format | None = KV4) -> int:
+    """Bytes one token takes in one layer's K and V: of a format, or float16 (None)."""
+    return 2 * (2 * kv_size if form is None else kv_size // head_dim * form.vector_bytes(head_dim))
 
 
 def cost(
@@ -85,7 +84,7 @@ def cost(
     pruned, whole = language_macs(visual_tokens, text_tokens, sizes), language_macs(full, text_tokens, sizes)
     alone, alone_whole = language_macs(visual_tokens, 0, sizes), language_macs(full, 0, sizes)
     cached, cached_full = (sum(v + text_tokens for v in tokens) for tokens in (visual_tokens, full))
-    low, high = kv_token_bytes(sizes.kv_size, head_dim), kv_token_bytes(sizes.kv_size, head_dim, 16)
+    low, high = kv_token_bytes(sizes.kv_size, head_dim), kv_token_bytes(sizes.kv_size, head_dim, None)
     return Cost(
         average_visual_tokens=sum(visual_tokens) / sizes.layers,
         final_visual_tokens=visual_tokens[-1],

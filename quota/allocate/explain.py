@@ -6,7 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 from quota.allocate.compute import Cost, DecoderSizes, cost
-from quota.core.recipe import BEFORE, Recipe, Selection
+from quota.core.methods import METHODS
+from quota.core.recipe import Recipe
+from quota.core.selection import Selection
+from quota.core.selectors import POLICIES, SCORES
 
 
 def layer_rows(recipe: Recipe) -> list[dict[str, Any]]:
@@ -19,7 +22,7 @@ def layer_rows(recipe: Recipe) -> list[dict[str, Any]]:
         rows.append(
             {
                 "layer": layer,
-                "candidate": (layer or BEFORE) in recipe.candidates,
+                "candidate": layer in recipe.candidates,
                 "keep": keep,
                 "tokens": recipe.tokens_at(layer),
                 "drop": round(alive - keep, 6),
@@ -114,16 +117,18 @@ def explain_text(recipe: Recipe) -> str:
 
 
 def _where(recipe: Recipe) -> str:
-    inside = [c for c in recipe.candidates if c != BEFORE]
+    inside = [c for c in recipe.candidates if c]
     if len(inside) == len(recipe.candidates):
         place = f"Layers {compact_layers(inside)} drop visual tokens"
     else:
         place = "Visual tokens are dropped before the language model" + (
             f" and at layers {compact_layers(inside)}" if inside else ""
         )
-    if recipe.method == "quota":
-        return f"{place} in proportion to how little quantization disturbs each layer (tau {recipe.tau:g})."
-    return f"{place} by the same share at every candidate layer." if recipe.method == "uniform" else f"{place}."
+    row = METHODS.get(recipe.method)
+    if row is None or not row.drops:
+        return f"{place}."
+    told = "" if row.parameter is None else f" ({row.parameter} {getattr(recipe, row.parameter):g})"
+    return f"{place} {row.drops}{told}."
 
 
 def _choices(recipe: Recipe) -> list[str]:
@@ -139,34 +144,19 @@ def _choices(recipe: Recipe) -> list[str]:
 
 
 def _sentence(recipe: Recipe, selection: Selection) -> str:
-    by = _SCORES[selection.score]
-    if selection.score == "quota":
-        by = ", ".join(f"{weight:.3g} {name}" for name, weight in recipe.weights.model_dump().items() if weight)
-    if selection.policy == "maxmin":
-        return "Tokens are chosen greedily, each the least similar to those already kept"
-    if selection.policy == "grid":
-        rest = "" if selection.grid_share == 1 else f"; the rest is ranked by {by}"
-        return f"{selection.grid_share:.0%} of the kept tokens are spread evenly over the image{rest}"
-    if selection.policy == "mmr":
-        return (
-            f"Tokens are chosen greedily by {selection.mmr_score:g} x score - {1 - selection.mmr_score:g} x cosine to"
-            f" those kept; score: {by}"
-        )
-    if selection.policy == "dpp":
-        return f"Tokens are chosen greedily to maximise a determinant of score x cosine x score; score: {by}"
-    return "No visual token stays" if recipe.final_keep == 0 else f"Tokens are ranked by {by}"
-
-
-_SCORES = {
-    "quota": "",
-    "text": "attention from the text in the layer before",
-    "last_token": "attention from the last token in the layer before",
-    "own_last_token": "attention from the last token under the layer's own projections",
-    "cross_self": "attention from text times attention from visual tokens, largest head each",
-    "relevance": "mean cosine to the question's word embeddings",
-    "random": "a hash of seed, image and place",
-    "none": "place alone",
-}
+    if recipe.final_keep == 0:
+        return "No visual token stays"
+    score, policy = SCORES[selection.score], POLICIES[selection.policy]
+    chosen = f"Tokens are chosen {policy.words}"
+    if policy.parameter is not None:
+        chosen += f" ({policy.parameter} {getattr(selection, policy.parameter):g})"
+    if not policy.uses_score:
+        return chosen
+    weighed = ""
+    if "weights" in score.needs:
+        parts = (f"{weight:.3g} {name}" for name, weight in recipe.weights.model_dump().items() if weight)
+        weighed = f" ({', '.join(parts)})"
+    return f"{chosen}; score: {score.words}{weighed}"
 
 
 def compact_layers(layers: tuple[int, ...] | list[int]) -> str:

@@ -1,5 +1,5 @@
-"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON. `quota.calib.profile`
-measures them."""
+"""What is measured per decoder layer before tokens are allocated: plain numbers, saved as JSON.
+`quota.planning.profile` measures them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from quota.core.errors import RecipeError
 from quota.core.files import atomic_write_text
-from quota.core.recipe import ModelFacts, significant
+from quota.core.keep import significant
+from quota.core.recipe import ModelFacts
 
 SCHEMA = "quota-profile/1"
 _PER_LAYER = ("concentration_median", "concentration_q25", "concentration_q75", "redundancy_median", "sensitivity")

@@ -8,7 +8,9 @@ from quota.allocate.candidates import check_layers, choose_candidates, parse_lay
 from quota.allocate.profile import Profile
 from quota.allocate.solve import allocate, check_keep, uniform
 from quota.core.errors import RecipeError
-from quota.core.recipe import Provenance, Recipe, ScoreWeights, significant
+from quota.core.keep import significant
+from quota.core.recipe import Provenance, Recipe
+from quota.core.selection import ScoreWeights
 
 
 def build_recipe(

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup
+from quota.core.formats import DEFAULT, Scheme
 from quota.models.base import Family, Group, Part
 from quota.models.images import PatchGrid
 from quota.ops.qkv_append import apply_rotary
@@ -104,25 +105,25 @@ class Block(nn.Module):
             self.attention.quota_apart = apply_rotary(everywhere, *rotary)
         return self.layer(batch.hidden, position_embeddings=rotary, attention_mask=None)
 
-    def quantize_linears(self) -> None:
-        """Replace the linears by projection groups; parameters that learn are those of `groups` and `heads` only."""
+    def quantize_linears(self, scheme: Scheme = DEFAULT) -> None:
+        """Replace the linears by projection groups of a scheme; parameters that learn are those of `groups` and
+        `heads` only."""
         if self.kind != "projector":
             attention = self.attention
-            self.heads = HeadTransforms(int(attention.head_dim), quantize_kv=self.kind == "decoder").to(
-                _device(self.layer)
-            )
+            self.heads = HeadTransforms(int(attention.head_dim), scheme.kv if self.kind == "decoder" else None)
+            self.heads.to(_device(self.layer))
             attention.quota_heads = self.heads
             if self.kind == "decoder" and attention.k_proj.bias is not None:
                 self.key_bias = attention.k_proj.bias.detach().view(-1, attention.head_dim).clone()
         for plan in self.plans:
             linears = [self.layer.get_submodule(part) for part in plan.parts]
-            group = self._build_group(plan, linears)  # type: ignore[arg-type]
+            group = self._build_group(plan, linears, scheme)  # type: ignore[arg-type]
             self.groups[_key(plan.name)] = group
             for index, part in enumerate(plan.parts):
                 parent, _, leaf = part.rpartition(".")
                 setattr(self.layer.get_submodule(parent), leaf, GroupPart(group, index))
 
-    def _build_group(self, plan: Group, linears: list[nn.Linear]) -> ProjectionGroup:
+    def _build_group(self, plan: Group, linears: list[nn.Linear], scheme: Scheme) -> ProjectionGroup:
         if plan.value == "columns":
             assert self.heads is not None
             left, right = linears[0].in_features // self.heads.value.shape[0], 0
@@ -135,7 +136,8 @@ class Block(nn.Module):
             else None
         )
         left = 0 if left == 1 else left
-        return ProjectionGroup(linears, left, right, plan.absorbs is not None, self.heads if plan.value else None, rows)
+        heads = self.heads if plan.value else None
+        return ProjectionGroup(linears, left, right, plan.absorbs is not None, heads, rows, scheme)
 
     def set_mode(self, mode: str) -> None:
         """Switch every group and the head transforms (see flatquant.MODES)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quota.core.formats import DEFAULT, INT4, KV4, Format, Scheme
 from quota.quant.affine import quantize_weight
 from quota.quant.pack import unpack_int4
 from quota.quant.transform import apply_kronecker, hadamard
@@ -53,29 +54,29 @@ class _FakeAffine(torch.autograd.Function):
         return grad_x, grad_scale, grad_zero, None, None
 
 
-def fake_symmetric(x: Tensor, clip: Tensor | float) -> Tensor:
-    """Symmetric int4 over the last dimension: scale = absmax * clip / 7, q in [-8, 7]. Gradients reach x and clip."""
-    scale = (x.abs().amax(-1, keepdim=True) * clip).clamp_min(_EPS) / 7
-    return _FakeAffine.apply(x, scale, None, -8, 7)
+def fake_symmetric(x: Tensor, clip: Tensor | float, form: Format = INT4) -> Tensor:
+    """`quantize_symmetric` and back, over the last dimension: scale = absmax * clip / steps. Gradients reach x and
+    clip."""
+    scale = (x.abs().amax(-1, keepdim=True) * clip).clamp_min(_EPS) / form.steps
+    return _FakeAffine.apply(x, scale, None, form.low, form.high)
 
 
-def fake_asymmetric(x: Tensor, clip: Tensor | float) -> Tensor:
-    """Asymmetric 4 bit over the last dimension, as the KV cache stores it: zero = min * clip, scale = (max - min) *
-    clip / 15, q in [0, 15]."""
+def fake_asymmetric(x: Tensor, clip: Tensor | float, form: Format = KV4) -> Tensor:
+    """`quantize_kv` and back, over the last dimension: zero = min * clip, scale = (max - min) * clip / steps."""
     low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
-    return _FakeAffine.apply(x, (high - low).clamp_min(_EPS) / 15, low, 0, 15)
+    return _FakeAffine.apply(x, (high - low).clamp_min(_EPS) / form.steps, low, form.low, form.high)
 
 
-def search_clip(x: Tensor, asymmetric: bool = False) -> float:
+def search_clip(x: Tensor, form: Format = INT4) -> float:
     """The grid clip with the least squared quantization error over the rows of x [..., K]."""
-    fake = fake_asymmetric if asymmetric else fake_symmetric
-    errors = torch.stack([(fake(x, clip) - x).double().square().sum() for clip in _CLIP_GRID])
+    fake = fake_symmetric if form.symmetric else fake_asymmetric
+    errors = torch.stack([(fake(x, clip, form) - x).double().square().sum() for clip in _CLIP_GRID])
     return _CLIP_GRID[int(errors.argmin())]
 
 
-def search_weight_clip(w: Tensor) -> Tensor:
+def search_weight_clip(w: Tensor, form: Format = INT4) -> Tensor:
     """Per row of w [N, K]: the grid clip with the least squared rounding error -> [N]."""
-    errors = torch.stack([(fake_symmetric(w, clip) - w).square().sum(-1) for clip in _CLIP_GRID])
+    errors = torch.stack([(fake_symmetric(w, clip, form) - w).square().sum(-1) for clip in _CLIP_GRID])
     return torch.tensor(_CLIP_GRID, dtype=w.dtype, device=w.device)[errors.argmin(0)]
 
 
@@ -87,15 +88,15 @@ class HeadTransforms(nn.Module):
     """Per-layer head-dimension transforms: P_v merges into v rows and o columns, P_h acts on q and k after RoPE
     (decoders only), with KV clips.
 
-    head_dim: D. quantize_kv: True for decoder layers (KV4), False for vision layers (then only P_v exists).
+    head_dim: D. kv: the format of the cache behind it; None for vision layers and float caches (then only P_v exists).
     """
 
-    def __init__(self, head_dim: int, quantize_kv: bool) -> None:
+    def __init__(self, head_dim: int, kv: Format | None) -> None:
         super().__init__()
-        self.mode, self.quantize_kv = "learn", quantize_kv
+        self.mode, self.kv = "learn", kv
         self.observed: list[tuple[Tensor, Tensor]] | None = None
         self.value = nn.Parameter(hadamard(head_dim).float().clone())
-        if quantize_kv:
+        if kv is not None:
             self.key = nn.Parameter(hadamard(head_dim).float().clone())
             self.k_clip = nn.Parameter(_logit(0.95))
             self.v_clip = nn.Parameter(_logit(0.95))
@@ -108,30 +109,31 @@ class HeadTransforms(nn.Module):
         apart: the part of the keys that is never quantized, of their shape (the rotated key bias, see
         `quota.nn.key_bias`).
         """
-        if not self.quantize_kv:
+        if self.kv is None:
             return query, key, value
         if apart is not None:
             query, key, value = self.attend(query, key - apart, value)
             return query, key + (apart if self.mode == "rtn" else apart @ self.key), value
         if self.mode == "rtn":
-            return query, fake_asymmetric(key, 1.0), fake_asymmetric(value, 1.0)
+            return query, fake_asymmetric(key, 1.0, self.kv), fake_asymmetric(value, 1.0, self.kv)
         if self.observed is not None:
             self.observed.append((key.detach().flatten(0, 2), value.detach().flatten(0, 2)))
         key, query = key @ self.key, query @ torch.linalg.inv(self.key).T
         if self.mode == "float":
             return query, key, value
-        return query, fake_asymmetric(key, self.k_clip.sigmoid()), fake_asymmetric(value, self.v_clip.sigmoid())
+        k_clip, v_clip = self.k_clip.sigmoid(), self.v_clip.sigmoid()
+        return query, fake_asymmetric(key, k_clip, self.kv), fake_asymmetric(value, v_clip, self.kv)
 
     @torch.no_grad()
     def initialise(self, key: Tensor, value: Tensor) -> None:
         """Set both clips by a search; key [rows, D] after RoPE and before P_h, value [rows, D] with P_v in it."""
-        if self.quantize_kv:
-            self.k_clip.copy_(_logit(search_clip(key @ self.key, asymmetric=True)))
-            self.v_clip.copy_(_logit(search_clip(value, asymmetric=True)))
+        if self.kv is not None:
+            self.k_clip.copy_(_logit(search_clip(key @ self.key, self.kv)))
+            self.v_clip.copy_(_logit(search_clip(value, self.kv)))
 
     def export(self) -> dict[str, Tensor]:
         """`q_transform`, `k_transform` [D, D], `k_clip`, `v_clip` [] float32; empty where KV is not quantized."""
-        if not self.quantize_kv:
+        if self.kv is None:
             return {}
         key = self.key.detach().double().cpu()
         return {
@@ -148,7 +150,7 @@ class ProjectionGroup(nn.Module):
 
     linears: the float linears, in fused row order. left, right: sizes (l, r) of the Kronecker factors, 0 = absent.
     diag: learn a per-channel scale (only where it can be merged upstream). heads: the layer's HeadTransforms when this
-    group produces V (`value_rows`) or consumes the attention output.
+    group produces V (`value_rows`) or consumes the attention output. scheme: with formats of weights and activations.
     """
 
     weight: Tensor
@@ -162,9 +164,11 @@ class ProjectionGroup(nn.Module):
         diag: bool,
         heads: HeadTransforms | None = None,
         value_rows: slice | None = None,
+        scheme: Scheme = DEFAULT,
     ) -> None:
         super().__init__()
-        self.mode = "learn"
+        assert scheme.weights is not None and scheme.activations is not None
+        self.mode, self.weights, self.activations = "learn", scheme.weights, scheme.activations
         self.sizes = [linear.out_features for linear in linears]
         self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
         device = linears[0].weight.device
@@ -202,13 +206,15 @@ class ProjectionGroup(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> fused output [..., N] under the current mode."""
         if self.mode == "rtn":
-            return functional.linear(fake_symmetric(x, 1.0), fake_symmetric(self.weight, 1.0), self.bias)
+            x, w = fake_symmetric(x, 1.0, self.activations), fake_symmetric(self.weight, 1.0, self.weights)
+            return functional.linear(x, w, self.bias)
         if self.mode == "frozen":
-            u = fake_symmetric(self.transform(x), self._frozen["clip"])
+            u = fake_symmetric(self.transform(x), self._frozen["clip"], self.activations)
             return functional.linear(u, self._frozen["weight"], self._frozen.get("bias"))
         u, w = self.transform(x), self.effective_weight()
         if self.mode == "learn":
-            u, w = fake_symmetric(u, self.clip.sigmoid()), fake_symmetric(w, self.weight_clip.sigmoid()[:, None])
+            u = fake_symmetric(u, self.clip.sigmoid(), self.activations)
+            w = fake_symmetric(w, self.weight_clip.sigmoid()[:, None], self.weights)
         return functional.linear(u, w, self.effective_bias())
 
     def transform(self, x: Tensor) -> Tensor:
@@ -263,10 +269,11 @@ class ProjectionGroup(nn.Module):
             if self.log_diag is not None:
                 self.log_diag.copy_(torch.zeros_like(self.log_diag) if scale is None else scale.log())
             u, w = self.transform(x), self._transform_weight(merged)
-            clip, w_clip = search_clip(u), search_weight_clip(w)
+            clip, w_clip = search_clip(u, self.activations), search_weight_clip(w, self.weights)
             self.clip.copy_(_logit(clip))
             self.weight_clip.copy_(_logit(w_clip))
-            out = functional.linear(fake_symmetric(u, clip), fake_symmetric(w, w_clip[:, None]))
+            w = fake_symmetric(w, w_clip[:, None], self.weights)
+            out = functional.linear(fake_symmetric(u, clip, self.activations), w)
             error = float((out - target).double().square().sum())
             if best is None or error < best[0]:
                 best = (error, {name: p.detach().clone() for name, p in self.named_parameters()})
@@ -279,7 +286,7 @@ class ProjectionGroup(nn.Module):
         """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed
         checkpoint computes."""
         w = self._transform_weight(self._merge_value(self.weight.double())).float()
-        w_q, w_scale = quantize_weight(w.cpu(), self.weight_clip.detach().sigmoid().cpu())
+        w_q, w_scale = quantize_weight(w.cpu(), self.weight_clip.detach().sigmoid().cpu(), self.weights)
         dense = unpack_int4(w_q, self.in_features).float() * w_scale[:, None]
         self._frozen = {
             "w_q": w_q,

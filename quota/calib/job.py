@@ -13,17 +13,19 @@ from typing import Any, Literal, TypedDict
 from tqdm import tqdm
 
 from quota.calib.export import float_names, processor_of
-from quota.calib.plan import BlockSize, Plan, block_seconds, measured_rate, peak_memory
+from quota.calib.plan import BlockSize, Plan, Speed, block_seconds, measured_speed, peak_memory
 from quota.calib.samples import Samples, check_texts, encode
-from quota.calib.settings import METHODS, MODULES, Settings, default_settings
+from quota.calib.settings import METHODS, Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import MANIFEST, Manifest, check_destination
 from quota.core.checkpoint_files import verify_files
 from quota.core.errors import CheckpointError, SampleError, UsageError
 from quota.core.files import free_bytes
-from quota.core.recipe import BEFORE, Recipe
+from quota.core.formats import MODULES, scheme_made_by
+from quota.core.recipe import Recipe
 from quota.core.version import VERSION
+from quota.models.base import Part
 from quota.models.images import PatchGrid
 from quota.models.processing import image_backend
 
@@ -31,8 +33,9 @@ from quota.models.processing import image_backend
 class Options(TypedDict, total=False):
     """Keyword options of `calibrate`.
 
-    method: "flatquant" (W4A4KV4), or weight-only (W4A16) "gptq", "awq" and, without calibration, "rtn". modules: some
-    of "vision", "projector", "llm"; the rest stays float. seed: same seed, same bytes (same machine and thread count).
+    method: "flatquant", or of weights alone "gptq", "awq" and, without calibration, "rtn". modules: some
+    of "vision", "projector", "llm"; the rest stays float. scheme: one that the method makes, by name; None: the first
+    of `quota.core.formats.SCHEMES` that lists it. seed: same seed, same bytes (same machine and thread count).
     steps: optimiser steps per block of flatquant (None: the default of Settings). recipe: calibrate the decoder on the
     graph this recipe prunes. progress: the plan and a bar on stderr. resume: continue from `<out>.partial` (which must
     belong to the same run), or empty it. overwrite: replace a finished checkpoint of other settings, discard the
@@ -40,6 +43,7 @@ class Options(TypedDict, total=False):
     """
 
     method: str
+    scheme: str | None
     modules: Collection[str]
     seed: int
     steps: int | None
@@ -70,10 +74,13 @@ class Job:
         self.recipe = options.get("recipe")
         if self.method not in METHODS:
             raise UsageError(f"method: expected one of {list(METHODS)}, got {self.method!r}")
-        self.regime = METHODS[self.method]
+        try:
+            self.scheme = scheme_made_by(self.method, options.get("scheme"))
+        except ValueError as error:
+            raise UsageError(f"scheme: {error}; leave it out, or choose another method") from None
         self.modules = _check_modules(options.get("modules", MODULES))
         settings, steps = options.get("settings") or default_settings(self.method), options.get("steps")
-        if self.regime == "w4a16" and (steps is not None or settings.inputs == "mixed"):
+        if not METHODS[self.method].learns and (steps is not None or settings.inputs == "mixed"):
             what = "inputs: 'mixed'" if steps is None else f"steps: {steps}"
             raise UsageError(
                 f"{what}: only method 'flatquant' learns in steps from batches; leave it out with {self.method!r}"
@@ -85,7 +92,7 @@ class Job:
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.resume, self.overwrite = options.get("resume", True), options.get("overwrite", False)
         self.samples, self.pictures = samples, sum(sample.image_bytes is not None for sample in samples or ())
-        if samples is None and self.method != "rtn":
+        if samples is None and METHODS[self.method].samples:
             raise UsageError(
                 f"samples: method {self.method!r} learns from samples; give a samples file (only 'rtn' rounds without)"
             )
@@ -113,9 +120,8 @@ class Job:
             return
         yield Step("text", family.embed_path)
         candidates = self.recipe.candidates if self.recipe else ()
-        if BEFORE in candidates:
-            yield Step("score", family.decoder_layer(0), BEFORE)
-            yield Step("gather", family.decoder_layer(0), BEFORE)
+        if 0 in candidates:
+            yield Step("score", family.decoder_layer(0), 0)
         for index in range(family.layers):
             if index in candidates:
                 yield Step("gather", family.decoder_layer(index), index)
@@ -157,9 +163,10 @@ class Job:
             "model": self.source.fingerprint,
             "samples": self.samples and self.samples.fingerprint,
             "method": self.method,
+            "scheme": self.scheme.name,
             "modules": list(self.modules),
             "seed": self.seed,
-            "recipe": self._recipe_digest(),
+            "recipe": self.recipe and self.recipe.digest,
             "quota version": VERSION,
             **{f"settings.{name}": value for name, value in self.settings.to_dict().items()},
         }
@@ -200,9 +207,6 @@ class Job:
             raise UsageError(f"out {self.out}: holds this checkpoint already; make it again with --fresh --overwrite")
         return manifest
 
-    def _recipe_digest(self) -> str | None:
-        return None if self.recipe is None else "sha256:" + hashlib.sha256(self.recipe.dumps().encode()).hexdigest()
-
     def manifest(self, blocks: list[dict[str, Any]]) -> Manifest:
         """What quota.json says about this calibration; no times, so equal runs write equal bytes."""
         calibration = {
@@ -212,29 +216,28 @@ class Job:
             "samples_fingerprint": self.samples and self.samples.fingerprint,
             "seed": self.seed,
             "settings": self.settings.to_dict(),
-            "pruned_by": self._recipe_digest(),
+            "pruned_by": self.recipe and self.recipe.digest,
             "source_files": self.source.digest,
             "report": blocks,
         }
-        return Manifest(self.regime, self.modules, self.source.fingerprint, calibration)
+        return Manifest(self.scheme, self.modules, self.source.fingerprint, calibration)
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 
     @cached_property
     def costs(self) -> list[tuple[float, float]]:
         """Of every step the estimated seconds (passing the samples through, calibrating its block)."""
-        rate = measured_rate(self.settings.device)
-        return [self._cost(step, rate) for step in self.steps]
+        speed = measured_speed(self.settings.device)
+        return [self.cost(step, speed) for step in self.steps]
 
-    def _cost(self, step: Step, rate: float) -> tuple[float, float]:
+    def cost(self, step: Step, speed: Speed) -> tuple[float, float]:
+        """Of one step at this speed."""
         lengths = self._lengths(step)
         if step.kind in ("images", "features", "text", "gather"):
-            return 1e-3 * len(lengths) + sum(lengths) * self.source.family.hidden_size * 64 / rate, 0.0
-        if step.kind == "score":
-            return 2 * block_seconds(self.block_size(step), lengths, None, self.settings, rate)[0], 0.0
-        return block_seconds(
-            self.block_size(step), lengths, self.method if self.is_quantized(step) else None, self.settings, rate
-        )
+            return sum(lengths) * self.source.family.hidden_size * 16 * speed.element_s, 0.0
+        method = self.method if self.is_quantized(step) else None
+        passing, calibrating = block_seconds(self.block_size(step), lengths, method, self.settings, speed)
+        return (2 * passing if step.kind == "score" else passing), calibrating
 
     def _lengths(self, step: Step) -> list[int]:
         """Rows of each item in the stream that the step reads."""
@@ -251,33 +254,50 @@ class Job:
 
     def block_size(self, step: Step) -> BlockSize:
         """Of the block at the step's path."""
-        width = self.source.family.vision_hidden_size if step.kind == "vision" else self.source.family.hidden_size
-        return BlockSize.of(self.source.skeleton.get_submodule(step.path), width)
+        kind: Part = "vision" if step.kind == "vision" else "projector" if step.kind == "projector" else "decoder"
+        return BlockSize.of(self.source.skeleton.get_submodule(step.path), self.source.family, kind)
+
+    def _widths(self, step: Step) -> tuple[int, int]:
+        """Of the streams that the step reads and writes."""
+        family = self.source.family
+        tower, features, text = (
+            family.vision_hidden_size,
+            family.vision_hidden_size * family.merge**2,
+            family.hidden_size,
+        )
+        return {
+            "images": (0, tower),
+            "vision": (tower, tower),
+            "features": (tower, features),
+            "projector": (features, text),
+        }.get(step.kind, (text, text))
+
+    def _disk(self, stored: int, rest: int) -> int:
+        """Bytes at the fullest moment: a step's streams beside all blocks, or the last stream and the blocks beside the
+        result."""
+        element = (4 if self.settings.stream_dtype == "float32" else 2) * (1 if self.settings.inputs == "float" else 2)
+        rows = [sum(self._lengths(step)) for step in self.steps]
+        beside = [
+            n * read + m * write
+            for n, m, (read, write) in zip(rows, [*rows[1:], *rows[-1:]], map(self._widths, self.steps), strict=True)
+        ]
+        last = rows[-1] * self._widths(self.steps[-1])[1] if rows else 0
+        state = (
+            sum(rows[-1:]) * 32
+            + sum(len(ids) for ids, _ in self.prompts) * 8
+            + 1024 * len(self.quantized_paths())
+            + 2**12
+        )
+        return max(element * max(beside, default=0) + stored, element * last + 2 * stored + rest) + 2 * state
 
     def plan(self) -> Plan:
         """What a run takes. Encodes the samples; writes nothing."""
-        family = self.source.family
         blocks = [step for step in self.steps if step.kind in ("vision", "projector", "decoder")]
         sizes = {step.path: self.block_size(step) for step in blocks}
-        stored = sum(sizes[path].quantized_bytes(self.method) for path in self.quantized_paths())
+        stored = sum(sizes[path].quantized_bytes(self.scheme) for path in self.quantized_paths())
         rest = sum(self.source.stored[name][1] + 256 for name in float_names(self.source, self.quantized_paths()))
-        rest += sum(path.stat().st_size for path in self.source.files() if path.suffix != ".safetensors") + 2**17
-        rows = [
-            (
-                self._lengths(step),
-                family.vision_hidden_size if step.kind in ("vision", "features") else family.hidden_size,
-            )
-            for step in self.steps
-        ]
-        rows += [
-            (self._lengths(step), 4 * family.vision_hidden_size) for step in self.steps if step.kind == "projector"
-        ]
-        element = 4 if self.settings.stream_dtype == "float32" else 2
-        streams = (
-            max((sum(lengths) * width for lengths, width in rows), default=0)
-            * element
-            * (2 if self.settings.inputs == "float" else 4)
-        )
+        rest += sum(path.stat().st_size for path in self.source.files() if path.suffix != ".safetensors") + 2**16
+        longest = max((max(self._lengths(step), default=0) for step in blocks), default=0)
         tokens = sum(len(ids) for ids, _ in self.prompts)
         return Plan(
             samples=len(self.samples or ()),
@@ -286,9 +306,9 @@ class Job:
             blocks=len(self.quantized_paths()),
             blocks_all=len(blocks),
             peak_memory=peak_memory(
-                list(sizes.values()), max((max(n, default=0) for n, _ in rows), default=0), self.settings, stored + rest
+                [sizes[path] for path in self.quantized_paths()], longest, self.settings, stored + rest
             ),
-            disk_needed=streams + 2 * stored + rest + 96 * tokens + 2**16,
+            disk_needed=self._disk(stored, rest),
             disk_free=free_bytes(self.folder.parent),
             seconds=sum(map(sum, self.costs)),
         )
@@ -323,6 +343,7 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
         "model": manifest.source_fingerprint,
         "samples": told.get("samples_fingerprint"),
         "method": told.get("method"),
+        "scheme": manifest.scheme.name,
         "modules": list(manifest.modules),
         "seed": told.get("seed"),
         "recipe": told.get("pruned_by"),

@@ -1,34 +1,40 @@
 """What a calibration will take: tokens, memory, disk and time, known before it starts.
 
-The time is a rough estimate: the multiply-adds of every step at the speed of a matrix product measured here. The
-progress bar counts the same work.
+The time is an estimate: the work of every step at the speed at which this machine does such work, timed for a moment
+before. The progress bar counts the same work.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from quota.calib.flatquant import ProjectionGroup
 from quota.calib.learn import split
 from quota.calib.settings import Settings
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
+from quota.core.formats import Scheme
+from quota.models.base import Family, Part
 from quota.quant.transform import decompose
 
-# Rough estimates, not fitted to runs: how many times the products quantizing in the graph costs, and the seconds of a
-# call of a block besides them.
-_LEARNING, _CALL_S = 2.5, 2e-3
-_SEARCHES = {
-    "flatquant": 12,
-    "gptq": 4,
+# Fitted on the embedded LLaVA's blocks, one thread, in the units of `Speed`: what a look costs of a learning step's
+# rounding, and what the other methods' searches cost of FlatQuant's (GPTQ goes through a weight's columns one by one;
+# AWQ tries 20 scales and then clips; rounding does each weight once).
+_LOOK = 0.4
+_SEARCHES = {"flatquant": 1.0, "gptq": 0.3, "awq": 1.0, "rtn": 0.05}
+_SEARCHED_PRODUCTS = {
+    "flatquant": 8,
+    "gptq": 0,
     "awq": 40,
-    "rtn": 2,
-}  # as rough: products with a block's own weights that searching or factoring costs, in search_rows
+    "rtn": 0,
+}  # products of a block's weights with search_rows rows
+_LIBRARIES = 64 << 20  # bytes of optimiser, code and allocator that appear with the first step
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ class Plan:
         return [
             f"samples   {self.samples} ({self.images} images), {self.tokens} tokens",
             f"blocks    {self.blocks} quantized of {self.blocks_all}",
-            f"memory    about {_size(self.peak_memory)} at the peak",
+            f"memory    at most about {_size(self.peak_memory)} (an estimate)",
             f"disk      about {_size(self.disk_needed)} needed, {_size(self.disk_free)} free",
-            f"time      about {duration(self.seconds)} on this machine (a rough estimate)",
+            f"time      about {duration(self.seconds)} on this machine (an estimate)",
         ]
 
 
@@ -81,87 +87,154 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Of one block: parameters of its linears, all parameters, the linears' (outputs, inputs), and the width of its
-    output."""
+    """Of one block: its projection groups' (outputs, inputs), all its parameters, the width of its output, and its
+    attention heads (0: it has none)."""
 
-    linear: int
+    groups: tuple[tuple[int, int], ...]
     parameters: int
-    shapes: tuple[tuple[int, int], ...]
     width: int
+    heads: int
 
     @classmethod
-    def of(cls, module: nn.Module, width: int) -> BlockSize:
+    def of(cls, module: nn.Module, family: Family, kind: Part) -> BlockSize:
         """Works on meta tensors."""
-        shapes = tuple((m.out_features, m.in_features) for m in module.modules() if isinstance(m, nn.Linear))
-        return cls(sum(n * k for n, k in shapes), sum(p.numel() for p in module.parameters()), shapes, width)
+        linears: list[list[Any]] = [[module.get_submodule(part) for part in plan.parts] for plan in family.groups[kind]]
+        groups = tuple((sum(linear.out_features for linear in parts), parts[0].in_features) for parts in linears)
+        width = family.vision_hidden_size if kind == "vision" else family.hidden_size
+        attention: Any = None if kind == "projector" else module.get_submodule(family.attention[kind])
+        heads = 0 if attention is None else width // attention.head_dim
+        return cls(groups, sum(p.numel() for p in module.parameters()), width, heads)
 
-    def quantized_bytes(self, method: str) -> int:
+    @property
+    def linear(self) -> int:
+        """Parameters of its linears."""
+        return sum(n * k for n, k in self.groups)
+
+    def rounded(self, rows: int) -> int:
+        """Elements that a quantized pass over so many rows rounds: what the groups read, their weights, and what
+        attention reads."""
+        return rows * sum(k for _, k in self.groups) + self.linear + (3 * rows * self.width if self.heads else 0)
+
+    def written(self, rows: int) -> int:
+        """Elements that a float pass over so many rows writes: outputs of groups, norms, activations, residuals."""
+        return rows * (sum(n for n, _ in self.groups) + 8 * self.width)
+
+    def quantized_bytes(self, scheme: Scheme) -> int:
         """At most what the exported block takes in a file: packed weights, scales, transforms or zeros, and what stays
         float32."""
-        total = 4 * (self.parameters - self.linear) + 4096
-        for outputs, inputs in self.shapes:
-            total += outputs * inputs // 2 + 16 * outputs
-            left, right = decompose(inputs) if method == "flatquant" else (0, 0)
-            total += (
-                4 * (left * left + right * right + inputs)
-                if method == "flatquant"
-                else 8 * outputs * (-(-inputs // 128)) + 4 * inputs
-            )
-        return total + 1024 * len(self.shapes)
+        assert scheme.weights is not None
+        total = 4 * (self.parameters - self.linear) + 1024
+        for outputs, inputs in self.groups:
+            left, right = decompose(inputs) if scheme.transforms else (0, 0)
+            total += outputs * (scheme.weights.vector_bytes(inputs) + 12)
+            total += 4 * (left * left + right * right + inputs) + 1024
+        return total
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of this machine, now. products: multiply-adds per second of a float32 product. Seconds: element_s of an
+    elementwise operation, round_s of rounding an element in a learning step (forward and backward), search_s of
+    searching the start for one, call_s of a group in a step however small."""
+
+    products: float
+    element_s: float
+    round_s: float
+    search_s: float
+    call_s: float
 
 
 def block_seconds(
-    size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, rate: float
+    size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, speed: Speed
 ) -> tuple[float, float]:
     """(passing the samples through the float block, calibrating it) in seconds. lengths: rows of each item. method
     None: it stays float."""
+    rows, items, linear = sum(lengths), max(1, len(lengths)), size.linear
+    attention = 2 * size.width * sum(n * n for n in lengths) if size.heads else 0
+    search = 0.0
+    if method is not None:
+        seen = min(rows, settings.search_rows)
+        search = (
+            _SEARCHES[method] * speed.search_s * size.rounded(seen)
+            + _SEARCHED_PRODUCTS[method] * seen * linear / speed.products
+        )
+        search += sum(k**3 for _, k in size.groups) / speed.products if method == "gptq" else 0.0
     if not lengths:
-        return 0.0, 0.0 if method is None else _search(size, method, settings, rate)
-    rows, items = sum(lengths), len(lengths)
+        return 0.0, search
 
     def forward(share: float) -> float:
-        attention = sum(n * n for n in lengths) * 2 * size.width
-        return share * ((rows * size.linear + attention) / rate + -(-items // settings.batch) * _CALL_S)
+        return share * ((rows * linear + attention) / speed.products + size.written(rows) * speed.element_s)
 
-    streams = 1 if settings.inputs == "float" else 2
-    passing = streams * forward(1.0)
+    calls = len(size.groups) * speed.call_s
+    passing = (1 if settings.inputs == "float" else 2) * (forward(1.0) + -(-items // settings.batch) * calls)
     if method is None:
         return passing, 0.0
-    _, held_out = split(items, settings.held_out)
-    look = forward(len(held_out) / items)
+    held = len(split(items, settings.held_out)[1]) / items
     if method != "flatquant":
-        seen = 0.0 if method == "rtn" else forward(1.0) * (2 if method == "gptq" else 1)
-        return passing, seen + 2 * look + _search(size, method, settings, rate)
-    looks = 3 + -(-settings.steps // settings.evaluate_every)
-    step = 3 * _LEARNING * (forward(min(1.0, settings.batch / items)) + 4 * size.linear * 64 / rate) + 4 * _CALL_S
-    return passing, _LEARNING * looks * look + settings.steps * step + _search(size, method, settings, rate)
-
-
-def _search(size: BlockSize, method: str, settings: Settings, rate: float) -> float:
-    factoring = sum(k**3 for _, k in size.shapes) if method == "gptq" else 0
-    return (_SEARCHES[method] * size.linear * settings.search_rows + factoring) / rate
+        observed = {"rtn": 0.0, "awq": 1.0, "gptq": 2.0}[method]
+        return passing, (observed + 2 * held) * forward(1.0) + search
+    looks = 4 + -(-settings.steps // settings.evaluate_every)
+    look = forward(held) + _LOOK * speed.round_s * size.rounded(int(held * rows)) + calls
+    taken = min(1.0, settings.batch / items)
+    step = 3 * forward(taken) + speed.round_s * size.rounded(int(taken * rows)) + calls
+    return passing, looks * look + settings.steps * step + search
 
 
 def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> int:
     """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is
-    resident now. widest: rows of the longest item."""
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    inside = max(
-        (
-            4 * s.parameters * 6 + 4 * settings.batch * widest * (12 * s.width + 4 * sum(n for n, _ in s.shapes))
-            for s in sizes
-        ),
-        default=0,
+    resident now. widest: rows of the longest item. An upper bound: a rounded element is held in a dozen forms until the
+    backward pass has used it, a weight in eight."""
+    rows = settings.batch * widest
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _LIBRARIES
+    inside = (
+        4
+        * (
+            12 * (s.rounded(rows) - s.linear)
+            + 8 * s.parameters
+            + 2 * s.written(rows)
+            + 2 * s.heads * settings.batch * widest**2
+        )
+        for s in sizes
     )
-    return now + max(inside, 2 * min(written, DEFAULT_SHARD_BYTES))
+    return now + max([*inside, 2 * min(written, DEFAULT_SHARD_BYTES)])
 
 
-def measured_rate(device: str) -> float:
-    """Multiply-adds per second of a float32 matrix product on `device`, now."""
+def measured_speed(device: str) -> Speed:
+    """Times the operations calibration consists of on `device`, each for some milliseconds: FlatQuant's own group, a
+    product and an elementwise operation."""
     a, b = torch.ones(256, 1024, device=device), torch.ones(1024, 1024, device=device)
+    products = 256 * 1024 * 1024 / _best(lambda: (a @ b)[0, 0])
+    group, x = _group(256, 256, device), torch.ones(256, 256, device=device)
+    tiny, few = _group(16, 16, device), torch.ones(4, 16, device=device)
+    rounded = x.numel() + 256 * 256
+    elements = a.numel()
+    call_s = _best(lambda: _step(tiny, few))
+    round_s = max(_best(lambda: _step(group, x)) - 3 * 256**3 / products, 1e-6) / rounded
+    search_s = max(_best(lambda: group.initialise(x, 0.3), 2) - 8 * 256**3 / products, 1e-6) / rounded
+    return Speed(products, _best(lambda: torch.nn.functional.silu(a)[0, 0]) / elements, round_s, search_s, call_s)
+
+
+def _group(inputs: int, outputs: int, device: str) -> ProjectionGroup:
+    linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device)  # draws no random numbers
+    with torch.no_grad():
+        linear.weight.copy_(torch.linspace(-1, 1, inputs * outputs).view(outputs, inputs))
+    return ProjectionGroup([linear], *decompose(inputs), diag=True).to(device)
+
+
+def _step(group: ProjectionGroup, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        loss = group(x).square().mean()
+        loss.backward()
+    return loss.detach()
+
+
+def _best(work: Callable[[], Tensor | None], times: int = 5) -> float:
+    """Seconds of the quickest of so many calls."""
     best = float("inf")
-    for _ in range(6):
+    for _ in range(times + 1):
         began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
+        found = work()
+        if found is not None:
+            found.item()  # waits for the device
         best = min(best, time.perf_counter() - began)
-    return 256 * 1024 * 1024 / max(best, 1e-9)
+    return max(best, 1e-9)

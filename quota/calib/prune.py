@@ -17,9 +17,10 @@ from quota.calib.stream import QUERY, VISUAL, Stream
 from quota.core.recipe import Recipe
 from quota.models.images import ImageTokens
 from quota.nn.attention import AttentionTrace
+from quota.prune.alive import Alive
 from quota.prune.budget import plan_budgets
 from quota.prune.recording import causal_lse
-from quota.prune.select import Alive, choose
+from quota.prune.select import choose
 
 
 @torch.no_grad()
@@ -28,13 +29,13 @@ def keep_masks(
     candidate: int,
     pair: tuple[Block | None, Block],
     stream: Stream,
-    pictures: Callable[[int], ImageTokens],
+    images: Callable[[int], ImageTokens],
     device: str,
 ) -> list[np.ndarray]:
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
-    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; before the language model
-    there is no first one and `stream` is the input of layer 0. images: of one item, on the columns of its prompt.
+    pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; for candidate 0 there is
+    no first one and `stream` is the input of layer 0. images: of one item, on the columns of its prompt.
     Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
@@ -52,7 +53,7 @@ def keep_masks(
             trace, hidden = _recorded(before, batch)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
-        shown = pictures(item)
+        shown = images(item)
         image_index = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
         group, budget = plan_budgets(recipe, ratio, image_index, [stream.images[item]])
         alive = Alive(
@@ -63,7 +64,7 @@ def keep_masks(
             after.layer,
             shown,
             trace,
-            partial(_record, after, batch),
+            partial(_trace, after, batch),
         )
         masks.append((choose(recipe, candidate, alive, budget) | ~visual)[0].cpu().numpy())
     return masks
@@ -85,7 +86,7 @@ def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Strea
     return target
 
 
-def _record(block: Block, batch: Batch) -> AttentionTrace:
+def _trace(block: Block, batch: Batch) -> AttentionTrace:
     return _recorded(block, batch)[0]
 
 

@@ -22,13 +22,12 @@ from quota.calib.job import Job, Options, Step
 from quota.calib.learn import BlockData, learn_block
 from quota.calib.plan import Plan
 from quota.calib.samples import Samples, encode
-from quota.calib.settings import Settings
+from quota.calib.settings import METHODS, Settings
 from quota.calib.stream import FloatSource, Stream, advance, embed_images, embed_text, select_features
 from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
 from quota.core.errors import UsageError
 from quota.core.files import check_space
-from quota.core.recipe import BEFORE
 from quota.models.base import Part
 from quota.models.images import ImageInfo, ImageInput, ImageTokens
 
@@ -119,7 +118,7 @@ def _report(job: Job, blocks: list[dict[str, Any]], started: float) -> Checkpoin
     return CheckpointReport(
         checkpoint=str(job.out),
         method=job.method,
-        regime=job.regime,
+        regime=job.scheme.name,
         modules=job.modules,
         source_fingerprint=job.source.fingerprint,
         samples_fingerprint=job.samples.fingerprint if job.samples else None,
@@ -139,11 +138,14 @@ class Ticks:
 
     def passed(self) -> None:
         """The samples went through the step."""
-        self.bar.update(self.passing)
+        self._move(self.passing)
 
     def calibrated(self, share: float) -> None:
         """That share of the calibration is done."""
-        self.bar.update(self.calibrating * share)
+        self._move(self.calibrating * share)
+
+    def _move(self, seconds: float) -> None:
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))  # sums of shares round
 
 
 def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str, Stream]:
@@ -156,8 +158,8 @@ def _run_step(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str,
         return {"float": _embed_images(job, work)}
     if step.kind == "score":
         assert job.recipe is not None
-        before = None if step.index == BEFORE else _decoder_block(job, step.index - 1)
-        pair = (before, _decoder_block(job, max(step.index, 0)))
+        before = _decoder_block(job, step.index - 1) if step.index else None
+        pair = (before, _decoder_block(job, step.index))
         masks = prune.keep_masks(
             job.recipe, step.index, pair, work.streams["float"], partial(_pictures, job, work), job.settings.device
         )
@@ -214,7 +216,7 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
     settings, source = job.settings, job.source
     block = source.block(cast(Part, step.kind), step.path, settings.device)
     if job.samples is None:
-        tensors = round_weights(block)
+        tensors = round_weights(block, job.scheme)
         work.save_block(step.path, tensors, {"name": step.path})
         ticks.calibrated(1)
         return {}
@@ -232,15 +234,16 @@ def _run_block(job: Job, work: WorkFolder, step: Step, ticks: Ticks) -> dict[str
     if quantized is None and settings.inputs != "float":
         quantized = inputs
     lesson = BlockData(inputs, outputs, quantized, seed=zlib.crc32(f"{job.seed}:{step.path}".encode()))
-    parts = 1 + (settings.steps if job.regime == "w4a4kv4" else len(block.plans))
-    if job.regime == "w4a16":
-        tensors, report = quantize_weights(
-            block, lesson, job.method, settings, progress=lambda _: ticks.calibrated(1 / parts)
-        )
-    else:
-        block.quantize_linears()
+    learns = METHODS[job.method].learns
+    parts = 1 + (settings.steps if learns else len(block.plans))
+    if learns:
+        block.quantize_linears(job.scheme)
         report = learn_block(block, lesson, settings, progress=lambda _: ticks.calibrated(1 / parts))
         tensors = block.export()
+    else:
+        tensors, report = quantize_weights(
+            block, lesson, job.method, settings, lambda _: ticks.calibrated(1 / parts), job.scheme
+        )
     ticks.calibrated(1 / parts)
     work.save_block(step.path, tensors, report.to_dict())
     return {"float": outputs, **_advance_quantized(block, work, quantized, width, settings)}

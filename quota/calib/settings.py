@@ -7,9 +7,25 @@ from typing import Any
 
 from quota.core.errors import UsageError
 
-# Calibration method -> the regime it makes.
-METHODS = {"flatquant": "w4a4kv4", "gptq": "w4a16", "awq": "w4a16", "rtn": "w4a16"}
-MODULES = ("vision", "projector", "llm")
+
+@dataclass(frozen=True)
+class Method:
+    """How a block is quantized. learns: transforms and clips, in steps; else weights alone are rounded. samples: it
+    reads any. search: roughly, products with a block's own weights that searching or factoring costs, per search
+    row; not fitted to runs."""
+
+    learns: bool = False
+    samples: bool = True
+    search: int = 0
+
+
+# What a method makes: the row of `quota.core.formats.SCHEMES` that lists it.
+METHODS = {
+    "flatquant": Method(learns=True, search=12),
+    "gptq": Method(search=4),
+    "awq": Method(search=40),
+    "rtn": Method(samples=False, search=2),
+}
 
 
 @dataclass(frozen=True)

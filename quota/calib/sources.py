@@ -29,9 +29,11 @@ from typing import Any
 
 from quota.calib.samples import SCHEMA, Samples
 from quota.core import images
+from quota.core.documents import read_text
 from quota.core.errors import ImageError, SampleError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text
 
+_FILE_BYTES = 2 << 30  # llava_v1_5_mix665k.json, the largest, has 1.03 GB
 _PASSAGE_WORDS = (60, 160)  # shorter paragraphs are passed over, longer ones cut
 
 
@@ -172,10 +174,10 @@ def read_source(name: str, path: Path) -> list[Record]:
             found = [source.parquet(row) for each in files for row in _parquet_rows(each)]
             records = [record for record in found if record is not None]
         elif file.suffix == ".json":
-            records = list(source.rows(json.loads(file.read_text(encoding="utf-8")), file.parent))
+            records = list(source.rows(json.loads(read_text(file, _FILE_BYTES)), file.parent))
         else:
-            records = list(source.rows(file.read_text(encoding="utf-8").splitlines(), file.parent))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+            records = list(source.rows(read_text(file, _FILE_BYTES).splitlines(), file.parent))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise SampleError(
             f"--source {name}: {file} does not have the documented layout ({type(error).__name__}: {error})"
         ) from error

@@ -24,7 +24,7 @@ from quota.models import Family, find_family, fingerprint
 from quota.models.base import Part
 from quota.models.config import read_config
 from quota.models.images import ImageInput, PatchGrid
-from quota.prune.scores import text_queries
+from quota.prune.attention import text_queries
 
 # Roles of a token in the decoder's stream: QUERY is a text token whose attention ranks the visual ones.
 TEXT, VISUAL, QUERY = 0, 1, 2

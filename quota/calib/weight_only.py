@@ -24,11 +24,13 @@ from quota.calib.learn import BlockData, BlockReport, Scorer, decibels, split
 from quota.calib.settings import Settings
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
+from quota.core.formats import WEIGHT_ONLY, Format, Scheme
 from quota.models.base import Group
 from quota.quant.awq import awq, search_scale
 from quota.quant.gptq import Hessian, gptq
 from quota.quant.grouped import dequantize_groups, round_groups
 from quota.quant.pack import pack_uint4
+from quota.quant.transform import hadamard
 
 Codes = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scale and zero [N, G]
 _UNCLIPPED = ("q_proj", "k_proj", "qkv")
@@ -65,39 +67,46 @@ class InputStats:
 
 @torch.no_grad()
 def quantize_weights(
-    block: Block, lesson: BlockData, method: str, settings: Settings, progress: Callable[[int], None] | None = None
+    block: Block,
+    lesson: BlockData,
+    method: str,
+    settings: Settings,
+    progress: Callable[[int], None] | None = None,
+    scheme: Scheme = WEIGHT_ONLY,
 ) -> tuple[dict[str, Tensor], BlockReport]:
-    """Round the linears of a float `block` by "gptq", "awq" or "rtn" and leave it computing with the rounded weights.
+    """Round the linears of a float `block` to those of `scheme` by "gptq", "awq" or "rtn" and leave it computing with
+    the rounded weights; a quantized cache behind it is not part of what it computes.
 
     Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding
     to nearest: nothing is searched before). progress: called with the number of finished groups. SampleError when the
     inputs are not finite.
     """
+    assert scheme.weights is not None
+    form = scheme.weights
     train, held_out = split(len(lesson.inputs), settings.held_out)
     seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, method, settings)
     score = Scorer(block, lesson, held_out, settings)
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
     weights = {name: linear.weight.data for name, linear in linears.items()}
-    codes = {name: round_groups(weight) for name, weight in weights.items()}
-    _compute_with(linears, codes, {})
+    codes = {name: round_groups(weight, form) for name, weight in weights.items()}
+    _compute_with(linears, codes, {}, form)
     mse_rtn = score()
     for name, linear in linears.items():
         linear.weight.data = weights[name]
     input_scales: dict[str, Tensor] = {}
     if method == "awq":
         for plan in block.plans:
-            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales)]
+            seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales, form)]
     for done, plan in enumerate(block.plans, start=1):
         if method == "gptq":
-            codes |= _gptq(block, plan, seen[plan.name])
+            codes |= _gptq(block, plan, seen[plan.name], form)
         elif method == "awq":
             for part in plan.parts:
-                codes[part] = awq(
-                    linears[part].weight, seen[plan.name].rows, clip=part.rpartition(".")[2] not in _UNCLIPPED
-                )
+                clip = part.rpartition(".")[2] not in _UNCLIPPED
+                codes[part] = awq(linears[part].weight, seen[plan.name].rows, form=form, clip=clip)
         if progress is not None:
             progress(done)
-    _compute_with(linears, codes, input_scales)
+    _compute_with(linears, codes, input_scales, form)
     mse = score()
     signal, update = score.signal()
     report = BlockReport(
@@ -110,14 +119,16 @@ def quantize_weights(
         best_step=0,
         steps=0,
     )
-    return _export(block, linears, codes, input_scales), report
+    return _export(block, linears, codes, input_scales, scheme), report
 
 
 @torch.no_grad()
-def round_weights(block: Block) -> dict[str, Tensor]:
+def round_weights(block: Block, scheme: Scheme = WEIGHT_ONLY) -> dict[str, Tensor]:
     """The tensors of "rtn" alone: rounding to nearest looks at no inputs."""
+    assert scheme.weights is not None
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
-    return _export(block, linears, {name: round_groups(linear.weight.data) for name, linear in linears.items()}, {})
+    codes = {name: round_groups(linear.weight.data, scheme.weights) for name, linear in linears.items()}
+    return _export(block, linears, codes, {}, scheme)
 
 
 def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, InputStats]:
@@ -134,22 +145,22 @@ def _observe(block: Block, source: Stream, items: list[int], method: str, settin
     return seen
 
 
-def _gptq(block: Block, plan: Group, seen: InputStats) -> dict[str, Codes]:
+def _gptq(block: Block, plan: Group, seen: InputStats, form: Format) -> dict[str, Codes]:
     """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
     assert seen.hessian is not None
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
     try:
-        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value)
+        q, scale, zero = gptq(torch.cat(weights), seen.hessian.value, form)
     except ValueError as error:
         raise SampleError(f"{block.path}.{plan.name}: {error}; look for broken samples or weights") from error
     sizes = [len(weight) for weight in weights]
     return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
 
 
-def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor]) -> Tensor:
+def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor], form: Format) -> Tensor:
     """Search and apply the scale of a group's inputs; returns the rows it will then read."""
     linears: list[Any] = [block.layer.get_submodule(part) for part in plan.parts]
-    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude)
+    s, _ = search_scale([linear.weight for linear in linears], seen.rows, seen.magnitude, form)
     for linear in linears:
         linear.weight.data = linear.weight * s
     absorbing = _absorber(block, plan, len(s))
@@ -178,14 +189,16 @@ def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
     return None
 
 
-def _compute_with(linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]) -> None:
+def _compute_with(
+    linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor], form: Format
+) -> None:
     for name, linear in linears.items():
-        weight = dequantize_groups(*codes[name])
+        weight = dequantize_groups(*codes[name], form)
         linear.weight.data = weight * input_scales[name] if name in input_scales else weight
 
 
 def _export(
-    block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor]
+    block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor], scheme: Scheme
 ) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, (q, scale, zero) in codes.items():
@@ -203,4 +216,27 @@ def _export(
         if name.rpartition(".")[0] not in linears
     }
     out |= {f"{block.path}.{name}": tensor for name, tensor in kept.items()}
+    if scheme.fused:
+        _fuse(block, out, scheme)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in out.items()}
+
+
+def _fuse(block: Block, out: dict[str, Tensor], scheme: Scheme) -> None:
+    """Name the tensors as a fused scheme's modules hold them, in place: the rows of a group's linears one below the
+    other, and what attention over a quantized cache has besides."""
+    for plan in block.plans:
+        for key in ("w_q", "w_scale", "w_zero", "bias", "input_scale"):
+            parts = [out.pop(name) for part in plan.parts if (name := f"{block.path}.{part}.{key}") in out]
+            if parts:  # one scale of the input is that of all
+                out[f"{block.path}.{plan.name}.{key}"] = parts[0] if key == "input_scale" else torch.cat(parts)
+    if block.kind != "decoder" or scheme.kv is None:
+        return
+    attention, at = block.attention, f"{block.path}.{block.family.attention[block.kind]}"
+    out |= {f"{at}.{name}": torch.ones(()) for name in ("k_clip", "v_clip")}
+    if scheme.transforms:
+        out |= {f"{at}.{name}": hadamard(attention.head_dim).float() for name in ("q_transform", "k_transform")}
+    if attention.k_proj.bias is not None:  # it is added to the scores, not to the keys
+        bias, first = out[f"{at}.qkv_proj.bias"], block.family.heads * attention.head_dim
+        rows = bias[first : first + attention.k_proj.out_features].clone()
+        out[f"{at}.k_bias"] = rows.view(-1, attention.head_dim)
+        bias[first : first + len(rows)] = 0

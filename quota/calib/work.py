@@ -14,14 +14,17 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal, TypeVar
 
+from pydantic import FailFast, Field, ValidationError, model_validator
 from safetensors.torch import load, save
 from torch import Tensor
 
 from quota.calib.stream import Stream
+from quota.core.documents import read_text, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text, check_removable, naming, remove_files, sha256_file
+from quota.core.schema import Document
 
 LOCK, STATE = "lock", "state.json"
 _OWN = re.compile(
@@ -29,12 +32,68 @@ _OWN = re.compile(
 )  # the last: of a killed write
 
 
+_STATE_BYTES = 1 << 31  # positions of every token are in it: some 40 bytes each
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_BlockPath = Annotated[str, Field(pattern=r"^[\w.]+$")]
+_Patches = tuple[int, int, int]
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+_Item = TypeVar("_Item")
+_Many = Annotated[list[_Item], FailFast()]  # else every wrong item of a million would be an error of its own
+_Counts = _Many[_Count]
+
+
+class _Block(Document):
+    sha256: _Digest
+    report: dict[str, Any]
+
+
+class _Layout(Document):
+    """`Stream.layout` and the file's digest."""
+
+    file: Annotated[str, Field(pattern=r"^(float|quantized)-\d+\.bin$")]
+    width: Annotated[int, Field(ge=1)]
+    dtype: Literal["float32", "float16"]
+    lengths: _Counts
+    positions: _Many[_Count | _Patches]
+    roles: _Many[Annotated[int, Field(ge=-128, lt=128)]]
+    columns: _Counts
+    images: _Many[_Counts]
+    grids: _Many[_Patches]
+    sha256: _Digest
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Layout:
+        rows, items = sum(self.lengths), len(self.lengths)
+        if {len(self.positions), len(self.roles), len(self.columns)} != {rows} or len(self.images) != items:
+            raise ValueError(f"expected positions, roles and columns of {rows} rows and images of {items} items")
+        if len(set(map(type, self.positions))) > 1:
+            raise ValueError("positions: expected numbers alone, or triples alone")
+        return self
+
+
+class _Notes(Document):
+    """What later steps need of earlier ones. shown: per sample and picture its digest and grid of tokens."""
+
+    ids: _Many[_Counts] = Field(default_factory=list)
+    grids: _Many[_Patches] = Field(default_factory=list)
+    shown: _Many[_Many[tuple[str, tuple[int, int] | None]]] = Field(default_factory=list)
+    keep: _Many[_Many[Literal[0, 1]]] = Field(default_factory=list)
+
+
+class _State(Document):
+    job: dict[str, Any]
+    done: Annotated[int, Field(ge=0)]
+    blocks: dict[_BlockPath, _Block]
+    notes: _Notes
+    streams: dict[Literal["float", "quantized"], _Layout]
+
+
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """The first setting two calibrations do not share, as "seed is 0 there, 5 here"; None where all that both name are
     equal."""
     for name in (name for name in ours if name in theirs):
         if theirs[name] != ours[name]:
-            return f"{name} is {theirs[name]!r} there, {ours[name]!r} here"
+            return f"{name} is {shown(theirs[name])} there, {shown(ours[name])} here"
     return None
 
 
@@ -104,18 +163,21 @@ class WorkFolder:
 
     def _state(self) -> dict[str, Any] | None:
         """What `state.json` says, or None when there is none or it is not what this class wrote."""
+        path = self.path / STATE
         try:
-            text = (self.path / STATE).read_text(encoding="utf-8")
+            digest, _, body = read_text(path, _STATE_BYTES).partition("\n")
+            if digest != hashlib.sha256(body.encode()).hexdigest():
+                raise ValueError("its digest is another")
+            return _State.model_validate_json(body, strict=True).model_dump(exclude_unset=True)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
-            text = ""
-        digest, _, body = text.partition("\n")
-        if digest != hashlib.sha256(body.encode()).hexdigest():
-            _tell(f"{self.path / STATE}: damaged; the calibration starts again")
-            return None
-        state: dict[str, Any] = json.loads(body)
-        return state
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            reason = f"{'.'.join(str(part)[:80] for part in first['loc'])}: {first['msg']}"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        _tell(f"{path}: damaged ({reason}); the calibration starts again")
+        return None
 
     def _start_again(self, blocks: dict[str, dict[str, Any]]) -> None:
         kept = {Path(LOCK), *(self._block_file(path).relative_to(self.path) for path in blocks)}

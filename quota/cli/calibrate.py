@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
+from quota.calib.settings import METHODS
 from quota.cli.shell import JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
-
-METHODS = ("flatquant", "gptq", "awq", "rtn")
-MODULES = ("vision", "projector", "llm")
+from quota.core.formats import MODULES, SCHEMES
 
 
 def parse_modules(text: str) -> tuple[str, ...]:
@@ -35,8 +34,16 @@ def calibrate(
         typer.Option("--samples", help="Calibration samples, a JSON file (see below). Not needed by --method rtn."),
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="flatquant: W4A4KV4. gptq, awq, rtn: W4A16, weights alone.")
+        str,
+        typer.Option(
+            "--method",
+            help=" ".join(f"{row.name} ({row.words()}): {', '.join(row.methods)}." for row in SCHEMES.values()),
+        ),
     ] = "flatquant",
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", help="What is quantized, of what the method makes. Default: the first listed above."),
+    ] = None,
     modules: Annotated[
         str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")
     ] = "vision,projector,llm",
@@ -61,7 +68,7 @@ def calibrate(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Quantize a float checkpoint: 4-bit weights, activations and KV cache, or weights alone.
+    """Quantize a float checkpoint: 4-bit weights, activations and KV cache, weights alone, or weights and KV cache.
 
     Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns
     transforms and clipping thresholds that keep the block's output close to the float block's (FlatQuant). Killed in
@@ -69,7 +76,8 @@ def calibrate(
     work when it holds anything but the result of this very command.
 
     `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache
-    and output head stay float.
+    and output head stay float. With `--scheme w4a16kv4` the cache has four bits too, and `quota serve` takes the
+    result.
     `--method rtn` rounds them to nearest, the baseline of both.
 
     **Examples**
@@ -93,9 +101,10 @@ def calibrate(
     """
     if method not in METHODS:
         raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if steps is not None and method != "flatquant":
-        raise UsageError(f"--steps: only flatquant learns in steps; leave it out with --method {method}")
-    if samples is None and method != "rtn":
+    if steps is not None and not METHODS[method].learns:
+        learners = ", ".join(name for name, row in METHODS.items() if row.learns)
+        raise UsageError(f"--steps: only {learners} learns in steps; leave it out with --method {method}")
+    if samples is None and METHODS[method].samples:
         raise UsageError(
             f"--samples: method {method} learns from samples; give a samples file (only rtn rounds without)"
         )
@@ -111,6 +120,7 @@ def calibrate(
     read = None if samples is None else Samples.load(samples)
     options: Options = {
         "method": method,
+        "scheme": scheme,
         "modules": chosen,
         "seed": seed,
         "steps": steps,

@@ -29,6 +29,7 @@ def _versions(names: Iterable[str]) -> dict[str, str | None]:
 
 def examine() -> dict[str, Any]:
     """Everything `quota doctor` prints, JSON-able; `problems` lists what stops quota from working."""
+    from quota.core.formats import SCHEMES
     from quota.core.version import VERSION
     from quota.eval.machine import cpu, cuda_devices, describe_float_attention, describe_native, op_rows
     from quota.scenes import assets
@@ -62,6 +63,15 @@ def examine() -> dict[str, Any]:
         }
         document["ops"], wrong = op_rows()
         problems += wrong
+    document["schemes"] = [
+        {
+            "name": scheme.name,
+            "formats": scheme.words(),
+            "calibrated by": ", ".join(scheme.methods),
+            "served": "yes" if scheme.served else "no",
+        }
+        for scheme in SCHEMES.values()
+    ]
     document["embedded"] = {
         family: (assets.folder_of(family) / "checkpoint" / "config.json").is_file() for family in assets.FAMILIES
     }
@@ -90,6 +100,15 @@ def doctor(json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+def _table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    lines = [{key: key for key in rows[0]}, *rows]
+    widths = [max(len(str(line[key])) for line in lines) for key in rows[0]]
+    for line in lines:
+        say("  " + "  ".join(str(v).ljust(w) for v, w in zip(line.values(), widths, strict=True)).rstrip())
+
+
 def _print(document: dict[str, Any]) -> None:
     cpu = document["cpu"]
     say(f"quota {document['quota']}   python {document['python']}   {document['platform']}")
@@ -109,13 +128,8 @@ def _print(document: dict[str, Any]) -> None:
         say(f"float attention   {document['float_attention']}")
         for name, how in document["decode"].items():
             say(f"serving on {name}   {how}")
-    ops = document.get("ops", [])
-    if ops:
-        widths = [
-            max(len(str(row[key])) for row in [*ops, {k: k for k in row}]) for key, row in ((k, ops[0]) for k in ops[0])
-        ]
-        for row in [{k: k for k in ops[0]}, *ops]:
-            say("  " + "  ".join(str(v).ljust(w) for v, w in zip(row.values(), widths, strict=True)).rstrip())
+    _table(document["schemes"])
+    _table(document.get("ops", []))
     found = document["embedded"]
     say("embedded models   " + ", ".join(f"{name} {'here' if there else 'not here'}" for name, there in found.items()))
     for problem in document["problems"]:

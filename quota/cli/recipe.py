@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from quota.allocate.methods import METHODS, methods_help
 from quota.cli.shell import (
     BuildByDefaultGroup,
     JsonOption,
@@ -19,10 +18,9 @@ from quota.cli.shell import (
     print_json,
     say,
 )
-from quota.core.errors import RecipeError, UsageError
-
-REFERENCES = ("recorded", "per_image")
-POLICIES = ("original", "compact")
+from quota.core.errors import QuotaError, UsageError
+from quota.core.keep import POSITION_POLICIES, REFERENCES
+from quota.core.methods import METHODS, methods_help, withdrawing
 
 app = typer.Typer(
     cls=BuildByDefaultGroup,
@@ -48,6 +46,8 @@ def about() -> None:
         quota recipe validate recipes/*.json demo-out/recipe.json
 
         quota recipe diff a.json b.json
+
+        quota recipe upgrade old.json
     """
 
 
@@ -71,6 +71,10 @@ at equal work.
 
     quota recipe demo-out/quantized --method divprune --compute 0.4 --samples samples.json --out divprune.json
 """
+
+
+def _told(words: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {meaning}" for name, meaning in words.items()) + "."
 
 
 @app.command("build", help=_BUILD_HELP)
@@ -109,13 +113,9 @@ def build(
     seed: Annotated[int, typer.Option("--seed", min=0, help="random: which tokens.")] = 0,
     reference: Annotated[
         str,
-        typer.Option(
-            "--reference", help="recorded: budgets count the model's image size; per_image: each prompt's own."
-        ),
+        typer.Option("--reference", help=_told(REFERENCES)),
     ] = "recorded",
-    position_policy: Annotated[
-        str, typer.Option("--position-policy", help="original: kept tokens keep their positions; compact: renumbered.")
-    ] = "original",
+    position_policy: Annotated[str, typer.Option("--position-policy", help=_told(POSITION_POLICIES))] = "original",
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")
     ] = None,
@@ -126,22 +126,23 @@ def build(
 
     for option, value, allowed in (
         ("--method", method, tuple(METHODS)),
-        ("--reference", reference, REFERENCES),
-        ("--position-policy", position_policy, POLICIES),
+        ("--reference", reference, tuple(REFERENCES)),
+        ("--position-policy", position_policy, tuple(POSITION_POLICIES)),
     ):
         if value not in allowed:
             raise UsageError(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
     if keep is not None:
         check_keep(keep)
-    if compute is not None and (keep is not None or not 0 < compute <= 1 or method == "vtw"):
+    if compute is not None and (keep is not None or not 0 < compute <= 1 or METHODS[method].withdraws):
         raise UsageError(
-            f"--compute: expected a share above 0 and at most 1, without --keep and not with vtw, got {compute:g}"
+            f"--compute: expected a share above 0 and at most 1, without --keep and not with {withdrawing()}, got"
+            f" {compute:g}"
         )
     if layers is not None:
         parse_layers(layers, 1_000_000)  # the spelling; the model's own number of layers is checked when it is known
     if not tau > 0:
         raise UsageError(f"--tau: expected a temperature above 0, got {tau:g}")
-    profiled = METHODS[method].needs == "profile"
+    profiled = METHODS[method].search == "profile"
     if profiled and model is None:
         raise UsageError(
             f"--model: method {method} measures the float model beside the quantized one; give the folder or hub name"
@@ -156,11 +157,11 @@ def build(
         check_output(plot, "--plot", overwrite=overwrite)
 
     from quota.allocate.explain import explain_text
-    from quota.eval import profiling
+    from quota.planning.request import RecipeRequest, profile_models
 
-    how = profiling.RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
+    how = RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
     if profiled:
-        profile = profiling.profile_models(str(model), checkpoint, samples, quiet=json)
+        profile = profile_models(str(model), checkpoint, samples, quiet=json)
         recipe = how.from_profile(profile)
         if plot is not None:
             from quota.report.plots import save_profile_plot
@@ -199,7 +200,7 @@ def explain(
 def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipe files.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="Also check that they belong to this model (folder or hub name).")
+        str | None, typer.Option("--model", help="Also check that this model (folder or hub name) takes them.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -215,7 +216,7 @@ def validate(
     """
     from quota.core.recipe import Recipe, is_schema
 
-    fingerprint = _fingerprint_of(model) if model is not None else None
+    opened = None if model is None else _opened(model)
     results: list[dict[str, Any]] = []
     for file in files:
         try:
@@ -223,10 +224,12 @@ def validate(
                 results.append({"file": str(file), "valid": True, "error": None})
                 continue
             recipe = Recipe.load(file)
-            if fingerprint is not None:
-                recipe.check_model(fingerprint)
+            if opened is not None:
+                from quota.runtime.patch import patched
+
+                patched(opened, recipe).undo()  # whatever loading refuses, by loading
             results.append({"file": str(file), "valid": True, "error": None})
-        except RecipeError as error:
+        except QuotaError as error:
             results.append({"file": str(file), "valid": False, "error": " ".join(str(error).split())})
     if json:
         print_json(results)
@@ -240,12 +243,11 @@ def validate(
         raise typer.Exit(1)
 
 
-def _fingerprint_of(model: str) -> str:
-    from quota.eval.asking import load_model
-    from quota.models import model_fingerprint
+def _opened(model: str) -> Any:
+    from quota.runtime.load import load_model
 
     check_checkpoint(model, "--model")
-    return model_fingerprint(load_model(model, None)[0])
+    return load_model(model, None)[0]
 
 
 @app.command("diff")
@@ -272,3 +274,44 @@ def diff(
         say(explained.diff_text(a, b))
     if changes and exit_code:
         raise typer.Exit(1)
+
+
+@app.command("upgrade")
+def upgrade(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipe files.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write instead of FILE itself; for one FILE.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Rewrite recipes of schema_version 1 as this version's, and say what changed.
+
+    What they do stays the same: candidate -1, before the language model, is candidate 0 now. All are read and checked
+    before the first is written; files of this version, and the schema beside them, are left alone.
+
+    **Example**
+
+        quota recipe upgrade recipe.json old/*.json
+
+        quota recipe upgrade old.json --out recipe.json
+    """
+    from quota.core.recipe import is_schema
+    from quota.core.recipe_upgrade import upgrade as read
+
+    if out is not None:
+        if len(files) != 1:
+            raise UsageError(f"--out: expected one FILE to write there, got {len(files)}")
+        check_output(out, overwrite=overwrite)
+    upgrades = [read(file) for file in files if not is_schema(file)]
+    written = [(found, out or found.path.resolve()) for found in upgrades if found.changes or out is not None]
+    for _, target in written:
+        check_output(target, overwrite=True)
+    for found, target in written:
+        found.recipe.save(target)
+    results = [{"file": str(out or found.path), "changes": list(found.changes)} for found in upgrades]
+    if json:
+        print_json(results)
+        return
+    for result in results:
+        say(f"{result['file']}: {'; '.join(result['changes']) or 'of this version already'}")

@@ -19,7 +19,7 @@ def parse_bytes(text: str | None) -> int | None:
         return None
     number, unit = (text[:-1], text[-1].lower()) if text and text[-1].lower() in _SIZES else (text, "")
     if not number.isdecimal() or not int(number):
-        raise UsageError(f"--kv-memory: expected a number of bytes such as 512M or 2G, got {text!r}")
+        raise UsageError(f"--kv-bytes: expected a number of bytes such as 512M or 2G, got {text!r}")
     return int(number) * _SIZES.get(unit, 1)
 
 
@@ -35,8 +35,8 @@ def serve(
     name: Annotated[
         str | None, typer.Option("--model-name", help="Name that clients use; default: the folder's.")
     ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option("--kv-memory", help="Memory of the key/value pool, for example 512M.")
+    kv_bytes: Annotated[
+        str | None, typer.Option("--kv-bytes", help="Memory of the key/value pool, for example 512M.")
     ] = None,
     max_running: Annotated[int | None, typer.Option("--max-running", help="Most requests in one batch.")] = None,
     max_waiting: Annotated[
@@ -85,12 +85,12 @@ def serve(
 
         quota serve demo-out/quantized --recipe quota=demo-out/recipe.json
 
-        quota serve llava-w4a4kv4 --device cuda --dtype float16 --kv-memory 8G
+        quota serve llava-w4a4kv4 --device cuda --dtype float16 --kv-bytes 8G
 
         quota serve CHECKPOINT --replicas 4 --threads 8 --session-affinity      # needs the extra ray; kill -HUP
         restarts them one by one
 
-        QUOTA_SERVE_MAX_IMAGES=2 quota serve CHECKPOINT --port 9000 --kv-memory 2G --api-key-file keys.txt
+        QUOTA_SERVE_MAX_IMAGES=2 quota serve CHECKPOINT --port 9000 --kv-bytes 2G --api-key-file keys.txt
     """
     try:
         from quota.server.config import settings
@@ -105,7 +105,7 @@ def serve(
         "host": host,
         "port": port,
         "model_name": name,
-        "kv_bytes": parse_bytes(kv_memory),
+        "kv_bytes": parse_bytes(kv_bytes),
         "max_running": max_running,
         "max_waiting": max_waiting,
         "threads": threads,

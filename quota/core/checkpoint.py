@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,11 +25,12 @@ from torch import Tensor
 from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
+from quota.core.formats import MODULES, Scheme, scheme_named
 from quota.core.version import VERSION
 
-MODULES = ("vision", "projector", "llm")  # what can be quantized, in the order of a forward pass
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
+_SCHEME = "regime"  # the key of the scheme's name in files
 INDEX = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 README = "README.md"
@@ -41,9 +42,10 @@ REMEDY = "the folder is damaged: copy or calibrate it again"
 
 @dataclass(frozen=True)
 class Manifest:
-    """`quota.json`. `files` maps every other file of the folder to its hex SHA-256, `bytes` to its size."""
+    """`quota.json`, where the scheme is the field `regime`, by name. `files` maps every other file of the folder to its
+    hex SHA-256, `bytes` to its size."""
 
-    regime: str
+    scheme: Scheme
     modules: tuple[str, ...]
     source_fingerprint: str
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -53,14 +55,8 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def dumps(self) -> str:
-        return (
-            json.dumps(
-                {"schema_version": self.schema_version, **asdict(self), "modules": list(self.modules)},
-                indent=2,
-                sort_keys=True,
-            )
-            + "\n"
-        )
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "scheme"}
+        return json.dumps({**data, _SCHEME: self.scheme.name}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -81,7 +77,13 @@ class Manifest:
                 " this version"
             )
         _check_fields(path, data)
-        return cls(**{**data, "modules": tuple(data["modules"])})
+        try:
+            scheme = scheme_named(data.pop(_SCHEME))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: {_SCHEME}: {error}; use the version of quota that wrote the folder"
+            ) from None
+        return cls(**{**data, "scheme": scheme, "modules": tuple(data["modules"])})
 
 
 def _is_file_name(name: str) -> bool:
@@ -94,7 +96,7 @@ def _is_size(value: Any) -> bool:
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "regime": ("a name", lambda v: isinstance(v, str)),
+    _SCHEME: ("a name", lambda v: isinstance(v, str)),
     "modules": (
         f"a list of some of {list(MODULES)}",
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(m, str) and m in MODULES for m in v),
@@ -226,7 +228,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         data["transformers_weights"] = _NO_SUCH_WEIGHTS
         data["quantization_config"] = {
             "quant_method": "quota",
-            "regime": self.manifest.regime,
+            _SCHEME: self.manifest.scheme.name,
             "modules": list(self.manifest.modules),
         }
         atomic_write_text(self.work / "config.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
@@ -271,17 +273,16 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             atomic_write_text(self.work / INDEX, json.dumps(index, indent=2) + "\n")
         atomic_write_text(self.work / README, _readme(self.manifest))
         paths = sorted(path for path in self.work.iterdir() if path.is_file())
-        known = {**asdict(self.manifest), "modules": self.manifest.modules}
-        known |= {"files": {p.name: sha256_file(p) for p in paths}, "bytes": {p.name: p.stat().st_size for p in paths}}
-        self.manifest = Manifest(**known)
+        files, sizes = {p.name: sha256_file(p) for p in paths}, {p.name: p.stat().st_size for p in paths}
+        self.manifest = replace(self.manifest, files=files, bytes=sizes)
         atomic_write_text(self.work / MANIFEST, self.manifest.dumps())
 
 
 def _readme(manifest: Manifest) -> str:
-    """How to open the folder, for whoever finds it. Equal manifests give equal text."""
+    """How to open the folder: the text of its README. Equal manifests give equal text."""
     return f"""# A quantized checkpoint of QUOTA
 
-Regime {manifest.regime}, quantized parts: {", ".join(manifest.modules)}; written by quota {manifest.tool_version}.
+Regime {manifest.scheme.name}, quantized parts: {", ".join(manifest.modules)}; written by quota {manifest.tool_version}.
 
 Open this folder with quota, which checks every file against `{MANIFEST}` first:
 

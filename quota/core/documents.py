@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else may have written: bounded in size and depth, and only from ordinary files."""
+"""Reading JSON from other programs: bounded in size and depth, and only from ordinary files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written ever stands in place of something good, and nothing of somebody else's is
+"""Writing so that nothing half-written ever stands in place of something good, and no file of another program is
 removed."""
 
 from __future__ import annotations

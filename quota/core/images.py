@@ -167,6 +167,44 @@ def decode(data: bytes, limits: Limits = LIMITS, name: str = "image") -> Image:
         raise _unreadable(reason, name) from None
 
 
+def to_image(given: object, limits: Limits = LIMITS, name: str = "image") -> Image:
+    """Whatever holds an image as RGB, upright, on white: a Pillow image, a path, the bytes of a file, a data URL, or an
+    array uint8 [H, W] of greys, [H, W, 3] of RGB or [H, W, 4] of RGBA. ImageError, which begins with `name`, says why
+    not."""
+    from PIL import Image as pillow
+
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return decode(_bounded(bytes(given), limits, name), limits, name)
+    if isinstance(given, str) and given[:5].lower() == "data:":
+        return decode(read_data_url(given, limits, name), limits, name)
+    if isinstance(given, (str, Path)):
+        return open_file(given, limits, name)
+    image = given if isinstance(given, pillow.Image) else _of_array(given, name)
+    check_size(image.size, limits, name)
+    try:
+        return to_rgb(image)  # a file that Pillow has opened is decoded here
+    except OSError as error:
+        raise _unreadable(str(error), name) from None
+
+
+def _of_array(given: object, name: str) -> Image:
+    import numpy as np
+    from PIL import Image as pillow
+
+    if not hasattr(given, "__array__"):
+        raise ImageError(
+            f"{name}: expected a Pillow image, a path, bytes, a data URL or an array, got {type(given).__name__}"
+        )
+    array = np.asarray(given)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(
+            f"{name}: expected an array uint8 [H, W], [H, W, 3] or [H, W, 4], got {array.dtype} {list(array.shape)}"
+        )
+    if not array.size:
+        raise ImageError(f"{name}: the image is empty")
+    return pillow.fromarray(np.ascontiguousarray(array))
+
+
 def _unreadable(reason: str, name: str) -> ImageError:
     return ImageError(
         f"{name}: not a readable image ({reason}); expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"

@@ -1,15 +1,19 @@
-"""Keep ratios and the few names that recipes, the pruner and the allocator share. Plain Python: what runs a model needs
-no parser of documents."""
+"""Keep ratios: what they count, how the kept tokens are numbered, and their arithmetic. No pydantic, which the
+inference path does without."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
 
-BEFORE = -1  # the candidate before the language model: merged embeddings, no attention yet
-ATTENTION_SCORES: frozenset[str] = frozenset(
-    {"quota", "text", "last_token", "cross_self"}
-)  # they read the attention of the layer before
+REFERENCES: dict[str, str] = {
+    "recorded": "budgets count reference_tokens per image",
+    "per_image": "the prompt's own visual tokens",
+}
+POSITION_POLICIES: dict[str, str] = {
+    "original": "kept tokens keep their rotary positions",
+    "compact": "positions are renumbered",
+}
 
 
 def significant(x: float, digits: int = 6) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,25 @@ from rich.table import Table
 from rich.text import Text
 
 from quota.allocate.explain import explain, explain_text
-from quota.allocate.profile import Profile
-from quota.calib.samples import Samples
 from quota.calib.stream import FloatSource
-from quota.core.files import atomic_write_text, claim_folder
+from quota.core.files import atomic_write_text
 from quota.core.folders import resolve_folder
+from quota.core.formats import DEFAULT
 from quota.core.recipe import Recipe
-from quota.demo.cache import StageCache, code_fingerprint, link
 from quota.demo.embedded import held_out, reference_of, sources, tour
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
-from quota.eval.asking import ask, load_model
-from quota.eval.benchmark import Answered, RowSpec, Settings, summarise, weight_bytes
-from quota.eval.compare import TIMED_QUESTIONS, answer_rows, bars, folder_fingerprint, row_spec
-from quota.eval.generation import Cost, measure_cost
+from quota.eval.asking import ask
+from quota.eval.benchmark import Answered, Settings, summarise, weight_bytes
+from quota.eval.cache import link
+from quota.eval.compare import TIMED_QUESTIONS
+from quota.eval.generation import under
 from quota.eval.machine import cpu, describe_native
-from quota.eval.profiling import allocate, profile_models
-from quota.eval.questions import Question, questions_fingerprint
+from quota.eval.pipeline import ROUNDED, Entry, Options, Pipeline
 from quota.eval.remarks import remarks
 from quota.eval.results import Evaluation
 from quota.eval.score import is_right
 from quota.eval.tables import evaluation_tables
 
-MODULES = ("vision", "projector", "llm")
 COMPARISONS = (
     ("collaborative", "quantize-then-prune"),
     ("collaborative", "prune-then-quantize"),
@@ -47,6 +44,15 @@ FILES = {
     "recipe": "recipe.json",
     "uniform_recipe": "uniform.json",
 }
+ROWS = (
+    "float",
+    "quant-only",
+    "prune-only",
+    "quantize-then-prune",
+    "prune-then-quantize",
+    "collaborative",
+    "quant-rtn",
+)
 SIDE_BY_SIDE = ("float", "quant-only", "collaborative")
 
 
@@ -66,38 +72,31 @@ class DemoSettings:
     quiet: bool = False
 
 
-class Demo:
-    """One run: the settings, the cache, and the models loaded so far."""
+class Demo(Pipeline):
+    """One run: the settings and the pipeline. The embedded models are small, so all that are loaded stay."""
 
     def __init__(self, settings: DemoSettings) -> None:
-        self.settings = settings
-        self.console = Console(stderr=settings.quiet, width=max(Console().width, 126))
-        self.float_checkpoint, samples = sources(settings.family, settings.model, settings.samples)
-        claim_folder(settings.out)
-        self.samples = Samples.load(samples)
-        self.config = FloatSource(self.float_checkpoint).config
-        self.float_key = folder_fingerprint(self.float_checkpoint)
-        self.cache = StageCache(settings.out / "cache", code_fingerprint())
-        self._loaded: dict[str, tuple[Any, Any]] = {}
+        s = self.settings = settings
+        checkpoint, samples = sources(s.family, s.model, s.samples)
+        self.config = FloatSource(checkpoint).config
+        options = Options(
+            s.out, reference_of(self.config), steps=s.steps, seed=s.seed, in_memory=len(ROWS), quiet=s.quiet
+        )
+        super().__init__(checkpoint, samples, options)
+        self.console = Console(stderr=s.quiet, width=max(Console().width, 126))
 
     def title(self, number: int, text: str) -> None:
         self.console.print(f"\n[bold]{number}/6  {text}[/bold]")
-
-    def opened(self, spec: RowSpec) -> tuple[Any, Any]:
-        """Each row's model once per run: the embedded ones are small."""
-        if spec.key not in self._loaded:
-            self._loaded[spec.key] = spec.open()
-        return self._loaded[spec.key]
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def facts(self) -> ModelFacts:
         """Stage 1: the float checkpoint and its samples."""
-        from quota.calib.evidence import measured_facts
         from quota.models import find_family
+        from quota.planning.facts import measured_facts
 
         self.title(1, "float checkpoint and calibration samples")
-        model, processor = load_model(self.float_checkpoint)
+        model, processor = self.loaded(self.float_checkpoint)
         measured = measured_facts(model, processor, self.samples)
         facts = ModelFacts(
             checkpoint=self.settings.model or "embedded",
@@ -118,64 +117,7 @@ class Demo:
         )
         return facts
 
-    def quantize(self, stage: str, recipe: Path | None = None) -> Path:
-        """Stage 2 (and once more, on the pruned graph, for prune-then-quantize): a W4A4KV4 checkpoint."""
-        from quota.calib.run import calibrate
-
-        s = self.settings
-        loaded = Recipe.load(recipe) if recipe else None
-        parts = {
-            "float": self.float_key,
-            "samples": self.samples.fingerprint,
-            "steps": s.steps,
-            "seed": s.seed,
-            "recipe": loaded and loaded.dumps(),
-        }
-
-        def work(path: Path) -> None:
-            calibrate(
-                self.float_checkpoint,
-                self.samples,
-                modules=MODULES,
-                out=path,
-                seed=s.seed,
-                steps=s.steps,
-                recipe=loaded,
-                progress=not s.quiet,
-                overwrite=True,
-            )
-
-        return self.cache.make(stage, parts, work)
-
-    def profile(self, quantized: Path) -> Profile:
-        """Stage 3, first half: what each layer looks like."""
-        s = self.settings
-        parts = {
-            "float": self.float_key,
-            "quantized": folder_fingerprint(quantized),
-            "samples": self.samples.fingerprint,
-        }
-        path = self.cache.make(
-            "profile",
-            parts,
-            lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=s.quiet).save(p),
-        )
-        return Profile.load(path)
-
-    def rtn_spec(self, label: str) -> RowSpec:
-        """Quantized without calibration or transforms, in memory: what calibration is worth."""
-        from quota.models.quantize import weight_bytes as tensor_bytes
-        from quota.models.rtn import quantize_rtn
-
-        def opened() -> tuple[Any, Any]:
-            model, processor = load_model(self.float_checkpoint)
-            return quantize_rtn(model, MODULES, transforms=False).eval(), processor
-
-        key = f"{self.float_key} rtn"
-        model, _ = self._loaded.setdefault(key, opened())
-        return RowSpec("quant-rtn", f"{label}, rounded to nearest", None, key, tensor_bytes(model), "int4", opened)
-
-    def side_by_side(self, specs: dict[str, RowSpec]) -> tuple[list[SideBySide], dict[str, str]]:
+    def side_by_side(self, entries: dict[str, Entry]) -> tuple[list[SideBySide], dict[str, str]]:
         """Stage 4: the tour's questions in three rows; its pictures, and the tokens kept for the first question about
         each."""
         from quota.report.overlay import save_overlay
@@ -191,12 +133,10 @@ class Demo:
             for q in asked:
                 said = {}
                 for row in SIDE_BY_SIDE:
-                    answer = ask(
-                        *self.opened(specs[row]),
-                        q.instruction,
-                        [] if picture is None else [picture],
-                        max_new_tokens=64 if q.task == "caption" else 8,
-                    )
+                    model, processor = self.loaded(entries[row].checkpoint)
+                    shown, longest = [] if picture is None else [picture], 64 if q.task == "caption" else 8
+                    with under(model, entries[row].recipe):
+                        answer = ask(model, processor, q.instruction, shown, max_new_tokens=longest)
                     said[row] = answer.text
                     if answer.kept and overlay is not None and overlay not in files:
                         files[overlay] = f"{overlay}.png"
@@ -220,56 +160,24 @@ class Demo:
         self.console.print(table)
         return results, files
 
-    def evaluate(self, specs: dict[str, RowSpec]) -> Evaluation:
+    def evaluate(self, entries: list[Entry]) -> Evaluation:
         """Stage 5: all rows on the held-out questions, then single requests with a picture timed in turns."""
-        s = self.settings
-        questions = held_out(s.questions, self.config)
-        settings = Settings(seed=s.seed)
-        rows = list(specs.values())
-        began_with = set(self._loaded)
-        answered = answer_rows(rows, questions, self.cache.folder / "answers", settings, self.opened, quiet=s.quiet)
-        blind_spec = replace(specs["float"], name="blind")
-        blind = answer_rows(
-            [blind_spec],
-            [q.without_image() for q in questions],
-            self.cache.folder / "answers",
-            settings,
-            self.opened,
-            quiet=s.quiet,
-        )
-        reused = all(seconds == 0 for _, seconds in answered.values()) and set(self._loaded) == began_with
-        self.cache.timings.append(
-            {"stage": "answers", "seconds": round(sum(v for _, v in answered.values()), 2), "reused": reused}
-        )
+        questions = held_out(self.settings.questions, self.config)
+        answered = self.answers(entries, questions)
+        blind = self.answers([replace(entries[0], name="blind")], [q.without_image() for q in questions])["blind"][0]
+        seconds = [spent for _, spent in answered.values()]
+        self.cache.timings.append({"stage": "answers", "seconds": round(sum(seconds), 2), "reused": not any(seconds)})
         timed = [q for q in questions if q.open_image is not None][:TIMED_QUESTIONS]
-        costs = self.costs(rows, timed)
+        costs = self.costs(entries, timed)
         return summarise(
             questions,
-            [Answered(spec, *answered[spec.name], costs[spec.name]) for spec in rows],
-            settings,
+            [Answered(self.spec(entry), *answered[entry.name], costs[entry.name]) for entry in entries],
+            Settings(seed=self.settings.seed),
             baseline="float",
-            blind=blind["blind"][0],
+            blind=blind,
             compare=COMPARISONS,
             timed_requests=len(timed),
         )
-
-    def costs(self, rows: list[RowSpec], questions: list[Question]) -> dict[str, Cost]:
-        parts = {
-            "rows": [[r.name, r.key] for r in rows],
-            "questions": questions_fingerprint(questions),
-            "machine": platform.node(),
-        }
-
-        def work(path: Path) -> None:
-            with bars(self.settings.quiet) as progress:
-                bar = progress.add_task("timing", total=len(rows) * (len(questions) + 1))
-                measured = measure_cost(
-                    {r.name: self.opened(r) for r in rows}, questions, progress=lambda: progress.advance(bar)
-                )
-            atomic_write_text(path, json.dumps({name: asdict(cost) for name, cost in measured.items()}) + "\n")
-
-        path = self.cache.make("cost", parts, work)
-        return {name: Cost(**values) for name, values in json.loads(path.read_text()).items()}
 
     def environment(self) -> Environment:
         import torch
@@ -295,20 +203,16 @@ def run_demo(settings: DemoSettings) -> Report:
     demo = Demo(settings)
     out, say = settings.out, demo.console.print
     facts = demo.facts()
-    reference = reference_of(demo.config)
 
-    demo.title(2, "calibration to W4A4KV4")
-    quantized = demo.quantize("quantized")
-    link(out / "quantized", quantized)
-    say(f"{out / 'quantized'}: {weight_bytes(quantized) / 1e6:.2f} MB (float: {facts.float_bytes / 1e6:.2f} MB)")
+    demo.title(2, f"calibration to {DEFAULT.title}")
+    quantized = demo.quantized()
+    link(out / "quantized", Path(quantized))
+    say(f"{out / 'quantized'}: {weight_bytes(Path(quantized)) / 1e6:.2f} MB (float: {facts.float_bytes / 1e6:.2f} MB)")
 
     demo.title(3, f"profile and allocation, keep {settings.keep:g}")
-    profile = demo.profile(quantized)
+    profile = demo.profile
     recipes = {"collaborative": out / "recipe.json", "uniform": out / "uniform.json"}
-    plans = {
-        name: allocate(profile, keep=settings.keep, method=method, reference=reference)
-        for name, method in (("collaborative", "quota"), ("uniform", "uniform"))
-    }
+    plans = {"collaborative": demo.planned("quota", settings.keep), "uniform": demo.planned("uniform", settings.keep)}
     for name, plan in plans.items():
         plan.save(recipes[name])
     save_profile_plot(out / "profile.png", profile, plans["collaborative"])
@@ -316,25 +220,25 @@ def run_demo(settings: DemoSettings) -> Report:
     say(explain_text(plans["collaborative"]), markup=False, highlight=False)
 
     demo.title(4, "answers side by side")
-    label = facts.checkpoint
-    specs = {
-        "float": row_spec("float", demo.float_checkpoint, label=label),
-        "quant-only": row_spec("quant-only", quantized, label="quantized"),
-        "prune-only": row_spec("prune-only", demo.float_checkpoint, recipes["uniform"], label),
-        "quantize-then-prune": row_spec("quantize-then-prune", quantized, recipes["uniform"], "quantized"),
+    label, original = facts.checkpoint, demo.float_checkpoint
+    uniform: tuple[Recipe, dict[str, Any], str] = (plans["uniform"], {}, recipes["uniform"].name)
+    joint: tuple[Recipe, dict[str, Any], str] = (plans["collaborative"], {}, recipes["collaborative"].name)
+    entries = {
+        "float": Entry("float", original, label),
+        "quant-only": Entry("quant-only", quantized, "quantized"),
+        "prune-only": Entry("prune-only", original, label, *uniform),
+        "quantize-then-prune": Entry("quantize-then-prune", quantized, "quantized", *uniform),
+        "collaborative": Entry("collaborative", quantized, "quantized", *joint),
+        "quant-rtn": Entry("quant-rtn", ROUNDED, f"{label}, rounded to nearest"),
     }
-    collaborative = row_spec("collaborative", quantized, recipes["collaborative"], "quantized")
-    answers, files = demo.side_by_side({**specs, "collaborative": collaborative})
+    answers, files = demo.side_by_side(entries)
 
     demo.title(5, f"evaluation on {settings.questions} held-out questions")
-    say("prune-then-quantize: calibrating once more, on the graph the uniform recipe prunes")
-    pruned_first = demo.quantize("quantized-pruned", recipes["uniform"])
-    specs["prune-then-quantize"] = row_spec(
-        "prune-then-quantize", pruned_first, recipes["uniform"], "quantized on the pruned graph"
-    )
-    specs["collaborative"] = collaborative
-    specs["quant-rtn"] = demo.rtn_spec(label)
-    evaluation = demo.evaluate(specs)
+    say("prune-then-quantize: the decoder calibrated once more, on the graph the uniform recipe prunes")
+    pruned_first = demo.quantized(recipe=plans["uniform"])
+    words = "quantized on the pruned graph"
+    entries["prune-then-quantize"] = Entry("prune-then-quantize", pruned_first, words, *uniform)
+    evaluation = demo.evaluate([entries[name] for name in ROWS])
     for table in evaluation_tables(evaluation):
         say(table)
     for remark in remarks(evaluation):
@@ -345,7 +249,7 @@ def run_demo(settings: DemoSettings) -> Report:
         environment=demo.environment(),
         model=facts,
         keep=settings.keep,
-        calibration=json.loads((quantized / "quota.json").read_text())["calibration"],
+        calibration=json.loads((Path(quantized) / "quota.json").read_text())["calibration"],
         recipes={name: explain(plan) for name, plan in plans.items()},
         profile=profile.to_json(),
         answers=answers,

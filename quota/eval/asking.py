@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.core.errors import CheckpointError, UsageError
+from quota.core.errors import UsageError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt, room_for_answer
 from quota.models import find_family
 from quota.models.processing import reserved_mark
+from quota.runtime.load import load_model
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,6 @@ class Placement:
 
 
 ON_CPU = Placement()
-
-
-def load_model(
-    checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Any, Any]:
-    """(model in eval mode, processor). `recipe`: a Recipe, a path, or None. Library chatter is silenced; errors are
-    quota's own."""
-    from transformers.utils import logging
-
-    from quota.runtime.load import load
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = load(str(checkpoint), recipe=recipe, dtype=dtype, device=device)
-    if model.processor is None:
-        raise CheckpointError(
-            f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float"
-            " model"
-        )
-    return model, model.processor
 
 
 @dataclass(frozen=True)

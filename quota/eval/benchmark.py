@@ -1,33 +1,33 @@
-"""Rows over questions: resumable answers, then one `Evaluation`."""
+"""Rows over questions, summed up in one `Evaluation`."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from quota.core.journal import Journal
 from quota.eval.asking import ON_CPU, Placement
-from quota.eval.generation import Cost, answers
-from quota.eval.questions import Question, chunks, questions_fingerprint
+from quota.eval.generation import Cost
+from quota.eval.questions import Question, questions_fingerprint
 from quota.eval.remarks import below_majority, left_out
 from quota.eval.results import Comparison, Evaluation, Row
 from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, mean_accuracy
 from quota.eval.statistics import RESAMPLES, interval, resampled_retention, retention, retention_by_task
 from quota.models.processing import BACKEND
 
-_ANSWERS_SCHEMA = "quota-answers/1"
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One configuration: `open` loads (model, processor); `key` names its exact content (weights, recipe) for
-    resuming."""
+    """One configuration. checkpoint, recipe: their names for readers. key: its exact content (weights, recipe), for
+    resuming. weights: the content of its weights alone; rows that share them share a loaded model. plan: the recipe
+    that prunes. open: loads (model without a recipe, processor)."""
 
     name: str
     checkpoint: str
@@ -35,6 +35,8 @@ class RowSpec:
     key: str
     checkpoint_bytes: int
     kv_dtype: str
+    weights: str
+    plan: Recipe | None
     open: Callable[[], tuple[Any, Any]]
 
 
@@ -45,57 +47,6 @@ class Settings:
     resamples: int = RESAMPLES
     seed: int = 0
     place: Placement = ON_CPU
-
-
-class AnswerFile(Journal):
-    """Answers of one row, one JSON line each, appended batch by batch. A file of another key is not reused."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        super().__init__(path, {"schema": _ANSWERS_SCHEMA, "key": key})
-
-    @property
-    def known(self) -> dict[str, str]:
-        """Question id -> prediction."""
-        return {row["id"]: row["prediction"] for row in self.rows}
-
-    def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
-        self.append(
-            [
-                {
-                    "id": q.id,
-                    "task": q.task,
-                    "instruction": q.instruction,
-                    "answer": q.answer,
-                    "prediction": p,
-                    "right": is_right(p, q.answer),
-                }
-                for q, p in zip(batch, predictions, strict=True)
-            ]
-        )
-
-
-def answer_all(
-    opened: Callable[[], tuple[Any, Any]],
-    questions: list[Question],
-    file: AnswerFile,
-    settings: Settings,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[list[str], float]:
-    """(predictions in order, seconds spent). Batches are fixed slices of the list, so a resumed run batches like an
-    unbroken one.
-
-    `opened` is called only when something is left to answer.
-    """
-    pair: tuple[Any, Any] | None = None
-    began, known = time.perf_counter(), file.known
-    for batch in chunks(questions, settings.batch):
-        if not all(q.id in known for q in batch):
-            pair = pair or opened()
-            file.add(batch, answers(*pair, batch, settings.max_new_tokens))
-            known = file.known
-        if progress:
-            progress(len(batch))
-    return [known[q.id] for q in questions], time.perf_counter() - began if pair else 0.0
 
 
 def rights(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, np.ndarray]:

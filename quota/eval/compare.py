@@ -20,8 +20,9 @@ from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text, sha256_file
 from quota.core.folders import resolve_folder
 from quota.core.recipe import Recipe
+from quota.eval.answering import AnswerFile, Row, answer_together
 from quota.eval.asking import ON_CPU, Placement
-from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, rights, summarise, weight_bytes
+from quota.eval.benchmark import Answered, RowSpec, Settings, rights, summarise, weight_bytes
 from quota.eval.generation import check_questions, measure_cost
 from quota.eval.questions import Question, mixed_questions, questions_fingerprint, sample_questions, scene_questions
 from quota.eval.results import Evaluation
@@ -44,17 +45,18 @@ def row_spec(
 ) -> RowSpec:
     """A row whose key is the content of its checkpoint and recipe, and where it runs."""
     given, checkpoint = str(checkpoint), resolve_folder(checkpoint)
-    parts = [folder_fingerprint(checkpoint), sha256_file(recipe) if recipe else "none"]
-    if recipe:
-        Recipe.load(recipe)  # a bad recipe is found before the first row is answered
+    weights = folder_fingerprint(checkpoint) + place.key
+    plan = Recipe.load(recipe) if recipe else None  # a bad recipe is found before the first row is answered
     return RowSpec(
         name=name,
         checkpoint=label or given,
         recipe=recipe.name if recipe else None,
-        key=" ".join(parts) + place.key,
+        key=f"{weights} {plan.dumps() if plan else 'none'}",
         checkpoint_bytes=weight_bytes(checkpoint),
         kv_dtype=cache_dtype(checkpoint, place.dtype),
-        open=lambda: place.open(checkpoint, recipe),
+        weights=weights,
+        plan=plan,
+        open=lambda: place.open(checkpoint),
     )
 
 
@@ -63,7 +65,8 @@ def cache_dtype(checkpoint: Path, dtype: str = "float32") -> str:
     if not is_quantized_folder(checkpoint):
         return dtype
     manifest = Manifest.load(checkpoint)
-    return "int4" if "llm" in manifest.modules and manifest.regime == "w4a4kv4" else dtype
+    kv = manifest.scheme.kv if "llm" in manifest.modules else None
+    return dtype if kv is None else kv.dtype
 
 
 def questions_for(samples: Path | None, number: int, vision: Any) -> list[Question]:
@@ -99,23 +102,24 @@ def answer_rows(
     quiet: bool = False,
 ) -> dict[str, tuple[dict, float]]:
     """name -> (right/wrong per task, seconds); answers are kept in `folder` under a name made from all that decides
-    them."""
+    them. Rows of the same weights are answered together and share the seconds. opened: as `RowSpec.open`."""
     asked = questions_fingerprint(questions)
-    out = {}
+    files: dict[str, AnswerFile] = {}
+    seconds = dict.fromkeys((spec.name for spec in specs), 0.0)
     with bars(quiet) as progress:
+        ticks = {spec.name: progress.add_task(spec.name, total=len(questions)) for spec in specs}
         for spec in specs:
-            bar = progress.add_task(spec.name, total=len(questions))
             key = f"{spec.key} {asked} {settings.batch} {settings.max_new_tokens}"
             name = f"answers-{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
-            predictions, seconds = answer_all(
-                partial(opened, spec),
-                questions,
-                AnswerFile(folder / name, key),
-                settings,
-                partial(progress.advance, bar),
-            )
-            out[spec.name] = (rights(questions, predictions), seconds)
-    return out
+            files[spec.name] = AnswerFile(folder / name, key)
+        for weights in dict.fromkeys(spec.weights for spec in specs):
+            own = [spec for spec in specs if spec.weights == weights]
+            rows = [Row(s.plan, files[s.name], partial(progress.advance, ticks[s.name])) for s in own]
+            lacking = [s.name for s, row in zip(own, rows, strict=True) if len(row.file.known) < len(questions)]
+            spent = answer_together(partial(opened, own[0]), rows, questions, settings.batch, settings.max_new_tokens)
+            seconds |= dict.fromkeys(lacking, spent / max(1, len(lacking)))
+    known = {name: file.known for name, file in files.items()}
+    return {name: (rights(questions, [done[q.id] for q in questions]), seconds[name]) for name, done in known.items()}
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,10 @@ def evaluate_checkpoint(
     models: dict[str, tuple[Any, Any]] = {}
 
     def opened(spec: RowSpec) -> tuple[Any, Any]:
-        if spec.name not in models:
-            with stages.stage("opening", f"opening {spec.name}"):
-                models[spec.name] = spec.open()
-        return models[spec.name]
+        if spec.weights not in models:
+            with stages.stage("opening", f"opening {spec.checkpoint}"):
+                models[spec.weights] = spec.open()
+        return models[spec.weights]
 
     model, processor = opened(specs[-1])
     questions = questions_for(asked.samples, asked.number, model.config.vision_config)
@@ -201,7 +205,9 @@ def evaluate_checkpoint(
         bars(asked.quiet) as progress,
     ):
         bar = progress.add_task("timing", total=len(specs) * (len(timed) + 1))
-        costs = measure_cost({s.name: opened(s) for s in specs}, timed, progress=partial(progress.advance, bar))
+        costs = measure_cost(
+            {s.name: (*opened(s), s.plan) for s in specs}, timed, progress=partial(progress.advance, bar)
+        )
     rows = [Answered(s, *answered[s.name], costs[s.name]) for s in specs]
     compare = [(name, FLOAT) for name in names if float_model] + [(name, names[0]) for name in names[1:] if float_model]
     stages.console.print(f"{settings.resamples} resamples", markup=False, highlight=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from quota.eval.questions import Question
 from quota.models import find_family
 from quota.models.processing import render, reserved_mark, user_turn
 from quota.nn.cache import kv_bytes, stored_tokens
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
 
@@ -145,7 +149,24 @@ def answers(model: Any, processor: Any, questions: Sequence[Question], max_new_t
     made = generate(
         model, inputs, max_new_tokens=min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
     )
+    return decoded(processor, made)
+
+
+def decoded(processor: Any, made: Generated) -> list[str]:
+    """A text per row, without special tokens and surrounding space."""
     return [text.strip() for text in processor.batch_decode(made.new_ids, skip_special_tokens=True)]
+
+
+@contextmanager
+def under(model: Any, recipe: Recipe | None) -> Iterator[Any]:
+    """The model with the recipe installed for a while; None leaves it as it is."""
+    from quota.runtime.patch import patched
+
+    if recipe is None:
+        yield model
+        return
+    with patched(model, recipe):
+        yield model
 
 
 @dataclass(frozen=True)
@@ -168,23 +189,24 @@ class Cost:
 
 
 def measure_cost(
-    entries: dict[str, tuple[Any, Any]],
+    entries: dict[str, tuple[Any, Any, Recipe | None]],
     questions: Sequence[Question],
     *,
     new_tokens: int = 16,
     progress: Callable[[], Any] | None = None,
 ) -> dict[str, Cost]:
-    """name -> (model, processor) timed one request at a time, rows taking turns on each question so that drift hits all
-    alike.
+    """name -> (model, processor, recipe to run it under) timed one request at a time, rows taking turns on each
+    question so that drift hits all alike. Rows may share a model.
 
     Every request makes exactly `new_tokens` tokens; the first question is a warm-up and is not counted. progress:
     called after each request, that is rows x (questions + 1) times.
     """
     seen: dict[str, list[tuple[Generated, list[int]]]] = {name: [] for name in entries}
     for number, question in enumerate([questions[0], *questions]):
-        for name, (model, processor) in entries.items():
+        for name, (model, processor, recipe) in entries.items():
             inputs = encode(model, processor, [question])
-            made = generate(model, inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            with under(model, recipe):
+                made = generate(model, inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
             if progress:
                 progress()
             if number:

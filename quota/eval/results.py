@@ -54,7 +54,12 @@ class Row(Document):
     checkpoint_bytes: int = Field(description="bytes of the weight files")
     average_visual_tokens: float = Field(description="visual tokens in the cache, mean over decoder layers")
     visual_tokens_by_layer: list[float] = Field(description="visual tokens in each decoder layer's cache")
-    answer_seconds: float = Field(description="seconds to answer all questions in batches (0 when reused)")
+    answer_seconds: float = Field(
+        description=(
+            "seconds to answer all questions, an equal share where rows of the same weights are answered together (0"
+            " when reused)"
+        )
+    )
     gpu_peak_bytes: int | None = Field(
         default=None, description="most memory that tensors held on the GPU in a timed request; null without a GPU"
     )

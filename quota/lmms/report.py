@@ -100,7 +100,7 @@ def _outcome(model: Any, settings: EvalSettings, manager: Any) -> Outcome:
     found = model.records()
     records = [found[name, document] for name, benchmark in benchmarks.items() for document in benchmark.answers]
     timed = timed_questions(model.samples, wrapper)
-    spent = measure_cost({"row": (loaded, processor)}, timed)["row"]
+    spent = measure_cost({"row": (loaded, processor, model.recipe)}, timed)["row"]
     figures = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_memory_bytes", "power_w")}
     return Outcome(
         benchmarks,

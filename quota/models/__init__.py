@@ -45,7 +45,7 @@ def find_family(model_or_config: Any) -> Family:
         raise CheckpointError(
             f"model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got {kind!r}"
         )
-    return family_class(kind)(config)
+    return family_class(kind).kind_of(config)(config)
 
 
 def fingerprint(config: Any, embed: Tensor) -> str:

@@ -118,6 +118,11 @@ class Family(ABC):
     vision_layers_total: int
     dims: dict[str, Any]
 
+    @classmethod
+    def kind_of(cls, config: Any) -> type[Family]:
+        """The class for a configuration of this family, where parts of it come in several kinds."""
+        return cls
+
     def __init__(self, config: Any) -> None:
         """CheckpointError for a configuration this family was not made for."""
         self.config, self.text, self.vision = config, config.text_config, config.vision_config

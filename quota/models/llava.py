@@ -1,5 +1,8 @@
 """LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual
-tokens."""
+tokens.
+
+The same with another tower is in a file of its own: `llava_dinov2`.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,8 @@ from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, subm
 from quota.models.images import ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.mlp import PROLOGUES, activate
-
-_VISION_DIMS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-)
 
 
 class Llava(Family):
@@ -37,6 +31,7 @@ class Llava(Family):
     name, title, published = "llava", "LLaVA", "LLaVA-1.5-7B"
     model_class = "LlavaForConditionalGeneration"
     description = "llava: CLIP vision tower + two-layer projector + LLaMA decoder"
+    tower: ClassVar[str] = "clip_vision_model"  # transformers' model_type of the vision configuration
     groups: ClassVar[Groups] = {
         "decoder": DECODER_GROUPS,
         "vision": (
@@ -71,10 +66,19 @@ class Llava(Family):
     encoder_path = "model.vision_tower.encoder.layers"
     projector_path = "model.multi_modal_projector"
 
+    @classmethod
+    def kind_of(cls, config: Any) -> type[Family]:
+        """By the tower; an unknown one is refused by the class for CLIP's."""
+        if config.vision_config.model_type != "dinov2":
+            return cls
+        from quota.models.llava_dinov2 import LlavaDinov2
+
+        return LlavaDinov2
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         text, vision = self.text, self.vision
-        if text.model_type != "llama" or vision.model_type != "clip_vision_model":
+        if text.model_type != "llama" or vision.model_type != self.tower:
             raise CheckpointError(
                 f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}"
             )
@@ -99,15 +103,24 @@ class Llava(Family):
         self.visual_tokens: int = self.patches + (0 if self.drops_cls else 1)
         token = getattr(config, "image_token_id", None)
         self.image_token_id = int(config.image_token_index if token is None else token)
-        self.dims = {
-            "vision": [getattr(vision, name) for name in _VISION_DIMS],
-            "vision_layers_used": used,
-            "visual_tokens": self.visual_tokens,
-        }
+        dims = [
+            vision.hidden_size,
+            self.vision_mlp_size,
+            total,
+            self.vision_heads,
+            vision.image_size,
+            vision.patch_size,
+        ]
+        self.dims = {"vision": dims, "vision_layers_used": used, "visual_tokens": self.visual_tokens}
+
+    @property
+    def vision_mlp_size(self) -> int:
+        """Width of a tower block's MLP."""
+        return int(self.vision.intermediate_size)
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {
             "self_attn": QuantClipAttention(
                 linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
@@ -115,7 +128,7 @@ class Llava(Family):
             "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
-    def projector_modules(self, linears: Mapping[str, QuantLinear]) -> dict[str, nn.Module]:
+    def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
         return {"": QuantProjector(linears["linear_1"], linears["linear_2"], self.config.projector_hidden_act)}
 
     def finish_tower(self, tower: Any) -> None:
@@ -159,7 +172,11 @@ class Llava(Family):
             raise CheckpointError(
                 f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model"
             )
-        return module(f"{self.vision_path}.pre_layrnorm")(module(self.vision_embed_path)(image.pixels[None].float()))[0]
+        return self.enter_tower(module, module(self.vision_embed_path)(image.pixels[None].float()))[0]
+
+    def enter_tower(self, module: Callable[[str], Any], embedded: Tensor) -> Tensor:
+        """Patches and class token [B, rows, C] as the embeddings give them -> the first block's input."""
+        return module(f"{self.vision_path}.pre_layrnorm")(embedded)
 
     def tower_block(
         self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
@@ -173,7 +190,7 @@ class Llava(Family):
 
     def vision_macs(self, visual_tokens: int) -> int:
         v, d = self.vision, self.hidden_size
-        n, h, m = self.patches + 1, v.hidden_size, v.intermediate_size
+        n, h, m = self.patches + 1, v.hidden_size, self.vision_mlp_size
         block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
         return (
             self.patches * v.num_channels * v.patch_size**2 * h
@@ -197,7 +214,7 @@ class QuantClipAttention(nn.Module):
     """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that
     an image gives the same features alone and in a batch."""
 
-    def __init__(self, qkv_proj: QuantLinear, out_proj: QuantLinear, *, heads: int) -> None:
+    def __init__(self, qkv_proj: SchemeLinear, out_proj: SchemeLinear, *, heads: int) -> None:
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
 
@@ -228,7 +245,7 @@ class QuantClipAttention(nn.Module):
 class QuantClipMLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
-    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, act: str) -> None:
+    def __init__(self, fc1: SchemeLinear, fc2: SchemeLinear, act: str) -> None:
         super().__init__()
         self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
         self._prologue = PROLOGUES.get(act)
@@ -245,7 +262,7 @@ class QuantClipMLP(nn.Module):
 class QuantProjector(nn.Module):
     """linear_2(act(linear_1(x))): vision features to the language model's width."""
 
-    def __init__(self, linear_1: QuantLinear, linear_2: QuantLinear, act: str) -> None:
+    def __init__(self, linear_1: SchemeLinear, linear_2: SchemeLinear, act: str) -> None:
         super().__init__()
         self.linear_1, self.linear_2, self.act = linear_1, linear_2, ACT2FN[act]
         self._prologue = PROLOGUES.get(act)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
-from quota.core.checkpoint import MODULES
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT, FLOAT, MODULES, Scheme
 from quota.models import find_family
 from quota.models.base import PARTS, Family, Group, Part, replace, submodule
 from quota.nn.attention import QuantAttention
 from quota.nn.head import HeadLinear
 from quota.nn.key_bias import QuantBiasedAttention
-from quota.nn.linear import QuantLinear
+from quota.nn.linear import LinearSpec, SchemeLinear, Shapes
 from quota.nn.mlp import QuantMLP
 from quota.nn.norm import RmsNorm
-from quota.nn.weight_linear import WeightLinear
-from quota.quant.transform import decompose
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_modules(modules: Iterable[str]) -> tuple[str, ...]:
@@ -32,53 +30,50 @@ def check_modules(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in MODULES if name in chosen)
 
 
+@dataclass(frozen=True)
 class _Builder:
-    """Makes quantized modules with the factors a checkpoint has (`shapes`), or the default factors when there is no
-    checkpoint."""
+    """Makes empty quantized modules of a scheme with the optional tensors a checkpoint has (`shapes`), or the scheme's
+    defaults when there is no checkpoint."""
 
-    def __init__(self, device: Any, shapes: Shapes | None) -> None:
-        self.device, self.shapes = device, shapes
+    scheme: Scheme
+    shapes: Shapes | None
 
-    def linear(
-        self, path: str, size: tuple[int, int], bias: bool, default: tuple[int | None, int | None]
-    ) -> QuantLinear:
-        """size (K, N); default factors (left, right)."""
-        left, right = default
-        if self.shapes is not None:
-            left, right = (self._factor(f"{path}.{side}", size[0]) for side in ("left", "right"))
-            if left is not None and right is not None and left * right != size[0]:
-                raise CheckpointError(
-                    f"tensor {path}.left: expected left * right == {size[0]} inputs, got {left} * {right}; the"
-                    " checkpoint is damaged"
-                )
-        return QuantLinear(*size, bias=bias, left=left, right=right, device=self.device)
+    def linear(self, path: str, floats: Sequence[nn.Linear], heads: int | None = None) -> SchemeLinear:
+        """In place of float linears that read one input. heads: as in `LinearSpec`."""
+        first = floats[0]
+        rows, device = sum(linear.out_features for linear in floats), first.weight.device
+        spec = LinearSpec(path, first.in_features, rows, first.bias is not None, heads, device)
+        return linear_class(self.scheme).build(spec, self.scheme, self.shapes)
 
-    def has(self, name: str) -> bool:
-        return self.shapes is None or name in self.shapes
-
-    def _factor(self, name: str, in_features: int) -> int | None:
-        shape = (self.shapes or {}).get(name)
-        if shape is None:
-            return None
-        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1 or in_features % shape[0]:
-            raise CheckpointError(
-                f"tensor {name}: expected a square matrix whose size divides {in_features}, got {list(shape)}; the"
-                " checkpoint is damaged"
-            )
-        return shape[0]
+    def has(self, name: str, default: bool = True) -> bool:
+        return default if self.shapes is None else name in self.shapes
 
 
-def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | None = None) -> Any:
-    """Put empty quantized modules in place of the float ones, in place.
+def linear_class(scheme: Scheme) -> type[SchemeLinear]:
+    """The module class of a scheme's linears."""
+    module, _, name = scheme.linear.partition(":")
+    found: type[SchemeLinear] = getattr(import_module(f"quota.nn.{module}"), name)
+    return found
+
+
+def quantize_structure(
+    model: Any, modules: Collection[str], shapes: Shapes | None = None, scheme: Scheme = DEFAULT
+) -> Any:
+    """Put empty quantized modules of a scheme in place of the float ones, in place.
 
     modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint
-    that will be loaded, which decides the transforms; None gives Kronecker factors everywhere, a [heads, heads] left
-    factor before output projections, and key biases kept apart. Vision layers whose output is dropped stay as they are
-    and are not computed. Returns `model`.
+    that will be loaded, which decides what is optional; None gives the scheme's defaults: where it has transforms,
+    Kronecker factors everywhere and a [heads, heads] left factor before output projections, and key biases kept apart
+    from a quantized cache. Vision layers whose output is dropped stay as they are and, in a fused scheme, are not
+    computed. Returns `model`.
     """
     chosen, family = check_modules(modules), find_family(model)
+    build = _Builder(scheme, shapes)
+    if not scheme.fused:
+        for path in linear_paths(family, chosen, scheme):
+            replace(model, path, build.linear(path, [model.get_submodule(path)]))
+        return model
     embedding: Any = submodule(model, family.embed_path)
-    build = _Builder(embedding.weight.device, shapes)
     if "llm" in chosen:
         text: Any = submodule(model, family.text_path)
         for index, path in enumerate(family.blocks("decoder")):
@@ -96,12 +91,22 @@ def quantize_structure(model: Any, modules: Collection[str], shapes: Shapes | No
     return model
 
 
-def _linears(build: _Builder, model: Any, family: Family, part: Part, path: str) -> dict[str, QuantLinear]:
+def linear_paths(family: Family, modules: Collection[str], scheme: Scheme) -> dict[str, list[str]]:
+    """Module path of every linear that a scheme quantizes -> the float linears whose rows it holds, in model order of
+    each part."""
+    out = {}
+    for path, group in family.group_paths(modules):
+        parts = [f"{path}.{part}" for part in group.parts]
+        out.update({f"{path}.{group.name}": parts} if scheme.fused else {part: [part] for part in parts})
+    return out
+
+
+def _linears(build: _Builder, model: Any, family: Family, part: Part, path: str) -> dict[str, SchemeLinear]:
     """Group name -> empty quantized linear of one block."""
     made = {}
     for group in family.groups[part]:
         heads = family.value_heads(part) if group.value == "columns" else None
-        made[group.name] = _linear(build, f"{path}.{group.name}", float_linears(model, path, group), heads)
+        made[group.name] = build.linear(f"{path}.{group.name}", float_linears(model, path, group), heads)
     return made
 
 
@@ -110,17 +115,15 @@ def float_linears(model: Any, path: str, group: Group) -> list[nn.Linear]:
     return [submodule(model, f"{path}.{part}") for part in group.parts]  # type: ignore[misc]
 
 
-def _linear(build: _Builder, path: str, floats: Sequence[nn.Linear], heads: int | None) -> QuantLinear:
-    size = floats[0].in_features, sum(linear.out_features for linear in floats)
-    return build.linear(path, size, floats[0].bias is not None, decompose(size[0]) if heads is None else (heads, None))
-
-
 def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index: int) -> None:
     layer: Any = submodule(model, path)
     biased = layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
     linears = _linears(build, model, family, "decoder", path)
     for name in family.norms["decoder"]:
         setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
+    transforms = [
+        build.has(f"{path}.self_attn.{name}", build.scheme.transforms) for name in ("q_transform", "k_transform")
+    ]
     layer.self_attn = (QuantBiasedAttention if biased else QuantAttention)(
         linears["self_attn.qkv_proj"],
         linears["self_attn.o_proj"],
@@ -128,7 +131,7 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
         kv_heads=family.kv_heads,
         head_dim=family.head_dim,
         layer_idx=index,
-        transforms=(build.has(f"{path}.self_attn.q_transform"), build.has(f"{path}.self_attn.k_transform")),
+        transforms=(transforms[0], transforms[1]),
     )
     layer.mlp = QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=family.text.hidden_act)
 
@@ -138,9 +141,19 @@ def _replace_all(model: Any, path: str, modules: Mapping[str, nn.Module]) -> Non
         replace(model, f"{path}.{name}" if name else path, module)
 
 
-def quantized_linears(model: nn.Module) -> dict[str, QuantLinear | WeightLinear]:
-    """Module path -> every quantized linear (under W4A4 a whole projection group), in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, WeightLinear))}
+def quantized_linears(model: nn.Module) -> dict[str, SchemeLinear]:
+    """Module path -> every quantized linear (of a fused scheme a whole projection group), in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SchemeLinear)}
+
+
+def model_scheme(model: nn.Module) -> Scheme:
+    """The scheme of a model's quantized parts; FLOAT where there are none."""
+    return next((linear.scheme for linear in quantized_linears(model).values()), FLOAT)
+
+
+def text_scheme(model: nn.Module) -> Scheme:
+    """The scheme of a model's language model; FLOAT where it is not quantized."""
+    return model_scheme(submodule(model, find_family(model).text_path))
 
 
 def quantized_modules(model: nn.Module) -> tuple[str, ...]:

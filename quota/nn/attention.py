@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from quota import ops
+from quota.core.formats import KV4
 from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
-from quota.nn.linear import Float32State, QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import Float32State, SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 
@@ -55,8 +56,8 @@ class QuantAttention(Float32State):
 
     def __init__(
         self,
-        qkv_proj: QuantLinear,
-        o_proj: QuantLinear,
+        qkv_proj: SchemeLinear,
+        o_proj: SchemeLinear,
         *,
         heads: int,
         kv_heads: int,
@@ -65,10 +66,13 @@ class QuantAttention(Float32State):
         transforms: tuple[bool, bool] = (True, True),
     ) -> None:
         super().__init__()
+        self.scheme = qkv_proj.scheme
+        if self.scheme.kv != KV4:
+            raise ValueError(f"scheme {self.scheme.name}: expected a cache of {KV4}, got {self.scheme.kv}")
         self.heads, self.kv_heads, self.head_dim, self.layer_idx = heads, kv_heads, head_dim, layer_idx
         self.scaling = head_dim**-0.5
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
-        float32: Any = {"dtype": torch.float32, "device": qkv_proj.w_scale.device}
+        float32: Any = {"dtype": torch.float32, "device": next(qkv_proj.buffers()).device}
         for name, present in zip(("q_transform", "k_transform"), transforms, strict=True):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
         self.register_buffer("k_clip", torch.ones((), **float32))

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from quota import ops
 from quota.core.errors import UsageError
+from quota.core.formats import KV4
 from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
 
@@ -44,7 +45,7 @@ class RowState:
         self.admitted = True
 
     def check_admitted(self) -> None:
-        """UsageError where nobody let the next tokens in."""
+        """UsageError where no admission of the next tokens precedes it."""
         if self.guarded and not self.admitted:
             raise UsageError(
                 "past_key_values: the cache holds a pruned prompt and no recipe is installed now; install the recipe"
@@ -163,7 +164,7 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.dtype, self.device = like.dtype, like.device
         for name in self.FIELDS:
             packed = name.endswith("_q")
-            shape = (batch, heads, 0, dim // 2) if packed else (batch, heads, 0)
+            shape = (batch, heads, 0, KV4.code_bytes(dim)) if packed else (batch, heads, 0)
             self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=like.device)
         self.is_initialized = True
 

@@ -35,7 +35,7 @@ from transformers.cache_utils import Cache
 from quota import ops
 from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.nn.cache import Kv4Layer, kv4_layer
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
 _GROWTH_TOKENS = 64
@@ -173,10 +173,10 @@ class QuantBiasedAttention(QuantAttention):
 
     k_bias: Tensor
 
-    def __init__(self, qkv_proj: QuantLinear, o_proj: QuantLinear, **sizes: Any) -> None:
+    def __init__(self, qkv_proj: SchemeLinear, o_proj: SchemeLinear, **sizes: Any) -> None:
         super().__init__(qkv_proj, o_proj, **sizes)
         self.register_buffer(
-            "k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=qkv_proj.w_scale.device)
+            "k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=self.k_clip.device)
         )
 
     @without_grad

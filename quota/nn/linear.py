@@ -3,16 +3,24 @@ read it."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quota import ops
+from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT, INT4, Scheme
+from quota.core.registry import Op
+from quota.quant.affine import quantize_weight
 from quota.quant.pack import unpack_int4
+from quota.quant.transform import apply_kronecker, decompose, hadamard
 
+Shapes = Mapping[str, tuple[int, ...]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,8 +75,50 @@ class Float32State(nn.Module):
         buffer."""
 
 
-class QuantLinear(Float32State):
-    """y = dequant(Qa(x (left kron right))) w^T + bias with int4 weights and int4 activations.
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer to be built: its path in the model, its size, and, for an output projection of attention, the
+    heads whose outputs it reads."""
+
+    path: str
+    in_features: int
+    out_features: int
+    bias: bool
+    heads: int | None = None
+    device: torch.device | str | None = None
+
+
+class SchemeLinear(Float32State):
+    """A linear layer of a scheme: [..., K] -> [..., N], a row's bits independent of the other rows. Its buffers are the
+    checkpoint's tensors."""
+
+    OPS: ClassVar[tuple[Op, ...]]  # that `forward` calls
+    scheme: Scheme
+    in_features: int
+    out_features: int
+
+    @classmethod
+    @abstractmethod
+    def build(cls, spec: LinearSpec, scheme: Scheme, shapes: Shapes | None) -> Self:
+        """An empty layer. shapes: of all tensors of the checkpoint that will be loaded, which decide what is optional;
+        None: the scheme's defaults. CheckpointError for impossible ones."""
+
+    @abstractmethod
+    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
+        """Fill it from a float weight [N, K] by rounding to nearest. clip in (0, 1]: of activations."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
+        """x [..., K] any float dtype -> [..., N] in the same dtype. prologue: an activation that is applied to x first,
+        one of `ops.quantize_act`'s; "silu_mul" takes x [..., 2 K]."""
+
+    @abstractmethod
+    def dequantized_weight(self) -> Tensor:
+        """[N, K] float32, of the input as the layer transforms or scales it."""
+
+
+class QuantLinear(SchemeLinear):
+    """y = dequant(Qa(x (left kron right))) w^T + bias with weights and activations in signed codes of two to a byte.
 
     Buffers, which are also the checkpoint's tensors: `left` [l, l] and `right` [r, r] float32 (each may be absent; l *
     r == K),
@@ -77,6 +127,7 @@ class QuantLinear(Float32State):
     The weight is already expressed in the transformed basis.
     """
 
+    OPS = (ops.quantize_act, ops.w4a4_linear)
     left: Tensor | None
     right: Tensor | None
     clip: Tensor
@@ -93,8 +144,14 @@ class QuantLinear(Float32State):
         left: int | None = None,
         right: int | None = None,
         device: torch.device | str | None = None,
+        scheme: Scheme = DEFAULT,
     ) -> None:
         super().__init__()
+        if scheme.weights is None or not scheme.weights.stored_as(INT4) or scheme.activations != INT4:
+            raise ValueError(
+                f"scheme {scheme.name}: expected weights stored as int4 and activations int4, got {scheme}"
+            )
+        self.scheme, self.weights = scheme, scheme.weights
         self.in_features, self.out_features = in_features, out_features
         left, right = left or None, right or None
         _check_factors(in_features, left, right)
@@ -105,11 +162,45 @@ class QuantLinear(Float32State):
         self.register_buffer("left", None if left is None else torch.zeros(left, left, **float32))
         self.register_buffer("right", None if right is None else torch.zeros(right, right, **float32))
         self.register_buffer("clip", torch.ones((), **float32))
-        self.register_buffer("w_q", torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device))
+        self.register_buffer(
+            "w_q", torch.zeros(out_features, self.weights.code_bytes(in_features), dtype=torch.uint8, device=device)
+        )
         self.register_buffer("w_scale", torch.zeros(out_features, **float32))
         self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
         self._packed: ops.PackedWeight | None = None
         self._clip: float | None = None
+
+    @classmethod
+    def build(cls, spec: LinearSpec, scheme: Scheme, shapes: Shapes | None) -> Self:
+        """Default factors: [heads, heads] on the left of an output projection, else two of sizes as equal as can be."""
+        size = spec.in_features
+        if shapes is not None:
+            left, right = (_stored_factor(shapes, f"{spec.path}.{side}", size) for side in ("left", "right"))
+            if left is not None and right is not None and left * right != size:
+                raise CheckpointError(
+                    f"tensor {spec.path}.left: expected left * right == {size} inputs, got {left} * {right}; the"
+                    " checkpoint is damaged"
+                )
+        elif not scheme.transforms:
+            left, right = None, None
+        else:
+            left, right = decompose(size) if spec.heads is None else (spec.heads, None)
+        return cls(size, spec.out_features, bias=spec.bias, left=left, right=right, device=spec.device, scheme=scheme)
+
+    @torch.no_grad()
+    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
+        """As `SchemeLinear`; Hadamard factors where it has any. They are orthogonal, so P^-T = P and W' = W P."""
+        for factor in (self.left, self.right):
+            if factor is not None:
+                factor.copy_(hadamard(factor.shape[0]))
+        left, right = (None if factor is None else factor.double() for factor in (self.left, self.right))
+        w_q, w_scale = quantize_weight(apply_kronecker(weight.double(), left, right).float(), form=self.weights)
+        self.w_q.copy_(w_q)
+        self.w_scale.copy_(w_scale)
+        self.clip.fill_(clip)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        self.forget()
 
     def forget(self) -> None:
         self._packed, self._clip = None, None
@@ -133,10 +224,7 @@ class QuantLinear(Float32State):
 
     @without_grad
     def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
-        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is int32 or float32.
-
-        prologue: an activation that `ops.quantize_act` applies to x first; "silu_mul" takes x [..., 2K].
-        """
+        """As `SchemeLinear`; all arithmetic is int32 or float32."""
         rows = as_float32(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
         y = ops.w4a4_linear(*self._quantize(rows, prologue), self.packed, self.bias)
         return as_dtype_of(y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features), x)
@@ -183,6 +271,18 @@ class QuantLinear(Float32State):
 def row_norm(x: Tensor) -> Tensor:
     """x [..., K] -> [...] float32, summed in float64 and rounded once, so that the order of summation cannot show."""
     return x.double().square().sum(-1).sqrt().float()
+
+
+def _stored_factor(shapes: Shapes, name: str, in_features: int) -> int | None:
+    shape = shapes.get(name)
+    if shape is None:
+        return None
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1 or in_features % shape[0]:
+        raise CheckpointError(
+            f"tensor {name}: expected a square matrix whose size divides {in_features}, got {list(shape)}; the"
+            " checkpoint is damaged"
+        )
+    return shape[0]
 
 
 def _check_factors(in_features: int, left: int | None, right: int | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from quota.nn.linear import QuantLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 
 GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}
 PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
@@ -26,7 +26,7 @@ def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class QuantMLP(nn.Module):
     """down(act(gate(x)) * up(x)); `gate_up_proj` holds the rows of gate, then of up."""
 
-    def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear, act: str = "silu") -> None:
+    def __init__(self, gate_up_proj: SchemeLinear, down_proj: SchemeLinear, act: str = "silu") -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, ACT2FN[act]
         self._prologue = GATED_PROLOGUES.get(act)

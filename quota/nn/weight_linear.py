@@ -1,28 +1,31 @@
-"""W4A16 linear layer: int4 weights in groups, float activations."""
+"""Linear layer of weights alone: codes in groups, float activations."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from quota import ops
-from quota.nn.linear import Float32State, as_dtype_of, without_grad
-from quota.quant.grouped import dequantize_groups, group_count
-from quota.quant.pack import unpack_uint4
+from quota.core.formats import INT4_GROUPS, WEIGHT_ONLY, Scheme
+from quota.nn.linear import LinearSpec, SchemeLinear, Shapes, as_dtype_of, without_grad
+from quota.ops.elementwise import apply_prologue
+from quota.quant.grouped import dequantize_groups, round_groups
+from quota.quant.pack import pack_uint4, unpack_uint4
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class WeightLinear(Float32State):
-    """y = (x * input_scale) w^T + bias with w = (q - zero) * scale, in groups of 128 along K.
+class WeightLinear(SchemeLinear):
+    """y = (x * input_scale) w^T + bias with w = (q - zero) * scale, in G groups along K.
 
-    Buffers, which are also the checkpoint's tensors: `w_q` [N, ceil(K/2)] uint8 (two codes 0..15, low = even k),
-    `w_scale` float32 and `w_zero` uint8 [N, ceil(K/128)], `bias` [N] float32 or absent, `input_scale` [K] float32 or
+    Buffers, which are also the checkpoint's tensors: `w_q` [N, ceil(K/2)] uint8 (two codes, low = even k),
+    `w_scale` float32 and `w_zero` uint8 [N, G], `bias` [N] float32 or absent, `input_scale` [K] float32 or
     absent (AWQ's, where no module before could take it).
     """
 
+    OPS = (ops.w4a16_linear,)
     w_q: Tensor
     w_scale: Tensor
     w_zero: Tensor
@@ -30,18 +33,50 @@ class WeightLinear(Float32State):
     input_scale: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = False, input_scale: bool = False, device: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        input_scale: bool = False,
+        device: Any = None,
+        scheme: Scheme = WEIGHT_ONLY,
     ) -> None:
         super().__init__()
+        if scheme.weights is None or not scheme.weights.stored_as(INT4_GROUPS) or scheme.activations is not None:
+            raise ValueError(
+                f"scheme {scheme.name}: expected weights stored as {INT4_GROUPS.words()} and float activations, got"
+                f" {scheme}"
+            )
+        self.scheme, self.weights = scheme, scheme.weights
         self.in_features, self.out_features = in_features, out_features
         float32: Any = {"dtype": torch.float32, "device": device}
-        shape = (out_features, group_count(in_features))
-        self.register_buffer("w_q", torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device))
+        shape = (out_features, self.weights.groups(in_features))
+        self.register_buffer(
+            "w_q", torch.zeros(out_features, self.weights.code_bytes(in_features), dtype=torch.uint8, device=device)
+        )
         self.register_buffer("w_scale", torch.zeros(shape, **float32))
         self.register_buffer("w_zero", torch.zeros(shape, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
         self.register_buffer("input_scale", torch.ones(in_features, **float32) if input_scale else None)
         self._grouped: ops.GroupedWeight | None = None
+
+    @classmethod
+    def build(cls, spec: LinearSpec, scheme: Scheme, shapes: Shapes | None) -> Self:
+        """Scales its input where the checkpoint holds an `input_scale`."""
+        scaled = f"{spec.path}.input_scale" in (shapes or {})
+        return cls(
+            spec.in_features, spec.out_features, bias=spec.bias, input_scale=scaled, device=spec.device, scheme=scheme
+        )
+
+    @torch.no_grad()
+    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
+        """As `SchemeLinear`; there are no activations to clip."""
+        q, scale, zero = round_groups(weight.float(), self.weights)
+        for name, tensor in (("w_q", pack_uint4(q)), ("w_scale", scale), ("w_zero", zero), ("bias", bias)):
+            if tensor is not None:
+                getattr(self, name).copy_(tensor)
+        self.forget()
 
     def forget(self) -> None:
         self._grouped = None
@@ -57,9 +92,12 @@ class WeightLinear(Float32State):
         return self._grouped
 
     @without_grad
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is float32."""
-        rows = x.reshape(-1, self.in_features)
+    def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
+        """x [..., K] any float dtype -> [..., N] in the same dtype; all arithmetic is float32. prologue: as of
+        `QuantLinear.forward`."""
+        rows = x.reshape(-1, x.shape[-1])
+        if prologue is not None:
+            rows = apply_prologue(rows.float(), prologue)
         if rows.dtype not in _NATIVE_DTYPES or self.input_scale is not None:
             rows = rows.float()
         if self.input_scale is not None:
@@ -68,7 +106,9 @@ class WeightLinear(Float32State):
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, of the scaled input where there is an `input_scale`."""
-        return dequantize_groups(unpack_uint4(self.grouped.codes(), self.in_features), self.w_scale, self.w_zero)
+        return dequantize_groups(
+            unpack_uint4(self.grouped.codes(), self.in_features), self.w_scale, self.w_zero, self.weights
+        )
 
     def extra_repr(self) -> str:
         scaled = self.input_scale is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,17 +31,24 @@ def token_score_ref(
     inter, intra = q.new_zeros(b, s), q.new_zeros(b, s)
     for row in range(b):
         columns = visual[row].nonzero()[:, 0]
-        keys = k[row, :, columns].double().repeat_interleave(h // k.shape[1], 0)
         for out, mask in ((inter, text), (intra, visual)):
             queries = mask[row].nonzero()[:, 0]
             total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
-            for block in queries.split(_ROWS_AT_ONCE):
-                p = torch.exp(
-                    q[row, :, block].double() @ keys.transpose(-1, -2) * scaling - lse[row, :, block, None].double()
-                )
-                total += (p * (columns[None, :] <= block[:, None])).sum((0, 1))
+            for p in attention_to(q[row], k[row], lse[row], columns, queries, scaling):
+                total += p.sum((0, 1))
             out[row, columns] = (total / max(1, h * len(queries))).float()
     return inter, intra
+
+
+def attention_to(
+    q: Tensor, k: Tensor, lse: Tensor, columns: Tensor, queries: Tensor, scaling: float
+) -> Iterator[Tensor]:
+    """A[h, t, i] of one row in float64, [H, rows, V] for successive blocks of the query positions: q [H, S, D],
+    k [Hkv, S, D], lse [H, S]; columns int64 [V], queries int64 [n]; 0 where a query does not see the column."""
+    keys = k[:, columns].double().repeat_interleave(q.shape[0] // k.shape[0], 0)
+    for block in queries.split(_ROWS_AT_ONCE):
+        p = torch.exp(q[:, block].double() @ keys.transpose(-1, -2) * scaling - lse[:, block, None].double())
+        yield p * (columns[None, :] <= block[:, None])
 
 
 token_score = Op(token_score_ref, native, triton)  # the first that supports the device

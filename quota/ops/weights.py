@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quota.core.formats import INT4, INT4_GROUPS
 from quota.ops.placement import beside
-from quota.quant.grouped import group_count
 
 Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
 PROLOGUES = {
@@ -35,8 +35,10 @@ class PackedWeight:
     own layout."""
 
     def __init__(self, w_q: Tensor, w_scale: Tensor, k: int) -> None:
-        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != (k + 1) // 2:
-            raise ValueError(f"w_q: expected uint8 [N, {(k + 1) // 2}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}")
+        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != INT4.code_bytes(k):
+            raise ValueError(
+                f"w_q: expected uint8 [N, {INT4.code_bytes(k)}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}"
+            )
         if tuple(w_scale.shape) != (w_q.shape[0],):
             raise ValueError(f"w_scale: expected [{w_q.shape[0]}], got {tuple(w_scale.shape)}")
         self.w_q, self.w_scale, self.k, self.n = w_q.contiguous(), w_scale.float().contiguous(), k, w_q.shape[0]
@@ -49,12 +51,14 @@ class PackedWeight:
 
 class GroupedWeight:
     """A weight in the portable layout (w_q uint8 [N, ceil(K/2)] of codes 0..15, w_scale float32 and w_zero uint8 [N,
-    ceil(K/128)]) and, once asked for, a kernel's own layout."""
+    G]), grouped as `INT4_GROUPS`, and, once asked for, a kernel's own layout."""
 
     def __init__(self, w_q: Tensor, w_scale: Tensor, w_zero: Tensor, k: int) -> None:
-        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != (k + 1) // 2:
-            raise ValueError(f"w_q: expected uint8 [N, {(k + 1) // 2}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}")
-        shape = (w_q.shape[0], group_count(k))
+        if w_q.dtype != torch.uint8 or w_q.ndim != 2 or w_q.shape[1] != INT4_GROUPS.code_bytes(k):
+            raise ValueError(
+                f"w_q: expected uint8 [N, {INT4_GROUPS.code_bytes(k)}] for K={k}, got {w_q.dtype} {tuple(w_q.shape)}"
+            )
+        shape = (w_q.shape[0], INT4_GROUPS.groups(k))
         for name, tensor, dtype in (("w_scale", w_scale, torch.float32), ("w_zero", w_zero, torch.uint8)):
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

@@ -75,7 +75,7 @@ class Prefill:
     first_column: Tensor  # int64 [B], the prompt's first real token
     tokens: int  # columns of this forward
     prompt: int  # columns of the prompt; those behind are drafted or, without a cache, generated, and never asked
-    pictures: ImageTokens
+    images: ImageTokens
     outcome: Outcome
     pruned: bool = False
     trace: AttentionTrace | None = None
@@ -111,7 +111,7 @@ def continued_positions(ahead: Tensor | None, batch: int, first: int, end: int, 
 
 @dataclass
 class Call:
-    """One forward. image int64 [B, T]: see `ArchSpec.image_index`; shown: the images given with it; text: the
+    """One forward. image int64 [B, T]: see `Family.image_index`; shown: the images given with it; text: the
     language model it runs through."""
 
     image_index: Tensor | None

@@ -1,167 +1,114 @@
-"""Policies: from scores and similarities of the tokens of one row to the set that stays.
+"""The policies: one function of every row of `quota.core.selectors.POLICIES`, and of its name.
 
-All are greedy on the host in numpy: elementwise IEEE steps and exact integers, so neither threads nor batch nor
-instruction set can show.
-`argmax` returns the first maximum, which is the rule for ties: the lower index.
+Each takes one set of competing visual tokens per row (`Sets`) and returns those that stay. All are deterministic, ties
+go to the lower index, and a row does not depend on the others. Most look at one row at a time: `by_row` makes such a
+function a policy.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quota.nn.linear import row_norm
+from quota import ops
+from quota.prune import greedy
+from quota.prune.alive import Alive
 
-_UNIT_BITS = 22
-ONE = float(1 << 2 * _UNIT_BITS)  # cosine 1
-_ELSEWHERE = np.int64(1) << 40  # squared distance, farther than any place
-_NO_GAIN = 1e-10
-
-
-def cosines(x: Tensor, y: Tensor | None = None) -> np.ndarray:
-    """x [V, d], y [W, d] (default x) -> float64 [V, W]: cosines times `ONE`, whole numbers.
-
-    Unit vectors are rounded to 22 bits, so that products and all partial sums are whole numbers below 2^53: the matrix
-    product is exact in whatever order it is summed.
-    """
-    u = _unit(x)
-    return (u @ (u if y is None else _unit(y)).T).cpu().numpy()
+if TYPE_CHECKING:
+    from quota.core.selection import Selection
 
 
-def _unit(x: Tensor) -> Tensor:
-    return torch.round(x.double() / row_norm(x).double().clamp_min(1e-30)[:, None] * (1 << _UNIT_BITS))
+@dataclass(frozen=True)
+class Sets:
+    """One set of visual tokens per row, `own` bool [B, n]; of it keep[b] stay, int64 [B], or all where there are
+    fewer. score float32 [B, n]."""
+
+    alive: Alive
+    selection: Selection
+    score: Tensor
+    own: Tensor
+    keep: Tensor
 
 
-def scaled(score: np.ndarray) -> np.ndarray:
-    """[V] -> float64 [V] from 0 to 1; all 1 where the scores are equal."""
-    x = score.astype(np.float64)
-    low, high = x.min(), x.max()
-    return (x - low) / (high - low) if high > low else np.ones_like(x)
+@dataclass(frozen=True)
+class Row:
+    """A set of one row: V tokens in `columns` of the row, of which `keep` < V stay."""
+
+    sets: Sets
+    number: int
+    columns: Tensor
+    keep: int
+
+    @property
+    def selection(self) -> Selection:
+        return self.sets.selection
+
+    @cached_property
+    def score(self) -> np.ndarray:
+        """float32 [V]"""
+        return self.sets.score[self.number, self.columns].float().cpu().numpy()
+
+    @cached_property
+    def similarity(self) -> np.ndarray:
+        """float64 [V, V], see `greedy.cosines`."""
+        return greedy.cosines(self.sets.alive.hidden[self.number, self.columns])
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int64 [V, 3]: image, row and column of each token."""
+        images, prompt = self.sets.alive.images, self.sets.alive.column[self.number, self.columns]
+        number, place = (t[self.number, prompt].cpu().numpy() for t in (images.number, images.place))
+        width = np.array([columns for _, columns in self.shapes], dtype=np.int64)[number]
+        return np.stack([number, place // width, place % width], axis=-1)
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """(rows, columns) of each image's tokens."""
+        return self.sets.alive.images.grids[self.number]
 
 
-def topk(score: np.ndarray, keep: int) -> np.ndarray:
-    """Indices of the `keep` largest, best first."""
-    return np.argsort(-score.astype(np.float64), kind="stable")[:keep]
+def by_row(choose: Callable[[Row], Sequence[int]]) -> Callable[[Sets], Tensor]:
+    """A policy from a function that returns `row.keep` distinct indices of the row's tokens."""
+
+    @wraps(choose)
+    def policy(sets: Sets) -> Tensor:
+        chosen = torch.zeros_like(sets.own)
+        for number, keep in enumerate(sets.keep.tolist()):
+            columns = sets.own[number].nonzero()[:, 0]
+            if keep < len(columns):
+                stay = choose(Row(sets, number, columns, keep)) if keep else []
+                columns = columns[torch.as_tensor(stay, dtype=torch.int64, device=columns.device)]
+            chosen[number, columns] = True
+        return chosen
+
+    return policy
 
 
-def farthest(distance: np.ndarray, keep: int, first: int) -> list[int]:
-    """Greedy max-min: from `first`, always the element whose distance to the nearest chosen one is largest. distance
-    [V, V]."""
-    chosen = [first]
-    nearest = distance[first].copy()
-    taken = np.full(len(nearest), False)
-    while len(chosen) < keep:
-        taken[chosen[-1]] = True
-        chosen.append(int(np.argmax(np.where(taken, -1, nearest))))
-        np.minimum(nearest, distance[chosen[-1]], out=nearest)
-    return chosen
+def topk(sets: Sets) -> Tensor:
+    return ops.token_select(sets.score, sets.own, sets.keep.contiguous())
 
 
-def maxmin(similarity: np.ndarray, keep: int) -> list[int]:
-    """DivPrune: greedy max-min of 1 - cosine, from the token whose nearest neighbour is farthest. similarity as from
-    `cosines`."""
-    distance = np.maximum(ONE - similarity, 0.0)
-    apart = distance.copy()
-    np.fill_diagonal(apart, np.inf)
-    return farthest(distance, keep, int(np.argmax(apart.min(0))))
+@by_row
+def mmr(row: Row) -> Sequence[int]:
+    return greedy.mmr(row.score, row.similarity, row.keep, row.selection.mmr_score)
 
 
-def mmr(score: np.ndarray, similarity: np.ndarray, keep: int, share: float) -> list[int]:
-    """Maximal marginal relevance: greedy maximum of share * score - (1 - share) * largest cosine to a chosen token;
-    scores scaled to 0..1."""
-    value = share * scaled(score)
-    closest = np.full(len(value), 0.0)
-    chosen: list[int] = []
-    while len(chosen) < keep:
-        gain = value - (1.0 - share) * closest
-        gain[chosen] = -np.inf
-        chosen.append(int(np.argmax(gain)))
-        row = similarity[chosen[-1]] / ONE
-        closest = row if len(chosen) == 1 else np.maximum(closest, row)
-    return chosen
+@by_row
+def maxmin(row: Row) -> Sequence[int]:
+    return greedy.maxmin(row.similarity, row.keep)
 
 
-def dpp(score: np.ndarray, similarity: np.ndarray, keep: int) -> list[int]:
-    """CDPruner: greedy MAP of a determinantal point process with kernel r_i cos(i, j) r_j, r the scores scaled to 0..1.
-
-    Rows of the Cholesky factor are kept, so a step costs what was chosen so far times V (Chen, Zhang and Zhou, NeurIPS
-    2018). Where nothing enlarges the determinant any more (more tokens than dimensions), the rest is taken by score.
-
-    It wants features of many dimensions: once the chosen tokens span those that carry signal, every token's gain is
-    noise. The embedded LLaVA's features hold 99 % of the energy of cos(i, j) in 17 of 192 directions, so at 64 of 576
-    tokens this stays below a random choice there, whatever the relevance (float model, 120 questions, per cent right:
-    dpp 49, dpp of equal scores 46, random 58; top-k of the same relevance 73, `maxmin` 78).
-    """
-    r = scaled(score) + 1e-6
-    kernel = r[:, None] * (similarity / ONE) * r[None, :]
-    gain = np.diagonal(kernel).copy()
-    factor = np.empty((keep, len(r)))
-    chosen: list[int] = []
-    while len(chosen) < keep:
-        best = int(np.argmax(gain))
-        if not gain[best] > _NO_GAIN:
-            break
-        done = factor[: len(chosen)]
-        # a reduction over the first axis of a C array adds row by row
-        row = (kernel[best] - (done * done[:, best, None]).sum(0)) / np.sqrt(gain[best])
-        factor[len(chosen)] = row
-        chosen.append(best)
-        gain = gain - row * row
-        gain[chosen] = -np.inf
-    left = np.setdiff1d(np.arange(len(r)), chosen)
-    return chosen + left[topk(score[left], keep - len(chosen))].tolist()
+@by_row
+def dpp(row: Row) -> Sequence[int]:
+    return greedy.dpp(row.score, row.similarity, row.keep)
 
 
-def grid(score: np.ndarray, places: np.ndarray, sizes: Sequence[tuple[int, int]], keep: int, share: float) -> list[int]:
-    """ceil(share * keep) tokens spread evenly over the images, the rest by score. places int64 [V, 3]: image, row,
-    column; sizes: (rows, columns) per image. An even site takes the nearest token that is alive and free."""
-    even = min(keep, math.ceil(share * keep))
-    alive = np.bincount(places[:, 0], minlength=len(sizes)).tolist()
-    free = np.full(len(score), True)
-    chosen: list[int] = []
-    for image, count in enumerate(_divide(even, alive)):
-        own = places[:, 0] == image
-        for site in even_sites(*sizes[image], count):
-            away = ((places[:, 1:] - np.array(site)) ** 2).sum(-1)
-            chosen.append(int(np.argmin(np.where(own & free, away, _ELSEWHERE))))
-            free[chosen[-1]] = False
-    left = np.flatnonzero(free)
-    return chosen + left[topk(score[left], keep - even)].tolist()
-
-
-def even_sites(rows: int, columns: int, count: int) -> list[tuple[int, int]]:
-    """`count` distinct places (row, column) at the centres of equal parts of an image: about square parts, in rows of
-    equal height."""
-    if not count:
-        return []
-    used = min(rows, max(-(-count // columns), round(math.sqrt(count * rows / columns)), 1))
-    sites = []
-    for i in range(used):
-        n = (i + 1) * count // used - i * count // used
-        sites += [((2 * i + 1) * rows // (2 * used), (2 * j + 1) * columns // (2 * n)) for j in range(n)]
-    return sites
-
-
-def _divide(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` <= sum(weights) shared in proportion, largest remainders first, ties to the earlier; never more than the
-    weight."""
-    whole = sum(weights)
-    parts = [total * w // whole for w in weights]
-    order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
-    for i in order[: total - sum(parts)]:
-        parts[i] += 1
-    return parts
-
-
-def random_scores(seed: int, digests: Sequence[str], number: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """float32 [V] in [0, 1): a hash of seed, image content and place, so an image's order is the same in any prompt,
-    batch and layer."""
-    keys = (f"{seed} {digests[n]} {p}".encode() for n, p in zip(number.tolist(), place.tolist(), strict=True))
-    return np.array(
-        [int.from_bytes(hashlib.blake2b(key, digest_size=3).digest()) for key in keys], dtype=np.float32
-    ) / np.float32(1 << 24)
+@by_row
+def grid(row: Row) -> Sequence[int]:
+    return greedy.grid(row.score, row.places, row.shapes, row.keep, row.selection.grid_share)

@@ -3,8 +3,9 @@ use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from quota.core.errors import UsageError
-from quota.nn.attention import AttentionTrace
+from quota.models import find_family, submodule
+from quota.nn.attention import AttentionTrace, QuantAttention
 from quota.nn.padding import start_of_mask
 
 _PREFIX = "quota_"
@@ -72,6 +74,29 @@ def recording(text_model: Any) -> Iterator[None]:
         yield
     finally:
         stop_recording(text_model, base)
+
+
+@contextmanager
+def attending(model: Any, read: Callable[[int, AttentionTrace], None]) -> Iterator[None]:
+    """While open, `read` is told what the attention of every decoder layer of a model left, float or quantized:
+    (layer, trace), as it runs. UsageError as of `recording`."""
+    text = submodule(model, find_family(model).text_path)
+    layers: Any = text.layers
+
+    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {**kwargs, "quota_trace": AttentionTrace()}
+
+    def answered(layer: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        read(layer, kwargs["quota_trace"])
+
+    with ExitStack() as stack:
+        if any(not isinstance(layer.self_attn, QuantAttention) for layer in layers):
+            stack.enter_context(recording(text))
+        for number, layer in enumerate(layers):
+            stack.callback(layer.self_attn.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            hook = layer.self_attn.register_forward_hook(partial(answered, number), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
 
 
 def start_recording(text_model: Any) -> str:

@@ -1,142 +1,107 @@
-"""Which visual tokens matter: equations (6) to (9), and published attention scores, on what the deployed layer computed
-anyway."""
+"""The scores: one function of every row of `quota.core.selectors.SCORES`, and of its name.
+
+Each takes the tokens alive and the recipe and returns float32 [B, n], 0 where a token is not visual; a row does not
+depend on the others. A larger value is a token worth keeping.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quota import ops
 from quota.core.errors import UsageError
-from quota.nn.attention import AttentionTrace, QuantAttention
-from quota.nn.linear import row_norm
-from quota.quant.affine import dequantize_symmetric, quantize_symmetric
+from quota.prune import greedy
+from quota.prune.alive import Alive
+from quota.prune.attention import head_max_attention, mean_attention
+from quota.prune.signals import combine, token_signals
 
 if TYPE_CHECKING:
-    from quota.core.recipe import Percentiles, ScoreWeights
-
-_EPS = 1e-12
-_ROWS_AT_ONCE = 128
+    from quota.core.recipe import Recipe
 
 
-def text_queries(visual: Tensor, valid: Tensor) -> Tensor:
-    """visual, valid [B, S] bool -> [B, S] bool: real tokens after the row's last visual token; its last token where
-    there are none."""
-    column = torch.arange(visual.shape[1], device=visual.device)
-    last_visual = torch.where(visual, column, -1).amax(-1, keepdim=True)
-    text = valid & (column > last_visual)
-    none = ~text.any(-1, keepdim=True)
-    return text | (none & valid & (column == visual.shape[1] - 1))
-
-
-def token_signals(
-    trace: AttentionTrace, hidden: Tensor, layer: Any, visual: Tensor, text: Tensor, quant: bool
-) -> dict[str, Tensor]:
-    """Equation (6), float32 [B, S] each, 0 where not visual: inter, intra, mag and, if asked, quant.
-
-    record: attention of the layer before; hidden [B, S, hidden]: input of `layer`; visual, text [B, S] bool.
-    """
-    q, k, lse = _filled(trace)
-    inter, intra = ops.token_score(q, k, lse, text, visual, trace.scaling)
-    tokens = hidden[visual]
-    signals = {"inter": inter, "intra": intra, "mag": _spread(row_norm(tokens), visual)}
-    if quant:
-        signals["quant"] = _spread(quant_risk(layer, tokens), visual)
-    return signals
-
-
-def _filled(trace: AttentionTrace) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:
-    if trace.q is None or trace.k is None or trace.lse is None:
-        raise UsageError(
-            "attention: the layer before a pruning layer recorded nothing; it was replaced after the recipe was"
-            " installed"
-        )
-    return trace.q, trace.k, trace.lse
-
-
-def text_attention(trace: AttentionTrace, visual: Tensor, text: Tensor) -> Tensor:
-    """Attention of the text queries to each visual token, mean over heads and queries: float32 [B, S], 0 where not
-    visual."""
-    return _column_mean(trace, visual, text, torch.mean)
-
-
-def last_token_attention(trace: AttentionTrace, visual: Tensor) -> Tensor:
-    """The same for the last token of each row: what FastV's and PyramidDrop's code rank by."""
-    last = torch.zeros_like(visual)
-    last[:, -1] = True
-    return _column_mean(trace, visual, last, torch.mean)
-
-
-def cross_self(trace: AttentionTrace, visual: Tensor, text: Tensor) -> Tensor:
-    """FitPrune: of the largest head, mean attention from text queries times mean attention from visual queries. float32
-    [B, S]."""
-    return head_max_attention(trace, visual, text) * head_max_attention(trace, visual, visual)
-
-
-def head_max_attention(trace: AttentionTrace, visual: Tensor, queries: Tensor) -> Tensor:
-    """Attention of the largest head, mean over `queries` [B, S]: float32 [B, S], 0 where not visual."""
-    return _column_mean(trace, visual, queries, torch.amax)
-
-
-def _column_mean(trace: AttentionTrace, visual: Tensor, queries: Tensor, over_heads: Callable[..., Tensor]) -> Tensor:
-    """queries [B, S]: whose attention. Softmax rows in float64, rounded once, so that the order of summation cannot
-    show."""
-    (q, _, lse), k = _filled(trace), trace.float_keys()
-    out = q.new_zeros(visual.shape)
-    for row in range(len(visual)):
-        columns, asking = visual[row].nonzero()[:, 0], queries[row].nonzero()[:, 0]
-        if not len(columns) or not len(asking):
-            continue
-        keys = k[row, :, columns].double().repeat_interleave(q.shape[1] // k.shape[1], 0)
-        total = torch.zeros(len(columns), dtype=torch.float64, device=q.device)
-        for block in asking.split(_ROWS_AT_ONCE):
-            p = torch.exp(
-                q[row, :, block].double() @ keys.transpose(-1, -2) * trace.scaling - lse[row, :, block, None].double()
-            )
-            total += over_heads(p * (columns[None, :] <= block[:, None]), 0).sum(0)
-        out[row, columns] = (total / len(asking)).float()
-    return out
-
-
-def quant_risk(layer: Any, tokens: Tensor) -> Tensor:
-    """tokens [M, hidden] at the input of decoder layer `layer` -> [M] float32: error of the activation quantizer its
-    attention deploys.
-
-    A float layer is asked what per-token int4 rounding would cost it.
-    """
-    x = layer.input_layernorm(tokens)
-    if isinstance(layer.self_attn, QuantAttention):
-        return layer.self_attn.qkv_proj.quant_risk(x)
-    q, scale = quantize_symmetric(x.float())
-    return row_norm(x.float() - dequantize_symmetric(q, scale))
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    out = values.new_zeros(mask.shape)
-    out[mask] = values
-    return out
-
-
-def robust_scale(values: Tensor, percentiles: Percentiles) -> Tensor:
-    """Equation (7) on the tokens of one row: float [n] -> float64 [n] in 0..1, percentiles interpolated linearly."""
-    x = values.double()
-    low, high = torch.quantile(
-        x, torch.tensor([percentiles.low / 100, percentiles.high / 100], dtype=torch.float64, device=x.device)
+def quota(alive: Alive, recipe: Recipe) -> Tensor:
+    """Equation (8)."""
+    terms = token_signals(
+        alive.recorded(), alive.hidden, alive.layer, alive.visual, alive.text, quant=recipe.weights.quant != 0
     )
-    return ((x - low) / (high - low + _EPS)).clamp(0, 1)
+    alive.signals.update(terms)
+    return combine(terms, alive.visual, recipe.weights, recipe.percentiles)
 
 
-def combine(signals: Mapping[str, Tensor], visual: Tensor, weights: ScoreWeights, percentiles: Percentiles) -> Tensor:
-    """Equation (8): signals and visual [B, S] -> score [B, S] float32, 0 where not visual. Each row is scaled on its
-    own."""
-    score = torch.zeros(visual.shape, dtype=torch.float64, device=visual.device)
-    for row, mask in enumerate(visual):
-        if bool(mask.any()):
-            for name in ("inter", "mag", "intra", "quant"):
-                weight = getattr(weights, name)
-                if weight and name in signals:
-                    score[row, mask] += weight * robust_scale(signals[name][row, mask], percentiles)
-    return score.float()
+def text(alive: Alive, recipe: Recipe) -> Tensor:
+    return mean_attention(alive.recorded(), alive.visual, alive.text)
+
+
+def last_token(alive: Alive, recipe: Recipe) -> Tensor:
+    """What FastV's code ranks by."""
+    return mean_attention(alive.recorded(), alive.visual, _last(alive))
+
+
+def own_last_token(alive: Alive, recipe: Recipe) -> Tensor:
+    """What PyramidDrop's code ranks by."""
+    assert alive.own_trace is not None
+    return mean_attention(alive.own_trace(), alive.visual, _last(alive))
+
+
+def cross_self(alive: Alive, recipe: Recipe) -> Tensor:
+    """FitPrune: attention of the largest head, mean over the text queries times mean over the visual queries."""
+    trace, visual = alive.recorded(), alive.visual
+    return head_max_attention(trace, visual, alive.text) * head_max_attention(trace, visual, visual)
+
+
+def relevance(alive: Alive, recipe: Recipe) -> Tensor:
+    """Mean cosine of each visual token to the row's text tokens.
+
+    The published method (CDPruner) asks CLIP's text tower, which a LLaVA checkpoint does not hold; here both sides are
+    what the language model reads. Its code takes the negative of CLIP's cosine, because there patches resemble least
+    the words for what they show; in this space they resemble them most (embedded model as in `greedy.dpp`, top-k: 73 %
+    right, of the negative 38 %).
+    """
+
+    def cosine(row: int, columns: Tensor) -> Tensor:
+        words = alive.hidden[row, alive.text[row]]
+        total = greedy.cosines(alive.hidden[row, columns], words).sum(-1)
+        return torch.from_numpy(total / (greedy.ONE * len(words))).float()
+
+    return _per_row(alive, cosine)
+
+
+def random(alive: Alive, recipe: Recipe) -> Tensor:
+    """Seeded by what the images show, so an image's order is the same in any prompt, batch and layer."""
+    digests = alive.images.digests
+    if digests is None:
+        raise UsageError(
+            "pixel_values: the random score is seeded by the images' content, and none was encoded; pass pixels, not"
+            " features"
+        )
+
+    def hashed(row: int, columns: Tensor) -> Tensor:
+        prompt = alive.column[row, columns]
+        number, place = (t[row, prompt].cpu().numpy() for t in (alive.images.number, alive.images.place))
+        return torch.from_numpy(greedy.random_scores(recipe.seed, digests[row], number, place))
+
+    return _per_row(alive, hashed)
+
+
+def none(alive: Alive, recipe: Recipe) -> Tensor:
+    return alive.hidden.new_zeros(alive.visual.shape, dtype=torch.float32)
+
+
+def _last(alive: Alive) -> Tensor:
+    """bool [B, n]: the last token of each row."""
+    last = torch.zeros_like(alive.visual)
+    last[:, -1] = True
+    return last
+
+
+def _per_row(alive: Alive, values: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """values(row, columns int64 [V] of its visual tokens) -> float32 [V], for every row with visual tokens."""
+    score = alive.hidden.new_zeros(alive.visual.shape, dtype=torch.float32)
+    for row in range(len(score)):
+        columns = alive.visual[row].nonzero()[:, 0]
+        if len(columns):
+            score[row, columns] = values(row, columns).to(score.device)
+    return score

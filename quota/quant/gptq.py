@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quota.quant.grouped import GROUP, grid_of, groups_of, round_to, value_of
+from quota.core.formats import INT4_GROUPS, Format
+from quota.quant.grouped import grid_of, groups_of, round_to, value_of
 
-_DAMPINGS = 4  # times the damping may grow tenfold before a Hessian counts as hopeless
+_DAMPINGS = 4  # times the damping may grow tenfold before a Hessian is refused
 
 
 class Hessian:
@@ -40,24 +41,26 @@ class Hessian:
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """symmetric: grids around zero instead of over each group's range. damping: added to the diagonal of H, in units of
+    """damping: added to the diagonal of H, in units of
     its mean. by_activation: round columns with the largest diagonal of H first ("activation order"); every group's grid
     then comes from the untouched weight, so that groups stay contiguous along K."""
 
-    symmetric: bool = False
     damping: float = 0.01
     by_activation: bool = False
 
 
-def gptq(weight: Tensor, hessian: Tensor, options: GptqOptions = GptqOptions()) -> tuple[Tensor, Tensor, Tensor]:
+def gptq(
+    weight: Tensor, hessian: Tensor, form: Format = INT4_GROUPS, options: GptqOptions = GptqOptions()
+) -> tuple[Tensor, Tensor, Tensor]:
     """weight float [N, K], hessian float64 [K, K] -> (codes uint8 [N, K], scale float32 [N, G], zero uint8 [N, G]) in
-    groups of 128 along K.
+    groups along K.
 
     An input that was always zero counts for nothing; its weights are rounded to nearest. ValueError for a Hessian that
     is not positive definite however it is damped (not finite, or not symmetric). Deterministic for a given machine and
     thread count.
     """
     n, k = weight.shape
+    group = form.group or k
     if hessian.shape != (k, k):
         raise ValueError(f"hessian: expected [{k}, {k}] for a weight [{n}, {k}], got {list(hessian.shape)}")
     w, h = weight.detach().double().clone(), hessian.double().clone()
@@ -69,19 +72,19 @@ def gptq(weight: Tensor, hessian: Tensor, options: GptqOptions = GptqOptions()) 
         else torch.arange(k, device=w.device)
     )
     factor = _inverse_factor(h[order][:, order], options.damping)
-    scale, zero = grid_of(groups_of(weight.float()), options.symmetric)
+    scale, zero = grid_of(groups_of(weight.float(), form), form)
     w = w[:, order]
     codes = torch.zeros(n, k, dtype=torch.uint8, device=w.device)
-    for first in range(0, k, GROUP):  # the rest of the weight hears of a block's errors at once
-        last = min(first + GROUP, k)
+    for first in range(0, k, group):  # the rest of the weight hears of a block's errors at once
+        last = min(first + group, k)
         if not options.by_activation:  # the grid of what earlier errors made of the group
-            group = first // GROUP
-            scale[:, group], zero[:, group] = grid_of(groups_of(w[:, first:last].float())[:, 0], options.symmetric)
+            at = first // group
+            scale[:, at], zero[:, at] = grid_of(groups_of(w[:, first:last].float(), form)[:, 0], form)
         errors = torch.zeros(n, last - first, dtype=torch.float64, device=w.device)
         for i in range(first, last):
             column = int(order[i])
-            grid = scale[:, column // GROUP], zero[:, column // GROUP]
-            codes[:, column] = q = round_to(w[:, i].float(), *grid)
+            grid = scale[:, column // group], zero[:, column // group]
+            codes[:, column] = q = round_to(w[:, i].float(), *grid, form)
             error = (w[:, i] - value_of(q, *grid).double()) / factor[i, i]
             errors[:, i - first] = error
             w[:, i + 1 : last] -= error[:, None] * factor[i, i + 1 : last]

@@ -97,7 +97,7 @@ def save_overlay(
         sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
         for i, (layer, per_picture) in enumerate(masks.items(), start=1):
             mask = per_picture[number]
-            alive, place = int(mask.sum()), f"layer {layer}" if layer >= 0 else "before layer 0"
+            alive, place = int(mask.sum()), f"layer {layer}" if layer else "before layer 0"
             axes = sheet.panel(
                 row + i // columns,
                 i % columns,

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from quota.allocate.explain import compact_layers, facts, layer_rows
-from quota.allocate.methods import METHODS
 from quota.allocate.profile import Profile
 from quota.core.errors import RecipeError
+from quota.core.methods import METHODS
 from quota.core.recipe import Recipe
 from quota.report.style import (
     BAND,

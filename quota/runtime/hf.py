@@ -17,14 +17,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quota.core.checkpoint_files import tensor_shapes
 from quota.core.errors import CheckpointError
-from quota.models.weight_only import build_structure
+from quota.core.formats import DEFAULT, scheme_named
+from quota.models.quantize import quantize_structure
 from quota.nn.linear import Float32State
 
 
 class QuotaConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json."""
 
-    def __init__(self, regime: str = "w4a4kv4", modules: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, regime: str = DEFAULT.name, modules: tuple[str, ...] = (), **kwargs: Any) -> None:
         self.quant_method: Any = "quota"
         self.regime, self.modules = regime, list(modules)
 
@@ -50,7 +51,13 @@ class QuotaQuantizer(HfQuantizer):
                 "weights: expected the safetensors files of a quantized folder; open it with quota.load"
             )
         config: Any = self.quantization_config
-        build_structure(model, config.regime, config.modules, tensor_shapes(files))
+        try:
+            scheme = scheme_named(config.regime)
+        except ValueError as error:
+            raise CheckpointError(
+                f"quantization_config.regime: {error}; use the version of quota that wrote the folder"
+            ) from None
+        quantize_structure(model, config.modules, tensor_shapes(files), scheme)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():

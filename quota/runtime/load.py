@@ -19,7 +19,7 @@ from quota.core.malloc import keep_freed_memory
 from quota.models import find_family, model_fingerprint
 from quota.models.config import OWN_KEYS, read_config
 from quota.models.processing import open_processor
-from quota.models.weight_only import build_structure
+from quota.models.quantize import quantize_structure
 from quota.nn.linear import Float32State
 from quota.runtime.hf import QuotaConfig, QuotaQuantizer
 from quota.runtime.patch import patched
@@ -66,6 +66,23 @@ def load(
     return model
 
 
+def load_model(
+    checkpoint: str | Path, recipe: Any = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """(`load`, its processor). Library chatter is silenced. CheckpointError also where the folder has no processor."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = load(str(checkpoint), recipe=recipe, dtype=dtype, device=device)
+    if model.processor is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds no processor files (processor_config.json, tokenizer.json); copy them from the float"
+            " model"
+        )
+    return model, model.processor
+
+
 def checked_device(device: torch.device | str) -> torch.device:
     """The device of that name; UsageError when it is none, or is not here."""
     try:
@@ -98,7 +115,7 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
             delattr(config, name)
     with torch.device("meta"):
         model: Any = _model_class(config)._from_config(config, dtype=dtype)
-    build_structure(model, manifest.regime, manifest.modules, tensor_shapes(files))
+    quantize_structure(model, manifest.modules, tensor_shapes(files), manifest.scheme)
     _assign(model, files, dtype)
     fill_derived(model)
     model.eval().requires_grad_(False)
@@ -113,7 +130,7 @@ def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:
     model.config._name_or_path = model.name_or_path = str(folder)
     model.quota_manifest, model.processor = manifest, processor
     model.hf_quantizer = QuotaQuantizer(
-        QuotaConfig(manifest.regime, manifest.modules), pre_quantized=True
+        QuotaConfig(manifest.scheme.name, manifest.modules), pre_quantized=True
     )  # answers `save_pretrained`
     return model
 

@@ -92,10 +92,10 @@ class PatchHandle:
                     "past_key_values: drafted decoding starts from an empty cache (transformers feeds it the whole"
                     " prompt); leave it unset"
                 )
-            mark = self.pruner.watch.mark_of(cache)
-            if self.pruner.watch.family.axes > 1 and kwargs.get("position_ids") is None:
+            mark = self.pruner.hooks.mark_of(cache)
+            if self.pruner.hooks.family.axes > 1 and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = continued_positions(mark.ahead, len(ids), 0, prompt or 0, ids.device)
-        with generating(self.pruner.watch, prompt):
+        with generating(self.pruner.hooks, prompt):
             return (
                 type(model).generate(model, *args, **kwargs)
                 if self._own_generate is None

@@ -16,11 +16,11 @@ _Content = tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
 
 
 def make(rng: np.random.Generator, width_px: int, height_px: int) -> _Content:
-    """(column names, ((item, digits), ...)): 2 or more rows that fit, 1 column at 160 px, up to 2 above."""
+    """(column names, ((item, digits), ...)): 2 to 9 rows that fit, 1 column at 160 px, up to 2 above."""
     columns = tuple(
         COLUMNS[i] for i in rng.permutation(len(COLUMNS))[: 1 if width_px < 240 else int(rng.integers(1, 3))]
     )
-    rows = int(rng.integers(2, height_px // _ROW_PX))
+    rows = int(rng.integers(2, min(height_px // _ROW_PX, len(NUMBERS))))
     items = [ITEMS[i] for i in rng.permutation(len(ITEMS))[:rows]]
     return columns, tuple((item, tuple(int(v) for v in rng.integers(0, 10, len(columns)))) for item in items)
 

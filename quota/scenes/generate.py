@@ -129,31 +129,29 @@ def draw(s: Scene) -> Image.Image:
     return image
 
 
-def _draw_thing(image: Image.Image, thing: Thing, rng: np.random.Generator) -> None:
-    scale = 4  # drawn larger and reduced: smooth edges
-    side = (2 * thing.radius + 4) * scale
+def shape_mask(shape: str, radius: float, side: int, turn: float) -> Image.Image:
+    """A `side` x `side` mask of one of SHAPES around its centre, turned by `turn` radians."""
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
-    c, r = side / 2, thing.radius * scale
-    turn = float(rng.uniform(-0.25, 0.25))
+    c, r = side / 2, radius
 
     def at(angle: float, radius: float) -> tuple[float, float]:
         return c + radius * math.cos(angle + turn), c + radius * math.sin(angle + turn)
 
     up = -math.pi / 2
-    if thing.shape in ("circle", "ring"):
+    if shape in ("circle", "ring"):
         pen.ellipse([c - r, c - r, c + r, c + r], fill=255)
-        if thing.shape == "ring":
+        if shape == "ring":
             pen.ellipse([c - 0.55 * r, c - 0.55 * r, c + 0.55 * r, c + 0.55 * r], fill=0)
-    elif thing.shape == "square":
+    elif shape == "square":
         pen.polygon([at(math.pi / 4 + k * math.pi / 2, r * 1.15) for k in range(4)], fill=255)
-    elif thing.shape == "diamond":
+    elif shape == "diamond":
         pen.polygon([at(k * math.pi / 2, r if k % 2 else 0.62 * r) for k in range(4)], fill=255)
-    elif thing.shape == "triangle":
+    elif shape == "triangle":
         pen.polygon([at(up + k * 2 * math.pi / 3, r * 1.1) for k in range(3)], fill=255)
-    elif thing.shape == "star":
+    elif shape == "star":
         pen.polygon([at(up + k * math.pi / 5, r * 1.1 if k % 2 == 0 else 0.45 * r) for k in range(10)], fill=255)
-    elif thing.shape == "cross":
+    elif shape == "cross":
         arm = 0.34
         for along in (0.0, math.pi / 2):
             corners = [(-1, -arm), (1, -arm), (1, arm), (-1, arm)]
@@ -166,6 +164,13 @@ def _draw_thing(image: Image.Image, thing: Thing, rng: np.random.Generator) -> N
             for t in steps
         ]
         pen.polygon([(c + u * r / 16, c - (v + 2) * r / 16) for u, v in curve], fill=255)
+    return mask
+
+
+def _draw_thing(image: Image.Image, thing: Thing, rng: np.random.Generator) -> None:
+    scale = 4  # drawn larger and reduced: smooth edges
+    side = (2 * thing.radius + 4) * scale
+    mask = shape_mask(thing.shape, thing.radius * scale, side, float(rng.uniform(-0.25, 0.25)))
     mask = mask.resize((side // scale, side // scale), Image.Resampling.LANCZOS)
     tint = np.clip(np.array(COLORS[thing.color]) + rng.integers(-14, 15, 3), 0, 255)
     image.paste(tuple(int(v) for v in tint), (thing.x - mask.width // 2, thing.y - mask.height // 2), mask)

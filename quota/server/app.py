@@ -97,12 +97,13 @@ async def _prepared(
     request: Request,
     service: Service,
     kind: type[_Body],
-    prepare: Callable[[_Body], Coroutine[Any, Any, EngineRequest]],
+    prepare: Callable[[_Body, str], Coroutine[Any, Any, EngineRequest]],
 ) -> EngineRequest:
     """What the engine is to do. Nothing of the body outlives this."""
-    service.check_open()
+    client = request.state.client
+    service.check_open(client)
     with service.bodies.held() as held:
-        return await _unless_gone(request, prepare(await service.bodies.parsed(request, kind, held)))
+        return await _unless_gone(request, prepare(await service.bodies.parsed(request, kind, held, client), client))
 
 
 async def _answer(request: Request, service: Service, spoken: EngineRequest) -> Response:

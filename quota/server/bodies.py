@@ -40,7 +40,7 @@ class Held:
 
 class Bodies:
     """The bytes of all requests on their way, at most `in_flight_bytes` of them. Where one more byte does not fit, the
-    largest body that is still arriving is given up, so that whoever sends little is served."""
+    largest body that is still arriving is given up, so that small requests are served."""
 
     def __init__(self, settings: Settings, lane: Lane) -> None:
         self.settings, self.lane = settings, lane
@@ -56,12 +56,12 @@ class Bodies:
         finally:
             self._free(held)
 
-    async def parsed(self, request: Request, kind: type[_Body], held: Held) -> _Body:
+    async def parsed(self, request: Request, kind: type[_Body], held: Held, client: str) -> _Body:
         """The body as `kind`. ApiError for one that is too large, too slow, crowded out, no JSON or not this."""
         self._check_headers(request)
         await self._arrive(request, held)
         data, held.data = bytes(held.data), bytearray()
-        return await self.lane.run(len(data), parse, kind, data)
+        return await self.lane.run(client, len(data), parse, kind, data)
 
     def _check_headers(self, request: Request) -> None:
         declared = request.headers.get("content-length", "0")
@@ -111,7 +111,7 @@ class Bodies:
         held.evicted = True
         self._arriving.discard(held)
         if held.deadline is not None:
-            held.deadline.reschedule(asyncio.get_running_loop().time())  # wakes whoever waits for its next bytes
+            held.deadline.reschedule(asyncio.get_running_loop().time())  # wakes the reader of its next bytes
 
     def _free(self, held: Held) -> None:
         self.total -= held.counted

@@ -41,6 +41,9 @@ class Settings(Document):
     max_running: int = Field(default=64, ge=1)
     max_waiting: int = Field(default=256, ge=1)
     step_tokens: int = Field(default=512, ge=1)
+    step_s: float = Field(
+        default=0.25, gt=0, description="time a step should take; a slow machine gives out fewer tokens per step"
+    )
     max_model_tokens: int | None = Field(default=None, ge=2, description="longest prompt plus answer")
     prefix_cache: bool = True
     api_keys: tuple[str, ...] = Field(default=(), description="accepted bearer tokens; none: no authentication")
@@ -56,6 +59,9 @@ class Settings(Document):
     body_timeout_s: float = Field(default=30.0, gt=0)
     in_flight_bytes: int = Field(
         default=256 << 20, ge=1, description="memory for the bodies of all requests that are arriving or being prepared"
+    )
+    prepared_bytes: int = Field(
+        default=2 << 30, ge=1, description="memory for prepared images of requests not answered yet; a client has half"
     )
     max_images: int = Field(default=8, ge=0, description="images per request")
     max_image_bytes: int = Field(default=20 << 20, ge=1)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 from typing import Any
 
 import h11
@@ -18,6 +19,9 @@ HEAD_BYTES, HEAD_LINES = 64 << 10, 256
 UNREAD_S = 30.0
 LINGER_S, LINGER_BYTES = 2.0, 1 << 20
 PROBE_S, HALF_CLOSED_S = 0.25, 10.0
+SEND_BYTES = (
+    64 << 10
+)  # that the kernel holds of an answer; left alone it takes megabytes for a client that does not read
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 
@@ -52,6 +56,7 @@ class HeaderTimeoutProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         self._start("headers", self.headers_s)
 
     def data_received(self, data: bytes) -> None:
@@ -176,7 +181,7 @@ class HeaderTimeoutProtocol(H11Protocol):
     def _check_unread(self) -> None:
         left = self.transport.get_write_buffer_size()
         if left >= self._unread:
-            self.transport.abort()  # close would wait for the bytes that nobody takes
+            self.transport.abort()  # close would wait until the client reads the rest
         else:
             self._unread = left
             self._start("unread", self.unread_s)

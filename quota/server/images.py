@@ -1,9 +1,9 @@
-"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request, nobody
-else's.
+"""Images of requests, decoded in processes that can be ended: one slow or greedy image costs its own request
+alone.
 
 A request first tries the common way: every image within `LARGE_PIXELS` and a fraction of a second. One that needs more
 moves to another queue, which never takes the last process, so that ordinary images go on. Few requests hold decoded
-images at a time, and hold them until their prompt is made.
+images at a time, and hold them until their prompt is made; clients take turns at these places and at the processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -26,6 +26,7 @@ from quota.core.errors import ImageError
 from quota.server.config import Settings
 from quota.server.decoder import ANSWER, DECODED, LARGE, REFUSED, REQUEST, band_rows
 from quota.server.errors import ApiError
+from quota.server.lane import Places
 from quota.server.remote import fetch
 
 LARGE_PIXELS = 4_000_000  # an image of more goes to the other queue
@@ -106,7 +107,7 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
 
 
 class Decoders:
-    """`lost` is told why a process was replaced: time, died or left (nobody waited for its image any more)."""
+    """`lost` is told why a process was replaced: time, died or left (no request waited for its image any more)."""
 
     def __init__(self, settings: Settings, lost: Callable[[str], None]) -> None:
         self.settings, self._lost = settings, lost
@@ -116,11 +117,11 @@ class Decoders:
         self._busy: set[Worker] = set()
         self._closed = False
         self._free, self._few, self._large = (
-            asyncio.Semaphore(count),
-            asyncio.Semaphore(2 * count),
-            asyncio.Semaphore(count - 1),
+            Places(count),
+            Places(2 * count),
+            Places(count - 1),
         )
-        self._remote = asyncio.Semaphore(_REMOTE)
+        self._remote = Places(_REMOTE)
         self._threads = ThreadPoolExecutor(max_workers=4 * count + _REMOTE, thread_name_prefix="quota-images")
 
     @property
@@ -129,21 +130,21 @@ class Decoders:
         return [worker.process.pid for worker in (*self._idle, *self._busy)]
 
     @asynccontextmanager
-    async def opened(self, urls: Sequence[str]) -> AsyncGenerator[tuple[list[Image.Image], bool]]:
+    async def opened(self, urls: Sequence[str], client: str) -> AsyncGenerator[tuple[list[Image.Image], bool]]:
         """(RGB images of data URLs or of allowed hosts, whether they are large); they are to be let go on exit.
         ApiError 400 says what is wrong."""
         fetched: dict[str, bytes] = {}
-        async with self._remote if any(not _is_data(url) for url in urls) else nullcontext():
+        async with self._remote.one(client) if any(not _is_data(url) for url in urls) else nullcontext():
             for url in urls:
                 if not _is_data(url):
                     fetched[url] = await self._off_loop(self._fetch, url)
-            async with self._few:
-                found = await self._all(urls, fetched, large=False)
+            async with self._few.one(client):
+                found = await self._all(urls, fetched, client, large=False)
                 if found is not None:
                     yield found, False
                     return
-            async with self._large:
-                found = await self._all(urls, fetched, large=True)
+            async with self._large.one(client):
+                found = await self._all(urls, fetched, client, large=True)
                 yield found or [], True
 
     def close(self) -> None:
@@ -153,7 +154,9 @@ class Decoders:
             worker.end()
         self._threads.shutdown(wait=False)
 
-    async def _all(self, urls: Sequence[str], fetched: dict[str, bytes], *, large: bool) -> list[Image.Image] | None:
+    async def _all(
+        self, urls: Sequence[str], fetched: dict[str, bytes], client: str, *, large: bool
+    ) -> list[Image.Image] | None:
         found = []
         for url in urls:
             try:
@@ -162,7 +165,7 @@ class Decoders:
                     if url in fetched
                     else await self._off_loop(images.read_data_url, url, self._limits, "image_url")
                 )
-                image = await self._decode(data, large=large)
+                image = await self._decode(data, client, large=large)
             except ImageError as error:
                 raise _bad(str(error), "image_too_large" if error.too_large else "invalid_image") from None
             if image is None:
@@ -170,11 +173,11 @@ class Decoders:
             found.append(image)
         return found
 
-    async def _decode(self, data: bytes, *, large: bool) -> Image.Image | None:
+    async def _decode(self, data: bytes, client: str, *, large: bool) -> Image.Image | None:
         """None when it needs the other queue."""
         limit = self.settings.image_decode_s
         seconds = limit if large else min(limit, _QUICK_S)
-        async with self._free:
+        async with self._free.one(client):
             worker = self._idle.pop()
             self._busy.add(worker)
             reason = "left"  # unless it answers, or says otherwise
@@ -206,7 +209,9 @@ class Decoders:
                 if reason:
                     worker.end()
                     self._lost(reason)
-                    worker = worker if self._closed else Worker(self.settings)
+                    if not self._closed:
+                        with suppress(OSError):  # no process can be made now: whoever meets the dead one tries again
+                            worker = Worker(self.settings)
                 self._idle.append(worker)
 
     def _off_loop(self, function: Callable[..., _Result], *args: object) -> asyncio.Future[_Result]:

@@ -23,7 +23,7 @@ _PLAIN = set(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {
     "color_message",
 }
 _WAITING_LINES = 4096
-_LINE_CHARACTERS = 16 << 10  # a traceback fits; with the line above this bounds what a log that nobody reads holds
+_LINE_CHARACTERS = 16 << 10  # a traceback fits; with the line above this bounds the memory of a log that is not read
 _LEAVE_S = 1.0  # how long a process that ends waits for its last lines
 
 
@@ -48,8 +48,8 @@ def _cut(text: str) -> str:
 
 
 class CountingHandler(logging.Handler):
-    """Hands lines to a thread of its own that writes them, and counts those that a full disk, a closed pipe or one that
-    nobody reads swallowed.
+    """Hands lines to a thread of its own that writes them, and counts those that a full disk, a closed pipe or one
+    without a reader swallowed.
 
     path: a file, appended to; None is standard error. UsageError for a file that cannot be opened.
     """
@@ -73,7 +73,7 @@ class CountingHandler(logging.Handler):
             self._lose()
 
     def reopen(self) -> None:
-        """Before its next line the log opens its file again: whoever renamed it gets a new one. Safe in a signal
+        """Before its next line the log opens its file again, so that a renamed file is replaced. Safe in a signal
         handler."""
         self._stale = True
 
@@ -93,7 +93,7 @@ class CountingHandler(logging.Handler):
         if self.path is None:
             return -1 if sys.stderr is None else 2  # a process that was started without one may have another file there
         try:
-            # a FIFO that nobody reads is refused at once instead of waited for
+            # a FIFO without a reader is refused at once instead of waited for
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         except OSError as error:
             raise UsageError(
@@ -152,7 +152,7 @@ def configure(path: str | None) -> CountingHandler:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    logging.captureWarnings(True)  # they would be written to standard error by whoever raises them
+    logging.captureWarnings(True)  # otherwise the raising thread writes them to standard error
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers[:] = []

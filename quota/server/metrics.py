@@ -29,13 +29,14 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"quota_{name}", text, buckets=_SECONDS, registry=self.registry)
 
-        self.running = gauge("requests_running", "Requests in the batch")
+        self.running = gauge("requests_running", "Requests that hold pages")
         self.waiting = gauge("requests_waiting", "Requests in the queue")
         self.batch = gauge("batch_requests", "Requests of the last step")
         self.pages = gauge("kv_pages", "Pages in use, by layers that share a length", "layers")
         self.idle = gauge("kv_pages_idle", "Pages kept only because their content may be asked for again")
         self.free = gauge("kv_blocks_available", "Blocks that can still be allocated; a block is one layer of a page")
         self.blocks = gauge("kv_blocks", "Blocks of the pool")
+        self.prepared = gauge("prepared_image_bytes", "Prepared images of requests that are not answered yet")
         self.http = counter("http_requests", "Responses", "path", "status")
         self.finished = counter("requests_finished", "Answers by reason", "reason")
         self.tokens = counter("generated_tokens", "Tokens generated")
@@ -46,7 +47,7 @@ class Metrics:
         self.ratio = gauge(
             "kept_token_ratio", "Visual tokens alive in the last layer over all, last finished request that had any"
         )
-        self.preemptions = counter("preemptions", "Requests that gave their pages back to older ones")
+        self.preemptions = counter("preemptions", "Requests that gave their pages back to others")
         self.decoders_lost = counter(
             "image_workers_replaced", "Decoding processes that were ended: time, died, left", "reason"
         )

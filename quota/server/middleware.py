@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import logging
 import re
 import time
@@ -51,7 +52,9 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], headers)
+            key = self._key(headers)
+            scope.setdefault("state", {})["client"] = _address(scope) if key is None else f"key {key}"
+            refusal = self._refusal(scope["path"], headers, key)
             await (self.app if refusal is None else refusal.response())(scope, receive, watched)
         except Exception as error:
             log.exception("request failed", extra={"request": id})
@@ -60,22 +63,23 @@ class RequestMiddleware:
         finally:
             self._record(scope, id, status, time.monotonic() - began)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers, key: int | None) -> ApiError | None:
         if self._hosts is not None and not _known(headers.get("host"), self._hosts):
             return ApiError(
                 403,
                 "the Host header holds no name of this server; its operator can add it to allowed_hosts",
                 code="unknown_host",
             )
-        if self._keys and path not in _OPEN and not self._authorised(headers):
+        if self._keys and path not in _OPEN and key is None:
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return None
 
-    def _authorised(self, headers: Headers) -> bool:
+    def _key(self, headers: Headers) -> int | None:
+        """Which of the keys was given."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # every key is compared, each in constant time, so that the delay tells nothing
         matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return matches.index(True) if scheme.lower() == "bearer" and any(matches) else None
 
     def _record(self, scope: Scope, id: str, status: int, seconds: float) -> None:
         path = scope["path"] if scope["path"] in _KNOWN else "other"
@@ -88,6 +92,16 @@ class RequestMiddleware:
             "ms": round(1e3 * seconds, 1),
         }
         log.info("answered", extra=extra)
+
+
+def _address(scope: Scope) -> str:
+    """Of the other end; for IPv6 the network of 64 bits that one host usually has."""
+    host = (scope.get("client") or ("",))[0]
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return str(host)
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
 
 
 def _known(given: str | None, hosts: Sequence[str]) -> bool:

@@ -140,8 +140,8 @@ def serve_replicas(made: Settings, handler: CountingHandler) -> None:
     # all before the import, which reads them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use to its makers otherwise
     if not os.environ.get("RAY_ADDRESS"):
-        # Ray's ports are open on every interface; without a token whoever reaches one can run code. The one Ray makes
-        # would stay in the home folder
+        # Ray's ports are open on every interface; without a token any client that reaches one can run code. The
+        # one Ray makes would stay in the home folder
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:

@@ -102,7 +102,7 @@ def bound(host: str, port: int) -> list[socket.socket]:
 
 
 def settle() -> None:
-    """Take what was loaded out of the garbage collector's sight: it would look through 400 000 objects of libraries at
-    every full collection, and again, for more than a second, when the process leaves."""
+    """Exclude what was loaded from garbage collection (gc.freeze): it would look through 400 000 objects of libraries
+    at every full collection, and again, for more than a second, when the process leaves."""
     gc.collect()
     gc.freeze()

@@ -169,6 +169,18 @@ class Message(_Body):
             else [part.text for part in self.content if isinstance(part, TextPart)]
         )
 
+    @property
+    def turn(self) -> dict[str, Any]:
+        """As `quota.runtime.prompts` takes it, images apart."""
+        parts = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        return {
+            "role": self.role,
+            "content": [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in parts
+            ],
+        }
+
 
 class StreamOptions(_Body):
     include_usage: bool = False

@@ -8,15 +8,17 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+import weakref
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from quota.core.errors import UsageError
 from quota.core.malloc import return_freed_memory
 from quota.core.recipe import Recipe
+from quota.core.shares import Shares
 from quota.models import model_fingerprint
 from quota.runtime.engine import (
     AsyncEngine,
@@ -29,13 +31,13 @@ from quota.runtime.engine import (
     SamplingParams,
     Usage,
 )
+from quota.runtime.prompts import PromptBuilder
 from quota.server.bodies import Bodies
 from quota.server.config import Settings
 from quota.server.errors import ApiError, as_api_error
 from quota.server.images import Decoders
 from quota.server.lane import Lane
 from quota.server.metrics import Metrics
-from quota.server.prompts import PromptBuilder
 from quota.server.responses import DONE, Answer, Choice, failure
 from quota.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
@@ -65,32 +67,26 @@ class Service:
     def __init__(self, model: Any, settings: Settings) -> None:
         self.settings, self.name = settings, settings.name
         recipes = load_recipes(settings)
-        config = EngineConfig(
-            settings.kv_bytes,
-            settings.page_tokens,
-            settings.max_running,
-            settings.max_waiting,
-            settings.step_tokens,
-            settings.max_model_tokens,
-            settings.feature_bytes,
-            settings.prefix_cache,
-        )
-        # the engine decodes on its own thread, and tokenizers do not like company
+        shared = {field.name for field in fields(EngineConfig)} & Settings.model_fields.keys()
+        config = EngineConfig(**{name: getattr(settings, name) for name in shared})
+        # the engine decodes on its own thread, and tokenizers are not thread-safe
         tokenizer = copy.deepcopy(model.processor.tokenizer) if model.processor is not None else None
         engine = Engine(model, tokenizer=tokenizer, recipes=recipes, default=next(iter(recipes), None), config=config)
         self.prompts = PromptBuilder(model.processor, engine.model)
         self._large_prompts = PromptBuilder(
             copy.deepcopy(model.processor), engine.model
-        )  # large images take seconds: nobody waits behind them
+        )  # large images take seconds and block no small one
         self.metrics = Metrics()
         self.metrics.observe(engine)
         self.recipes = sorted(recipes)
-        self.limit = engine.max_tokens
+        self.limit = engine.max_model_tokens
         self.engine = AsyncEngine(engine, self.metrics.observe)
         self.fingerprint = model_fingerprint(model)[:19]
         self.created = int(time.time())
         self.draining = False
-        self._preparing = 0
+        self._preparing = Shares(2 * settings.max_waiting)
+        self._prepared = Shares(settings.prepared_bytes)
+        self.metrics.prepared.set_function(lambda: self._prepared.total)
         self._lane, self._large_lane = Lane("quota-prepare"), Lane("quota-prepare-large")
         self.bodies = Bodies(settings, self._lane)
         self.decoders = Decoders(settings, lambda reason: self.metrics.decoders_lost.labels(reason).inc())
@@ -115,15 +111,25 @@ class Service:
                 param="model",
             )
 
-    def check_open(self) -> None:
-        """Refuse early: before a body is read, when the server stops or as much as it may hold is being prepared
-        already."""
+    def check_open(self, client: str) -> None:
+        """Refuse early: before a body is read, when the server stops or as much of this client as it may hold is being
+        prepared already."""
         if self.draining or not self.engine.healthy:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        if self._preparing >= self.settings.max_waiting:
-            raise QueueFull(f"queue: {self._preparing} requests are being prepared already")
+        if not self._preparing.fits(client, 1):
+            raise QueueFull(f"queue: {self._preparing.total} requests are being prepared already")
 
-    async def chat(self, body: ChatRequest) -> EngineRequest:
+    @contextmanager
+    def _place(self, client: str) -> Iterator[None]:
+        """Of a request that is being prepared."""
+        if not self._preparing.take(client, 1):
+            raise QueueFull(f"queue: {self._preparing.total} requests are being prepared already")
+        try:
+            yield
+        finally:
+            self._preparing.give_back(client, 1)
+
+    async def chat(self, body: ChatRequest, client: str) -> EngineRequest:
         """Decode images, render and tokenize, off the event loop."""
         self.check_model(body.model)
         urls = [url for message in body.messages for url in message.images]
@@ -136,26 +142,41 @@ class Service:
             )
         characters = sum(len(text) for message in body.messages for text in message.texts)
         self._check_length("messages", characters)
-        self._preparing += 1
-        try:
-            async with self.decoders.opened(urls) as (images, large):
+        with self._place(client):
+            async with self.decoders.opened(urls, client) as (images, large):
                 size = characters + sum(image.width * image.height for image in images)
                 prompt = await (self._large_lane if large else self._lane).run(
-                    size, self._chat_prompt, body.messages, images, large
+                    client, size, self._chat_prompt, body.messages, images, large
                 )
-        finally:
-            self._preparing -= 1
-        return self._spoken("chatcmpl", [prompt], body, chat=True)
+        spoken = self._spoken("chatcmpl", [prompt], body, client, chat=True)
+        self._count_images(prompt, client)
+        return spoken
+
+    def _count_images(self, prompt: Prompt, client: str) -> None:
+        """Prepared images have a budget, of which a client takes no more than is left for others; they count as long as
+        anything refers to them."""
+        nbytes, most = sum(image.pixels.nbytes for image in prompt.images), self.settings.prepared_bytes // 2
+        if nbytes > most:
+            message = f"messages: the images take {nbytes} bytes as the model sees them, at most {most} fit"
+            raise ApiError(400, message, code="image_too_large", param="messages")
+        if nbytes and not self._prepared.take(client, nbytes):
+            message = (
+                f"the prepared images of requests that are not answered yet take {self._prepared.total} of"
+                f" {self._prepared.limit} bytes, {nbytes} more do not fit this client's share; try again later"
+            )
+            raise ApiError(429, message, code="too_many_bytes")
+        for image in prompt.images:
+            weakref.finalize(image, self._prepared.give_back, client, image.pixels.nbytes).atexit = False
 
     def _chat_prompt(self, messages: list[Message], images: list[Any], large: bool) -> Prompt:
         try:
-            return (self._large_prompts if large else self.prompts).chat(messages, images)
+            return (self._large_prompts if large else self.prompts).chat([message.turn for message in messages], images)
         finally:
             images.clear()  # the event loop holds the list
             if large:
                 return_freed_memory()
 
-    async def complete(self, body: CompletionRequest) -> EngineRequest:
+    async def complete(self, body: CompletionRequest, client: str) -> EngineRequest:
         """Tokenize, off the event loop."""
         self.check_model(body.model)
         given = body.prompts()
@@ -165,12 +186,9 @@ class Service:
             )
         for prompt in given:
             self._check_length("prompt", len(prompt) if isinstance(prompt, str) else 0)
-        self._preparing += 1
-        try:
-            prompts = [await self._lane.run(len(prompt), self.prompts.text, prompt) for prompt in given]
-        finally:
-            self._preparing -= 1
-        return self._spoken("cmpl", prompts, body, chat=False)
+        with self._place(client):
+            prompts = [await self._lane.run(client, len(prompt), self.prompts.text, prompt) for prompt in given]
+        return self._spoken("cmpl", prompts, body, client, chat=False)
 
     def _check_length(self, where: str, characters: int) -> None:
         """Refuse before tokenizing what cannot fit: a tokenizer takes about a second for a million characters, and
@@ -181,7 +199,7 @@ class Service:
             raise ApiError(400, message, code="context_length_exceeded", param=where)
 
     def _spoken(
-        self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, *, chat: bool
+        self, kind: str, prompts: list[Prompt], body: ChatRequest | CompletionRequest, client: str, *, chat: bool
     ) -> EngineRequest:
         id = f"{kind}-{uuid.uuid4().hex}"
         recipe = "default" if body.recipe is None else None if body.recipe == NO_RECIPE else body.recipe
@@ -198,7 +216,7 @@ class Service:
         self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
         requests = [
-            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep)
+            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep, client)
             for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))
         ]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -293,7 +311,7 @@ class Service:
         """Refuse new requests and wait for the running ones, at most `drain_s`."""
         self.draining = True
         until = time.monotonic() + self.settings.drain_s
-        while (self.engine.active or self._preparing) and time.monotonic() < until:
+        while (self.engine.active or self._preparing.total) and time.monotonic() < until:
             await asyncio.sleep(0.05)
         log.info("drained", extra={"unfinished": self.engine.active})
 

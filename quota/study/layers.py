@@ -8,8 +8,10 @@ from typing import Any
 from quota.allocate.explain import compact_layers
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
+from quota.core.formats import DEFAULT
 from quota.core.recipe import Recipe
 from quota.eval.asking import ask
+from quota.eval.generation import under
 from quota.report.table import markdown_table
 from quota.study.bench import Bench
 
@@ -69,8 +71,9 @@ def show_study(bench: Bench) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     for method in SHOWN:
         recipe = bench.planned(method, bench.settings.keep)
-        model, processor = bench.opened_with(bench.quantized(), recipe)
-        answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
+        model, processor = bench.loaded(bench.quantized(), bench.settings.place)
+        with under(model, recipe):
+            answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
         path = f"show-{method}.png"
         save_overlay(out / path, picture, answer.kept_visual(), answer.grids)
         kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}
@@ -95,8 +98,8 @@ def show_markdown(report: dict[str, Any], folder: str = "") -> str:
         for name, a in methods.items()
     ]
     return (
-        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights: W4A4KV4; -1 is"
-        " before the language model.\n\n"
+        f"### Kept tokens\n\nQuestion: {report['question']} Expected: {report['expected']}. Weights:"
+        f" {DEFAULT.title}; 0 is before the language model.\n\n"
         + markdown_table(["method", "answer", "visual tokens alive"], rows)
         + "".join(f"\n{name}:\n\n![Tokens kept by {name}]({folder}{a['overlay']})\n" for name, a in methods.items())
     )

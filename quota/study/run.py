@@ -10,12 +10,14 @@ import numpy as np
 
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
+from quota.core.formats import DEFAULT
+from quota.eval.pipeline import Entry
 from quota.eval.questions import questions_fingerprint
 from quota.eval.remarks import below_sentences, left_out, left_out_sentence
 from quota.eval.results import Comparison
 from quota.eval.score import accuracies, majority_accuracy, mean_accuracy
 from quota.eval.statistics import interval, resampled_retention, retention, retention_by_task
-from quota.study.bench import Bench, Entry, StudySettings
+from quota.study.bench import Bench, StudySettings
 from quota.study.layers import profile_study, show_study
 from quota.study.published import published
 from quota.study.render import markdown, save_chart
@@ -27,9 +29,9 @@ STUDIES = {
     "modules": "Table 1: which parts are quantized",
     "keep": "Table 2: QUOTA at 50 to 5 % of the visual tokens",
     "pipelines": "Table 3: joint against stage-wise quantization and pruning",
-    "compute": "Table 4: every method at equal compute, float and W4A4KV4",
+    "compute": f"Table 4: every method at equal compute, float and {DEFAULT.title}",
     "weights": "Table 5: score weights, leave-one-out, each signal alone, the sign of the quantization term",
-    "formats": "weights alone in 4 bits by RTN, GPTQ and AWQ beside W4A4KV4, with and without the recipe",
+    "formats": f"weights alone in 4 bits by RTN, GPTQ and AWQ beside {DEFAULT.title}, with and without the recipe",
     "runtime": "Table 7: disk, peak memory, power, and accuracy of float, reference and native arithmetic",
     "profile": "Figures 3 and 5: concentration, redundancy and sensitivity per layer",
     "show": "Figure 4: kept tokens per layer for one picture",

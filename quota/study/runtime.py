@@ -15,8 +15,9 @@ from quota.calib.stream import resolve_folder
 from quota.core.errors import UsageError
 from quota.core.registry import ops
 from quota.eval.benchmark import weight_bytes
+from quota.eval.pipeline import FLOAT, QUANTIZED, Entry
 from quota.report.table import byte_size
-from quota.study.bench import FLOAT, QUANTIZED, Bench, Entry
+from quota.study.bench import Bench
 from quota.study.tables import Plan
 
 MEASURED = 24  # questions behind memory, power and time
@@ -27,9 +28,9 @@ def runtime(bench: Bench) -> Plan:
     """Float, and W4A4KV4 unpruned and with QUOTA's recipe."""
     quantized, joint = bench.quantized(), bench.planned("quota", bench.settings.keep)
     rows = [
-        Entry("float", bench.float_checkpoint, FLOAT),
-        Entry("w4a4kv4", quantized, QUANTIZED),
-        Entry("w4a4kv4 + quota", quantized, QUANTIZED, joint),
+        Entry(FLOAT, bench.float_checkpoint, FLOAT),
+        Entry(QUANTIZED, quantized, QUANTIZED),
+        Entry(f"{QUANTIZED} + quota", quantized, QUANTIZED, joint),
     ]
     for entry in rows:
         found = measure(bench, entry, min(bench.settings.questions, MEASURED))
@@ -38,7 +39,8 @@ def runtime(bench: Bench) -> Plan:
             checked = measure(bench, entry, min(bench.settings.questions, CHECKED), reference=True)["answers"]
             same = sum(a == b for a, b in zip(checked, found["answers"], strict=False))
             entry.figures["answers equal to the reference's"] = f"{same} of {len(checked)}"
-    return Plan("Disk, peak memory, power and time", rows, [("w4a4kv4", "float"), ("w4a4kv4 + quota", "w4a4kv4")])
+    pairs = [(QUANTIZED, FLOAT), (f"{QUANTIZED} + quota", QUANTIZED)]
+    return Plan("Disk, peak memory, power and time", rows, pairs)
 
 
 def measure(bench: Bench, entry: Entry, questions: int, reference: bool = False) -> dict[str, Any]:

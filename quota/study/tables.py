@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe, ScoreWeights
-from quota.study.bench import FLOAT, MODULES, QUANTIZED, WEIGHT_ONLY, Bench, Entry
+from quota.eval.pipeline import FLOAT, MODULES, QUANTIZED, WEIGHT_ONLY, Entry
+from quota.study.bench import Bench
 
 KEEPS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 SWEEP = ((0.45, 0.25, 0.10, 0.20), (0.35, 0.25, 0.10, 0.30), (0.55, 0.25, 0.10, 0.10), (0.25, 0.25, 0.25, 0.25))

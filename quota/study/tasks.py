@@ -12,11 +12,12 @@ from quota.eval.questions import Question, sample_questions
 SCENES = "scenes"
 
 
-def load_questions(tasks: str, number: int, model: Any) -> list[Question]:
-    """tasks: "scenes", `number` held-out generated questions that suit the model (five kinds of pages where resolution
-    is dynamic); or a samples file with answers, of which the first `number` are asked. UsageError for anything else."""
+def load_questions(tasks: str, number: int, config: Any) -> list[Question]:
+    """tasks: "scenes", `number` held-out generated questions that suit a model of `config` (five kinds of pages where
+    resolution is dynamic); or a samples file with answers, of which the first `number` are asked. UsageError for
+    anything else."""
     if tasks == SCENES:
-        return held_out(number, model.config)
+        return held_out(number, config)
     path = Path(tasks)
     if path.suffix != ".json" or not path.is_file():
         raise UsageError(f"--tasks: expected {SCENES!r} or a samples file (.json) with answers, got {tasks!r}")

@@ -40,7 +40,7 @@ def main() -> None:
     model, processor = Placement(*job["place"]).open(
         job["checkpoint"], Recipe.parse(job["recipe"]) if job["recipe"] else None
     )
-    questions = load_questions(job["tasks"], job["questions"], model)
+    questions = load_questions(job["tasks"], job["questions"], model.config)
     answers(model, processor, questions[:1], job["max_new_tokens"])  # weights are packed at first use
     before, began, spent = energy_uj(), time.perf_counter(), time.process_time()
     with measured(model.device) as gpu:

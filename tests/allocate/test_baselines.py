@@ -10,11 +10,11 @@ import pytest
 from quota.allocate.baselines import RecipeContext, SearchStats, at_compute, build_baseline
 from quota.allocate.explain import explain_text, facts, recipe_cost
 from quota.allocate.fitprune import AttentionSample, keep_shares, search
-from quota.allocate.methods import BASELINES, METHODS, methods_help
 from quota.allocate.recipe_builder import build_recipe
 from quota.core.errors import RecipeError, UsageError
-from quota.core.keep import BEFORE, keep_of, kept_tokens
-from quota.core.recipe import Method, ModelFacts, Recipe
+from quota.core.keep import keep_of, kept_tokens
+from quota.core.methods import METHODS, baselines, methods_help
+from quota.core.recipe import ModelFacts, Recipe
 from tests.allocate.profiles import profile
 
 
@@ -54,10 +54,10 @@ def evidence() -> SearchStats:
         ("fastv", (2,), [288]),
         ("pyramiddrop", (8, 16, 24), [288, 144, 72]),
         ("vtw", (15,), [0]),
-        ("divprune", (BEFORE,), [57]),
-        ("cdpruner", (BEFORE,), [64]),
-        ("random", (BEFORE,), [173]),
-        ("grid", (BEFORE,), [173]),
+        ("divprune", (0,), [57]),
+        ("cdpruner", (0,), [64]),
+        ("random", (0,), [173]),
+        ("grid", (0,), [173]),
     ],
 )
 def test_published_schedules(method: str, candidates: tuple[int, ...], tokens: list[int]) -> None:
@@ -68,11 +68,10 @@ def test_published_schedules(method: str, candidates: tuple[int, ...], tokens: l
 
 
 def test_every_method_is_listed_explained_and_in_the_schema() -> None:
-    assert set(METHODS) == set(Method.__args__) - {"custom"}  # type: ignore[attr-defined]
     for name in METHODS:
         assert f"`{name}`" in methods_help()
-        if name in BASELINES:
-            text = explain_text(build_baseline(basis(), name, evidence=evidence()))
+        if name in baselines():
+            text = explain_text(build_baseline(basis(), name, stats=evidence()))
             assert name in text and "positions" in text.lower()
 
 
@@ -99,18 +98,18 @@ def test_layers_can_be_chosen_where_a_method_has_them() -> None:
 
 @pytest.mark.parametrize("layers", [2, 3, 4, 8])
 def test_shallow_models(layers: int) -> None:
-    for method in BASELINES:
+    for method in baselines():
         shallow = SearchStats(withdrawal={i: 1.0 for i in range(1, layers)}, attention=[attention(layers)], samples=1)
-        recipe = build_baseline(basis(layers, 50), method, 0.8 if method == "fitprune" else None, evidence=shallow)
-        assert all(c == BEFORE or 1 <= c < layers for c in recipe.candidates)
+        recipe = build_baseline(basis(layers, 50), method, 0.8 if method == "fitprune" else None, stats=shallow)
+        assert all(c == 0 or 1 <= c < layers for c in recipe.candidates)
 
 
 def test_withdrawal_search_takes_the_first_layer_within_the_threshold() -> None:
-    recipe = build_baseline(basis(), "vtw", evidence=evidence())
+    recipe = build_baseline(basis(), "vtw", stats=evidence())
     assert (
         recipe.candidates == (10,) and "layer 10" in recipe.provenance.search[0] and "Search: " in explain_text(recipe)
     )
-    never = build_baseline(basis(), "vtw", evidence=SearchStats(withdrawal={1: 3.0, 2: 2.0}, samples=4))
+    never = build_baseline(basis(), "vtw", stats=SearchStats(withdrawal={1: 3.0, 2: 2.0}, samples=4))
     assert never.candidates == (2,) and "no layer is within" in never.provenance.search[0]
 
 
@@ -150,18 +149,18 @@ def test_fitprune_meets_its_budget_with_the_smallest_alpha() -> None:
     assert alphas == sorted(alphas)
     with pytest.raises(RecipeError, match=r"cannot reach a compute ratio of 0\.05"):
         search(samples, 0.05, ratio)
-    with pytest.raises(RecipeError, match="at least one prompt with a picture"):
+    with pytest.raises(RecipeError, match="at least one prompt with an image"):
         search([], 0.5, ratio)
 
 
 def test_fitprune_recipe_costs_what_it_was_asked() -> None:
-    recipe = build_baseline(basis(), "fitprune", 0.4, evidence=evidence())
+    recipe = build_baseline(basis(), "fitprune", 0.4, stats=evidence())
     spent = recipe_cost(recipe)
     assert spent is not None and spent.ratio_visual <= 0.4 and spent.ratio_visual > 0.3
     assert "alpha" in recipe.provenance.search[0] and recipe.selection_at(recipe.candidates[0]).score == "cross_self"
 
 
-@pytest.mark.parametrize("method", [name for name in BASELINES if name not in ("vtw", "fitprune")])
+@pytest.mark.parametrize("method", [name for name in baselines() if name not in ("vtw", "fitprune")])
 def test_matching_compute_takes_the_last_token_that_fits(method: str) -> None:
     def build(keep: float) -> Recipe:
         return build_baseline(basis(), method, keep)

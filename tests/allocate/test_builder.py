@@ -88,7 +88,7 @@ def test_explain() -> None:
     assert sum(row["drop"] for row in facts["layers"]) == pytest.approx(0.7, abs=1e-5)
     json.dumps(facts, allow_nan=False)
     text = explain_text(build_recipe(profile(), 0.3))
-    assert "Of 576 visual tokens per picture 173 (0.3) reach the end" in text
+    assert "Of 576 visual tokens per image 173 (0.3) reach the end" in text
     assert "Layers 2-4 drop" in text
 
 

@@ -37,7 +37,7 @@ def test_text_and_tower_dilute_the_saving() -> None:
 
 def test_kv_bytes() -> None:
     assert kv_token_bytes(192, 64) == 2 * (96 + 3 * 8)
-    assert kv_token_bytes(192, 64, bits=16) == 2 * 192 * 2
+    assert kv_token_bytes(192, 64, None) == 2 * 192 * 2
     assert cost([10, 3], 10, 5, SMALL, head_dim=4).kv_bytes == (15 + 8) * kv_token_bytes(4, 4)
 
 

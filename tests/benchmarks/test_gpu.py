@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks.gpu import apart, checks
 from benchmarks.gpu import command as gpu
-from benchmarks.gpu.options import Line, Options, facts
+from benchmarks.gpu.options import ROOT, Line, Options, facts
+from quota.core.files import OUTPUT_MARK
 from quota.core.registry import Implementation
 from quota.core.registry import ops as registered
 from quota.ops import native
@@ -64,6 +65,17 @@ def test_the_first_two_calls_fit_into_their_time() -> None:
 def test_results_go_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OUT", str(tmp_path / "back"))
     assert gpu.main(["--dry-run", "--sections", "graph"], "gpu") == 0 and (tmp_path / "back/gpu-dry-run.md").exists()
+
+
+def test_a_folder_of_the_users_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gpu-dry-run.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--sections", "graph", "--out", str(tmp_path)], "gpu")
+    assert "--out: " in (said := capsys.readouterr().err) and "holds gpu-dry-run.md" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-dry-run.md"] and (
+        tmp_path / "gpu-dry-run.md"
+    ).read_text() == "mine"
+    assert (ROOT / "benchmarks" / "results" / OUTPUT_MARK).is_file()  # the folder it writes to unless told otherwise
 
 
 def test_one_failing_section_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

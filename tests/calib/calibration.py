@@ -15,10 +15,10 @@ from quota.scenes.qwen_model import build_processor as qwen_processor
 from tests.tiny import tiny_llava, tiny_qwen
 
 
-def float_folder(path: Path, **sizes: int) -> Path:
+def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
     """Save a tiny LLaVA (56 px, 16 visual tokens) with the scenes' processor; the processor's image token is the
     model's."""
-    model = tiny_llava(**sizes)
+    model = tiny(**sizes)
     processor = build_processor(56)
     model.config.image_token_index = model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     model.save_pretrained(path)

@@ -16,6 +16,7 @@ from quota.calib.flatquant import (
     search_weight_clip,
 )
 from quota.calib.learn import split
+from quota.core.formats import KV4
 from quota.quant.affine import dequantize_kv, dequantize_symmetric, quantize_kv, quantize_symmetric
 from quota.quant.pack import unpack_int4
 
@@ -95,7 +96,7 @@ def test_group_runs_once_per_input_and_serves_every_part():
 
 
 def test_value_transform_merges_into_rows_and_bias():
-    heads = HeadTransforms(4, quantize_kv=True)
+    heads = HeadTransforms(4, KV4)
     linears, fused = group(heads=heads, rows=slice(16, 24))
     fused.mode = "float"
     x = noise(5, 24)
@@ -134,7 +135,7 @@ def test_initialisation_beats_round_to_nearest_with_an_outlier_channel():
 
 
 def test_head_transforms_keep_scores_without_quantization():
-    heads = HeadTransforms(8, quantize_kv=True)
+    heads = HeadTransforms(8, KV4)
     with torch.no_grad():
         heads.key.add_(0.05 * noise(8, 8))
     heads.mode = "float"

@@ -11,7 +11,6 @@ import torch
 from quota.calib import run
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
-from quota.calib.profile import profile
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
@@ -19,6 +18,7 @@ from quota.core.recipe import Recipe
 from quota.models import find_family
 from quota.models.qwen2_5_vl import geometry_of
 from quota.nn.key_bias import QuantBiasedAttention
+from quota.planning.profile import profile
 from quota.runtime import load, patched
 from tests.calib.calibration import mixed_samples, qwen_folder
 from tests.calib.test_equivalence import TOLERANCE, relative, scramble
@@ -191,7 +191,7 @@ def test_resumes_after_a_kill(finished, folder, tmp_path, monkeypatch):
 
 
 BEFORE_LAYERS = {
-    "candidates": [-1, 2],
+    "candidates": [0, 2],
     "selections": [{"score": "none", "policy": "grid"}, {"score": "text", "policy": "mmr"}],
     "method": "custom",
 }

@@ -181,7 +181,7 @@ def test_text_only_samples(folder, tmp_path):
         steps=0,
         modules=("llm",),
     )
-    with pytest.raises(SampleError, match="at least one picture"):
+    with pytest.raises(SampleError, match="at least one image"):
         run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "all", progress=False, settings=QUICK)
 
 
@@ -294,11 +294,11 @@ def selected(*selections, candidates=(1, 2), keep=(0.75, 0.5), method="custom", 
         selected({"score": "last_token"}),
         selected({"score": "own_last_token"}, position_policy="compact"),
         selected({"score": "random"}),
-        selected({"score": "none", "policy": "maxmin"}, candidates=(-1,), keep=(0.25,)),
+        selected({"score": "none", "policy": "maxmin"}, candidates=(0,), keep=(0.25,)),
         selected(
             {"score": "relevance", "policy": "dpp"},
             {"policy": "grid", "grid_share": 0.5},
-            candidates=(-1, 2),
+            candidates=(0, 2),
             keep=(0.5, 0.25),
         ),
         selected({"score": "none"}, candidates=(2,), keep=(0.0,), method="vtw"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,32 @@ def test_wrong_sources_are_named(copies, tmp_path):
         read_source("docvqa", tmp_path)
     with pytest.raises(UsageError, match="--count"):
         build_samples(list(copies.items()), 4, tmp_path / "x.json")
+
+
+def test_files_are_read_through_the_bounded_door(copies, tmp_path, monkeypatch):
+    """With or without a byte order mark, of bounded size, and only from regular files."""
+    data = (copies["textvqa"] / "TextVQA_0.5.1_train.json").read_text()
+    put(tmp_path / "marked/TextVQA_train.json", b"\xef\xbb\xbf" + data.encode())
+    assert read_source("textvqa", tmp_path / "marked") == [
+        dataclasses.replace(
+            record, picture=tuple(tmp_path / "marked" / path.relative_to(copies["textvqa"]) for path in record.picture)
+        )
+        for record in read_source("textvqa", copies["textvqa"])
+    ]
+    passage = " ".join(["word"] * 80)
+    put(tmp_path / "wiki/wiki.train.raw", b"\xef\xbb\xbf" + passage.encode())
+    assert read_source("wikitext-2", tmp_path / "wiki")[0].instruction.startswith("word")
+    put(tmp_path / "deep/train.json", "[" * 100_000)
+    put(tmp_path / "bytes/train.json", b"\xff\xfe")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/x_train.json")
+    for name, said in (("deep", "recursion|deeply"), ("bytes", "UTF-8"), ("pipe", "regular file")):
+        with pytest.raises(SampleError, match=f"{name}.*({said})"):
+            read_source("textvqa" if name != "bytes" else "docvqa", tmp_path / name)
+    monkeypatch.setattr(sources, "_FILE_BYTES", 100)
+    for name in ("textvqa", "wikitext-2"):
+        with pytest.raises(SampleError, match="more than 100 bytes"):
+            read_source(name, copies[name])
 
 
 def test_command(copies, tmp_path):

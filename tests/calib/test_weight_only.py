@@ -4,25 +4,31 @@ recipes and resume."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from quota.calib import run
-from quota.calib.profile import profile
 from quota.calib.samples import encode
 from quota.calib.settings import Settings, default_settings
 from quota.calib.stream import FloatSource
 from quota.calib.weight_only import InputStats, _scale
 from quota.core.errors import CheckpointError, UsageError
+from quota.core.formats import DEFAULT, INT4_GROUPS, SCHEMES
 from quota.eval.compare import cache_dtype
 from quota.models import find_family
-from quota.models.quantize import quantized_linears, quantized_modules
+from quota.models.quantize import model_scheme, quantized_linears, quantized_modules
+from quota.models.rtn import quantize_rtn
 from quota.nn.weight_linear import WeightLinear
+from quota.planning.profile import profile
 from quota.runtime import load, patched
+from quota.runtime.engine import Prompt
 from quota.runtime.engine.model import EngineModel
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
 from tests.calib.test_qwen2_5_vl import batch_for
+from tests.engine.asking import asked, engine, tokens
+from tests.engine.asking import run as answer
 from tests.prune.recipes import greedy, recipe_for
 
 QUICK = {"batch": 2, "search_rows": 128, "held_out": 1}
@@ -76,7 +82,7 @@ def test_scaling_alone_changes_nothing(folders, kind, path, kept):
             torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(1))
             * torch.linspace(0.1, 9, linear.in_features)
         )
-        rows = _scale(block, plan, seen, scales)
+        rows = _scale(block, plan, seen, scales, INT4_GROUPS)
         assert rows.std(0).max() < 0.9 * seen.rows.std(0).max()  # something was scaled
     for name, scale in scales.items():
         linear = block.layer.get_submodule(name)
@@ -135,6 +141,58 @@ def test_it_computes_what_its_tensors_say_and_recipes_work(finished, folders, fa
     assert measured.regime == "w4a16" and all(s > 0 for s in measured.sensitivity[1:])
 
 
+KV4_SCHEME = next(row for row in SCHEMES.values() if "gptq" in row.methods and row.kv is not None)
+
+
+@pytest.fixture(scope="module")
+def served(folders, tmp_path_factory):
+    made = {}
+    for family, method in (("llava", "rtn"), ("llava", "awq"), ("qwen2_5_vl", "rtn"), ("qwen2_5_vl", "gptq")):
+        out = tmp_path_factory.mktemp("served") / f"{family}-{method}"
+        samples = None if method == "rtn" else FAMILIES[family][1]()
+        options = {"method": method, "scheme": KV4_SCHEME.name, "progress": False, "settings": quick(method)}
+        run.calibrate(folders[family], samples, out=out, **options)
+        made[family, method] = load(out)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_a_quantized_cache_rounding_is_that_in_memory(folders, served, family):
+    model, wanted = served[family, "rtn"], quantize_rtn(load(folders[family]), scheme=KV4_SCHEME).state_dict()
+    assert model_scheme(model) is KV4_SCHEME and cache_dtype(Path(model.name_or_path)) == "int4"
+    found = model.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(("family", "method"), [("llava", "awq"), ("qwen2_5_vl", "gptq")])
+def test_before_a_quantized_cache_it_is_served_bitwise(finished, served, family, method):
+    model, twin = served[family, method], load(finished[family, method][0])
+    inputs = encode(model.processor, next(iter(FAMILIES[family][1]())))
+    with torch.no_grad():
+        got, expected = (m(**inputs).logits for m in (model, twin))
+    assert 0 < float((got - expected).norm() / expected.norm()) < 0.2  # the same weights, and a cache that is rounded
+    image = EngineModel(model).images(inputs)
+    ids = inputs["input_ids"][0].tolist()
+    prompts = {"a": Prompt(ids, image), "b": Prompt([*ids, *ids[-3:]], image), "c": Prompt(ids[-4:])}
+    for recipe in (None, "pruned"):
+        requests = {name: asked(name, prompt, recipe=recipe) for name, prompt in prompts.items()}
+        together = engine(model)
+        outputs = answer(together, requests.values())
+        for name, request in requests.items():
+            alone = engine(model)
+            answer(alone, [request])
+            assert all((x == y).all() for x, y in zip(alone.seen[name], together.seen[name], strict=True))
+        if recipe is None:
+            expected = greedy(model, inputs).sequences[0, len(ids) :].tolist()
+            assert expected and tokens(outputs["a"])[: len(expected)] == expected
+
+
+def test_a_scheme_that_a_method_does_not_make_is_refused(folders, tmp_path):
+    for method, scheme in (("flatquant", KV4_SCHEME.name), ("gptq", DEFAULT.name), ("awq", "w2a2")):
+        with pytest.raises(UsageError, match=f"scheme: method '{method}' makes .*, got '{scheme}'"):
+            run.calibrate(folders["llava"], picture_samples(2), out=tmp_path / "none", method=method, scheme=scheme)
+
+
 def test_resumes_after_a_kill_with_the_same_bytes(folders, finished, tmp_path, monkeypatch):
     real, calls = run._run_step, []
 
@@ -173,5 +231,5 @@ def test_refusals(folders, finished, tmp_path):
     for path in out.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "quota.json").write_text(json.dumps({**data, "regime": "w2a2"}))
-    with pytest.raises(CheckpointError, match=r"regime: this quota reads w4a4kv4, w4a16, got 'w2a2'"):
+    with pytest.raises(CheckpointError, match=r"regime: this quota reads w4a4kv4, w4a16, w4a16kv4, got 'w2a2'"):
         load(copy)

@@ -258,6 +258,18 @@ def test_a_recipe_for_another_model(world: World, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "fingerprint" in result.stderr
 
 
+@pytest.mark.parametrize(("field", "value"), [("architecture", "Foo"), ("layers", 4)])
+def test_what_loading_refuses_is_not_called_valid(world: World, tmp_path: Path, field: str, value: Any) -> None:
+    """Not the fingerprint alone."""
+    data = json.loads(world.recipe.read_text())
+    data["model"][field] = value
+    (tmp_path / "edited.json").write_text(json.dumps(data))
+    assert quota("recipe", "validate", tmp_path / "edited.json").exit_code == 0
+    result = quota("recipe", "validate", tmp_path / "edited.json", world.recipe, "--model", world.quantized)
+    assert result.exit_code == 1 and f"model.{field}" in result.stderr and str(world.recipe) in result.stdout
+    fails(quota("run", world.quantized, "--recipe", tmp_path / "edited.json", "--prompt", "what ?"), f"model.{field}")
+
+
 def test_truncated_and_tampered_weights(world: World, tmp_path: Path) -> None:
     for name in ("cut", "flipped"):
         shutil.copytree(world.quantized, tmp_path / name)

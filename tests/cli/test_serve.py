@@ -19,7 +19,7 @@ def test_sizes(text, expected):
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "0", "many"])
 def test_wrong_sizes(text):
-    with pytest.raises(UsageError, match="--kv-memory"):
+    with pytest.raises(UsageError, match="--kv-bytes"):
         parse_bytes(text)
 
 
@@ -30,7 +30,7 @@ def test_wrong_sizes(text):
         (["no/such/folder"], "no folder"),
         (["x", "--port", "99999"], "port"),
         (["x", "--config", "none.toml"], "cannot be read"),
-        (["x", "--kv-memory", "lots"], "--kv-memory"),
+        (["x", "--kv-bytes", "lots"], "--kv-bytes"),
     ],
 )
 def test_refusals_are_one_line(arguments, reason, monkeypatch):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from quota.cli.main import app
 
-_RECIPE_VERBS = ("build", "explain", "validate", "diff")
+_RECIPE_VERBS = ("build", "explain", "validate", "diff", "upgrade")
 VERBS = (
     ["doctor"],
     ["calibrate"],
@@ -26,7 +26,7 @@ VERBS = (
     ["demo"],
 )
 RECIPE: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "method": "quota",
     "regime": "w4a4kv4",
     "model": {
@@ -195,7 +195,7 @@ def test_validate_names_every_bad_file(tmp_path: Path) -> None:
 
 
 def test_a_broken_recipe_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_text('{"schema_version": 1,')
+    (tmp_path / "r.json").write_text('{"schema_version": 2,')
     fails(quota("recipe", "explain", tmp_path / "r.json"), "r.json", "JSON")
     fails(quota("recipe", "explain", tmp_path / "none.json"), "none.json")
     fails(quota("recipe", "explain", recipe_file(tmp_path, keep=[0.8, 0.5, 0.0], final_keep=0.0)), "keep")
@@ -208,6 +208,37 @@ def test_diff(tmp_path: Path) -> None:
     assert quota("recipe", "diff", a, b).exit_code == 0
     assert quota("recipe", "diff", a, b, "--exit-code").exit_code == 1
     assert json.loads(quota("recipe", "diff", a, b, "--json").stdout) == [{"field": "tau", "first": 1.0, "second": 0.5}]
+
+
+def test_upgrade_rewrites_all_or_none(tmp_path: Path) -> None:
+    before = dict(candidates=[-1, 3, 4], selections=[{"score": "random"}], schema_version=1)
+    a, b = (recipe_file(tmp_path, name, **before) for name in ("a.json", "b.json"))
+    new, bad = recipe_file(tmp_path, "new.json"), recipe_file(tmp_path, "bad.json", schema_version=1, keep=[1, 2, 3])
+    untouched = {path: path.read_bytes() for path in (a, b, new, bad)}
+    fails(quota("recipe", "explain", a), "a.json", "schema_version", "quota recipe upgrade")
+    fails(quota("recipe", "upgrade", a, b, bad), "bad.json", "keep")
+    fails(quota("recipe", "upgrade", a, b, "--out", tmp_path / "c.json"), "--out", "one FILE")
+    fails(quota("recipe", "upgrade", a, "--out", b), "--out", "exists")
+    assert all(path.read_bytes() == data for path, data in untouched.items())
+
+    copied = quota("recipe", "upgrade", a, "--out", tmp_path / "c.json")
+    assert copied.exit_code == 0 and a.read_bytes() == untouched[a]
+    result = quota("recipe", "upgrade", a, b, new, *Path("recipes").glob("*.json"))
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "schema_version: 1 -> 2; candidates[0]: -1 -> 0; digest: sha256:" in said and "this version already" in said
+    assert new.read_bytes() == untouched[new]
+    assert a.read_bytes() == b.read_bytes() == (tmp_path / "c.json").read_bytes()
+    assert json.loads(a.read_text())["candidates"] == [0, 3, 4]
+    assert json.loads(quota("recipe", "upgrade", a, "--json").stdout) == [{"file": str(a), "changes": []}]
+
+
+def test_upgrade_writes_through_a_link(tmp_path: Path) -> None:
+    real = recipe_file(tmp_path, "real.json", schema_version=1)
+    link = tmp_path / "link.json"
+    link.symlink_to(real)
+    assert quota("recipe", "upgrade", link).exit_code == 0
+    assert link.is_symlink() and json.loads(real.read_text())["schema_version"] == 2
 
 
 # -- doctor

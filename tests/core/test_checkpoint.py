@@ -8,10 +8,11 @@ import torch
 from quota.core.checkpoint import CheckpointWriter, Manifest, is_quantized_folder
 from quota.core.checkpoint_files import iterate_tensors, tensor_shapes, verify_files, weight_files
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 
 
 def manifest() -> Manifest:
-    return Manifest("w4a4kv4", ("llm",), "sha256:0", {"seed": 3})
+    return Manifest(DEFAULT, ("llm",), "sha256:0", {"seed": 3})
 
 
 def tensors(count: int = 6) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ def test_round_trip_and_canonical_bytes(tmp_path: Path) -> None:
     assert again == recipe
     again.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert json.loads(recipe.dumps())["schema_version"] == 1
+    assert json.loads(recipe.dumps())["schema_version"] == 2
 
 
 def test_tokens_per_layer() -> None:
@@ -89,21 +89,33 @@ def test_kept_tokens_bounds(ratio: float, tokens: int) -> None:
         ({"keep": ["0.8", 0.55, 0.3]}, r"keep\[0\]: .*got '0.8'"),
         ({"final_keep": True}, "final_keep: .*got True"),
         ({"candidates": [2, 2, 5]}, "candidates: .*entry 1 is 2 after 2"),
-        ({"candidates": [0, 2, 5]}, r"candidates\[0\]: expected -1 .* or a decoder layer from 1 on.*, got 0"),
+        (
+            {"candidates": [-1, 2, 5]},
+            r"candidates\[0\]: expected a decoder layer from 0 on.*quota recipe upgrade.*, got -1",
+        ),
         ({"candidates": [2, 3, 8]}, "candidates: expected layers below model.layers 8, got 8"),
         ({"candidates": []}, "candidates: "),
         ({"sensitivities": [0.1]}, "sensitivities: expected none or one per candidate"),
         ({"selections": [{}, {}]}, r"selections: expected none, one for all, or one per candidate \(3\), got 2"),
         ({"selections": [{"score": "best"}]}, r"selections\[0\]\.score: .*got 'best'"),
         ({"selections": [{"mmr_score": 1.5}]}, r"selections\[0\]\.mmr_score: .*got 1\.5"),
-        ({"candidates": [-1, 3, 5]}, "candidate -1 runs before any attention: .*got 'quota'"),
-        ({"candidates": [-2, 3, 5]}, r"candidates\[0\]: .*greater than or equal to -1, got -2"),
+        (
+            {"candidates": [0, 3, 5]},
+            "candidate 0 runs before any attention: expected score relevance, random, none, got 'quota'",
+        ),
+        ({"candidates": [1.0, 3, 5]}, r"candidates\[0\]: .*integer, got 1.0"),
         ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
         ({"method": "best"}, "method: .*'quota', 'uniform', 'fastv'.*got 'best'"),
         ({"tau": 0.0}, "tau: .*greater than 0, got 0.0"),
-        ({"reference": "file"}, "reference: .*'recorded' or 'per_image'.*got 'file'"),
+        ({"reference": "file"}, "reference: expected one of 'recorded', 'per_image', got 'file'"),
         ({"position_policy": "kept"}, "position_policy: .*got 'kept'"),
-        ({"schema_version": 2}, "schema_version: this quota reads recipes of schema_version 1"),
+        (
+            {"schema_version": 1},
+            "schema_version: this quota reads recipes of schema_version 2; rewrite the file with `quota recipe"
+            " upgrade`, got 1",
+        ),
+        ({"schema_version": 3}, "schema_version 2; make the recipe again with `quota recipe`, got 3"),
+        ({"schema_version": True}, "schema_version 2; make the recipe again with `quota recipe`, got True"),
         ({"kepp": 1}, "kepp: unknown field"),
         ({"weights": {"inter": -1.0}}, "weights.inter: .*greater than or equal to 0, got -1.0"),
         ({"weights": {"inter": 0.0, "mag": 0.0, "intra": 0.0, "quant": 0.0}}, "weights: at least one weight"),
@@ -128,7 +140,7 @@ def test_selections_per_candidate(tmp_path: Path) -> None:
     staged = Recipe.parse(
         data(
             method="custom",
-            candidates=[-1, 3, 5],
+            candidates=[0, 3, 5],
             selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}],
         )
     )

@@ -111,9 +111,15 @@ def tokens(outputs: list[Output]) -> list[int]:
 
 
 def asked(
-    id: str, prompt: Prompt, tokens: int = 6, recipe: Any = "default", keep: float | None = None, **sampling: Any
+    id: str,
+    prompt: Prompt,
+    tokens: int = 6,
+    recipe: Any = "default",
+    keep: float | None = None,
+    client: str = "",
+    **sampling: Any,
 ) -> Request:
-    return Request(id, prompt, SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep)
+    return Request(id, prompt, SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep, client)
 
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:

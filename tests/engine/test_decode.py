@@ -15,8 +15,8 @@ from quota.core.registry import HOST, Implementation, Op
 from quota.models.rtn import quantize_rtn
 from quota.ops import native
 from quota.runtime.engine import decode
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Buffers, chosen, describe
-from quota.runtime.engine.forward_batch import Work
 from tests.engine.asking import asked, engine, patches, picture, prompt, qwen_prompt, run, same
 from tests.engine.device import Emulated, moved
 from tests.tiny import tiny_qwen
@@ -90,9 +90,9 @@ def test_replays_survive_preemption(model):
     assert made.scheduler.preemptions > 0 and same(made.seen, plain.seen)
 
 
-def work(layers: int, at: int, shared: int = 0) -> Work:
+def work(layers: int, at: int, shared: int = 0) -> Chunk:
     blocks = np.arange(layers * 3, dtype=np.int32).reshape(layers, 3) + 1
-    return Work([7], np.array([[40]]), (at,), (shared,), [blocks], 0, layers, compact=(False,))
+    return Chunk(None, at, at + 1, 0, layers, [7], np.array([[40]]), (at,), (shared,), [blocks], (False,))
 
 
 def test_buffers_say_where_rows_are(model):

@@ -208,3 +208,54 @@ def test_a_picture_that_cannot_be_encoded_fails_alone(model, monkeypatch):
     monkeypatch.setattr(made.model, "encode_images", fragile)
     outputs = run(made, [asked(str(i), prompt(model, 3, picture(i), 4)) for i in range(4)])
     assert [outputs[str(i)][-1].reason for i in range(4)] == ["length", "length", "error", "length"]
+
+
+def test_a_short_request_is_answered_beside_a_crowd(model):
+    """Fifty long requests of another client, with images and answers to come, cost it two steps."""
+    made = engine(model, step_tokens=16, max_running=8)
+    crowd = [asked(f"c{n}", prompt(model, 20, picture(n), 20, seed=n), tokens=200, client="crowd") for n in range(50)]
+    made.submit_all(crowd)
+    for _ in range(12):
+        made.step()
+    made.submit(asked("one", prompt(model, 3, seed=9), tokens=4, client="one"))
+    steps, ended = 0, False
+    while not ended and steps < 100:
+        ended = any(output.id == "one" and output.reason == "length" for output in made.step())
+        steps += 1
+    assert ended and steps <= 4 + 2, steps
+
+
+def test_a_full_queue_takes_who_has_little_in_it(model):
+    """max_waiting of one client, and every further one finds half of what is left of twice as much."""
+    made = engine(model, max_waiting=8)
+    case = prompt(model, 4)
+    for client, places in (("a", 8), ("b", 4), ("c", 2), ("d", 1)):
+        made.submit_all([asked(f"{client}{n}", case, client=client) for n in range(places)])
+        with pytest.raises(QueueFull, match=f"{places} requests of this client"):
+            made.submit(asked("more", case, client=client))
+    made.abort("a0")
+    with pytest.raises(QueueFull):
+        made.submit_all([asked("e", case, client="e"), asked("more", case, client="a")])
+    made.submit(asked("e", case, client="e"))
+
+
+def test_a_paused_request_goes_on_to_the_same_bits(model, mixed):
+    asks, alone = mixed
+    made = engine(model, step_tokens=30)
+    made.submit_all(asks)
+    names = [ask.id for ask in asks]
+    for step in range(200):
+        if not made.busy:
+            break
+        paused = [name for name in names[step % 4 :: 4] if name in made.seen] if step % 3 == 0 else []
+        made.pause(paused)
+        made.check_integrity()
+        assert not any(pages for s in made._sequences.values() if s.request.id in paused for pages in s.pages)
+        made.step()
+        made.resume(names)
+    assert not made.busy and same(made.seen, alone)
+    made.submit(replace(asks[0], id="again"))
+    made.pause(["again", "nobody"])
+    assert not made.busy and made.step() == []
+    made.abort("again")
+    assert [output.reason for output in made.step()] == ["abort"]

@@ -115,9 +115,7 @@ def test_segments_and_plans(model):
     segments = Segments.between(4, [recipe, recipe_for(model, (2,), (0.1,))])
     assert segments.bounds == (0, 1, 2, 3, 4) and segments.names() == ["0", "1", "2", "3"]
     assert Segments.between(4, [recipe_for(model, (2,), (0.1,))]).names() == ["0-1", "2-3"]
-    before = recipe_for(
-        model, (-1, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}]
-    )
+    before = recipe_for(model, (0, 2), (0.5, 0.25), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
     assert Segments.between(4, [before]).names() == ["0-1", "2-3"]
 
     def plan(recipe, *pictures):

@@ -32,13 +32,13 @@ SELECTIONS = {
     "own_last_token": ((1, 2, 3), [{"score": "own_last_token"}]),
     "cross_self": ((1, 2, 3), [{"score": "cross_self"}]),
     "mmr": ((1, 2, 3), [{"score": "text", "policy": "mmr"}]),
-    "maxmin before": ((-1, 2, 3), [{"score": "none", "policy": "maxmin"}]),
+    "maxmin before": ((0, 2, 3), [{"score": "none", "policy": "maxmin"}]),
     "mmr before": (
-        (-1, 1, 3),
+        (0, 1, 3),
         [{"score": "relevance", "policy": "mmr"}, {"score": "own_last_token"}, {"policy": "dpp"}],
     ),
     "grid": (
-        (-1, 2, 3),
+        (0, 2, 3),
         [
             {"score": "none", "policy": "grid"},
             {"policy": "grid", "grid_share": 0.5},
@@ -87,7 +87,7 @@ def test_agrees_with_the_patched_model(models, family, name, policy):
     assert {case: tokens(out) for case, out in outputs.items()} == want
     for sequence in sequences:
         assert {layer: rows.tolist() for layer, rows in sequence.kept.items()} == {
-            max(layer, 0): k for layer, k in kept[sequence.request.id].items()
+            layer: k for layer, k in kept[sequence.request.id].items()
         }
     assert same(logits(model, asks, step_tokens=5).seen, made.seen)
     run(made, [replace(ask, id=f"{ask.id} again") for ask in asks])
@@ -117,7 +117,7 @@ def test_beginnings_shared_before_a_choice_by_own_attention(models):
 
 def test_what_is_dropped_before_the_first_layer_takes_no_page(models):
     model = models["llava"]
-    recipe = recipe_for(model, (-1,), (0.25,), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
+    recipe = recipe_for(model, (0,), (0.25,), method="custom", selections=[{"score": "none", "policy": "maxmin"}])
     made = engine(model)
     made.submit(asked("a", prompt(model, 3, picture(1), 5), recipe=recipe))
     made.step()

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quota.eval.benchmark import Answered, AnswerFile, RowSpec, Settings, answer_all, summarise
+from quota.eval.answering import AnswerFile, Row, answer_together
+from quota.eval.benchmark import Answered, RowSpec, Settings, summarise
 from quota.eval.generation import Cost
 from quota.eval.questions import Question, scene_questions
 from quota.eval.remarks import remarks
@@ -19,7 +20,7 @@ def _questions(n: int) -> list[Question]:
 
 
 def _spec(name: str) -> RowSpec:
-    return RowSpec(name, "weights", None, name, 1000, "float32", lambda: (None, None))
+    return RowSpec(name, "weights", None, name, 1000, "float32", name, None, lambda: (None, None))
 
 
 def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
@@ -54,14 +55,14 @@ def test_files_of_another_key_are_not_reused(tmp_path: Path, content: str) -> No
 
 
 def test_resuming_answers_like_an_unbroken_run(tmp_path: Path, tiny: tuple[Any, Any]) -> None:
-    questions, settings = scene_questions(5, 168), Settings(batch=2, max_new_tokens=2)
-    whole, seconds = answer_all(lambda: tiny, questions, AnswerFile(tmp_path / "a.jsonl", "k"), settings)
-    assert seconds > 0
+    questions, file = scene_questions(5, 168), AnswerFile(tmp_path / "a.jsonl", "k")
+    assert answer_together(lambda: tiny, [Row(None, file)], questions, 2, 2) > 0
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_text("".join(lines[:4]))  # header, one batch, and one answer of the next
     counted: list[int] = []
-    resumed, _ = answer_all(lambda: tiny, questions, AnswerFile(tmp_path / "b.jsonl", "k"), settings, counted.append)
-    assert resumed == whole and sum(counted) == 5
+    resumed = Row(None, AnswerFile(tmp_path / "b.jsonl", "k"), counted.append)
+    answer_together(lambda: tiny, [resumed], questions, 2, 2)
+    assert resumed.file.known == file.known and len(file.known) == 5 and sum(counted) == 5
 
 
 def test_a_finished_row_does_not_open_its_model(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_finished_row_does_not_open_its_model(tmp_path: Path) -> None:
     def never() -> tuple[Any, Any]:
         raise AssertionError("opened")
 
-    assert answer_all(never, questions, file, Settings()) == (["yes"] * 3, 0.0)
+    assert answer_together(never, [Row(None, file)], questions, 16, 6) == 0.0
 
 
 def test_summary_round_trips_and_judges(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_one_token_has_no_decode_time(tiny: tuple[Any, Any]) -> None:
 
 
 def test_cost_separates_visual_from_text(tiny: tuple[Any, Any]) -> None:
-    cost = measure_cost({"a": tiny, "b": tiny}, scene_questions(2, 168), new_tokens=3)
+    cost = measure_cost({"a": (*tiny, None), "b": (*tiny, None)}, scene_questions(2, 168), new_tokens=3)
     assert cost["a"].visual_tokens_by_layer == [16.0, 16.0] == cost["b"].visual_tokens_by_layer
     assert cost["a"].average_visual_tokens == 16.0
 

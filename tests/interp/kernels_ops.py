@@ -104,7 +104,7 @@ def test_largest_sums_of_w4a4_linear() -> None:
 
 
 def grouped(k: int, n: int) -> GroupedWeight:
-    q, scale, zero = round_groups(randn(n, k), symmetric=False)
+    q, scale, zero = round_groups(randn(n, k))
     return GroupedWeight(pack_uint4(q), scale, zero, k)
 
 

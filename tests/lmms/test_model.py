@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from quota.calib.profile import model_facts
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, UsageError
 from quota.core.recipe import Recipe
 from quota.lmms import model as m
 from quota.lmms.model import Quota
 from quota.models import model_fingerprint
+from quota.planning.facts import model_facts
 from quota.runtime.load import load
 
 Asked = Callable[[Any, list[str], int], dict[str, list[str]]]
@@ -150,3 +151,15 @@ def test_sampling_and_other_kinds_of_task_are_refused(llava_folder: Path, manage
     for method in (made.loglikelihood, made.generate_until_multi_round):
         with pytest.raises(QuotaError, match="generate_until"):
             method([])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rotary_frequencies_keep_their_bits(llava_folder: Path, qwen_folder: Path, dtype: str) -> None:
+    """The plug-in has no way of its own to a float type: a rounded frequency is 0.26 off in the cosine at position
+    600."""
+    for folder in (llava_folder, qwen_folder):
+        exact, low = load(folder), Quota(pretrained=str(folder), dtype=dtype).opened()[0]
+        found = {name: buffer for name, buffer in low.named_buffers() if "inv_freq" in name}
+        assert found and next(low.parameters()).dtype == getattr(torch, dtype)
+        for name, buffer in found.items():
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, exact.get_buffer(name)), name

@@ -16,8 +16,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import quota
 from quota.calib.stream import FloatSource
-from quota.core.checkpoint import MODULES
 from quota.core.errors import CheckpointError
+from quota.core.formats import MODULES
 from quota.models import FAMILIES, find_family, submodule
 from quota.models.llava import Llava
 from quota.models.quantize import quantized_linears

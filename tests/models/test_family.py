@@ -12,7 +12,7 @@ from torch import nn
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
-from quota.core.checkpoint import MODULES
+from quota.core.formats import MODULES
 from quota.models import FAMILIES, family_class, find_family, submodule
 from quota.models.base import PARTS
 from quota.models.quantize import float_linears, quantize_structure, quantized_linears
@@ -26,7 +26,7 @@ def tiny(name):
     return TINY[name][0]()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TINY)
 def name(request):
     return request.param
 
@@ -39,13 +39,17 @@ def folder(name, tmp_path_factory):
 
 
 def test_its_file_is_its_name(name):
-    found = family_class(name)
-    assert found.name == name and found.__module__ == f"quota.models.{name}"
-    assert type(tiny(name)).__name__ == found.model_class and type(find_family(tiny(name))) is found
+    found = type(find_family(tiny(name)))
+    assert found.__module__ == f"quota.models.{name}" and type(tiny(name)).__name__ == found.model_class
+    assert issubclass(found, family_class(found.name)) and tiny(name).config.model_type == found.name
+
+
+def test_every_family_has_a_tiny_model():
+    assert set(FAMILIES) <= set(TINY) and all(family_class(name).name == name for name in FAMILIES)
 
 
 def test_no_other_room_knows_a_family_by_name():
-    names = re.compile("|".join(rf"[\"']{name}[\"']" for name in FAMILIES))
+    names = re.compile("|".join(rf"[\"']{name}[\"']" for name in TINY))
     rooms = {
         path.relative_to(PACKAGE).parts[0]
         for path in PACKAGE.rglob("*.py")

@@ -12,12 +12,11 @@ from transformers import AutoModelForImageTextToText
 
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
-from quota.models import find_family, model_fingerprint
-from quota.models.quantize import quantized_linears
-from quota.models.weight_only import linear_paths, weight_only_structure
+from quota.core.formats import WEIGHT_ONLY
+from quota.models import model_fingerprint
+from quota.models.quantize import quantize_structure, quantized_linears
+from quota.models.rtn import quantize_rtn
 from quota.nn.weight_linear import WeightLinear
-from quota.quant.grouped import round_groups
-from quota.quant.pack import pack_uint4
 from quota.runtime import load
 from quota.runtime.hf import register
 from tests.prune.recipes import greedy
@@ -26,25 +25,13 @@ from tests.tiny import llava_inputs, tiny_llava, tiny_qwen
 ALL = ("vision", "projector", "llm")
 
 
-def fill(new: WeightLinear, old: nn.Linear) -> None:
-    q, scale, zero = round_groups(old.weight.detach())
-    for name, tensor in (("w_q", pack_uint4(q)), ("w_scale", scale), ("w_zero", zero), ("bias", old.bias)):
-        if tensor is not None:
-            getattr(new, name).copy_(tensor.detach())
-    new.forget()
-
-
 def rounded(model, modules=ALL):
-    old = {path: model.get_submodule(path) for path in linear_paths(find_family(model), modules)}
-    weight_only_structure(model, modules)
-    for path, linear in old.items():
-        fill(model.get_submodule(path), linear)
-    return model
+    return quantize_rtn(model, modules, scheme=WEIGHT_ONLY)
 
 
 def test_layer_equals_its_dequantized_weight_in_every_dtype():
     old, new = nn.Linear(150, 20), WeightLinear(150, 20, bias=True, input_scale=True)
-    fill(new, old)
+    new.round_from(old.weight, old.bias)
     new.input_scale.copy_(torch.linspace(0.5, 2, 150))
     x = torch.randn(2, 3, 150, generator=torch.Generator().manual_seed(0))
     expected = (x * new.input_scale) @ new.dequantized_weight().T + new.bias
@@ -55,7 +42,7 @@ def test_layer_equals_its_dequantized_weight_in_every_dtype():
     for dtype in (torch.bfloat16, torch.float16):
         got = clone(x.to(dtype))
         assert got.dtype == dtype and torch.equal(got, new(x.to(dtype).float()).to(dtype))
-    fill(new, nn.Linear(150, 20))
+    new.round_from(nn.Linear(150, 20).weight, None)
     assert not torch.allclose(new(x), expected, atol=0.1)  # no stale layout
 
 
@@ -64,7 +51,7 @@ def test_layer_equals_its_dequantized_weight_in_every_dtype():
 def test_saved_loaded_and_opened_by_transformers(tmp_path, modules):
     model = rounded(tiny_llava(), modules)
     save_checkpoint(
-        model, tmp_path / "out", Manifest("w4a16", modules, model_fingerprint(model)), max_shard_bytes=100_000
+        model, tmp_path / "out", Manifest(WEIGHT_ONLY, modules, model_fingerprint(model)), max_shard_bytes=100_000
     )
     register()
     own, opened = (
@@ -81,7 +68,7 @@ def test_saved_loaded_and_opened_by_transformers(tmp_path, modules):
 
 def test_which_linears():
     for make, linears in ((tiny_llava, 4 * 7 + 2 * 6 + 2), (tiny_qwen, 4 * 7 + 3 * 5 + 2)):
-        model = weight_only_structure(make(), ALL)
+        model = quantize_structure(make(), ALL, scheme=WEIGHT_ONLY)
         assert len(quantized_linears(model)) == linears and type(model.lm_head) is nn.Linear
     with pytest.raises(CheckpointError, match="modules"):
-        weight_only_structure(tiny_llava(), ("head",))
+        quantize_structure(tiny_llava(), ("head",), scheme=WEIGHT_ONLY)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from quota.models.rtn import fill
 from quota.nn import mlp
 from quota.nn.linear import QuantLinear, row_norm
 from quota.quant.transform import apply_kronecker, decompose, hadamard
@@ -26,7 +25,8 @@ def group(
     generator = torch.Generator().manual_seed(k * 31 + n)
     left, right = decompose(k) if factors is None else factors
     layer = QuantLinear(k, n, bias=bias, left=left, right=right)
-    fill(layer, torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None, clip)
+    filled = torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None
+    layer.round_from(*filled, clip)
     return layer
 
 

@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from quota.core.formats import INT4_GROUPS
 from quota.ops import GroupedWeight, native
 from quota.ops.w4a16_linear import w4a16_linear_ref
 from quota.quant.grouped import dequantize_groups, round_groups
@@ -11,7 +13,7 @@ from quota.quant.pack import pack_uint4, unpack_uint4
 
 def case(m: int, k: int, n: int, symmetric: bool = False) -> tuple[torch.Tensor, GroupedWeight, torch.Tensor]:
     g = torch.Generator().manual_seed(m * 7 + k * 3 + n)
-    q, scale, zero = round_groups(torch.randn(n, k, generator=g), symmetric)
+    q, scale, zero = round_groups(torch.randn(n, k, generator=g), replace(INT4_GROUPS, symmetric=symmetric))
     return torch.randn(m, k, generator=g), GroupedWeight(pack_uint4(q), scale, zero, k), torch.randn(n, generator=g)
 
 

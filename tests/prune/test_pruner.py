@@ -11,8 +11,9 @@ from quota.core.errors import UsageError
 from quota.core.recipe import kept_tokens
 from quota.models.rtn import quantize_rtn
 from quota.nn.attention import AttentionTrace
+from quota.prune.attention import text_queries
 from quota.prune.pruner import Pruner
-from quota.prune.scores import combine, text_queries, token_signals
+from quota.prune.signals import combine, token_signals
 from quota.runtime.patch import patched
 from tests.prune.recipes import KINDS, assert_recomputing_agrees, greedy, recipe_for, single, tiny_model
 from tests.prune.recomputing import embeddings

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quota.core.recipe import kept_tokens
-from quota.prune.policies import even_sites
+from quota.prune.greedy import even_sites
 from quota.runtime.patch import patched
 from tests.prune.recipes import KINDS, greedy, recipe_for, single, tiny_model
 from tests.prune.recomputing import prompt_of, recompute
@@ -31,12 +31,12 @@ def recipe(model, **fields):
 
 
 SELECTIONS = {
-    "maxmin": ((-1,), (0.25,), [{"score": "none", "policy": "maxmin"}]),
-    "grid": ((-1, 2), (0.75, 0.25), [{"score": "none", "policy": "grid"}, {"policy": "grid", "grid_share": 0.5}]),
-    "random": ((-1, 2), (0.5, 0.25), [{"score": "random"}]),
+    "maxmin": ((0,), (0.25,), [{"score": "none", "policy": "maxmin"}]),
+    "grid": ((0, 2), (0.75, 0.25), [{"score": "none", "policy": "grid"}, {"policy": "grid", "grid_share": 0.5}]),
+    "random": ((0, 2), (0.5, 0.25), [{"score": "random"}]),
     "last_token": ((1, 2), (0.5, 0.25), [{"score": "last_token"}, {"score": "own_last_token"}]),
     "cross_self": (
-        (-1, 1, 2),
+        (0, 1, 2),
         (0.75, 0.5, 0.25),
         [{"score": "none", "policy": "maxmin"}, {"score": "cross_self"}, {"score": "text", "policy": "mmr"}],
     ),
@@ -74,7 +74,7 @@ def test_every_selection_decodes_as_recomputed(model, name, policy):
                 kept_tokens(ratio, v) for v in counts
             ], (layer, row)
         embeds, positions = prompt_of(model, single(inputs, row))
-        own = {max(layer, 0): mask[row, inputs["attention_mask"][row].bool()] for layer, mask in kept.items()}
+        own = {layer: mask[row, inputs["attention_mask"][row].bool()] for layer, mask in kept.items()}
         for step in range(3):
             fed = table(out.sequences[row, prompt : prompt + step])
             logits, got = (
@@ -93,13 +93,13 @@ def test_grid_spreads_over_the_pictures_own_shape(models):
     plan = recipe(
         model,
         method="custom",
-        candidates=(-1,),
+        candidates=(0,),
         keep=(2 / 6,),
         selections=[{"score": "none", "policy": "grid", "grid_share": 1.0}],
     )
     with patched(model, plan) as handle, torch.no_grad():
         model(**inputs)
-    places = handle.kept[-1][0][inputs["input_ids"][0] == IMAGE_TOKEN].nonzero()[:, 0].tolist()
+    places = handle.kept[0][0][inputs["input_ids"][0] == IMAGE_TOKEN].nonzero()[:, 0].tolist()
     assert places == [r * 3 + c for r, c in even_sites(2, 3, 2)] != [c for _, c in even_sites(1, 6, 2)]
 
 

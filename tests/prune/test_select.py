@@ -11,8 +11,9 @@ from quota.core.errors import RecipeError, UsageError
 from quota.core.recipe import Recipe
 from quota.models.images import ImageTokens
 from quota.models.rtn import quantize_rtn
-from quota.prune.scores import text_queries
-from quota.prune.select import Alive, choose
+from quota.prune.alive import Alive
+from quota.prune.attention import text_queries
+from quota.prune.select import choose
 from quota.runtime.patch import patched
 from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
 from tests.prune.test_pruner import embeddings, recompute
@@ -24,16 +25,16 @@ METHODS = {
     "pyramiddrop": dict(candidates=(1, 2, 3), keep=(0.5, 0.25, 0.125), selections=[{"score": "own_last_token"}]),
     "text": dict(candidates=(1, 3), keep=(0.5, 0.25), selections=[{"score": "text"}]),
     "vtw": dict(candidates=(2,), keep=(0.0,), method="vtw", selections=[{"score": "none"}]),
-    "divprune": dict(candidates=(-1,), keep=(0.25,), selections=[{"score": "none", "policy": "maxmin"}]),
-    "cdpruner": dict(candidates=(-1,), keep=(0.25,), selections=[{"score": "relevance", "policy": "dpp"}]),
-    "random": dict(candidates=(-1,), keep=(0.5,), selections=[{"score": "random"}]),
+    "divprune": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "none", "policy": "maxmin"}]),
+    "cdpruner": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "relevance", "policy": "dpp"}]),
+    "random": dict(candidates=(0,), keep=(0.5,), selections=[{"score": "random"}]),
     "random_inside": dict(candidates=(1, 2), keep=(0.5, 0.25), selections=[{"score": "random"}]),
-    "grid": dict(candidates=(-1,), keep=(0.25,), selections=[{"score": "none", "policy": "grid"}]),
+    "grid": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "none", "policy": "grid"}]),
     "grid_floor": dict(candidates=(1, 2), keep=(0.75, 0.25), selections=[{"policy": "grid", "grid_share": 0.5}]),
     "mmr": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"policy": "mmr"}]),
     "fitprune": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"score": "cross_self"}]),
     "mixed": dict(
-        candidates=(-1, 2, 3),
+        candidates=(0, 2, 3),
         keep=(0.75, 0.5, 0.25),
         selections=[{"score": "none", "policy": "maxmin"}, {}, {"score": "last_token"}],
     ),
@@ -73,7 +74,7 @@ def test_decoding_equals_recomputation(model, name, policy):
     with patched(model, recipe) as handle:
         out = greedy(model, inputs, tokens=3)
         kept, lengths = dict(handle.kept), list(handle.cache_lengths)
-        assert visual_kept(handle, inputs) == {c: [recipe.tokens_at(max(c, 0))] * 3 for c in recipe.candidates}
+        assert visual_kept(handle, inputs) == {c: [recipe.tokens_at(c)] * 3 for c in recipe.candidates}
     prompt = inputs["input_ids"].shape[1]
     stored = [
         layer.stored if hasattr(layer, "stored") else layer.get_seq_length() for layer in out.past_key_values.layers
@@ -83,7 +84,7 @@ def test_decoding_equals_recomputation(model, name, policy):
     for row in range(3):
         real = inputs["attention_mask"][row].bool()
         embeds = embeddings(model, single(inputs, row))[0]
-        own = {max(layer, 0): mask[row, real] for layer, mask in kept.items()}
+        own = {layer: mask[row, real] for layer, mask in kept.items()}
         for step in range(3):
             fed = out.sequences[row, prompt : prompt + step]
             logits = recompute(model, torch.cat([embeds, table(fed)]), own, policy == "compact")
@@ -151,7 +152,7 @@ def test_a_stage_before_the_model_ignores_the_question(model, name):
         masks = []
         for inputs in (first, second):
             model(**inputs)
-            masks.append(handle.kept[-1][inputs["input_ids"] == IMAGE_TOKEN])
+            masks.append(handle.kept[0][inputs["input_ids"] == IMAGE_TOKEN])
     assert torch.equal(*masks)
 
 
@@ -162,7 +163,7 @@ def test_random_follows_the_seed_and_the_picture(models):
     for seed in (0, 0, 1):
         with patched(model, method_recipe(model, "random", seed=seed)) as handle, torch.no_grad():
             model(**inputs)
-            masks.append(handle.kept[-1][inputs["input_ids"] == IMAGE_TOKEN].view(2, V))
+            masks.append(handle.kept[0][inputs["input_ids"] == IMAGE_TOKEN].view(2, V))
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0][0], masks[0][1]), "another picture, other tokens"
 
@@ -174,14 +175,14 @@ def test_random_with_beams_and_without_pixels(models):
         features = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
     with patched(model, method_recipe(model, "random")) as handle:
         greedy(model, inputs)
-        plain = handle.kept[-1]
+        plain = handle.kept[0]
         model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
-        assert torch.equal(handle.kept[-1], plain.repeat_interleave(2, 0))
+        assert torch.equal(handle.kept[0], plain.repeat_interleave(2, 0))
         prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         with torch.no_grad():
             seen = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
             model(**prompt, mm_encoder_outputs={"image": seen})  # features carry what they show
-        assert torch.equal(handle.kept[-1], plain)
+        assert torch.equal(handle.kept[0], plain)
         with pytest.raises(UsageError, match="pixel_values: the random score"), torch.no_grad():
             model(**prompt, mm_encoder_outputs={"image": features})
 
@@ -206,7 +207,7 @@ def test_second_turn_continues_a_cache_pruned_before_the_model(model):
     embeds = torch.cat(
         [embeddings(model, inputs)[0], model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])]
     )
-    own = {max(layer, 0): mask[0] for layer, mask in kept.items()}
+    own = {layer: mask[0] for layer, mask in kept.items()}
     got, logits = second.scores[0][0], recompute(model, embeds, own)
     finite = got.isfinite()
     torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=1e-4)
@@ -299,13 +300,13 @@ def test_divprune_and_cdpruner_work_on_the_merged_embeddings(models):
         chosen.append(int(nearest.argmax()))
     with patched(model, method_recipe(model, "divprune")) as handle:
         model(**inputs)
-        assert handle.kept[-1][0][visual].nonzero()[:, 0].tolist() == sorted(chosen)
+        assert handle.kept[0][0][visual].nonzero()[:, 0].tolist() == sorted(chosen)
     words = text_queries(visual[None], torch.ones_like(visual)[None])[0]
     relevance = (unit[visual] @ unit[words].T).mean(1)
     recipe = method_recipe(model, "cdpruner", selections=[{"score": "relevance", "policy": "topk"}])
     with patched(model, recipe) as handle:
         model(**inputs)
-        assert handle.kept[-1][0][visual].nonzero()[:, 0].tolist() == relevance.topk(4).indices.sort().values.tolist()
+        assert handle.kept[0][0][visual].nonzero()[:, 0].tolist() == relevance.topk(4).indices.sort().values.tolist()
 
 
 def test_withdrawal_leaves_text_only(model):
@@ -350,7 +351,7 @@ def test_sets_have_budgets_of_their_own() -> None:
     )
     column = torch.arange(18)[None]
     for selection in ways:
-        recipe = recipe_for(tiny_llava(), candidates=(-1,), keep=(0.5,), method="custom", selections=[selection])
+        recipe = recipe_for(tiny_llava(), candidates=(0,), keep=(0.5,), method="custom", selections=[selection])
         hidden = torch.randn(1, 18, 12, generator=g)
         other = hidden.clone()
         other[:, 9:17] = torch.randn(1, 8, 12, generator=g)
@@ -366,9 +367,9 @@ def test_recipes_that_cannot_work_say_so(models):
     model = models["float"]
     with pytest.raises(
         RecipeError,
-        match="candidate -1 runs before any attention: expected score relevance, random or none, got 'quota'",
+        match="candidate 0 runs before any attention: expected score relevance, random, none, got 'quota'",
     ):
-        recipe_for(model, candidates=(-1,), keep=(0.5,))
+        recipe_for(model, candidates=(0,), keep=(0.5,))
     with pytest.raises(RecipeError, match="only method vtw withdraws every visual token"):
         recipe_for(model, candidates=(2,), keep=(0.0,), method="fastv")
     with pytest.raises(RecipeError, match=r"selections: expected none, one for all, or one per candidate \(3\), got 2"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from quota.core.formats import INT4_GROUPS, Format
 from quota.quant.awq import awq, search_clip, search_scale
 from quota.quant.gptq import GptqOptions, Hessian, gptq, output_error
 from quota.quant.grouped import dequantize_groups, round_groups
@@ -31,26 +34,26 @@ def error_of(w: torch.Tensor, x: torch.Tensor, rounded: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("k", [1, 100, 128, 130, 300])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_rounding_to_nearest(k: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("form", [INT4_GROUPS, replace(INT4_GROUPS, symmetric=True), replace(INT4_GROUPS, group=32)])
+def test_rounding_to_nearest(k: int, form: Format) -> None:
     w = normal(7, k)
     w[3] = 0
-    q, scale, zero = round_groups(w, symmetric)
+    q, scale, zero = round_groups(w, form)
     assert (
         q.shape == w.shape
         and q.dtype == zero.dtype == torch.uint8
         and int(q.max()) <= 15
-        and scale.shape == zero.shape == (7, -(-k // 128))
+        and scale.shape == zero.shape == (7, -(-k // form.group))
     )
-    assert not symmetric or bool((zero == 8).all())
-    back = dequantize_groups(q, scale, zero)
-    step = scale.repeat_interleave(128, 1)[:, :k]
+    assert not form.symmetric or bool((zero == 8).all())
+    back = dequantize_groups(q, scale, zero, form)
+    step = scale.repeat_interleave(form.group, 1)[:, :k]
     assert (
-        bool(((back - w).abs() <= step * (0.5 + 1e-5) + 1e-12).all()) or not symmetric
+        bool(((back - w).abs() <= step * (0.5 + 1e-5) + 1e-12).all()) or not form.symmetric
     )  # the zero of an asymmetric grid is rounded too
     assert bool(((back - w).abs() <= step * (1 + 1e-5)).all())
-    again = round_groups(back, symmetric)
-    assert torch.allclose(dequantize_groups(*again), back, atol=1e-6) and bool((back[3] == 0).all())
+    again = round_groups(back, form)
+    assert torch.allclose(dequantize_groups(*again, form), back, atol=1e-6) and bool((back[3] == 0).all())
 
 
 def test_a_short_last_group_is_rounded_as_if_alone() -> None:
@@ -61,13 +64,13 @@ def test_a_short_last_group_is_rounded_as_if_alone() -> None:
 
 
 @pytest.mark.parametrize("by_activation", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("form", [INT4_GROUPS, replace(INT4_GROUPS, symmetric=True), replace(INT4_GROUPS, group=32)])
 @pytest.mark.parametrize("k", [64, 256, 300])
-def test_gptq_loses_less_than_nearest_on_correlated_inputs(k: int, symmetric: bool, by_activation: bool) -> None:
+def test_gptq_loses_less_than_nearest_on_correlated_inputs(k: int, form: Format, by_activation: bool) -> None:
     w, x = normal(48, k, seed=5), correlated(2000, k)
     h = hessian_of(x)
-    found = dequantize_groups(*gptq(w, h, GptqOptions(symmetric=symmetric, by_activation=by_activation)))
-    nearest = dequantize_groups(*round_groups(w, symmetric))
+    found = dequantize_groups(*gptq(w, h, form, GptqOptions(by_activation=by_activation)), form)
+    nearest = dequantize_groups(*round_groups(w, form), form)
     assert error_of(w, x, found) < 0.7 * error_of(w, x, nearest)
     assert output_error(w, found, h) == pytest.approx(error_of(w, x, found), rel=1e-4)
 
@@ -103,14 +106,14 @@ def salient(rows: int, k: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_awq_loses_less_than_nearest_with_salient_channels(symmetric: bool) -> None:
+@pytest.mark.parametrize("form", [INT4_GROUPS, replace(INT4_GROUPS, symmetric=True), replace(INT4_GROUPS, group=32)])
+def test_awq_loses_less_than_nearest_with_salient_channels(form: Format) -> None:
     w, x = normal(48, 300, seed=8), salient(600, 300)
-    s, alpha = search_scale([w[:20], w[20:]], x, x.abs().mean(0), symmetric)
+    s, alpha = search_scale([w[:20], w[20:]], x, x.abs().mean(0), form)
     assert 0 < alpha < 1 and bool((s[:: 300 // 6] > s.median()).all())
-    scaled = dequantize_groups(*awq(w * s, x / s, symmetric=symmetric)) / s
-    plain = dequantize_groups(*awq(w * s, x / s, symmetric=symmetric, clip=False)) / s
-    nearest = error_of(w, x, dequantize_groups(*round_groups(w, symmetric)))
+    scaled = dequantize_groups(*awq(w * s, x / s, form=form), form) / s
+    plain = dequantize_groups(*awq(w * s, x / s, form=form, clip=False), form) / s
+    nearest = error_of(w, x, dequantize_groups(*round_groups(w, form), form))
     assert error_of(w, x, scaled) <= error_of(w, x, plain) < 0.5 * nearest
 
 

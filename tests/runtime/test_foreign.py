@@ -17,7 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 from quota.models import model_fingerprint
+from quota.models.processing import open_processor
 from quota.models.rtn import quantize_rtn
 from quota.runtime.load import load
 from quota.scenes.model import build_processor
@@ -34,7 +36,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(root / "float")
     build_processor().save_pretrained(root / "float")
     tiny_qwen().save_pretrained(root / "qwen")
-    manifest = Manifest("w4a4kv4", ALL, model_fingerprint(model))
+    manifest = Manifest(DEFAULT, ALL, model_fingerprint(model))
     save_checkpoint(quantize_rtn(model, ALL), root / "quantized", manifest, build_processor())
     return root
 
@@ -323,6 +325,20 @@ def test_a_qwen_processor_is_written_under_upstreams_name(tmp_path):
     for name in ("processor_config.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text())["processor_class"] == "Qwen2_5_VLProcessor"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    written = json.loads((tmp_path / "processor_config.json").read_text())
+    images, videos = (
+        written["image_processor"],
+        written["video_processor"],
+    )  # without one upstream's class stops where torchvision is installed
+    assert videos.pop("video_processor_type") == "Qwen2VLVideoProcessor" and images.pop("image_processor_type")
+    assert images == videos
+    again = open_processor(_with_model_type(tmp_path))
+    assert again.to_dict() == build_qwen_processor().to_dict() and not hasattr(again, "video_processor")
+
+
+def _with_model_type(folder):
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

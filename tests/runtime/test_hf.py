@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
+from quota.core.formats import DEFAULT
 from quota.models import model_fingerprint
 from quota.models.rtn import quantize_rtn
 from quota.runtime import load
@@ -20,7 +21,7 @@ from tests.tiny import llava_inputs, tiny_llava
 def test_from_pretrained_equals_load(tmp_path, modules):
     model = quantize_rtn(tiny_llava(), modules)
     save_checkpoint(
-        model, tmp_path / "out", Manifest("w4a4kv4", modules, model_fingerprint(model)), max_shard_bytes=100_000
+        model, tmp_path / "out", Manifest(DEFAULT, modules, model_fingerprint(model)), max_shard_bytes=100_000
     )
     register()
     loaded, own = (

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError, RecipeError, UsageError
 from quota.core.files import sha256_file
+from quota.core.formats import DEFAULT
 from quota.models import model_fingerprint
 from quota.models.quantize import quantized_modules
 from quota.models.rtn import quantize_rtn
@@ -25,7 +26,7 @@ def save(folder, modules=ALL, max_shard_bytes=2**30, **options):
     model = tiny_llava()
     fingerprint = model_fingerprint(model)
     quantize_rtn(model, modules, **options)
-    save_checkpoint(model, folder, Manifest("w4a4kv4", tuple(modules), fingerprint), max_shard_bytes=max_shard_bytes)
+    save_checkpoint(model, folder, Manifest(DEFAULT, tuple(modules), fingerprint), max_shard_bytes=max_shard_bytes)
     return model
 
 
@@ -84,7 +85,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(saved, tmp_path):
     folder, _ = saved
     model = load(folder)
     again = save_checkpoint(
-        model, tmp_path / "again", Manifest("w4a4kv4", ALL, model_fingerprint(model)), max_shard_bytes=60_000
+        model, tmp_path / "again", Manifest(DEFAULT, ALL, model_fingerprint(model)), max_shard_bytes=60_000
     )
     first = Manifest.load(folder)
     assert {n: h for n, h in again.files.items() if "safetensors" in n} == {
@@ -205,7 +206,7 @@ def test_processor_is_attached_and_left_padded(tmp_path):
     processor = build_processor()
     processor.tokenizer.padding_side = "right"
     model = quantize_rtn(tiny_llava())
-    save_checkpoint(model, tmp_path / "out", Manifest("w4a4kv4", ALL, model_fingerprint(model)), processor)
+    save_checkpoint(model, tmp_path / "out", Manifest(DEFAULT, ALL, model_fingerprint(model)), processor)
     loaded = load(tmp_path / "out")
     assert loaded.processor.tokenizer.padding_side == "left"
     assert loaded.processor.tokenizer("what color")["input_ids"] == processor.tokenizer("what color")["input_ids"]

@@ -325,7 +325,7 @@ def test_hangup_and_an_unread_log_end_nothing(folder, tmp_path):  # noqa: F811
     read, write = os.pipe()
     try:
         with (
-            served(folder, "--threads", "1", "--kv-memory", "4M", log=None, stderr=write) as server,
+            served(folder, "--threads", "1", "--kv-bytes", "4M", log=None, stderr=write) as server,
             httpx.Client(base_url=server.url, timeout=30) as http,
         ):
             for _ in range(1500):

@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from benchmarks.serve.attack import MAX_DELAY_S, attacked, problems_of
+from benchmarks.serve.attack import KEYS, MAX_DELAY_S, attacked, problems_of
 from benchmarks.serve.attacks import ATTACKS, Attack, Target
 from benchmarks.serve.tables import attack_table
 from quota.server import bodies
@@ -27,7 +27,7 @@ PATIENCE_S = 20.0  # a loaded machine is slow for everybody; the measured second
 
 @pytest.fixture(scope="module")
 def target(serving):
-    running = serving(max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT)
+    running = serving(max_body_bytes=BODY_BYTES, in_flight_bytes=IN_FLIGHT, api_keys=KEYS)
     most = [0]
     done = threading.Event()
 
@@ -37,7 +37,7 @@ def target(serving):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield Target(running.url, "tiny", SCALE, BODY_BYTES), running, most
+    yield Target(running.url, "tiny", SCALE, BODY_BYTES, KEYS[0]), running, most
     done.set()
     thread.join()
 
@@ -166,16 +166,16 @@ def test_a_body_budget_below_one_body_is_refused():
 def test_small_jobs_go_first():
     async def scenario() -> list[int]:
         lane, order, gate = Lane("test"), [], threading.Event()
-        first = asyncio.ensure_future(lane.run(9, gate.wait, 20))
+        first = asyncio.ensure_future(lane.run("", 9, gate.wait, 20))
         await asyncio.sleep(0.05)
-        jobs = [asyncio.ensure_future(lane.run(size, order.append, size)) for size in (5, 1, 7, 3, 1)]
+        jobs = [asyncio.ensure_future(lane.run("", size, order.append, size)) for size in (5, 1, 7, 3, 1)]
         await asyncio.sleep(0)
         jobs[2].cancel()
         await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(first, *jobs, return_exceptions=True)
         with pytest.raises(ZeroDivisionError):
-            await lane.run(0, lambda: 1 // 0)
+            await lane.run("", 0, lambda: 1 // 0)
         return order
 
     assert asyncio.run(scenario()) == [1, 1, 3, 5]

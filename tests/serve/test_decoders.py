@@ -4,6 +4,7 @@ attack runs."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -56,7 +57,7 @@ def decoding(test, settings: Settings = SETTINGS, **options) -> list[str]:
 
 
 async def size_of(decoders: Decoders, url: str) -> tuple[int, int]:
-    async with decoders.opened([url]) as (found, _):
+    async with decoders.opened([url], "") as (found, _):
         return found[0].size
 
 
@@ -117,6 +118,27 @@ def test_a_process_that_dies_costs_one_request():
     assert set(decoding(attack)) == {"died"}
 
 
+def test_a_process_that_cannot_be_replaced_now_is_replaced_later(monkeypatch):
+    """The machine had no process to give: the request is refused, the place in the pool stays."""
+
+    async def attack(decoders: Decoders) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(server_images, "Worker", refuses)
+            for process in decoders.processes:
+                os.kill(process, signal.SIGKILL)
+            for _ in range(3):
+                with pytest.raises(ApiError, match="ended its decoder"):
+                    await size_of(decoders, GOOD)
+        for _ in range(3):
+            assert await size_of(decoders, GOOD) == (80, 60)
+        assert len(decoders.processes) == SETTINGS.image_workers
+
+    def refuses(settings: Settings) -> Worker:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    assert set(decoding(attack)) == {"died"}
+
+
 def test_closing_ends_every_process_at_once(unchecked):
     async def attack(decoders: Decoders) -> None:
         busy = asyncio.ensure_future(size_of(decoders, data_url(endless(), "JPEG")))
@@ -136,7 +158,7 @@ def test_large_images_never_take_the_last_process():
     large = data_url(encoded(noise(2400, 2000), "JPEG"), "JPEG")
 
     async def load(decoders: Decoders) -> None:
-        async with decoders.opened([large]) as (found, is_large):
+        async with decoders.opened([large], "") as (found, is_large):
             assert is_large and found[0].size == (2400, 2000)
             waiting = asyncio.ensure_future(size_of(decoders, large))
             assert await size_of(decoders, GOOD) == (80, 60)

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.serve.process import served
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT
 from quota.server.config import settings
 from quota.server.header_timeout import HeaderTimeoutProtocol
 from quota.server.logs import CountingHandler
@@ -53,22 +54,6 @@ def test_a_client_that_leaves_frees_its_pages(server, stream):
         )
         wait_for(lambda: running(server) > 0 and server.service.engine.engine.stats.batch > 0)
     server.idle()
-
-
-def test_a_client_that_does_not_read_holds_no_pages(server):
-    """Its answer is computed to the end and waits in memory; the pages are free long before it is read."""
-    body = json.dumps({**endless(), "max_tokens": 400, "stream": True}).encode()
-    address = httpx.URL(server.url)
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.connect((address.host, address.port))
-        raw.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
-            b" application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        )
-        wait_for(lambda: running(server) > 0)
-        server.idle()
-        assert raw.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_full_queue(serving, monkeypatch):
@@ -141,11 +126,11 @@ def test_a_fault_of_the_whole_step_is_survived(serving, monkeypatch):
     engine = server.service.engine.engine
     plan, left = engine.scheduler.decodes, [1]
 
-    def broken():
+    def broken(rows):
         if engine.scheduler.running and left:
             left.pop()
             raise RuntimeError("planning failed")
-        return plan()
+        return plan(rows)
 
     monkeypatch.setattr(engine.scheduler, "decodes", broken)
     with pytest.raises(openai.InternalServerError):
@@ -242,7 +227,7 @@ def folder(model, recipe_file, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("served") / "tiny"
     save_checkpoint(
-        model, path, Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)), model.processor
+        model, path, Manifest(DEFAULT, ("vision", "projector", "llm"), model_fingerprint(model)), model.processor
     )
     return path
 
@@ -251,7 +236,7 @@ def folder(model, recipe_file, tmp_path_factory):
 def survivor(folder, recipe_file):
     """A server on the files of one that was killed under load, without room for its log; the answer before, and what
     became of the load."""
-    flags = ("--recipe", f"q={recipe_file}", "--threads", "1", "--kv-memory", "4M")
+    flags = ("--recipe", f"q={recipe_file}", "--threads", "1", "--kv-bytes", "4M")
     with served(folder, *flags) as first:
         before = httpx.post(f"{first.url}/v1/chat/completions", json=QUESTION).json()["choices"]
         with ThreadPoolExecutor(4) as threads:

@@ -35,7 +35,7 @@ def load_image(url: str, settings: Settings) -> Image.Image:
     async def scenario() -> Image.Image:
         decoders = Decoders(settings, lambda reason: pytest.fail(reason))
         try:
-            async with decoders.opened([url]) as (found, _):
+            async with decoders.opened([url], "") as (found, _):
                 return found[0]
         finally:
             decoders.close()

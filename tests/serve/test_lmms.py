@@ -46,7 +46,7 @@ def directly(service: Service, model: Any, docs: list[dict[str, Any]]) -> list[s
     answers = []
     for doc in docs:
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": doc["question"]}]
-        prompt = service.prompts.chat([Message.model_validate({"role": "user", "content": parts})], picture(doc))
+        prompt = service.prompts.chat([Message.model_validate({"role": "user", "content": parts}).turn], picture(doc))
         engine.submit(Request(str(doc["seed"]), prompt, SamplingParams(max_tokens=TOKENS, temperature=0.0)))
         text = ""
         while engine.busy:

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT
 from quota.server.config import Settings
 from quota.server.logs import CountingHandler
 from quota.server.metrics import merged
@@ -86,7 +87,7 @@ class Replicas:
         command += [
             "--threads",
             "1",
-            "--kv-memory",
+            "--kv-bytes",
             "4M",
             "--replicas",
             "2",
@@ -163,7 +164,7 @@ def replicas(model, recipe_file, tmp_path_factory):
     save_checkpoint(
         model,
         folder / "tiny",
-        Manifest("w4a4kv4", ("vision", "projector", "llm"), model_fingerprint(model)),
+        Manifest(DEFAULT, ("vision", "projector", "llm"), model_fingerprint(model)),
         model.processor,
     )
     made = Replicas(folder / "tiny", recipe_file, folder / "log")

@@ -11,8 +11,8 @@ import torch
 
 from quota.allocate.baselines import RecipeContext, SearchStats, build_baseline
 from quota.allocate.fitprune import AttentionSample
-from quota.allocate.methods import BASELINES, METHODS
 from quota.allocate.recipe_builder import build_recipe
+from quota.core.methods import METHODS, baselines
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint
 from quota.models.rtn import quantize_rtn
@@ -49,14 +49,14 @@ def everything(model: Any, method: str, keep: float) -> Recipe:
         text_tokens=8,
     )
     reference = "recorded" if arch.visual_tokens else "per_image"
-    if method not in BASELINES:
+    if method not in baselines():
         return build_recipe(profile(arch.layers, model=facts), keep, layers="1-2", method=method, reference=reference)
     seen = np.random.default_rng(0).random((2, arch.layers, 16))
     return build_baseline(
         RecipeContext(facts, "w4a4kv4", reference=reference),
         method,
         keep,
-        evidence=SearchStats(attention=[AttentionSample(*seen)]),
+        stats=SearchStats(attention=[AttentionSample(*seen)]),
     )
 
 

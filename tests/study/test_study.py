@@ -17,10 +17,11 @@ from quota.cli.main import app
 from quota.cli.study import NAMES
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
-from quota.eval import benchmark
+from quota.eval import answering, benchmark
 from quota.eval.asking import Placement
+from quota.eval.pipeline import Entry
 from quota.study import run as study
-from quota.study.bench import Bench, Entry, StudySettings
+from quota.study.bench import Bench, StudySettings
 from quota.study.results import StudyReport
 from quota.study.run import _where
 from quota.study.runtime import _figures, measure
@@ -30,9 +31,10 @@ from quota.study.tables import KEEPS, ORDERS, Plan
 @pytest.fixture(autouse=True)
 def lenient_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model is never right: a hash of what it says decides, so that rows differ and retention is defined."""
-    monkeypatch.setattr(
-        benchmark, "is_right", lambda prediction, answer: zlib.crc32(f"{prediction} {answer}".encode()) % 2 == 0
-    )
+    for module in (answering, benchmark):
+        monkeypatch.setattr(
+            module, "is_right", lambda prediction, answer: zlib.crc32(f"{prediction} {answer}".encode()) % 2 == 0
+        )
 
 
 def finished(name: str, settings: StudySettings) -> StudyReport:
@@ -91,7 +93,8 @@ def test_pipelines_share_checkpoints_and_answers_with_keep(
     assert weights["grid, prune-only"] == "float" and weights["grid, prune-then-quantize"].endswith(
         "calibrated on the pruned graph"
     )
-    monkeypatch.setattr(benchmark, "answers", lambda *_: pytest.fail("answered again"))
+    for how in ("_by_engine", "_by_generate"):
+        monkeypatch.setattr(answering, how, lambda *_: pytest.fail("answered again"))
     monkeypatch.setattr("quota.calib.run.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     assert study.run_study("pipelines", settings) == report
 
@@ -184,9 +187,9 @@ def test_rows_answered_elsewhere_are_other_rows_of_the_same_checkpoints(
     half = Bench(replace(settings, place=Placement("cpu", "bfloat16")))
     monkeypatch.setattr("quota.calib.run.calibrate", lambda *a, **k: pytest.fail("calibrated again"))
     entry = Entry("w4a4kv4", half.quantized(), "w4a4kv4")
-    assert half._key(entry) == f"{Bench(settings)._key(entry)} cpu bfloat16"
+    assert half.spec(entry).key != Bench(settings).spec(entry).key and " cpu bfloat16 " in half.spec(entry).key
     assert (
-        half.opened_with(entry.checkpoint, None)[0].dtype == torch.bfloat16
+        half.loaded(entry.checkpoint, half.settings.place)[0].dtype == torch.bfloat16
         and half.loaded(entry.checkpoint)[0].dtype == torch.float32
     )
     found = measure(half, entry, 1)

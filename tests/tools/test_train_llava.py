@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quota.core.errors import UsageError
 from quota.scenes import generate as g
 from quota.scenes.model import build_config, build_model, build_processor
 from quota.scenes.vocabulary import WORDS
 from tools.scenes import llava as t
-from tools.scenes.train import train
+from tools.scenes.train import main, train
 from tools.scenes.training import Stage, block_mask
 
 TINY = Stage("tiny", 3, 168, 2, 1e-3, questions_per_task=1, caption_share=1.0, dense_weight=0.1)
@@ -80,3 +81,15 @@ def test_stopped_training_continues_to_the_same_weights(tmp_path) -> None:
         # Adam's first steps have the size of the learning rate whatever the gradient: rounding noise can turn one
         # (5e-6) around.
         torch.testing.assert_close(parts["model"][name], tensor, atol=5e-5, rtol=0)
+
+
+def test_a_folder_of_the_users_is_not_trained_in(tmp_path, monkeypatch) -> None:
+    (tmp_path / "schedule.json").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds schedule\.json"):
+        train(tmp_path, width=64, layers=1, seed=0, device="cpu", amp=False, schedule=())
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"error: .*schedule\.json"):
+        main()
+    assert [path.name for path in tmp_path.iterdir()] == ["schedule.json"] and (
+        tmp_path / "schedule.json"
+    ).read_text() == "mine"

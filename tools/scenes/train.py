@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
+from quota.core.errors import QuotaError
+from quota.core.files import claim_folder
 from tools.scenes import llava, qwen2_5_vl
 from tools.scenes.training import Family
 
@@ -71,7 +74,10 @@ def train(
     """Run the schedule, continuing from `out/training.pt` when it is there. Under torchrun the processes share every
     step; the first one writes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        claim_folder(out)
+    if world > 1:
+        dist.barrier()
     made = find_family(family)
     state_file = out / "training.pt"
     saved: dict[str, Any] = (
@@ -155,7 +161,10 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for training.pt (to resume) and checkpoint/ (the result)"
+        "--out",
+        type=Path,
+        required=True,
+        help="new folder for training.pt and checkpoint/ (the result), or the one to continue in",
     )
     parser.add_argument("--family", choices=tuple(FAMILIES), default="llava")
     parser.add_argument("--width", type=int, default=0, help="width of the language model (default: 192)")
@@ -176,15 +185,18 @@ def main() -> None:
         counts = [int(c) for c in args.steps.split(",")]
         schedule = tuple(replace(s, steps=c) for s, c in zip(schedule, counts, strict=True))
     sizes = {"width": args.width or made.width, "layers": args.layers or made.layers}
-    train(
-        args.out,
-        **sizes,
-        seed=args.seed,
-        device=args.device,
-        amp=not args.no_amp,
-        schedule=schedule,
-        family=args.family,
-    )
+    try:
+        train(
+            args.out,
+            **sizes,
+            seed=args.seed,
+            device=args.device,
+            amp=not args.no_amp,
+            schedule=schedule,
+            family=args.family,
+        )
+    except QuotaError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,14 +16,29 @@ from quota.runtime.engine.engine import Engine
 from quota.runtime.engine.request import Output, Request
 
 log = logging.getLogger(__name__)
+UNREAD = 256  # outputs of a stream that wait for its reader before its requests are paused; half of it, and they go on
 
 
 class Closed(QuotaError):
     """The engine takes no more requests."""
 
 
+class _Stream:
+    """Outputs on their way to one reader. The worker counts those it has given, the reader those it has taken."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids, self.loop, self.outputs = ids, asyncio.get_running_loop(), asyncio.Queue[Output]()
+        self.given = self.taken = 0
+        self.paused = False
+
+    @property
+    def unread(self) -> int:
+        return self.given - self.taken
+
+
 class AsyncEngine:
-    """Requests from one event loop, steps on a worker thread. Everything the engine does happens on that thread.
+    """Requests from one event loop, steps on a worker thread. Everything the engine does happens on that thread. What
+    nobody reads is not computed: requests whose outputs are not taken are paused.
 
     observe: called there after every step and while idle requests leave, with the engine.
     """
@@ -32,7 +47,7 @@ class AsyncEngine:
         self.engine = engine
         self._observe = observe
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Output]]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="quota-engine", daemon=True)
         self._thread.start()
@@ -67,35 +82,40 @@ class AsyncEngine:
     async def stream(self, *requests: Request) -> AsyncGenerator[Output]:
         """Outputs of all requests as they come, until each had one with a reason. Leaving early aborts them. Raises
         what `Engine.submit_all` raises."""
-        stream: asyncio.Queue[Output] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        stream = _Stream([request.id for request in requests])
         submitted = False
 
         def submit() -> None:
             nonlocal submitted
             self.engine.submit_all(requests)
             submitted = True
-            for request in requests:
-                self._streams[request.id] = (loop, stream)
+            self._streams.update(dict.fromkeys(stream.ids, stream))
 
         try:
             await self.call(submit)
             left = len(requests)
             while left:
-                output = await stream.get()
+                output = await stream.outputs.get()
+                stream.taken += 1
+                if stream.paused:  # set before the worker looks at what was taken: one of the two sees the other
+                    self._commands.put(lambda: self._go_on(stream))
                 left -= output.reason is not None
                 yield output
         finally:
             # a task that was cancelled inside `call` may have been submitted all the same
             if submitted or not self._closed:
-                self._commands.put(lambda: self._abandon([request.id for request in requests], stream))
+                self._commands.put(lambda: self._abandon(stream))
 
-    def _abandon(self, ids: Iterable[str], stream: asyncio.Queue[Output]) -> None:
-        for id in ids:
-            known = self._streams.get(id)
-            if known is not None and known[1] is stream:
+    def _abandon(self, stream: _Stream) -> None:
+        for id in stream.ids:
+            if self._streams.get(id) is stream:
                 del self._streams[id]
                 self.engine.abort(id)
+
+    def _go_on(self, stream: _Stream) -> None:
+        if stream.paused and 2 * stream.unread <= UNREAD:
+            stream.paused = False
+            self.engine.resume(stream.ids)
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Abort what runs and end the worker."""
@@ -112,6 +132,7 @@ class AsyncEngine:
                         self._leave()
                         return
                     command()
+                    del command  # else what the last one refers to would stay until the next
                 self._deliver(self.engine.step())
             except Exception:
                 log.exception("a step failed as a whole; its requests end")
@@ -120,16 +141,22 @@ class AsyncEngine:
                 self._observe(self.engine)
 
     def _deliver(self, outputs: list[Output]) -> None:
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Output], Output]]] = {}
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]] = {}
         for output in outputs:
-            known = self._streams.get(output.id) if output.reason is None else self._streams.pop(output.id, None)
-            if known is not None:
-                batches.setdefault(known[0], []).append((known[1], output))
+            stream = self._streams.get(output.id) if output.reason is None else self._streams.pop(output.id, None)
+            if stream is not None:
+                stream.given += 1
+                batches.setdefault(stream.loop, []).append((stream, output))
         for loop, batch in batches.items():
             try:
                 loop.call_soon_threadsafe(_put_all, batch)
             except RuntimeError:  # the loop is gone, and with it whoever listened
                 log.warning("%d outputs have no listener any more", len(batch))
+            for stream in {stream for stream, _ in batch}:
+                if not stream.paused and stream.unread > UNREAD:
+                    stream.paused = True
+                    self.engine.pause(stream.ids)
+                    self._go_on(stream)
 
     def _fail_all(self) -> None:
         for id in list(self._streams):
@@ -144,6 +171,6 @@ class AsyncEngine:
             self._deliver(self.engine.step())
 
 
-def _put_all(batch: list[tuple[asyncio.Queue[Output], Output]]) -> None:
+def _put_all(batch: list[tuple[_Stream, Output]]) -> None:
     for stream, output in batch:
-        stream.put_nowait(output)
+        stream.outputs.put_nowait(output)

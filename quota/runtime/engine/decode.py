@@ -16,23 +16,17 @@ from torch import Tensor
 
 from quota import ops
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT, Scheme
 from quota.core.registry import Context
-from quota.runtime.engine.forward_batch import Work
+from quota.models.quantize import linear_class
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.sampling import Logits, Row
 from quota.runtime.engine.segments import Segments
 
-OPS = (
-    ops.rms_norm,
-    ops.quantize_act,
-    ops.w4a4_linear,
-    ops.qkv_append,
-    ops.kv4_page_write,
-    ops.kv4_paged_attention,
-    ops.float_linear,
-)
-"""What a decode step calls."""
+OPS = (ops.rms_norm, ops.qkv_append, ops.kv4_page_write, ops.kv4_paged_attention, ops.float_linear)
+"""What a decode step calls besides the scheme's linears."""
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 Capture = Callable[[Step], Step]
@@ -40,11 +34,11 @@ Capture = Callable[[Step], Step]
 _ALIGNMENT = 16  # bytes, of every buffer
 
 
-def chosen(device: torch.device) -> dict[str, str]:
-    """Op -> the implementation a decode step on `device` uses. UsageError where a GPU has none or is told to run a
-    reference, which reads lengths on the host."""
+def chosen(device: torch.device, scheme: Scheme = DEFAULT) -> dict[str, str]:
+    """Op -> the implementation a decode step of a scheme on `device` uses. UsageError where a GPU has none or is
+    told to run a reference, which reads lengths on the host."""
     ctx = Context(device.type, device.index or 0)
-    found = {op.name: op.choose(ctx).name for op in OPS}
+    found = {op.name: op.choose(ctx).name for op in (*OPS, *linear_class(scheme).OPS)}
     forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
     if device.type != "cpu" and forced is not None:
         raise UsageError(
@@ -138,28 +132,28 @@ class Buffers:
         )
         self.ids, self.positions, self.slot, self.cached, self.table, self.length = (device[name] for name in shapes)
 
-    def fill(self, works: Sequence[Work]) -> None:
-        """The rows of these works, at most as many as there are, then rows without work."""
-        n, page_size, biased = len(works), self.page_size, self._cached.shape[-1] > 0
-        self._ids[:n], self._ids[n:] = [work.ids[0] for work in works], 0
+    def fill(self, chunks: Sequence[Chunk]) -> None:
+        """The rows of these chunks, at most as many as there are, then rows without work."""
+        n, page_size, biased = len(chunks), self.page_size, self._cached.shape[-1] > 0
+        self._ids[:n], self._ids[n:] = [chunk.ids[0] for chunk in chunks], 0
         self._slot[:, n:] = -1
         self._table[:], self._length[:, n:], self._positions[..., n:], self._cached[:] = 0, 0, 0, 0
         for segment, span in enumerate(self.segments.spans):
             layers = slice(span[0], span[-1] + 1)
-            for row, work in enumerate(works):
-                at = work.base[segment]
-                blocks = work.tables[segment][:, : at // page_size + 1]
+            for row, chunk in enumerate(chunks):
+                at = chunk.base[segment]
+                blocks = chunk.tables[segment][:, : at // page_size + 1]
                 self._table[layers, row, : blocks.shape[1]] = blocks
                 self._slot[layers, row] = (
                     -1
-                    if at < work.shared[segment]
+                    if at < chunk.shared[segment]
                     else blocks[:, at // page_size].astype(np.int64) * page_size + at % page_size
                 )
                 self._length[segment, row] = at + 1
-                self._positions[segment, :, row] = position = at if work.compact[segment] else work.positions[:, 0]
+                self._positions[segment, :, row] = position = at if chunk.compact[segment] else chunk.rotary[:, 0]
                 if biased:
                     self._cached[segment, :, row, :at], self._cached[segment, :, row, at] = (
-                        work.cached[segment],
+                        chunk.cached[segment],
                         position,
                     )
         if self._device is not self._host:
@@ -176,15 +170,15 @@ class Decoder:
         self.model, self.storage, self.segments, self.capture = model, storage, segments, capture
         self._ready: dict[tuple[int, int], tuple[Buffers, Step]] = {}
 
-    def run(self, works: Sequence[Work]) -> list[Row]:
+    def run(self, chunks: Sequence[Chunk]) -> list[Row]:
         """The logits after each work, all of which decode."""
-        pages = max(max(work.base) for work in works) // self.storage.page_size + 1
-        buffers, step = self._prepared(len(works), pages, works)
-        buffers.fill(works)
+        pages = max(max(chunk.base) for chunk in chunks) // self.storage.page_size + 1
+        buffers, step = self._prepared(len(chunks), pages, chunks)
+        buffers.fill(chunks)
         values, likeliest = step()
-        return Logits(values, likeliest).rows(len(works))
+        return Logits(values, likeliest).rows(len(chunks))
 
-    def _prepared(self, rows: int, pages: int, works: Sequence[Work]) -> tuple[Buffers, Step]:
+    def _prepared(self, rows: int, pages: int, chunks: Sequence[Chunk]) -> tuple[Buffers, Step]:
         size = (rows, pages) if self.capture is None else (_power(rows), _power(pages))
         found = self._ready.get(size)
         if found is None:
@@ -193,7 +187,7 @@ class Decoder:
             if self.capture is None:
                 self._ready.clear()  # sizes change as answers grow
             else:
-                buffers.fill(works)
+                buffers.fill(chunks)
                 step = self.capture(step)
             found = self._ready[size] = buffers, step
         return found

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
+from quota.core.shares import fits
 from quota.models import model_fingerprint
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
-from quota.runtime.engine.detokenize import Detokenizer
-from quota.runtime.engine.forward_batch import Result, Work
+from quota.runtime.engine.features import Features
 from quota.runtime.engine.kv_storage import KvStorage, block_bytes
-from quota.runtime.engine.logprobs import entry_of
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.pool import PagePool
+from quota.runtime.engine.reply import Reply
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
 from quota.runtime.engine.runner import Runner
 from quota.runtime.engine.sampling import Row
-from quota.runtime.engine.scheduler import Scheduler, Turn
+from quota.runtime.engine.scheduler import Scheduler
 from quota.runtime.engine.segments import Segments, at_budget
-from quota.runtime.engine.sequence import Piece, Sequence
+from quota.runtime.engine.sequence import Sequence
 from quota.runtime.engine.stats import Stats
+from quota.runtime.engine.turns import Pace
 
 log = logging.getLogger(__name__)
 
 
 class QueueFull(QuotaError):
-    """As many requests wait as the engine accepts."""
+    """As many requests of this client wait as the engine accepts."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine. kv_bytes: memory of the key/value pool. page_tokens: P; small pages waste less and share
-    more. step_tokens: most prefill rows per step, the bound on how long a decoding request waits for others.
-    max_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory for encoded images,
-    so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU are captured and
-    replayed as CUDA graphs.
+    more. max_running: most requests in a step's decoding, and of one client that hold pages. max_waiting: most requests
+    of a client in the queue; several share twice as many places. step_tokens: most prefill rows per step, the bound on
+    how long a decoding request waits for others. step_s: how long a step should take; a slow machine gives out fewer
+    rows per step. max_model_tokens: longest prompt plus answer, None for the model's own limit. feature_bytes: memory
+    for encoded images, so that an image asked about again is not encoded again. graphs: whether decode steps on a GPU
+    are captured and replayed as CUDA graphs.
     """
 
     kv_bytes: int = 256 << 20
@@ -52,7 +55,8 @@ class EngineConfig:
     max_running: int = 64
     max_waiting: int = 256
     step_tokens: int = 512
-    max_tokens: int | None = None
+    step_s: float = math.inf
+    max_model_tokens: int | None = None
     feature_bytes: int = 256 << 20
     prefix_cache: bool = True
     graphs: bool = True
@@ -61,28 +65,8 @@ class EngineConfig:
         for name in ("kv_bytes", "page_tokens", "max_running", "max_waiting", "step_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-
-@dataclass
-class _Features:
-    """Encoded images by content, least recently used first out."""
-
-    limit_bytes: int
-    kept: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
-    nbytes: int = 0
-
-    def get(self, name: bytes) -> Tensor | None:
-        found = self.kept.get(name)
-        if found is not None:
-            self.kept.move_to_end(name)
-        return found
-
-    def put(self, name: bytes, features: Tensor) -> None:
-        self.kept[name] = features
-        self.nbytes += features.numel() * features.element_size()
-        while self.nbytes > self.limit_bytes and len(self.kept) > 1:
-            _, old = self.kept.popitem(last=False)
-            self.nbytes -= old.numel() * old.element_size()
+        if not self.step_s > 0:
+            raise UsageError(f"step_s: expected a time above 0, got {self.step_s}")
 
 
 class Engine:
@@ -104,7 +88,7 @@ class Engine:
     ) -> None:
         self.config = config or EngineConfig()
         self.model = EngineModel(model)
-        chosen(self.model.device)
+        chosen(self.model.device, self.model.scheme)
         self.tokenizer = tokenizer
         self.recipes = dict(recipes or {})
         if default is not None and default not in self.recipes:
@@ -127,13 +111,12 @@ class Engine:
         self.runner = Runner(
             self.model, self.storage, self.segments, Decoder(self.model, self.storage, self.segments, capture)
         )
-        self.scheduler = Scheduler(
-            self.pool, self.storage, self.segments, self.config.max_running, self.config.step_tokens
-        )
-        self.max_tokens = min(self.model.max_tokens, self.config.max_tokens or self.model.max_tokens)
+        self.scheduler = Scheduler(self.pool, self.storage, self.segments, self.config.max_running)
+        self.pace = Pace(self.config.step_tokens, self.config.step_s)
+        self.max_model_tokens = min(self.model.max_tokens, self.config.max_model_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
-        self._features = _Features(self.config.feature_bytes)
+        self.features = Features(self.model, self.config.feature_bytes)
         self._budgets: dict[tuple[str, float], Recipe] = {}
         self._sequences: dict[str, Sequence] = {}
         self._outputs: list[Output] = []
@@ -154,9 +137,7 @@ class Engine:
             if request.id in ids:
                 raise UsageError(f"id: {request.id!r} is in use")
             ids.add(request.id)
-        waiting = len(self.scheduler.waiting) + sum(len(s.siblings) for s in self._sequences.values())
-        if waiting and waiting + len(requests) > self.config.max_waiting:
-            raise QueueFull(f"queue: {self.config.max_waiting} requests wait already")
+        self._check_queue(requests)
         sequences = [self._sequence(request, self._order + number) for number, request in enumerate(requests)]
         parents: list[Sequence] = []
         for sequence in sequences:
@@ -174,13 +155,23 @@ class Engine:
         self.stats.accepted += len(sequences)
         return sequences
 
+    def _check_queue(self, requests: list[Request]) -> None:
+        waiting = Counter(sequence.client for sequence in self.scheduler.waiting)
+        waiting.update(sibling.client for sequence in self._sequences.values() for sibling in sequence.siblings)
+        for client, amount in Counter(request.client for request in requests).items():
+            places = 2 * self.config.max_waiting  # so that a client alone has max_waiting
+            if waiting and not fits(places, waiting.total(), waiting[client], amount):
+                raise QueueFull(
+                    f"queue: {waiting[client]} requests of this client wait already, {waiting.total()} in all"
+                )
+            waiting[client] += amount
+
     def _sequence(self, request: Request, order: int) -> Sequence:
-        sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments)
+        reply = Reply(request.sampling, self.tokenizer)
+        sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments, reply)
         self._check_size(sequence)
         if self.config.prefix_cache:
             sequence.name_pages(self.config.page_tokens)
-        if self.tokenizer is not None:
-            sequence.detokenizer = Detokenizer(self.tokenizer)
         return sequence
 
     def recipe_of(self, request: Request) -> Recipe | None:
@@ -208,12 +199,12 @@ class Engine:
         return recipe
 
     def _check_size(self, sequence: Sequence) -> None:
-        if sequence.prompt_tokens >= self.max_tokens:
+        if sequence.prompt_tokens >= self.max_model_tokens:
             raise UsageError(
-                f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is {self.max_tokens}"
-                " together"
+                f"prompt: {sequence.prompt_tokens} tokens leave no room for an answer; the limit is"
+                f" {self.max_model_tokens} together"
             )
-        longest = min(self.max_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
+        longest = min(self.max_model_tokens, sequence.prompt_tokens + sequence.request.sampling.max_tokens)
         need = sequence.blocks(longest, self.config.page_tokens)
         if need > self.pool.blocks:
             raise UsageError(
@@ -227,90 +218,79 @@ class Engine:
         if sequence is not None:
             self._finish(sequence, "abort")
 
+    def pause(self, ids: Iterable[str]) -> None:
+        """Compute nothing for these requests until `resume`; they hold no pages meanwhile. Unknown ids are ignored."""
+        for sequence in filter(None, map(self._sequences.get, ids)):
+            self.scheduler.pause(sequence)
+
+    def resume(self, ids: Iterable[str]) -> None:
+        """Go on with these requests."""
+        for sequence in filter(None, map(self._sequences.get, ids)):
+            sequence.paused = False
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._sequences or self._outputs)
+        return bool(self._outputs) or self.scheduler.busy
 
     # one step
 
     @torch.no_grad()
     def step(self) -> list[Output]:
         """Advance every request that can; returns what each gained."""
-        began = time.monotonic()
-        turns = self.scheduler.decodes()
-        self._encode_images()
-        turns += self.scheduler.prefills(self.config.step_tokens)
-        for turn in turns:
-            if turn.sequence.times.admitted is None:
-                turn.sequence.times.admitted = began
-        for turn, result in zip(turns, self._run(turns), strict=True):
-            if result is not None:
-                self._guarded(turn.sequence, self._commit, turn, result)
-        self.stats.observe_step(turns, time.monotonic() - began)
+        began, rows = time.monotonic(), self.pace.rows
+        self.scheduler.admit(rows)
+        chunks = self.scheduler.decodes(min(rows, self.config.max_running))
+        encoded = self._encode_images(rows)
+        chunks += self.scheduler.prefills(rows)
+        for chunk in chunks:
+            if chunk.sequence.reply.times.admitted is None:
+                chunk.sequence.reply.times.admitted = began
+        for chunk, logits in self._run(chunks):
+            self._guarded(chunk.sequence, self._commit, chunk, logits)
+        seconds = time.monotonic() - began
+        self.pace.observe(max(encoded, sum(chunk.end - chunk.begin for chunk in chunks)), seconds)
+        self.stats.observe_step(chunks, seconds)
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _encode_images(self) -> None:
-        """Encode for the first in line what is not known yet, about `step_tokens` visual tokens a step, so that
-        decoding goes on meanwhile."""
+    def _encode_images(self, tokens: int) -> int:
+        """Encode about `tokens` visual tokens of images that are not known yet, so that decoding goes on meanwhile;
+        how many."""
+        for sequence in self.scheduler.prefilling():
+            for number, (name, _) in enumerate(sequence.images):
+                if sequence.features[number] is None:
+                    sequence.features[number] = self.features.get(name)
         wanted: dict[bytes, list[tuple[Sequence, int]]] = {}
-        rows = 0
-        room = self.config.max_running - len(self.scheduler.running)
-        for sequence in [*self.scheduler.running, *islice(self.scheduler.waiting, room)]:
-            if sequence.decoding:
-                continue
-            for number, (name, tokens) in enumerate(sequence.images):
-                if sequence.features[number] is None:
-                    sequence.features[number] = self._features.get(name)
-                if sequence.features[number] is None:
-                    rows += tokens if name not in wanted else 0
-                    if wanted and rows > self.config.step_tokens:
-                        return self._encode(wanted)
-                    wanted.setdefault(name, []).append((sequence, number))
-        return self._encode(wanted)
-
-    def _encode(self, wanted: dict[bytes, list[tuple[Sequence, int]]]) -> None:
-        """All in one batch; after an exception each alone, so that only the requests of an image that cannot be
-        encoded fail."""
-        images = {name: holders[0][0].request.prompt.images[holders[0][1]] for name, holders in wanted.items()}
-        try:
-            found: dict[bytes, Tensor] = (
-                dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
-            )
-        except Exception:
-            log.exception("%d images could not be encoded together; encoding them one by one", len(images))
-            found = {}
-            for name, image in images.items():
-                try:
-                    found[name] = self.model.encode_images([image])[0]
-                except Exception as error:
-                    for sequence, _ in wanted[name]:
-                        self._fail(sequence, error)
-        for name, features in found.items():
-            self._features.put(name, features)
+        for sequence, number in self.scheduler.images(tokens):
+            wanted.setdefault(sequence.images[number][0], []).append((sequence, number))
+        firsts = {name: holders[0] for name, holders in wanted.items()}
+        images = {name: sequence.request.prompt.images[number] for name, (sequence, number) in firsts.items()}
+        for name, found in self.features.encode(images).items():
             for sequence, number in wanted[name]:
-                sequence.features[number] = features
+                if isinstance(found, Exception):
+                    self._fail(sequence, found)
+                else:
+                    sequence.features[number] = found
+        return sum(sequence.images[number][1] for sequence, number in firsts.values())
 
-    def _run(self, turns: list[Turn]) -> list[Result | None]:
-        """All turns in one batch; after an exception each alone, so that only the request that causes it fails."""
-        if not turns:
-            return []
+    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, Row | None]]:
+        """All chunks in one batch; after an exception each alone, so that only the request that causes it fails."""
         try:
-            return list(self.runner.run([self._work(turn) for turn in turns]))
+            return self._together(chunks)
         except Exception:
-            log.exception("a step of %d requests failed; running them one by one", len(turns))
-        results: list[Result | None] = []
-        for turn in turns:
+            log.exception("a step of %d requests failed; running them one by one", len(chunks))
+        done = []
+        for chunk in chunks:
             try:
-                results += self.runner.run([self._work(turn)])
+                done += self._together([chunk])
             except Exception as error:
-                self._fail(turn.sequence, error)
-                results.append(None)
-        return results
+                self._fail(chunk.sequence, error)
+        return done
 
-    def _work(self, turn: Turn) -> Work:
-        return turn.sequence.work(self.model, turn.begin, turn.end, turn.enter, turn.leave)
+    def _together(self, chunks: list[Chunk]) -> list[tuple[Chunk, Row | None]]:
+        filled = [chunk.sequence.fill(chunk, self.model) for chunk in chunks]
+        return list(zip(chunks, self.runner.run(filled), strict=True)) if chunks else []
 
     def _guarded(self, sequence: Sequence, function: Any, *args: Any) -> None:
         try:
@@ -323,41 +303,34 @@ class Engine:
         self.stats.failed += 1
         self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
-    def _commit(self, turn: Turn, result: Result) -> None:
-        sequence = turn.sequence
-        if result.logits is None:
-            assert result.hidden is not None
-            sequence.ahead.append(Piece(result.hidden, result.attended))
+    def _commit(self, chunk: Chunk, logits: Row | None) -> None:
+        sequence = chunk.sequence
+        if logits is None:
+            sequence.ahead.append(chunk)
             return
-        sequence.advance(turn.begin, turn.end, result.kept)
+        sequence.advance(chunk)
         sequence.publish(self.pool, self.config.page_tokens)
-        if turn.end == len(sequence.tokens):
+        if chunk.end == len(sequence.tokens):
             sequence.features = [None] * len(sequence.features)
             while sequence.siblings:
                 sibling = sequence.siblings.pop(0)
                 if self.scheduler.fork(sequence, sibling):
-                    self._guarded(sibling, self._choose, sibling, result.logits)
+                    self._guarded(sibling, self._choose, sibling, logits)
                 else:
                     self.scheduler.queue(sibling)
-            self._choose(sequence, result.logits)
+            self._choose(sequence, logits)
 
     def _choose(self, sequence: Sequence, logits: Row) -> None:
         """The next token of a request from its logits."""
-        sampling, step = sequence.request.sampling, len(sequence.answer)
-        token = logits.choose(sampling, sequence.seed, step)
+        reply, sampling, place = sequence.reply, sequence.request.sampling, len(sequence.answer)
+        token = reply.choose(logits, place)
         ends = token in self.eos and not sampling.ignore_eos
-        last = ends or step + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_tokens
-        entry = (
-            None
-            if sampling.logprobs is None
-            else entry_of(sequence.detokenizer, logits.values, token, sampling.logprobs, last)
-        )
+        last = ends or place + 1 >= sampling.max_tokens or len(sequence.tokens) + 1 >= self.max_model_tokens
         sequence.append(token)
-        self.stats.observe_token(sequence.times)
-        text = sequence.next_text(token, last)
-        report = () if entry is None else sequence.entries.push(entry, text, sequence.stops.found)
-        if last or sequence.stops.found:
-            self._finish(sequence, "stop" if ends or sequence.stops.found else "length", text, (token,), report)
+        self.stats.observe_token(reply.times)
+        text, report = reply.push(logits, token, last)
+        if last or reply.stopped:
+            self._finish(sequence, "stop" if ends or reply.stopped else "length", text, (token,), report)
         else:
             self._outputs.append(Output(sequence.request.id, text, (token,), report))
 

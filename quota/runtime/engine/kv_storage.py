@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from quota import ops
+from quota.core.formats import KV4
 from quota.ops.weights import Kv
 
 
 def block_bytes(page_size: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes of `page_size` tokens of one layer: two nibbles per channel, and scale and zero per head, for keys and for
-    values."""
-    return 2 * page_size * kv_heads * (head_dim // 2 + 8)
+    """Bytes of `page_size` tokens of one layer: codes, and scale and zero per head, for keys and for values."""
+    return 2 * page_size * kv_heads * KV4.vector_bytes(head_dim)
 
 
 class KvStorage:
@@ -27,7 +27,7 @@ class KvStorage:
 
     def _zeros(self, kv_heads: int, device: torch.device) -> Kv:
         shape = (self.blocks, kv_heads, self.page_size)
-        codes = torch.zeros(*shape, self.head_dim // 2, dtype=torch.uint8, device=device)
+        codes = torch.zeros(*shape, KV4.code_bytes(self.head_dim), dtype=torch.uint8, device=device)
         return codes, torch.zeros(shape, device=device), torch.zeros(shape, device=device)
 
     @property

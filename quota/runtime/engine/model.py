@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from quota.core.errors import UsageError
+from quota.core.formats import KV4, SCHEMES
 from quota.models import find_family
 from quota.models.images import ImageInfo, ImageInput
+from quota.models.quantize import model_scheme, quantized_modules, text_scheme
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
 from quota.ops.weights import Kv
@@ -34,13 +36,9 @@ class EngineModel:
         self.text: Any = model.get_submodule(family.text_path)
         self.device = self.text.embed_tokens.weight.device
         self._layers = list(self.text.layers)
-        if not all(isinstance(layer.self_attn, QuantAttention) for layer in self._layers):
-            manifest = getattr(model, "quota_manifest", None)
-            found = "a float one" if manifest is None else f"{manifest.regime} with parts {', '.join(manifest.modules)}"
-            raise UsageError(
-                f"model: the engine serves W4A4KV4 language models (4-bit cache), this one is {found}; use `quota run`"
-                " or `quota.load` with it, or `quota calibrate --method flatquant` the float model"
-            )
+        self.scheme = text_scheme(model)
+        if not self.scheme.served:
+            raise UsageError(_refusal(model))
         if getattr(model, "quota_handle", None) is not None:
             raise UsageError(
                 "recipe: already installed on this model; load it without one and give the recipe to the engine"
@@ -154,7 +152,7 @@ class EngineModel:
 
     def _slots(self, rows: int) -> Kv:
         shape = (1, self.kv_heads, rows)
-        codes = torch.empty(*shape, self.head_dim // 2, dtype=torch.uint8, device=self.device)
+        codes = torch.empty(*shape, KV4.code_bytes(self.head_dim), dtype=torch.uint8, device=self.device)
         return codes, torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
@@ -170,3 +168,14 @@ class EngineModel:
     def decoder_layer(self, layer: int) -> Any:
         """The module, for token scores."""
         return self._layers[layer]
+
+
+def _refusal(model: Any) -> str:
+    scheme, parts = model_scheme(model), quantized_modules(model)
+    found = f"{scheme.name} with parts {', '.join(parts)}" if parts else "a float one"
+    served = [row for row in SCHEMES.values() if row.served]
+    return (
+        f"model: the engine serves {', '.join(row.title for row in served)} language models (4-bit cache), this one is"
+        f" {found}; use `quota run` or `quota.load` with it, or `quota calibrate --method {served[0].methods[0]}` the"
+        " float model"
+    )

@@ -84,13 +84,15 @@ class Prompt:
 @dataclass(frozen=True)
 class Request:
     """One answer to make. recipe: a name the engine knows, a Recipe of its own with known prune points, or None for no
-    pruning; the string "default" is the engine's default. keep: another final keep ratio for that recipe."""
+    pruning; the string "default" is the engine's default. keep: another final keep ratio for that recipe. client: on
+    whose behalf; clients take fair turns, and the requests of one go in order of arrival."""
 
     id: str
     prompt: Prompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
     recipe: Recipe | str | None = "default"
     keep: float | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True)

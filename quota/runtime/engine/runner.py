@@ -17,80 +17,47 @@ from torch import Tensor
 from quota import ops
 from quota.nn.attention import AttentionTrace
 from quota.ops.weights import Kv
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder
-from quota.runtime.engine.forward_batch import Result, Work
 from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
-from quota.runtime.engine.sampling import Logits
+from quota.runtime.engine.sampling import Logits, Row
 from quota.runtime.engine.segments import Segments
 from quota.runtime.engine.selection import Attended
 
 
-class _Flight:
-    """A Work on its way through the layers."""
-
-    def __init__(self, work: Work, x: Tensor) -> None:
-        self.work, self.x = work, x
-        self.rows = torch.arange(len(x))  # of the work, still alive
-        self.attended = work.attended
-        self.kept: dict[int, Tensor] = {}
-
-    def drop(self, layer: int, kept: Tensor) -> None:
-        """Go into `layer` with the rows of kept bool [rows] only."""
-        self.x, self.rows, self.attended = self.x[kept], self.rows[kept], None
-        self.kept[layer] = self.rows
-
-    def recorded_at(self, layer: int) -> bool:
-        """Whether the layer after this one chooses by the attention of this one."""
-        return self.work.choice is not None and self.work.choice.reads_attention(layer + 1)
-
-    def positions(self, segment: int) -> np.ndarray:
-        """int64 [A, rows]: rotary positions of the rows."""
-        if not self.work.compact[segment]:
-            return self.work.positions[:, self.rows.numpy()]
-        first = self.work.base[segment]
-        return np.broadcast_to(np.arange(first, first + len(self.rows)), (len(self.work.positions), len(self.rows)))
-
-    def filled(self, segment: int) -> np.ndarray:
-        """int64 [A, base + rows]: positions of every slot up to the last row, where the family asks for them."""
-        cached = self.work.cached[segment]
-        assert cached is not None
-        return np.concatenate([cached, self.positions(segment)], axis=1)
-
-
 class _Batch:
-    """The rows of several flights as one matrix."""
+    """The rows of several chunks as one matrix."""
 
-    def __init__(self, flights: list[_Flight]) -> None:
-        self.flights = flights
-        self.x = torch.cat([flight.x for flight in flights]) if len(flights) > 1 else flights[0].x
-        self.ends = np.cumsum([len(flight.rows) for flight in flights]).tolist()
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
+        self.x = torch.cat([chunk.hidden for chunk in chunks]) if len(chunks) > 1 else chunks[0].hidden
+        self.ends = np.cumsum([len(chunk.rows) for chunk in chunks]).tolist()
 
-    def spans(self) -> list[tuple[_Flight, int, int]]:
-        return list(zip(self.flights, [0, *self.ends], self.ends, strict=False))
+    def spans(self) -> list[tuple[Chunk, int, int]]:
+        return list(zip(self.chunks, [0, *self.ends], self.ends, strict=False))
 
     def give_back(self) -> None:
-        for flight, begin, end in self.spans():
-            flight.x = self.x[begin:end]
+        for chunk, begin, end in self.spans():
+            chunk.x = self.x[begin:end]
 
 
 class _Slots:
-    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each flight the tables int32 [layers, 1,
+    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each chunk the tables int32 [layers, 1,
     W], length int32 [1] and, where the family asks for them, angles [1, D, length] of all slots.
     """
 
     def __init__(self, batch: _Batch, segment: int, page_size: int, model: EngineModel) -> None:
-        works = [(flight.work, len(flight.rows)) for flight in batch.flights]
-        slots = [_slots(work, segment, rows, page_size) for work, rows in works]
-        ends = [work.base[segment] + rows for work, rows in works]
+        slots = [chunk.slots(segment, page_size) for chunk in batch.chunks]
+        ends = [chunk.base[segment] + len(chunk.rows) for chunk in batch.chunks]
         self.slot = _on(np.concatenate(slots, axis=1), model)
         self.tables = [
-            _on(work.tables[segment][:, None, : -(-end // page_size)], model)
-            for (work, _), end in zip(works, ends, strict=True)
+            _on(chunk.tables[segment][:, None, : -(-end // page_size)], model)
+            for chunk, end in zip(batch.chunks, ends, strict=True)
         ]
         self.lengths = _on(np.array(ends, dtype=np.int32), model).split(1)
         self.angles = (
-            [model.angles(_on(flight.filled(segment)[:, None], model)) for flight in batch.flights]
+            [model.angles(_on(chunk.filled(segment)[:, None], model)) for chunk in batch.chunks]
             if model.biased
             else None
         )
@@ -101,132 +68,126 @@ def _on(array: np.ndarray, model: EngineModel) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(model.device)
 
 
-def _slots(work: Work, segment: int, rows: int, page_size: int) -> np.ndarray:
-    """int64 [layers, rows]; -1 where the content is there already."""
-    first = work.base[segment]
-    at = np.arange(first, first + rows)
-    slot = work.tables[segment][:, at // page_size].astype(np.int64) * page_size + at % page_size
-    slot[:, at < work.shared[segment]] = -1
-    return slot
-
-
 class Runner:
-    """Runs works on one model and one pool. Nothing but the pool's own slots of a work is changed, so a step can be run
-    again."""
+    """Runs chunks on one model and one pool. Beside the chunks nothing is changed but their own slots of the pool, so
+    chunks that are filled in anew can be run again."""
 
     def __init__(self, model: EngineModel, storage: KvStorage, segments: Segments, decoder: Decoder) -> None:
         self.model, self.storage, self.segments, self.decoder = model, storage, segments, decoder
         self._segment_of = [s for s, span in enumerate(segments.spans) for _ in span]
 
     @torch.no_grad()
-    def run(self, works: Sequence[Work]) -> list[Result]:
-        """One result per work."""
-        decoding = [work.decodes(self.segments.layers) for work in works]
-        single = [work for work, decodes in zip(works, decoding, strict=True) if decodes]
-        others = [work for work, decodes in zip(works, decoding, strict=True) if not decodes]
-        decoded = iter([Result(row) for row in self.decoder.run(single)] if single else ())
+    def run(self, chunks: Sequence[Chunk]) -> list[Row | None]:
+        """For each chunk the logits of its last row where it passed the last layer; what else comes of it is in the
+        chunk: hidden states, what was attended to, tokens kept."""
+        decoding = [chunk.decodes(self.segments.layers) for chunk in chunks]
+        single = [chunk for chunk, decodes in zip(chunks, decoding, strict=True) if decodes]
+        others = [chunk for chunk, decodes in zip(chunks, decoding, strict=True) if not decodes]
+        decoded = iter(self.decoder.run(single) if single else ())
         prefilled = iter(self._prefill(others) if others else ())
-        return [next(decoded if decodes else prefilled) for decodes in decoding]
+        return [next(decoded) if decodes else next(prefilled) for decodes in decoding]
 
-    def _prefill(self, works: Sequence[Work]) -> list[Result]:
-        flights = [_Flight(work, x) for work, x in zip(works, self._inputs(works), strict=True)]
+    def _prefill(self, chunks: Sequence[Chunk]) -> list[Row | None]:
+        for chunk, x in zip(chunks, self._inputs(chunks), strict=True):
+            chunk.go_in(x)
         events = {
             layer
-            for work in works
-            for layer in (work.enter, work.leave, *(work.choice.keep if work.choice is not None else ()))
+            for chunk in chunks
+            for layer in (chunk.enter, chunk.leave, *(chunk.choice.keep if chunk.choice is not None else ()))
         }
-        compact = any(any(work.compact) for work in works)
-        results: dict[int, Result] = {}
+        compact = any(any(chunk.compact) for chunk in chunks)
         batch: _Batch | None = None
         for layer, segment in enumerate(self._segment_of):
             if layer == self.segments.bounds[segment]:  # drops, entries and exits happen here only
                 if layer in events:
-                    batch = self._regroup(batch, [f for f in flights if f.work.enter <= layer < f.work.leave], layer)
+                    active = [chunk for chunk in chunks if chunk.enter <= layer < chunk.leave]
+                    batch = self._regroup(batch, active, layer)
                 if batch is not None:
                     slots = _Slots(batch, segment, self.storage.page_size, self.model)
                     if layer in events or compact:
-                        positions = np.concatenate([flight.positions(segment) for flight in batch.flights], axis=1)
+                        positions = np.concatenate([chunk.positions(segment) for chunk in batch.chunks], axis=1)
                         rotary = self.model.rotary(_on(positions, self.model))
             if batch is not None:
                 self._layer(layer, segment, batch, slots, rotary)
         if batch is not None:
             batch.give_back()
-        self._logits(flights, results)
-        return [results.get(id(f)) or Result(None, f.x, f.attended, f.kept) for f in flights]
+        return self._logits(chunks)
 
-    def _regroup(self, batch: _Batch | None, active: list[_Flight], layer: int) -> _Batch | None:
+    def _regroup(self, batch: _Batch | None, active: list[Chunk], layer: int) -> _Batch | None:
         """The batch that goes into `layer`, after what is dropped there."""
         if batch is not None:
             batch.give_back()
-        for flight in active:
-            self._choose(flight, layer)
+        for chunk in active:
+            self._choose(chunk, layer)
         return _Batch(active) if active else None
 
-    def _choose(self, flight: _Flight, layer: int) -> None:
+    def _choose(self, chunk: Chunk, layer: int) -> None:
         """Drop what is dropped at the input of `layer`."""
-        choice = flight.work.choice
+        choice = chunk.choice
         if choice is None or layer not in choice.keep:
             return
-        n = int((flight.rows < choice.selecting).sum())
-        trace = flight.attended.trace(n, self.model.scaling) if flight.attended is not None else None
+        n = int((chunk.rows < choice.selecting).sum())
+        trace = chunk.attended.trace(n, self.model.scaling) if chunk.attended is not None else None
         module = self.model.decoder_layer(layer)
-        flight.drop(
+        chunk.drop(
             layer,
-            choice.kept_rows(layer, module, flight.x, flight.rows, trace, lambda: self._own_record(flight, layer, n)),
+            choice.kept_rows(layer, module, chunk.hidden, chunk.rows, trace, lambda: self._own_record(chunk, layer, n)),
         )
 
-    def _own_record(self, flight: _Flight, layer: int, rows: int) -> AttentionTrace:
+    def _own_record(self, chunk: Chunk, layer: int, rows: int) -> AttentionTrace:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
         segment = self._segment_of[layer]
-        positions = flight.positions(segment - 1)[:, :rows]
-        q, keys, values = self.model.project(layer, flight.x[:rows], self.model.rotary(_on(positions, self.model)))
-        base = flight.work.base[segment]
+        positions = chunk.positions(segment - 1)[:, :rows]
+        q, keys, values = self.model.project(layer, chunk.hidden[:rows], self.model.rotary(_on(positions, self.model)))
+        base = chunk.base[segment]
         cached = (keys, values)
         if base:
-            table = _on(flight.work.tables[segment][:1, : -(-base // self.storage.page_size)], self.model)
+            table = _on(chunk.tables[segment][:1, : -(-base // self.storage.page_size)], self.model)
             before = self.storage.read(table, _on(np.array([base], dtype=np.int32), self.model), base)
             cached = _joined(before[0], keys), _joined(before[1], values)
         angles = None
         if q.shape[-1] > self.model.head_dim:
-            known = flight.work.cached[segment]
+            known = chunk.cached[segment]
             assert known is not None
             angles = self.model.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.model))
         _, lse = ops.kv4_attention(q, *cached, base + rows, None, self.model.scaling, angles)
         return Attended(q, keys, lse, None if angles is None else angles[..., base:]).trace(rows, self.model.scaling)
 
-    def _inputs(self, works: Sequence[Work]) -> list[Tensor]:
-        counts = [0 if work.hidden is not None else len(work.ids) for work in works]
-        ids = [token for work in works if work.hidden is None for token in work.ids]
+    def _inputs(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        counts = [0 if chunk.x is not None else len(chunk.ids) for chunk in chunks]
+        ids = [token for chunk in chunks if chunk.x is None for token in chunk.ids]
         embedded = (
             iter(self.model.embed(torch.tensor(ids, dtype=torch.int64)).split([n for n in counts if n]))
             if ids
             else iter(())
         )
-        return [next(embedded) if work.hidden is None else work.hidden for work in works]
+        return [next(embedded) if chunk.x is None else chunk.x for chunk in chunks]
 
-    def _logits(self, flights: list[_Flight], results: dict[int, Result]) -> None:
-        done = [f for f in flights if f.work.leave == self.segments.layers]
-        if done:
-            values = self.model.logits(torch.cat([f.x[-1:] for f in done]))
-            rows = Logits(values, values.argmax(-1)).rows(len(done))
-            results.update({id(f): Result(row, kept=f.kept) for f, row in zip(done, rows, strict=True)})
+    def _logits(self, chunks: Sequence[Chunk]) -> list[Row | None]:
+        done = [chunk.leave == self.segments.layers for chunk in chunks]
+        if not any(done):
+            return [None] * len(done)
+        last = [chunk.hidden[-1:] for chunk, through in zip(chunks, done, strict=True) if through]
+        values = self.model.logits(torch.cat(last))
+        rows = iter(Logits(values, values.argmax(-1)).rows(len(last)))
+        return [next(rows) if through else None for through in done]
 
     def _layer(self, layer: int, segment: int, batch: _Batch, slots: _Slots, rotary: tuple[Tensor, Tensor]) -> None:
         local = layer - self.segments.bounds[segment]
         q, keys, values = self.model.project(layer, batch.x, rotary)
         self.storage.write(keys, values, slots.slot[local])
         outs = []
-        for number, (flight, begin, end) in enumerate(batch.spans()):
+        for number, (chunk, begin, end) in enumerate(batch.spans()):
             own = q[:, :, begin:end].contiguous()
             angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.model.head_dim else None
             out, lse = self.storage.attend(
                 own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles
             )
             outs.append(out.view(end - begin, -1))
-            flight.attended = None
-            if flight.recorded_at(layer):
-                near = None if angles is None else angles[..., flight.work.base[segment] :]
-                flight.attended = Attended(own, _cut(keys, begin, end), lse, near)
+            chunk.attended = None
+            if chunk.recorded_at(layer):
+                near = None if angles is None else angles[..., chunk.base[segment] :]
+                chunk.attended = Attended(own, _cut(keys, begin, end), lse, near)
         batch.x = self.model.finish(layer, batch.x, torch.cat(outs) if len(outs) > 1 else outs[0])
 
 

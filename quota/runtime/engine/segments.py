@@ -9,9 +9,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from quota.allocate.solve import allocate, uniform
-from quota.core.errors import RecipeError, UsageError
-from quota.core.recipe import Recipe, significant
+from quota.allocate.solve import allocate, check_keep, uniform
+from quota.core.errors import UsageError
+from quota.core.keep import significant
+from quota.core.recipe import Recipe
 from quota.prune.budget import plan_drops
 
 
@@ -25,7 +26,7 @@ class Segments:
     @classmethod
     def between(cls, layers: int, recipes: Iterable[Recipe]) -> Segments:
         """Cut `layers` decoder layers at every candidate of every recipe."""
-        cuts = {max(candidate, 0) for recipe in recipes for candidate in recipe.candidates}
+        cuts = {candidate for recipe in recipes for candidate in recipe.candidates}
         return cls(tuple(sorted({0, layers} | cuts)))
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class Segments:
 
     def check(self, recipe: Recipe) -> None:
         """UsageError when the recipe drops inside a segment."""
-        inside = [c for c in recipe.candidates if max(c, 0) not in self.bounds]
+        inside = [c for c in recipe.candidates if c not in self.bounds]
         if inside:
             raise UsageError(
                 f"recipe: prunes at layer {inside[0]}, where this engine has no segment boundary; give it the recipe"
@@ -56,9 +57,8 @@ class Segments:
 
 @dataclass(frozen=True)
 class DropPlan:
-    """keep: decoder layer -> visual tokens kept at its input per set, only where some are dropped; what drops before
-    the language model drops at the input of layer 0. dropped: tokens missing per segment. group int64 [tokens]: the set
-    a visual token competes in (`quota.prune.budget`), -1 for text.
+    """keep: decoder layer -> visual tokens kept at its input per set, only where some are dropped. dropped: tokens
+    missing per segment. group int64 [tokens]: the set a visual token competes in (`quota.prune.budget`), -1 for text.
     """
 
     keep: dict[int, tuple[int, ...]]
@@ -78,7 +78,7 @@ def plan_prompt(recipe: Recipe | None, segments: Segments, image_index: Tensor) 
         if recipe is None or not bool((image_index >= 0).any())
         else plan_drops(recipe, image_index[None])
     )
-    keep = {max(candidate, 0): tuple(budget[0].tolist()) for candidate, budget in budgets.items()}
+    keep = {candidate: tuple(budget[0].tolist()) for candidate, budget in budgets.items()}
     sizes = [int((group == number).sum()) for number in range(int(group.max()) + 1)]
     visual, alive, dropped = sum(sizes), sizes, []
     for span in segments.spans:
@@ -92,8 +92,7 @@ def at_budget(recipe: Recipe, keep: float) -> Recipe:
 
     A recipe without sensitivities has its own shares rescaled; one that drops nothing gets equal drops.
     """
-    if isinstance(keep, bool) or not 0 < keep <= 1:
-        raise RecipeError(f"keep: expected a ratio above 0 and at most 1, got {keep}")
+    check_keep(keep)
     final = significant(float(keep))
     if recipe.method == "quota" and recipe.sensitivities:
         table = allocate(recipe.sensitivities, final, recipe.tau)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quota.core.recipe import ATTENTION_SCORES, BEFORE, Recipe
+from quota.core.recipe import Recipe
 from quota.models.images import ImageTokens
 from quota.nn.attention import AttentionTrace
 from quota.nn.cache import dequantize_slots
 from quota.nn.key_bias import wide_keys
 from quota.ops.weights import Kv
-from quota.prune.scores import text_queries
-from quota.prune.select import Alive, choose
+from quota.prune.alive import Alive
+from quota.prune.attention import text_queries
+from quota.prune.select import choose, needs_attention
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Choice:
 
     def reads_attention(self, layer: int) -> bool:
         """Whether what is dropped at the input of `layer` is chosen by the attention of the layer before."""
-        return layer in self.keep and self.recipe.selection_at(layer or BEFORE).score in ATTENTION_SCORES
+        return layer in self.keep and needs_attention(self.recipe, layer)
 
     def kept_rows(
         self,
@@ -97,19 +98,19 @@ class Choice:
         x: Tensor,
         rows: Tensor,
         trace: AttentionTrace | None,
-        own_record: Callable[[], AttentionTrace],
+        own_trace: Callable[[], AttentionTrace],
     ) -> Tensor:
         """Rows that go on into `layer`: x [n, d] are the hidden states of rows int64 [n] -> bool [n], both on
         the host.
 
-        record: of the layer before, own_record: of `layer` itself, both over the rows before `selecting`.
+        trace: of the layer before, own_trace: of `layer` itself, both over the rows before `selecting`.
         """
         group = self.group[rows]
         n = int((rows < self.selecting).sum())
         of_prompt = (group[:n], self.text[rows[:n]], rows[:n] + self.first, torch.tensor(self.keep[layer]))
         own, text, column, budget = (t[None].to(x.device) for t in of_prompt)
         images = replace(self.images, number=self.images.number.to(x.device), place=self.images.place.to(x.device))
-        alive = Alive(x[None, :n], own, text, column, module, images, trace, own_record)
+        alive = Alive(x[None, :n], own, text, column, module, images, trace, own_trace)
         kept = group < 0
-        kept[:n] |= choose(self.recipe, layer or BEFORE, alive, budget)[0].cpu()
+        kept[:n] |= choose(self.recipe, layer, alive, budget)[0].cpu()
         return kept

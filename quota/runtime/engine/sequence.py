@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,44 +13,32 @@ from quota.core.recipe import Recipe
 from quota.models.images import ImageTokens
 from quota.prune.budget import image_sizes
 from quota.prune.select import needs_images
-from quota.runtime.engine.detokenize import Detokenizer, StopStrings
-from quota.runtime.engine.forward_batch import Work
-from quota.runtime.engine.logprobs import LogprobBuffer
+from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.pool import Page, PagePool
 from quota.runtime.engine.positions import Positions
 from quota.runtime.engine.prefix import Content, PageNames, content_of, digest
+from quota.runtime.engine.reply import Reply
 from quota.runtime.engine.request import Request, Usage
 from quota.runtime.engine.segments import Segments, plan_prompt
 from quota.runtime.engine.selection import Attended, Choice
 
 
-@dataclass
-class Piece:
-    """Rows of a prefill that wait before the first layer that drops."""
-
-    hidden: Tensor
-    attended: Attended | None
-
-
-@dataclass
-class Times:
-    """Seconds of time.monotonic: asked for, first admitted, first token, last token."""
-
-    arrived: float = field(default_factory=time.monotonic)
-    admitted: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-
-
 class Sequence:
-    """Tokens, plan, pages and progress of one request. `tokens` is the prompt and the answer so far; keys and values of
-    the first `computed` of them are in the pool."""
+    """What the model sees of one request: tokens, plan, pages and progress. `tokens` is the prompt and the answer so
+    far; keys and values of the first `computed` of them are in the pool. reply: what the client sees."""
 
     def __init__(
-        self, request: Request, order: int, recipe: Recipe | None, model: EngineModel, segments: Segments
+        self,
+        request: Request,
+        order: int,
+        recipe: Recipe | None,
+        model: EngineModel,
+        segments: Segments,
+        reply: Reply,
     ) -> None:
-        self.request, self.order, self.recipe, self.segments = request, order, recipe, segments
+        self.request, self.order, self.recipe, self.segments, self.reply = request, order, recipe, segments, reply
+        self.client = request.client
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
         _check_tokens(self.tokens, model.vocabulary)
@@ -89,13 +74,9 @@ class Sequence:
         self.shared = [0] * len(segments)
         self.published = [0] * len(segments)
         self.computed = self.cached = 0
-        self.ahead: list[Piece] = []
-        self.seed = request.sampling.drawn_seed()
-        self.preemptions = 0
-        self.times = Times()
-        self.detokenizer: Detokenizer | None = None
-        self.stops = StopStrings(request.sampling.stop)
-        self.entries = LogprobBuffer()
+        self.ahead: list[Chunk] = []  # rows that wait before the first layer that drops
+        self.preemptions = self.passed_by = self.admitted_tokens = 0
+        self.paused = False
         self.kept: dict[int, np.ndarray] = {}  # layer -> prompt tokens alive from there on
         self.siblings: list[Sequence] = []  # requests of the same prompt, which wait for its pages
 
@@ -130,6 +111,11 @@ class Sequence:
     def decoding(self) -> bool:
         """Only the newest token is missing from the pool."""
         return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_tokens
+
+    @property
+    def gained(self) -> int:
+        """Tokens of the answer since it was admitted."""
+        return len(self.tokens) - self.admitted_tokens
 
     def slots(self, segment: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens take in a segment; tokens is outside the images of a pruned prompt."""
@@ -202,13 +188,6 @@ class Sequence:
         for names in self.names:
             names.append(token)
 
-    def next_text(self, token: int, last: bool) -> str:
-        """The text that may be shown after a new token of the answer."""
-        if self.detokenizer is None:
-            return ""
-        text = self.stops.push(self.detokenizer.push(token))
-        return text + self.stops.push(self.detokenizer.flush()) + self.stops.flush() if last else text
-
     # work
 
     def reusable(self, matched: list[int]) -> int:
@@ -225,47 +204,33 @@ class Sequence:
         """Whether tokens are still to be chosen."""
         return bool(self.plan.keep) and self.computed <= self.first_visual
 
-    def work(self, model: EngineModel, begin: int, end: int, enter: int, leave: int) -> Work:
-        """Tokens begin .. end through layers enter .. leave; begin is `computed`, or past it when pieces go ahead to
-        the first drop."""
-        choice = attended = None
-        hidden = self._embedded(model, begin, end)
+    def fill(self, chunk: Chunk, model: EngineModel) -> Chunk:
+        """Say what the chunk is about; it begins at `computed`, or past it when rows go ahead to the first drop. A
+        chunk that was run can be filled in again."""
+        begin, end = chunk.begin, chunk.end
+        chunk.x, chunk.choice, chunk.attended, chunk.kept = self._embedded(model, begin, end), None, None, {}
         if self.chooses and self.recipe is not None:
             group = torch.full((len(self.tokens),), -1)
             group[: self.prompt_tokens] = self.plan.group
-            choice = Choice.of_prompt(self.recipe, self.plan.keep, group, self.raster, self.selecting, begin)
-        if enter:
-            hidden = torch.cat([piece.hidden for piece in self.ahead])
-            parts = [piece.attended for piece in self.ahead if piece.attended is not None]
-            attended = Attended.joined(parts) if parts else None
-        base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
-        positions, cached = (
-            self.positions.of_tokens(begin, end),
-            tuple(self.positions.of_slots(s, 0, slots) for s, slots in enumerate(base)),
-        )
-        return Work(
-            self.tokens[begin:end],
-            positions,
-            base,
-            tuple(self.shared),
-            self.tables,
-            enter,
-            leave,
-            hidden,
-            choice,
-            attended,
-            self.positions.compact,
-            cached,
-        )
+            chunk.choice = Choice.of_prompt(self.recipe, self.plan.keep, group, self.raster, self.selecting, begin)
+        if chunk.enter:
+            chunk.x = torch.cat([part.hidden for part in self.ahead])
+            parts = [part.attended for part in self.ahead if part.attended is not None]
+            chunk.attended = Attended.joined(parts) if parts else None
+        chunk.ids, chunk.rotary = self.tokens[begin:end], self.positions.of_tokens(begin, end)
+        chunk.base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
+        chunk.cached = tuple(self.positions.of_slots(s, 0, slots) for s, slots in enumerate(chunk.base))
+        chunk.shared, chunk.tables, chunk.compact = tuple(self.shared), self.tables, self.positions.compact
+        return chunk
 
-    def advance(self, begin: int, end: int, kept: Mapping[int, Tensor]) -> None:
-        """Tokens begin .. end have passed all layers; kept: layer -> which of them, as rows, were alive from there
-        on."""
-        for layer, rows in kept.items():
+    def advance(self, chunk: Chunk) -> None:
+        """The tokens of a chunk have passed all layers."""
+        begin, end = chunk.begin, chunk.end
+        for layer, rows in chunk.kept.items():
             self.kept[layer] = rows.numpy() + begin
         alive = np.arange(begin, end)
         for segment, span in enumerate(self.segments.spans):
-            if span[0] in kept:
+            if span[0] in chunk.kept:
                 alive = self.kept[span[0]]
             self.positions.put(segment, self.slots(segment, begin), alive)
         self.computed, self.ahead = end, []

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quota.runtime.engine.scheduler import Turn
-    from quota.runtime.engine.sequence import Times
+    from quota.runtime.engine.chunk import Chunk
+    from quota.runtime.engine.reply import Times
 
 
 @dataclass
@@ -31,15 +31,15 @@ class Stats:
     first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     between_tokens_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
 
-    def observe_step(self, turns: Many[Turn], seconds: float) -> None:
+    def observe_step(self, chunks: Many[Chunk], seconds: float) -> None:
         self.steps += 1
-        self.batch = len(turns)
+        self.batch = len(chunks)
         self.step_s += seconds
-        for turn in turns:
-            if turn.end - turn.begin == 1:
+        for chunk in chunks:
+            if chunk.end - chunk.begin == 1:
                 self.decode_rows += 1
             else:
-                self.prefill_rows += turn.end - turn.begin
+                self.prefill_rows += chunk.end - chunk.begin
 
     def observe_token(self, times: Times) -> None:
         now = time.monotonic()

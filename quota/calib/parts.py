@@ -1,0 +1,54 @@
+"""A quantized checkpoint put together from the finished blocks of others: which parts are quantized is a choice made
+after calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from quota.calib.export import float_names, processor_of
+from quota.calib.stream import FloatSource
+from quota.core.checkpoint import CheckpointWriter, Manifest
+from quota.core.checkpoint_files import iterate_tensors, weight_files
+from quota.core.errors import CheckpointError
+
+
+def block_paths(source: FloatSource, module: str) -> list[str]:
+    """Module paths of the blocks that "vision", "projector" or "llm" quantizes, in order."""
+    family = source.family
+    if module == "projector":
+        return [family.projector_path]
+    if module == "vision":
+        return [family.vision_layer(i) for i in range(family.vision_layers_used)]
+    return [family.decoder_layer(i) for i in range(family.layers)]
+
+
+def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> None:
+    """Write checkpoint `out`, atomically: blocks of module m from the quantized folder folders[m], everything else from
+    the float model. `out` is a path of the cache: an older checkpoint there is replaced.
+
+    CheckpointError when a folder is of another float model or does not hold its module.
+    """
+    manifests = {module: Manifest.load(folder) for module, folder in folders.items()}
+    for module, manifest in manifests.items():
+        if manifest.source_fingerprint != source.fingerprint or module not in manifest.modules:
+            raise CheckpointError(
+                f"{folders[module]}: expected quantized {module} blocks of {source.fingerprint}, got {manifest.modules}"
+                f" of {manifest.source_fingerprint}; calibrate the parts from one float model"
+            )
+    last = list(manifests.values())[-1]
+    paths = {module: block_paths(source, module) for module in folders}
+    reports = [r for module, m in manifests.items() for r in m.calibration["report"] if r["name"] in paths[module]]
+    manifest = Manifest(last.scheme, tuple(folders), source.fingerprint, {**last.calibration, "report": reports})
+    with CheckpointWriter(out, manifest, overwrite=True) as writer:
+        writer.add_config(source.config)
+        writer.add_processor(processor_of(source.folder))
+        generation = source.folder / "generation_config.json"
+        if generation.is_file():
+            writer.add_file(generation)
+        for name in float_names(source, [path for chosen in paths.values() for path in chosen]):
+            writer.add({name: source.tensor(name)})
+        for module, folder in folders.items():
+            stored = dict(iterate_tensors(weight_files(folder, manifests[module])))
+            for path in paths[module]:
+                writer.add({name: tensor for name, tensor in sorted(stored.items()) if name.startswith(f"{path}.")})

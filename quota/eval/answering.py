@@ -1,0 +1,232 @@
+"""The same questions to one model under several recipes, answered together.
+
+A W4A4KV4 model answers through the engine: every image is prepared and encoded once for all rows, and rows and
+questions are one continuous batch. Any other model answers by `generate` in left-padded batches, rows taking turns on a
+batch, so that its images are prepared and encoded once too. Either way a question gets the text that it gets alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quota.core.journal import Journal
+from quota.eval.generation import check_questions, decoded, encode, generate, room_for_answer, under
+from quota.eval.questions import Question, chunks
+from quota.eval.score import is_right
+from quota.models import find_family
+from quota.models.quantize import weight_bytes
+
+if TYPE_CHECKING:
+    from quota.core.recipe import Recipe
+
+_ANSWERS_SCHEMA = "quota-answers/1"
+_SMALL_BYTES = 256 << 20  # of weights: below, a thread answers on its own
+_TOGETHER = 64  # requests in the engine; their prompts hold pixels
+# fields of a generation configuration that leave greedy answers alone, or that the engine follows
+_HARMLESS = frozenset(
+    {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+    | {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "num_beams"}
+    | {"output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"}
+)
+
+
+class AnswerFile(Journal):
+    """Answers of one row, one JSON line each, appended batch by batch. A file of another key is not reused."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        super().__init__(path, {"schema": _ANSWERS_SCHEMA, "key": key})
+
+    @property
+    def known(self) -> dict[str, str]:
+        """Question id -> prediction."""
+        return {row["id"]: row["prediction"] for row in self.rows}
+
+    def add(self, batch: Sequence[Question], predictions: Sequence[str]) -> None:
+        self.append(
+            [
+                {
+                    "id": q.id,
+                    "task": q.task,
+                    "instruction": q.instruction,
+                    "answer": q.answer,
+                    "prediction": p,
+                    "right": is_right(p, q.answer),
+                }
+                for q, p in zip(batch, predictions, strict=True)
+            ]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Answers under `recipe` go into `file`. advance: told how many questions were settled."""
+
+    recipe: Recipe | None
+    file: AnswerFile
+    advance: Callable[[int], Any] = lambda count: None
+
+
+Opened = tuple[Any, Any]  # model without a recipe, processor
+Batch = tuple[list[Question], list[Row]]  # questions, and the rows that lack them
+
+
+def answer_together(
+    opened: Callable[[], Opened], rows: Sequence[Row], questions: list[Question], batch: int, tokens: int
+) -> float:
+    """Fill the rows' files; seconds spent, 0 where nothing was missing.
+
+    opened: called only when something is left to answer. Batches are fixed slices
+    of the list, so a resumed run batches like an unbroken one; each is on disk when its last answer is there.
+    """
+    began, work = time.perf_counter(), list[Batch]()
+    known = [row.file.known for row in rows]
+    for part in chunks(questions, batch):
+        lacking = [row for row, done in zip(rows, known, strict=True) if not all(q.id in done for q in part)]
+        for row in rows:
+            if row not in lacking:
+                row.advance(len(part))
+        if lacking:
+            work.append((part, lacking))
+    if not work:
+        return 0.0
+    model, processor = opened()
+    for part, _ in work:
+        check_questions(processor, part)
+    made = _by_generate if why_not_engine(model) else _by_engine
+    recipes = [row.recipe for row in rows if row.recipe is not None]
+    todo, lock = _Shared(work), threading.Lock()
+
+    def work_off(own: Opened) -> None:
+        try:
+            for row, part, texts in made(*own, todo, recipes, tokens):
+                with lock:
+                    row.file.add(part, texts)
+                    row.advance(len(part))
+        finally:  # after an exception the others end too
+            todo.end()
+
+    with _copies(model, processor, len(work)) as copies:
+        if len(copies) == 1:
+            work_off(copies[0])
+        else:
+            with ThreadPoolExecutor(len(copies)) as pool:
+                try:
+                    for _ in pool.map(work_off, copies):
+                        pass
+                finally:
+                    todo.end()
+    return time.perf_counter() - began
+
+
+class _Shared(Iterator[Batch]):
+    """Batches for whichever thread asks."""
+
+    def __init__(self, work: Sequence[Batch]) -> None:
+        self._left, self._lock = iter(work), threading.Lock()
+
+    def __next__(self) -> Batch:
+        with self._lock:
+            return next(self._left)
+
+    def end(self) -> None:
+        """Give out no more."""
+        with self._lock:
+            self._left = iter(())
+
+
+@contextmanager
+def _copies(model: Any, processor: Any, most: int) -> Iterator[list[Opened]]:
+    """The model, or for a small one on the CPU copies that share its tensors, for a thread each: its operations are too
+    short to be shared out among threads, batches are not. Recipes and processors are a copy's own."""
+    threads = torch.get_num_threads()
+    if model.device.type != "cpu" or weight_bytes(model) > _SMALL_BYTES or min(threads, most) == 1:
+        yield [(model, processor)]
+        return
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copies = [copy.deepcopy((model, processor), dict(tensors)) for _ in range(min(threads, most))]
+    torch.set_num_threads(1)  # of threads that begin now
+    try:
+        yield copies
+    finally:
+        torch.set_num_threads(threads)
+
+
+def why_not_engine(model: Any) -> str | None:
+    """Why a loaded model's answers come from `generate`, None where the engine gives the same ones."""
+    from quota.runtime.llm import why_not
+
+    asked = sorted(set(model.generation_config.to_diff_dict()) - _HARMLESS) if model.can_generate() else []
+    return why_not(model) or (f"generation_config: {asked[0]} is not the engine's" if asked else None)
+
+
+Made = Iterator[tuple[Row, list[Question], list[str]]]
+
+
+def _by_engine(model: Any, processor: Any, work: Iterator[Batch], recipes: Sequence[Recipe], tokens: int) -> Made:
+    from quota.runtime.engine import Request, SamplingParams
+    from quota.runtime.llm import LLM
+
+    taken: deque[Batch] = deque()
+
+    def requests() -> Iterator[Request]:
+        for part, lacking in work:
+            taken.append((part, lacking))
+            for q in part:
+                prompt = llm.prompts.question(q.instruction, [] if q.open_image is None else [q.open_image()])
+                for row in lacking:
+                    yield Request("", prompt, sampling, row.recipe)
+
+    sampling = SamplingParams(max_tokens=tokens)
+    with LLM(
+        model, recipe={str(number): recipe for number, recipe in enumerate(recipes)}, max_running=_TOGETHER
+    ) as llm:
+        done = llm.run(requests())
+        for first in done:
+            part, lacking = taken.popleft()
+            answers = chain([first], islice(done, len(part) * len(lacking) - 1))
+            texts = [completion.text.strip() for completion in answers]
+            yield from ((row, part, texts[number :: len(lacking)]) for number, row in enumerate(lacking))
+
+
+def _by_generate(model: Any, processor: Any, work: Iterator[Batch], recipes: Sequence[Recipe], tokens: int) -> Made:
+    with images_encoded_once(model):
+        for part, lacking in work:
+            inputs = encode(model, processor, part)
+            longest = min(tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
+            for row in lacking:
+                with under(model, row.recipe):
+                    texts = decoded(processor, generate(model, inputs, max_new_tokens=longest))
+                yield row, part, texts
+
+
+@contextmanager
+def images_encoded_once(model: Any) -> Iterator[None]:
+    """While open, pixels that are given again (the same tensor) are not encoded again."""
+    inner = model.get_submodule(find_family(model).model_path)
+    encode_images = inner.get_image_features
+    last: list[Any] = [None, None]
+
+    @wraps(encode_images)  # transformers looks at the signature
+    def once(pixel_values: Any, *args: Any, **options: Any) -> Any:
+        if last[0] is not pixel_values:
+            last[:] = pixel_values, encode_images(pixel_values, *args, **options)
+        return last[1]
+
+    inner.get_image_features = once
+    try:
+        yield
+    finally:
+        del inner.get_image_features

@@ -1,0 +1,160 @@
+"""Measures the layers: float model beside its quantized counterpart, one sample at a time.
+
+Per decoder layer: attention concentration and redundancy on the float model (where to prune), and the relative error of
+the layer's input in the quantized model (how sensitive it is), both models running unpruned on the same prompts.
+Memory: one sample's layer inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quota.allocate.profile import Profile
+from quota.allocate.sensitivity import percentile, relative_error, sensitivity
+from quota.calib.samples import Samples, check_texts, encode
+from quota.core.errors import CheckpointError, SampleError
+from quota.core.version import VERSION
+from quota.models import find_family, model_fingerprint, submodule
+from quota.models.quantize import model_scheme
+from quota.nn.attention import AttentionTrace
+from quota.planning.facts import model_facts
+from quota.planning.progress import Tell, shown
+from quota.prune.attention import mean_attention, text_queries
+from quota.prune.recording import attending
+
+TOP = 10  # attention concentration: mass of the 10 largest shares
+
+
+def concentration(attention: Tensor, top: int = TOP) -> float:
+    """Mass of the `top` largest entries of `attention` [V] (non-negative) after renormalising it to sum 1; 1.0 when V
+    <= top."""
+    shares = attention.double() / attention.double().sum().clamp_min(1e-30)
+    return float(shares.topk(min(top, shares.numel())).values.sum())
+
+
+def redundancy(hidden: Tensor) -> float:
+    """Median pairwise cosine similarity of the rows of `hidden` [V, d], pairs i < j; 1.0 for a single row."""
+    n = hidden.shape[0]
+    if n < 2:
+        return 1.0
+    unit = nn.functional.normalize(hidden.double(), dim=-1)
+    above = torch.ones(n, n, dtype=torch.bool, device=hidden.device).triu(1)
+    return float((unit @ unit.T)[above].median())
+
+
+def profile(
+    float_model: nn.Module,
+    quant_model: nn.Module,
+    processor: Any,
+    samples: Samples,
+    progress: bool | Tell = False,
+) -> Profile:
+    """Profile a float model and the quantized model made from it over `samples`.
+
+    progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in
+    float64, medians over samples, figures rounded to 6 significant digits. Both models run in evaluation mode; hooks
+    are removed whatever happens. CheckpointError when the two are not the same model; SampleError when no sample has a
+    image followed by text.
+    """
+    fingerprint = model_fingerprint(float_model)
+    if model_fingerprint(quant_model) != fingerprint:
+        raise CheckpointError(
+            f"model: the quantized checkpoint was made from {model_fingerprint(quant_model)}, the float model given is"
+            f" {fingerprint}; give the model it was calibrated from"
+        )
+    check_texts(processor, samples)
+    figures = _Figures(len(_layers(float_model)))
+    was_training = float_model.training, quant_model.training
+    float_model.eval(), quant_model.eval()
+    try:
+        with _one_thread(), shown(progress, "profiling layers") as tell, torch.inference_mode():
+            for done, sample in enumerate(samples, start=1):
+                figures.add(float_model, quant_model, encode(processor, sample))
+                tell(done, len(samples))
+    finally:
+        float_model.train(was_training[0]), quant_model.train(was_training[1])
+    if not all(figures.spread):
+        raise SampleError(
+            "samples: expected at least one with an image followed by text, got none; layers are chosen by attention"
+            " to images"
+        )
+    return Profile(
+        model=model_facts(float_model, fingerprint, figures.visual_tokens, figures.text_tokens),
+        regime=model_scheme(quant_model).name,
+        samples=len(samples),
+        calibration_fingerprint=samples.fingerprint,
+        tool_version=VERSION,
+        concentration_median=tuple(median(v) for v in figures.spread),
+        concentration_q25=tuple(percentile(v, 25) for v in figures.spread),
+        concentration_q75=tuple(percentile(v, 75) for v in figures.spread),
+        redundancy_median=tuple(median(v) for v in figures.alike),
+        sensitivity=tuple(sensitivity(v) for v in figures.errors),
+    )
+
+
+class _Figures:
+    """Numbers collected over samples, per layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.spread: list[list[float]] = [[] for _ in range(layers)]
+        self.alike: list[list[float]] = [[] for _ in range(layers)]
+        self.errors: list[list[float]] = [[] for _ in range(layers)]
+        self.visual_tokens: list[int] = []
+        self.text_tokens: list[int] = []
+
+    def add(self, float_model: nn.Module, quant_model: nn.Module, inputs: Any) -> None:
+        """Run both models on one sample."""
+        visual = inputs["input_ids"] == find_family(float_model).image_token_id
+        pictured = bool(visual.any())
+        text = text_queries(visual, torch.ones_like(visual))
+
+        def concentrated(layer: int, trace: AttentionTrace) -> None:
+            self.spread[layer].append(concentration(mean_attention(trace, visual, text)[visual]))
+
+        followed = pictured and not bool((text & visual).any())  # there is text after the image
+        with attending(float_model, concentrated) if followed else nullcontext():
+            exact = _layer_inputs(float_model, inputs)
+        deployed = _layer_inputs(quant_model, inputs)
+        self.text_tokens.append(int((~visual).sum()))
+        if pictured:
+            self.visual_tokens.append(int(visual.sum()))
+        for i, (x, x_q) in enumerate(zip(exact, deployed, strict=True)):
+            x = x.double()
+            self.errors[i].append(relative_error(float((x - x_q.double()).norm()), float(x.norm())))
+            if pictured:
+                self.alike[i].append(redundancy(x[0, visual[0]]))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Float matrix products sum in an order that depends on the number of threads, and the recipe's bytes must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _layer_inputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The hidden states [1, S, d] at each decoder layer's input."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    with ExitStack() as stack:
+        for layer in _layers(model):
+            stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return seen
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return list(submodule(model, find_family(model).decoder_path).children())

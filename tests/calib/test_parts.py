@@ -1,0 +1,59 @@
+"""Checkpoints put together from finished blocks are, byte for byte, what calibrating those parts writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quota.calib.parts import assemble
+from quota.calib.run import calibrate
+from quota.calib.stream import FloatSource
+from quota.core.errors import CheckpointError
+from quota.core.recipe import Recipe
+from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
+from tests.prune.recipes import recipe_for
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_parts(tmp_path: Path, family: str) -> None:
+    made, samples = (
+        (float_folder, picture_samples(3))
+        if family == "llava"
+        else (qwen_folder, mixed_samples(((32, 32), (24, 16), None)))
+    )
+    source = FloatSource(made(tmp_path / "float", layers=3))
+    recipe = Recipe.parse({**pruned(tmp_path / "float"), "reference": "recorded" if family == "llava" else "per_image"})
+    for name, options in {
+        "whole": {},
+        "some": {"modules": ("vision", "llm")},
+        "pruned": {"recipe": recipe},
+        "decoder": {"modules": ("llm",), "recipe": recipe},
+    }.items():
+        calibrate(tmp_path / "float", samples, out=tmp_path / name, steps=1, progress=False, **options)
+    whole, decoder = tmp_path / "whole", tmp_path / "decoder"
+    assemble(source, {"vision": whole, "llm": whole}, tmp_path / "some-assembled")
+    assert contents(tmp_path / "some-assembled") == contents(tmp_path / "some")
+    assemble(source, {"vision": whole, "projector": whole, "llm": decoder}, tmp_path / "pruned-assembled")
+    assert contents(tmp_path / "pruned-assembled") == contents(tmp_path / "pruned") != contents(whole)
+
+
+def pruned(folder: Path) -> dict:
+    from quota.eval.asking import load_model
+
+    return recipe_for(load_model(folder)[0], (1, 2), (0.5, 0.25)).model_dump()
+
+
+def test_parts_of_another_model_are_refused(tmp_path: Path) -> None:
+    float_folder(tmp_path / "float", layers=2)
+    calibrate(tmp_path / "float", picture_samples(2), out=tmp_path / "llm", modules=("llm",), steps=0, progress=False)
+    with pytest.raises(CheckpointError, match="expected quantized vision blocks"):
+        assemble(FloatSource(tmp_path / "float"), {"vision": tmp_path / "llm"}, tmp_path / "out")
+    other = FloatSource(float_folder(tmp_path / "other", layers=2, seed=1))
+    with pytest.raises(CheckpointError, match="calibrate the parts from one float model"):
+        assemble(other, {"llm": tmp_path / "llm"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
