@@ -19,17 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as upstream
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLRotaryEmbedding,
-)
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import CheckpointError, UsageError
 from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
-from quota.nn.embedding import MultimodalRotary
+from quota.nn.embedding import MultimodalRotary, axial_rotary
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32
 from quota.nn.mlp import QuantMLP
@@ -131,10 +128,10 @@ class Qwen25VL(Family):
         tower.__class__ = ImageByImage  # same fields; only the order of work changes
 
     def rotary(self, device: Any) -> nn.Module:
-        return MultimodalRotary(Qwen2_5_VLRotaryEmbedding(config=self.text), device=device)
+        return MultimodalRotary(modeling.Qwen2_5_VLRotaryEmbedding(config=self.text), device=device)
 
     def float_rotary(self) -> nn.Module:
-        return Qwen2_5_VLRotaryEmbedding(self.text)
+        return modeling.Qwen2_5_VLRotaryEmbedding(self.text)
 
     def fill_derived(self, model: Any) -> None:
         super().fill_derived(model)
@@ -213,7 +210,7 @@ class Qwen25VL(Family):
         whole = index in self.vision.fullatt_block_indexes
         segments = [size for geometry in where for size in ((geometry.patches,) if whole else geometry.windows)]
         bounds = torch.tensor([0, *segments], dtype=torch.int32, device=hidden.device).cumsum(0, dtype=torch.int32)
-        rotary = [axial_rotary(geometry.places, self.vision) for geometry in where]
+        rotary = [tower_rotary(geometry, self.vision) for geometry in where]
         cos, sin = (torch.cat(side).to(hidden.device) for side in zip(*rotary, strict=True))
         out = torch.zeros_like(hidden)
         out[valid] = layer(hidden[valid], cu_seqlens=bounds, position_embeddings=(cos, sin))
@@ -338,17 +335,10 @@ def geometry_of(vision: Any, grid: tuple[int, int, int]) -> TowerGeometry:
     )
 
 
-def axial_rotary(places: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
-    """places [n, 2] -> cos, sin [n, D] float32 of the tower's rotary embedding, rounded once from float64.
-
-    Rows turn the first quarter of the channels, columns the second, and both again in the upper half.
-    """
-    dim = vision.hidden_size // vision.num_heads
+def tower_rotary(where: TowerGeometry, vision: Any) -> tuple[Tensor, Tensor]:
+    """cos, sin [n, D] of every patch of an image, in window order."""
     theta = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    frequency = 1.0 / (theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2)))
-    angles = (places[..., None].float() * frequency).flatten(-2).double()
-    cos, sin = (torch.cat([part, part], -1).float() for part in (angles.cos(), angles.sin()))
-    return cos, sin
+    return axial_rotary(where.places, vision.hidden_size // vision.num_heads, theta)
 
 
 class QuantWindowAttention(nn.Module):
@@ -391,7 +381,7 @@ class QuantMerger(nn.Sequential):
         return as_dtype_of(second(first(as_float32(x)), "gelu"), x)
 
 
-class ImageByImage(Qwen2_5_VisionTransformerPretrainedModel):
+class ImageByImage(modeling.Qwen2_5_VisionTransformerPretrainedModel):
     """The upstream tower, run on one image at a time: its features are the same alone and in any batch."""
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

@@ -63,6 +63,18 @@ class MultimodalRotary(nn.Module):
         return cos, sin
 
 
+def axial_rotary(places: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """places [n, 2] (row, column) -> cos, sin [n, dim] float32 of a rotary embedding over an image, rounded once from
+    float64.
+
+    Rows turn the first quarter of the channels, columns the second, and both again in the upper half.
+    """
+    frequency = 1.0 / (theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2)))
+    angles = (places[..., None].float() * frequency).flatten(-2).double()
+    cos, sin = (torch.cat([part, part], -1).float() for part in (angles.cos(), angles.sin()))
+    return cos, sin
+
+
 class PatchEmbedding(nn.Conv2d):
     """A patch convolution that runs one image at a time. State is that of the convolution it replaces."""
 

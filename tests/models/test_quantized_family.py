@@ -9,30 +9,29 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from quota.models import FAMILIES, find_family, model_fingerprint
+from quota.models import find_family, model_fingerprint
 from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules
 from quota.models.rtn import quantize_rtn
 from tests.prune.recipes import final_states, greedy, single
-from tests.tiny import ROWS, TINY, tiny_llava, tiny_qwen
+from tests.tiny import ROWS, TINY, tiny_dinov2, tiny_llava, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
 # four groups per decoder layer; per used vision layer two or three times two; the projector's two
-LINEARS = {"llava": 4 * 4 + 2 * 4 + 2, "qwen2_5_vl": 4 * 4 + 4 * 3 + 2}
+LINEARS = {"llava": 4 * 4 + 2 * 4 + 2, "llava_dinov2": 4 * 4 + 2 * 4 + 2, "qwen2_5_vl": 4 * 4 + 4 * 3 + 2}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TINY)
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def model(name):
-    return quantize_rtn(tiny_llava() if name == "llava" else tiny_qwen(key_bias=800))
+    return quantize_rtn(tiny_qwen(key_bias=800) if name == "qwen2_5_vl" else TINY[name][0]())
 
 
-def inputs_of(model, rows=None):
-    _, inputs = TINY[find_family(model).name]
-    return inputs(model) if rows is None else inputs(model, rows=rows)
+def inputs_of(model, **rows):
+    return TINY[find_family(model).name][1](model, **rows)
 
 
 @pytest.mark.parametrize("modules", [("llm",), ("vision", "llm"), ALL, ("vision",), ("projector",)])
@@ -43,7 +42,9 @@ def test_everything_asked_for_is_replaced(name, modules):
     assert modules != ALL or len(quantized_linears(model)) == LINEARS[name]
 
 
-@pytest.mark.parametrize("made", [tiny_llava, tiny_qwen, partial(tiny_qwen, tied=True)], ids=["llava", "qwen", "tied"])
+@pytest.mark.parametrize(
+    "made", [tiny_llava, tiny_dinov2, tiny_qwen, partial(tiny_qwen, tied=True)], ids=["llava", "dinov2", "qwen", "tied"]
+)
 def test_structure_on_meta_matches_the_quantized_model(made):
     model = quantize_rtn(made())
     with torch.device("meta"):
@@ -100,13 +101,14 @@ def test_prefill_then_decode_equals_one_prefill(name, model):
         assert torch.equal(states[0], states[-1])
 
 
-def test_rows_alone_and_in_a_batch(name, model):
+def test_rows_alone_and_in_a_batch(model):
     """Left-padded positions start at 0 in generate, so every bit of the decoder agrees."""
-    inputs = inputs_of(model, ROWS[name])
+    rows = ROWS[find_family(model).name]
+    inputs = inputs_of(model, rows=rows)
     with final_states(model) as states:
         together = greedy(model, inputs).sequences[:, -5:]
         batched = states[:]
-        for row in range(len(ROWS[name])):
+        for row in range(len(rows)):
             states.clear()
             alone = greedy(model, single(inputs, row)).sequences[:, -5:]
             assert torch.equal(alone[0], together[row]), row

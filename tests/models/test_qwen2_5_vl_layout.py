@@ -9,7 +9,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from quota.core.errors import CheckpointError
 from quota.models import find_family, model_fingerprint, submodule, vision_macs
-from quota.models.qwen2_5_vl import axial_rotary, geometry_of
+from quota.models.qwen2_5_vl import geometry_of, tower_rotary
 from tests.tiny import IMAGE_TOKEN, tiny_qwen
 
 
@@ -83,7 +83,7 @@ def test_geometry_is_upstreams(model, grid):
     assert list(where.windows) == torch.diff(bounds).tolist()
     assert torch.equal(where.places, get_vision_position_ids(torch.tensor([grid]), 2).view(-1, 4, 2)[order].view(-1, 2))
     for got, want in zip(
-        axial_rotary(where.places, vision), model.model.visual.rotary_pos_emb(torch.zeros(1), where.places), strict=True
+        tower_rotary(where, vision), model.model.visual.rotary_pos_emb(torch.zeros(1), where.places), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     with pytest.raises(CheckpointError, match="videos"):

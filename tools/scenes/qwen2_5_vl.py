@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from quota.models.qwen2_5_vl import axial_rotary, geometry_of
+from quota.models.qwen2_5_vl import geometry_of, tower_rotary
 from quota.scenes import generate as g
 from quota.scenes import kinds as k
 from quota.scenes.pages import WORD_CLASSES
@@ -269,7 +269,7 @@ def tower(visual: Any, pixels: Tensor) -> Tensor:
         raise ValueError(
             f"pixels: expected a multiple of {config.window_size} px, got {pixels.shape[2]} x {pixels.shape[1]}"
         )
-    cos, sin = (t.to(x.device) for t in axial_rotary(where.places, config))
+    cos, sin = (t.to(x.device) for t in tower_rotary(where, config))
     x = F.linear(x, visual.patch_embed.proj.weight.flatten(1))
     b, n, width = x.shape
     x = x.view(b, n // 4, 4, width)[:, where.order].view(b, n, width)
