@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from quota.core.errors import UsageError
-from quota.demo import readme
 from quota.demo.embedded import embedded, held_out, tour
 from quota.demo.report import Report
 from quota.demo.stages import DemoSettings, run_demo
@@ -17,6 +16,7 @@ from tests.calib.calibration import qwen_folder
 from tests.cli.conftest import make_float, make_samples
 from tests.study.conftest import limit_images
 from tests.tiny import tiny_llava, tiny_qwen
+from tools.pages import demo as pages
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -49,9 +49,9 @@ def test_all_stages(tmp_path: Path, family: str) -> None:
     assert {a.picture for a in report.answers} == {"picture.png"} | (
         set() if family == "llava" else {None, "scene_text.png", "document.png", "chart.png"}
     )
-    folder = readme.keep(tmp_path / "out", tmp_path / "kept")
+    folder = pages.keep(tmp_path / "out", tmp_path / "kept")
     assert folder.name == family and {path.stem for path in folder.glob("overlay*.png")} == drawn
-    text = readme.blocks(tmp_path / "kept")[readme.RESULTS][f"figures:{family}"]
+    text = pages.blocks(tmp_path / "kept")[pages.RESULTS][f"figures:{family}"]
     assert all(f"| {row.name} |" in text for row in report.evaluation.rows) and ("median picture" in text) == (
         family != "llava"
     )

@@ -16,7 +16,7 @@ from quota.prune.attention import text_queries
 from quota.prune.select import choose
 from quota.runtime.patch import patched
 from tests.prune.recipes import assert_recomputing_agrees, greedy, recipe_for, single
-from tests.prune.test_pruner import embeddings, recompute
+from tests.prune.recomputing import embeddings, prompt_of, recompute
 from tests.tiny import IMAGE_TOKEN, llava_inputs, tiny_llava
 
 V = 16
@@ -83,11 +83,11 @@ def test_decoding_equals_recomputation(model, name, policy):
     assert out.past_key_values.get_seq_length() == prompt + 2, "generate counts the whole prompt"
     for row in range(3):
         real = inputs["attention_mask"][row].bool()
-        embeds = embeddings(model, single(inputs, row))[0]
+        embeds, positions = prompt_of(model, single(inputs, row))
         own = {layer: mask[row, real] for layer, mask in kept.items()}
         for step in range(3):
             fed = out.sequences[row, prompt : prompt + step]
-            logits = recompute(model, torch.cat([embeds, table(fed)]), own, policy == "compact")
+            logits = recompute(model, torch.cat([embeds, table(fed)]), positions, own, policy == "compact")
             got = out.scores[step][row]
             finite = got.isfinite()
             torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=1e-4)
@@ -204,11 +204,10 @@ def test_second_turn_continues_a_cache_pruned_before_the_model(model):
         more = torch.cat([first.sequences, torch.tensor([[17, 23, 31]])], dim=1)
         fed = dict(input_ids=more, attention_mask=torch.ones_like(more))
         second = greedy(model, fed, tokens=2, past_key_values=first.past_key_values)
-    embeds = torch.cat(
-        [embeddings(model, inputs)[0], model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])]
-    )
+    prompt, positions = prompt_of(model, inputs)
+    embeds = torch.cat([prompt, model.get_input_embeddings()(more[0, inputs["input_ids"].shape[1] :])])
     own = {layer: mask[0] for layer, mask in kept.items()}
-    got, logits = second.scores[0][0], recompute(model, embeds, own)
+    got, logits = second.scores[0][0], recompute(model, embeds, positions, own)
     finite = got.isfinite()
     torch.testing.assert_close(got[finite], logits[finite], rtol=1e-4, atol=1e-4)
 
