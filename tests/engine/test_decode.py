@@ -11,9 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quota.core import registry
 from quota.core.errors import UsageError
-from quota.core.formats import DEFAULT
+from quota.core.formats import SCHEMES
 from quota.core.registry import HOST, Implementation, Op
+from quota.models.quantize import linear_class
 from quota.models.rtn import quantize_rtn
+from quota.nn.linear import QuantLinear
 from quota.ops import native
 from quota.runtime.engine import decode
 from quota.runtime.engine.chunk import Chunk
@@ -123,7 +125,7 @@ def test_a_device_without_an_implementation_is_refused(monkeypatch):
         ],
     )
     monkeypatch.setattr(decode, "OPS", (decode.ops.kv4_paged_attention,))
-    monkeypatch.setattr(decode.linear_class(DEFAULT), "OPS", ())
+    monkeypatch.setattr(QuantLinear, "OPS", ())
     with pytest.raises(
         UsageError,
         match=r"cuda:1 has no implementation of kv4_paged_attention \(cuda: the library is not built\).*use the CPU",
@@ -134,6 +136,12 @@ def test_a_device_without_an_implementation_is_refused(monkeypatch):
     monkeypatch.setenv("QUOTA_IMPL", "kv4_paged_attention=ref")
     with pytest.raises(UsageError, match="QUOTA_IMPL: kv4_paged_attention=ref cannot decode on cuda:1"):
         chosen(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("scheme", [row for row in SCHEMES.values() if row.served])
+def test_the_linears_of_a_scheme_are_among_the_ops(scheme):
+    own = {op.name for op in linear_class(scheme).OPS}
+    assert own and set(chosen(torch.device("cpu"), scheme)) == own | {op.name for op in decode.OPS}
 
 
 def test_what_doctor_says():
