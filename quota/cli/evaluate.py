@@ -55,7 +55,10 @@ def evaluate(
             "--questions", "-n", min=1, help="How many generated questions, balanced over tasks; default 600."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", min=1, help="Questions taken at once; the engine makes batches of its own of them."),
+    ] = 16,
     max_new_tokens: Annotated[
         int | None,
         typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens; default 6. Tasks have their own."),
@@ -82,9 +85,10 @@ def evaluate(
     embedded `quota_scenes` and
     `quota_pages`, or any other task about images); `--out` then also gets eval.md and eval.png.
 
-    Without `--tasks` the models of all rows are in memory together, because single requests are timed in turns. A
-    samples file (`--samples`) is described in `quota calibrate --help`; evaluation needs an `answer` in every sample
-    and reports accuracy by `task`.
+    Rows of one checkpoint are answered together, W4A4KV4 ones through the serving engine; each question gets the answer
+    it gets alone. Without `--tasks` the checkpoints of all rows are in memory together, because single requests are
+    timed in turns. A samples file (`--samples`) is described in `quota calibrate --help`; evaluation needs an `answer`
+    in every sample and reports accuracy by `task`.
 
     **Examples**
 

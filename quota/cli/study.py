@@ -48,7 +48,10 @@ def study(
         typer.Option("--methods", help="Published methods of `pipelines` and `compute`, comma-separated; default all."),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Calibration steps per block.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions answered at once.")] = 16,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", min=1, help="Questions taken at once; the engine makes batches of its own of them."),
+    ] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 6,
     resamples: Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap resamples.")] = 10_000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of calibration, bootstrap and the random method.")] = 0,
@@ -73,7 +76,8 @@ def study(
     - `profile` the layers (Figures 3, 5) and `show` the kept tokens over an image (Figure 4)
 
     Writes NAME.md, NAME.json and NAME.png to --out. Checkpoints, searches and answers are kept in OUT/cache by the
-    content they were made from: an interrupted study goes on where it stopped, and studies share them. --device and
+    content they were made from: an interrupted study goes on where it stopped, and studies share them (with
+    `quota demo` in the same --out too). --device and
     --dtype are of the answers; calibration and recipes run on the CPU.
 
     **Examples**

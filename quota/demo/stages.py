@@ -6,7 +6,6 @@ import json
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,6 @@ from quota.calib.stream import FloatSource
 from quota.core.files import atomic_write_text
 from quota.core.folders import resolve_folder
 from quota.core.formats import DEFAULT
-from quota.core.recipe import Recipe
 from quota.demo.embedded import held_out, reference_of, sources, tour
 from quota.demo.report import Environment, ModelFacts, Report, SideBySide, Stage
 from quota.eval.asking import ask
@@ -221,23 +219,29 @@ def run_demo(settings: DemoSettings) -> Report:
 
     demo.title(4, "answers side by side")
     label, original = facts.checkpoint, demo.float_checkpoint
-    uniform: tuple[Recipe, dict[str, Any], str] = (plans["uniform"], {}, recipes["uniform"].name)
-    joint: tuple[Recipe, dict[str, Any], str] = (plans["collaborative"], {}, recipes["collaborative"].name)
-    entries = {
-        "float": Entry("float", original, label),
-        "quant-only": Entry("quant-only", quantized, "quantized"),
-        "prune-only": Entry("prune-only", original, label, *uniform),
-        "quantize-then-prune": Entry("quantize-then-prune", quantized, "quantized", *uniform),
-        "collaborative": Entry("collaborative", quantized, "quantized", *joint),
-        "quant-rtn": Entry("quant-rtn", ROUNDED, f"{label}, rounded to nearest"),
-    }
+
+    def row(name: str, checkpoint: str, weights: str, plan: str | None = None) -> Entry:
+        if plan is None:
+            return Entry(name, checkpoint, weights)
+        return Entry(name, checkpoint, weights, plans[plan], recipe_file=recipes[plan].name)
+
+    made = [
+        row("float", original, label),
+        row("quant-only", quantized, "quantized"),
+        row("prune-only", original, label, "uniform"),
+        row("quantize-then-prune", quantized, "quantized", "uniform"),
+        row("collaborative", quantized, "quantized", "collaborative"),
+        row("quant-rtn", ROUNDED, f"{label}, rounded to nearest"),
+    ]
+    entries = {entry.name: entry for entry in made}
     answers, files = demo.side_by_side(entries)
 
     demo.title(5, f"evaluation on {settings.questions} held-out questions")
     say("prune-then-quantize: the decoder calibrated once more, on the graph the uniform recipe prunes")
     pruned_first = demo.quantized(recipe=plans["uniform"])
-    words = "quantized on the pruned graph"
-    entries["prune-then-quantize"] = Entry("prune-then-quantize", pruned_first, words, *uniform)
+    entries["prune-then-quantize"] = row(
+        "prune-then-quantize", pruned_first, "quantized on the pruned graph", "uniform"
+    )
     evaluation = demo.evaluate([entries[name] for name in ROWS])
     for table in evaluation_tables(evaluation):
         say(table)

@@ -88,23 +88,26 @@ def answer_together(
 ) -> float:
     """Fill the rows' files; seconds spent, 0 where nothing was missing.
 
-    opened: called only when something is left to answer. Batches are fixed slices
-    of the list, so a resumed run batches like an unbroken one; each is on disk when its last answer is there.
+    opened: called only when something is left to answer. Questions are taken in slices of at most `batch`; a row's
+    answers to one are on disk when the last of them is there.
     """
-    began, work = time.perf_counter(), list[Batch]()
-    known = [row.file.known for row in rows]
-    for part in chunks(questions, batch):
+    began = time.perf_counter()
+    known = [set(row.file.known) for row in rows]
+    if all(q.id in done for done in known for q in questions):
+        for row in rows:
+            row.advance(len(questions))
+        return 0.0
+    model, processor = opened()
+    threads = _threads(model)
+    work = list[Batch]()
+    for part in chunks(questions, min(batch, -(-len(questions) // (2 * threads))) if threads > 1 else batch):
         lacking = [row for row, done in zip(rows, known, strict=True) if not all(q.id in done for q in part)]
         for row in rows:
             if row not in lacking:
                 row.advance(len(part))
         if lacking:
+            check_questions(processor, part)
             work.append((part, lacking))
-    if not work:
-        return 0.0
-    model, processor = opened()
-    for part, _ in work:
-        check_questions(processor, part)
     made = _by_generate if why_not_engine(model) else _by_engine
     recipes = [row.recipe for row in rows if row.recipe is not None]
     todo, lock = _Shared(work), threading.Lock()
@@ -118,7 +121,7 @@ def answer_together(
         finally:  # after an exception the others end too
             todo.end()
 
-    with _copies(model, processor, len(work)) as copies:
+    with _copies(model, processor, min(threads, len(work))) as copies:
         if len(copies) == 1:
             work_off(copies[0])
         else:
@@ -147,16 +150,23 @@ class _Shared(Iterator[Batch]):
             self._left = iter(())
 
 
+def _threads(model: Any) -> int:
+    """How many threads answer. A small model on the CPU has operations too short to be shared out among threads: each
+    thread answers on its own there."""
+    alone = model.device.type != "cpu" or weight_bytes(model) > _SMALL_BYTES
+    return 1 if alone else torch.get_num_threads()
+
+
 @contextmanager
-def _copies(model: Any, processor: Any, most: int) -> Iterator[list[Opened]]:
-    """The model, or for a small one on the CPU copies that share its tensors, for a thread each: its operations are too
-    short to be shared out among threads, batches are not. Recipes and processors are a copy's own."""
-    threads = torch.get_num_threads()
-    if model.device.type != "cpu" or weight_bytes(model) > _SMALL_BYTES or min(threads, most) == 1:
+def _copies(model: Any, processor: Any, count: int) -> Iterator[list[Opened]]:
+    """The model; or copies that share its tensors for `count` threads, whose operations run on one thread each.
+    Recipes and processors are a copy's own."""
+    if count == 1:
         yield [(model, processor)]
         return
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copies = [copy.deepcopy((model, processor), dict(tensors)) for _ in range(min(threads, most))]
+    copies = [copy.deepcopy((model, processor), dict(tensors)) for _ in range(count)]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of threads that begin now
     try:
         yield copies

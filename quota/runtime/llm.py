@@ -155,7 +155,7 @@ class LLM:
         """The next turn of a conversation, or of each in a list of them; as `generate`.
 
         messages: OpenAI's, {"role": "system", "user" or "assistant", "content": a text or a list of parts}, a part
-        being {"type": "text", "text": ...}, {"type": "image_url", "image_url": {"url": a path or data URL}} or
+        being {"type": "text", "text": ...}, {"type": "image_url", "image_url": {"url": a data URL}} or
         {"type": "image", "image": any image}. Later turns keep the visual tokens of the first, and reuse its pages.
         """
         if not messages or not (_is_conversation(messages) or all(_is_conversation(one) for one in messages)):

@@ -105,7 +105,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]], name: str = "messages")
     """OpenAI-style messages -> (turns, RGB images in order).
 
     A message is {"role", "content"}; content is a text or a list of {"type": "text", "text"} and {"type": "image_url",
-    "image_url": {"url"}} or {"type": "image", "image"}, where an image is whatever `quota.core.images.to_image` takes.
+    "image_url": {"url": a data URL}} or {"type": "image", "image"}, where an image is whatever
+    `quota.core.images.to_image` takes. A URL opens no file and nothing is fetched: messages may come from strangers.
     UsageError and ImageError, which begin with `name`, say which part is none.
     """
     if not messages:
@@ -122,7 +123,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], name: str = "messages")
             raise UsageError(f'{where}: expected "content" to be a text or a list of parts, got {content!r}')
         parts = []
         for place, part in enumerate(given):
-            image = _image_of(part)
+            image = _image_of(part, f"{where}.content[{place}]")
             if image is not None and role == "user":
                 images.append(door.to_image(image, name=f"{where}.content[{place}]"))
                 parts.append({"type": "image"})
@@ -136,14 +137,15 @@ def read_messages(messages: Sequence[Mapping[str, Any]], name: str = "messages")
     return turns, images
 
 
-def _image_of(part: Any) -> Any:
-    """The image of a part, None for one that holds none."""
+def _image_of(part: Any, name: str) -> Any:
+    """The image of a part, None for one that holds none. ImageError for a URL that is no data URL."""
     if not isinstance(part, Mapping):
         return None
     if part.get("type") == "image":
         return part.get("image")
     url = part.get("image_url") if part.get("type") == "image_url" else None
-    return url.get("url") if isinstance(url, Mapping) else url
+    url = url.get("url") if isinstance(url, Mapping) else url
+    return None if url is None else door.read_data_url(str(url), name=name)
 
 
 def _check_unicode(text: str, name: str) -> None:

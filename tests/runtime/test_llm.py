@@ -198,6 +198,7 @@ def test_threads_share_it(llm: LLM) -> None:
 def test_errors_are_one_line_and_nothing_stays_behind(model: Any, llm: LLM, recipe: Recipe, tmp_path: Path) -> None:
     image = picture(5)
     (tmp_path / "broken.png").write_bytes(b"not an image")
+    image.save(tmp_path / "good.png")
     good = ("what is it ?", image)
     for asked, kind, words in (
         (7, UsageError, "prompt: expected a text, "),
@@ -213,6 +214,11 @@ def test_errors_are_one_line_and_nothing_stays_behind(model: Any, llm: LLM, reci
         ([good, ("a ?", tmp_path / "broken.png")], ImageError, r"prompts\[1\].images\[0\]: .*not a readable image"),
         ([good, Prompt([])], UsageError, r"prompts\[1\]: prompt: expected at least one token"),
         (Prompt([1] * 100_000), UsageError, "prompt: 100000 tokens leave no room"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(tmp_path / "good.png")}}]}],
+            ImageError,
+            r"prompt\[0\].content\[0\]: expected data:image/",
+        ),
         ([{"role": "robot", "content": "a"}], UsageError, r'prompt\[0\]: expected "role" to be one of'),
         ([{"role": "user", "content": 5}], UsageError, r'prompt\[0\]: expected "content" to be a text'),
         ([{"role": "user", "content": [{"type": "video"}]}], UsageError, r"prompt\[0\].content\[0\]: expected a text"),
