@@ -228,5 +228,6 @@ TINY = {
 # rows of a mixed batch: a short and a long prompt, an image first; where resolution is dynamic also two images and none
 ROWS = {
     "llava": ((3, 5), (9, 4), (0, 2)),
+    "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
     "qwen2_5_vl": ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3)),
 }

@@ -10,7 +10,7 @@ import typer
 from quota.calib.settings import METHODS
 from quota.cli.shell import JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
-from quota.core.formats import MODULES, SCHEMES
+from quota.core.formats import MODULES, SCHEMES, scheme_made_by
 
 
 def parse_modules(text: str) -> tuple[str, ...]:
@@ -104,6 +104,10 @@ def calibrate(
     if steps is not None and not METHODS[method].learns:
         learners = ", ".join(name for name, row in METHODS.items() if row.learns)
         raise UsageError(f"--steps: only {learners} learns in steps; leave it out with --method {method}")
+    try:
+        scheme_made_by(method, scheme)
+    except ValueError as error:
+        raise UsageError(f"--scheme: {error}; leave it out, or choose another --method") from None
     if samples is None and METHODS[method].samples:
         raise UsageError(
             f"--samples: method {method} learns from samples; give a samples file (only rtn rounds without)"

@@ -28,12 +28,16 @@ from quota.core.folders import resolve_folder
 from quota.core.journal import Journal
 from quota.core.recipe import Recipe
 from quota.core.schema import Document
+from quota.eval.answering import why_not_engine
 from quota.eval.asking import kept_masks
 from quota.eval.compare import folder_fingerprint
-from quota.eval.generation import encode_prompts, generate, room_for_answer
+from quota.eval.generation import encode_prompts, generate, room_for_answer, under
+from quota.eval.gpu import measured
 from quota.lmms.prompts import Conversation, Wrapper, conversation
 from quota.models import find_family
 from quota.models.processing import BACKEND
+from quota.runtime.engine import Request, SamplingParams
+from quota.runtime.llm import LLM
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated image is an error everywhere but in lmms-eval's own runs
 
@@ -74,8 +78,9 @@ class Quota(lmms):
     """Greedy answers, batched, one whole model per process; lmms-eval shares out the documents under torchrun.
 
     Prompts and images are those of the built-in wrappers (`quota.lmms.prompts`). With `answers=DIR` every request
-    leaves a line there: text, prompt and new tokens, visual tokens per decoder layer, milliseconds, and on a GPU peak
-    memory and power.
+    leaves a line there: text, prompt and new tokens, visual tokens per decoder layer, on a GPU peak memory and power;
+    and milliseconds, null where the engine batched it with others (W4A4KV4 models, whose answers are those of
+    `generate`).
     """
 
     is_simple = False
@@ -100,6 +105,7 @@ class Quota(lmms):
         self._opened: tuple[Any, Any, Wrapper] | None = (
             None  # in a tuple: lmms-eval's clean() deletes modules it finds as attributes
         )
+        self._engine: tuple[Any] | None = None  # an LLM, or None where the engine does not run the model
         self.samples: dict[str, list[Conversation]] = {}  # task -> the first ones it asked, to be timed
         self._known: dict[str, dict[str, Any]] = {}
         self._journal = self._open_journal()
@@ -124,12 +130,12 @@ class Quota(lmms):
     # -- the model -----------------------------------------------------------------------------------------------------
 
     def opened(self) -> tuple[Any, Any, Wrapper]:
-        """(model, processor, wrapper), loaded when first needed."""
+        """(model without the recipe, processor, wrapper), loaded when first needed."""
         if self._opened is None:
             from quota.eval.asking import load_model
 
             args = self.args
-            model, processor = load_model(self.folder, self.recipe, str(self.device), getattr(torch, args.dtype))
+            model, processor = load_model(self.folder, None, str(self.device), getattr(torch, args.dtype))
             self._opened = (model, processor, Wrapper(model.config, processor, (args.min_pixels, args.max_pixels)))
         return self._opened
 
@@ -227,37 +233,63 @@ class Quota(lmms):
         self, batch: Sequence[Instance], asked: Sequence[Conversation], keys: Sequence[str]
     ) -> list[dict[str, Any]]:
         model, processor, wrapper = self.opened()
-        options = _options(batch[0])
-        prompts = [wrapper.render(one) for one in asked]
+        if self._engine is None:
+            self._engine = (_engine_of(model, processor, self.recipe, self.args.batch_size),)
+        most = _options(batch[0]).get("max_new_tokens", wrapper.max_new_tokens)
+        shown = [(wrapper.render(one), [wrapper.prepare(image) for image in one.images]) for one in asked]
+        made = self._by_generate(shown, most) if self._engine[0] is None else self._by_engine(shown, most)
+        return [
+            {"request": key, "task": request.args[4], "doc_id": request.args[3], **row, "batch": len(batch)}
+            for request, key, row in zip(batch, keys, made, strict=True)
+        ]
+
+    def _by_engine(self, shown: Sequence[tuple[str, list[Any]]], most: int) -> list[dict[str, Any]]:
+        """Rows of one batch; times are not a request's own there, so there are none."""
+        assert self._engine is not None
+        llm: LLM = self._engine[0]
+        with measured(self.device) as gpu:
+            prompts = (llm.prompts.rendered(text, images) for text, images in shown)
+            done = list(llm.run(Request("", prompt, SamplingParams(max_tokens=most)) for prompt in prompts))
+        return [
+            {
+                "text": one.text,
+                "prompt_tokens": one.usage.prompt_tokens,
+                "new_tokens": len(one.tokens),
+                "visual_tokens": one.usage.visual_tokens,
+                "visual_tokens_by_layer": list(one.usage.visual_by_layer),
+                "prefill_ms": None,
+                "decode_ms": None,
+                "peak_memory_bytes": gpu and gpu.peak_bytes,
+                "power_w": gpu and gpu.power_w,
+            }
+            for one in done
+        ]
+
+    def _by_generate(self, shown: Sequence[tuple[str, list[Any]]], most: int) -> list[dict[str, Any]]:
+        model, processor, _ = self.opened()
         inputs = encode_prompts(
-            model, processor, prompts, [wrapper.prepare(image) for one in asked for image in one.images]
+            model, processor, [text for text, _ in shown], [image for _, images in shown for image in images]
         )
         stop = processor.tokenizer.eos_token_id
-        longest = min(
-            options.get("max_new_tokens", wrapper.max_new_tokens), room_for_answer(model, inputs["input_ids"].shape[1])
-        )
-        made = generate(model, inputs, max_new_tokens=longest, stop=stop)
+        longest = min(most, room_for_answer(model, inputs["input_ids"].shape[1]))
+        with under(model, self.recipe):
+            made = generate(model, inputs, max_new_tokens=longest, stop=stop)
+            masks = kept_masks(model)
         texts = processor.batch_decode(made.new_ids, skip_special_tokens=True)
         visual = (inputs["input_ids"] == find_family(model).image_token_id).cpu()
-        kept = {
-            layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in kept_masks(model).items()
-        }
+        kept = {layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in masks.items()}
         layers = model.config.get_text_config().num_hidden_layers
         shared = {
-            "batch": len(batch),
             "prefill_ms": round(made.prefill_ms, 3),
             "decode_ms": made.decode_ms and round(made.decode_ms, 3),
             "peak_memory_bytes": made.gpu and made.gpu.peak_bytes,
             "power_w": made.gpu and made.gpu.power_w,
         }
         out = []
-        for row, (request, key, text) in enumerate(zip(batch, keys, texts, strict=True)):
+        for row, text in enumerate(texts):
             seen = int(visual[row].sum())
             out.append(
                 {
-                    "request": key,
-                    "task": request.args[4],
-                    "doc_id": request.args[3],
                     "text": text,
                     "prompt_tokens": int(inputs["attention_mask"][row].sum()),
                     "new_tokens": _length(made.new_ids[row].tolist(), stop),
@@ -269,6 +301,15 @@ class Quota(lmms):
                 }
             )
         return out
+
+
+def _engine_of(model: Any, processor: Any, recipe: Recipe | None, most: int) -> LLM | None:
+    """An engine that gives the answers `generate` gives with the tokenizer's end token alone; None where there is
+    none."""
+    if why_not_engine(model) is not None:
+        return None
+    llm = LLM(model, recipe=recipe, max_running=most)
+    return llm if llm.engine.eos == {processor.tokenizer.eos_token_id} else None
 
 
 def _batches(requests: Sequence[Instance], size: int) -> Iterator[list[int]]:

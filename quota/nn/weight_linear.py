@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quota import ops
 from quota.core.formats import INT4_GROUPS, WEIGHT_ONLY, Scheme
 from quota.nn.linear import LinearSpec, SchemeLinear, Shapes, as_dtype_of, without_grad
-from quota.ops.elementwise import apply_prologue
+from quota.nn.mlp import activate
 from quota.quant.grouped import dequantize_groups, round_groups
 from quota.quant.pack import pack_uint4, unpack_uint4
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_GATED = "silu_mul"  # of gate and up side by side
+_PROLOGUES: dict[str, Callable[[Tensor], Tensor]] = {
+    _GATED: functional.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": functional.gelu,
+}
 
 
 class WeightLinear(SchemeLinear):
@@ -97,7 +105,7 @@ class WeightLinear(SchemeLinear):
         `QuantLinear.forward`."""
         rows = x.reshape(-1, x.shape[-1])
         if prologue is not None:
-            rows = apply_prologue(rows.float(), prologue)
+            rows = _activated(rows.float(), prologue)
         if rows.dtype not in _NATIVE_DTYPES or self.input_scale is not None:
             rows = rows.float()
         if self.input_scale is not None:
@@ -116,3 +124,13 @@ class WeightLinear(SchemeLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" input_scale={scaled}"
         )
+
+
+def _activated(x: Tensor, prologue: str) -> Tensor:
+    """x [M, K], or [M, 2 K] for silu_mul -> [M, K]; as `ops.quantize_act`'s prologues, which no kernel of this layer
+    fuses."""
+    function = _PROLOGUES[prologue]
+    if prologue != _GATED:
+        return activate(function, x)
+    gate, up = x.chunk(2, -1)
+    return activate(function, gate) * up

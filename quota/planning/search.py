@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quota.allocate.baselines import RecipeContext, build_baseline
 from quota.allocate.fitprune import AttentionSample
 from quota.calib.samples import Samples, check_texts, encode
 from quota.core.errors import SampleError
-from quota.core.recipe import Recipe
+from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint
 from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
@@ -27,7 +28,7 @@ from quota.prune.recording import attending
 def attention_statistics(
     model: Any, processor: Any, samples: Samples, tell: Tell | None = None
 ) -> list[AttentionSample]:
-    """FitPrune's input: per sample with a picture, attention of the largest head to each visual token in every layer,
+    """FitPrune's input: per sample with an image, attention of the largest head to each visual token in every layer,
     unpruned."""
     check_texts(processor, samples)
     family = find_family(model)
@@ -90,21 +91,10 @@ def _next(model: Any, inputs: Any) -> Tensor:
 def _withdrawal(model: Any, layer: int) -> Recipe:
     family = find_family(model)
     tokens = family.visual_tokens or 1  # unused: the recipe keeps none
-    facts = {
-        "architecture": type(model).__name__,
-        "fingerprint": model_fingerprint(model),
-        "layers": family.layers,
-        "visual_tokens": tokens,
-    }
-    return Recipe.parse(
-        {
-            "method": "vtw",
-            "regime": model_scheme(model).name,
-            "model": facts,
-            "candidates": [layer],
-            "keep": [0.0],
-            "final_keep": 0.0,
-            "reference_tokens": tokens,
-            "selections": [{"score": "none"}],
-        }
+    facts = ModelFacts(
+        architecture=type(model).__name__,
+        fingerprint=model_fingerprint(model),
+        layers=family.layers,
+        visual_tokens=tokens,
     )
+    return build_baseline(RecipeContext(facts, model_scheme(model).name), "vtw", layers=[layer])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quota.core.errors import RecipeError
+from quota.core.methods import METHODS
 from quota.core.recipe import Recipe, ScoreWeights
 from quota.eval.pipeline import FLOAT, MODULES, QUANTIZED, WEIGHT_ONLY, Entry
 from quota.study.bench import Bench
@@ -115,7 +116,9 @@ def _methods(bench: Bench, checkpoint: str, budget: float, notes: list[str]) -> 
     plans = {}
     for method in bench.settings.methods:
         try:
-            plans[method] = bench.planned(method, compute=None if method == "vtw" else budget, checkpoint=checkpoint)
+            plans[method] = bench.planned(
+                method, compute=None if METHODS[method].withdraws else budget, checkpoint=checkpoint
+            )
         except RecipeError as error:
             notes.append(
                 f"No row for {method} ({FLOAT if checkpoint == bench.float_checkpoint else QUANTIZED}): {error}."

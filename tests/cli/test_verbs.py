@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quota.cli.main import app
+from quota.core.formats import SCHEMES
 
 _RECIPE_VERBS = ("build", "explain", "validate", "diff", "upgrade")
 VERBS = (
@@ -133,6 +134,7 @@ def test_choices_are_listed(tmp_path: Path) -> None:
     made = ["calibrate", "m", "--samples", "s.json", "--out", tmp_path / "q"]
     fails(quota(*made, "--method", "best"), "--method", "flatquant, gptq, awq, rtn", "best")
     fails(quota(*made, "--method", "awq", "--steps", "3"), "--steps", "flatquant")
+    fails(quota(*made, "--scheme", "w4a16"), "--scheme", "flatquant", "makes w4a4kv4, got 'w4a16'")
     fails(quota(*made, "--modules", "vision,head"), "--modules", "vision, projector, llm", "vision,head")
     fails(quota(*made, "--modules", ","), "--modules")
 
@@ -260,7 +262,11 @@ def test_doctor_lists_ops() -> None:
         "token_gather",
     } <= names
     assert sum(row["state"] == "chosen" for row in document["ops"]) == len(names)
-    assert quota("doctor").exit_code == 0
+    assert {row["name"]: row["served"] for row in document["schemes"]} == {
+        name: "yes" if scheme.served else "no" for name, scheme in SCHEMES.items()
+    }
+    text = quota("doctor")
+    assert text.exit_code == 0 and all(scheme.words() in text.stdout for scheme in SCHEMES.values())
 
 
 def test_doctor_reports_a_wrong_choice() -> None:

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quota.core import registry
 from quota.core.errors import UsageError
+from quota.core.formats import DEFAULT
 from quota.core.registry import HOST, Implementation, Op
 from quota.models.rtn import quantize_rtn
 from quota.ops import native
@@ -122,6 +123,7 @@ def test_a_device_without_an_implementation_is_refused(monkeypatch):
         ],
     )
     monkeypatch.setattr(decode, "OPS", (decode.ops.kv4_paged_attention,))
+    monkeypatch.setattr(decode.linear_class(DEFAULT), "OPS", ())
     with pytest.raises(
         UsageError,
         match=r"cuda:1 has no implementation of kv4_paged_attention \(cuda: the library is not built\).*use the CPU",

@@ -108,6 +108,37 @@ def test_kept_tokens_times_and_texts_are_logged_per_question(
     assert [row["batch"] for row in rows] == [2, 2, 1]
 
 
+def test_the_engine_answers_as_generate(
+    llava_folder: Path, qwen_folder: Path, recipe: Path, ask: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A W4A4KV4 checkpoint of each family: texts, counts and visual tokens of every line, pruned too."""
+    from quota.calib.run import calibrate
+    from quota.calib.samples import Samples
+    from quota.scenes import assets
+
+    for name, folder, task in (
+        ("llava", llava_folder, "quota_scenes_relation"),
+        ("qwen2_5_vl", qwen_folder, "quota_pages_chart"),
+    ):
+        samples = Samples.load(assets.write_calibration(tmp_path / f"{name}-samples", 2, family=name))
+        calibrate(folder, samples, out=tmp_path / name, steps=0, progress=False)
+        given = {"pretrained": str(tmp_path / name), "batch_size": 2}
+        if name == "llava":
+            given["recipe"] = str(recipe)
+        rows = {}
+        for how in ("engine", "generate"):
+            with monkeypatch.context() as patch:
+                if how == "generate":
+                    patch.setattr(m, "why_not_engine", lambda model: "asked for")
+                made = Quota(**given, answers=tmp_path / f"{name}-{how}")
+                ask(made, [task], 3)
+                assert (made._engine == (None,)) == (how == "generate")
+                rows[how] = [{k: v for k, v in row.items() if not k.endswith("_ms")} for row in made.records().values()]
+        assert rows["engine"] == rows["generate"] and len(rows["engine"]) == 3
+        if name == "llava":
+            assert rows["engine"][0]["visual_tokens_by_layer"] == [16, 8, 4]
+
+
 def test_batches_answer_like_single_requests(llava_folder: Path, recipe: Path, ask: Asked) -> None:
     tasks = ["quota_scenes_choice", "quota_scenes_position"]
     alone, together = (

@@ -17,6 +17,7 @@ from quota.models import model_fingerprint
 from quota.models.quantize import quantize_structure, quantized_linears
 from quota.models.rtn import quantize_rtn
 from quota.nn.weight_linear import WeightLinear
+from quota.ops.elementwise import apply_prologue
 from quota.runtime import load
 from quota.runtime.hf import register
 from tests.prune.recipes import greedy
@@ -44,6 +45,16 @@ def test_layer_equals_its_dequantized_weight_in_every_dtype():
         assert got.dtype == dtype and torch.equal(got, new(x.to(dtype).float()).to(dtype))
     new.round_from(nn.Linear(150, 20).weight, None)
     assert not torch.allclose(new(x), expected, atol=0.1)  # no stale layout
+
+
+@pytest.mark.parametrize("prologue", ["silu_mul", "quick_gelu", "gelu"])
+def test_activations_of_its_input_are_those_of_quantize_act(prologue):
+    layer = WeightLinear(150, 20)
+    layer.round_from(nn.Linear(150, 20).weight, None)
+    x = torch.randn(9, 300 if prologue == "silu_mul" else 150, generator=torch.Generator().manual_seed(0)) * 3
+    whole = layer(x, prologue)
+    torch.testing.assert_close(whole, layer(apply_prologue(x, prologue)), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(layer(x[row : row + 1], prologue)[0], whole[row]) for row in range(9))
 
 
 @pytest.mark.parametrize("modules", [ALL, ("llm",)])

