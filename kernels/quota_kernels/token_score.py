@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quota_kernels.floats import exponential
-from quota_kernels.kv4_attention import block_scores, query_limbs
+from quota_kernels.kv4_blocks import block_scores, query_limbs
 from quota_kernels.launch import cdiv, launch
 
 QUERIES = tl.constexpr(64)
