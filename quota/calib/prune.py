@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,15 +90,11 @@ def _record(block: Block, batch: Batch) -> AttentionTrace:
 
 def _recorded(block: Block, batch: Batch) -> tuple[AttentionTrace, Tensor]:
     """What the block's attention left, and the block's output."""
-    attention: Any = block.layer.get_submodule("self_attn")
-    attention.quota_trace = []
-    try:
+    with block.recording() as calls:
         hidden = block(batch)
-        (query, key), trace = attention.quota_trace[0], AttentionTrace()
-    finally:
-        del attention.quota_trace
+    (query, key), trace = calls[0], AttentionTrace()
     query, key = query.float().contiguous(), key.float().contiguous()
-    trace.q, trace.k, trace.scaling = query, key, float(attention.scaling)
+    trace.q, trace.k, trace.scaling = query, key, float(block.attention.scaling)
     trace.lse = causal_lse(query, key, None, trace.scaling)
     return trace, hidden
 

@@ -28,6 +28,7 @@ from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
 from quota.core.errors import UsageError
 from quota.core.files import check_space
+from quota.core.malloc import keep_freed_memory
 from quota.core.recipe import BEFORE
 from quota.models.base import Part
 from quota.models.images import ImageInfo, ImageInput, ImageTokens
@@ -68,6 +69,7 @@ def calibrate(
     (samples), RecipeError (recipe of another model), all of them before the work.
     """
     started = time.monotonic()
+    keep_freed_memory()
     job = _job(model, samples, out, options)
     finished = job.finished()
     if finished is not None:
