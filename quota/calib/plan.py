@@ -123,7 +123,7 @@ def block_seconds(
         attention = sum(n * n for n in lengths) * 2 * size.width
         return share * ((rows * size.linear + attention) / rate + -(-items // settings.batch) * _CALL_S)
 
-    streams = 1 if settings.inputs == "float" else 2
+    streams = 1 if settings.learns_from == "float" else 2
     passing = streams * forward(1.0)
     if method is None:
         return passing, 0.0

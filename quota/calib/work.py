@@ -16,10 +16,13 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from quota.calib.state import BlockReport, FinishedBlock, State, StoredStream, StreamName
 from quota.calib.stream import Stream
+from quota.core.documents import shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text, check_removable, naming, remove_files, sha256_file
 
@@ -62,9 +65,8 @@ class WorkFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
         self.done = 0
-        self.blocks: dict[str, dict[str, Any]] = {}  # module path -> {"sha256", "report"}
-        self.streams: dict[str, Stream] = {}
-        self.notes: dict[str, Any] = {}
+        self.blocks: dict[str, FinishedBlock] = {}  # by module path
+        self.streams: dict[StreamName, Stream] = {}
         try:
             self._open(resume, overwrite, reuse_blocks)
         except BaseException:
@@ -72,26 +74,22 @@ class WorkFolder:
             raise
 
     def _open(self, resume: bool, overwrite: bool, reuse_blocks: bool) -> None:
-        state = self._state()
+        state = self._state(overwrite)
         if state is not None and not overwrite:
-            other = difference(state["job"], self.job)
+            other = difference(state.job, self.job)
             if other is not None:
                 raise UsageError(
                     f"{self.path}: belongs to another calibration ({other}); continue that one with its settings,"
                     " choose another --out, or discard it with --overwrite"
                 )
-        if state is None or not resume or state["job"] != self.job:
+        if state is None or not resume or state.job != self.job:
             self._start_again({})
             return
         self.blocks = {
-            path: found for path, found in state["blocks"].items() if _digest(self._block_file(path)) == found["sha256"]
+            path: found for path, found in state.blocks.items() if _digest(self._block_file(path)) == found.sha256
         }
-        lost = [f"blocks/{path}.safetensors" for path in state["blocks"] if path not in self.blocks]
-        lost += [
-            layout["file"]
-            for layout in state["streams"].values()
-            if _digest(self.path / layout["file"]) != layout["sha256"]
-        ]
+        lost = [f"blocks/{path}.safetensors" for path in state.blocks if path not in self.blocks]
+        lost += [stored.file for stored in state.streams.values() if not _is_there(self.path / stored.file, stored)]
         if lost:
             _tell(
                 f"{self.path / lost[0]}: damaged or missing; it is computed again"
@@ -99,11 +97,12 @@ class WorkFolder:
             )
             self._start_again(self.blocks if reuse_blocks else {})
             return
-        self.streams = {name: Stream.reopen(self.path, layout) for name, layout in state["streams"].items()}
-        self.done, self.notes = state["done"], state["notes"]
+        self.streams = {name: Stream.reopen(self.path, layout) for name, layout in state.streams.items()}
+        self.done = state.done
 
-    def _state(self) -> dict[str, Any] | None:
-        """What `state.json` says, or None when there is none or it is not what this class wrote."""
+    def _state(self, overwrite: bool) -> State | None:
+        """What `state.json` says; None when there is none, it is damaged, or it is to be discarded and not readable.
+        CheckpointError for one that vouches for itself but is not what this class writes."""
         try:
             text = (self.path / STATE).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -114,36 +113,51 @@ class WorkFolder:
         if digest != hashlib.sha256(body.encode()).hexdigest():
             _tell(f"{self.path / STATE}: damaged; the calibration starts again")
             return None
-        state: dict[str, Any] = json.loads(body)
-        return state
+        try:
+            return State.model_validate_json(body, strict=True)
+        except ValidationError as error:
+            if overwrite:
+                return None
+            wrong = error.errors(include_url=False)[0]
+            where = ".".join(map(str, wrong["loc"])) or "the whole"
+            raise CheckpointError(
+                f"{self.path / STATE}: {where}: {wrong['msg']}, got {shown(wrong['input'])}; this quota did not write"
+                " it: choose another --out, or discard it with --overwrite"
+            ) from None
 
-    def _start_again(self, blocks: dict[str, dict[str, Any]]) -> None:
+    def _start_again(self, blocks: dict[str, FinishedBlock]) -> None:
         kept = {Path(LOCK), *(self._block_file(path).relative_to(self.path) for path in blocks)}
         remove_files(self.path, lambda file: _owns(file) and file not in kept)
         self.blocks = blocks
         self._write_state()
 
-    def stream_path(self, name: str) -> Path:
+    def stream_path(self, name: StreamName) -> Path:
         """A fresh file name for stream `name` written by the step in progress."""
         return self.path / f"{name}-{self.done + 1:03d}.bin"
 
-    def save_block(self, path: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
-        """Store the tensors of a finished block and what calibration did to it."""
+    def save_block(self, path: str, tensors: dict[str, Tensor], report: BlockReport | None) -> None:
+        """Store the tensors of a finished block and, where it was measured, what calibration did to it."""
         data = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())})
         atomic_write_bytes(self._block_file(path), data)
-        self.blocks[path] = {"sha256": hashlib.sha256(data).hexdigest(), "report": report}
+        self.blocks[path] = FinishedBlock(sha256=hashlib.sha256(data).hexdigest(), report=report)
+
+    def report(self, path: str) -> dict[str, Any]:
+        """What calibration did to a finished block, as a manifest tells it; its name alone where nothing was
+        measured."""
+        found = self.blocks[path].report
+        return {"name": path} if found is None else found.to_dict()
 
     def load_block(self, path: str) -> dict[str, Tensor]:
         """Tensors of a finished block, sorted by name. CheckpointError when the file was altered since."""
         data = self._block_file(path).read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.blocks[path]["sha256"]:
+        if hashlib.sha256(data).hexdigest() != self.blocks[path].sha256:
             raise CheckpointError(
                 f"{self._block_file(path)}: altered while the calibration ran; run the same command again, which"
                 " computes it again"
             )
         return dict(sorted(load(data).items()))
 
-    def commit(self, streams: dict[str, Stream]) -> None:
+    def commit(self, streams: dict[StreamName, Stream]) -> None:
         """The step in progress is finished: its streams replace the old ones."""
         for stream in streams.values():
             stream.flush()
@@ -153,16 +167,12 @@ class WorkFolder:
         remove_files(self.path, lambda file: file.suffix == ".bin" and _owns(file) and file.name not in used)
 
     def _write_state(self) -> None:
-        state = {
-            "job": self.job,
-            "done": self.done,
-            "blocks": self.blocks,
-            "notes": self.notes,
-            "streams": {
-                name: {**stream.layout(), "sha256": sha256_file(stream.path)} for name, stream in self.streams.items()
-            },
+        streams = {
+            name: StoredStream(**stream.layout().model_dump(), sha256=sha256_file(stream.path))
+            for name, stream in self.streams.items()
         }
-        body = json.dumps(state)
+        state = State(job=self.job, done=self.done, blocks=self.blocks, streams=streams)
+        body = json.dumps(state.model_dump())
         atomic_write_text(self.path / STATE, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
 
     def bytes(self) -> int:
@@ -192,6 +202,10 @@ def _digest(file: Path) -> str | None:
         return sha256_file(file)
     except OSError:
         return None
+
+
+def _is_there(file: Path, stored: StoredStream) -> bool:
+    return _digest(file) == stored.sha256 and file.stat().st_size == stored.bytes
 
 
 def _tell(sentence: str) -> None:

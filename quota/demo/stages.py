@@ -121,8 +121,10 @@ class Demo:
     def quantize(self, stage: str, recipe: Path | None = None) -> Path:
         """Stage 2 (and once more, on the pruned graph, for prune-then-quantize): a W4A4KV4 checkpoint."""
         from quota.calib.run import calibrate
+        from quota.calib.settings import DEFAULTS, Settings
 
         s = self.settings
+        steps = DEFAULTS.steps if s.steps is None else s.steps
         loaded = Recipe.load(recipe) if recipe else None
         parts = {
             "float": self.float_key,
@@ -136,10 +138,8 @@ class Demo:
             calibrate(
                 self.float_checkpoint,
                 self.samples,
-                modules=MODULES,
                 out=path,
-                seed=s.seed,
-                steps=s.steps,
+                settings=Settings(modules=MODULES, seed=s.seed, steps=steps),
                 recipe=loaded,
                 progress=not s.quiet,
                 overwrite=True,

@@ -126,6 +126,8 @@ class Bench:
 
     def _calibrated(self, modules: Sequence[str], recipe: Recipe | None, method: str = "flatquant") -> str:
         from quota.calib.run import calibrate
+        from quota.calib.settings import DEFAULTS
+        from quota.calib.settings import Settings as CalibrationSettings
 
         s, steps = self.settings, self.settings.steps if method == "flatquant" else None
         parts = {
@@ -146,11 +148,10 @@ class Bench:
             calibrate(
                 self.float_checkpoint,
                 self.samples,
-                modules=tuple(modules),
                 out=path,
-                method=method,
-                seed=s.seed,
-                steps=steps,
+                settings=CalibrationSettings(
+                    method=method, modules=modules, seed=s.seed, steps=DEFAULTS.steps if steps is None else steps
+                ),
                 recipe=recipe,
                 progress=not s.quiet,
                 overwrite=True,

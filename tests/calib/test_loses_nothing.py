@@ -3,18 +3,24 @@ figures, files readable by all."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from quota.calib import run
 from quota.calib.settings import Settings
+from quota.calib.stream import FloatSource
+from quota.calib.work import STATE
 from quota.core.errors import CheckpointError, UsageError
-from tests.calib.calibration import float_folder, picture_samples
+from tests.calib.calibration import float_folder, killed, picture_samples
+from tests.calib.test_run import recipe_for
 
-QUICK = Settings(steps=1, evaluate_every=1, batch=2, search_rows=32, held_out=1)
+QUICK = Settings(modules=("projector", "llm"), steps=1, evaluate_every=1, batch=2, search_rows=32, held_out=1)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +28,9 @@ def folder(tmp_path_factory):
     return float_folder(tmp_path_factory.mktemp("float") / "model")
 
 
-def make(folder, out, **options):
-    return run.calibrate(
-        folder, picture_samples(2), out=out, progress=False, settings=QUICK, modules=("projector", "llm"), **options
-    )
+def make(folder, out, seed=0, **options):
+    settings = replace(QUICK, seed=seed)
+    return run.calibrate(folder, picture_samples(2), out=out, progress=False, settings=settings, **options)
 
 
 def contents(folder):
@@ -75,18 +80,7 @@ def test_out_may_not_be_the_model_or_hold_it(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["block", "lost block", "stream", "[]", "null", '{"done": -3}'])
 def test_damaged_work_is_computed_again(folder, finished, tmp_path, monkeypatch, capsys, damage):
-    real, calls = run._run_step, []
-
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(run, "_run_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "out")
-    monkeypatch.setattr(run, "_run_step", real)
+    killed(monkeypatch, 7, lambda: make(folder, tmp_path / "out"))
     work = tmp_path / "out.partial"
     block, stream = min((work / "blocks").iterdir()), next(work.glob("float-*.bin"))
     if damage == "lost block":
@@ -101,6 +95,99 @@ def test_damaged_work_is_computed_again(folder, finished, tmp_path, monkeypatch,
     make(folder, tmp_path / "out")
     assert "again" in capsys.readouterr().err
     assert contents(tmp_path / "out") == contents(finished)
+
+
+def forged(state):
+    """A state that vouches for itself."""
+    body = json.dumps(state)
+    return f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+
+
+def changed(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(state):
+        for name in path:
+            state = state[name]
+        state[last] = value
+
+    return change
+
+
+LAYER = "model.language_model.layers.0"
+FORGERIES = {
+    "a list": (lambda state: [state], "the whole"),
+    "a word for a number": (changed("done", "seven"), "done: "),
+    "a number less than none": (changed("done", -1), "done: "),
+    "a truth for a number": (changed("done", True), "done: "),
+    "a path out of the folder": (changed("streams", "float", "file", "../../victim-1.bin"), "streams.float.file: "),
+    "a block's path out of the folder": (changed("blocks", "../../x", {"sha256": "0" * 64, "report": None}), "blocks."),
+    "another stream": (changed("streams", "int8", {}), "streams.int8"),
+    "words for lengths": (changed("streams", "float", "lengths", ["20", "20"]), "streams.float.lengths.0: "),
+    "fewer rows": (changed("streams", "float", "columns", []), "columns: expected"),
+    "a float for a place": (changed("streams", "float", "positions", 0, 0.5), "streams.float.positions"),
+    "a word for an error": (changed("blocks", LAYER, "report", "mse", "small"), f"blocks.{LAYER}.report.mse: "),
+    "no digest": (changed("blocks", LAYER, "sha256", None), f"blocks.{LAYER}.sha256: "),
+    "a list for a job": (changed("job", []), "job: "),
+    "what no calibration has": (changed("notes", {}), "notes: "),
+    "more steps than there are": (changed("done", 99), "done 99"),
+    "no streams": (changed("streams", {}), r"streams \[\]"),
+    "a block that is not there": (changed("blocks", {}), "0 blocks"),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder, tmp_path_factory):
+    """Killed at step 8; -> the folder whose `out.partial` it left."""
+    parent = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        killed(patch, 7, lambda: make(folder, parent / "out"))
+    return parent
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_state_is_refused_in_one_line(folder, interrupted, tmp_path, name):
+    change, words = FORGERIES[name]
+    shutil.copytree(interrupted, tmp_path / "at")
+    file = tmp_path / "at" / "out.partial" / STATE
+    state = json.loads(file.read_text().partition("\n")[2])
+    file.write_text(forged(change(state) or state))
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=words) as refusal:
+        make(folder, tmp_path / "at" / "out")
+    assert "\n" not in str(refusal.value) and "--overwrite" in str(refusal.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_forged_state_is_discarded_when_asked(folder, finished, interrupted, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "at")
+    (tmp_path / "at" / "out.partial" / STATE).write_text(forged(["nothing of ours"]))
+    make(folder, tmp_path / "at" / "out", overwrite=True)
+    assert contents(tmp_path / "at" / "out") == contents(finished)
+
+
+@pytest.mark.parametrize("survived", [1, 6, 7, 8, 10])
+def test_resumes_on_a_pruned_graph(folder, pruned, tmp_path, monkeypatch, survived):
+    """Between a choice and its drop included: the marks travel with the streams. Blocks learn from quantized inputs, so
+    there are two."""
+    recipe, settings, whole = pruned
+
+    def calibrate():
+        run.calibrate(
+            folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=settings, recipe=recipe
+        )
+
+    killed(monkeypatch, survived, calibrate)
+    calibrate()
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.fixture(scope="module")
+def pruned(folder, tmp_path_factory):
+    recipe, settings = recipe_for(FloatSource(folder)), replace(QUICK, steps=0, inputs="quantized")
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    run.calibrate(folder, picture_samples(2), out=out, progress=False, settings=settings, recipe=recipe)
+    return recipe, settings, out
 
 
 def test_a_full_disk_is_said_before_the_work(folder, tmp_path, monkeypatch):
@@ -124,14 +211,14 @@ def test_files_have_the_umasks_mode(finished):
 
 
 def test_rounding_needs_no_samples(folder, tmp_path):
-    given = {"progress": False, "method": "rtn"}
+    given = {"progress": False, "settings": Settings(method="rtn")}
     run.calibrate(folder, None, out=tmp_path / "none", **given)
     run.calibrate(folder, picture_samples(2), out=tmp_path / "some", **given)
     assert (tmp_path / "none" / "model.safetensors").read_bytes() == (
         tmp_path / "some" / "model.safetensors"
     ).read_bytes()
     with pytest.raises(UsageError, match="samples"):
-        run.calibrate(folder, None, out=tmp_path / "gptq", progress=False, method="gptq")
+        run.calibrate(folder, None, out=tmp_path / "gptq", progress=False, settings=Settings(method="gptq"))
 
 
 def test_a_lacking_tensor_is_named_before_the_work(folder, tmp_path):
@@ -149,9 +236,7 @@ def test_a_lacking_tensor_is_named_before_the_work(folder, tmp_path):
 
 
 def test_the_plan_covers_what_the_run_writes(folder, finished, tmp_path):
-    plan = run.plan_calibration(
-        folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=QUICK, modules=("projector", "llm")
-    )
+    plan = run.plan_calibration(folder, picture_samples(2), out=tmp_path / "out", settings=QUICK)
     written = sum(path.stat().st_size for path in finished.iterdir())
     assert (plan.samples, plan.pictures, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
     assert (
