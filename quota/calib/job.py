@@ -41,13 +41,13 @@ class Job:
             recipe.check_model(source.fingerprint, source.family.layers, source.family.model_class)
         self.folder = _check_out(out, source.folder)
         self.partial = self.folder.with_name(self.folder.name + ".partial")
-        self.samples, self.pictures = samples, sum(sample.image_bytes is not None for sample in samples or ())
+        self.samples, self.images = samples, sum(sample.image_bytes is not None for sample in samples or ())
         if samples is None and settings.method != "rtn":
             raise UsageError(
                 f"samples: method {settings.method!r} learns from samples; give a samples file (only 'rtn' rounds"
                 " without)"
             )
-        if samples is not None and not self.pictures and {"vision", "projector"} & set(settings.modules):
+        if samples is not None and not self.images and {"vision", "projector"} & set(settings.modules):
             raise SampleError(
                 "samples: expected at least one image to calibrate the vision tower and projector, found text only;"
                 " use modules=('llm',)"

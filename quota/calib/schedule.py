@@ -31,8 +31,8 @@ class Schedule:
         if work.done > len(self.steps) or lost or (work.done and self.job.samples and "float" not in work.streams):
             raise CheckpointError(
                 f"{work.path}: expected the state of one of {len(self.steps)} steps, got done {work.done} with"
-                f" {len(work.blocks)} blocks and streams {sorted(work.streams)}; choose another --out, or discard it"
-                " with --overwrite"
+                f" {len(work.blocks)} blocks and streams {sorted(work.streams)}; start again with"
+                " --fresh"
             )
 
     @cached_property
@@ -64,7 +64,7 @@ class Schedule:
         tokens = sum(map(len, job.prompts.ids))
         return Plan(
             samples=len(job.samples or ()),
-            images=job.pictures,
+            images=job.images,
             tokens=tokens,
             blocks=len(self.paths),
             blocks_all=len(blocks),

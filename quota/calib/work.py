@@ -74,7 +74,7 @@ class WorkFolder:
             raise
 
     def _open(self, resume: bool, overwrite: bool, reuse_blocks: bool) -> None:
-        state = self._state(overwrite)
+        state = self._state(discard=overwrite or not resume)
         if state is not None and not overwrite:
             other = difference(state.job, self.job)
             if other is not None:
@@ -100,8 +100,8 @@ class WorkFolder:
         self.streams = {name: Stream.reopen(self.path, layout) for name, layout in state.streams.items()}
         self.done = state.done
 
-    def _state(self, overwrite: bool) -> State | None:
-        """What `state.json` says; None when there is none, it is damaged, or it is to be discarded and not readable.
+    def _state(self, discard: bool) -> State | None:
+        """What `state.json` says; None when there is none, it is damaged, or it is to be discarded anyway.
         CheckpointError for one that vouches for itself but is not what this class writes."""
         try:
             text = (self.path / STATE).read_text(encoding="utf-8")
@@ -116,13 +116,13 @@ class WorkFolder:
         try:
             return State.model_validate_json(body, strict=True)
         except ValidationError as error:
-            if overwrite:
+            if discard:
                 return None
             wrong = error.errors(include_url=False)[0]
             where = ".".join(map(str, wrong["loc"])) or "the whole"
             raise CheckpointError(
                 f"{self.path / STATE}: {where}: {wrong['msg']}, got {shown(wrong['input'])}; this quota did not write"
-                " it: choose another --out, or discard it with --overwrite"
+                " it, start again with --fresh"
             ) from None
 
     def _start_again(self, blocks: dict[str, FinishedBlock]) -> None:

@@ -97,10 +97,14 @@ def test_damaged_work_is_computed_again(folder, finished, tmp_path, monkeypatch,
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def forged(state):
-    """A state that vouches for itself."""
-    body = json.dumps(state)
-    return f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+def forge(interrupted, folder, change):
+    """The interrupted work with a state that vouches for itself; -> its out."""
+    shutil.copytree(interrupted, folder / "at")
+    file = folder / "at" / "out.partial" / STATE
+    state = json.loads(file.read_text().partition("\n")[2])
+    body = json.dumps(change(state) or state)
+    file.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    return folder / "at" / "out"
 
 
 def changed(*path_and_value):
@@ -148,22 +152,19 @@ def interrupted(folder, tmp_path_factory):
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_state_is_refused_in_one_line(folder, interrupted, tmp_path, name):
     change, words = FORGERIES[name]
-    shutil.copytree(interrupted, tmp_path / "at")
-    file = tmp_path / "at" / "out.partial" / STATE
-    state = json.loads(file.read_text().partition("\n")[2])
-    file.write_text(forged(change(state) or state))
+    out = forge(interrupted, tmp_path, change)
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=words) as refusal:
-        make(folder, tmp_path / "at" / "out")
-    assert "\n" not in str(refusal.value) and "--overwrite" in str(refusal.value)
+        make(folder, out)
+    assert "\n" not in str(refusal.value) and "--fresh" in str(refusal.value)
     assert contents(tmp_path) == before
 
 
-def test_a_forged_state_is_discarded_when_asked(folder, finished, interrupted, tmp_path):
-    shutil.copytree(interrupted, tmp_path / "at")
-    (tmp_path / "at" / "out.partial" / STATE).write_text(forged(["nothing of ours"]))
-    make(folder, tmp_path / "at" / "out", overwrite=True)
-    assert contents(tmp_path / "at" / "out") == contents(finished)
+@pytest.mark.parametrize("name", ["a list", "more steps than there are"])
+def test_a_forged_state_is_discarded_when_asked(folder, finished, interrupted, tmp_path, name):
+    out = forge(interrupted, tmp_path, FORGERIES[name][0])
+    make(folder, out, resume=False)
+    assert contents(out) == contents(finished)
 
 
 @pytest.mark.parametrize("survived", [1, 6, 7, 8, 10])
@@ -238,7 +239,7 @@ def test_a_lacking_tensor_is_named_before_the_work(folder, tmp_path):
 def test_the_plan_covers_what_the_run_writes(folder, finished, tmp_path):
     plan = run.plan_calibration(folder, picture_samples(2), out=tmp_path / "out", settings=QUICK)
     written = sum(path.stat().st_size for path in finished.iterdir())
-    assert (plan.samples, plan.pictures, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
+    assert (plan.samples, plan.images, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
     assert (
         written < plan.disk_needed < 20 * written
         and plan.disk_free > 0

@@ -178,7 +178,7 @@ def test_text_only_samples(folder, tmp_path):
         progress=False,
         settings=replace(QUICK, steps=0, modules=("llm",)),
     )
-    with pytest.raises(SampleError, match="at least one picture"):
+    with pytest.raises(SampleError, match="at least one image"):
         run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "all", progress=False, settings=QUICK)
 
 
