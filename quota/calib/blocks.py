@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup
+from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup, ValueMerge
 from quota.core.formats import DEFAULT, Scheme
 from quota.models.base import Family, Group, Part
 from quota.models.images import PatchGrid
@@ -40,25 +41,48 @@ class Batch:
     grids: list[PatchGrid] | None = None
 
 
-def calibration_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention function of calibration blocks: P_h and KV fake quantization, then exact attention. q, k, v [B, heads,
-    T, D] -> [B, T, heads, D].
+class CalibrationAttention:
+    """What runs where upstream's attention would: P_h and KV fake quantization, then exact attention.
 
     No mask is used: batches are padded on the right, so causal attention never lets a real token see padding.
+    heads: once the block is quantized. apart: of the call at hand, the part of the keys that is never quantized.
+    trace: (query, key) of every call, where somebody listens.
     """
-    heads: HeadTransforms | None = getattr(module, "quota_heads", None)
-    trace: list[tuple[Tensor, Tensor]] | None = getattr(module, "quota_trace", None)
-    if trace is not None:
-        trace.append((query, key))
-    if heads is not None:
-        query, key, value = heads.attend(query, key, value, getattr(module, "quota_apart", None))
-    grouped = query.shape[1] != key.shape[1]
-    out = functional.scaled_dot_product_attention(
-        query, key, value, is_causal=bool(module.is_causal), scale=kwargs.get("scaling"), enable_gqa=grouped
-    )
-    return out.transpose(1, 2).contiguous(), None
+
+    def __init__(self) -> None:
+        self.heads: HeadTransforms | None = None
+        self.apart: Tensor | None = None
+        self.trace: list[tuple[Tensor, Tensor]] | None = None
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float | None
+    ) -> tuple[Tensor, None]:
+        """q, k, v [B, heads, T, D] -> [B, T, heads, D]."""
+        if self.trace is not None:
+            self.trace.append((query, key))
+        if self.heads is not None:
+            query, key, value = self.heads.attend(query, key, value, self.apart)
+        grouped = query.shape[1] != key.shape[1]
+        out = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+
+# transformers finds an attention function by a name in the configuration, one for the whole process, and hands it the
+# attention module that called. So one function is registered, and it closes over the blocks' own attentions, by that
+# module: upstream's modules carry nothing of ours, and an entry goes with its block.
+_ATTENTIONS: WeakKeyDictionary[nn.Module, CalibrationAttention] = WeakKeyDictionary()
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    causal = bool(module.is_causal)
+    return _ATTENTIONS[module](query, key, value, causal=causal, scaling=kwargs.get("scaling"))
+
+
+AttentionInterface.register(ATTENTION, _attend)
 
 
 class Block(nn.Module):
@@ -75,13 +99,14 @@ class Block(nn.Module):
         self.layer, self.kind, self.path, self.family, self.rotary = layer, kind, path, family, rotary
         self.plans = family.groups[kind]
         self.config = copy.deepcopy(family.config_of(kind))
-        self.groups = nn.ModuleDict()
+        self.groups: dict[str, ProjectionGroup] = {}  # registered where the linears stood
+        self.attend = CalibrationAttention()
         self.heads: HeadTransforms | None = None
         self.key_bias: Tensor | None = None
         if kind != "projector":
-            AttentionInterface.register(ATTENTION, calibration_attention)
             self.config._attn_implementation = ATTENTION
             self.attention.config = self.config
+            _ATTENTIONS[self.attention] = self.attend
         self.requires_grad_(False)
 
     @property
@@ -102,7 +127,7 @@ class Block(nn.Module):
         rotary = self.rotary(batch.hidden, positions)
         if self.key_bias is not None:
             everywhere = self.key_bias[None, :, None].expand(len(batch.hidden), -1, batch.hidden.shape[1], -1)
-            self.attention.quota_apart = apply_rotary(everywhere, *rotary)
+            self.attend.apart = apply_rotary(everywhere, *rotary)
         return self.layer(batch.hidden, position_embeddings=rotary, attention_mask=None)
 
     def quantize_linears(self, scheme: Scheme = DEFAULT) -> None:
@@ -111,14 +136,13 @@ class Block(nn.Module):
         if self.kind != "projector":
             attention = self.attention
             self.heads = HeadTransforms(int(attention.head_dim), scheme.kv if self.kind == "decoder" else None)
-            self.heads.to(_device(self.layer))
-            attention.quota_heads = self.heads
+            self.attend.heads = self.heads.to(_device(self.layer))
             if self.kind == "decoder" and attention.k_proj.bias is not None:
                 self.key_bias = attention.k_proj.bias.detach().view(-1, attention.head_dim).clone()
         for plan in self.plans:
             linears = [self.layer.get_submodule(part) for part in plan.parts]
             group = self._build_group(plan, linears, scheme)  # type: ignore[arg-type]
-            self.groups[_key(plan.name)] = group
+            self.groups[plan.name] = group
             for index, part in enumerate(plan.parts):
                 parent, _, leaf = part.rpartition(".")
                 setattr(self.layer.get_submodule(parent), leaf, GroupPart(group, index))
@@ -136,8 +160,8 @@ class Block(nn.Module):
             else None
         )
         left = 0 if left == 1 else left
-        heads = self.heads if plan.value else None
-        return ProjectionGroup(linears, left, right, plan.absorbs is not None, heads, rows, scheme)
+        merge = ValueMerge(self.heads, rows) if plan.value and self.heads is not None else None
+        return ProjectionGroup(linears, left, right, plan.absorbs is not None, merge, scheme)
 
     def set_mode(self, mode: str) -> None:
         """Switch every group and the head transforms (see flatquant.MODES)."""
@@ -148,10 +172,7 @@ class Block(nn.Module):
 
     def projection_groups(self) -> list[ProjectionGroup]:
         """The groups in the order they run; empty while the block is float."""
-        return list(self.groups.values())  # type: ignore[arg-type]
-
-    def _group(self, plan: Group) -> ProjectionGroup:
-        return self.groups[_key(plan.name)]  # type: ignore[return-value]
+        return list(self.groups.values())
 
     def matrices(self) -> list[nn.Parameter]:
         """Learned transforms and diagonals."""
@@ -173,6 +194,16 @@ class Block(nn.Module):
             for member in members:
                 member.observed = None
 
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The (query, key) [B, heads, T, D] of the attention's calls while it is open, before quantization."""
+        trace: list[tuple[Tensor, Tensor]] = []
+        self.attend.trace = trace
+        try:
+            yield trace
+        finally:
+            self.attend.trace = None
+
     def freeze(self) -> None:
         """Quantize the merged weights; mode "frozen" then runs the exported integers."""
         for group in self.projection_groups():
@@ -183,7 +214,7 @@ class Block(nn.Module):
         CPU, floats float32."""
         out: dict[str, Tensor] = {}
         for plan in self.plans:
-            for name, tensor in self._group(plan).export().items():
+            for name, tensor in self.groups[plan.name].export().items():
                 out[f"{self.path}.{plan.name}.{name}"] = tensor
         if self.heads is not None:
             out.update({f"{self.path}.self_attn.{name}": tensor for name, tensor in self.heads.export().items()})
@@ -195,7 +226,7 @@ class Block(nn.Module):
             if name.rpartition(".")[0] in self.family.norms[self.kind]:
                 out[f"{self.path}.{name}"] = tensor.detach().cpu().float().clone()
         for plan in self.plans:
-            diag = self._group(plan).diag()
+            diag = self.groups[plan.name].diag()
             if diag is None:
                 continue
             if plan.absorbs == "up":  # up's rows divided by c: its integers stay, its scales change
@@ -210,10 +241,6 @@ class Block(nn.Module):
                 if key in out:
                     out[key] /= diag
         return out
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -9,6 +9,7 @@ unchanged; P = left (x) right.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quota.core.formats import DEFAULT, INT4, KV4, Format, Scheme
-from quota.quant.affine import quantize_weight
+from quota.quant.affine import SMALLEST_RANGE, quantize_weight, symmetric_scale
 from quota.quant.pack import unpack_int4
 from quota.quant.transform import apply_kronecker, hadamard
 
-_EPS = 1e-8
 _MAX_CLIP = 0.995  # a sigmoid never reaches 1; the search treats anything above as "no clipping"
 _CLIP_GRID = tuple(0.40 + 0.05 * i for i in range(12)) + (_MAX_CLIP,)
 
@@ -31,18 +31,23 @@ MODES = ("learn", "float", "rtn", "frozen")
 
 
 class _FakeAffine(torch.autograd.Function):
-    """q = clamp(round((x - zero) / scale)); returns q * scale + zero, rounding passes gradients straight through."""
+    """q = clamp(round((x - zero) / scale)); returns q * scale + zero, rounding passes gradients straight through.
+
+    Masks are 0.0 and 1.0: on a CPU a comparison that writes floats in place, and a product with them, take a fifth of
+    what booleans take.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
         ratio = (x if zero is None else x - zero) * (1.0 / scale)
-        q = torch.round(ratio)
-        inside = (q >= low) & (q <= high)
-        q = q.clamp_(low, high)
-        ctx.save_for_backward(torch.where(inside, q - ratio, q), inside)
+        inside = torch.round(ratio)
+        q = inside.clamp(low, high)
+        inside.eq_(q)
+        ratio.mul_(inside)
+        ctx.save_for_backward(torch.sub(q, ratio, out=ratio), inside)
         ctx.has_zero, ctx.scale_shape = zero is not None, scale.shape
-        out = q * scale
-        return out if zero is None else out + zero
+        q.mul_(scale)
+        return q if zero is None else q.add_(zero)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,29 +59,72 @@ class _FakeAffine(torch.autograd.Function):
         return grad_x, grad_scale, grad_zero, None, None
 
 
+class _Extreme(torch.autograd.Function):
+    """x.amax(-1, keepdim=True), or amin; ties share the gradient, as there, but the mask is one of floats."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, largest: bool) -> Tensor:
+        reach = x.amax(-1, keepdim=True) if largest else x.amin(-1, keepdim=True)
+        ctx.save_for_backward(x, reach)
+        return reach
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, reach = ctx.saved_tensors
+        reached = x.clone().eq_(reach)
+        return reached.mul_(grads[0] / reached.sum(-1, keepdim=True)), None
+
+
+def _round_trip(x: Tensor, scale: Tensor, zero: Tensor | None, form: Format) -> Tensor:
+    if torch.is_grad_enabled():
+        return _FakeAffine.apply(x, scale, zero, form.low, form.high)
+    q = ((x if zero is None else x - zero) * (1.0 / scale)).round_().clamp_(form.low, form.high).mul_(scale)
+    return q if zero is None else q.add_(zero)
+
+
+def _symmetric(x: Tensor, reach: Tensor, clip: Tensor | float, form: Format) -> Tensor:
+    return _round_trip(x, symmetric_scale(reach, clip, form)[..., None], None, form)
+
+
+def _asymmetric(x: Tensor, low: Tensor, high: Tensor, clip: Tensor | float, form: Format) -> Tensor:
+    zero = low * clip
+    return _round_trip(x, (high * clip - zero).clamp_min(SMALLEST_RANGE) / form.steps, zero, form)
+
+
+def _reach(x: Tensor) -> Tensor:
+    return _Extreme.apply(x.abs(), True)
+
+
 def fake_symmetric(x: Tensor, clip: Tensor | float, form: Format = INT4) -> Tensor:
-    """`quantize_symmetric` and back, over the last dimension: scale = absmax * clip / steps. Gradients reach x and
-    clip."""
-    scale = (x.abs().amax(-1, keepdim=True) * clip).clamp_min(_EPS) / form.steps
-    return _FakeAffine.apply(x, scale, None, form.low, form.high)
+    """`quota.quant.affine.quantize_symmetric` and back: codes of `form` over the last dimension of float x [..., K],
+    `clip` a number or [...]. Gradients reach x and clip."""
+    return _symmetric(x, _reach(x), clip, form)
 
 
 def fake_asymmetric(x: Tensor, clip: Tensor | float, form: Format = KV4) -> Tensor:
-    """`quantize_kv` and back, over the last dimension: zero = min * clip, scale = (max - min) * clip / steps."""
-    low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
-    return _FakeAffine.apply(x, (high - low).clamp_min(_EPS) / form.steps, low, form.low, form.high)
+    """`quota.quant.affine.quantize_kv` and back, whose formulas `_asymmetric` repeats on tensors that gradients pass:
+    codes of `form` over the last dimension, as the KV cache stores them. `clip`: a number."""
+    return _asymmetric(x, _Extreme.apply(x, False), _Extreme.apply(x, True), clip, form)
 
 
+@torch.no_grad()
 def search_clip(x: Tensor, form: Format = INT4) -> float:
-    """The grid clip with the least squared quantization error over the rows of x [..., K]."""
-    fake = fake_symmetric if form.symmetric else fake_asymmetric
-    errors = torch.stack([(fake(x, clip, form) - x).double().square().sum() for clip in _CLIP_GRID])
+    """The grid clip with the least squared quantization error over all rows of x [..., K]."""
+    if form.symmetric:
+        reach = x.abs().amax(-1, keepdim=True)
+        tried = (_symmetric(x, reach, clip, form) for clip in _CLIP_GRID)
+    else:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        tried = (_asymmetric(x, low, high, clip, form) for clip in _CLIP_GRID)
+    errors = torch.stack([fake.sub_(x).double().square().sum() for fake in tried])
     return _CLIP_GRID[int(errors.argmin())]
 
 
+@torch.no_grad()
 def search_weight_clip(w: Tensor, form: Format = INT4) -> Tensor:
     """Per row of w [N, K]: the grid clip with the least squared rounding error -> [N]."""
-    errors = torch.stack([(fake_symmetric(w, clip, form) - w).square().sum(-1) for clip in _CLIP_GRID])
+    reach = w.abs().amax(-1, keepdim=True)
+    errors = torch.stack([_symmetric(w, reach, clip, form).sub_(w).square().sum(-1) for clip in _CLIP_GRID])
     return torch.tensor(_CLIP_GRID, dtype=w.dtype, device=w.device)[errors.argmin(0)]
 
 
@@ -144,13 +192,37 @@ class HeadTransforms(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class ValueMerge:
+    """How a group's weight carries P_v, whose parameter stays the layer's. rows: those that produce V; None for a
+    group that consumes the attention output, which carries P_v in every head."""
+
+    heads: HeadTransforms
+    rows: slice | None
+
+    def weight(self, w: Tensor) -> Tensor:
+        """W [N, K] with P_v in its rows or its columns."""
+        matrix = self.heads.value.to(w.dtype)
+        if self.rows is None:
+            return apply_kronecker(w, None, torch.linalg.inv(matrix).T)
+        mixed = (matrix.T @ w[self.rows].view(-1, matrix.shape[0], w.shape[1])).reshape(-1, w.shape[1])
+        return torch.cat([w[: self.rows.start], mixed, w[self.rows.stop :]])
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """Bias [N] with P_v in the value rows."""
+        if self.rows is None:
+            return bias
+        value = (bias[self.rows].view(-1, self.heads.value.shape[0]) @ self.heads.value).reshape(-1)
+        return torch.cat([bias[: self.rows.start], value, bias[self.rows.stop :]])
+
+
 class ProjectionGroup(nn.Module):
     """Linears that read the same input: one transform, one activation clip, one fused weight [N, K] with a clip per
     row.
 
     linears: the float linears, in fused row order. left, right: sizes (l, r) of the Kronecker factors, 0 = absent.
-    diag: learn a per-channel scale (only where it can be merged upstream). heads: the layer's HeadTransforms when this
-    group produces V (`value_rows`) or consumes the attention output. scheme: with formats of weights and activations.
+    diag: learn a per-channel scale (only where it can be merged upstream). merge: where this group produces V or
+    consumes the attention output. scheme: with formats of weights and activations.
     """
 
     weight: Tensor
@@ -162,8 +234,7 @@ class ProjectionGroup(nn.Module):
         left: int,
         right: int,
         diag: bool,
-        heads: HeadTransforms | None = None,
-        value_rows: slice | None = None,
+        merge: ValueMerge | None = None,
         scheme: Scheme = DEFAULT,
     ) -> None:
         super().__init__()
@@ -181,27 +252,21 @@ class ProjectionGroup(nn.Module):
         self.log_diag = nn.Parameter(torch.zeros(self.in_features, device=device)) if diag else None
         self.clip = nn.Parameter(_logit(0.9).to(device))
         self.weight_clip = nn.Parameter(_logit(torch.full((self.out_features,), 0.9)).to(device))
-        self.heads, self.value_rows = (
-            [heads],
-            value_rows,
-        )  # in a list: parameters belong to the layer, not to its groups
-        self._memo: tuple[Tensor, list[Tensor | None]] | None = None
+        self.merge = merge
+        self._outputs: list[Tensor] = []  # of the parts that have not been asked for, the last part first
         self._frozen: dict[str, Tensor] = {}
         self.observed: list[Tensor] | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """Output of linear `index` for x [..., K]; the group runs once per input object and hands out its rows."""
-        if self._memo is None or self._memo[0] is not x:
+        """Output of linear `index` for x [..., K]. Upstream's forward asks for the parts of one input in their order:
+        the first runs the group, the others take what it left."""
+        if index == 0:
             if self.observed is not None:
                 self.observed.append(x.detach().reshape(-1, self.in_features))
-            self._memo = (x, list(self(x).split(self.sizes, dim=-1)))
-        outputs = self._memo[1]
-        out, outputs[index] = outputs[index], None
-        if out is None:
-            raise RuntimeError(f"part {index} asked twice for one input")
-        if all(o is None for o in outputs):
-            self._memo = None
-        return out
+            self._outputs = list(self(x).split(self.sizes, dim=-1))[::-1]
+        if len(self._outputs) != len(self.sizes) - index:
+            raise RuntimeError(f"part {index}: expected the parts of an input in their order")
+        return self._outputs.pop()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> fused output [..., N] under the current mode."""
@@ -214,7 +279,7 @@ class ProjectionGroup(nn.Module):
         u, w = self.transform(x), self.effective_weight()
         if self.mode == "learn":
             u = fake_symmetric(u, self.clip.sigmoid(), self.activations)
-            w = fake_symmetric(w, self.weight_clip.sigmoid()[:, None], self.weights)
+            w = fake_symmetric(w, self.weight_clip.sigmoid(), self.weights)
         return functional.linear(u, w, self.effective_bias())
 
     def transform(self, x: Tensor) -> Tensor:
@@ -225,17 +290,10 @@ class ProjectionGroup(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W [N, K] with every merged transform: P_v (rows or columns), diag, inverse Kronecker factors."""
-        return self._transform_weight(self._merge_value(self.weight))
+        return self._transform_weight(self._merged(self.weight))
 
-    def _merge_value(self, w: Tensor) -> Tensor:
-        heads, rows = self.heads[0], self.value_rows
-        if heads is None:
-            return w
-        matrix = heads.value.to(w.dtype)
-        if rows is None:  # consumes the attention output, which carries P_v in every head
-            return apply_kronecker(w, None, torch.linalg.inv(matrix).T)
-        mixed = (matrix.T @ w[rows].view(-1, matrix.shape[0], self.in_features)).reshape(-1, self.in_features)
-        return torch.cat([w[: rows.start], mixed, w[rows.stop :]])
+    def _merged(self, w: Tensor) -> Tensor:
+        return w if self.merge is None else self.merge.weight(w)
 
     def _transform_weight(self, w: Tensor) -> Tensor:
         if self.log_diag is not None:
@@ -245,11 +303,7 @@ class ProjectionGroup(nn.Module):
 
     def effective_bias(self) -> Tensor | None:
         """Bias [N] with P_v applied to the value rows."""
-        heads, rows = self.heads[0], self.value_rows
-        if self.bias is None or heads is None or rows is None:
-            return self.bias
-        value = (self.bias[rows].view(-1, heads.value.shape[0]) @ heads.value).reshape(-1)
-        return torch.cat([self.bias[: rows.start], value, self.bias[rows.stop :]])
+        return self.bias if self.bias is None or self.merge is None else self.merge.bias(self.bias)
 
     @torch.no_grad()
     def initialise(self, x: Tensor, alpha: float) -> None:
@@ -258,7 +312,7 @@ class ProjectionGroup(nn.Module):
 
         The candidate with the least output error wins.
         """
-        merged = self._merge_value(self.weight)
+        merged = self._merged(self.weight)
         target = functional.linear(x, merged)
         best: tuple[float, dict[str, Tensor]] | None = None
         scales = [None] if self.log_diag is None else [None, _smooth_scale(x, merged, alpha)]
@@ -272,7 +326,7 @@ class ProjectionGroup(nn.Module):
             clip, w_clip = search_clip(u, self.activations), search_weight_clip(w, self.weights)
             self.clip.copy_(_logit(clip))
             self.weight_clip.copy_(_logit(w_clip))
-            w = fake_symmetric(w, w_clip[:, None], self.weights)
+            w = fake_symmetric(w, w_clip, self.weights)
             out = functional.linear(fake_symmetric(u, clip, self.activations), w)
             error = float((out - target).double().square().sum())
             if best is None or error < best[0]:
@@ -285,7 +339,7 @@ class ProjectionGroup(nn.Module):
     def freeze(self) -> None:
         """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed
         checkpoint computes."""
-        w = self._transform_weight(self._merge_value(self.weight.double())).float()
+        w = self._transform_weight(self._merged(self.weight.double())).float()
         w_q, w_scale = quantize_weight(w.cpu(), self.weight_clip.detach().sigmoid().cpu(), self.weights)
         dense = unpack_int4(w_q, self.in_features).float() * w_scale[:, None]
         self._frozen = {
@@ -328,7 +382,7 @@ class GroupPart(nn.Module):
 
     def __init__(self, group: ProjectionGroup, index: int) -> None:
         super().__init__()
-        self.group, self.index = [group], index  # in a list: registered once, by the block
+        self.group, self.index = group, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.group[0].part(x, self.index)
+        return self.group.part(x, self.index)

@@ -4,39 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quota.calib.blocks import Batch, Block
 from quota.calib.settings import Settings
+from quota.calib.state import BlockReport
 from quota.calib.stream import Stream
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What calibration did to one block, on the held-out samples.
-
-    mse_rtn: rounding to nearest without transforms (before); mse_start: after the searched start; mse: the exported
-    integers (after). sqnr_db: output signal over the error of the exported integers. update_sqnr_db: the same for what
-    the block adds to the residual stream (equal to sqnr_db for the projector). best_step: optimiser step of the kept
-    iterate, 0 = the start.
-    """
-
-    name: str
-    mse_rtn: float
-    mse_start: float
-    mse: float
-    sqnr_db: float
-    update_sqnr_db: float
-    best_step: int
-    steps: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able, floats rounded to 6 significant digits so that reports are stable."""
-        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 @dataclass
@@ -132,10 +108,10 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
 
 def _loss(block: Block, lesson: BlockData, items: list[int], settings: Settings) -> Tensor:
     target = lesson.targets.batch(items, settings.device)
-    if lesson.quantized is None or settings.inputs == "float":
+    if lesson.quantized is None or settings.learns_from == "float":
         return _weighted(block(lesson.inputs.batch(items, settings.device)), target, settings)
     source = lesson.quantized.batch(items, settings.device)
-    if settings.inputs == "mixed":
+    if settings.learns_from == "mixed":
         floats = lesson.inputs.batch(items, settings.device)
         half = len(items) // 2
         source.hidden[:half] = floats.hidden[:half]

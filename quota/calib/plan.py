@@ -17,23 +17,14 @@ from torch import Tensor, nn
 
 from quota.calib.flatquant import ProjectionGroup
 from quota.calib.learn import split
-from quota.calib.settings import Settings
+from quota.calib.settings import Method, Settings
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
 from quota.core.formats import Scheme
 from quota.models.base import Family, Part
 from quota.quant.transform import decompose
 
-# Fitted on the embedded LLaVA's blocks, one thread, in the units of `Speed`: what a look costs of a learning step's
-# rounding, and what the other methods' searches cost of FlatQuant's (GPTQ goes through a weight's columns one by one;
-# AWQ tries 20 scales and then clips; rounding does each weight once).
+# Fitted on the embedded LLaVA's blocks, one thread: what a look costs of a learning step's rounding.
 _LOOK = 0.4
-_SEARCHES = {"flatquant": 1.0, "gptq": 0.3, "awq": 1.0, "rtn": 0.05}
-_SEARCHED_PRODUCTS = {
-    "flatquant": 8,
-    "gptq": 0,
-    "awq": 40,
-    "rtn": 0,
-}  # products of a block's weights with search_rows rows
 _LIBRARIES = 64 << 20  # bytes of optimiser, code and allocator that appear with the first step
 
 
@@ -145,7 +136,7 @@ class Speed:
 
 
 def block_seconds(
-    size: BlockSize, lengths: Sequence[int], method: str | None, settings: Settings, speed: Speed
+    size: BlockSize, lengths: Sequence[int], method: Method | None, settings: Settings, speed: Speed
 ) -> tuple[float, float]:
     """(passing the samples through the float block, calibrating it) in seconds. lengths: rows of each item. method
     None: it stays float."""
@@ -155,10 +146,9 @@ def block_seconds(
     if method is not None:
         seen = min(rows, settings.search_rows)
         search = (
-            _SEARCHES[method] * speed.search_s * size.rounded(seen)
-            + _SEARCHED_PRODUCTS[method] * seen * linear / speed.products
+            method.searches * speed.search_s * size.rounded(seen) + method.products * seen * linear / speed.products
         )
-        search += sum(k**3 for _, k in size.groups) / speed.products if method == "gptq" else 0.0
+        search += sum(k**3 for _, k in size.groups) / speed.products if method.factored else 0.0
     if not lengths:
         return 0.0, search
 
@@ -166,13 +156,13 @@ def block_seconds(
         return share * ((rows * linear + attention) / speed.products + size.written(rows) * speed.element_s)
 
     calls = len(size.groups) * speed.call_s
-    passing = (1 if settings.inputs == "float" else 2) * (forward(1.0) + -(-items // settings.batch) * calls)
+    streams = 1 if settings.learns_from == "float" else 2
+    passing = streams * (forward(1.0) + -(-items // settings.batch) * calls)
     if method is None:
         return passing, 0.0
     held = len(split(items, settings.held_out)[1]) / items
-    if method != "flatquant":
-        observed = {"rtn": 0.0, "awq": 1.0, "gptq": 2.0}[method]
-        return passing, (observed + 2 * held) * forward(1.0) + search
+    if not method.learns:
+        return passing, (method.observed + 2 * held) * forward(1.0) + search
     looks = 4 + -(-settings.steps // settings.evaluate_every)
     look = forward(held) + _LOOK * speed.round_s * size.rounded(int(held * rows)) + calls
     taken = min(1.0, settings.batch / items)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,13 +29,13 @@ def keep_masks(
     candidate: int,
     pair: tuple[Block | None, Block],
     stream: Stream,
-    images: Callable[[int], ImageTokens],
+    shown: Callable[[int], ImageTokens],
     device: str,
 ) -> list[np.ndarray]:
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
     pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; for candidate 0 there is
-    no first one and `stream` is the input of layer 0. images: of one item, on the columns of its prompt.
+    no first one and `stream` is the input of layer 0. shown: images of one item, on the columns of its prompt.
     Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
@@ -53,8 +53,8 @@ def keep_masks(
             trace, hidden = _recorded(before, batch)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
-        shown = images(item)
-        image_index = shown.number.gather(1, column).to(device).masked_fill(~visual, -1)
+        tokens = shown(item)
+        image_index = tokens.number.gather(1, column).to(device).masked_fill(~visual, -1)
         group, budget = plan_budgets(recipe, ratio, image_index, [stream.images[item]])
         alive = Alive(
             batch.hidden,
@@ -62,7 +62,7 @@ def keep_masks(
             _queries(roles),
             column.to(device),
             after.layer,
-            shown,
+            tokens,
             trace,
             partial(_trace, after, batch),
         )
@@ -70,18 +70,18 @@ def keep_masks(
     return masks
 
 
-def gather(stream: Stream, masks: list[np.ndarray], compact: bool, target: Stream) -> Stream:
-    """Copy the kept tokens of `stream` into `target` (made for the kept lengths) with their positions, renumbered if
-    `compact`."""
-    if stream.positions.ndim > 1:
-        target.positions = np.zeros((len(target.positions), 3), np.int32)
-    for item, mask in enumerate(masks):
-        rows, kept = stream.rows(item), target.rows(item)
+def gather(stream: Stream, path: Path, compact: bool) -> Stream:
+    """The rows of `stream` that it does not drop, in a new file, with their positions, renumbered if `compact`."""
+    kept = [~stream.drops[stream.rows(item)] for item in range(len(stream))]
+    target = stream.like(path, lengths=[int(mask.sum()) for mask in kept])
+    target.positions = np.zeros((len(target.positions), *stream.positions.shape[1:]), np.int32)
+    for item, mask in enumerate(kept):
+        rows, to = stream.rows(item), target.rows(item)
         target.write(item, stream.read(item)[torch.from_numpy(mask)])
         positions = stream.positions[rows][mask]
         numbers = np.arange(len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
-        target.positions[kept] = numbers if compact else positions
-        target.roles[kept], target.columns[kept] = stream.roles[rows][mask], stream.columns[rows][mask]
+        target.positions[to] = numbers if compact else positions
+        target.roles[to], target.columns[to] = stream.roles[rows][mask], stream.columns[rows][mask]
     target.images = list(stream.images)
     return target
 
@@ -92,15 +92,11 @@ def _trace(block: Block, batch: Batch) -> AttentionTrace:
 
 def _recorded(block: Block, batch: Batch) -> tuple[AttentionTrace, Tensor]:
     """What the block's attention left, and the block's output."""
-    attention: Any = block.layer.get_submodule("self_attn")
-    attention.quota_trace = []
-    try:
+    with block.recording() as calls:
         hidden = block(batch)
-        (query, key), trace = attention.quota_trace[0], AttentionTrace()
-    finally:
-        del attention.quota_trace
+    (query, key), trace = calls[0], AttentionTrace()
     query, key = query.float().contiguous(), key.float().contiguous()
-    trace.q, trace.k, trace.scaling = query, key, float(attention.scaling)
+    trace.q, trace.k, trace.scaling = query, key, float(block.attention.scaling)
     trace.lse = causal_lse(query, key, None, trace.scaling)
     return trace, hidden
 

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from quota.core import images
 from quota.core.documents import read_text
 from quota.core.errors import ImageError, SampleError
+from quota.models.base import Family
+from quota.models.images import ImageInfo, PatchGrid
 from quota.models.processing import render, reserved_mark, user_turn
 
 if TYPE_CHECKING:
@@ -204,6 +206,29 @@ def check_texts(processor: Any, samples: Iterable[Sample]) -> None:
                     f"sample {sample.id!r}: {name}: expected text without {mark}, which stands for an image; name the"
                     " image in `image`"
                 )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The samples as the model reads them. ids: token ids of each sample. images: what a selection needs to know of
+    each sample's images. grids: of every image in order over all samples, its patch grid; None for a family of one
+    image size."""
+
+    ids: tuple[list[int], ...]
+    images: tuple[tuple[ImageInfo, ...], ...]
+    grids: tuple[PatchGrid | None, ...]
+
+    @classmethod
+    def of(cls, processor: Any, family: Family, samples: Iterable[Sample]) -> Prompts:
+        """Every sample encoded once, pixels not kept."""
+        ids, images, grids = list[list[int]](), list[tuple[ImageInfo, ...]](), list[PatchGrid | None]()
+        for sample in samples:
+            encoded = encode(processor, sample, answer=True)
+            own = family.images(encoded)
+            ids.append(encoded["input_ids"][0].tolist())
+            images.append(tuple(map(family.shown, own)))
+            grids += [image.grid for image in own]
+        return cls(tuple(ids), tuple(images), tuple(grids))
 
 
 def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quota.calib.blocks import Batch, Block
+from quota.calib.state import StreamLayout
 from quota.core.errors import CheckpointError
 from quota.core.files import naming, read_at, reserve, sha256_file, write_at
 from quota.core.folders import resolve_folder
@@ -187,7 +188,8 @@ class Stream:
     error, not the end of the process.
 
     path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8
-    [total], columns int32 [total] (places in the unpruned prompt): decoder stream, zeros elsewhere. images: per item
+    [total], columns int32 [total] (places in the unpruned prompt), drops bool [total]
+    (rows the next gather leaves out): decoder stream, zeros elsewhere. images: per item
     the visual tokens of each image before any drop (decoder stream). grids: per item the image's patch grid (tower
     streams of dynamic resolution, else empty).
     """
@@ -204,6 +206,7 @@ class Stream:
         self.positions = np.zeros(total, np.int32)
         self.roles = np.zeros(total, np.int8)
         self.columns = np.zeros(total, np.int32)
+        self.drops = np.zeros(total, bool)
         self.images: list[tuple[int, ...]] = [()] * len(self.lengths)
         self.grids: list[PatchGrid] = []
 
@@ -257,32 +260,35 @@ class Stream:
         out = Stream(path, width or self.width, self.lengths if lengths is None else lengths, self.dtype, create=True)
         if lengths is None:
             out.positions, out.roles, out.columns = self.positions.copy(), self.roles.copy(), self.columns.copy()
-            out.images, out.grids = list(self.images), list(self.grids)
+            out.drops, out.images, out.grids = self.drops.copy(), list(self.images), list(self.grids)
         return out
 
-    def layout(self) -> dict[str, Any]:
-        """JSON-able description, enough for `reopen`."""
-        return {
-            "file": self.path.name,
-            "width": self.width,
-            "dtype": self.dtype,
-            "lengths": self.lengths,
-            "positions": self.positions.tolist(),
-            "roles": self.roles.tolist(),
-            "columns": self.columns.tolist(),
-            "images": [list(counts) for counts in self.images],
-            "grids": [list(grid) for grid in self.grids],
-        }
+    def layout(self) -> StreamLayout:
+        """Everything but the rows, enough for `reopen`."""
+        positions: Any = self.positions.tolist()
+        return StreamLayout(
+            file=self.path.name,
+            width=self.width,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            lengths=self.lengths,
+            positions=positions,
+            roles=self.roles.tolist(),
+            columns=self.columns.tolist(),
+            drops=self.drops.astype(int).tolist(),
+            images=[list(counts) for counts in self.images],
+            grids=self.grids,
+        )
 
     @classmethod
-    def reopen(cls, folder: Path, layout: dict[str, Any]) -> Stream:
+    def reopen(cls, folder: Path, layout: StreamLayout) -> Stream:
         """Open the file described by `layout`."""
-        out = cls(folder / layout["file"], layout["width"], layout["lengths"], layout["dtype"], create=False)
-        out.positions = np.asarray(layout["positions"], np.int32)
-        out.roles = np.asarray(layout["roles"], np.int8)
-        out.columns = np.asarray(layout["columns"], np.int32)
-        out.images = [tuple(counts) for counts in layout["images"]]
-        out.grids = [(frames, rows, columns) for frames, rows, columns in layout["grids"]]
+        out = cls(folder / layout.file, layout.width, layout.lengths, layout.dtype, create=False)
+        out.positions = np.asarray(layout.positions, np.int32)
+        out.roles = np.asarray(layout.roles, np.int8)
+        out.columns = np.asarray(layout.columns, np.int32)
+        out.drops = np.asarray(layout.drops, bool)
+        out.images = [tuple(counts) for counts in layout.images]
+        out.grids = layout.grids
         return out
 
 

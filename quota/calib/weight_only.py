@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from quota.calib.blocks import Block
-from quota.calib.learn import BlockData, BlockReport, Scorer, decibels, split
+from quota.calib.learn import BlockData, Scorer, decibels, split
 from quota.calib.settings import Settings
+from quota.calib.state import BlockReport
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
 from quota.core.formats import WEIGHT_ONLY, Format, Scheme
@@ -67,24 +68,20 @@ class InputStats:
 
 @torch.no_grad()
 def quantize_weights(
-    block: Block,
-    lesson: BlockData,
-    method: str,
-    settings: Settings,
-    progress: Callable[[int], None] | None = None,
-    scheme: Scheme = WEIGHT_ONLY,
+    block: Block, lesson: BlockData, settings: Settings, progress: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Tensor], BlockReport]:
-    """Round the linears of a float `block` to those of `scheme` by "gptq", "awq" or "rtn" and leave it computing with
-    the rounded weights; a quantized cache behind it is not part of what it computes.
+    """Round the linears of a float `block` to those of settings.makes by settings.method (gptq, awq or rtn) and leave
+    it computing with the rounded weights; a quantized cache behind it is not part of what it computes.
 
     Returns the checkpoint's tensors of the block under their full names, and the report (mse_start is that of rounding
     to nearest: nothing is searched before). progress: called with the number of finished groups. SampleError when the
     inputs are not finite.
     """
+    method, scheme = settings.method, settings.makes
     assert scheme.weights is not None
     form = scheme.weights
     train, held_out = split(len(lesson.inputs), settings.held_out)
-    seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, method, settings)
+    seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, settings)
     score = Scorer(block, lesson, held_out, settings)
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
     weights = {name: linear.weight.data for name, linear in linears.items()}
@@ -131,14 +128,14 @@ def round_weights(block: Block, scheme: Scheme = WEIGHT_ONLY) -> dict[str, Tenso
     return _export(block, linears, codes, {}, scheme)
 
 
-def _observe(block: Block, source: Stream, items: list[int], method: str, settings: Settings) -> dict[str, InputStats]:
+def _observe(block: Block, source: Stream, items: list[int], settings: Settings) -> dict[str, InputStats]:
     """One pass, item by item (so nothing is padding)."""
     seen: dict[str, InputStats] = {}
     rows = -(-settings.search_rows // len(items))
     with ExitStack() as stack:
         for plan in block.plans:
             first: Any = block.layer.get_submodule(plan.parts[0])
-            seen[plan.name] = InputStats(first.in_features, method, rows, settings.device)
+            seen[plan.name] = InputStats(first.in_features, settings.method, rows, settings.device)
             stack.callback(first.register_forward_pre_hook(lambda _, args, at=seen[plan.name]: at.add(args[0])).remove)
         for item in items:
             block(source.batch([item], settings.device))

@@ -14,17 +14,17 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, Any
 
-from pydantic import FailFast, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from quota.calib.state import BlockReport, FinishedBlock, State, StoredStream, StreamName
 from quota.calib.stream import Stream
 from quota.core.documents import read_text, shown
 from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import atomic_write_bytes, atomic_write_text, check_removable, naming, remove_files, sha256_file
-from quota.core.schema import Document
 
 LOCK, STATE = "lock", "state.json"
 _OWN = re.compile(
@@ -33,59 +33,6 @@ _OWN = re.compile(
 
 
 _STATE_BYTES = 1 << 31  # positions of every token are in it: some 40 bytes each
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_BlockPath = Annotated[str, Field(pattern=r"^[\w.]+$")]
-_Patches = tuple[int, int, int]
-_Count = Annotated[int, Field(ge=0, lt=2**31)]
-_Item = TypeVar("_Item")
-_Many = Annotated[list[_Item], FailFast()]  # else every wrong item of a million would be an error of its own
-_Counts = _Many[_Count]
-
-
-class _Block(Document):
-    sha256: _Digest
-    report: dict[str, Any]
-
-
-class _Layout(Document):
-    """`Stream.layout` and the file's digest."""
-
-    file: Annotated[str, Field(pattern=r"^(float|quantized)-\d+\.bin$")]
-    width: Annotated[int, Field(ge=1)]
-    dtype: Literal["float32", "float16"]
-    lengths: _Counts
-    positions: _Many[_Count | _Patches]
-    roles: _Many[Annotated[int, Field(ge=-128, lt=128)]]
-    columns: _Counts
-    images: _Many[_Counts]
-    grids: _Many[_Patches]
-    sha256: _Digest
-
-    @model_validator(mode="after")
-    def _fits(self) -> _Layout:
-        rows, items = sum(self.lengths), len(self.lengths)
-        if {len(self.positions), len(self.roles), len(self.columns)} != {rows} or len(self.images) != items:
-            raise ValueError(f"expected positions, roles and columns of {rows} rows and images of {items} items")
-        if len(set(map(type, self.positions))) > 1:
-            raise ValueError("positions: expected numbers alone, or triples alone")
-        return self
-
-
-class _Notes(Document):
-    """What later steps need of earlier ones. shown: per sample and picture its digest and grid of tokens."""
-
-    ids: _Many[_Counts] = Field(default_factory=list)
-    grids: _Many[_Patches] = Field(default_factory=list)
-    shown: _Many[_Many[tuple[str, tuple[int, int] | None]]] = Field(default_factory=list)
-    keep: _Many[_Many[Literal[0, 1]]] = Field(default_factory=list)
-
-
-class _State(Document):
-    job: dict[str, Any]
-    done: Annotated[int, Field(ge=0)]
-    blocks: dict[_BlockPath, _Block]
-    notes: _Notes
-    streams: dict[Literal["float", "quantized"], _Layout]
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
@@ -121,9 +68,8 @@ class WorkFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
         self.done = 0
-        self.blocks: dict[str, dict[str, Any]] = {}  # module path -> {"sha256", "report"}
-        self.streams: dict[str, Stream] = {}
-        self.notes: dict[str, Any] = {}
+        self.blocks: dict[str, FinishedBlock] = {}  # by module path
+        self.streams: dict[StreamName, Stream] = {}
         try:
             self._open(resume, overwrite, reuse_blocks)
         except BaseException:
@@ -131,26 +77,22 @@ class WorkFolder:
             raise
 
     def _open(self, resume: bool, overwrite: bool, reuse_blocks: bool) -> None:
-        state = self._state()
+        state = self._state(discard=overwrite or not resume)
         if state is not None and not overwrite:
-            other = difference(state["job"], self.job)
+            other = difference(state.job, self.job)
             if other is not None:
                 raise UsageError(
                     f"{self.path}: belongs to another calibration ({other}); continue that one with its settings,"
                     " choose another --out, or discard it with --overwrite"
                 )
-        if state is None or not resume or state["job"] != self.job:
+        if state is None or not resume or state.job != self.job:
             self._start_again({})
             return
         self.blocks = {
-            path: found for path, found in state["blocks"].items() if _digest(self._block_file(path)) == found["sha256"]
+            path: found for path, found in state.blocks.items() if _digest(self._block_file(path)) == found.sha256
         }
-        lost = [f"blocks/{path}.safetensors" for path in state["blocks"] if path not in self.blocks]
-        lost += [
-            layout["file"]
-            for layout in state["streams"].values()
-            if _digest(self.path / layout["file"]) != layout["sha256"]
-        ]
+        lost = [f"blocks/{path}.safetensors" for path in state.blocks if path not in self.blocks]
+        lost += [stored.file for stored in state.streams.values() if not _is_there(self.path / stored.file, stored)]
         if lost:
             _tell(
                 f"{self.path / lost[0]}: damaged or missing; it is computed again"
@@ -158,54 +100,67 @@ class WorkFolder:
             )
             self._start_again(self.blocks if reuse_blocks else {})
             return
-        self.streams = {name: Stream.reopen(self.path, layout) for name, layout in state["streams"].items()}
-        self.done, self.notes = state["done"], state["notes"]
+        self.streams = {name: Stream.reopen(self.path, layout) for name, layout in state.streams.items()}
+        self.done = state.done
 
-    def _state(self) -> dict[str, Any] | None:
-        """What `state.json` says, or None when there is none or it is not what this class wrote."""
+    def _state(self, discard: bool) -> State | None:
+        """What `state.json` says; None when there is none, it is damaged, or it is to be discarded anyway.
+        CheckpointError for one that vouches for itself but is not what this class writes."""
         path = self.path / STATE
         try:
             digest, _, body = read_text(path, _STATE_BYTES).partition("\n")
             if digest != hashlib.sha256(body.encode()).hexdigest():
                 raise ValueError("its digest is another")
-            return _State.model_validate_json(body, strict=True).model_dump(exclude_unset=True)
         except FileNotFoundError:
             return None
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            reason = f"{'.'.join(str(part)[:80] for part in first['loc'])}: {first['msg']}"
         except (OSError, ValueError) as error:
-            reason = str(error)
-        _tell(f"{path}: damaged ({reason}); the calibration starts again")
-        return None
+            _tell(f"{path}: damaged ({error}); the calibration starts again")
+            return None
+        try:
+            return State.model_validate_json(body, strict=True)
+        except ValidationError as error:
+            if discard:
+                return None
+            wrong = error.errors(include_url=False)[0]
+            where = ".".join(str(part)[:80] for part in wrong["loc"]) or "the whole"
+            raise CheckpointError(
+                f"{path}: {where}: {wrong['msg']}, got {shown(wrong['input'])}; this quota did not write it, start"
+                " again with --fresh"
+            ) from None
 
-    def _start_again(self, blocks: dict[str, dict[str, Any]]) -> None:
+    def _start_again(self, blocks: dict[str, FinishedBlock]) -> None:
         kept = {Path(LOCK), *(self._block_file(path).relative_to(self.path) for path in blocks)}
         remove_files(self.path, lambda file: _owns(file) and file not in kept)
         self.blocks = blocks
         self._write_state()
 
-    def stream_path(self, name: str) -> Path:
+    def stream_path(self, name: StreamName) -> Path:
         """A fresh file name for stream `name` written by the step in progress."""
         return self.path / f"{name}-{self.done + 1:03d}.bin"
 
-    def save_block(self, path: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
-        """Store the tensors of a finished block and what calibration did to it."""
+    def save_block(self, path: str, tensors: dict[str, Tensor], report: BlockReport | None) -> None:
+        """Store the tensors of a finished block and, where it was measured, what calibration did to it."""
         data = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())})
         atomic_write_bytes(self._block_file(path), data)
-        self.blocks[path] = {"sha256": hashlib.sha256(data).hexdigest(), "report": report}
+        self.blocks[path] = FinishedBlock(sha256=hashlib.sha256(data).hexdigest(), report=report)
+
+    def report(self, path: str) -> dict[str, Any]:
+        """What calibration did to a finished block, as a manifest tells it; its name alone where nothing was
+        measured."""
+        found = self.blocks[path].report
+        return {"name": path} if found is None else found.to_dict()
 
     def load_block(self, path: str) -> dict[str, Tensor]:
         """Tensors of a finished block, sorted by name. CheckpointError when the file was altered since."""
         data = self._block_file(path).read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.blocks[path]["sha256"]:
+        if hashlib.sha256(data).hexdigest() != self.blocks[path].sha256:
             raise CheckpointError(
                 f"{self._block_file(path)}: altered while the calibration ran; run the same command again, which"
                 " computes it again"
             )
         return dict(sorted(load(data).items()))
 
-    def commit(self, streams: dict[str, Stream]) -> None:
+    def commit(self, streams: dict[StreamName, Stream]) -> None:
         """The step in progress is finished: its streams replace the old ones."""
         for stream in streams.values():
             stream.flush()
@@ -215,16 +170,12 @@ class WorkFolder:
         remove_files(self.path, lambda file: file.suffix == ".bin" and _owns(file) and file.name not in used)
 
     def _write_state(self) -> None:
-        state = {
-            "job": self.job,
-            "done": self.done,
-            "blocks": self.blocks,
-            "notes": self.notes,
-            "streams": {
-                name: {**stream.layout(), "sha256": sha256_file(stream.path)} for name, stream in self.streams.items()
-            },
+        streams = {
+            name: StoredStream(**stream.layout().model_dump(), sha256=sha256_file(stream.path))
+            for name, stream in self.streams.items()
         }
-        body = json.dumps(state)
+        state = State(job=self.job, done=self.done, blocks=self.blocks, streams=streams)
+        body = json.dumps(state.model_dump())
         atomic_write_text(self.path / STATE, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
 
     def bytes(self) -> int:
@@ -254,6 +205,10 @@ def _digest(file: Path) -> str | None:
         return sha256_file(file)
     except OSError:
         return None
+
+
+def _is_there(file: Path, stored: StoredStream) -> bool:
+    return _digest(file) == stored.sha256 and file.stat().st_size == stored.bytes
 
 
 def _tell(sentence: str) -> None:

@@ -7,19 +7,9 @@ from typing import Annotated
 
 import typer
 
-from quota.calib.settings import METHODS
+from quota.calib.settings import DEFAULTS, METHODS, WORDS, Settings
 from quota.cli.shell import JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
-from quota.core.formats import MODULES, SCHEMES, scheme_made_by
-
-
-def parse_modules(text: str) -> tuple[str, ...]:
-    """`vision,llm` -> ("vision", "llm") in the model's order; UsageError names an unknown or missing part."""
-    asked = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in asked if part not in MODULES]
-    if wrong or not asked:
-        raise UsageError(f"--modules: expected a comma separated list of {', '.join(MODULES)}, got {text!r}")
-    return tuple(m for m in MODULES if m in asked)
 
 
 def calibrate(
@@ -33,27 +23,14 @@ def calibrate(
         Path | None,
         typer.Option("--samples", help="Calibration samples, a JSON file (see below). Not needed by --method rtn."),
     ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help=" ".join(f"{row.name} ({row.words()}): {', '.join(row.methods)}." for row in SCHEMES.values()),
-        ),
-    ] = "flatquant",
-    scheme: Annotated[
-        str | None,
-        typer.Option("--scheme", help="What is quantized, of what the method makes. Default: the first listed above."),
-    ] = None,
-    modules: Annotated[
-        str, typer.Option("--modules", help="Which parts to quantize; the others stay float.")
-    ] = "vision,projector,llm",
+    method: Annotated[str, typer.Option("--method", help=WORDS["method"])] = DEFAULTS.method,
+    scheme: Annotated[str | None, typer.Option("--scheme", help=WORDS["scheme"])] = DEFAULTS.scheme,
+    modules: Annotated[str, typer.Option("--modules", help=WORDS["modules"])] = ",".join(DEFAULTS.modules),
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="Calibrate on the graph this recipe prunes (prune, then quantize).")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=0, help="Steps per block (flatquant). 0: the searched start alone.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same checkpoint.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=0, help=WORDS["steps"])] = DEFAULTS.steps,
+    seed: Annotated[int, typer.Option("--seed", help=WORDS["seed"])] = DEFAULTS.seed,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")
     ] = True,
@@ -99,51 +76,50 @@ def calibrate(
     answer is read after the instruction, the task groups the accuracies of `quota eval --samples`. 128 samples are
     plenty; `quota samples build` makes a file from public data.
     """
-    if method not in METHODS:
-        raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if steps is not None and not METHODS[method].learns:
-        learners = ", ".join(name for name, row in METHODS.items() if row.learns)
-        raise UsageError(f"--steps: only {learners} learns in steps; leave it out with --method {method}")
     try:
-        scheme_made_by(method, scheme)
-    except ValueError as error:
-        raise UsageError(f"--scheme: {error}; leave it out, or choose another --method") from None
+        settings = Settings(method=method, scheme=scheme, modules=_names(modules), seed=seed, steps=steps)
+    except UsageError as error:  # begins with the field, which is the option
+        raise UsageError(f"--{error}") from None
     if samples is None and METHODS[method].samples:
         raise UsageError(
             f"--samples: method {method} learns from samples; give a samples file (only rtn rounds without)"
         )
-    chosen = parse_modules(modules)
     check_checkpoint(model, "MODEL")
     check_writable(out)
 
-    from quota.calib.run import Options, plan_calibration
     from quota.calib.run import calibrate as calibrate_model
+    from quota.calib.run import plan_calibration
     from quota.calib.samples import Samples
     from quota.core.recipe import Recipe
 
     read = None if samples is None else Samples.load(samples)
-    options: Options = {
-        "method": method,
-        "scheme": scheme,
-        "modules": chosen,
-        "seed": seed,
-        "steps": steps,
-        "recipe": Recipe.load(recipe) if recipe else None,
-        "progress": not json,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
+    pruned = Recipe.load(recipe) if recipe else None
     if plan:
-        takes = plan_calibration(model, read, out=out, **options)
+        takes = plan_calibration(
+            model, read, out=out, settings=settings, recipe=pruned, resume=resume, overwrite=overwrite
+        )
         print_json(takes.to_dict()) if json else say("\n".join(takes.lines()))
         return
-    report = calibrate_model(model, read, out=out, **options)
+    report = calibrate_model(
+        model,
+        read,
+        out=out,
+        settings=settings,
+        recipe=pruned,
+        progress=not json,
+        resume=resume,
+        overwrite=overwrite,
+    )
     if json:
         print_json(report.to_dict())
         return
-    say(f"{out}: {method}, {report.regime}, parts {', '.join(chosen)}, {report.seconds:.0f} s")
+    say(f"{out}: {method}, {report.regime}, parts {', '.join(settings.modules)}, {report.seconds:.0f} s")
     if read is None:
         return
     say(f"{'block':<36}  {'mse, rounded':>12}  {'calibrated':>12}  {'SQNR dB':>8}")
     for block in report.blocks:
         say(f"{block['name']:<36}  {block['mse_rtn']:>12.4g}  {block['mse']:>12.4g}  {block['sqnr_db']:>8.2f}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -112,6 +112,8 @@ class Pipeline:
 
     def _calibrated(self, modules: Sequence[str], recipe: Recipe | None, method: str = "flatquant") -> str:
         from quota.calib.run import calibrate
+        from quota.calib.settings import DEFAULTS
+        from quota.calib.settings import Settings as CalibrationSettings
 
         o, steps = self.options, self.options.steps if method == "flatquant" else None
         parts = {
@@ -132,11 +134,10 @@ class Pipeline:
             calibrate(
                 self.float_checkpoint,
                 self.samples,
-                modules=tuple(modules),
                 out=path,
-                method=method,
-                seed=o.seed,
-                steps=steps,
+                settings=CalibrationSettings(
+                    method=method, modules=modules, seed=o.seed, steps=DEFAULTS.steps if steps is None else steps
+                ),
                 recipe=recipe,
                 progress=not o.quiet,
                 overwrite=True,

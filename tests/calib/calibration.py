@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from quota.calib.samples import Sample, Samples
+from quota.calib.work import WorkFolder
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
 from tests.tiny import tiny_llava, tiny_qwen
@@ -69,3 +72,31 @@ def picture_samples(count: int = 6, text_only: int = 0) -> Samples:
             Sample(f"s{number}", question, data.getvalue() if number < count - text_only else None, answer="red")
         )
     return Samples.of(items)
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, survived: int, work: Callable[[], object]) -> None:
+    """Run `work`, a calibration whose process dies at the end of step number `survived`: its files are written, the
+    state does not name them."""
+    real, left = WorkFolder.commit, [survived]
+
+    def dies(self: WorkFolder, streams: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(self, streams)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkFolder, "commit", dies)
+        work()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the steps that are finished from now on."""
+    real, done = WorkFolder.commit, list[int]()
+
+    def counts(self: WorkFolder, streams: Any) -> None:
+        real(self, streams)
+        done.append(self.done)
+
+    monkeypatch.setattr(WorkFolder, "commit", counts)
+    return done

@@ -10,6 +10,7 @@ from quota.calib.flatquant import (
     GroupPart,
     HeadTransforms,
     ProjectionGroup,
+    ValueMerge,
     fake_asymmetric,
     fake_symmetric,
     search_clip,
@@ -32,6 +33,42 @@ def test_fake_quantizers_are_the_formats(shape, clip):
     x[0] = 0
     assert torch.equal(fake_symmetric(x, clip), dequantize_symmetric(*quantize_symmetric(x, clip)))
     assert torch.equal(fake_asymmetric(x, clip), dequantize_kv(*quantize_kv(x, clip)))
+
+
+@pytest.mark.parametrize("fake", [fake_symmetric, fake_asymmetric])
+def test_learning_and_looking_compute_the_same_bits(fake):
+    """With gradients, and without; rows of ties and of zeros included."""
+    x, clip = noise(6, 32), torch.tensor(0.7)
+    x[1], x[2, ::2] = 0, 3.0
+    with torch.no_grad():
+        seen = fake(x, clip)
+    assert torch.equal(fake(x.requires_grad_(), clip.requires_grad_()), seen)
+
+
+@pytest.mark.parametrize("fake", [fake_symmetric, fake_asymmetric])
+def test_gradients_are_those_of_torchs_own_amax(fake):
+    """Ties share a gradient and rows of zeros have none, as with torch's reductions."""
+
+    def plain(x, clip):
+        if fake is fake_symmetric:
+            scale, zero = (x.abs().amax(-1, keepdim=True) * clip).clamp_min(1e-8) / 7, torch.zeros(())
+        else:
+            zero = x.amin(-1, keepdim=True) * clip
+            scale = (x.amax(-1, keepdim=True) * clip - zero).clamp_min(1e-8) / 15
+        low, high = (-8, 7) if fake is fake_symmetric else (0, 15)
+        ratio = (x - zero).detach() * (1.0 / scale.detach())
+        code = torch.round(ratio).clamp(low, high)
+        inside = torch.round(ratio) == code
+        residual = torch.where(inside, code - ratio, code)
+        return x * inside + scale * residual + zero * ~inside
+
+    x, clip, upstream = noise(7, 33), torch.tensor(0.6), noise(7, 33, seed=1)
+    x[1], x[2, ::2] = 0, 3.0
+    got, wanted = ([t.clone().requires_grad_() for t in (x, clip)] for _ in range(2))
+    (fake(*got) * upstream).sum().backward()
+    (plain(*wanted) * upstream).sum().backward()
+    torch.testing.assert_close(got[0].grad, wanted[0].grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[1].grad, wanted[1].grad, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("fake", [fake_symmetric, fake_asymmetric])
@@ -68,15 +105,13 @@ def test_clip_search_beats_no_clipping_on_gaussian_rows():
     assert (fake_symmetric(x, clip) - x).norm() < 0.85 * (fake_symmetric(x, 1.0) - x).norm()
     w_clip = search_weight_clip(x)
     assert w_clip.shape == (64,)
-    assert (
-        (fake_symmetric(x, w_clip[:, None]) - x).norm(dim=-1) <= (fake_symmetric(x, 0.995) - x).norm(dim=-1) + 1e-6
-    ).all()
+    assert ((fake_symmetric(x, w_clip) - x).norm(dim=-1) <= (fake_symmetric(x, 0.995) - x).norm(dim=-1) + 1e-6).all()
 
 
-def group(bias=True, diag=True, out=(8, 8, 8), heads=None, rows=None):
+def group(bias=True, diag=True, out=(8, 8, 8), merge=None):
     torch.manual_seed(0)
     linears = [nn.Linear(24, n, bias=bias) for n in out]
-    return linears, ProjectionGroup(linears, 4, 6, diag, heads, rows)
+    return linears, ProjectionGroup(linears, 4, 6, diag, merge)
 
 
 def test_group_runs_once_per_input_and_serves_every_part():
@@ -90,14 +125,14 @@ def test_group_runs_once_per_input_and_serves_every_part():
         torch.testing.assert_close(part(x), linear(x), rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
     parts[0](x)
-    assert len(calls) == 2  # everything was handed out, so the same object starts again
-    with pytest.raises(RuntimeError, match="twice"):
-        parts[0](x)
+    assert len(calls) == 2  # everything was handed out: the next input
+    with pytest.raises(RuntimeError, match="part 2"):
+        parts[2](x)
 
 
 def test_value_transform_merges_into_rows_and_bias():
     heads = HeadTransforms(4, KV4)
-    linears, fused = group(heads=heads, rows=slice(16, 24))
+    linears, fused = group(merge=ValueMerge(heads, slice(16, 24)))
     fused.mode = "float"
     x = noise(5, 24)
     value = fused(x)[:, 16:].view(5, 2, 4)

@@ -7,19 +7,20 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from quota.calib import run
 from quota.calib.settings import Settings
-from quota.calib.stream import Stream
-from quota.calib.work import WorkFolder
+from quota.calib.stream import FloatSource
+from quota.calib.work import STATE, WorkFolder
 from quota.core.errors import CheckpointError, UsageError
-from tests.calib.calibration import float_folder, picture_samples
+from tests.calib.calibration import float_folder, killed, picture_samples
+from tests.calib.test_run import recipe_for
 
-QUICK = Settings(steps=1, evaluate_every=1, batch=2, search_rows=32, held_out=1)
+QUICK = Settings(modules=("projector", "llm"), steps=1, evaluate_every=1, batch=2, search_rows=32, held_out=1)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,9 @@ def folder(tmp_path_factory):
     return float_folder(tmp_path_factory.mktemp("float") / "model")
 
 
-def make(folder, out, **options):
-    return run.calibrate(
-        folder, picture_samples(2), out=out, progress=False, settings=QUICK, modules=("projector", "llm"), **options
-    )
+def make(folder, out, seed=0, **options):
+    settings = replace(QUICK, seed=seed)
+    return run.calibrate(folder, picture_samples(2), out=out, progress=False, settings=settings, **options)
 
 
 def contents(folder):
@@ -80,18 +80,7 @@ def test_out_may_not_be_the_model_or_hold_it(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["block", "lost block", "stream", "[]", "null", '{"done": -3}'])
 def test_damaged_work_is_computed_again(folder, finished, tmp_path, monkeypatch, capsys, damage):
-    real, calls = run._run_step, []
-
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(run, "_run_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "out")
-    monkeypatch.setattr(run, "_run_step", real)
+    killed(monkeypatch, 7, lambda: make(folder, tmp_path / "out"))
     work = tmp_path / "out.partial"
     block, stream = min((work / "blocks").iterdir()), next(work.glob("float-*.bin"))
     if damage == "lost block":
@@ -108,94 +97,116 @@ def test_damaged_work_is_computed_again(folder, finished, tmp_path, monkeypatch,
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def work_of_two_steps(path):
-    """A work folder with a stream and a block."""
-    work = WorkFolder(path, {"seed": 0})
-    work.commit({"float": Stream(work.stream_path("float"), 2, [3, 1], "float32", create=True)})
-    work.notes["ids"], work.notes["shown"], work.notes["keep"] = [[1, 2]], [[("a", (1, 2))], [("b", None)]], [[0, 1]]
-    work.save_block("a.b", {"a.b.w": torch.zeros(2)}, {"name": "a.b"})
-    work.commit(work.streams)
-    work.close()
-    return path / "state.json"
+def forge(interrupted, folder, change):
+    """The interrupted work with a state that vouches for itself; -> its out."""
+    shutil.copytree(interrupted, folder / "at")
+    file = folder / "at" / "out.partial" / STATE
+    state = json.loads(file.read_text().partition("\n")[2])
+    body = json.dumps(change(state) or state)
+    file.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    return folder / "at" / "out"
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("job", []),
-        ("job", None),
-        ("done", "2"),
-        ("done", -1),
-        ("done", 1.5),
-        ("done", None),
-        ("blocks", []),
-        ("blocks", {"a.b": 3}),
-        ("blocks", {"a.b": {"sha256": 3, "report": {}}}),
-        ("blocks", {"../lock": {"sha256": "0" * 64, "report": {}}}),
-        ("notes", 3),
-        ("notes", {"ids": [["x"]]}),
-        ("notes", {"more": 1}),
-        ("streams", []),
-        ("streams", {"other": {}}),
-        ("streams", {"float": {}}),
-        ("streams.float.file", "../../other"),
-        ("streams.float.file", 3),
-        ("streams.float.width", "2"),
-        ("streams.float.width", 0),
-        ("streams.float.lengths", 4),
-        ("streams.float.lengths", [3, "1"]),
-        ("streams.float.lengths", [3]),
-        ("streams.float.dtype", "object"),
-        ("streams.float.positions", ["x"] * 100_000),
-        ("streams.float.positions", [2**40] * 4),
-        ("streams.float.positions", [0, 1, [0, 0, 0], 2]),
-        ("streams.float.roles", [0]),
-        ("streams.float.grids", [[1]]),
-        ("streams.float.images", [3, 1]),
-        ("streams.float.sha256", None),
-    ],
-)
-def test_a_forged_state_is_not_continued(tmp_path, capsys, field, value):
-    """Its digest fits, its values do not: the field is named and the work begins again."""
-    path = work_of_two_steps(tmp_path)
-    state = json.loads(path.read_text().partition("\n")[2])
-    *inside, last = field.split(".")
-    part = state
-    for name in inside:
-        part = part[name]
-    part[last] = value
-    body = json.dumps(state)
-    path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
-    work = WorkFolder(tmp_path, {"seed": 0})
-    said = capsys.readouterr().err
-    assert field.split(".")[-1] in said or last == "lengths"
-    assert "starts again" in said and said.count("\n") == 1 and len(said) < 600
-    assert (work.done, work.blocks, work.streams) == (0, {}, {})
-    work.close()
+def changed(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(state):
+        for name in path:
+            state = state[name]
+        state[last] = value
+
+    return change
+
+
+LAYER = "model.language_model.layers.0"
+FORGERIES = {
+    "a list": (lambda state: [state], "the whole"),
+    "a word for a number": (changed("done", "seven"), "done: "),
+    "a number less than none": (changed("done", -1), "done: "),
+    "a truth for a number": (changed("done", True), "done: "),
+    "a path out of the folder": (changed("streams", "float", "file", "../../victim-1.bin"), "streams.float.file: "),
+    "a block's path out of the folder": (changed("blocks", "../../x", {"sha256": "0" * 64, "report": None}), "blocks."),
+    "another stream": (changed("streams", "int8", {}), "streams.int8"),
+    "words for lengths": (changed("streams", "float", "lengths", ["20", "20"]), "streams.float.lengths.0: "),
+    "fewer rows": (changed("streams", "float", "columns", []), "columns: expected"),
+    "words for places": (changed("streams", "float", "positions", ["x"] * 100_000), "streams.float.positions"),
+    "both kinds of places": (changed("streams", "float", "positions", 0, [0, 0, 0]), "positions: expected"),
+    "a float for a place": (changed("streams", "float", "positions", 0, 0.5), "streams.float.positions"),
+    "a word for an error": (changed("blocks", LAYER, "report", "mse", "small"), f"blocks.{LAYER}.report.mse: "),
+    "no digest": (changed("blocks", LAYER, "sha256", None), f"blocks.{LAYER}.sha256: "),
+    "a list for a job": (changed("job", []), "job: "),
+    "what no calibration has": (changed("notes", {}), "notes: "),
+    "more steps than there are": (changed("done", 99), "done 99"),
+    "no streams": (changed("streams", {}), r"streams \[\]"),
+    "a block that is not there": (changed("blocks", {}), "0 blocks"),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder, tmp_path_factory):
+    """Killed at step 8; -> the folder whose `out.partial` it left."""
+    parent = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        killed(patch, 7, lambda: make(folder, parent / "out"))
+    return parent
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_state_is_refused_in_one_line(folder, interrupted, tmp_path, name):
+    change, words = FORGERIES[name]
+    out = forge(interrupted, tmp_path, change)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=words) as refusal:
+        make(folder, out)
+    said = str(refusal.value).replace(str(tmp_path), "")
+    assert "\n" not in said and "--fresh" in said and len(said) < 600
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["a list", "more steps than there are"])
+def test_a_forged_state_is_discarded_when_asked(folder, finished, interrupted, tmp_path, name):
+    out = forge(interrupted, tmp_path, FORGERIES[name][0])
+    make(folder, out, resume=False)
+    assert contents(out) == contents(finished)
+
+
+@pytest.mark.parametrize("survived", [1, 6, 7, 8, 10])
+def test_resumes_on_a_pruned_graph(folder, pruned, tmp_path, monkeypatch, survived):
+    """Between a choice and its drop included: the marks travel with the streams. Blocks learn from quantized inputs, so
+    there are two."""
+    recipe, settings, whole = pruned
+
+    def calibrate():
+        run.calibrate(
+            folder, picture_samples(2), out=tmp_path / "out", progress=False, settings=settings, recipe=recipe
+        )
+
+    killed(monkeypatch, survived, calibrate)
+    calibrate()
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.fixture(scope="module")
+def pruned(folder, tmp_path_factory):
+    recipe, settings = recipe_for(FloatSource(folder)), replace(QUICK, steps=0, inputs="quantized")
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    run.calibrate(folder, picture_samples(2), out=out, progress=False, settings=settings, recipe=recipe)
+    return recipe, settings, out
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "{}", "[" * 100_000, "3"])
-def test_a_signed_state_that_is_no_state(tmp_path, capsys, body):
-    work_of_two_steps(tmp_path).write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
-    work = WorkFolder(tmp_path, {"seed": 0})
-    assert work.done == 0 and capsys.readouterr().err.count("\n") == 1
-    work.close()
-
-
-def test_an_intact_state_is_continued_with_what_it_says(tmp_path):
-    work_of_two_steps(tmp_path)
-    work = WorkFolder(tmp_path, {"seed": 0})
-    assert work.done == 2 and list(work.blocks) == ["a.b"] and work.streams["float"].lengths == [3, 1]
-    assert work.notes["ids"] == [[1, 2]] and work.notes["keep"] == [[0, 1]] and "grids" not in work.notes
-    work.close()
+def test_a_signed_state_that_is_no_state(tmp_path, body):
+    (tmp_path / STATE).write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    with pytest.raises(CheckpointError, match="--fresh") as refusal:
+        WorkFolder(tmp_path, {"seed": 0})
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
+    assert WorkFolder(tmp_path, {"seed": 0}, resume=False).done == 0
 
 
 def test_a_state_that_is_no_file_is_not_waited_for(tmp_path, capsys):
-    path = work_of_two_steps(tmp_path)
-    path.unlink()
-    os.mkfifo(path)
+    os.mkfifo(tmp_path / STATE)
     WorkFolder(tmp_path, {"seed": 0}).close()
-    assert "not a regular file" in capsys.readouterr().err and path.is_file()
+    assert "not a regular file" in capsys.readouterr().err and (tmp_path / STATE).is_file()
 
 
 def test_a_full_disk_is_said_before_the_work(folder, tmp_path, monkeypatch):
@@ -219,14 +230,14 @@ def test_files_have_the_umasks_mode(finished):
 
 
 def test_rounding_needs_no_samples(folder, tmp_path):
-    given = {"progress": False, "method": "rtn"}
+    given = {"progress": False, "settings": Settings(method="rtn")}
     run.calibrate(folder, None, out=tmp_path / "none", **given)
     run.calibrate(folder, picture_samples(2), out=tmp_path / "some", **given)
     assert (tmp_path / "none" / "model.safetensors").read_bytes() == (
         tmp_path / "some" / "model.safetensors"
     ).read_bytes()
     with pytest.raises(UsageError, match="samples"):
-        run.calibrate(folder, None, out=tmp_path / "gptq", progress=False, method="gptq")
+        run.calibrate(folder, None, out=tmp_path / "gptq", progress=False, settings=Settings(method="gptq"))
 
 
 def test_a_lacking_tensor_is_named_before_the_work(folder, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from quota.calib.parts import assemble
 from quota.calib.run import calibrate
+from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
 from quota.core.errors import CheckpointError
 from quota.core.recipe import Recipe
@@ -30,11 +31,12 @@ def test_parts(tmp_path: Path, family: str) -> None:
     recipe = Recipe.parse({**pruned(tmp_path / "float"), "reference": "recorded" if family == "llava" else "per_image"})
     for name, options in {
         "whole": {},
-        "some": {"modules": ("vision", "llm")},
+        "some": {"settings": Settings(modules=("vision", "llm"), steps=1)},
         "pruned": {"recipe": recipe},
-        "decoder": {"modules": ("llm",), "recipe": recipe},
+        "decoder": {"settings": Settings(modules=("llm",), steps=1), "recipe": recipe},
     }.items():
-        calibrate(tmp_path / "float", samples, out=tmp_path / name, steps=1, progress=False, **options)
+        given = {"settings": Settings(steps=1), **options}
+        calibrate(tmp_path / "float", samples, out=tmp_path / name, progress=False, **given)
     whole, decoder = tmp_path / "whole", tmp_path / "decoder"
     assemble(source, {"vision": whole, "llm": whole}, tmp_path / "some-assembled")
     assert contents(tmp_path / "some-assembled") == contents(tmp_path / "some")
@@ -50,7 +52,13 @@ def pruned(folder: Path) -> dict:
 
 def test_parts_of_another_model_are_refused(tmp_path: Path) -> None:
     float_folder(tmp_path / "float", layers=2)
-    calibrate(tmp_path / "float", picture_samples(2), out=tmp_path / "llm", modules=("llm",), steps=0, progress=False)
+    calibrate(
+        tmp_path / "float",
+        picture_samples(2),
+        out=tmp_path / "llm",
+        progress=False,
+        settings=Settings(modules=("llm",), steps=0),
+    )
     with pytest.raises(CheckpointError, match="expected quantized vision blocks"):
         assemble(FloatSource(tmp_path / "float"), {"vision": tmp_path / "llm"}, tmp_path / "out")
     other = FloatSource(float_folder(tmp_path / "other", layers=2, seed=1))

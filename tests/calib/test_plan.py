@@ -16,8 +16,11 @@ import torch
 
 from quota.calib import plan as plans
 from quota.calib import run
+from quota.calib.job import Job
 from quota.calib.plan import Speed, block_seconds, measured_speed
-from quota.calib.settings import Settings
+from quota.calib.schedule import Schedule
+from quota.calib.settings import METHODS, Settings
+from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
 
@@ -42,11 +45,10 @@ def test_the_disk_figure_is_what_a_run_writes(folder, tmp_path, monkeypatch, met
     removed."""
     model = folder if kind == "llava" else qwen_folder(tmp_path / "model")
     samples = picture_samples(24) if kind == "llava" else mixed_samples(((40, 40), (64, 32), (32, 64)) * 6)
-    settings = replace(QUICK, steps=0, inputs="quantized" if method == "gptq" else "float")
-    given = {"method": method, "settings": settings, "progress": False}
+    steps = {"steps": 0} if method == "flatquant" else {"steps": Settings.steps}
+    given = {"out": tmp_path / "out" / "q", "settings": replace(QUICK, method=method, **steps)}
     (tmp_path / "out").mkdir()
-    out = tmp_path / "out" / "q"
-    planned = run.plan_calibration(model, samples, out=out, **given)
+    planned = run.plan_calibration(model, samples, **given)
     assert not list((tmp_path / "out").iterdir())
     seen = [0]
     commit, remove = WorkFolder.commit, WorkFolder.remove
@@ -60,14 +62,16 @@ def test_the_disk_figure_is_what_a_run_writes(folder, tmp_path, monkeypatch, met
 
     monkeypatch.setattr(WorkFolder, "commit", watched(commit))
     monkeypatch.setattr(WorkFolder, "remove", watched(remove))
-    run.calibrate(model, samples, out=out, **given)
+    run.calibrate(model, samples, progress=False, **given)
     assert seen[0] <= planned.disk_needed <= 1.25 * seen[0] + 2**18, (seen[0], planned.disk_needed)  # small files
 
 
 def test_figures_and_words(folder, tmp_path):
     samples = picture_samples(2)
-    plan = run.plan_calibration(folder, samples, out=tmp_path / "out", settings=QUICK, modules=("projector", "llm"))
-    assert (plan.samples, plan.pictures, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
+    plan = run.plan_calibration(
+        folder, samples, out=tmp_path / "out", settings=replace(QUICK, modules=("projector", "llm"))
+    )
+    assert (plan.samples, plan.images, plan.blocks, plan.blocks_all) == (2, 2, 5, 7) and plan.tokens > 2 * 16
     assert plan.disk_free > 0 and plan.seconds > 0 and not list(tmp_path.iterdir())
     said = plan.lines()
     assert "estimate" in said[2] and "estimate" in said[4] and json.dumps(plan.to_dict())
@@ -78,10 +82,9 @@ import resource, sys
 from quota.calib import run
 from quota.calib.settings import Settings
 from tests.calib.calibration import picture_samples
-settings = Settings(steps=2, evaluate_every=1, batch=4, search_rows=64, held_out=1)
-options = {"settings": settings, "progress": False, "modules": ("llm",)}
-planned = run.plan_calibration(sys.argv[1], picture_samples(8), out=sys.argv[2], **options)
-run.calibrate(sys.argv[1], picture_samples(8), out=sys.argv[2], **options)
+settings = Settings(modules=("llm",), steps=2, evaluate_every=1, batch=4, search_rows=64, held_out=1)
+planned = run.plan_calibration(sys.argv[1], picture_samples(8), out=sys.argv[2], settings=settings)
+run.calibrate(sys.argv[1], picture_samples(8), out=sys.argv[2], settings=settings, progress=False)
 print(planned.peak_memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
@@ -96,23 +99,21 @@ def test_the_memory_figure_is_an_upper_bound(folder, tmp_path):
     assert measured <= planned <= 2 * measured, (planned, measured)
 
 
-def weights(job: run.Job) -> dict[str, float]:
-    return {step.path: sum(job.cost(step, SPEED)) for step in job.steps}
+def weights(schedule: Schedule) -> dict[str, float]:
+    return {step.path: sum(step.seconds(schedule.job, SPEED)) for step in schedule.steps}
 
 
-def job_of(folder, tmp_path, samples, **options) -> run.Job:
-    return run.Job(
-        run.FloatSource(folder), samples, tmp_path / "out", {"progress": False, "settings": QUICK, **options}
-    )
+def schedule_of(folder, tmp_path, samples, **changes) -> Schedule:
+    return Schedule(Job(FloatSource(folder), samples, tmp_path / "out", replace(QUICK, **changes)))
 
 
 def test_steps_weigh_what_they_take(folder, tmp_path):
     """By the work in them, at one fixed speed: more samples, steps, tokens or parameters weigh more, a float block far
     less than one that learns."""
     few, many = picture_samples(4), picture_samples(12)
-    base, more = weights(job_of(folder, tmp_path, few)), weights(job_of(folder, tmp_path, many))
-    longer = weights(job_of(folder, tmp_path, few, steps=40))
-    part = weights(job_of(folder, tmp_path, few, modules=("llm",), steps=40))
+    base, more = weights(schedule_of(folder, tmp_path, few)), weights(schedule_of(folder, tmp_path, many))
+    longer = weights(schedule_of(folder, tmp_path, few, steps=40))
+    part = weights(schedule_of(folder, tmp_path, few, modules=("llm",), steps=40))
     layers = [f"model.language_model.layers.{index}" for index in range(4)]
     tower = [f"model.vision_tower.encoder.layers.{index}" for index in range(2)]
     assert len({base[path] for path in layers}) == 1, "equal blocks weigh the same"
@@ -123,29 +124,34 @@ def test_steps_weigh_what_they_take(folder, tmp_path):
     )
     assert all(part[path] < 0.1 * longer[path] for path in tower) and all(part[path] == longer[path] for path in layers)
     for method in ("gptq", "awq", "rtn"):
-        fixed = {"settings": replace(QUICK, steps=60)}
+        fixed = {"steps": Settings.steps}
         assert (
-            weights(job_of(folder, tmp_path, few, method=method))[layers[0]]
-            < weights(job_of(folder, tmp_path, few, **fixed))[layers[0]]
+            weights(schedule_of(folder, tmp_path, few, method=method, **fixed))[layers[0]]
+            < weights(schedule_of(folder, tmp_path, few, **fixed))[layers[0]]
         )
 
 
 def test_the_bar_moves_by_the_weights_and_ends_full(folder, tmp_path, monkeypatch, capsys):
     """What is left is told from the work that is left: after every step the bar stands where the weights of the steps
     so far end."""
-    monkeypatch.setattr("quota.calib.job.measured_speed", lambda device: SPEED)
-    real, stood = run._run_step, []
+    monkeypatch.setattr("quota.calib.schedule.measured_speed", lambda device: SPEED)
+    real, bars, stood = Schedule.bar, [], []
+    commit = WorkFolder.commit
 
-    def watched(job, work, step, ticks):
-        out = real(job, work, step, ticks)
-        stood.append((ticks.bar.n, ticks.bar.total))
-        return out
+    def watched(self, *args):
+        bars.append(real(self, *args))
+        return bars[-1]
 
-    monkeypatch.setattr(run, "_run_step", watched)
+    def committed(self, streams):
+        commit(self, streams)
+        stood.append((bars[-1].n, bars[-1].total))
+
+    monkeypatch.setattr(Schedule, "bar", watched)
+    monkeypatch.setattr(WorkFolder, "commit", committed)
     samples = picture_samples(4)
-    job = job_of(folder, tmp_path, samples)
+    schedule = schedule_of(folder, tmp_path, samples)
     run.calibrate(folder, samples, out=tmp_path / "out", settings=QUICK, progress=True)
-    sums = [sum(map(sum, job.costs[: done + 1])) for done in range(len(job.steps))]
+    sums = [sum(map(sum, schedule.seconds[: done + 1])) for done in range(len(schedule.steps))]
     assert [n for n, _ in stood] == pytest.approx(sums) and [total for _, total in stood] == pytest.approx(
         [sums[-1]] * len(sums)
     )
@@ -178,4 +184,4 @@ def test_the_speed_is_measured_here(monkeypatch):
 def test_no_block_without_items_costs_a_pass():
     size = plans.BlockSize(((64, 64),), 64 * 64, 64, 2)
     assert block_seconds(size, [], None, QUICK, SPEED) == (0.0, 0.0)
-    assert block_seconds(size, [], "rtn", QUICK, SPEED)[1] > 0
+    assert block_seconds(size, [], METHODS["rtn"], QUICK, SPEED)[1] > 0

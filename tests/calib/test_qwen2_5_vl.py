@@ -4,11 +4,12 @@ it makes."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from quota.calib import run
+from quota.calib import run, steps
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
 from quota.calib.samples import encode
@@ -20,7 +21,7 @@ from quota.models.qwen2_5_vl import geometry_of
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.planning.profile import profile
 from quota.runtime import load, patched
-from tests.calib.calibration import mixed_samples, qwen_folder
+from tests.calib.calibration import killed, mixed_samples, qwen_folder
 from tests.calib.test_equivalence import TOLERANCE, relative, scramble
 
 QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
@@ -174,18 +175,11 @@ def test_same_bytes_again_and_through_transformers_own_door(finished, folder, tm
 
 
 def test_resumes_after_a_kill(finished, folder, tmp_path, monkeypatch):
-    real, calls = run._run_step, []
-
-    def dies(job, work, step, bar):
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        calls.append(step)
-        return real(job, work, step, bar)
-
-    monkeypatch.setattr(run, "_run_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run.calibrate(folder, mixed_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
-    monkeypatch.setattr(run, "_run_step", real)
+    killed(
+        monkeypatch,
+        7,
+        lambda: run.calibrate(folder, mixed_samples(), out=tmp_path / "out", progress=False, settings=QUICK),
+    )
     run.calibrate(folder, mixed_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
@@ -226,26 +220,24 @@ def test_pruned_graph(source, folder, tmp_path, reference, plan):
     )
     first, last = recipe.candidates
     samples, found = mixed_samples(), []
-    real = run.prune.keep_masks
+    real = steps.prune.keep_masks
 
     def watch(*args):
         found.append(real(*args))
         return found[-1]
 
-    run.prune.keep_masks = watch
+    steps.prune.keep_masks = watch
     try:
         run.calibrate(
             folder,
             samples,
             out=tmp_path / "out",
             progress=False,
-            settings=QUICK,
-            steps=0,
-            modules=("llm",),
+            settings=replace(QUICK, steps=0, modules=("llm",)),
             recipe=recipe,
         )
     finally:
-        run.prune.keep_masks = real
+        steps.prune.keep_masks = real
     with patched(model, recipe) as handle, torch.no_grad():
         for item, sample in enumerate(samples):
             inputs = encode(model.processor, sample, answer=True)

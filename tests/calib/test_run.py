@@ -3,23 +3,33 @@ graph, errors."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
+from typer.testing import CliRunner
 
+import quota.calib
 from quota.calib import run
+from quota.calib.job import Job
 from quota.calib.samples import encode
-from quota.calib.settings import Settings
+from quota.calib.schedule import Schedule
+from quota.calib.settings import DEFAULTS, MODULES, WORDS, Settings
+from quota.calib.steps import Ticks
+from quota.cli.main import app
+from quota.core import checkpoint
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, SampleError, UsageError
 from quota.core.recipe import Recipe
 from quota.models import family_class
 from quota.ops import quantize_act
 from quota.quant.affine import quantize_symmetric
 from quota.quant.pack import unpack_int4
-from tests.calib.calibration import float_folder, picture_samples
+from tests.calib.calibration import counted, float_folder, killed, picture_samples
 
 QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
 
@@ -81,59 +91,40 @@ def test_report_and_manifest(finished):
 def test_same_seed_same_bytes_other_seed_other_bytes(folder, finished, tmp_path):
     run.calibrate(folder, picture_samples(), out=tmp_path / "again", progress=False, settings=QUICK)
     assert contents(tmp_path / "again") == contents(finished[0])
-    run.calibrate(folder, picture_samples(), out=tmp_path / "other", progress=False, settings=QUICK, seed=1)
+    run.calibrate(folder, picture_samples(), out=tmp_path / "other", progress=False, settings=replace(QUICK, seed=1))
     assert contents(tmp_path / "other")["model.safetensors"] != contents(finished[0])["model.safetensors"]
 
 
 @pytest.mark.parametrize("survived", [0, 2, 4, 8])
 def test_resumes_after_a_kill_with_the_same_bytes(folder, finished, tmp_path, monkeypatch, survived):
     """The process dies inside step number `survived`; the next call starts there, not at the beginning."""
-    real, calls = run._run_step, []
-
-    def dies(job, work, step, bar):
-        if len(calls) == survived:
-            raise KeyboardInterrupt
-        calls.append(step)
-        return real(job, work, step, bar)
-
-    monkeypatch.setattr(run, "_run_step", dies)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+
+    def calibrate():
         run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
+
+    killed(monkeypatch, survived, calibrate)
     assert not out.exists()
-    done = []
-    monkeypatch.setattr(
-        run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1]
-    )
-    run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
+    done = counted(monkeypatch)
+    calibrate()
     assert len(done) + survived == 10  # images, 2 vision, features, projector, text, 4 decoder
     assert contents(out) == contents(finished[0])
 
 
 def test_work_of_other_settings_is_refused_and_kept(folder, tmp_path, monkeypatch):
-    real = run._run_step
+    def calibrate(**options):
+        settings = replace(QUICK, seed=options.pop("seed", 0))
+        run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=settings, **options)
 
-    def dies(job, work, step, bar):
-        if step.kind == "projector":
-            raise KeyboardInterrupt
-        return real(job, work, step, bar)
-
-    monkeypatch.setattr(run, "_run_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK)
-    done = []
-    monkeypatch.setattr(
-        run, "_run_step", lambda job, work, step, ticks: (done.append(step), real(job, work, step, ticks))[1]
-    )
+    killed(monkeypatch, 4, calibrate)  # in the projector
+    done = counted(monkeypatch)
     before = {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match=r"seed is 0 there, 5 here.*--overwrite"):
-        run.calibrate(folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5)
+        calibrate(seed=5)
     assert not done and before == {
         path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()
     }
-    run.calibrate(
-        folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, seed=5, overwrite=True
-    )
+    calibrate(seed=5, overwrite=True)
     assert len(done) == 10
 
 
@@ -149,7 +140,11 @@ def test_two_calibrations_do_not_share_a_work_folder(folder, tmp_path):
 @pytest.mark.parametrize("modules", [("llm",), ("vision",), ("projector", "llm")])
 def test_left_out_modules_stay_float(folder, tmp_path, modules):
     report = run.calibrate(
-        folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=QUICK, modules=modules, steps=0
+        folder,
+        picture_samples(4),
+        out=tmp_path / "out",
+        progress=False,
+        settings=replace(QUICK, modules=modules, steps=0),
     )
     quantized, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors")
     parts = {
@@ -170,16 +165,18 @@ def test_left_out_modules_stay_float(folder, tmp_path, modules):
 
 def test_text_only_samples(folder, tmp_path):
     run.calibrate(
-        folder, picture_samples(4, text_only=2), out=tmp_path / "mixed", progress=False, settings=QUICK, steps=0
+        folder,
+        picture_samples(4, text_only=2),
+        out=tmp_path / "mixed",
+        progress=False,
+        settings=replace(QUICK, steps=0),
     )
     run.calibrate(
         folder,
         picture_samples(3, text_only=3),
         out=tmp_path / "llm",
         progress=False,
-        settings=QUICK,
-        steps=0,
-        modules=("llm",),
+        settings=replace(QUICK, steps=0, modules=("llm",)),
     )
     with pytest.raises(SampleError, match="at least one image"):
         run.calibrate(folder, picture_samples(3, text_only=3), out=tmp_path / "all", progress=False, settings=QUICK)
@@ -314,14 +311,12 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
 
     source, samples = FloatSource(folder), picture_samples(3)
     recipe = recipe_for(source, **changes)
-    job = run.Job(
-        source, samples, tmp_path / "out", {"recipe": recipe, "progress": False, "settings": QUICK, "steps": 0}
-    )
+    schedule = Schedule(Job(source, samples, tmp_path / "out", replace(QUICK, steps=0), recipe=recipe))
     work = WorkFolder(tmp_path / "work", {})
-    for step in job.steps[:-1]:
-        with job.bar(work) as bar:
-            work.commit(run._run_step(job, work, step, run.Ticks(bar, 0.0, 0.0)))
-    assert job.steps[-1].path == "model.language_model.layers.3"
+    with schedule.bar(work, progress=False) as bar:
+        for step in schedule.steps[:-1]:
+            work.commit(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)))
+    assert schedule.steps[-1].path == "model.language_model.layers.3"
     stream = work.streams["float"]  # input of the last layer
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
     pruner, seen = Pruner(model, recipe), []
@@ -331,7 +326,7 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     )
     for item, sample in enumerate(samples):
         with torch.no_grad():
-            model(**encode(job.processor, sample, answer=True))
+            model(**encode(schedule.job.processor, sample, answer=True))
         kept = pruner.kept[recipe.candidates[-1]][0]
         assert int(kept.sum()) < len(kept)
         if recipe.position_policy == "original":
@@ -342,8 +337,6 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
 
 @pytest.mark.parametrize("inputs", ["quantized", "mixed"])
 def test_learning_from_quantized_inputs(folder, tmp_path, inputs):
-    from dataclasses import replace
-
     report = run.calibrate(
         folder, picture_samples(4), out=tmp_path / "out", progress=False, settings=replace(QUICK, inputs=inputs)
     )
@@ -357,10 +350,6 @@ def test_errors(folder, finished, tmp_path):
     def attempt(model=folder, **options):
         run.calibrate(model, samples, out=tmp_path / "out", progress=False, settings=QUICK, **options)
 
-    with pytest.raises(UsageError, match="method"):
-        attempt(method="best")
-    with pytest.raises(UsageError, match="modules"):
-        attempt(modules=("vision", "ears"))
     with pytest.raises(CheckpointError, match="quantized"):
         attempt(finished[0])
     with pytest.raises(CheckpointError, match="folder or a hub name"):
@@ -377,6 +366,37 @@ def test_errors(folder, finished, tmp_path):
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
     with pytest.raises(QuotaError, match=r"model\.safetensors"):
         attempt(broken)
-    with pytest.raises(UsageError, match="inputs"):
-        Settings(inputs="wrong")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "best"}, "method: expected one of flatquant, gptq, awq, rtn, got 'best'"),
+        ({"modules": ("vision", "ears")}, "modules: expected some of vision, projector, llm, got"),
+        ({"modules": ()}, "modules: "),
+        ({"modules": "llm"}, "modules: .* got 'llm'"),
+        ({"inputs": "wrong"}, "inputs: "),
+        ({"steps": -1}, "steps: "),
+        ({"batch": 0}, "batch: "),
+        ({"text_share": 1.0}, "text_share: "),
+        ({"stream_dtype": "int8"}, "stream_dtype: "),
+    ],
+)
+def test_a_setting_out_of_range_is_named(given, words):
+    with pytest.raises(UsageError, match=words):
+        Settings(**given)
+
+
+def test_settings_say_themselves():
+    """One place for a default and its words: the signature and the class show them, the command line reads them."""
+    shown = f"{inspect.signature(quota.calib.calibrate)}"
+    for field in fields(Settings):
+        assert f"{field.name}={field.default!r}" in shown and f"{field.name}: {WORDS[field.name]}" in Settings.__doc__
+    said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, ["calibrate", "--help"], env={"COLUMNS": "400"}).output)
+    for name in ("method", "modules", "seed", "steps"):
+        default = getattr(DEFAULTS, name)
+        words = ",".join(default) if isinstance(default, tuple) else str(default)
+        assert f"--{name}" in said and f"{WORDS[name]} [default: {words}]" in said
+    assert MODULES == checkpoint.MODULES
+    assert Settings(method="gptq").learns_from == "quantized" and Settings(method="awq").learns_from == "float"

@@ -4,6 +4,7 @@ recipes and resume."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from quota.calib import run
 from quota.calib.samples import encode
-from quota.calib.settings import Settings, default_settings
+from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
 from quota.calib.weight_only import InputStats, _scale
 from quota.core.errors import CheckpointError, UsageError
@@ -25,7 +26,7 @@ from quota.planning.profile import profile
 from quota.runtime import load, patched
 from quota.runtime.engine import Prompt
 from quota.runtime.engine.model import EngineModel
-from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
+from tests.calib.calibration import float_folder, killed, mixed_samples, picture_samples, qwen_folder
 from tests.calib.test_qwen2_5_vl import batch_for
 from tests.engine.asking import asked, engine, tokens
 from tests.engine.asking import run as answer
@@ -36,7 +37,7 @@ FAMILIES = {"llava": (float_folder, picture_samples), "qwen2_5_vl": (qwen_folder
 
 
 def quick(method):
-    return Settings(**{**default_settings(method).to_dict(), **QUICK})
+    return Settings(method=method, **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,7 @@ def finished(folders, tmp_path_factory):
         ("qwen2_5_vl", "awq"),
     ):
         out = tmp_path_factory.mktemp("out") / f"{family}-{method}"
-        report = run.calibrate(
-            folders[family], FAMILIES[family][1](), out=out, method=method, progress=False, settings=quick(method)
-        )
+        report = run.calibrate(folders[family], FAMILIES[family][1](), out=out, progress=False, settings=quick(method))
         made[family, method] = out, report
     return made
 
@@ -150,8 +149,8 @@ def served(folders, tmp_path_factory):
     for family, method in (("llava", "rtn"), ("llava", "awq"), ("qwen2_5_vl", "rtn"), ("qwen2_5_vl", "gptq")):
         out = tmp_path_factory.mktemp("served") / f"{family}-{method}"
         samples = None if method == "rtn" else FAMILIES[family][1]()
-        options = {"method": method, "scheme": KV4_SCHEME.name, "progress": False, "settings": quick(method)}
-        run.calibrate(folders[family], samples, out=out, **options)
+        settings = replace(quick(method), scheme=KV4_SCHEME.name)
+        run.calibrate(folders[family], samples, out=out, progress=False, settings=settings)
         made[family, method] = load(out)
     return made
 
@@ -187,27 +186,16 @@ def test_before_a_quantized_cache_it_is_served_bitwise(finished, served, family,
             assert expected and tokens(outputs["a"])[: len(expected)] == expected
 
 
-def test_a_scheme_that_a_method_does_not_make_is_refused(folders, tmp_path):
+def test_a_scheme_that_a_method_does_not_make_is_refused():
     for method, scheme in (("flatquant", KV4_SCHEME.name), ("gptq", DEFAULT.name), ("awq", "w2a2")):
         with pytest.raises(UsageError, match=f"scheme: method '{method}' makes .*, got '{scheme}'"):
-            run.calibrate(folders["llava"], picture_samples(2), out=tmp_path / "none", method=method, scheme=scheme)
+            Settings(method=method, scheme=scheme)
 
 
 def test_resumes_after_a_kill_with_the_same_bytes(folders, finished, tmp_path, monkeypatch):
-    real, calls = run._run_step, []
-
-    def dies(job, work, step, bar):
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        calls.append(step)
-        return real(job, work, step, bar)
-
-    monkeypatch.setattr(run, "_run_step", dies)
-    arguments = {"out": tmp_path / "out", "method": "gptq", "progress": False, "settings": quick("gptq")}
-    with pytest.raises(KeyboardInterrupt):
-        run.calibrate(folders["llava"], picture_samples(), **arguments)
+    arguments = {"out": tmp_path / "out", "progress": False, "settings": quick("gptq")}
+    killed(monkeypatch, 6, lambda: run.calibrate(folders["llava"], picture_samples(), **arguments))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(run, "_run_step", real)
     run.calibrate(folders["llava"], picture_samples(), **arguments)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     whole = finished["llava", "gptq"][0]
@@ -219,12 +207,12 @@ def test_refusals(folders, finished, tmp_path):
     with pytest.raises(UsageError, match="this one is w4a16 with parts vision, projector, llm; use `quota run`"):
         EngineModel(load(out))
     for options, words in (
-        ({"method": "best"}, "flatquant"),
-        ({"method": "awq", "steps": 3}, "steps: 3"),
-        ({"method": "gptq", "settings": Settings(inputs="mixed")}, "inputs: 'mixed'"),
+        ({"method": "best"}, "method: .* flatquant"),
+        ({"method": "awq", "steps": 3}, "steps: .* steps 3 out"),
+        ({"method": "gptq", "inputs": "mixed"}, "inputs: .* 'mixed'"),
     ):
         with pytest.raises(UsageError, match=words):
-            run.calibrate(folders["llava"], picture_samples(2), out=tmp_path / "none", progress=False, **options)
+            Settings(**options)
     data = json.loads((out / "quota.json").read_text())
     copy = tmp_path / "copy"
     copy.mkdir()

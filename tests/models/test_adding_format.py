@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quota.calib import run as calibration
-from quota.calib.settings import METHODS
+from quota.calib.settings import METHODS, Settings
 from quota.core import formats
 from quota.core.checkpoint import Manifest, save_checkpoint
 from quota.core.errors import CheckpointError
@@ -84,10 +84,13 @@ def test_calibrated(scheme, monkeypatch, tmp_path):
     monkeypatch.setitem(SCHEMES, row.name, row)
     monkeypatch.setitem(METHODS, "flatquant3", METHODS["flatquant"])
     float_folder(tmp_path / "float")
-    options = {"modules": ("llm",), "steps": 2, "progress": False}
     reports = {
         method: calibration.calibrate(
-            tmp_path / "float", picture_samples(3), out=tmp_path / method, method=method, **options
+            tmp_path / "float",
+            picture_samples(3),
+            out=tmp_path / method,
+            progress=False,
+            settings=Settings(method=method, modules=("llm",), steps=2),
         )
         for method in ("flatquant3", "flatquant")
     }

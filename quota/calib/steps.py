@@ -1,0 +1,299 @@
+"""The steps of a calibration, a class each: what it does, the rows it reads, what it weighs and what it is called.
+
+Each reads the streams that the step before left and leaves its own: "float", and "quantized" where blocks learn from
+quantized inputs. Nothing else passes from one to the next, so a calibration continues after any of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from quota.calib import prune
+from quota.calib.blocks import Block
+from quota.calib.job import Job
+from quota.calib.learn import BlockData, learn_block
+from quota.calib.plan import BlockSize, Speed, block_seconds
+from quota.calib.samples import encode
+from quota.calib.settings import METHODS, Settings
+from quota.calib.state import StreamName
+from quota.calib.stream import Stream, advance, embed_images, embed_text, select_features
+from quota.calib.weight_only import quantize_weights, round_weights
+from quota.calib.work import WorkFolder
+from quota.models.base import PARTS, Part
+from quota.models.images import ImageInput, ImageTokens
+
+Streams = dict[StreamName, Stream]
+Seconds = tuple[float, float]  # passing the samples through the step, calibrating its block
+
+
+class Ticks:
+    """One step's share of the bar. passing, calibrating: its estimated seconds."""
+
+    def __init__(self, bar: tqdm, passing: float, calibrating: float) -> None:
+        self.bar, self.passing, self.calibrating = bar, passing, calibrating
+
+    def passed(self) -> None:
+        """The samples went through the step."""
+        self._move(self.passing)
+
+    def calibrated(self, share: float) -> None:
+        """That share of the calibration is done."""
+        self._move(self.calibrating * share)
+
+    def _move(self, seconds: float) -> None:
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))  # sums of shares round
+
+
+@dataclass(frozen=True)
+class Step(ABC):
+    """path: of the module it concerns. index: of the layer."""
+
+    path: str
+    index: int = 0
+
+    @property
+    def words(self) -> str:
+        """What the progress bar calls it."""
+        return self.path.removeprefix("model.")
+
+    def is_quantized(self, settings: Settings) -> bool:
+        """Whether it calibrates a block."""
+        return False
+
+    @abstractmethod
+    def lengths(self, job: Job) -> list[int]:
+        """Rows of each item in the stream it reads."""
+
+    @abstractmethod
+    def widths(self, job: Job) -> tuple[int, int]:
+        """Of the streams it reads and writes."""
+
+    def seconds(self, job: Job, speed: Speed) -> Seconds:
+        """Estimated at this machine's speed; here of a step that only reads and writes rows."""
+        return sum(self.lengths(job)) * job.source.family.hidden_size * 16 * speed.element_s, 0.0
+
+    @abstractmethod
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        """Do it; returns the streams it leaves."""
+
+
+class _OfTower(Step):
+    """Reads the tower's stream, an item per image."""
+
+    def lengths(self, job: Job) -> list[int]:
+        return [job.source.family.tower_rows(grid) for grid in job.prompts.grids]
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        return job.source.family.vision_hidden_size, job.source.family.vision_hidden_size
+
+
+class _OfDecoder(Step):
+    """Reads the decoder's stream, an item per sample."""
+
+    def lengths(self, job: Job) -> list[int]:
+        return job.rows_after(candidate for candidate in job.candidates if candidate < self.index)
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        return job.source.family.hidden_size, job.source.family.hidden_size
+
+
+class EmbedImages(_OfTower):
+    """Pixels -> what the tower's first block reads."""
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        return 0, job.source.family.vision_hidden_size
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        path, dtype = work.stream_path("float"), job.settings.stream_dtype
+        return {"float": embed_images(job.source, self._images(job), job.prompts.grids, path, dtype)}
+
+    @staticmethod
+    def _images(job: Job) -> Iterator[ImageInput]:
+        for sample in job.samples or ():
+            if sample.image_bytes is not None:
+                yield from job.source.family.images(encode(job.processor, sample, answer=True))
+
+
+class SelectFeatures(_OfTower):
+    """What the tower left -> what the projector reads."""
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        family = job.source.family
+        return family.vision_hidden_size, family.vision_hidden_size * family.merge**2
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        return {
+            name: select_features(job.source, stream, work.stream_path(name)) for name, stream in work.streams.items()
+        }
+
+
+class EmbedText(_OfDecoder):
+    """Projected images -> prompts, before any drop."""
+
+    def lengths(self, job: Job) -> list[int]:
+        return job.rows_after(())
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        ids = [torch.tensor(ids) for ids in job.prompts.ids]
+        grids = [grid for grid in job.prompts.grids if grid is not None]
+        return {
+            name: embed_text(job.source, ids, stream, work.stream_path(name), grids)
+            for name, stream in work.streams.items()
+        }
+
+
+class ChooseTokens(_OfDecoder):
+    """Marks the visual tokens that the recipe drops at candidate `index`: the choice may read the layer before it, so
+    it precedes that layer."""
+
+    def seconds(self, job: Job, speed: Speed) -> Seconds:
+        size = BlockSize.of(job.source.skeleton.get_submodule(self.path), job.source.family, "decoder")
+        return 2 * block_seconds(size, self.lengths(job), None, job.settings, speed)[0], 0.0
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        assert job.recipe is not None
+        before = self._block(job, self.index - 1) if self.index else None
+        pair = (before, self._block(job, self.index))
+        masks = prune.keep_masks(
+            job.recipe, self.index, pair, work.streams["float"], partial(self._shown, job), job.settings.device
+        )
+        for stream in work.streams.values():
+            for item, kept in enumerate(masks):
+                stream.drops[stream.rows(item)] = ~kept
+        return work.streams
+
+    @staticmethod
+    def _block(job: Job, index: int) -> Block:
+        return job.source.block("decoder", job.source.family.decoder_layer(index), job.settings.device)
+
+    @staticmethod
+    def _shown(job: Job, item: int) -> ImageTokens:
+        index = job.source.family.image_index(torch.tensor(job.prompts.ids[item])[None])
+        return ImageTokens.of(index, job.prompts.images[item])
+
+
+class DropTokens(_OfDecoder):
+    """Leaves the marked tokens behind."""
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        assert job.recipe is not None
+        compact = job.recipe.position_policy == "compact"
+        return {name: prune.gather(stream, work.stream_path(name), compact) for name, stream in work.streams.items()}
+
+
+class BlockStep(Step):
+    """One block of `part`: the samples go through the float block, and it is calibrated where its module is chosen."""
+
+    part: Part
+
+    def is_quantized(self, settings: Settings) -> bool:
+        return self.part in [PARTS[name] for name in settings.modules]
+
+    def size(self, job: Job) -> BlockSize:
+        """Of the block."""
+        return BlockSize.of(job.source.skeleton.get_submodule(self.path), job.source.family, self.part)
+
+    def seconds(self, job: Job, speed: Speed) -> Seconds:
+        method = METHODS[job.settings.method] if self.is_quantized(job.settings) else None
+        return block_seconds(self.size(job), self.lengths(job), method, job.settings, speed)
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        settings = job.settings
+        block = job.source.block(self.part, self.path, settings.device)
+        if job.samples is None:
+            work.save_block(self.path, round_weights(block, settings.makes), None)
+            ticks.calibrated(1)
+            return {}
+        inputs, quantized = work.streams["float"], work.streams.get("quantized")
+        outputs = self._advanced(block, "float", inputs, job, work)
+        ticks.passed()
+        if self.is_quantized(settings) and self.path in work.blocks:
+            ticks.calibrated(1)  # kept when other files of the work folder were damaged: learns_from is "float"
+            return {"float": outputs}
+        if self.is_quantized(settings):
+            if quantized is None and settings.learns_from != "float":
+                quantized = inputs
+            seed = zlib.crc32(f"{settings.seed}:{self.path}".encode())
+            self._calibrate(block, BlockData(inputs, outputs, quantized, seed), job, work, ticks)
+        if quantized is None:
+            return {"float": outputs}
+        return {"float": outputs, "quantized": self._advanced(block, "quantized", quantized, job, work)}
+
+    def _advanced(self, block: Block, name: StreamName, source: Stream, job: Job, work: WorkFolder) -> Stream:
+        target = source.like(work.stream_path(name), self.widths(job)[1])
+        advance(block, source, target, job.settings.batch, job.settings.device)
+        return target
+
+    def _calibrate(self, block: Block, lesson: BlockData, job: Job, work: WorkFolder, ticks: Ticks) -> None:
+        settings = job.settings
+        learns = METHODS[settings.method].learns
+        share = 1 / (1 + (settings.steps if learns else len(block.plans)))
+        if learns:
+            block.quantize_linears(settings.makes)
+            report = learn_block(block, lesson, settings, progress=lambda _: ticks.calibrated(share))
+            tensors = block.export()
+        else:
+            tensors, report = quantize_weights(block, lesson, settings, progress=lambda _: ticks.calibrated(share))
+        ticks.calibrated(share)
+        work.save_block(self.path, tensors, report)
+
+
+class TowerBlock(BlockStep, _OfTower):
+    part = "vision"
+
+
+class Projector(BlockStep):
+    part = "projector"
+
+    def lengths(self, job: Job) -> list[int]:
+        family = job.source.family
+        return [family.tower_rows(grid) // family.merge**2 for grid in job.prompts.grids]
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        family = job.source.family
+        return family.vision_hidden_size * family.merge**2, family.hidden_size
+
+
+class DecoderBlock(BlockStep, _OfDecoder):
+    part = "decoder"
+
+    def lengths(self, job: Job) -> list[int]:
+        return job.rows_after(candidate for candidate in job.candidates if candidate <= self.index)
+
+
+def steps_of(job: Job) -> Iterator[Step]:
+    """In the order they run. Without samples the blocks alone, which need no streams."""
+    every = _every_step(job)
+    return every if job.samples is not None else (step for step in every if step.is_quantized(job.settings))
+
+
+def _every_step(job: Job) -> Iterator[Step]:
+    family = job.source.family
+    yield EmbedImages(family.vision_path)
+    for index in range(family.vision_layers_used):
+        yield TowerBlock(family.vision_layer(index), index)
+    yield SelectFeatures(family.vision_path)
+    yield Projector(family.projector_path)
+    if "llm" not in job.settings.modules:
+        return
+    yield EmbedText(family.embed_path)
+    if 0 in job.candidates:
+        yield ChooseTokens(family.decoder_layer(0), 0)
+    for index in range(family.layers):
+        if index in job.candidates:
+            yield DropTokens(family.decoder_layer(index), index)
+        if index + 1 in job.candidates:
+            yield ChooseTokens(family.decoder_layer(index), index + 1)
+        yield DecoderBlock(family.decoder_layer(index), index)
