@@ -61,6 +61,11 @@ def main() -> None:
     parser.add_argument("--deltas", type=Path, default=DELTAS, help="what was trained (default: the committed file)")
     parser.add_argument("--untrained", action="store_true", help="no deltas: the parts that training begins with")
     args = parser.parse_args()
+    if not args.untrained and not args.deltas.is_file():
+        parser.error(
+            f"--deltas: {args.deltas} is not there: no trained deltas are committed yet. Train them (docs/pretrained.md)"
+            " and give the file, or build the parts with --untrained"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.out / 'checkpoint'}: {build(args.out, None if args.untrained else args.deltas)}")
 
