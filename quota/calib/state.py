@@ -54,7 +54,7 @@ class FinishedBlock(Document):
 class StreamLayout(Document):
     """A `quota.calib.stream.Stream` without its rows."""
 
-    file: Annotated[str, Field(pattern=r"^(float|quantized)-\d+\.bin$")]
+    file: str
     width: Annotated[int, Field(ge=1, lt=2**31)]
     dtype: Literal["float32", "float16"]
     lengths: _Many[_Count]
@@ -84,8 +84,9 @@ class StreamLayout(Document):
 
 
 class StoredStream(StreamLayout):
-    """sha256: of the stream's file."""
+    """A stream of a work folder: its file has one of the folder's own names, and this SHA-256."""
 
+    file: Annotated[str, Field(pattern=r"^(float|quantized)-\d+\.bin$")]
     sha256: _Digest
 
 

@@ -14,6 +14,7 @@ from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
+from quota.calib.state import StreamLayout
 from quota.calib.stream import FloatSource
 from quota.core.recipe import Recipe
 from quota.models import find_family
@@ -120,7 +121,9 @@ def test_streamed_blocks_reproduce_the_model(source, tmp_path):
             streaming.advance(source.block("decoder", arch.decoder_layer(index)), current, following, 3, "cpu")
             current = following
     assert current.images == [(16,), (), (6,)]
-    reopened = streaming.Stream.reopen(tmp_path, json.loads(json.dumps(current.layout())))
+    reopened = streaming.Stream.reopen(
+        tmp_path, StreamLayout.model_validate_json(current.layout().model_dump_json(), strict=True)
+    )
     assert (
         reopened.images == current.images
         and (reopened.positions == current.positions).all()
