@@ -224,19 +224,22 @@ def _by_generate(model: Any, processor: Any, work: Iterator[Batch], recipes: Seq
 
 @contextmanager
 def images_encoded_once(model: Any) -> Iterator[None]:
-    """While open, pixels that are given again (the same tensor) are not encoded again."""
-    inner = model.get_submodule(find_family(model).model_path)
-    encode_images = inner.get_image_features
+    """While open, the tower does not encode again the pixels it encoded last. Its hooks run all the same."""
+    tower = model.get_submodule(find_family(model).vision_path)
+    forward = tower.forward
     last: list[Any] = [None, None]
 
-    @wraps(encode_images)  # transformers looks at the signature
-    def once(pixel_values: Any, *args: Any, **options: Any) -> Any:
-        if last[0] is not pixel_values:
-            last[:] = pixel_values, encode_images(pixel_values, *args, **options)
-        return last[1]
+    @wraps(forward)  # transformers looks at the signature
+    def once(*args: Any, **options: Any) -> Any:
+        pixels = args[0] if args else options["pixel_values" if "pixel_values" in options else "hidden_states"]
+        known = last[0]  # kept, so that its memory is nobody else's
+        if known is None or (known.data_ptr(), known.shape) != (pixels.data_ptr(), pixels.shape):
+            last[:] = pixels, forward(*args, **options)
+        output = last[1]
+        return output if isinstance(output, tuple) else type(output)(**output)  # callers write into it
 
-    inner.get_image_features = once
+    tower.forward = once
     try:
         yield
     finally:
-        del inner.get_image_features
+        del tower.forward
