@@ -203,7 +203,8 @@ class Family(ABC):
     def fill_derived(self, model: Any) -> None:
         """Compute the buffers that no checkpoint holds, where the meta device left nothing."""
         text: Any = submodule(model, self.text_path)
-        text.rotary_emb = type(text.rotary_emb)(config=text.config)
+        own = self.rotary(None)
+        text.rotary_emb = own if isinstance(text.rotary_emb, type(own)) else type(text.rotary_emb)(config=text.config)
 
     # images and positions
 
