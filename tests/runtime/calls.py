@@ -20,7 +20,7 @@ TOKENS, PROMPTS = 5, range(3)
 RECIPES = {
     "quota": {},
     "last token": {"method": "custom", "selections": [{"score": "last_token"}] * 3},
-    "random": {"method": "custom", "candidates": (-1, 2, 3), "selections": [{"score": "random"}] * 3},
+    "random": {"method": "custom", "candidates": (0, 2, 3), "selections": [{"score": "random"}] * 3},
 }
 
 PAIRS = [(case, name) for case in CASES for name in ("quota", "random" if case[1] == "float" else "last token")]
