@@ -171,7 +171,7 @@ def test_files_are_read_through_the_bounded_door(copies, tmp_path, monkeypatch):
     put(tmp_path / "marked/TextVQA_train.json", b"\xef\xbb\xbf" + data.encode())
     assert read_source("textvqa", tmp_path / "marked") == [
         dataclasses.replace(
-            record, picture=tuple(tmp_path / "marked" / path.relative_to(copies["textvqa"]) for path in record.picture)
+            record, image=tuple(tmp_path / "marked" / path.relative_to(copies["textvqa"]) for path in record.image)
         )
         for record in read_source("textvqa", copies["textvqa"])
     ]
