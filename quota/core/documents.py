@@ -6,9 +6,10 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MOST_BYTES = 64 * 1024**2  # manifests hold a report per block; the largest seen are below 1 MiB
+_PIECE_BYTES = 1 << 20
 
 
 def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
@@ -21,13 +22,21 @@ def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ValueError("it is not a regular file")
-        data = file.read(most_bytes + 1)
+        data = read_some(file, most_bytes + 1)
     if len(data) > most_bytes:
         raise ValueError(f"it has more than {most_bytes} bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
+
+
+def read_some(file: IO[bytes], most_bytes: int) -> bytes:
+    """Up to `most_bytes` from here. `file.read(most_bytes)` takes all of that memory before the first byte."""
+    data = bytearray()
+    while piece := file.read(min(_PIECE_BYTES, most_bytes - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quota.core.documents import read_some
 from quota.core.errors import ImageError
 from quota.core.image_files import Malformed, Survey, survey
 
@@ -70,7 +71,7 @@ def read_file(path: str | Path, limits: Limits = LIMITS, name: str = "image") ->
         with open(handle, "rb") as file:  # noqa: PTH123  (a handle, not a path)
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise ImageError(f"{name}: {path} is not a regular file; expected an image file")
-            data = file.read(limits.encoded_bytes + 1)
+            data = read_some(file, limits.encoded_bytes + 1)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ImageError(f"{name}: {path} cannot be read ({reason})") from None

@@ -101,7 +101,7 @@ def test_a_fault_in_a_step_fails_one_request(serving, monkeypatch):
     run = runner.run
 
     def fragile(works):
-        if any(len(work.ids) == 13 for work in works):
+        if any(work.sequence.prompt_tokens == 13 for work in works):
             raise RuntimeError("a fault inside a step")
         return run(works)
 
