@@ -114,6 +114,7 @@ def test_the_engine_answers_as_generate(
     """A W4A4KV4 checkpoint of each family: texts, counts and visual tokens of every line, pruned too."""
     from quota.calib.run import calibrate
     from quota.calib.samples import Samples
+    from quota.calib.settings import Settings
     from quota.scenes import assets
 
     for name, folder, task in (
@@ -121,7 +122,7 @@ def test_the_engine_answers_as_generate(
         ("qwen2_5_vl", qwen_folder, "quota_pages_chart"),
     ):
         samples = Samples.load(assets.write_calibration(tmp_path / f"{name}-samples", 2, family=name))
-        calibrate(folder, samples, out=tmp_path / name, steps=0, progress=False)
+        calibrate(folder, samples, out=tmp_path / name, settings=Settings(steps=0), progress=False)
         given = {"pretrained": str(tmp_path / name), "batch_size": 2}
         if name == "llava":
             given["recipe"] = str(recipe)

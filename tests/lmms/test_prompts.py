@@ -113,7 +113,7 @@ def test_limits_that_cannot_be(llava_folder: Path, qwen_folder: Path) -> None:
 
 
 def test_videos_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"task clips: expected pictures and text, got video \(str\)"):
+    with pytest.raises(UsageError, match=r"task clips: expected images and text, got video \(str\)"):
         conversation(
             [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "what ?"}]}],
             "clips",

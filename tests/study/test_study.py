@@ -211,7 +211,7 @@ def test_profile_and_show(settings: StudySettings) -> None:
     )
     shown = study.run_study("show", settings)
     assert (
-        shown["methods"]["divprune"]["visual_tokens"] == {"-1": 5}
+        shown["methods"]["divprune"]["visual_tokens"] == {"0": 5}
         and (settings.out / shown["methods"]["divprune"]["overlay"]).exists()
     )
 
