@@ -84,7 +84,7 @@ class Scheduler:
         return sum(sequence.client == client for sequence in self.running) < self.max_running
 
     def fork(self, parent: Sequence, sibling: Sequence) -> bool:
-        """Let a request of the same prompt go on from the leader's pages, just computed; False where it may not
+        """Let a request of the same prompt go on from the parent's pages, just computed; False where it may not
         run."""
         if sibling.paused or not self._has_place(sibling.client):
             return False
