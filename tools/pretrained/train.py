@@ -60,15 +60,15 @@ class Plan:
     """Sizes of a run. dense_lessons: whose features are stored. batch: lessons per step. lr falls over the last `fall`
     of all language steps."""
 
-    dense_lessons: int = 800
-    dense_steps: int = 1600
+    dense_lessons: int = 480
+    dense_steps: int = 1200
     dense_batch: int = 8
     dense_lr: float = 2e-3
-    describe_steps: int = 300
+    describe_steps: int = 40
     describe_batch: int = 2
-    steps: int = 900
-    batch: int = 4
-    lr: float = 8e-4
+    steps: int = 300
+    batch: int = 2
+    lr: float = 7e-4
     warm: int = 30
     fall: float = 0.5
     dense_weight: float = 0.1
