@@ -3,7 +3,7 @@
     python -m benchmarks serve soak CHECKPOINT --recipe RECIPE --requests 10000 --out benchmarks/results/soak.json
     python -m tools.pages
 
-Pictures of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 %
+Images of every kind and size, chats and plain text, streamed and whole, under several recipes; 10 % malformed, 10 %
 of the clients hang up. Then a share of the good requests is asked again of a second server, which computes one at a
 time and keeps nothing from one to the next. Ends with status 1 when a good request was not answered as it is alone, a
 bad one was not refused, a page leaked, memory grew, the log holds an error or a server did not leave with status 0. The
@@ -50,7 +50,7 @@ class Account:
     """What happened. `problems` holds at most 20 sentences."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    pictures: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     good: dict[int, Any] = field(default_factory=dict)  # number of the request -> its answer
@@ -64,7 +64,7 @@ class Account:
             self.problems.append(text)
 
     def note_images(self, asked: Asked) -> None:
-        """Format, mode and size of every picture that was sent well."""
+        """Format, mode and size of every image that was sent well."""
         if isinstance(asked.body, bytes) or asked.expected == "refusal":
             return
         parts = [
@@ -76,7 +76,7 @@ class Account:
         for url in (part["image_url"]["url"] for part in parts if part["type"] == "image_url"):
             with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
                 animated = " animated" if getattr(image, "n_frames", 1) > 1 else ""
-                self.pictures[f"{image.format} {image.mode}{animated}"] += 1
+                self.images[f"{image.format} {image.mode}{animated}"] += 1
                 self.sizes.append(image.size)
 
 
@@ -238,7 +238,7 @@ def report(account: Account, options: argparse.Namespace, seconds: float, state:
         "answers_kept": len(account.good),
         "answers_compared_alone": account.compared,
         "answers_that_differ": account.differ,
-        "pictures": dict(account.pictures.most_common()),
+        "images": dict(account.images.most_common()),
         "shortest_side_px": min(sides, default=None),
         "largest_image_px": largest,
         "rss_mb": [round(b / 1e6, 1) for b in account.rss_bytes],

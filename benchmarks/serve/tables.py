@@ -46,7 +46,7 @@ def soak_table(found: Mapping[str, Any]) -> str:
     """The report of `python -m benchmarks serve soak`."""
     rss = found["rss_mb"] or [0.0]
     third = len(rss) // 3
-    kinds = ", ".join(f"{name} {count}" for name, count in found["pictures"].items())
+    kinds = ", ".join(f"{name} {count}" for name, count in found["images"].items())
     lines = [
         ("state", found["state"]),
         ("requests", f"{found['requests']} from {found['clients']} clients in {found['seconds']:.0f} s"),
@@ -56,13 +56,13 @@ def soak_table(found: Mapping[str, Any]) -> str:
             f"{found['answers_compared_alone']} of {found['answers_kept']} kept, {found['answers_that_differ']} differ",
         ),
         (
-            "pictures",
+            "images",
             (
-                f"{sum(found['pictures'].values())}, shortest side {found['shortest_side_px']} px, largest"
+                f"{sum(found['images'].values())}, shortest side {found['shortest_side_px']} px, largest"
                 f" {found['largest_image_px']} px"
             ),
         ),
-        ("kinds of picture", kinds),
+        ("kinds of image", kinds),
         (
             "resident memory, MB",
             (

@@ -134,7 +134,7 @@ def _language_ratio(recipe: Recipe) -> float:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where a method drops and what it keeps from there on; found: what its search says about it."""
+    """Where a method drops and what it keeps from there on; found: facts of its search."""
 
     candidates: list[int]
     keep: list[float]

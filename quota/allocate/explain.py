@@ -83,7 +83,7 @@ def explain(recipe: Recipe) -> dict[str, Any]:
 
 
 def explain_text(recipe: Recipe) -> str:
-    """The same for people: a few sentences and one line per layer with a bar of the tokens alive."""
+    """The same as text: a few sentences and one line per layer with a bar of the tokens alive."""
     f = facts(recipe)
     lines = [
         f"{f['method']} recipe for {f['architecture']} ({f['fingerprint'][:19]}), regime {f['regime']}",

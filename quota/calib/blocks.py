@@ -46,7 +46,7 @@ class CalibrationAttention:
 
     No mask is used: batches are padded on the right, so causal attention never lets a real token see padding.
     heads: once the block is quantized. apart: of the call at hand, the part of the keys that is never quantized.
-    trace: (query, key) of every call, where somebody listens.
+    trace: (query, key) of every call, where it is recorded.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ class Job:
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """Of the recipe, if there is one."""
+        """Candidate layers of the recipe, if there is one."""
         return () if self.recipe is None else tuple(self.recipe.candidates)
 
     @cached_property

@@ -78,8 +78,8 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Of one block: its projection groups' (outputs, inputs), all its parameters, the width of its output, and its
-    attention heads (0: it has none)."""
+    """Sizes of one block: its projection groups' (outputs, inputs), all its parameters, the width of its output, and
+    its attention heads (0: it has none)."""
 
     groups: tuple[tuple[int, int], ...]
     parameters: int
@@ -124,8 +124,8 @@ class BlockSize:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of this machine, now. products: multiply-adds per second of a float32 product. Seconds: element_s of an
-    elementwise operation, round_s of rounding an element in a learning step (forward and backward), search_s of
+    """Speed of this machine at this moment. products: multiply-adds per second of a float32 product. Seconds: element_s
+    of an elementwise operation, round_s of rounding an element in a learning step (forward and backward), search_s of
     searching the start for one, call_s of a group in a step however small."""
 
     products: float

@@ -210,8 +210,8 @@ def check_texts(processor: Any, samples: Iterable[Sample]) -> None:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The samples as the model reads them. ids: token ids of each sample. images: what a selection needs to know of
-    each sample's images. grids: of every image in order over all samples, its patch grid; None for a family of one
+    """The samples as the model reads them. ids: token ids of each sample. images: what a selection reads of each
+    sample's images. grids: of every image in order over all samples, its patch grid; None for a family of one
     image size."""
 
     ids: tuple[list[int], ...]
@@ -240,10 +240,10 @@ def encode(processor: Any, sample: Sample, answer: bool = False) -> Any:
     `answer` the stored answer follows it. SampleError for a text that holds the mark for an image.
     """
     check_texts(processor, [sample])
-    picture = sample.image()
-    text = render(processor, user_turn(sample.instruction, int(picture is not None)))
+    image = sample.image()
+    text = render(processor, user_turn(sample.instruction, int(image is not None)))
     if answer and sample.answer:
         text = f"{text}{'' if text.endswith(chr(10)) else ' '}{sample.answer}"
-    if picture is None:
+    if image is None:
         return processor(text=[text], return_tensors="pt")
-    return processor(images=[picture], text=[text], return_tensors="pt")
+    return processor(images=[image], text=[text], return_tensors="pt")

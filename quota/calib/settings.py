@@ -66,7 +66,7 @@ class Settings:
     text_share: float | None = _setting(
         None,
         "Where images and text share the stream, the share of the loss that text tokens have together; None: every"
-        " token counts alike.",
+        " token has the same weight.",
     )
     relative: bool = _setting(
         False,

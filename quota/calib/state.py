@@ -79,7 +79,7 @@ class StreamLayout(Document):
 
     @property
     def bytes(self) -> int:
-        """Of the file."""
+        """Size of the file."""
         return sum(self.lengths) * self.width * np.dtype(self.dtype).itemsize
 
 

@@ -73,7 +73,7 @@ class Step(ABC):
 
     @abstractmethod
     def widths(self, job: Job) -> tuple[int, int]:
-        """Of the streams it reads and writes."""
+        """Widths of the streams that the step reads and writes."""
 
     def seconds(self, job: Job, speed: Speed) -> Seconds:
         """Estimated at this machine's speed; here of a step that only reads and writes rows."""
@@ -202,7 +202,7 @@ class BlockStep(Step):
         return self.part in [PARTS[name] for name in settings.modules]
 
     def size(self, job: Job) -> BlockSize:
-        """Of the block."""
+        """Sizes of the block."""
         return BlockSize.of(job.source.skeleton.get_submodule(self.path), job.source.family, self.part)
 
     def seconds(self, job: Job, speed: Speed) -> Seconds:
@@ -274,7 +274,7 @@ class DecoderBlock(BlockStep, _OfDecoder):
 
 
 def steps_of(job: Job) -> Iterator[Step]:
-    """In the order they run. Without samples the blocks alone, which need no streams."""
+    """The steps in the order they run; without samples the blocks alone, which need no streams."""
     every = _every_step(job)
     return every if job.samples is not None else (step for step in every if step.is_quantized(job.settings))
 

@@ -231,7 +231,7 @@ class Stream:
         return torch.from_numpy(data.astype(np.float32, copy=False))
 
     def flush(self) -> None:
-        """On disk when this returns."""
+        """Flush; the stream is on disk when this returns."""
         with naming(self.path):
             os.fsync(self._file.fileno())
 

@@ -143,7 +143,7 @@ def _observe(block: Block, source: Stream, items: list[int], settings: Settings)
 
 
 def _gptq(block: Block, plan: Group, seen: InputStats, form: Format) -> dict[str, Codes]:
-    """All linears of a group as one: rows do not know of each other, and the Hessian is factored once."""
+    """All linears of a group at once: rows are independent, and the Hessian is factored once."""
     assert seen.hessian is not None
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
     try:

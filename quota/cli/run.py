@@ -1,4 +1,4 @@
-"""`quota run`: one question about pictures."""
+"""`quota run`: one question about images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Prune visual tokens by this recipe.")] = None,
     show: Annotated[
         Path | None,
-        typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the pictures."),
+        typer.Option("--show", help="Write a PNG: which tokens each pruning layer kept, over the images."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 64,
     device: DeviceOption = "cpu",
@@ -59,18 +59,18 @@ def run(
         if not image:
             raise UsageError("--show: needs --image; there is no image to draw on")
         check_output(show, "--show")
-    pictures = [images.open_file(path, name="--image") for path in image or []]
+    opened = [images.open_file(path, name="--image") for path in image or []]
 
     import torch
 
     from quota.eval.asking import ask, load_model
 
     model, processor = load_model(checkpoint, recipe, device, getattr(torch, dtype.value))
-    answer = ask(model, processor, prompt, pictures, max_new_tokens=max_new_tokens)
+    answer = ask(model, processor, prompt, opened, max_new_tokens=max_new_tokens)
     if show is not None:
         from quota.report.overlay import save_overlay
 
-        save_overlay(show, pictures, answer.kept_visual(), answer.grids)
+        save_overlay(show, opened, answer.kept_visual(), answer.grids)
     if json:
         print_json({"text": answer.text, **answer.figures(), "overlay": str(show) if show else None})
         return

@@ -69,7 +69,7 @@ class ErrorReportingGroup(TyperGroup):
 
 
 def describe(error: Exception) -> str:
-    """One line, whatever the library below said."""
+    """An error as one line."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"

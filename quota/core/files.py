@@ -174,7 +174,7 @@ def _free(path: Path) -> int | str:
 
 
 def write_at(file: IO[bytes], path: Path, data: memoryview, offset: int) -> None:
-    """All of `data` (bytes) at `offset`."""
+    """Write all of `data` (bytes) at `offset`."""
     with naming(path):
         done = 0
         while done < len(data):

@@ -35,7 +35,7 @@ class Journal:
             atomic_write_text(path, "".join(lines[:good]) if good else json.dumps(header) + "\n")
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """On disk when this returns."""
+        """Append records; they are on disk when this returns."""
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()

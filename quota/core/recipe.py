@@ -239,7 +239,7 @@ class Recipe(Document):
 
     @property
     def digest(self) -> str:
-        """By which a checkpoint's manifest names the recipe it was calibrated under."""
+        """Names the recipe in the manifest of a checkpoint calibrated under it."""
         return digest(self.model_dump(mode="json"))
 
     def save(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A recipe file as a JSON object: reading one that somebody may have written by hand, and what version it is."""
+"""A recipe file as a JSON object: reading, with errors for hand-written ones, and finding the version."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def canonical(document: Mapping[str, Any]) -> str:
 
 
 def digest(document: Mapping[str, Any]) -> str:
-    """Of the canonical text: by which a checkpoint's manifest names the recipe it was calibrated under."""
+    """sha256 of the canonical text: names the recipe in the manifest of a checkpoint calibrated under it."""
     return "sha256:" + hashlib.sha256(canonical(document).encode()).hexdigest()
 
 

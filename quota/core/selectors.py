@@ -25,8 +25,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Policy:
-    """From the values of competing tokens to those that stay. words completes "Tokens are chosen ...". parameter: the
-    field of a selection that it reads."""
+    """Chooses the tokens that stay from the values of those that compete. words completes "Tokens are chosen ...".
+    parameter: the field of a selection that it reads."""
 
     words: str
     needs: frozenset[Need] = frozenset()

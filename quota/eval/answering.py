@@ -232,7 +232,7 @@ def images_encoded_once(model: Any) -> Iterator[None]:
     @wraps(forward)  # transformers looks at the signature
     def once(*args: Any, **options: Any) -> Any:
         pixels = args[0] if args else options["pixel_values" if "pixel_values" in options else "hidden_states"]
-        known = last[0]  # kept, so that its memory is nobody else's
+        known = last[0]  # kept, so that its memory is not reused
         if known is None or (known.data_ptr(), known.shape) != (pixels.data_ptr(), pixels.shape):
             last[:] = pixels, forward(*args, **options)
         output = last[1]

@@ -73,7 +73,7 @@ class Answer:
         return {layer: mask[self.visual] for layer, mask in self.kept.items()}
 
 
-def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new_tokens: int = 64) -> Answer:
+def ask(model: Any, processor: Any, prompt: str, images: list[Any], *, max_new_tokens: int = 64) -> Answer:
     """One greedy answer to `prompt` as the chat template renders it, the images before it.
 
     UsageError for a prompt that holds the mark for an image, is no Unicode text, or leaves no room for an answer.
@@ -88,7 +88,7 @@ def ask(model: Any, processor: Any, prompt: str, pictures: list[Any], *, max_new
         prompt.encode()
     except UnicodeEncodeError:
         raise UsageError(f"prompt: expected Unicode text, got {prompt!r}") from None
-    inputs = encode_prompts(model, processor, [render_prompt(processor, prompt, len(pictures))], pictures)
+    inputs = encode_prompts(model, processor, [render_prompt(processor, prompt, len(images))], images)
     max_new_tokens = min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
     made = generate(model, inputs, max_new_tokens=max_new_tokens)
     visual = (inputs["input_ids"][0] == find_family(model).image_token_id).cpu()

@@ -45,19 +45,19 @@ def encode(model: Any, processor: Any, questions: Sequence[Question]) -> dict[st
     """Left-padded inputs of one batch on the model's device: input_ids, attention_mask [B, T], pixel_values (and what
     the family adds)."""
     check_questions(processor, questions)
-    pictures = [q.open_image() for q in questions if q.open_image is not None]
+    images = [q.open_image() for q in questions if q.open_image is not None]
     return encode_prompts(
         model,
         processor,
         [render_prompt(processor, q.instruction, int(q.open_image is not None)) for q in questions],
-        pictures,
+        images,
     )
 
 
-def encode_prompts(model: Any, processor: Any, prompts: list[str], pictures: list[Any]) -> dict[str, Tensor]:
+def encode_prompts(model: Any, processor: Any, prompts: list[str], images: list[Any]) -> dict[str, Tensor]:
     """Rendered prompts and their images in order -> left-padded inputs on the model's device."""
     processor.tokenizer.padding_side = "left"
-    inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
+    inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
     kept = {k: v.to(model.device) for k, v in inputs.items() if k in _MODEL_INPUTS}
     if "pixel_values" in kept:
         kept["pixel_values"] = kept["pixel_values"].to(model.dtype)

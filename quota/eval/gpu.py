@@ -32,7 +32,7 @@ class GpuCost:
 
 
 def together(costs: Sequence[GpuCost]) -> GpuCost:
-    """Of several pieces of work: the largest peak, and all their energy over all their time."""
+    """Sum of several measurements: the largest peak, and all their energy over all their time."""
     missing = next((c.power_why_not for c in costs if c.energy_j is None), None)
     energy = None if missing else sum(c.energy_j or 0.0 for c in costs)
     return GpuCost(max(c.peak_bytes for c in costs), None, missing, energy, sum(c.seconds for c in costs))._average()

@@ -149,7 +149,7 @@ class Pipeline:
 
     @cached_property
     def profile(self) -> Profile:
-        """Of the float model beside the fully quantized one."""
+        """Profile of the float model beside the fully quantized one."""
         quantized = self.quantized()
         parts = {
             "float": self.content(self.float_checkpoint),

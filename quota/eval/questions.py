@@ -39,7 +39,7 @@ class Question:
 
 
 @lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the images
-def _picture(split: str, index: int, size_px: int) -> Image:
+def _image(split: str, index: int, size_px: int) -> Image:
     return g.draw(g.scene(split, index, size_px))
 
 
@@ -84,14 +84,14 @@ def mixed_questions(number: int = DEFAULT_QUESTIONS) -> list[Question]:
         if found is None:  # this page allows no question of this task: take the next page
             continue
         asked[kind] += 1
-        opener = None if kind == k.TEXT else partial(_page_picture, kind, index)
+        opener = None if kind == k.TEXT else partial(_page_image, kind, index)
         out.append(Question(f"test-{kind}-{index:05d}-{task}", f"{kind}/{task}", found.text, found.answer, opener))
     return out
 
 
 @lru_cache(maxsize=700)
-def _page_picture(kind: str, index: int) -> Image:
-    return k.picture(kind, "test", index)
+def _page_image(kind: str, index: int) -> Image:
+    return k.image(kind, "test", index)
 
 
 def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:
@@ -109,7 +109,7 @@ def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:
 
 
 def _opener(split: str, index: int, size_px: int) -> Callable[[], Image]:
-    return lambda: _picture(split, index, size_px)
+    return lambda: _image(split, index, size_px)
 
 
 def sample_questions(samples: Iterable[Any]) -> list[Question]:

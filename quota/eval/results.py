@@ -81,7 +81,7 @@ class Comparison(Document):
 
 
 class Evaluation(Document):
-    """All rows on the same questions."""
+    """Rows answered on the same questions."""
 
     questions: int = Field(description="number of held-out questions, the same in every row")
     questions_by_task: dict[str, int] = Field(description="task -> number of questions")

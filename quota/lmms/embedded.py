@@ -22,12 +22,12 @@ from quota.scenes import kinds as k
 from quota.scenes.vocabulary import IMAGE_SIZE
 
 
-def scene_picture(doc: dict[str, Any]) -> list[Image.Image]:
+def scene_image(doc: dict[str, Any]) -> list[Image.Image]:
     return [g.draw(g.scene("test", doc["index"], IMAGE_SIZE))]
 
 
-def page_picture(doc: dict[str, Any]) -> list[Image.Image]:
-    return [] if doc["kind"] == k.TEXT else [k.picture(doc["kind"], "test", doc["index"])]
+def page_image(doc: dict[str, Any]) -> list[Image.Image]:
+    return [] if doc["kind"] == k.TEXT else [k.image(doc["kind"], "test", doc["index"])]
 
 
 def instruction(doc: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Conversation:
 
 def conversation(messages: Sequence[dict[str, Any]], task: str) -> Conversation:
     """lmms-eval's messages, images as RGB (`quota.core.images`); UsageError for a task that shows anything but
-    pictures."""
+    images."""
     out: list[dict[str, Any]] = []
     images: list[Image] = []
     for message in messages:

@@ -50,7 +50,7 @@ class TaskRow(Document):
 
 
 class TaskReport(Document):
-    """All rows on the same tasks."""
+    """Rows answered on the same tasks."""
 
     schema_version: Literal[1] = 1
     tasks: dict[str, str] = Field(description="task -> metric")

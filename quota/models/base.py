@@ -232,7 +232,7 @@ class Family(ABC):
         ]
 
     def shown(self, image: ImageInput) -> ImageInfo:
-        """What selections by content or position need to know of an image."""
+        """What selections by content or position read of an image."""
         if image.grid is None:
             return image_infos(image.pixels[None])[0]
         return image_infos(image.pixels, torch.tensor([image.grid]), self.merge)[0]

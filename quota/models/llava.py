@@ -68,7 +68,7 @@ class Llava(Family):
 
     @classmethod
     def kind_of(cls, config: Any) -> type[Family]:
-        """By the tower; an unknown one is refused by the class for CLIP's."""
+        """The class for the tower; an unknown one is refused by the class for CLIP's."""
         if config.vision_config.model_type != "dinov2":
             return cls
         from quota.models.llava_dinov2 import LlavaDinov2

@@ -39,7 +39,7 @@ class _Builder:
     shapes: Shapes | None
 
     def linear(self, path: str, floats: Sequence[nn.Linear], heads: int | None = None) -> SchemeLinear:
-        """In place of float linears that read one input. heads: as in `LinearSpec`."""
+        """The linear that replaces float ones with one input. heads: as in `LinearSpec`."""
         first = floats[0]
         rows, device = sum(linear.out_features for linear in floats), first.weight.device
         spec = LinearSpec(path, first.in_features, rows, first.bias is not None, heads, device)

@@ -32,8 +32,7 @@ class AttentionTrace:
         return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
 
     def first(self, tokens: int) -> AttentionTrace:
-        """Of the first `tokens` alone, which by causality is what they leave without the others; call it on a filled
-        record."""
+        """The trace of the first `tokens`: by causality the one they have without the others. For a filled record."""
         if self.q is None or self.k is None or self.lse is None or self.q.shape[2] == tokens:
             return self
         k = self.k[:, :, :tokens] if isinstance(self.k, Tensor) else tuple(t[:, :, :tokens] for t in self.k)
@@ -84,7 +83,7 @@ class QuantAttention(Float32State):
 
     @property
     def clips(self) -> tuple[float, float]:
-        """Of k and of v."""
+        """(k_clip, v_clip) as floats, read from the device once."""
         if self._clips is None:
             self._clips = float(self.k_clip), float(self.v_clip)
         return self._clips

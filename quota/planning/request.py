@@ -70,7 +70,7 @@ class RecipeRequest:
     position_policy: str = "original"
 
     def from_profile(self, profile: Profile) -> Recipe:
-        """By method quota or uniform."""
+        """The recipe by method quota or uniform."""
 
         def build(keep: float) -> Recipe:
             return build_recipe(
@@ -86,7 +86,7 @@ class RecipeRequest:
         return self._matched(build, profile.model.visual_tokens)
 
     def from_context(self, context: RecipeContext, stats: SearchStats) -> Recipe:
-        """By a published method."""
+        """The recipe by a published method, from recorded attention."""
         if METHODS[self.method].withdraws:
             return build_baseline(context, self.method, None, self.layers, stats)
         return self._matched(
@@ -96,7 +96,7 @@ class RecipeRequest:
     def from_checkpoint(
         self, checkpoint: str, samples: Path, *, seed: int = 0, threshold: float = VTW_THRESHOLD, quiet: bool = False
     ) -> Recipe:
-        """By a published method for a checkpoint, float or quantized."""
+        """The recipe by a published method for a checkpoint, float or quantized."""
         loaded = Samples.load(samples)
         model, processor = load_model(checkpoint)
         stats = SearchStats()

@@ -15,12 +15,12 @@ from quota.nn.attention import AttentionTrace
 
 @dataclass
 class Alive:
-    """The tokens at the input of a candidate layer; rows are padded on the left. [B, n] unless said otherwise.
+    """The tokens at the input of a candidate layer; rows are padded on the left. [B, n] where no shape is given.
 
     hidden [B, n, d]: input of the layer (merged embeddings at candidate 0). group int64: the set a visual token
     competes in, -1 for text. text bool: text queries. column int64: position in the prompt. trace: attention of the
-    layer before, over the same n tokens. own_trace: runs the candidate layer's attention on them and returns what it
-    left. signals: the quota score leaves its terms here, [B, n] each.
+    layer before, over the same n tokens. own_trace: runs the candidate layer's attention on them and returns its
+    trace. signals: the quota score leaves its terms here, [B, n] each.
     """
 
     hidden: Tensor

@@ -46,8 +46,8 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """Of a prefill: candidate -> bool [B, prompt tokens] alive from there on; candidate -> raw scores; tokens each
-    decoder layer ran on."""
+    """What a prefill recorded: candidate -> bool [B, prompt tokens] alive from there on; candidate -> raw scores;
+    tokens each decoder layer ran on."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
     signals: dict[int, dict[str, Tensor]] = field(default_factory=dict)

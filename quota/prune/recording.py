@@ -78,8 +78,8 @@ def recording(text_model: Any) -> Iterator[None]:
 
 @contextmanager
 def attending(model: Any, read: Callable[[int, AttentionTrace], None]) -> Iterator[None]:
-    """While open, `read` is told what the attention of every decoder layer of a model left, float or quantized:
-    (layer, trace), as it runs. UsageError as of `recording`."""
+    """While open, `read(layer, trace)` is called with the attention trace of every decoder layer as it runs, float or
+    quantized. UsageError as of `recording`."""
     text = submodule(model, find_family(model).text_path)
     layers: Any = text.layers
 

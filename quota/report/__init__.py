@@ -1,1 +1,1 @@
-"""Pictures and tables for people."""
+"""Figures and tables."""

@@ -1,4 +1,4 @@
-"""Which visual tokens each pruning layer kept, over the picture: kept patches bright, dropped ones dark and grey."""
+"""Which visual tokens each pruning layer kept, over the image: kept patches bright, dropped ones dark and grey."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ _NIGHT = np.array([14, 18, 28], dtype=np.float64)
 _PER_ROW = 4
 
 
-def model_view(picture: Image.Image, side_px: int = _PANEL_PX) -> Image.Image:
+def model_view(image: Image.Image, side_px: int = _PANEL_PX) -> Image.Image:
     """What a CLIP processor shows the model: the centre square of the shorter edge, as RGB of side `side_px`.
 
     CLIP resizes the shorter edge, then cuts the centre; cutting first keeps the resolution for drawing.
     """
-    edge = min(picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    return to_rgb(picture).resize(
-        (side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge)
-    )
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    return to_rgb(image).resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
 
 
 def dim_dropped(view: Image.Image, kept: np.ndarray) -> Image.Image:
@@ -61,39 +59,38 @@ def edges(kept: np.ndarray) -> list[list[tuple[float, float]]]:
     return segments
 
 
-def whole_view(picture: Image.Image, grid: tuple[int, int], side_px: int = _PANEL_PX) -> Image.Image:
-    """What a processor of dynamic resolution shows: the whole picture in the shape of its token grid (rows, columns),
+def whole_view(image: Image.Image, grid: tuple[int, int], side_px: int = _PANEL_PX) -> Image.Image:
+    """What a processor of dynamic resolution shows: the whole image in the shape of its token grid (rows, columns),
     longer side `side_px`."""
     rows, columns = grid
     scale = side_px / max(rows, columns)
-    return to_rgb(picture).resize((round(columns * scale), round(rows * scale)), Image.Resampling.LANCZOS)
+    return to_rgb(image).resize((round(columns * scale), round(rows * scale)), Image.Resampling.LANCZOS)
 
 
 def save_overlay(
     path: str | Path,
-    pictures: Image.Image | Sequence[Image.Image],
+    images: Image.Image | Sequence[Image.Image],
     kept: Mapping[int, Any],
     grids: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Write the PNG: per picture one row of panels, the picture first, then one panel per pruning layer.
+    """Write the PNG: per image one row of panels, the image first, then one panel per pruning layer.
 
-    kept: layer -> bool array or tensor [V], raster order over all pictures in prompt order.
-    grids: (rows, columns) of each picture's tokens, which then show the whole picture; None: equal squares. UsageError
+    kept: layer -> bool array or tensor [V], raster order over all images in prompt order.
+    grids: (rows, columns) of each image's tokens, which then show the whole image; None: equal squares. UsageError
     when a mask does not fit.
     """
-    shown = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    shown = [images] if isinstance(images, Image.Image) else list(images)
     if not shown or not kept:
         raise UsageError(
-            f"overlay: expected a picture and at least one pruning layer, got {len(shown)} pictures and {len(kept)}"
-            " layers"
+            f"overlay: expected an image and at least one pruning layer, got {len(shown)} images and {len(kept)} layers"
         )
-    masks = {layer: _per_picture(layer, mask, len(shown), grids) for layer, mask in sorted(kept.items())}
+    masks = {layer: _per_image(layer, mask, len(shown), grids) for layer, mask in sorted(kept.items())}
     rows_each = math.ceil((1 + len(masks)) / _PER_ROW)
     columns = math.ceil((1 + len(masks)) / rows_each)
     sheet = _Sheet(columns, rows_each * len(shown))
-    for number, picture in enumerate(shown):
-        view, row = whole_view(picture, grids[number]) if grids else model_view(picture), number * rows_each
-        name = "picture" if len(shown) == 1 else f"picture {number + 1}"
+    for number, image in enumerate(shown):
+        view, row = whole_view(image, grids[number]) if grids else model_view(image), number * rows_each
+        name = "image" if len(shown) == 1 else f"image {number + 1}"
         sheet.panel(row, 0, view, name, f"{next(iter(masks.values()))[number].size} visual tokens")
         for i, (layer, per_picture) in enumerate(masks.items(), start=1):
             mask = per_picture[number]
@@ -110,19 +107,19 @@ def save_overlay(
     save_figure(sheet.figure, path)
 
 
-def _per_picture(layer: int, mask: Any, pictures: int, grids: Sequence[tuple[int, int]] | None) -> list[np.ndarray]:
+def _per_image(layer: int, mask: Any, images: int, grids: Sequence[tuple[int, int]] | None) -> list[np.ndarray]:
     values = np.asarray(mask, dtype=bool).ravel()
-    side = math.isqrt(values.size // pictures)
-    shapes = list(grids) if grids else [(side, side)] * pictures
+    side = math.isqrt(values.size // images)
+    shapes = list(grids) if grids else [(side, side)] * images
     sizes = [rows * columns for rows, columns in shapes]
-    if len(shapes) != pictures or 0 in sizes or sum(sizes) != values.size:
+    if len(shapes) != images or 0 in sizes or sum(sizes) != values.size:
         wanted = (
             " + ".join(f"{rows} x {columns}" for rows, columns in shapes)
             if grids
-            else f"{pictures} square grid{'s' if pictures > 1 else ''}"
+            else f"{images} square grid{'s' if images > 1 else ''}"
         )
         raise UsageError(
-            f"overlay: layer {layer}: expected a mask of {wanted}, got {values.size} tokens; pass every picture of the"
+            f"overlay: layer {layer}: expected a mask of {wanted}, got {values.size} tokens; pass every image of the"
             " prompt"
         )
     parts = np.split(values, np.cumsum(sizes)[:-1])

@@ -1,4 +1,4 @@
-"""One look for every picture: colours, type, and saving without half-written files or time stamps."""
+"""One look for every figure: colours, type, and saving without half-written files or time stamps."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ class LLM:
         return id
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
-        """To the call that asked; outputs of calls that were left are dropped."""
+        """Hand outputs to their calls; outputs of abandoned calls are dropped."""
         for output in outputs:
             inbox = self._inboxes.get(output.id) if output.reason is None else self._inboxes.pop(output.id, None)
             if inbox is not None:

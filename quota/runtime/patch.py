@@ -42,13 +42,13 @@ class PatchHandle:
 
     @property
     def kept(self) -> dict[int, Tensor]:
-        """Of this thread's last prefill: candidate layer -> bool [B, prompt tokens], True for tokens (text included)
+        """This thread's last prefill: candidate layer -> bool [B, prompt tokens], True for tokens (text included)
         alive from that layer on."""
         return self.pruner.kept
 
     @property
     def cache_lengths(self) -> list[int]:
-        """Of this thread's last prefill: tokens each decoder layer ran on and cached (the longest row of the batch)."""
+        """This thread's last prefill: tokens each decoder layer ran on and cached (the longest row of the batch)."""
         return self.pruner.cache_lengths
 
     @property

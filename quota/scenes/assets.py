@@ -30,7 +30,7 @@ SAMPLE_COUNT = 128
 FAMILIES = ("llava", "qwen2_5_vl")
 DEFAULT_FAMILY = FAMILIES[0]
 _JPEG_QUALITY = 90
-_KINDS = (*g.TASKS, "caption", "caption")  # one sample in four asks for the whole picture
+_KINDS = (*g.TASKS, "caption", "caption")  # one sample in four asks for the whole image
 
 
 def calibration_sample(index: int, size_px: int = IMAGE_SIZE) -> tuple[g.Scene, str, str, str]:
@@ -44,14 +44,14 @@ def calibration_sample(index: int, size_px: int = IMAGE_SIZE) -> tuple[g.Scene, 
 
 
 def mixed_sample(index: int) -> tuple[Any, str, str, str]:
-    """(picture or None, kind, instruction, answer) number `index` of the mixed set of five kinds, in turn; one picture
+    """(image or None, kind, instruction, answer) number `index` of the mixed set of five kinds, in turn; one image
     in three is read out."""
     kind, number = k.KINDS[index % len(k.KINDS)], index // len(k.KINDS)
     found = k.example(kind, "calibration", number)
     if found.caption is not None and number % 3 == 2:
-        return found.picture, kind, found.request, found.caption
+        return found.image, kind, found.request, found.caption
     asked = found.questions[number % len(found.questions)]
-    return found.picture, kind, asked.text, asked.answer
+    return found.image, kind, asked.text, asked.answer
 
 
 def folder_of(family: str) -> Path:
@@ -105,7 +105,7 @@ def _draw_samples(fresh: Path, n: int, size_px: int, family: str) -> None:
     (fresh / "images").mkdir()
     samples = []
     for index in range(n):
-        picture, kind, instruction, answer = _scene_sample(index, size_px) if family == "llava" else mixed_sample(index)
+        image, kind, instruction, answer = _scene_sample(index, size_px) if family == "llava" else mixed_sample(index)
         sample = {
             "id": f"calibration-{index:03d}",
             "image": f"images/{index:03d}.jpg",
@@ -113,10 +113,10 @@ def _draw_samples(fresh: Path, n: int, size_px: int, family: str) -> None:
             "answer": answer,
             "task": kind,
         }
-        if picture is None:
+        if image is None:
             del sample["image"]
         else:
-            picture.save(fresh / sample["image"], quality=_JPEG_QUALITY)
+            image.save(fresh / sample["image"], quality=_JPEG_QUALITY)
         samples.append(sample)
     (fresh / "samples.json").write_text(json.dumps({"schema": SAMPLES_SCHEMA, "samples": samples}, indent=1) + "\n")
 

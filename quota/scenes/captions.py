@@ -1,4 +1,4 @@
-"""Captions of crowds and scenes in sentences, and how a caption is judged by what is really in the picture.
+"""Captions of crowds and scenes in sentences, and how a caption is judged by what is really in the image.
 
 A caption goes from quadrant to quadrant, and within one from left to right: "at the top left there are a large striped
 red star and a small plain blue ring. at the bottom right there is a green sign that says taxi."
@@ -28,7 +28,7 @@ class Mention:
 
     @property
     def core(self) -> str:
-        """Colour and shape alone, or the sign without its colour's context: what must be in the picture for the object
+        """Colour and shape alone, or the sign without its colour's context: what must be in the image for the object
         not to be invented.
         """
         return " ".join(word for word in self.words.split() if word not in RADII_PX and word not in TEXTURES)
@@ -36,9 +36,9 @@ class Mention:
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """Counts over any number of captions. said, there: objects mentioned, objects in the pictures. right: mentions that
+    """Counts over any number of captions. said, there: objects mentioned, objects in the images. right: mentions that
     agree with an object in all words and the place; exact: in all words. invented: mentions whose colour and shape no
-    object of the picture has.
+    object of the image has.
     """
 
     said: int = 0
@@ -68,27 +68,27 @@ class CaptionScore:
         return self.invented / self.said if self.said else 0.0
 
 
-def truth(picture: Crowd | g.Scene) -> list[Mention]:
-    """What a perfect caption of a picture mentions, in its order."""
-    return [Mention(words, place) for _, _, words, place in _placed(picture)]
+def truth(image: Crowd | g.Scene) -> list[Mention]:
+    """What a perfect caption of an image mentions, in its order."""
+    return [Mention(words, place) for _, _, words, place in _placed(image)]
 
 
-def _placed(picture: Crowd | g.Scene) -> list[tuple[int, int, str, str]]:
+def _placed(image: Crowd | g.Scene) -> list[tuple[int, int, str, str]]:
     """(quadrant, x, words, place) of everything, in reading order."""
     things: list[tuple[Any, str, str]]
-    if isinstance(picture, Crowd):
-        things = [(item, " ".join(item.kind), picture.quadrant(item)) for item in picture.items]
-        things += [(sign, f"{sign.color} sign {sign.word}", picture.quadrant(sign)) for sign in picture.signs]
+    if isinstance(image, Crowd):
+        things = [(item, " ".join(item.kind), image.quadrant(item)) for item in image.items]
+        things += [(sign, f"{sign.color} sign {sign.word}", image.quadrant(sign)) for sign in image.signs]
     else:
-        things = [(thing, thing.name, thing.quadrant(picture.size_px)) for thing in picture.things]
+        things = [(thing, thing.name, thing.quadrant(image.size_px)) for thing in image.things]
     return sorted((QUADRANTS.index(place), thing.x, words, place) for thing, words, place in things)
 
 
-def caption(picture: Crowd | g.Scene) -> str:
-    """The picture in sentences, one per quadrant that holds anything."""
+def caption(image: Crowd | g.Scene) -> str:
+    """The image in sentences, one per quadrant that holds anything."""
     said = []
     for place in QUADRANTS:
-        names = [_phrase(m.words) for m in truth(picture) if m.place == place]
+        names = [_phrase(m.words) for m in truth(image) if m.place == place]
         if names:
             listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
             said.append(f"at the {place} there {'is' if len(names) == 1 else 'are'} {listed}.")
@@ -126,7 +126,7 @@ def mentions(text: str) -> list[Mention]:
 
 
 def score(text: str, there: Sequence[Mention]) -> CaptionScore:
-    """One caption against what is in its picture. An object said twice counts once as right."""
+    """One caption against what is in its image. An object said twice counts once as right."""
     said = mentions(text)
     cores = {mention.core for mention in there}
     right = sum((Counter(said) & Counter(there)).values())

@@ -59,7 +59,8 @@ def _pick(rng: np.random.Generator, options: list[Any]) -> Any:
 
 
 def _existence(c: Crowd, rng: np.random.Generator) -> Question | None:
-    """Of size, texture, colour and shape; a "no" differs from an object that is there in one of them."""
+    """An object named by size, texture, colour and shape; a "no" differs from an object that is there in one of
+    them."""
     there = {item.kind for item in c.items}
     kind, answer = sorted(there)[int(rng.integers(len(there)))], "yes"
     if rng.random() < 0.5:
@@ -235,5 +236,5 @@ TASKS = tuple(MAKERS)
 
 
 def change_question(pair: Change) -> Question:
-    """What is asked about two pictures: the whole sentence is the answer."""
+    """What is asked about two images: the whole sentence is the answer."""
     return Question("change", CHANGE_REQUEST, pair.said)

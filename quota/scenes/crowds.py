@@ -1,4 +1,4 @@
-"""Crowds: harder pictures. Ten to twenty objects of two sizes and four textures, and up to two signs to read.
+"""Crowds: harder images. Ten to twenty objects of two sizes and four textures, and up to two signs to read.
 
 `crowd(split, index)` is a pure function; as with scenes the content's hash decides the split. What is asked about them
 is in `crowd_questions`, what is said about them in `captions`.
@@ -59,7 +59,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Crowd:
-    """Picture `index` of a split. No two objects are alike in all attributes, no two signs in word or colour."""
+    """Image `index` of a split. No two objects are alike in all attributes, no two signs in word or colour."""
 
     split: str
     index: int
@@ -150,7 +150,7 @@ def _place(rng: np.random.Generator, size_px: int) -> tuple[tuple[Item, ...], tu
 
 
 def draw(c: Crowd) -> Image.Image:
-    """The picture: objects and signs over a light noisy background with thin lines and specks in object colours."""
+    """The image: objects and signs over a light noisy background with thin lines and specks in object colours."""
     rng = c.seed("pixels")
     n = c.size_px
     ramp = np.linspace(-1, 1, n)
@@ -215,12 +215,12 @@ def _draw_item(image: Image.Image, item: Item, rng: np.random.Generator) -> None
     image.paste(face, (item.x - small[0] // 2, item.y - small[1] // 2), mask)
 
 
-# -- two pictures ------------------------------------------------------------------------------------------------------
+# -- two images ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Change:
-    """Two pictures that differ in one object. what: one of CHANGES. said: the sentence that says it."""
+    """Two images that differ in one object. what: one of CHANGES. said: the sentence that says it."""
 
     before: Crowd
     after: Crowd
@@ -229,7 +229,7 @@ class Change:
 
 
 def change(split: str, index: int, size_px: int = IMAGE_SIZE) -> Change:
-    """Crowd `index` of a split beside itself after one change; objects stay where they are. Both pictures belong to the
+    """Crowd `index` of a split beside itself after one change; objects stay where they are. Both images belong to the
     split.
     """
     whole = crowd(split, index, size_px)

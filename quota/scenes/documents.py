@@ -50,7 +50,7 @@ def marks(page: Page) -> list[Mark]:
 
 
 def draw(page: Page) -> Image.Image:
-    """The picture: the table in dark ink, with or without lines between the cells."""
+    """The image: the table in dark ink, with or without lines between the cells."""
     rng = page.seed("pixels")
     image = paper(rng, page.width_px, page.height_px, 3.0)
     pen = ImageDraw.Draw(image)

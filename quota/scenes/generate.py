@@ -1,4 +1,4 @@
-"""Seeded pictures and questions. `scene(split, index)` is a pure function; splits cannot overlap.
+"""Seeded images and questions. `scene(split, index)` is a pure function; splits cannot overlap.
 
 A scene's content hash decides its split: hash % 10 == 0 is test, == 1 is calibration, the rest is train. A scene drawn
 for one split is redrawn until its hash falls there, so no scene of one split can appear in another, whatever the seeds.
@@ -60,7 +60,7 @@ class Scene:
 
 
 def seeded(split: str, index: int, purpose: str, attempt: int) -> np.random.Generator:
-    """The generator of one purpose of one picture; a pure function, alike on every machine."""
+    """The generator of one purpose of one image; a pure function, alike on every machine."""
     digest = hashlib.sha256(f"{split}/{index}/{purpose}/{attempt}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
@@ -104,7 +104,7 @@ def _place(rng: np.random.Generator, size_px: int) -> tuple[Thing, ...]:
 
 
 def draw(s: Scene) -> Image.Image:
-    """The picture: objects over a noisy light background with thin clutter lines and specks."""
+    """The image: objects over a noisy light background with thin clutter lines and specks."""
     rng = s.seed("pixels")
     n = s.size_px
     base = rng.integers(205, 245, 3)

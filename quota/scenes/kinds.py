@@ -3,7 +3,7 @@ miniature.
 
 `page(kind, split, index)` is a pure function, and as with scenes the content's hash decides the split, so no content of
 one split can appear in
-another. Conversation has square pictures; the other pictures come in several sizes and shapes, which is what dynamic
+another. Conversation has square images; the other images come in several sizes and shapes, which is what dynamic
 resolution is about.
 """
 
@@ -67,22 +67,22 @@ def page(kind: str, split: str, index: int, size_px: tuple[int, int] | None = No
 
 @dataclass(frozen=True)
 class Example:
-    """One page of any kind with everything that can be asked about it. `picture` is None for text."""
+    """One page of any kind with everything that can be asked about it. `image` is None for text."""
 
     kind: str
-    picture: Image.Image | None
+    image: Image.Image | None
     questions: list[g.Question]
     caption: str | None
     request: str
 
 
-def picture(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None) -> Image.Image:
-    """The picture of page `index`; ValueError for text, which has none."""
+def image(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None) -> Image.Image:
+    """The image of page `index`; ValueError for text, which has none."""
     if kind == CONVERSATION:
         return g.draw(g.scene(split, index, (size_px or (QWEN_SCENE_PX,))[0]))
     draw = PAGES[kind].draw
     if draw is None:
-        raise ValueError(f"kind: {kind} has no pictures")
+        raise ValueError(f"kind: {kind} has no images")
     return draw(page(kind, split, index, size_px))
 
 
@@ -96,7 +96,7 @@ def questions(kind: str, split: str, index: int, size_px: tuple[int, int] | None
 
 def example(kind: str, split: str, index: int, size_px: tuple[int, int] | None = None) -> Example:
     """Example `index` of a split."""
-    drawn = None if kind == TEXT else picture(kind, split, index, size_px)
+    drawn = None if kind == TEXT else image(kind, split, index, size_px)
     asked = questions(kind, split, index, size_px)
     if kind == CONVERSATION:
         s = g.scene(split, index, (size_px or (QWEN_SCENE_PX,))[0])
@@ -106,7 +106,7 @@ def example(kind: str, split: str, index: int, size_px: tuple[int, int] | None =
 
 
 def dense_labels(kind: str, split: str, index: int, size_px: tuple[int, int], token_px: int = QWEN_TOKEN_PX) -> Labels:
-    """Shape, colour and word of every visual token of a picture (raster order): see `pages.labels`."""
+    """Shape, colour and word of every visual token of an image (raster order): see `pages.labels`."""
     if kind == CONVERSATION:
         s = g.scene(split, index, size_px[0])
         shape, color = g.patch_labels(s, token_px)

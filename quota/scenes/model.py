@@ -120,7 +120,7 @@ def build_model(config: Any, seed: int = 0) -> Any:
 
 
 def smooth_places(side: int, width: int, size: float = 0.05) -> torch.Tensor:
-    """Plane waves of random direction, at most one cycle per picture: float32 [side * side, width] of standard
+    """Plane waves of random direction, at most one cycle per image: float32 [side * side, width] of standard
     deviation about 0.7 `size`."""
     generator = torch.Generator().manual_seed(0)
     frequency = (torch.rand(2, width, generator=generator) * 2 - 1) * 2 * torch.pi

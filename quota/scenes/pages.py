@@ -1,4 +1,4 @@
-"""What pictures with text have in common: a page, its font, and where its words are."""
+"""What images with text have in common: a page, its font, and where its words are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 @dataclass(frozen=True)
 class Page:
-    """Picture `index` of a split of one kind: what is on it (`content`, plain tuples) and its size. Text-only pages
+    """Image `index` of a split of one kind: what is on it (`content`, plain tuples) and its size. Text-only pages
     have size (0, 0)."""
 
     kind: str

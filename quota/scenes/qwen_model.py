@@ -37,7 +37,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(patch_px: int = QWEN_PATCH_SIZE) -> Qwen2_5_VLProcessor:
-    """Pictures from 4 visual tokens to 16 x 16 keep their size (rounded to whole tokens); larger ones are reduced."""
+    """Images from 4 visual tokens to 16 x 16 keep their size (rounded to whole tokens); larger ones are reduced."""
     token = (2 * patch_px) ** 2
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=patch_px, merge_size=2, size={"shortest_edge": 4 * token, "longest_edge": 256 * token}
@@ -50,7 +50,7 @@ def build_config(width: int = WIDTH, layers: int = LAYERS) -> Qwen2_5_VLConfig:
     head of 64, tied embeddings.
 
     The sections of the rotary frequencies are not the published shares: time has one, rows the next four (a turn in 8
-    to 20 rows) and columns begin at a turn in 26, because pictures have at most 16 x 16 tokens; with [4, 14, 14] a
+    to 20 rows) and columns begin at a turn in 26, because images have at most 16 x 16 tokens; with [4, 14, 14] a
     column would hardly turn.
     """
     if width % 192:

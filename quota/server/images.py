@@ -107,7 +107,7 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
 
 
 class Decoders:
-    """`lost` is told why a process was replaced: time, died or left (no request waited for its image any more)."""
+    """`lost` is called with the reason a process was replaced: time, died or left (its request is gone)."""
 
     def __init__(self, settings: Settings, lost: Callable[[str], None]) -> None:
         self.settings, self._lost = settings, lost
@@ -210,7 +210,7 @@ class Decoders:
                     worker.end()
                     self._lost(reason)
                     if not self._closed:
-                        with suppress(OSError):  # no process can be made now: whoever meets the dead one tries again
+                        with suppress(OSError):  # no process can be made now: the next request replaces the dead one
                             worker = Worker(self.settings)
                 self._idle.append(worker)
 

@@ -95,7 +95,7 @@ class RequestMiddleware:
 
 
 def _address(scope: Scope) -> str:
-    """Of the other end; for IPv6 the network of 64 bits that one host usually has."""
+    """Address of the other end; for IPv6 the network of 64 bits that one host usually has."""
     host = (scope.get("client") or ("",))[0]
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -106,7 +106,7 @@ def _address(scope: Scope) -> str:
 
 def _known(given: str | None, hosts: Sequence[str]) -> bool:
     """Whether a Host header (a name or address, maybe with a port) is one of these names, or below one that begins with
-    a dot. Who sends none is no browser, and passes."""
+    a dot. A request without the header is not a browser's and passes."""
     if given is None:
         return True
     name = given.strip().lower()

@@ -173,7 +173,7 @@ def _deploy(made: Settings, generation: int) -> None:
     that cannot be read."""
     from ray import serve
 
-    load_recipes(made)  # a wrong file is said here, not in a replica's log
+    load_recipes(made)  # a wrong file is an error here, not a line in a replica's log
     try:
         serve.run(bound(made, generation), name=NAME)
     except RuntimeError as error:

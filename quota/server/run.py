@@ -77,7 +77,7 @@ def serve(settings: Settings) -> None:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """A socket for every address of the host, bound but not listening: who connects is refused until the server is
+    """A socket for every address of the host, bound but not listening: connections are refused until the server is
     there. UsageError for a port in use and for a host that is none of this machine's."""
     sockets: list[socket.socket] = []
     try:

@@ -272,7 +272,7 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    """POST /v1/completions: text or token ids as they are, without a chat template and without pictures."""
+    """POST /v1/completions: text or token ids as they are, without a chat template and without images."""
 
     prompt: PromptField
     logprobs: int | None = Field(default=None, ge=0, le=5)

@@ -121,7 +121,7 @@ class Service:
 
     @contextmanager
     def _place(self, client: str) -> Iterator[None]:
-        """Of a request that is being prepared."""
+        """State of a request that is being prepared."""
         if not self._preparing.take(client, 1):
             raise QueueFull(f"queue: {self._preparing.total} requests are being prepared already")
         try:

@@ -1,4 +1,4 @@
-"""The studies that are figures of the model itself: layer profiles, and kept tokens over pictures."""
+"""The studies that are figures of the model itself: layer profiles, and kept tokens over images."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ def profile_markdown(report: dict[str, Any]) -> str:
 
 
 def show_study(bench: Bench) -> dict[str, Any]:
-    """Figure 4: for the first question with a picture, what each method keeps at each of its layers, and the
+    """Figure 4: for the first question with an image, what each method keeps at each of its layers, and the
     answers."""
     from quota.report.overlay import save_overlay
 
     asked = next((q for q in bench.questions if q.open_image is not None), None)
     if asked is None or asked.open_image is None:
-        raise UsageError("tasks: expected at least one question with a picture, got none")
-    out, picture = bench.settings.out, asked.open_image()
+        raise UsageError("tasks: expected at least one question with an image, got none")
+    out, image = bench.settings.out, asked.open_image()
     answers: dict[str, Any] = {}
     for method in SHOWN:
         recipe = bench.planned(method, bench.settings.keep)
         model, processor = bench.loaded(bench.quantized(), bench.settings.place)
         with under(model, recipe):
-            answer = ask(model, processor, asked.instruction, [picture], max_new_tokens=bench.settings.max_new_tokens)
+            answer = ask(model, processor, asked.instruction, [image], max_new_tokens=bench.settings.max_new_tokens)
         path = f"show-{method}.png"
-        save_overlay(out / path, picture, answer.kept_visual(), answer.grids)
+        save_overlay(out / path, image, answer.kept_visual(), answer.grids)
         kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}
         answers[method] = {"answer": answer.text, "visual_tokens": kept, "overlay": path}
     report = {
@@ -91,7 +91,7 @@ def show_study(bench: Bench) -> dict[str, Any]:
 
 
 def show_markdown(report: dict[str, Any], folder: str = "") -> str:
-    """The report as a table with its pictures, which are in `folder` of the page."""
+    """The report as a table with its images, which are in `folder` of the page."""
     methods = report["methods"]
     rows = [
         [name, a["answer"], ", ".join(f"{n} at {at}" for at, n in a["visual_tokens"].items())]

@@ -1,4 +1,4 @@
-"""A study as Markdown and as a picture."""
+"""A study as Markdown and as a figure."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def provenance(report: StudyReport) -> str:
         f" {report.calibration_samples} calibration samples. Retention is the mean over tasks of accuracy / float"
         f" accuracy in percent, with a paired bootstrap interval ({report.resamples} resamples, the same questions in"
         " every row); tasks are exact-match accuracy in percent. GMACs, compute and KV follow the cost model for one"
-        " picture."
+        " figure."
     )
 
 

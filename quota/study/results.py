@@ -23,7 +23,7 @@ class StudyRow(Document):
     retention: Interval = Field(
         description="percent of the float row, mean over tasks, with its 95 % paired bootstrap interval"
     )
-    final_visual_tokens: int = Field(description="visual tokens of one reference picture in the last layer")
+    final_visual_tokens: int = Field(description="visual tokens of one reference image in the last layer")
     average_visual_tokens: float = Field(description="the same, mean over decoder layers")
     gmacs: float = Field(
         description=(

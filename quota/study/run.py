@@ -1,4 +1,4 @@
-"""Running one study: rows answered, summed up, written as JSON, Markdown and a picture."""
+"""Running one study: rows answered, summed up, written as JSON, Markdown and a figure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STUDIES = {
     "formats": f"weights alone in 4 bits by RTN, GPTQ and AWQ beside {DEFAULT.title}, with and without the recipe",
     "runtime": "Table 7: disk, peak memory, power, and accuracy of float, reference and native arithmetic",
     "profile": "Figures 3 and 5: concentration, redundancy and sensitivity per layer",
-    "show": "Figure 4: kept tokens per layer for one picture",
+    "show": "Figure 4: kept tokens per layer for one image",
 }
 
 

@@ -27,9 +27,9 @@ def test_splits_cannot_overlap(kind):
 
 @pytest.mark.parametrize("kind", PICTURED)
 def test_pictures_are_the_same_every_time_and_of_several_shapes(kind):
-    first, again = k.picture(kind, "test", 3), k.picture(kind, "test", 3)
+    first, again = k.image(kind, "test", 3), k.image(kind, "test", 3)
     assert np.array_equal(np.asarray(first), np.asarray(again))
-    sizes = {k.picture(kind, "test", i).size for i in range(4)}
+    sizes = {k.image(kind, "test", i).size for i in range(4)}
     assert len(sizes) == 4 and all(w % QWEN_TOKEN_PX == 0 and h % QWEN_TOKEN_PX == 0 for w, h in sizes)
 
 

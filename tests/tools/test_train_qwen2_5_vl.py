@@ -24,7 +24,7 @@ def model():
 @pytest.mark.parametrize(("kind", "size"), [("chart", (240, 160)), (k.CONVERSATION, (160, 160))])
 def test_tower_is_upstreams(model, kind, size):
     processor, batch = build_processor(), q.collate(kind, size, range(2), TINY)
-    pictures = [k.picture(kind, "train", i, size) for i in range(2)]
+    pictures = [k.image(kind, "train", i, size) for i in range(2)]
     inputs = processor(text=["<|image_pad|>"] * 2, images=pictures, return_tensors="pt", padding=True)
     torch.testing.assert_close(q.patches(batch["pixels"]).flatten(0, 1), inputs["pixel_values"], atol=1e-5, rtol=0)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_packed_segments_equal_separate_questions(model, kind, size):
         q.part_loss(model, q.DenseHead(192), batch, stage, amp=False)
     hook.remove()
     packed, row = model.lm_head(kept[0][0, -batch["ids"].shape[1] :]), batch["segment"][0]
-    picture = None if kind == k.TEXT else k.picture(kind, "train", 3, size)
+    picture = None if kind == k.TEXT else k.image(kind, "train", 3, size)
     for number, (prompt, _) in enumerate(segments, start=1):
         text = " ".join(QWEN_WORDS[i] for i in prompt[:-3])
         content = (

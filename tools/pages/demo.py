@@ -17,7 +17,7 @@ from quota.report.table import markdown_table
 
 README, RESULTS, FIELDS = Path("README.md"), Path("docs/results.md"), Path("docs/report.md")
 KEPT = Path("docs/demo")
-PICTURES = ("overlay", "profile_plot", "recipe_plot")  # and every other overlay
+FIGURES = ("overlay", "profile_plot", "recipe_plot")  # and every other overlay
 _DOCUMENTED: tuple[tuple[str, type[BaseModel]], ...] = (
     ("(top level)", Report),
     ("environment", Environment),
@@ -37,7 +37,7 @@ def figures_block(report: Report) -> str:
     tasks = list(e.questions_by_task)
     model = report.model
     family = "" if model.family == DEFAULT else f" --family {model.family}"
-    tokens = f"{model.visual_tokens} visual tokens" + (" in the median picture" if model.image_size_px is None else "")
+    tokens = f"{model.visual_tokens} visual tokens" + (" in the median image" if model.image_size_px is None else "")
     lines = [
         (
             f"`quota demo{family} --keep {report.keep:g}` on {env.cpu}, {env.threads} threads, torch {env.torch},"
@@ -58,7 +58,7 @@ def figures_block(report: Report) -> str:
         )
     for name, values in (
         ("most frequent answer", e.majority_accuracy_by_task),
-        ("blind (no picture)", e.blind_accuracy_by_task),
+        ("blind (no image)", e.blind_accuracy_by_task),
     ):
         if values is not None:
             lines.append(
@@ -172,14 +172,14 @@ def blocks(kept: Path = KEPT) -> dict[Path, dict[str, str]]:
 
 
 def keep(source: Path, kept: Path = KEPT) -> Path:
-    """Copy a finished run's report and pictures to its family's folder, which is returned; pictures of an older run are
+    """Copy a finished run's report and figures to its family's folder, which is returned; figures of an older run are
     removed."""
     report = Report.model_validate_json((source / "report.json").read_text(encoding="utf-8"))
     folder = kept / report.model.family
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    pictures = [path for what, path in report.files.items() if what in PICTURES or what.startswith("overlay-")]
-    for name in ("report.json", *pictures):
+    figures = [path for what, path in report.files.items() if what in FIGURES or what.startswith("overlay-")]
+    for name in ("report.json", *figures):
         shutil.copyfile(source / name, folder / name)
     return folder

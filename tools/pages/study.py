@@ -25,19 +25,19 @@ FOLDED = ("compute", "weights", "formats", "runtime")  # behind a click
 
 
 def keep(source: Path, kept: Path = KEPT) -> list[Path]:
-    """Copy every report in a study folder, with its pictures, to its family's folder. UsageError when there is none."""
+    """Copy every report in a study folder, with its figures, to its family's folder. UsageError when there is none."""
     out = []
     for path in (source / f"{name}.json" for name in STUDIES):
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
             folder = kept / report["family"]
             folder.mkdir(parents=True, exist_ok=True)
-            pictures = (
+            figures = (
                 [report["files"]["plot"]]
                 if "plot" in report["files"]
                 else [a["overlay"] for a in report["methods"].values()]
             )
-            for name in (path.name, *pictures):
+            for name in (path.name, *figures):
                 shutil.copyfile(source / name, folder / name)
             out.append(folder / path.name)
     if not out:
@@ -79,7 +79,7 @@ def blocks(kept: Path = KEPT) -> dict[Path, dict[str, str]]:
 
 
 def section(name: str, report: dict[str, Any], family: str) -> str:
-    """One study, its headline a level up, with its picture."""
+    """One study, its headline a level up, with its figure."""
     title = f"## `{name}`: {STUDIES[name]}"
     if name == "show":
         return f"{title}\n\n{show_markdown(report, f'{family}/')}".rstrip("\n")
@@ -108,7 +108,7 @@ def block(kept: Path = KEPT) -> str:
                 parts += [f"**{STUDIES[name]}** (`quota study {name}`)", *tables]
     pages = [f"[{family_class(family).title}](tables/{family}.md)" for family, known in found.items() if known]
     parts.append(
-        "All studies with accuracies per task, paired differences, layer profiles and kept tokens in pictures:"
+        "All studies with accuracies per task, paired differences, layer profiles and kept tokens over images:"
         f" {', '.join(pages)}."
     )
     return "\n\n".join(parts)

@@ -59,9 +59,9 @@ def caption_scores(run: Run, count: int) -> dict[str, Any]:
     for kind, make in drawn.items():
         total, text = captions.CaptionScore(), ""
         for i in range(count):
-            picture, image = make(i)
+            drawn_from, image = make(i)
             text = write_caption(run, image)
-            total += captions.score(text, captions.truth(picture))
+            total += captions.score(text, captions.truth(drawn_from))
         figures = {name: round(100 * getattr(total, name), 1) for name in ("precision", "recall", "hallucination")}
         found[kind] = {**figures, "images": count, "objects": total.there, "said": total.said, "last": text}
     return found

@@ -139,7 +139,7 @@ def _written(kind: str, split: str, number: int, rng: np.random.Generator, once:
     segments.append(Segment(READ, ((_spaced_or_not(READ_REQUEST, rng), natural(rule.caption(page, rng))),)))
     shape, color, word = k.dense_labels(kind, split, number, size, PATCH_PX)
     labels = {"size": shape, "texture": shape, "color": color, "shape": shape, "word": word}
-    return Lesson(kind, (k.picture(kind, split, number, size),), tuple(segments), labels)
+    return Lesson(kind, (k.image(kind, split, number, size),), tuple(segments), labels)
 
 
 def _change(split: str, number: int) -> Lesson:

@@ -1,4 +1,4 @@
-"""The embedded LLaVA in training: pictures with packed questions, the dense head, one step's loss. The loop is
+"""The embedded LLaVA in training: images with packed questions, the dense head, one step's loss. The loop is
 `tools.scenes.train`."""
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def segments_of(s: g.Scene, stage: Stage, rng: np.random.Generator) -> list[tupl
     return out
 
 
-class Pictures(IterableDataset):
-    """Endless batches for one stage, starting at picture `first`: of every step's pictures those of process `rank` of
+class Images(IterableDataset):
+    """Endless batches for one stage, starting at image `first`: of every step's images those of process `rank` of
     `world`."""
 
     def __init__(self, stage: Stage, first: int, rank: int = 0, world: int = 1) -> None:
@@ -65,7 +65,7 @@ class Pictures(IterableDataset):
 
 
 def collate(scenes: list[g.Scene], stage: Stage) -> dict[str, Tensor]:
-    """Pictures [B, size, size, 3] uint8, dense labels [B, V], and the packed text: ids, labels, segment, positions [B,
+    """Images [B, size, size, 3] uint8, dense labels [B, V], and the packed text: ids, labels, segment, positions [B,
     T]."""
     pixels = torch.from_numpy(np.stack([np.asarray(g.draw(s)) for s in scenes]))
     dense = [g.patch_labels(s, PATCH_SIZE) for s in scenes]
@@ -139,7 +139,7 @@ class DenseHead(nn.Module):
 def forward(
     model: Any, head: DenseHead, batch: dict[str, Tensor], stage: Stage, amp: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and figures of one packed batch; the loss is weighed by the batch's share of the step's pictures."""
+    """Loss and figures of one packed batch; the loss is weighed by the batch's share of the step's images."""
     device, share = model.device, len(batch["pixels"]) / stage.batch
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     pixels = batch["pixels"].to(device).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
@@ -177,7 +177,7 @@ def forward(
 
 
 def enlarge(model: Any, size_px: int, width: int, layers: int) -> Any:
-    """The same weights at another picture size: patch position embeddings are interpolated."""
+    """The same weights at another image size: patch position embeddings are interpolated."""
     bigger = build_model(build_config(size_px, width, layers))
     state = model.state_dict()
     key = next(k for k in state if k.endswith("position_embedding.weight"))
@@ -212,7 +212,7 @@ FAMILY = Family(
     8,
     lambda stage, width, layers, seed: build_model(build_config(stage.size_px, width, layers), seed),
     DenseHead,
-    Pictures,
+    Images,
     forward,
     _resize,
     save_checkpoint,

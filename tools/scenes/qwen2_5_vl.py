@@ -48,7 +48,7 @@ _PLACE_LAYER = 1  # the decoder layer after which places are supervised
 
 @dataclass(frozen=True)
 class MixedStage(Stage):
-    """`mix`: (kind, share of a step's pages); conversation pictures are `size_px` square, pages come in their own
+    """`mix`: (kind, share of a step's pages); conversation images are `size_px` square, pages come in their own
     sizes."""
 
     mix: tuple[tuple[str, float], ...] = ((k.CONVERSATION, 1.0),)
@@ -134,13 +134,11 @@ def choose_size(stage: MixedStage, kind: str, index: int) -> tuple[int, int]:
 
 
 def collate(kind: str, size_px: tuple[int, int], indices: range, stage: MixedStage) -> dict[str, Any]:
-    """Pictures [B, H, W, 3] uint8 with labels shape, color, word [B, V] (absent for text), and the packed text: ids,
+    """Images [B, H, W, 3] uint8 with labels shape, color, word [B, V] (absent for text), and the packed text: ids,
     labels, segment, positions [B, T]."""
     batch: dict[str, Any] = {"kind": kind, "pages": len(indices)}
     if kind != k.TEXT:
-        batch["pixels"] = torch.from_numpy(
-            np.stack([np.asarray(k.picture(kind, "train", i, size_px)) for i in indices])
-        )
+        batch["pixels"] = torch.from_numpy(np.stack([np.asarray(k.image(kind, "train", i, size_px)) for i in indices]))
         seen = [k.dense_labels(kind, "train", i, size_px) for i in indices]
         for number, name in enumerate(("shape", "color", "word")):
             batch[name] = torch.from_numpy(np.stack([row[number] for row in seen]))
@@ -148,7 +146,7 @@ def collate(kind: str, size_px: tuple[int, int], indices: range, stage: MixedSta
         return batch
     start = (
         2 if kind == k.TEXT else len(BEFORE_PICTURE) + max(size_px) // QWEN_TOKEN_PX + 1
-    )  # after the picture: its longer side, then its end marker
+    )  # after the image: its longer side, then its end marker
     rows = []
     for i in indices:
         row: list[tuple[int, int, int, int]] = []  # (id, label, segment, position) per text token
@@ -223,7 +221,7 @@ class DenseHead(nn.Module):
         return loss, torch.tensor(right / max(1, count))
 
     def place_loss(self, states: Tensor, words: Tensor, shape: Tensor) -> Tensor:
-        """states [B, V, D] of square pictures: their own row and column, said mostly by the tokens that show an
+        """states [B, V, D] of square images: their own row and column, said mostly by the tokens that show an
         object."""
         states, side = states.float(), math.isqrt(states.shape[1])
         raster = torch.arange(states.shape[1], device=states.device).expand(len(states), -1)
@@ -355,12 +353,12 @@ def _inputs(words: Tensor, visual: Tensor | None, batch: dict[str, Any], ids: Te
     rows, columns = (batch["pixels"].shape[axis] // QWEN_TOKEN_PX for axis in (1, 2))
     first = len(BEFORE_PICTURE)
     raster = torch.arange(rows * columns, device=device)
-    picture = torch.stack([torch.zeros_like(raster), raster // columns, raster % columns]) + first
+    image = torch.stack([torch.zeros_like(raster), raster // columns, raster % columns]) + first
     begin, end = (
         torch.arange(first, device=device).expand(3, -1),
         torch.full((3, 1), first + max(rows, columns), device=device),
     )
-    shared = torch.cat([begin, picture, end], -1)[:, None].expand(3, b, -1)
+    shared = torch.cat([begin, image, end], -1)[:, None].expand(3, b, -1)
     lead, close = (words[[_IDS[w] for w in names]].expand(b, -1, -1) for names in (BEFORE_PICTURE, ("<|vision_end|>",)))
     embeds = torch.cat([lead, visual.to(words.dtype), close, words[ids]], 1)
     return embeds, torch.cat([shared, text], -1), shared.shape[-1]

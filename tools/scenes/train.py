@@ -1,5 +1,5 @@
 """Train an embedded model from scratch: `python -m tools.scenes.train --out DIR [--family qwen2_5_vl]`. Resumable; CPU
-or GPU. A model this small gains nothing from a second thread; a second process shares the pictures of every step:
+or GPU. A model this small gains nothing from a second thread; a second process shares the images of every step:
 `torchrun --nproc_per_node 2 -m tools.scenes.train --threads 1 ...`.
 
 Stages, in LLaVA's own order (question answering alone does not leave its plateau at this size):
@@ -8,8 +8,8 @@ Stages, in LLaVA's own order (question answering alone does not leave its platea
 3. questions with 30 % captions kept in
 4. the same at 336 px (24 x 24 patches), position embeddings interpolated from 12 x 12
 
-Several question-answer segments of one picture share a sequence: each attends to the picture and itself only, and
-positions restart after the picture, so training sees exactly what single-question inference does.
+Several question-answer segments of one image share a sequence: each attends to the image and itself only, and
+positions restart after the image, so training sees exactly what single-question inference does.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def train(
     made = find_family(family)
     state_file = out / "training.pt"
     saved: dict[str, Any] = (
-        torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "pictures": 0}
+        torch.load(state_file, weights_only=True) if state_file.exists() else {"stage": 0, "step": 0, "images": 0}
     )
     model = made.build(schedule[saved["stage"]], width, layers, seed).to(device)
     head = made.head(width).to(device)
@@ -90,7 +90,7 @@ def train(
         head.load_state_dict(saved["head"])
     if "model" in saved and rank == 0:
         print(f"continuing stage {schedule[saved['stage']].name} at step {saved['step']}", flush=True)
-    pictures = saved["pictures"]
+    images = saved["images"]
     for number in range(saved["stage"], len(schedule)):
         stage = schedule[number]
         model = made.resize(model, stage, width, layers)
@@ -102,7 +102,7 @@ def train(
         first_step = saved["step"] if resumed else 0
         model.train()
         batches = iter(
-            DataLoader(made.batches(stage, pictures, rank, world), batch_size=None, num_workers=1, prefetch_factor=8)
+            DataLoader(made.batches(stage, images, rank, world), batch_size=None, num_workers=1, prefetch_factor=8)
         )
         began, last_save, window = time.time(), time.time(), []
         for step in range(first_step, stage.steps):
@@ -118,7 +118,7 @@ def train(
                 sum_gradients(parameters)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            pictures += stage.batch
+            images += stage.batch
             window.append({"loss": float(loss.detach()) * world, **figures})
             if (step + 1) % 50 == 0 and world > 1:
                 window = [merge_figures(w, world) for w in window]
@@ -145,7 +145,7 @@ def train(
                 record = {
                     "stage": number,
                     "step": step + 1,
-                    "pictures": pictures,
+                    "images": images,
                     **{k: m.state_dict() for k, m in modules.items()},
                 }
                 torch.save(record, state_file.with_suffix(".tmp"))

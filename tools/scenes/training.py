@@ -48,14 +48,14 @@ def block_mask(segment: Tensor, prefix: int) -> Tensor:
 @dataclass(frozen=True)
 class Family:
     """What the loop (`tools.scenes.train`) must know of an architecture. batches: endless batches from the first
-    picture on."""
+    image on."""
 
     schedule: tuple[Any, ...]
     width: int
     layers: int
     build: Callable[[Any, int, int, int], Any]  # stage, width, layers, seed -> model
     head: Callable[[int], nn.Module]  # width -> the dense head
-    batches: Callable[[Any, int, int, int], IterableDataset]  # stage, first picture, rank, world
+    batches: Callable[[Any, int, int, int], IterableDataset]  # stage, first image, rank, world
     forward: Callable[
         ..., tuple[Tensor, dict[str, float]]
     ]  # model, head, batch, stage, amp -> this process's share of the loss, figures

@@ -150,8 +150,8 @@ class AsyncEngine:
         for loop, batch in batches.items():
             try:
                 loop.call_soon_threadsafe(_put_all, batch)
-            except RuntimeError:  # the loop is gone, and with it whoever listened
-                log.warning("%d outputs have no listener any more", len(batch))
+            except RuntimeError:  # the loop is closed
+                log.warning("%d outputs belong to a closed event loop", len(batch))
             for stream in {stream for stream, _ in batch}:
                 if not stream.paused and stream.unread > UNREAD:
                     stream.paused = True

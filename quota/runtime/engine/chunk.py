@@ -55,7 +55,7 @@ class Chunk:
         return len(self.ids) == 1 and (self.enter, self.leave) == (0, layers) and self.x is None and self.choice is None
 
     def go_in(self, x: Tensor) -> None:
-        """With all its rows, x [tokens, d], into layer `enter`."""
+        """The chunk with all its rows, x [tokens, d], entering layer `enter`."""
         self.x, self.rows = x, torch.arange(len(x))
 
     @property

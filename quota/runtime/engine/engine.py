@@ -275,7 +275,7 @@ class Engine:
         return sum(sequence.images[number][1] for sequence, number in firsts.values())
 
     def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, Row | None]]:
-        """All chunks in one batch; after an exception each alone, so that only the request that causes it fails."""
+        """Run all chunks in one batch; after an exception each alone, so that only the request that causes it fails."""
         try:
             return self._together(chunks)
         except Exception:

@@ -29,7 +29,8 @@ class Features:
         return found
 
     def encode(self, images: Mapping[bytes, ImageInput]) -> dict[bytes, Tensor | Exception]:
-        """All in one batch; after an exception each alone, so that only an image that cannot be encoded fails."""
+        """Encode all in one batch; after an exception each alone, so that only an image that cannot be encoded
+        fails."""
         found: dict[bytes, Tensor | Exception] = {}
         try:
             found.update(zip(images, self.model.encode_images(list(images.values())), strict=True) if images else ())

@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens: what each says, and when it may be said."""
+"""Log-probabilities of an answer's tokens, released with the text they belong to."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class EngineModel:
         return self.family.image_tokens(image)
 
     def image_shown(self, image: ImageInput) -> ImageInfo:
-        """What selections by content or position need to know of it."""
+        """What selections by content or position read of it."""
         return self.family.shown(image)
 
     def image_index(self, ids: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class EngineModel:
         return self.text.embed_tokens(ids.to(self.device))
 
     def positions(self, ids: Tensor, images: Sequence[ImageInput]) -> np.ndarray:
-        """ids int64 [S] of a prompt and its images -> int64 [A, S]. What follows counts on from the largest number,
-        alike on all axes."""
+        """ids int64 [S] of a prompt and its images -> int64 [A, S]. Positions after the prompt count on from
+        the largest one, equal on all axes."""
         return self.family.positions(
             self.model, ids, [image.grid for image in images if image.grid is not None]
         ).numpy()

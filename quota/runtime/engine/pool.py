@@ -1,7 +1,7 @@
-"""The pages of the key/value pool: who holds which, which are shared, which may be evicted. No tensors here.
+"""The pages of the key/value pool: reference counts, sharing by content, eviction. No tensors here.
 
 A page holds P tokens of all layers of one segment. It is made of blocks, one per layer of its segment; a block is P
-tokens of one layer. All blocks are alike, so memory that pruning frees in late segments serves whoever needs it. A page
+tokens of one layer. All blocks have one size, so memory that pruning frees in late segments serves any request. A page
 is filled from the front and never changed once full. Full pages get a key and are shared by content. A page that is not
 full has several holders only where answers to one prompt were forked; a holder that goes on writing copies it first,
 the last one need not.
@@ -18,7 +18,7 @@ from quota.core.errors import QuotaError
 
 
 class OutOfPages(QuotaError):
-    """The pool has fewer blocks than asked for, even after evicting every page that nobody holds."""
+    """The pool has fewer blocks than asked for, even after evicting every page without a holder."""
 
 
 class Page:
@@ -34,7 +34,7 @@ class Page:
 
 
 class PagePool:
-    """Allocates pages, counts their holders, and keeps published pages that nobody holds until their blocks are
+    """Allocates pages, counts their holders, and keeps published pages without holders until their blocks are
     needed."""
 
     def __init__(self, blocks: int, segment_layers: Iterable[int]) -> None:
@@ -45,9 +45,9 @@ class PagePool:
         self.evictions = 0
         self._free = list(range(blocks - 1, -1, -1))
         self._published: dict[bytes, Page] = {}
-        self._idle: OrderedDict[bytes, Page] = OrderedDict()  # published, held by nobody; oldest first
+        self._idle: OrderedDict[bytes, Page] = OrderedDict()  # published, no holder; oldest first
         self._idle_blocks = 0
-        self._held: Counter[int] = Counter()  # segment -> pages somebody holds
+        self._held: Counter[int] = Counter()  # segment -> pages with a holder
 
     @property
     def available(self) -> int:
@@ -55,11 +55,11 @@ class PagePool:
         return len(self._free) + self._idle_blocks
 
     def held_pages(self) -> list[int]:
-        """Pages somebody holds, per segment."""
+        """Pages with a holder, per segment."""
         return [self._held[segment] for segment in range(len(self.segment_layers))]
 
     def idle_pages(self) -> int:
-        """Published pages that nobody holds."""
+        """Published pages without a holder."""
         return len(self._idle)
 
     def allocate(self, segment: int) -> Page:
@@ -88,16 +88,16 @@ class PagePool:
         return page
 
     def share(self, page: Page) -> Page:
-        """One more hold on a page somebody holds."""
+        """One more holder of a page that has one."""
         if page.refs < 1:
-            raise ValueError("page: shared by nobody")
+            raise ValueError("page: shared without a holder")
         page.refs += 1
         return page
 
     def publish(self, page: Page, key: bytes) -> None:
         """Let others share this full page. Where another page has the same content already, this one stays private."""
         if page.refs < 1:
-            raise ValueError("page: published by nobody")
+            raise ValueError("page: published without a holder")
         if page.key is None and key not in self._published:
             page.key = key
             self._published[key] = page

@@ -27,7 +27,7 @@ class Positions:
         self._slots = [prompt[:, :0] for _ in dropped]
 
     def of_tokens(self, begin: int, end: int) -> np.ndarray:
-        """Of tokens begin .. end: what follows the prompt counts on from its largest number."""
+        """Positions int64 [A, n] of tokens [begin, end); those after the prompt count on from its largest position."""
         prompt = self._prompt.shape[1]
         if end <= prompt:
             return self._prompt[:, begin:end]
@@ -37,7 +37,8 @@ class Positions:
         )
 
     def of_slots(self, segment: int, begin: int, end: int) -> np.ndarray | None:
-        """Of filled slots begin .. end; None where nobody asks."""
+        """Positions int64 [A, n] of filled slots [begin, end); None when no layer keeps its key bias outside the
+        cache."""
         if not self._biased:
             return None
         if self.compact[segment]:
@@ -45,7 +46,7 @@ class Positions:
         return self._slots[segment][:, begin:end] if self._dropped[segment] else self.of_tokens(begin, end)
 
     def copied(self, segment: int, begin: int, end: int) -> np.ndarray | None:
-        """`of_slots` for others to keep."""
+        """A copy of `of_slots`."""
         positions = self.of_slots(segment, begin, end)
         return None if positions is None else positions.copy()
 

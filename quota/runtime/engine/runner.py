@@ -43,7 +43,7 @@ class _Batch:
 
 
 class _Slots:
-    """Where the rows of a batch lie in one segment: slot int64 [layers, M]; of each chunk the tables int32 [layers, 1,
+    """Slots of the rows of a batch in one segment: slot int64 [layers, M]; of each chunk the tables int32 [layers, 1,
     W], length int32 [1] and, where the family asks for them, angles [1, D, length] of all slots.
     """
 
@@ -78,8 +78,8 @@ class Runner:
 
     @torch.no_grad()
     def run(self, chunks: Sequence[Chunk]) -> list[Row | None]:
-        """For each chunk the logits of its last row where it passed the last layer; what else comes of it is in the
-        chunk: hidden states, what was attended to, tokens kept."""
+        """For each chunk the logits of its last row where it passed the last layer; hidden states, attention
+        traces and kept tokens are left in the chunk."""
         decoding = [chunk.decodes(self.segments.layers) for chunk in chunks]
         single = [chunk for chunk, decodes in zip(chunks, decoding, strict=True) if decodes]
         others = [chunk for chunk, decodes in zip(chunks, decoding, strict=True) if not decodes]

@@ -23,7 +23,7 @@ class Logits:
 
     @cached_property
     def host(self) -> np.ndarray:
-        """All of them."""
+        """All rows on the host."""
         return self._values.cpu().numpy()
 
     def rows(self, count: int) -> list[Row]:

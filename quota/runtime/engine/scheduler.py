@@ -1,4 +1,4 @@
-"""Who runs in the next step, and whose pages make room.
+"""Which requests run in the next step, and which give pages back.
 
 Clients take fair turns (`turns.py`) at each kind of work: rows that decode, rows of prefills, images to encode. A
 request is admitted when the pool has pages for all its known tokens; from then on it holds pages, and is in a step
@@ -27,8 +27,8 @@ _MOST_PASSES = 16  # admissions of others' requests before one for which there a
 
 class Scheduler:
     """Everything ends: a request of another client is preempted only after it has gained tokens since it was admitted,
-    twice as many every time; among its client's the oldest always gets on; and one that does not fit is passed by a
-    bounded number of times, after which nobody is admitted before it.
+    twice as many every time; the oldest request of a client is not preempted for its others; and one that does not fit
+    is passed by a bounded number of times, after which no other is admitted before it.
 
     max_running: most requests of one client that hold pages. running, waiting: in order of arrival.
     """
@@ -49,7 +49,7 @@ class Scheduler:
     # coming and going
 
     def queue(self, sequence: Sequence) -> None:
-        """To its place in the queue, by order of arrival."""
+        """Insert by order of arrival."""
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.order)
 
     def remove(self, sequence: Sequence) -> None:
@@ -106,7 +106,7 @@ class Scheduler:
             if self._make_room(sequence):
                 chunks.append(Chunk(sequence, sequence.computed, sequence.computed + 1, 0, self.segments.layers))
                 self._decoding.charge(sequence.client, 1)
-        return [chunk for chunk in chunks if chunk.sequence in self.running]  # who came later may have taken its pages
+        return [chunk for chunk in chunks if chunk.sequence in self.running]  # a later one may have taken its pages
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Pages for one more token. A client that holds more than this one gives its youngest request's for it, else
@@ -146,8 +146,8 @@ class Scheduler:
         )
 
     def _victims(self, client: str, mine: int, shortage: int) -> list[Sequence]:
-        """Requests of clients that hold more than `mine` blocks, always the youngest of whoever holds most, that give
-        back `shortage` blocks; none where they would not."""
+        """Requests of clients that hold more than `mine` blocks, always the youngest of the client that holds most,
+        that give back `shortage` blocks; none where they would not."""
         held: Counter[str] = Counter()
         eligible: dict[str, list[Sequence]] = {}
         for sequence in self.running:

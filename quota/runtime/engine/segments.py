@@ -42,7 +42,7 @@ class Segments:
         return [range(a, b) for a, b in pairwise(self.bounds)]
 
     def names(self) -> list[str]:
-        """ "0-1", "2", ...: the layers of each segment, for people and metrics."""
+        """ "0-1", "2", ...: labels of the segments in metrics and `stats`."""
         return [str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in self.spans]
 
     def check(self, recipe: Recipe) -> None:

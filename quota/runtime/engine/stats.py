@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stats:
-    """Totals since the start; `first_token_s` and `between_tokens_s` are durations not yet taken by whoever reads them
-    (newest 10 000)."""
+    """Totals since the start; `first_token_s` and `between_tokens_s` are durations since the metrics endpoint last
+    drained them (newest 10 000)."""
 
     segments: list[str]
     accepted: int = 0
