@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from quota.allocate.candidates import check_layers, choose_candidates, parse_layers
 from quota.allocate.profile import Profile
@@ -11,6 +11,23 @@ from quota.core.errors import RecipeError
 from quota.core.keep import significant
 from quota.core.recipe import Provenance, Recipe
 from quota.core.selection import ScoreWeights
+
+_Plan = Callable[[list[float], float, float, ScoreWeights], tuple[list[float], ScoreWeights]]
+
+
+def _quota(
+    sensitivities: list[float], keep: float, tau: float, weights: ScoreWeights
+) -> tuple[list[float], ScoreWeights]:
+    return allocate(sensitivities, keep, tau), weights
+
+
+def _uniform(
+    sensitivities: list[float], keep: float, tau: float, weights: ScoreWeights
+) -> tuple[list[float], ScoreWeights]:
+    return uniform(len(sensitivities), keep), weights.without_quant()
+
+
+_PLANS: Mapping[str, _Plan] = {"quota": _quota, "uniform": _uniform}  # methods of `search="profile"`
 
 
 def build_recipe(
@@ -40,13 +57,9 @@ def build_recipe(
     else:
         candidates, rule = check_layers(layers, total), ",".join(str(i) for i in layers)
     sensitivities = [profile.sensitivity[i] for i in candidates]
-    weights = weights or ScoreWeights()
-    if method == "quota":
-        table = allocate(sensitivities, final_keep, tau)
-    elif method == "uniform":
-        table, weights = uniform(len(candidates), final_keep), weights.without_quant()
-    else:
-        raise RecipeError(f"method: expected quota or uniform, got {method!r}")
+    if method not in _PLANS:
+        raise RecipeError(f"method: expected {' or '.join(_PLANS)}, got {method!r}")
+    table, weights = _PLANS[method](sensitivities, final_keep, tau, weights or ScoreWeights())
     return Recipe.parse(
         {
             "method": method,

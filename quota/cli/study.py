@@ -38,7 +38,7 @@ def study(
     ] = "scenes",
     questions: Annotated[
         int, typer.Option("--questions", "-n", min=1, help="How many questions every row answers.")
-    ] = 600,
+    ] = 2000,
     samples: Annotated[
         Path | None, typer.Option("--samples", help="Calibration samples. Default: the family's embedded ones.")
     ] = None,

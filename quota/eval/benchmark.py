@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quota.eval.asking import ON_CPU, Placement
 from quota.eval.generation import Cost
+from quota.eval.paired import compared
 from quota.eval.questions import Question, questions_fingerprint
 from quota.eval.remarks import below_majority, left_out
-from quota.eval.results import Comparison, Evaluation, Row
+from quota.eval.results import Evaluation, Row
 from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, mean_accuracy
 from quota.eval.statistics import RESAMPLES, interval, resampled_retention, retention, retention_by_task
 from quota.models.processing import BACKEND
@@ -81,15 +82,7 @@ def summarise(
     known = {
         name for name, value in totals.items() if not math.isnan(value)
     }  # nothing is retained of a float row without a right answer
-    comparisons = []
-    for a, b in compare:
-        if not {a, b} <= known:
-            continue
-        difference = interval(totals[a] - totals[b], draws[a] - draws[b])
-        verdict: Literal["better", "worse", "undecided"] = (
-            "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
-        )
-        comparisons.append(Comparison(row=a, against=b, difference=difference, verdict=verdict))
+    comparisons = compared([(a, b) for a, b in compare if {a, b} <= known], totals, draws)
     return Evaluation(
         questions=len(questions),
         questions_by_task={task: len(v) for task, v in rows[0].right.items()},

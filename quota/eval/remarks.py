@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quota.eval.paired import resolution_sentence
 from quota.eval.results import Evaluation
 
 
@@ -37,10 +38,9 @@ def below_sentences(accuracy_by_row: dict[str, dict[str, float]], majority_by_ta
 
 
 def remarks(result: Evaluation) -> list[str]:
-    """Tasks that no retention covers, and rows below the most frequent answer."""
+    """Tasks that no retention covers, rows below the most frequent answer, and the smallest difference resolved."""
     float_row = next((row.retention_by_task for row in result.rows if row.retention_by_task), {})
     missing = result.retention_leaves_out if result.retention_leaves_out is not None else left_out(float_row)
     sentence = [left_out_sentence(missing, len(result.questions_by_task))] if missing else []
-    return sentence + below_sentences(
-        {row.name: row.accuracy_by_task for row in result.rows}, result.majority_accuracy_by_task
-    )
+    below = below_sentences({r.name: r.accuracy_by_task for r in result.rows}, result.majority_accuracy_by_task)
+    return [*sentence, *below, *resolution_sentence(result.comparisons)]

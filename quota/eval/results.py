@@ -75,8 +75,18 @@ class Comparison(Document):
     row: str = Field(description="the row compared")
     against: str = Field(description="the row it is compared with")
     difference: Interval = Field(description="retention of `row` minus retention of `against`, percentage points")
+    corrected: Interval | None = Field(
+        default=None,
+        description=(
+            "the same with an interval that holds for all comparisons of the table at once; null in reports of before"
+            " it was recorded"
+        ),
+    )
     verdict: Literal["better", "worse", "undecided"] = Field(
-        description="`better`: the whole interval is above 0; `worse`: below; else `undecided`"
+        description=(
+            "`better`: the whole interval is above 0; `worse`: below; else `undecided`. By the corrected interval where"
+            " there is one"
+        )
     )
 
 

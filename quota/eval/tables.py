@@ -62,7 +62,7 @@ def cost_table(result: Evaluation) -> Table:
 
 def comparison_table(result: Evaluation) -> Table:
     table = Table(title="Paired differences of retention, percentage points")
-    for name in ("row", "against", "difference", "95 % interval", "verdict"):
+    for name in ("row", "against", "difference", "95 % interval", "for all at once", "verdict"):
         table.add_column(name, no_wrap=True)
     for c in result.comparisons:
         table.add_row(
@@ -70,6 +70,7 @@ def comparison_table(result: Evaluation) -> Table:
             c.against,
             f"{c.difference.value:+.2f}",
             f"{c.difference.low:+.2f} to {c.difference.high:+.2f}",
+            "-" if c.corrected is None else f"{c.corrected.low:+.2f} to {c.corrected.high:+.2f}",
             c.verdict,
         )
     return table

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -18,9 +18,9 @@ from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.eval.benchmark import weight_bytes
 from quota.eval.generation import Cost, measure_cost
+from quota.eval.paired import compared, resolution_sentence
 from quota.eval.questions import Question
 from quota.eval.remarks import left_out, left_out_sentence
-from quota.eval.results import Comparison
 from quota.eval.statistics import RESAMPLES, Interval, interval, resampled_retention, retention, retention_by_task
 from quota.lmms.prompts import Conversation, Wrapper
 from quota.lmms.results import TaskReport, TaskRow
@@ -166,20 +166,12 @@ def summarise_tasks(rows: Sequence[Configuration], outcomes: dict[str, Outcome],
             _row(row, outcomes, interval(totals[row.name], draws[row.name]) if known else None, settings)
             for row in rows
         ],
-        comparisons=[_compare(later, others[0], totals, draws) for later in others[1:] if known],
+        comparisons=compared([(later, others[0]) for later in others[1:] if known], totals, draws),
     )
 
 
 def _draws(scores: dict[str, dict[str, Any]], settings: EvalSettings) -> dict[str, np.ndarray]:
     return resampled_retention(scores, FLOAT, resamples=settings.resamples, seed=settings.seed)
-
-
-def _compare(a: str, b: str, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Comparison:
-    difference = interval(totals[a] - totals[b], draws[a] - draws[b])
-    verdict: Literal["better", "worse", "undecided"] = (
-        "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
-    )
-    return Comparison(row=a, against=b, difference=difference, verdict=verdict)
 
 
 def _row(
@@ -287,7 +279,12 @@ def _behind(row: TaskRow, value: Interval | None) -> str:
 def task_tables(report: TaskReport) -> list[Table | str]:
     """For a terminal: tables, and what they leave out."""
     missing = [left_out_sentence(report.retention_leaves_out, len(report.tasks))] if report.retention_leaves_out else []
-    return [rich_table(*_summary(report)), rich_table(*_by_task(report)), *missing]
+    return [
+        rich_table(*_summary(report)),
+        rich_table(*_by_task(report)),
+        *missing,
+        *resolution_sentence(report.comparisons),
+    ]
 
 
 def markdown(report: TaskReport) -> str:
@@ -304,6 +301,7 @@ def markdown(report: TaskReport) -> str:
                 for c in report.comparisons
             )
         )
+        parts += resolution_sentence(report.comparisons)
     metrics = ", ".join(
         f"{metric} of {', '.join(t for t, m in report.tasks.items() if m == metric)}"
         for metric in dict.fromkeys(report.tasks.values())

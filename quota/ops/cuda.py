@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quota.core.registry import Context
+from quota.ops.calls import Calls
 from quota.ops.placement import to_host
-from quota.ops.weights import PROLOGUES, Kv, PackedWeight, dense
+from quota.ops.weights import PackedWeight, dense
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cuda.so"
 BUILD = "build it with: QUOTA_BUILD=cuda pip install --no-build-isolation -e . (needs nvcc 13)"
@@ -68,19 +69,10 @@ def supports(ctx: Context) -> str | None:
     return why_not(ctx.index) if ctx.device == "cuda" else f"for CUDA; the tensors are on {ctx.device}"
 
 
-def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    if left is None and right is None:
-        return x.contiguous()
-    return _library.transform(x.contiguous(), dense(left), dense(right))
-
-
-def quantize_act(
-    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
-) -> tuple[Tensor, Tensor]:
-    number = PROLOGUES.get(prologue)
-    if number is None:
-        raise ValueError(f"prologue: expected one of {', '.join(filter(None, PROLOGUES))}, got {prologue!r}")
-    return _library.quantize_act(x.contiguous(), dense(left), dense(right), clip, number)
+_calls = Calls(lambda: _library)
+transform, quantize_act = _calls.transform, _calls.quantize_act
+kv4_append, qkv_append = _calls.kv4_append, _calls.qkv_append
+kv4_attention, kv4_paged_attention = _calls.kv4_attention, _calls.kv4_paged_attention
 
 
 def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
@@ -111,37 +103,4 @@ def w4a4_linear(
         dense(bias),
         dense(x_zero),
         WAYS.index(way),
-    )
-
-
-def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
-    _library.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
-
-
-def qkv_append(
-    qkv: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    transforms: tuple[Tensor | None, Tensor | None],
-    k: Kv,
-    v: Kv,
-    position: int,
-    clips: tuple[float, float],
-) -> Tensor:
-    cos, sin = (None, None) if rotary is None else rotary
-    return _library.qkv_append(
-        qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips
-    )
-
-
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return _library.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
-
-
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return _library.kv4_paged_attention(
-        q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared)
     )

@@ -18,7 +18,8 @@ from quota.core.env import forced_cpu_isa
 from quota.core.errors import UsageError
 from quota.core.malloc import release_pages
 from quota.core.registry import Context, ops
-from quota.ops.weights import PROLOGUES, FloatWeight, GroupedWeight, Kv, PackedWeight, dense
+from quota.ops.calls import Calls
+from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight, dense
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
 _PANEL = 64
@@ -98,6 +99,12 @@ def describe() -> str:
     return reason or f"native CPU library, instruction set {_bound.isa} (this CPU runs: {', '.join(supported_isas())})"
 
 
+_calls = Calls(lambda: _bound)
+transform, quantize_act = _calls.transform, _calls.quantize_act
+kv4_append, qkv_append = _calls.kv4_append, _calls.qkv_append
+kv4_attention, kv4_paged_attention = _calls.kv4_attention, _calls.kv4_paged_attention
+
+
 def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     layout = weight.layouts.get("native")
     if layout is None:
@@ -106,21 +113,6 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
             weight.w_q.data_ptr(), weight.w_q.numel()
         )  # from here on it is read only to be saved: no second copy in memory
     return layout
-
-
-def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    if left is None and right is None:
-        return x.contiguous()
-    return _bound.transform(x.contiguous(), dense(left), dense(right))
-
-
-def quantize_act(
-    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
-) -> tuple[Tensor, Tensor]:
-    number = PROLOGUES.get(prologue)
-    if number is None:
-        raise ValueError(f"prologue: expected one of {', '.join(filter(None, PROLOGUES))}, got {prologue!r}")
-    return _bound.quantize_act(x.contiguous(), dense(left), dense(right), clip, number)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -133,39 +125,6 @@ def w4a4_linear(
     blocks, col_sum = _packed(weight)
     return _bound.w4a4_linear(
         x_q.contiguous(), x_scale.contiguous(), blocks, col_sum, weight.w_scale, weight.k, dense(bias), dense(x_zero)
-    )
-
-
-def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tensor, position: int, clip: float) -> None:
-    _bound.kv4_append(cache_q, cache_scale, cache_zero, x.contiguous(), position, clip)
-
-
-def qkv_append(
-    qkv: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    transforms: tuple[Tensor | None, Tensor | None],
-    k: Kv,
-    v: Kv,
-    position: int,
-    clips: tuple[float, float],
-) -> Tensor:
-    cos, sin = (None, None) if rotary is None else rotary
-    return _bound.qkv_append(
-        qkv.contiguous(), dense(cos), dense(sin), *map(dense, transforms), *k, *v, position, *clips
-    )
-
-
-def kv4_attention(
-    q: Tensor, k: Kv, v: Kv, length: int, start: Tensor | None, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_attention(q.contiguous(), *k, *v, length, dense(start), scaling, dense(shared))
-
-
-def kv4_paged_attention(
-    q: Tensor, k: Kv, v: Kv, table: Tensor, length: Tensor, scaling: float, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return _bound.kv4_paged_attention(
-        q.contiguous(), *k, *v, table.contiguous(), length.contiguous(), scaling, dense(shared)
     )
 
 

@@ -34,7 +34,7 @@ class StudySettings:
     model: str | None = None
     samples: Path | None = None
     tasks: str = "scenes"
-    questions: int = 600
+    questions: int = 2000
     keep: float = 0.3
     methods: tuple[str, ...] = baselines()
     batch: int = 16
@@ -83,7 +83,7 @@ class Bench(Pipeline):
         return self.basis.model
 
     def cost(self, recipe: Recipe | None) -> Cost:
-        """Equations (10)-(13) for one reference picture."""
+        """Equations (10)-(13) for one reference image."""
         f = self.facts
         assert f.hidden_size and f.kv_size and f.intermediate_size and f.head_dim
         sizes = DecoderSizes(f.layers, f.hidden_size, f.kv_size, f.intermediate_size)

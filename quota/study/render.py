@@ -52,11 +52,13 @@ def differences(report: StudyReport) -> str:
             c.against,
             f"{c.difference.value:+.2f}",
             f"{c.difference.low:+.2f} to {c.difference.high:+.2f}",
+            "-" if c.corrected is None else f"{c.corrected.low:+.2f} to {c.corrected.high:+.2f}",
             c.verdict,
         ]
         for c in report.comparisons
     ]
-    return markdown_table(["row", "against", "difference, points", "95 % interval", "verdict"], rows)
+    columns = ["row", "against", "difference, points", "95 % interval", "for all at once", "verdict"]
+    return markdown_table(columns, rows)
 
 
 def _cells(row: StudyRow, tasks: list[str], extra: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from quota.core.errors import UsageError
 from quota.core.files import atomic_write_text
 from quota.core.formats import DEFAULT
+from quota.eval.paired import compared, resolution_sentence
 from quota.eval.pipeline import Entry
 from quota.eval.questions import questions_fingerprint
 from quota.eval.remarks import below_sentences, left_out, left_out_sentence
@@ -75,9 +76,15 @@ def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
             " more of them"
         )
     draws = resampled_retention(right, baseline, resamples=s.resamples, seed=s.seed)
-    comparisons = [_compare(a, b, totals, draws) for a, b in plan.compare]
+    comparisons = compared(plan.compare, totals, draws)
     recipes = _save_recipes(bench, name, plan.entries)
-    notes = [*plan.notes, *_where(s), *against_random(comparisons), *_remarks(bench, right, baseline)]
+    notes = [
+        *plan.notes,
+        *_where(s),
+        *against_random(comparisons),
+        *resolution_sentence(comparisons),
+        *_remarks(bench, right, baseline),
+    ]
     report = StudyReport(
         study=name,
         title=plan.title,
@@ -109,16 +116,6 @@ def finish(bench: Bench, name: str, plan: Plan) -> StudyReport:
 def _where(settings: StudySettings) -> list[str]:
     place = settings.place
     return [f"Rows answered on {place.device}, with {place.dtype} in what is not quantized."] if place.key else []
-
-
-def _compare(a: str, b: str, totals: dict[str, float], draws: dict[str, np.ndarray]) -> Comparison:
-    difference = interval(totals[a] - totals[b], draws[a] - draws[b])
-    return Comparison(
-        row=a,
-        against=b,
-        difference=difference,
-        verdict="better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided",
-    )
 
 
 def against_random(comparisons: Sequence[Comparison]) -> list[str]:

@@ -76,10 +76,12 @@ def figures_block(report: Report) -> str:
         f"| {row.checkpoint_bytes / 1e6:.2f} | {row.average_visual_tokens:.1f} |"
         for row in e.rows
     ]
-    lines += ["", "| compared | difference of retention, points | 95 % interval | verdict |", "|---|---:|---:|---|"]
+    columns = "| compared | difference of retention, points | 95 % interval | for all at once | verdict |"
+    lines += ["", columns, "|---|---:|---:|---:|---|"]
     lines += [
         f"| {c.row} minus {c.against} | {c.difference.value:+.2f} | {c.difference.low:+.2f} to {c.difference.high:+.2f}"
-        f" | {c.verdict} |"
+        + (f" | {c.corrected.low:+.2f} to {c.corrected.high:+.2f}" if c.corrected else " | -")
+        + f" | {c.verdict} |"
         for c in e.comparisons
     ]
     lines += ["", " ".join([verdict(report), *remarks(e)])]

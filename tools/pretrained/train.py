@@ -66,7 +66,7 @@ class Plan:
     dense_lr: float = 2e-3
     describe_steps: int = 40
     describe_batch: int = 2
-    steps: int = 300
+    steps: int = 250
     batch: int = 2
     lr: float = 7e-4
     warm: int = 30
