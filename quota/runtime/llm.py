@@ -26,6 +26,7 @@ from quota.core.recipe import Recipe
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams, TokenLogprob, Usage
 from quota.runtime.engine.kv_storage import block_bytes
 from quota.runtime.engine.model import EngineModel
+from quota.runtime.engine.preview import Preview, preview
 from quota.runtime.engine.request import FinishReason
 from quota.runtime.load import load
 from quota.runtime.prompts import PromptBuilder, read_messages
@@ -127,6 +128,7 @@ class LLM:
         *,
         recipe: RecipeLike | None = "default",
         keep: float | None = None,
+        keep_tokens: int | None = None,
     ) -> Any:
         """The answer to a prompt (Completion), or those to a list of prompts (list of them, in order).
 
@@ -136,11 +138,12 @@ class LLM:
         data URL or a uint8 array [H, W, 3].
 
         sampling: SamplingParams; greedy, at most 256 tokens, where None. recipe: a name of the LLM's, a Recipe or a
-        file; None or "none" prunes nothing. keep: another final keep ratio for that recipe.
+        file; None or "none" prunes nothing. keep: another final keep ratio for that recipe. keep_tokens: at most so
+        many visual tokens of the largest image stay after the last drop.
         UsageError and ImageError name the prompt of a list that cannot be run; the others of its call end with it.
         """
         many = isinstance(prompts, list) and not _is_conversation(prompts)
-        requests = self._requests(prompts, many, sampling, recipe, keep)
+        requests = self._requests(prompts, many, sampling, recipe, (keep, keep_tokens))
         made = list(self.run(requests, name=_numbered if many else _unnamed))
         return made if many else made[0]
 
@@ -151,6 +154,7 @@ class LLM:
         *,
         recipe: RecipeLike | None = "default",
         keep: float | None = None,
+        keep_tokens: int | None = None,
     ) -> Any:
         """The next turn of a conversation, or of each in a list of them; as `generate`.
 
@@ -161,7 +165,7 @@ class LLM:
         if not messages or not (_is_conversation(messages) or all(_is_conversation(one) for one in messages)):
             raise UsageError('messages: expected a list of {"role": ..., "content": ...}, or a list of such lists')
         given = [dict(message) if isinstance(message, Mapping) else list(message) for message in messages]
-        return self.generate(given, sampling, recipe=recipe, keep=keep)
+        return self.generate(given, sampling, recipe=recipe, keep=keep, keep_tokens=keep_tokens)
 
     def stream(
         self,
@@ -170,6 +174,7 @@ class LLM:
         *,
         recipe: RecipeLike | None = "default",
         keep: float | None = None,
+        keep_tokens: int | None = None,
     ) -> Iterator[Output]:
         """The answer to a prompt, or those to a list, piece by piece: `for output in llm.stream(...)`.
 
@@ -177,7 +182,7 @@ class LLM:
         each prompt has a `reason` and the `usage`. Leaving the loop ends what still runs. Arguments as for `generate`.
         """
         many = isinstance(prompts, list) and not _is_conversation(prompts)
-        requests = self._requests(prompts, many, sampling, recipe, keep)
+        requests = self._requests(prompts, many, sampling, recipe, (keep, keep_tokens))
         for number, output in self._outputs(requests, _numbered if many else _unnamed):
             yield replace(output, id=str(number))
 
@@ -211,6 +216,21 @@ class LLM:
     ) -> None:
         self.close()
 
+    def preview(
+        self,
+        prompt: Asked,
+        *,
+        recipe: RecipeLike | None = "default",
+        keep: float | None = None,
+        keep_tokens: int | None = None,
+    ) -> Preview:
+        """What `generate` would take for one prompt: tokens, visual tokens alive in each layer, bytes of the cache.
+        Nothing runs."""
+        (request,) = self._requests(prompt, False, None, recipe, (keep, keep_tokens))
+        model = self.engine.model
+        found = self.engine.recipes.of(request, model.image_sizes(request.prompt.ids))
+        return preview(model, request.prompt, found)
+
     # inside
 
     @property
@@ -235,7 +255,7 @@ class LLM:
         many: bool,
         sampling: SamplingParams | None,
         recipe: RecipeLike | None,
-        keep: float | None,
+        budget: tuple[float | None, int | None],
     ) -> Iterator[Request]:
         if sampling is not None and not isinstance(sampling, SamplingParams):
             raise UsageError(f"sampling: expected SamplingParams, got {type(sampling).__name__}")
@@ -243,7 +263,7 @@ class LLM:
         asked: Sequence[Any] = prompts if many and isinstance(prompts, list) else [prompts]
         for number, one in enumerate(asked):
             where = f"prompts[{number}]" if many else "prompt"
-            yield Request("", self._prompt(one, where), chosen, found, keep)
+            yield Request("", self._prompt(one, where), chosen, found, *budget)
 
     def _named(self, recipe: RecipeLike | None) -> Recipe | str | None:
         if recipe is None or recipe == NO_RECIPE:

@@ -88,6 +88,10 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         return await _answer(request, service, await _prepared(request, service, ChatRequest, service.chat))
 
+    @app.post("/v1/quota/preview")
+    async def preview(request: Request) -> JSONResponse:
+        return JSONResponse(await _prepared(request, service, ChatRequest, service.preview))
+
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         return await _answer(request, service, await _prepared(request, service, CompletionRequest, service.complete))
@@ -97,8 +101,8 @@ async def _prepared(
     request: Request,
     service: Service,
     kind: type[_Body],
-    prepare: Callable[[_Body, str], Coroutine[Any, Any, EngineRequest]],
-) -> EngineRequest:
+    prepare: Callable[[_Body, str], Coroutine[Any, Any, _Result]],
+) -> _Result:
     """What the engine is to do. Nothing of the body outlives this."""
     client = request.state.client
     service.check_open(client)

@@ -3,6 +3,7 @@ not known is an error."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from quota.runtime.engine import SamplingParams
-from quota.runtime.engine.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS
+from quota.runtime.engine.request import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_CHARACTERS
 
 MAX_CHOICES = 8
 MAX_STOPS = 4
@@ -69,8 +70,9 @@ _One: TypeAlias = Annotated[Any, _among(1)]
 _No: TypeAlias = Annotated[Any, _among(False)]
 _Yes: TypeAlias = Annotated[Any, _among(True)]
 _EmptyList: TypeAlias = Annotated[Any, _among([])]
-_EmptyObject: TypeAlias = Annotated[Any, _among({})]
 _NoTool: TypeAlias = Annotated[Any, _among("none", "auto")]
+_TokenId: TypeAlias = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+_Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
 _Name: TypeAlias = Annotated[str, Field(max_length=_NAME_CHARACTERS)]
 
 
@@ -187,14 +189,37 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False  # padding against guesses by size; there is none here
 
 
+class JsonSchema(_Body):
+    name: _Name
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None  # the answer follows the schema either way
+
+
 class ResponseFormat(_Body):
-    type: Literal["text"]
+    """What the answer is: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema: belongs to type "json_schema", and only there')
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema as JSON text; None for plain text."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
 class _Common(_Body):
-    """What both kinds of completion take; from presence_penalty to prompt_cache_key without effect. Ours: recipe, a
-    name from the server's list, or "none"; keep, another final keep ratio for it; ignore_eos, go on after the end token
-    (for measurements)."""
+    """What both kinds of completion take; from length_penalty to prompt_cache_key without effect. Ours: recipe, a
+    name from the server's list, or "none"; keep, another final keep ratio for it; keep_tokens, most visual tokens of
+    the largest image that stay; ignore_eos, go on after the end token (for measurements)."""
 
     model: _Name
     max_tokens: int | None = Field(default=None, ge=1)
@@ -206,13 +231,13 @@ class _Common(_Body):
     stop: Stop | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    presence_penalty: _Zero = None
-    frequency_penalty: _Zero = None
-    repetition_penalty: _One = None
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    logit_bias: dict[_TokenId, _Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
     length_penalty: _One = None
-    min_p: _Zero = None
     min_tokens: _Zero = None
-    logit_bias: _EmptyObject = None
     stop_token_ids: _EmptyList = None
     skip_special_tokens: _Yes = None
     store: _No = None
@@ -223,6 +248,7 @@ class _Common(_Body):
     prompt_cache_key: str | None = None
     recipe: _Name | None = None
     keep: float | None = Field(default=None, gt=0, le=1)
+    keep_tokens: int | None = Field(default=None, ge=1)
     ignore_eos: bool = False
 
     @field_validator("stop")
@@ -237,11 +263,28 @@ class _Common(_Body):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema the answer follows."""
+        return None
+
     def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
         """Choice i of a seeded request draws with seed + i, so choices differ and each can be had again."""
-        seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
         return SamplingParams(
-            max_tokens, self.temperature, self.top_p, max(0, self.top_k), seed, self.stops, logprobs, self.ignore_eos
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
+            seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
+            stop=self.stops,
+            logprobs=logprobs,
+            ignore_eos=self.ignore_eos,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            json_schema=self.schema_text,
         )
 
 
@@ -265,6 +308,10 @@ class ChatRequest(_Common):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
         return self
+
+    @property
+    def schema_text(self) -> str | None:
+        return None if self.response_format is None else self.response_format.schema_text
 
     def samplings(self) -> list[SamplingParams]:
         limit = self.max_completion_tokens or self.max_tokens or _CHAT_TOKENS

@@ -31,6 +31,7 @@ from quota.runtime.engine import (
     SamplingParams,
     Usage,
 )
+from quota.runtime.engine.preview import preview
 from quota.runtime.prompts import PromptBuilder
 from quota.server.bodies import Bodies
 from quota.server.config import Settings
@@ -129,6 +130,23 @@ class Service:
         finally:
             self._preparing.give_back(client, 1)
 
+    async def preview(self, body: ChatRequest, client: str) -> dict[str, Any]:
+        """What the chat would take, without running it."""
+        (request, *_) = (await self.chat(body, client)).requests
+        model, images = self.engine.engine.model, len(request.prompt.images)
+        sizes = await self._lane.run(client, len(request.prompt.ids), model.image_sizes, request.prompt.ids)
+        recipe = self.engine.engine.recipes.of(request, sizes)
+        found = await self._lane.run(client, len(request.prompt.ids), preview, model, request.prompt, recipe)
+        return {
+            "object": "quota.preview",
+            "model": self.name,
+            "recipe": None if recipe is None else {"method": recipe.method, "final_keep": recipe.final_keep},
+            "prompt_tokens": found.prompt_tokens,
+            "images": [{"visual_tokens": tokens} for tokens in found.images],
+            "visual_tokens_by_layer": list(found.visual_by_layer) if images else [],
+            "kv_bytes": {"kept": found.kv_bytes, "unpruned": found.unpruned_kv_bytes},
+        }
+
     async def chat(self, body: ChatRequest, client: str) -> EngineRequest:
         """Decode images, render and tokenize, off the event loop."""
         self.check_model(body.model)
@@ -143,6 +161,7 @@ class Service:
         characters = sum(len(text) for message in body.messages for text in message.texts)
         self._check_length("messages", characters)
         with self._place(client):
+            await self._compile(body.schema_text, client)
             async with self.decoders.opened(urls, client) as (images, large):
                 size = characters + sum(image.width * image.height for image in images)
                 prompt = await (self._large_lane if large else self._lane).run(
@@ -151,6 +170,14 @@ class Service:
         spoken = self._spoken("chatcmpl", [prompt], body, client, chat=True)
         self._count_images(prompt, client)
         return spoken
+
+    async def _compile(self, schema: str | None, client: str) -> None:
+        """Here, so that the engine's thread finds it ready."""
+        if schema is not None:
+            try:
+                await self._lane.run(client, len(schema), self.engine.engine.grammars.matcher, schema)
+            except UsageError as error:
+                raise ApiError(400, f"response_format: {error}", param="response_format") from error
 
     def _count_images(self, prompt: Prompt, client: str) -> None:
         """Prepared images have a budget, of which a client takes no more than is left for others; they count as long as
@@ -216,7 +243,7 @@ class Service:
         self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
         requests = [
-            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep, client)
+            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep, body.keep_tokens, client)
             for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))
         ]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -336,4 +363,7 @@ def with_model(settings: Settings) -> Service:
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    return Service(load(settings.checkpoint, dtype=getattr(torch, settings.dtype), device=settings.device), settings)
+    model = load(settings.checkpoint, dtype=getattr(torch, settings.dtype), device=settings.device)
+    service = Service(model, settings)
+    service.engine.engine.grammars.prepare()
+    return service

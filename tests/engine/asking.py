@@ -119,7 +119,8 @@ def asked(
     client: str = "",
     **sampling: Any,
 ) -> Request:
-    return Request(id, prompt, SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling), recipe, keep, client)
+    chosen = SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **sampling})
+    return Request(id, prompt, chosen, recipe, keep, client=client)
 
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:

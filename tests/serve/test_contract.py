@@ -129,6 +129,39 @@ def test_every_parameter_of_a_chat(server):
     assert ask(server, parts, max_tokens=12).choices == greedy.choices
 
 
+def test_penalties_bias_and_caps_have_their_effect(server):
+    question = user("describe the picture .", noise(seed=6))
+    greedy = ask(server, question, max_tokens=12)
+    penalties = {"presence_penalty": -2.0, "frequency_penalty": -2.0}  # for tokens that were said
+    for change in (penalties, {"extra_body": {"repetition_penalty": 2.0}}, {"logit_bias": {"20": 100}}):
+        assert ask(server, question, max_tokens=12, **change).choices != greedy.choices, change
+        assert (
+            ask(server, question, max_tokens=12, **change).choices
+            == ask(server, question, max_tokens=12, **change).choices
+        )
+    narrow = ask(server, question, max_tokens=12, temperature=1.5, seed=8, extra_body={"min_p": 1})
+    assert narrow.choices == greedy.choices
+
+
+def test_a_preview_runs_nothing(server):
+    """Its counts are those of the answer."""
+    question = user("describe the picture .", noise(seed=6))
+    steps = server.service.engine.engine.stats.steps
+    for budget in ({}, {"recipe": "none"}, {"keep_tokens": 2}):
+        body = {"model": "tiny", "messages": [question], **budget}
+        found = httpx.post(f"{server.url}/v1/quota/preview", json=body).json()
+        assert found["object"] == "quota.preview" and server.service.engine.engine.stats.steps == steps
+        usage = ask(server, question, max_tokens=1, extra_body=budget).usage
+        steps = server.service.engine.engine.stats.steps
+        assert found["prompt_tokens"] == usage.prompt_tokens
+        assert found["visual_tokens_by_layer"] == usage.quota["visual_tokens_by_layer"]
+        assert found["images"] == [{"visual_tokens": usage.quota["visual_tokens"]}]
+        kept = found["kv_bytes"]["kept"] < found["kv_bytes"]["unpruned"]
+        assert kept == (budget.get("recipe") != "none")
+    wrong = httpx.post(f"{server.url}/v1/quota/preview", json={"model": "tiny", "messages": []})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "messages"
+
+
 def test_every_parameter_of_a_completion(server):
     def complete(**options):
         return server.client.completions.create(

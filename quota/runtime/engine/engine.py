@@ -19,15 +19,17 @@ from quota.models import model_fingerprint
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.features import Features
+from quota.runtime.engine.grammar import Grammars
 from quota.runtime.engine.kv_storage import KvStorage, block_bytes
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.pool import PagePool
+from quota.runtime.engine.recipes import Recipes
 from quota.runtime.engine.reply import Reply
 from quota.runtime.engine.request import FinishReason, Output, Request, TokenLogprob
 from quota.runtime.engine.runner import Runner
-from quota.runtime.engine.sampling import Row
+from quota.runtime.engine.sampling import Row, Sampler
 from quota.runtime.engine.scheduler import Scheduler
-from quota.runtime.engine.segments import Segments, at_budget
+from quota.runtime.engine.segments import Segments
 from quota.runtime.engine.sequence import Sequence
 from quota.runtime.engine.stats import Stats
 from quota.runtime.engine.turns import Pace
@@ -90,14 +92,11 @@ class Engine:
         self.model = EngineModel(model)
         chosen(self.model.device, self.model.scheme)
         self.tokenizer = tokenizer
-        self.recipes = dict(recipes or {})
-        if default is not None and default not in self.recipes:
-            raise UsageError(f"default: expected one of the recipes {sorted(self.recipes)}, got {default!r}")
+        self.recipes = Recipes(recipes, default)
         identity = model_fingerprint(model)
-        for recipe in self.recipes.values():
+        for recipe in self.recipes.named.values():
             recipe.check_model(identity, self.model.layers, self.model.family.model_class)
-        self.default = default
-        self.segments = Segments.between(self.model.layers, self.recipes.values())
+        self.segments = Segments.between(self.model.layers, self.recipes.named.values())
         page_size = self.config.page_tokens
         blocks = self.config.kv_bytes // block_bytes(page_size, self.model.kv_heads, self.model.head_dim)
         if blocks < self.model.layers:
@@ -116,8 +115,8 @@ class Engine:
         self.max_model_tokens = min(self.model.max_tokens, self.config.max_model_tokens or self.model.max_tokens)
         self.stats = Stats(self.segments.names())
         self.eos = _eos_tokens(model)
+        self.grammars = Grammars(tokenizer, self.model.vocabulary, self.eos)
         self.features = Features(self.model, self.config.feature_bytes)
-        self._budgets: dict[tuple[str, float], Recipe] = {}
         self._sequences: dict[str, Sequence] = {}
         self._outputs: list[Output] = []
         self._order = 0
@@ -129,7 +128,7 @@ class Engine:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Iterable[Request]) -> list[Sequence]:
-        """Accept all of these requests or none. Those of one `Prompt` object, recipe and keep ratio compute it once:
+        """Accept all of these requests or none. Those of one `Prompt` object, recipe and budget compute it once:
         the first does, the others go on from its pages. An empty queue takes a group of any size.
         """
         requests, ids = list(requests), set(self._sequences)
@@ -167,36 +166,16 @@ class Engine:
             waiting[client] += amount
 
     def _sequence(self, request: Request, order: int) -> Sequence:
-        reply = Reply(request.sampling, self.tokenizer)
-        sequence = Sequence(request, order, self.recipe_of(request), self.model, self.segments, reply)
+        ids = request.prompt.ids
+        recipe = self.recipes.of(request, () if request.keep_tokens is None else self.model.image_sizes(ids))
+        if recipe is not None:
+            self.segments.check(recipe)
+        sampler = Sampler(request.sampling, ids, self.model.vocabulary, self.grammars)
+        sequence = Sequence(request, order, recipe, self.model, self.segments, Reply(sampler, self.tokenizer))
         self._check_size(sequence)
         if self.config.prefix_cache:
             sequence.name_pages(self.config.page_tokens)
         return sequence
-
-    def recipe_of(self, request: Request) -> Recipe | None:
-        """The recipe a request runs under."""
-        recipe = request.recipe
-        if recipe == "default":
-            recipe = self.default
-        name = recipe if isinstance(recipe, str) else None
-        if isinstance(recipe, str):
-            if recipe not in self.recipes:
-                raise UsageError(f"recipe: expected one of {sorted(self.recipes)}, got {recipe!r}")
-            recipe = self.recipes[recipe]
-        if request.keep is not None:
-            if recipe is None:
-                raise UsageError("keep: needs a recipe, and there is none")
-            key = (name or "", request.keep)
-            if name is None or key not in self._budgets:
-                made = at_budget(recipe, request.keep)
-                if name is None or len(self._budgets) > 1000:
-                    self._budgets.clear()
-                self._budgets[key] = made
-            recipe = self._budgets[key]
-        if recipe is not None:
-            self.segments.check(recipe)
-        return recipe
 
     def _check_size(self, sequence: Sequence) -> None:
         if sequence.prompt_tokens >= self.max_model_tokens:

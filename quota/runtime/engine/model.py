@@ -18,6 +18,7 @@ from quota.models.quantize import model_scheme, quantized_modules, text_scheme
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
 from quota.ops.weights import Kv
+from quota.prune.budget import image_sizes
 from quota.runtime.engine.prefix import digest
 
 
@@ -100,6 +101,10 @@ class EngineModel:
     def image_index(self, ids: Tensor) -> Tensor:
         """int64 [B, S] -> int64 [B, S]: the image of its row that a visual token belongs to, -1 for text."""
         return self.family.image_index(ids)
+
+    def image_sizes(self, ids: Sequence[int]) -> list[int]:
+        """Visual tokens of each image of a prompt."""
+        return image_sizes(self.image_index(torch.as_tensor(ids)[None]))[0]
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """[image_tokens, d] of each image; an image's features do not depend on the others."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from quota.runtime.engine.detokenize import Detokenizer, StopStrings
 from quota.runtime.engine.logprobs import LogprobBuffer, entry_of
-from quota.runtime.engine.request import SamplingParams, TokenLogprob
-from quota.runtime.engine.sampling import Row
+from quota.runtime.engine.request import TokenLogprob
+from quota.runtime.engine.sampling import Row, Sampler
 
 
 @dataclass
@@ -25,8 +25,9 @@ class Times:
 class Reply:
     """The answer on its way out. tokenizer: None reports ids only."""
 
-    def __init__(self, sampling: SamplingParams, tokenizer: Any) -> None:
-        self.sampling, self.seed, self.times = sampling, sampling.drawn_seed(), Times()
+    def __init__(self, sampler: Sampler, tokenizer: Any) -> None:
+        self.sampler, self.times = sampler, Times()
+        sampling = sampler.sampling
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
         self._entries = LogprobBuffer()
@@ -38,12 +39,12 @@ class Reply:
 
     def choose(self, logits: Row, place: int) -> int:
         """The next token; place: how many were chosen before."""
-        return logits.choose(self.sampling, self.seed, place)
+        return self.sampler.choose(logits, place)
 
     def push(self, logits: Row, token: int, last: bool) -> tuple[str, tuple[TokenLogprob, ...]]:
         """The text and the reports that may be shown after a token chosen from these logits. last: the answer ends with
         it."""
-        top = self.sampling.logprobs
+        top = self.sampler.sampling.logprobs
         entry = None if top is None else entry_of(self._detokenizer, logits.values, token, top, last)
         text = self._text(token, last)
         return text, () if entry is None else self._entries.push(entry, text, self.stopped)

@@ -11,7 +11,7 @@ from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-MAX_STOPS, MAX_LOGPROBS = 16, 20
+MAX_STOPS, MAX_LOGPROBS, MAX_BIASES = 16, 20, 300
 MAX_STOP_CHARACTERS = (
     1024  # of each stop text: what an answer may hold back, and what the engine's thread prepares per request
 )
@@ -21,9 +21,12 @@ MAX_STOP_CHARACTERS = (
 class SamplingParams:
     """How to choose tokens. temperature 0 is greedy; top_k 0 is no limit.
 
-    seed: None draws one. stop: texts that end the answer and are not part of it. logprobs: how many alternatives to
-    report per token, None for no report at all. ignore_eos: go on after the end token (for measurements). UsageError
-    names a field that is out of range.
+    min_p: tokens less likely than this share of the likeliest are not drawn. presence_penalty, frequency_penalty: taken
+    from the logits of tokens that the answer holds, once and as often as it does; repetition_penalty divides positive
+    logits of tokens of prompt and answer and multiplies negative ones. logit_bias: (token, added to its logit).
+    json_schema: the answer is JSON of this schema (JSON text). seed: None draws one. stop: texts that end the answer
+    and are not part of it. logprobs: how many alternatives to report per token, None for no report at all. ignore_eos:
+    go on after the end token (for measurements). UsageError names a field that is out of range.
     """
 
     max_tokens: int = 256
@@ -34,6 +37,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
@@ -41,6 +50,18 @@ class SamplingParams:
         _check(0 < self.top_p <= 1, "top_p", "above 0, at most 1", self.top_p)
         _check(self.top_k >= 0, "top_k", "0 (no limit) or more", self.top_k)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
+        _check(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2", self.presence_penalty)
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2", self.frequency_penalty)
+        _check(0 < self.repetition_penalty <= 2, "repetition_penalty", "above 0, at most 2", self.repetition_penalty)
+        _check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(self.logit_bias))
+        _check(all(-100 <= bias <= 100 for _, bias in self.logit_bias), "logit_bias", "-100 to 100", self.logit_bias)
+        _check(
+            self.json_schema is None or not self.ignore_eos,
+            "json_schema",
+            "no ignore_eos beside it: a complete value ends the answer",
+            self.ignore_eos,
+        )
         lengths = [len(text) for text in self.stop]
         good = len(lengths) <= MAX_STOPS and all(1 <= length <= MAX_STOP_CHARACTERS for length in lengths)
         _check(
@@ -55,6 +76,12 @@ class SamplingParams:
             f"0 to {MAX_LOGPROBS}",
             self.logprobs,
         )
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0, 0, 1) or bool(self.logit_bias)
 
     def drawn_seed(self) -> int:
         """The seed, or a fresh one."""
@@ -84,14 +111,16 @@ class Prompt:
 @dataclass(frozen=True)
 class Request:
     """One answer to make. recipe: a name the engine knows, a Recipe of its own with known prune points, or None for no
-    pruning; the string "default" is the engine's default. keep: another final keep ratio for that recipe. client: on
-    whose behalf; clients take fair turns, and the requests of one go in order of arrival."""
+    pruning; the string "default" is the engine's default. keep: another final keep ratio for that recipe. keep_tokens:
+    at most so many visual tokens of the largest image stay after the last drop, whatever the ratio. client: on whose
+    behalf; clients take fair turns, and the requests of one go in order of arrival."""
 
     id: str
     prompt: Prompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
     recipe: Recipe | str | None = "default"
     keep: float | None = None
+    keep_tokens: int | None = None
     client: str = ""
 
 

@@ -1,0 +1,44 @@
+"""What a request would take, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quota.core.recipe import Recipe
+from quota.prune.budget import image_sizes
+from quota.runtime.engine.kv_storage import block_bytes
+from quota.runtime.engine.model import EngineModel
+from quota.runtime.engine.request import Prompt
+from quota.runtime.engine.segments import Segments, plan_prompt
+
+
+@dataclass(frozen=True)
+class Preview:
+    """prompt_tokens: text and visual tokens. images: visual tokens of each image. visual_by_layer: visual tokens alive
+    in each decoder layer; without a recipe all of them in every layer. kv_bytes, unpruned_kv_bytes: of the prompt's
+    keys and values in the cache, with the recipe and without."""
+
+    prompt_tokens: int
+    images: tuple[int, ...]
+    visual_by_layer: tuple[int, ...]
+    kv_bytes: int
+    unpruned_kv_bytes: int
+
+
+def preview(model: EngineModel, prompt: Prompt, recipe: Recipe | None) -> Preview:
+    """Equation (5) for one prompt; exact, since budgets depend on counts alone."""
+    image_index = model.image_index(torch.as_tensor(prompt.ids)[None])
+    segments = Segments.between(model.layers, [] if recipe is None else [recipe])
+    plan = plan_prompt(recipe, segments, image_index[0])
+    images, tokens = image_sizes(image_index)[0], len(prompt.ids)
+    dropped = [number for span, number in zip(segments.spans, plan.dropped, strict=True) for _ in span]
+    per_token = block_bytes(1, model.kv_heads, model.head_dim)
+    return Preview(
+        tokens,
+        tuple(images),
+        tuple(sum(images) - number for number in dropped),
+        per_token * sum(tokens - number for number in dropped),
+        per_token * tokens * model.layers,
+    )
