@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo check test test-cuda-torch lint sanitize bench gpu-check pretrained ray venv schema clean help
+.PHONY: demo check test test-cuda-torch lint sanitize bench gpu-check pretrained ray browser venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
@@ -19,6 +19,7 @@ help:
 	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--call 1' for ten minutes of it, '--dry-run' without one"
 	@echo "make pretrained   DINOv2-S with SmolLM2-135M as a LLaVA checkpoint (pretrained/checkpoint): downloads 184 MB, applies what was trained here (so far nothing: the projector is random)"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
+	@echo "make browser   playwright into .venv, for the tests of the page at /demo in a Chromium that is there"
 	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
 	@echo "make clean  remove build products and demo-out/ (not .venv)"
 
@@ -97,6 +98,11 @@ pretrained: .venv/.pretrained
 gpu-check:
 	$(PYTHON) -m benchmarks gpu $(GPU_ARGS)
 # hundreds of megabytes that only --replicas needs
+browser: .venv/.browser
+.venv/.browser: $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	@touch $@
+
 ray: .venv/.ray
 .venv/.ray: $(STAMP) pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve]'

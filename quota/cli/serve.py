@@ -77,7 +77,7 @@ def serve(
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")] = None,
 ) -> None:
     """Serve a quantized model to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models, /health, /ready,
-    /metrics.
+    /metrics, and a page at /demo.
 
     Every setting can also come from the environment as QUOTA_SERVE_NAME, or from a TOML file; flags win.
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from quota.core.errors import QuotaError
+from quota.server.demo_page import add_demo
 from quota.server.errors import ApiError, handle
 from quota.server.middleware import RequestMiddleware
 from quota.server.responses import Answer
@@ -52,6 +53,7 @@ def create_app(service: Service, scrape: Callable[[], Awaitable[bytes]] | None =
         )
     _add_probes(app, service, scrape)
     _add_completions(app, service)
+    add_demo(app)
     return app
 
 

@@ -20,8 +20,11 @@ from quota.server.service import Service
 log = logging.getLogger("quota.server")
 _ID = re.compile(r"[\w.-]{1,64}\Z", re.ASCII)
 _OPEN = {"/health", "/ready", "/metrics"}  # without a key: for probes and scrapers, which the operator keeps inside
+_PAGE = "/demo"
 _KNOWN = _OPEN | {
+    _PAGE,
     "/v1/models",
+    "/v1/quota/preview",
     "/v1/chat/completions",
     "/v1/completions",
 }  # other paths are one metric, so that a scan adds no labels
@@ -70,7 +73,8 @@ class RequestMiddleware:
                 "the Host header holds no name of this server; its operator can add it to allowed_hosts",
                 code="unknown_host",
             )
-        if self._keys and path not in _OPEN and key is None:
+        is_open = path in _OPEN or path == _PAGE or path.startswith(f"{_PAGE}/")
+        if self._keys and not is_open and key is None:
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return None
 

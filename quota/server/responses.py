@@ -144,6 +144,7 @@ def usage(usages: Sequence[Usage]) -> dict[str, Any]:
     """Tokens of all choices; the prompt counts once per prompt, as OpenAI counts it. `quota` is ours: visual tokens
     before and after pruning."""
     first = usages[0]
+    kept = {} if first.kept is None else {"kept": {str(layer): list(tokens) for layer, tokens in first.kept.items()}}
     completion = sum(u.completion_tokens for u in usages)
     return {
         "prompt_tokens": first.prompt_tokens,
@@ -155,6 +156,7 @@ def usage(usages: Sequence[Usage]) -> dict[str, Any]:
             "visual_tokens_kept": first.visual_kept,
             "visual_tokens_by_layer": list(first.visual_by_layer),
             "selection_tokens": first.selection_tokens,
+            **kept,
             "selection": "prompt" if first.selection_tokens == first.prompt_tokens else "first_turn",
         },
     }

@@ -219,7 +219,8 @@ class ResponseFormat(_Body):
 class _Common(_Body):
     """What both kinds of completion take; from length_penalty to prompt_cache_key without effect. Ours: recipe, a
     name from the server's list, or "none"; keep, another final keep ratio for it; keep_tokens, most visual tokens of
-    the largest image that stay; ignore_eos, go on after the end token (for measurements)."""
+    the largest image that stay; return_kept, which visual tokens stay, in the
+    usage; ignore_eos, go on after the end token (for measurements)."""
 
     model: _Name
     max_tokens: int | None = Field(default=None, ge=1)
@@ -249,6 +250,7 @@ class _Common(_Body):
     recipe: _Name | None = None
     keep: float | None = Field(default=None, gt=0, le=1)
     keep_tokens: int | None = Field(default=None, ge=1)
+    return_kept: bool = False
     ignore_eos: bool = False
 
     @field_validator("stop")

@@ -142,7 +142,9 @@ class Service:
             "model": self.name,
             "recipe": None if recipe is None else {"method": recipe.method, "final_keep": recipe.final_keep},
             "prompt_tokens": found.prompt_tokens,
-            "images": [{"visual_tokens": tokens} for tokens in found.images],
+            "images": [
+                {"visual_tokens": tokens, "grid": grid} for tokens, grid in zip(found.images, found.grids, strict=True)
+            ],
             "visual_tokens_by_layer": list(found.visual_by_layer) if images else [],
             "kv_bytes": {"kept": found.kv_bytes, "unpruned": found.unpruned_kv_bytes},
         }
@@ -243,7 +245,7 @@ class Service:
         self._check_choices(prompts, len(samplings), "messages" if chat else "prompt")
         self._check_reports(len(prompts) * len(samplings), samplings[0])
         requests = [
-            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep, body.keep_tokens, client)
+            Request(f"{id}-{i}", prompt, sampling, recipe, body.keep, body.keep_tokens, body.return_kept, client)
             for i, (prompt, sampling) in enumerate(itertools.product(prompts, samplings))
         ]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)

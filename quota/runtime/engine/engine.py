@@ -173,7 +173,7 @@ class Engine:
         sampler = Sampler(request.sampling, ids, self.model.vocabulary, self.grammars)
         sequence = Sequence(request, order, recipe, self.model, self.segments, Reply(sampler, self.tokenizer))
         self._check_size(sequence)
-        if self.config.prefix_cache:
+        if self.config.prefix_cache and not request.return_kept:
             sequence.name_pages(self.config.page_tokens)
         return sequence
 

@@ -16,12 +16,14 @@ from quota.runtime.engine.segments import Segments, plan_prompt
 
 @dataclass(frozen=True)
 class Preview:
-    """prompt_tokens: text and visual tokens. images: visual tokens of each image. visual_by_layer: visual tokens alive
+    """prompt_tokens: text and visual tokens. images: visual tokens of each image; grids: their (rows, columns) where
+    resolution is dynamic, None for a square. visual_by_layer: visual tokens alive
     in each decoder layer; without a recipe all of them in every layer. kv_bytes, unpruned_kv_bytes: of the prompt's
     keys and values in the cache, with the recipe and without."""
 
     prompt_tokens: int
     images: tuple[int, ...]
+    grids: tuple[tuple[int, int] | None, ...]
     visual_by_layer: tuple[int, ...]
     kv_bytes: int
     unpruned_kv_bytes: int
@@ -38,6 +40,7 @@ def preview(model: EngineModel, prompt: Prompt, recipe: Recipe | None) -> Previe
     return Preview(
         tokens,
         tuple(images),
+        tuple(model.image_shown(image).grid for image in prompt.images),
         tuple(sum(images) - number for number in dropped),
         per_token * sum(tokens - number for number in dropped),
         per_token * tokens * model.layers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,8 +112,9 @@ class Prompt:
 class Request:
     """One answer to make. recipe: a name the engine knows, a Recipe of its own with known prune points, or None for no
     pruning; the string "default" is the engine's default. keep: another final keep ratio for that recipe. keep_tokens:
-    at most so many visual tokens of the largest image stay after the last drop, whatever the ratio. client: on whose
-    behalf; clients take fair turns, and the requests of one go in order of arrival."""
+    at most so many visual tokens of the largest image stay after the last drop, whatever the ratio. return_kept: report
+    which visual tokens stay, which costs the sharing of pages. client: on whose behalf; clients take fair turns, and
+    the requests of one go in order of arrival."""
 
     id: str
     prompt: Prompt
@@ -121,6 +122,7 @@ class Request:
     recipe: Recipe | str | None = "default"
     keep: float | None = None
     keep_tokens: int | None = None
+    return_kept: bool = False
     client: str = ""
 
 
@@ -144,7 +146,8 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Usage:
     """Counts of one request. visual_by_layer: visual tokens alive in each decoder layer; cached: prompt tokens whose
-    keys and values were reused instead of computed."""
+    keys and values were reused instead of computed. kept: decoder layer -> visual tokens alive from there on, counted
+    over all images in raster order, where the request asks for them."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -153,6 +156,7 @@ class Usage:
     cached_tokens: int
     selection_tokens: int
     preemptions: int
+    kept: Mapping[int, tuple[int, ...]] | None = None
 
     @property
     def visual_kept(self) -> int:

@@ -131,8 +131,20 @@ class Sequence:
             visual - dropped for span, dropped in zip(self.segments.spans, self.plan.dropped, strict=True) for _ in span
         )
         return Usage(
-            self.prompt_tokens, len(self.answer), visual, by_layer, self.cached, self.selecting, self.preemptions
+            self.prompt_tokens,
+            len(self.answer),
+            visual,
+            by_layer,
+            self.cached,
+            self.selecting,
+            self.preemptions,
+            self._kept_visual() if self.request.return_kept else None,
         )
+
+    def _kept_visual(self) -> dict[int, tuple[int, ...]]:
+        number = self.visual.cumsum() - 1  # of a visual token, over all images
+        visual = {layer: tokens[self.visual[tokens]] for layer, tokens in self.kept.items()}
+        return {layer: tuple(number[tokens].tolist()) for layer, tokens in visual.items()}
 
     # pages
 
