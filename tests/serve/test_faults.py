@@ -21,16 +21,11 @@ from quota.core.formats import DEFAULT
 from quota.server.config import settings
 from quota.server.header_timeout import HeaderTimeoutProtocol
 from quota.server.logs import CountingHandler
+from tests.serve.asking import ask
 from tests.serve.pictures import noise, user
 from tests.waiting import PATIENCE_S, wait_for
 
 QUESTION = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
-
-
-def ask(server, *messages, **options):
-    return server.client.chat.completions.create(
-        model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options}
-    )
 
 
 def endless(model_name="tiny"):
