@@ -256,7 +256,7 @@ def test_sigterm_drains(survivor):
     server, got = survivor[0], []
 
     def listen() -> None:
-        body = {**endless(), "n": 4, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        body = {**endless(), "n": 4, "max_tokens": 400, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
             got.extend(line for line in answer.iter_lines() if line)
 
