@@ -1,21 +1,35 @@
-"""A tiny float checkpoint folder with a processor, and samples for it."""
+"""Tiny float checkpoint folders with their processors, samples for them, and what happens to a calibration."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
-from quota.calib.samples import Sample, Samples
+from quota.calib.blocks import Batch
+from quota.calib.job import Job
+from quota.calib.samples import Sample, Samples, encode
+from quota.calib.schedule import Schedule
+from quota.calib.settings import Settings
+from quota.calib.steps import Ticks
+from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
+from quota.core.recipe import Recipe
+from quota.prune.pruner import Pruner
+from quota.runtime import load
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
 from tests.tiny import tiny_llava, tiny_qwen
+
+QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
 
 
 def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
@@ -100,3 +114,121 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(WorkFolder, "commit", counts)
     return done
+
+
+# per family: its folder, its samples, and what makes its model hard to quantize
+MADE: dict[str, tuple[Callable[..., Path], Callable[..., Samples], dict[str, Any]]] = {
+    "llava": (float_folder, picture_samples, {}),
+    "qwen2_5_vl": (qwen_folder, mixed_samples, {"key_bias": 800}),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def batch_for(family: str, kind: str) -> Batch:
+    """Two rows of noise for a block of a kind; where resolution is dynamic, of two sizes and with rotary positions that
+    differ by axis."""
+    generator = torch.Generator().manual_seed(0)
+    if family == "llava":
+        width = 64 if kind == "decoder" else 32
+        hidden = torch.randn(2, 17, width, generator=generator)
+        return Batch(hidden, torch.ones(2, 17, dtype=torch.bool), torch.arange(17).expand(2, 17))
+    if kind == "vision":
+        valid = torch.arange(64)[None] < torch.tensor([[64], [24]])
+        return Batch(torch.randn(2, 64, 32, generator=generator), valid, grids=[(1, 8, 8), (1, 4, 6)])
+    if kind == "projector":
+        return Batch(torch.randn(2, 16, 128, generator=generator), torch.ones(2, 16, dtype=torch.bool))
+    positions = torch.stack([torch.arange(17), torch.arange(17) // 3, torch.arange(17) % 5], -1)
+    hidden = torch.randn(2, 17, 64, generator=generator)
+    return Batch(hidden, torch.ones(2, 17, dtype=torch.bool), positions.expand(2, -1, -1))
+
+
+def scramble(block: Any, seed: int = 3) -> None:
+    """Random well-conditioned transforms and diagonals: far from the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in block.matrices():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                more = torch.randn(parameter.shape, generator=generator) / parameter.shape[0] ** 0.5
+                parameter.copy_(torch.linalg.qr(noise)[0] + 0.1 * more)
+            else:
+                parameter.copy_(0.5 * noise)
+
+
+def relative(out: Tensor, wanted: Tensor) -> float:
+    return float(((out - wanted).norm() / wanted.norm()).detach())
+
+
+def recipe_for(source: FloatSource, **changes: Any) -> Recipe:
+    """Half of the visual tokens after two layers of four."""
+    tokens = source.family.visual_tokens or 12
+    model = {
+        "architecture": source.family.model_class,
+        "fingerprint": source.fingerprint,
+        "layers": 4,
+        "visual_tokens": tokens,
+    }
+    data = {
+        "method": "uniform",
+        "regime": "w4a4kv4",
+        "model": model,
+        "candidates": [1, 2],
+        "keep": [0.75, 0.5],
+        "final_keep": 0.5,
+        "tau": 1.0,
+        "reference_tokens": tokens,
+        "weights": {"inter": 0.5, "mag": 0.3, "intra": 0.2, "quant": 0.0},
+    }
+    return Recipe.parse({**data, **changes})
+
+
+def selected(
+    *selections: dict[str, Any],
+    candidates: tuple[int, ...] = (1, 2),
+    keep: tuple[float, ...] = (0.75, 0.5),
+    method: str = "custom",
+    **fields: Any,
+) -> dict[str, Any]:
+    """Changes of a recipe: these selections."""
+    return dict(
+        method=method,
+        candidates=list(candidates),
+        keep=list(keep),
+        final_keep=keep[-1],
+        selections=list(selections),
+        **fields,
+    )
+
+
+def assert_stream_keeps(folder: Path, samples: Samples, root: Path, changes: dict[str, Any]) -> None:
+    """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states
+    agree."""
+    source = FloatSource(folder)
+    recipe = recipe_for(source, **changes)
+    schedule = Schedule(Job(source, samples, root / "out", replace(QUICK, steps=0), recipe=recipe))
+    work = WorkFolder(root / "work", {})
+    with schedule.bar(work, progress=False) as bar:
+        for step in schedule.steps[:-1]:
+            work.commit(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)))
+    assert schedule.steps[-1].path == source.family.blocks("decoder")[-1]
+    stream = work.streams["float"]  # input of the last layer
+    model = load(folder)
+    pruner, seen = Pruner(model, recipe), []
+    last = model.model.language_model.layers[3]
+    last.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for item, sample in enumerate(samples):
+        inputs = encode(schedule.job.processor, sample, answer=True)
+        with torch.no_grad():
+            model(**inputs)
+        kept = pruner.kept[recipe.candidates[-1]][0]
+        assert (int(kept.sum()) < len(kept)) or recipe.reference == "recorded" or not source.family.images(inputs)
+        assert stream.columns[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
+        if recipe.position_policy == "original" and source.family.visual_tokens:  # one axis: the place
+            assert stream.positions[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
+        assert stream.lengths[item] == int(kept.sum())
+        torch.testing.assert_close(stream.read(item), seen[item][0], rtol=1e-4, atol=1e-4)

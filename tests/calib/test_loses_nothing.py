@@ -17,8 +17,7 @@ from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import STATE, WorkFolder
 from quota.core.errors import CheckpointError, UsageError
-from tests.calib.calibration import float_folder, killed, picture_samples
-from tests.calib.test_run import recipe_for
+from tests.calib.calibration import float_folder, killed, picture_samples, recipe_for
 
 QUICK = Settings(modules=("projector", "llm"), steps=1, evaluate_every=1, batch=2, search_rows=32, held_out=1)
 

@@ -1,10 +1,9 @@
-"""The whole calibration on a tiny model: same bytes, resume after a kill, module selection, packed execution, pruned
-graph, errors."""
+"""Calibration beside what every family promises (test_family.py): work folders, modules, kinds of samples, packed
+execution, settings and errors."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from dataclasses import fields, replace
 
@@ -16,11 +15,7 @@ from typer.testing import CliRunner
 
 import quota.calib
 from quota.calib import run
-from quota.calib.job import Job
-from quota.calib.samples import encode
-from quota.calib.schedule import Schedule
 from quota.calib.settings import DEFAULTS, MODULES, WORDS, Settings
-from quota.calib.steps import Ticks
 from quota.cli.main import app
 from quota.core import checkpoint
 from quota.core.errors import CheckpointError, QuotaError, RecipeError, SampleError, UsageError
@@ -29,9 +24,7 @@ from quota.models import family_class
 from quota.ops import quantize_act
 from quota.quant.affine import quantize_symmetric
 from quota.quant.pack import unpack_int4
-from tests.calib.calibration import counted, float_folder, killed, picture_samples
-
-QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
+from tests.calib.calibration import QUICK, counted, float_folder, killed, picture_samples, recipe_for
 
 
 @pytest.fixture(scope="module")
@@ -43,72 +36,6 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "quantized"
     return out, run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def recipe_for(source, **changes):
-    model = {
-        "architecture": "LlavaForConditionalGeneration",
-        "fingerprint": source.fingerprint,
-        "layers": 4,
-        "visual_tokens": 16,
-    }
-    data = {
-        "method": "uniform",
-        "regime": "w4a4kv4",
-        "model": model,
-        "candidates": [1, 2],
-        "keep": [0.75, 0.5],
-        "final_keep": 0.5,
-        "tau": 1.0,
-        "reference_tokens": 16,
-        "weights": {"inter": 0.5, "mag": 0.3, "intra": 0.2, "quant": 0.0},
-    }
-    return Recipe.parse({**data, **changes})
-
-
-def test_report_and_manifest(finished):
-    out, report = finished
-    names = [block["name"] for block in report.blocks]
-    assert names == [
-        *(f"model.vision_tower.encoder.layers.{i}" for i in range(2)),
-        "model.multi_modal_projector",
-        *(f"model.language_model.layers.{i}" for i in range(4)),
-    ]
-    for block in report.blocks:
-        assert 0 < block["mse"] < block["mse_rtn"] * 1.5
-        assert block["sqnr_db"] > 5
-    manifest = json.loads((out / "quota.json").read_text())
-    assert manifest["calibration"]["report"] == report.blocks
-    assert manifest["source_fingerprint"] == report.source_fingerprint
-    assert not out.with_name(out.name + ".partial").exists()
-    json.dumps(report.to_dict())
-
-
-def test_same_seed_same_bytes_other_seed_other_bytes(folder, finished, tmp_path):
-    run.calibrate(folder, picture_samples(), out=tmp_path / "again", progress=False, settings=QUICK)
-    assert contents(tmp_path / "again") == contents(finished[0])
-    run.calibrate(folder, picture_samples(), out=tmp_path / "other", progress=False, settings=replace(QUICK, seed=1))
-    assert contents(tmp_path / "other")["model.safetensors"] != contents(finished[0])["model.safetensors"]
-
-
-@pytest.mark.parametrize("survived", [0, 2, 4, 8])
-def test_resumes_after_a_kill_with_the_same_bytes(folder, finished, tmp_path, monkeypatch, survived):
-    """The process dies inside step number `survived`; the next call starts there, not at the beginning."""
-    out = tmp_path / "out"
-
-    def calibrate():
-        run.calibrate(folder, picture_samples(), out=out, progress=False, settings=QUICK)
-
-    killed(monkeypatch, survived, calibrate)
-    assert not out.exists()
-    done = counted(monkeypatch)
-    calibrate()
-    assert len(done) + survived == 10  # images, 2 vision, features, projector, text, 4 decoder
-    assert contents(out) == contents(finished[0])
 
 
 def test_work_of_other_settings_is_refused_and_kept(folder, tmp_path, monkeypatch):
@@ -243,96 +170,6 @@ def _same_integers(group, linear, merged):
     rows = (got == wanted).all(-1)
     assert rows.any()
     torch.testing.assert_close((linear(x) * merged)[rows], group(group.observed[0])[rows], rtol=1e-3, atol=1e-3)
-
-
-def test_loaded_model_predicts_what_the_frozen_blocks_predict(folder, finished):
-    """The folder opens through the runtime's loader (checked by name, so this half stays independent of it) and gives
-    finite logits."""
-    load = pytest.importorskip("quota.runtime.load").load
-    model = load(finished[0])
-    sample = encode(model.processor, picture_samples()[0])
-    with torch.no_grad():
-        logits = model(**sample).logits
-    assert torch.isfinite(logits).all()
-
-
-def test_pruned_graph_changes_only_later_decoder_layers(folder, finished, tmp_path):
-    from quota.calib.stream import FloatSource
-
-    recipe = recipe_for(FloatSource(folder))
-    report = run.calibrate(
-        folder, picture_samples(), out=tmp_path / "out", progress=False, settings=QUICK, recipe=recipe
-    )
-    before, after = load_file(finished[0] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
-    assert all(name in same for name in before if "layers.0." in name and "language_model" in name)
-    assert any(name not in same for name in before if "language_model.layers.2." in name)
-    manifest = json.loads((tmp_path / "out" / "quota.json").read_text())
-    assert manifest["calibration"]["pruned_by"].startswith("sha256:")
-    assert len(report.blocks) == 7
-
-
-def selected(*selections, candidates=(1, 2), keep=(0.75, 0.5), method="custom", **fields):
-    return dict(
-        method=method,
-        candidates=list(candidates),
-        keep=list(keep),
-        final_keep=keep[-1],
-        selections=list(selections),
-        **fields,
-    )
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"position_policy": "compact"},
-        selected({"score": "last_token"}),
-        selected({"score": "own_last_token"}, position_policy="compact"),
-        selected({"score": "random"}),
-        selected({"score": "none", "policy": "maxmin"}, candidates=(0,), keep=(0.25,)),
-        selected(
-            {"score": "relevance", "policy": "dpp"},
-            {"policy": "grid", "grid_share": 0.5},
-            candidates=(0, 2),
-            keep=(0.5, 0.25),
-        ),
-        selected({"score": "none"}, candidates=(2,), keep=(0.0,), method="vtw"),
-    ],
-    ids=["original", "compact", "fastv", "pyramiddrop", "random", "divprune", "mixed", "vtw"],
-)
-def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
-    """The tokens the stream loses are those the installed recipe drops from the float model, and the hidden states
-    agree."""
-    from quota.calib.stream import FloatSource
-    from quota.calib.work import WorkFolder
-    from quota.prune.pruner import Pruner
-
-    source, samples = FloatSource(folder), picture_samples(3)
-    recipe = recipe_for(source, **changes)
-    schedule = Schedule(Job(source, samples, tmp_path / "out", replace(QUICK, steps=0), recipe=recipe))
-    work = WorkFolder(tmp_path / "work", {})
-    with schedule.bar(work, progress=False) as bar:
-        for step in schedule.steps[:-1]:
-            work.commit(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)))
-    assert schedule.steps[-1].path == "model.language_model.layers.3"
-    stream = work.streams["float"]  # input of the last layer
-    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
-    pruner, seen = Pruner(model, recipe), []
-    last = model.model.language_model.layers[3]
-    last.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    for item, sample in enumerate(samples):
-        with torch.no_grad():
-            model(**encode(schedule.job.processor, sample, answer=True))
-        kept = pruner.kept[recipe.candidates[-1]][0]
-        assert int(kept.sum()) < len(kept)
-        if recipe.position_policy == "original":
-            assert stream.positions[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
-        assert stream.lengths[item] == int(kept.sum())
-        torch.testing.assert_close(stream.read(item), seen[item][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("inputs", ["quantized", "mixed"])

@@ -26,8 +26,7 @@ from quota.planning.profile import profile
 from quota.runtime import load, patched
 from quota.runtime.engine import Prompt
 from quota.runtime.engine.model import EngineModel
-from tests.calib.calibration import float_folder, killed, mixed_samples, picture_samples, qwen_folder
-from tests.calib.test_qwen2_5_vl import batch_for
+from tests.calib.calibration import batch_for, float_folder, killed, mixed_samples, picture_samples, qwen_folder
 from tests.engine.asking import asked, engine, tokens
 from tests.engine.asking import run as answer
 from tests.prune.recipes import greedy, recipe_for
@@ -72,7 +71,7 @@ def finished(folders, tmp_path_factory):
 @torch.no_grad()
 def test_scaling_alone_changes_nothing(folders, kind, path, kept):
     block = FloatSource(folders["qwen2_5_vl"]).block(kind, path)
-    batch = batch_for(kind)
+    batch = batch_for("qwen2_5_vl", kind)
     before, scales = block(batch), {}
     for plan in block.plans:
         linear = block.layer.get_submodule(plan.parts[0])

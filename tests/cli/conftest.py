@@ -1,17 +1,21 @@
-"""One small world for the whole command line: a random LLaVA, its samples, its quantized checkpoint and a recipe."""
+"""Small worlds for the command line: a random model of a family, its samples, its quantized checkpoint and a recipe."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from PIL import Image
 
-from quota.cli.main import app
+from quota.scenes import assets
 from quota.scenes import generate as g
 from quota.scenes.model import build_config, build_model, build_processor
+from tests.calib.calibration import qwen_folder
+from tests.cli.calls import quota
 
 
 @dataclass(frozen=True)
@@ -43,30 +47,39 @@ def make_samples(root: Path, n: int = 3) -> Path:
     return path
 
 
+def make_mixed_samples(root: Path) -> Path:
+    """A sample of each kind, the images as tiny as the model."""
+    assets.write_calibration(root, 5, family="qwen2_5_vl")
+    for path in (root / "images").iterdir():
+        Image.open(path).resize((48, 32)).save(path)
+    return root / "samples.json"
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    made = World(
-        root, make_float(root / "float"), make_samples(root), root / "quantized", root / "recipe.json", root / "0.png"
-    )
-    for args in (
-        ["calibrate", made.model, "--samples", made.samples, "--out", made.quantized, "--steps", "1", "--json"],
-        [
-            "recipe",
-            made.quantized,
-            "--model",
-            made.model,
-            "--samples",
-            made.samples,
-            "--keep",
-            "0.3",
-            "--layers",
-            "1-2",
-            "--out",
-            made.recipe,
-            "--json",
-        ],
-    ):
-        result = CliRunner().invoke(app, [str(a) for a in args])
-        assert result.exit_code == 0, (args, result.output, result.exception)
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+    """The world of a family, made when it is first asked for."""
+
+    @cache
+    def made(family: str) -> World:
+        root = tmp_path_factory.mktemp(family)
+        if family == "llava":
+            model, samples, keep = make_float(root / "float"), make_samples(root), ("--keep", "0.3")
+        else:
+            model, samples = qwen_folder(root / "float", key_bias=700), make_mixed_samples(root / "samples")
+            keep = ("--keep", "0.4", "--reference", "per_image")
+        world = World(root, model, samples, root / "quantized", root / "recipe.json", root / "0.png")
+        given = ("--samples", samples, "--json")
+        for args in (
+            ("calibrate", model, "--out", world.quantized, "--steps", "1", *given),
+            ("recipe", world.quantized, "--model", model, "--layers", "1-2", "--out", world.recipe, *keep, *given),
+        ):
+            result = quota(*args)
+            assert result.exit_code == 0, (args, result.output, result.exception)
+        return world
+
     return made
+
+
+@pytest.fixture(scope="session")
+def world(worlds: Callable[[str], World]) -> World:
+    return worlds("llava")

@@ -1,37 +1,19 @@
-"""The path through the command line on a tiny random model, and the bad input that only a loaded model can find."""
+"""The path through the command line on a tiny random model."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
-from quota.cli.main import app
-from tests.cli.conftest import World, make_float
-
-
-def quota(*args: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def fails(result: Any, *words: str) -> None:
-    assert result.exit_code == 1, (result.exit_code, result.output, result.exception)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.output
-    for word in words:
-        assert word in lines[0], (word, lines[0])
+from tests.cli.calls import fails, quota
+from tests.cli.conftest import World
 
 
 def test_calibrate_wrote_a_checkpoint_and_nothing_beside_it(world: World) -> None:
@@ -60,118 +42,6 @@ def test_run_says_the_same_twice_and_counts_tokens(world: World) -> None:
         ).stdout
     )
     assert plain["visual_tokens_by_layer"] == [16, 16, 16] and plain["overlay"] is None
-
-
-def test_one_and_two_threads_agree(world: World, tmp_path: Path) -> None:
-    """Recipe bytes, kept tokens and greedy text do not depend on the number of threads."""
-    seen = []
-    for threads in ("1", "2"):
-        recipe = tmp_path / f"recipe-{threads}.json"
-        made = [
-            "recipe",
-            str(world.quantized),
-            "--model",
-            str(world.model),
-            "--samples",
-            str(world.samples),
-            "--layers",
-            "1-2",
-            "--out",
-            str(recipe),
-        ]
-        asked = [
-            "run",
-            str(world.quantized),
-            "--recipe",
-            str(recipe),
-            "--image",
-            str(world.picture),
-            "-p",
-            "what color is the star ?",
-            "--max-new-tokens",
-            "5",
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        outputs = [
-            subprocess.run(
-                [sys.executable, "-m", "quota.cli.main", *args, "--json"],
-                capture_output=True,
-                text=True,
-                env=env,
-                check=True,
-            ).stdout
-            for args in (made, asked)
-        ]
-        answer = json.loads(outputs[1])
-        assert set(answer["kept"]) == {"1", "2"} and len(answer["kept"]["2"]) == 5
-        seen.append((recipe.read_bytes(), answer["kept"], answer["text"]))
-    assert seen[0] == seen[1]
-
-
-def test_a_hub_name_out_of_reach_is_one_line(world: World, tmp_path: Path) -> None:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    for args in (
-        ["run", "nobody/nothing", "-p", "x"],
-        ["calibrate", "nobody/nothing", "--samples", str(world.samples), "--out", str(tmp_path / "q")],
-    ):
-        done = subprocess.run([sys.executable, "-m", "quota.cli.main", *args], capture_output=True, text=True, env=env)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "nobody/nothing" in [line for line in done.stderr.splitlines() if line.startswith("error: ")][-1]
-
-
-def test_run_takes_any_photo_several_and_none(world: World, tmp_path: Path) -> None:
-    photo = tmp_path / "photo.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (97, 231, 3), dtype=np.uint8)).save(photo)
-    Image.new("RGBA", (31, 400), (10, 200, 30, 128)).save(tmp_path / "tall.png")
-    Image.new("L", (1, 1), 7).save(tmp_path / "dot.png")
-    base = (
-        "run",
-        world.quantized,
-        "--recipe",
-        world.recipe,
-        "--max-new-tokens",
-        "3",
-        "--json",
-        "--prompt",
-        "Qu'est-ce que c'est? \N{SNOWMAN}",
-    )
-    for pictures in ([photo], [tmp_path / "tall.png"], [tmp_path / "dot.png"], [photo, tmp_path / "tall.png"], []):
-        result = quota(*base, *(a for p in pictures for a in ("--image", p)))
-        assert result.exit_code == 0, (pictures, result.output, result.exception)
-        assert json.loads(result.stdout)["visual_tokens"] == 16 * len(pictures)
-    shown = quota(
-        "run",
-        world.quantized,
-        "--recipe",
-        world.recipe,
-        "--image",
-        photo,
-        "--prompt",
-        "what ?",
-        "--show",
-        tmp_path / "kept.png",
-    )
-    assert shown.exit_code == 0
-    with Image.open(tmp_path / "kept.png") as overlay:
-        assert overlay.width > 100
-
-
-def test_eval_of_samples_with_a_float_row(world: World, tmp_path: Path) -> None:
-    asked = ("--samples", world.samples, "--blind", "--out", tmp_path / "answers", "--json")
-    args = ("eval", world.quantized, "--recipe", world.recipe, "--model", world.model, *asked)
-    first = quota(*args)
-    assert first.exit_code == 0, (first.output, first.exception)
-    document = json.loads(first.stdout)
-    assert [row["name"] for row in document["rows"]] == ["float", "quantized+recipe"]
-    assert document["questions"] == 3 and document["blind_accuracy_by_task"] is not None
-    assert (
-        document["rows"][1]["kv_dtype"] == "int4"
-        and document["rows"][1]["kv_bytes"] < document["rows"][0]["kv_bytes"] / 4
-    )
-    assert document["rows"][1]["average_visual_tokens"] < 16 == document["rows"][0]["average_visual_tokens"]
-    again = json.loads(quota(*args).stdout)
-    assert all(row["answer_seconds"] == 0 for row in again["rows"]), "finished answers are reused"
-    assert [r["accuracy"] for r in again["rows"]] == [r["accuracy"] for r in document["rows"]]
 
 
 def test_eval_in_another_float_type_and_on_no_device(world: World, tmp_path: Path) -> None:
@@ -247,125 +117,23 @@ def test_eval_of_several_recipes_says_what_it_does(world: World, tmp_path: Path)
     )
 
 
-# -- bad input
-# -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_recipe_for_another_model(world: World, tmp_path: Path) -> None:
-    other = make_float(tmp_path / "other", seed=1)
-    fails(quota("run", other, "--recipe", world.recipe, "--prompt", "what ?"), "fingerprint")
-    fails(quota("eval", other, "--recipe", world.recipe, "--samples", world.samples), "fingerprint")
-    result = quota("recipe", "validate", world.recipe, "--model", other)
-    assert result.exit_code == 1 and "fingerprint" in result.stderr
-
-
-@pytest.mark.parametrize(("field", "value"), [("architecture", "Foo"), ("layers", 4)])
-def test_what_loading_refuses_is_not_called_valid(world: World, tmp_path: Path, field: str, value: Any) -> None:
-    """Not the fingerprint alone."""
-    data = json.loads(world.recipe.read_text())
-    data["model"][field] = value
-    (tmp_path / "edited.json").write_text(json.dumps(data))
-    assert quota("recipe", "validate", tmp_path / "edited.json").exit_code == 0
-    result = quota("recipe", "validate", tmp_path / "edited.json", world.recipe, "--model", world.quantized)
-    assert result.exit_code == 1 and f"model.{field}" in result.stderr and str(world.recipe) in result.stdout
-    fails(quota("run", world.quantized, "--recipe", tmp_path / "edited.json", "--prompt", "what ?"), f"model.{field}")
-
-
-def test_truncated_and_tampered_weights(world: World, tmp_path: Path) -> None:
-    for name in ("cut", "flipped"):
-        shutil.copytree(world.quantized, tmp_path / name)
-        weights = tmp_path / name / "model.safetensors"
-        data = bytearray(weights.read_bytes())
-        if name == "cut":
-            data = data[: len(data) // 2]
-        else:
-            data[-100] ^= 1
-        weights.write_bytes(bytes(data))
-        fails(quota("run", tmp_path / name, "--prompt", "what ?"), "model.safetensors")
-    shutil.copytree(world.model, tmp_path / "float")
-    weights = tmp_path / "float" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    fails(quota("run", tmp_path / "float", "--prompt", "what ?"), "float")
-    fails(
-        quota("calibrate", tmp_path / "float", "--samples", world.samples, "--out", tmp_path / "q", "--steps", "1"),
-        "model.safetensors",
-    )
-    assert not (tmp_path / "q").exists()
-
-
-@pytest.mark.parametrize(
-    ("document", "words"),
-    [
-        ({"schema": "quota-samples/1", "samples": []}, ("at least one",)),
-        (
-            {"schema": "quota-samples/1", "samples": [{"id": "s9", "image": "missing.png", "instruction": "?"}]},
-            ("s9", "missing.png"),
-        ),
-        ({"schema": "quota-samples/1", "samples": [{"id": "s9", "image": "corrupt.png", "instruction": "?"}]}, ("s9",)),
-        ([], ("schema",)),
-    ],
-)
-def test_bad_samples(world: World, tmp_path: Path, document: Any, words: tuple[str, ...]) -> None:
-    (tmp_path / "corrupt.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    samples = tmp_path / "samples.json"
-    samples.write_text(json.dumps(document))
-    fails(quota("calibrate", world.model, "--samples", samples, "--out", tmp_path / "q"), *words)
-    fails(quota("eval", world.model, "--samples", samples), *words)
-    samples.write_text("")
-    fails(quota("calibrate", world.model, "--samples", samples, "--out", tmp_path / "q"), "samples.json")
-    assert not (tmp_path / "q").exists()
-
-
-@pytest.mark.parametrize("picture", [False, True])
-def test_the_mark_of_a_picture_in_a_prompt(world: World, picture: bool) -> None:
-    image = ("--image", world.picture) if picture else ()
-    fails(quota("run", world.quantized, "--prompt", "what is <image> ?", *image), "prompt: must not contain <image>")
-    fails(quota("run", world.quantized, "--prompt", "what \udcff ?", *image), "prompt: expected Unicode text")
-
-
-def test_the_mark_of_a_picture_in_a_sample(world: World, tmp_path: Path) -> None:
-    samples = tmp_path / "samples.json"
-    rows = json.loads(world.samples.read_text())["samples"]
-    for row in rows:
-        row["image"] = str(world.root / row["image"])
-    rows[-1]["instruction"] = "what is <image> ?"
-    samples.write_text(json.dumps({"schema": "quota-samples/1", "samples": rows}))
-    said = (f"sample '{rows[-1]['id']}'", "instruction", "<image>")
-    began = ("--samples", samples, "--out")
-    fails(quota("calibrate", world.model, *began, tmp_path / "q", "--steps", "0"), *said)
-    assert not (tmp_path / "q.partial").exists()  # found before the work
-    fails(quota("recipe", world.quantized, "--model", world.model, *began, tmp_path / "r.json"), *said)
-    fails(quota("recipe", world.quantized, "--method", "fastv", *began, tmp_path / "r.json"), *said)
-    result = quota("eval", world.quantized, "--samples", samples)
-    assert result.exit_code == 1 and all(word in result.stderr.splitlines()[-1] for word in said)
-
-
-def test_run_refuses_a_prompt_beyond_the_model_and_stops_at_its_end(world: World) -> None:
-    fails(
-        quota("run", world.quantized, "--prompt", "what " * 4200),
-        "tokens leave no room for an answer; the limit is 4096 together",
-    )
-    prompt = "what " * (4096 - 6)
-    whole = quota("run", world.quantized, "--prompt", prompt, "--max-new-tokens", "200", "--json")
-    figures = json.loads(whole.stdout)
-    assert figures["prompt_tokens"] + figures["new_tokens"] <= 4096
-
-
-def test_eval_needs_answers(world: World, tmp_path: Path) -> None:
-    (tmp_path / "samples.json").write_text(
-        json.dumps({"schema": "quota-samples/1", "samples": [{"id": "s1", "instruction": "?"}]})
-    )
-    fails(quota("eval", world.model, "--samples", tmp_path / "samples.json"), "s1", "answer")
-
-
-def test_a_failed_calibration_leaves_the_good_checkpoint(world: World, tmp_path: Path) -> None:
-    shutil.copytree(world.quantized, tmp_path / "q")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()}
-    (tmp_path / "empty.json").write_text('{"schema": "quota-samples/1", "samples": []}')
-    fails(
-        quota("calibrate", world.model, "--samples", tmp_path / "empty.json", "--out", tmp_path / "q"), "at least one"
-    )
-    assert {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()} == before
+def test_one_and_two_threads_agree(world: World, tmp_path: Path) -> None:
+    """Recipe bytes, kept tokens and greedy text do not depend on the number of threads."""
+    seen, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        recipe = tmp_path / f"recipe-{threads}.json"
+        made = ("recipe", world.quantized, "--model", world.model, "--samples", world.samples, "--layers", "1-2")
+        asked = ("run", world.quantized, "--recipe", recipe, "--image", world.picture, "-p", "what color is the star ?")
+        torch.set_num_threads(threads)
+        try:
+            results = [quota(*made, "--out", recipe), quota(*asked, "--max-new-tokens", "5", "--json")]
+        finally:
+            torch.set_num_threads(before)
+        assert [result.exit_code for result in results] == [0, 0], results
+        answer = json.loads(results[1].stdout)
+        assert set(answer["kept"]) == {"1", "2"} and len(answer["kept"]["2"]) == 5
+        seen.append((recipe.read_bytes(), answer["kept"], answer["text"]))
+    assert seen[0] == seen[1]
 
 
 # The command, killed inside its third step: a block is stored, the step that made it is not finished.
@@ -400,8 +168,8 @@ def test_a_killed_calibration_resumes_to_the_same_bytes(world: World, tmp_path: 
     killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert partial.exists() and not out.exists()
-    done = subprocess.run([sys.executable, "-m", "quota.cli.main", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = quota(*arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
     assert not partial.exists()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in world.quantized.iterdir()

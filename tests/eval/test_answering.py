@@ -17,28 +17,21 @@ from quota.eval.answering import AnswerFile, Row, answer_together, why_not_engin
 from quota.eval.generation import answers, under
 from quota.eval.questions import Question, mixed_questions, scene_questions
 from quota.models.rtn import quantize_rtn
-from quota.scenes import model as llava
-from quota.scenes import qwen_model as qwen
 from tests.prune.recipes import recipe_for
+from tests.speaking import speaking
 
 TOKENS = 4
 
 
 def opened(family: str, quantized: bool) -> tuple[Any, Any, list[Question]]:
     """A random model whose answers differ, its processor, and questions that suit it."""
+    made = speaking(family, 3)
+    processor = made.processor
     if family == "llava":
-        made, processor = llava.build_model(llava.build_config(56, 64, 3), 1).eval(), llava.build_processor(56)
         questions = scene_questions(7, 168)
     else:
-        made, processor = qwen.build_model(qwen.build_config(192, 3)).eval(), qwen.build_processor()
         processor.image_processor.size = {"shortest_edge": 4 * 64, "longest_edge": 32 * 64}
         questions = mixed_questions(7)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim >= 2:
-                std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     made = quantize_rtn(made) if quantized else made
     made.processor = processor
     return made, processor, questions

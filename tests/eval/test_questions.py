@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from quota.core.errors import SampleError, UsageError
-from quota.eval.questions import questions_fingerprint, sample_questions, scene_questions, scene_tour
+from quota.eval.questions import mixed_questions, questions_fingerprint, sample_questions, scene_questions, scene_tour
+from quota.scenes import kinds as k
 from quota.scenes.generate import TASKS
 
 
@@ -54,3 +55,13 @@ def test_sample_pictures_are_part_of_the_fingerprint() -> None:
         return questions_fingerprint(sample_questions([sample]))
 
     assert len({made(None), made(b"x"), made(b"y")}) == 3
+
+
+def test_mixed_questions_are_balanced_and_of_the_test_split() -> None:
+    asked = mixed_questions(90)
+    assert [q.id for q in asked[:45]] == [q.id for q in mixed_questions(45)] and len({q.id for q in asked}) == 90
+    by_kind = {kind: [q for q in asked if q.task.startswith(f"{kind}/")] for kind in k.KINDS}
+    assert {len(v) for v in by_kind.values()} == {18}
+    assert {q.task for q in asked} == {f"{kind}/{task}" for kind in k.KINDS for task in k.TASKS[kind]}
+    assert all((q.open_image is None) == (kind == k.TEXT) for kind, qs in by_kind.items() for q in qs)
+    assert by_kind["chart"][0].open_image().size == k.PAGES["chart"].sizes[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from quota.core.errors import UsageError
 from quota.eval.generation import Cost
 from quota.eval.statistics import resampled_retention, retention_by_task, total
 from quota.lmms import run as lmms_run
+from quota.lmms.__main__ import main
 from quota.lmms.model import Quota
 from quota.lmms.report import FLOAT, Configuration, EvalSettings, Outcome, compute_ratio, markdown, summarise_tasks
 from quota.lmms.results import TaskReport
@@ -163,49 +165,50 @@ def test_without_lmms_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
         lmms_run.check_installed()
 
 
+def test_lmms_eval_finds_the_model_by_its_entry_point() -> None:
+    from lmms_eval.models import list_available_models
+
+    assert "quota" in list_available_models(True)
+
+
 @pytest.mark.slow
 def test_the_command_itself_in_two_processes(llava_folder: Path, tmp_path: Path) -> None:
-    """torchrun shares the questions out; each process logs its own, and one process afterwards finds them all answered.
-    Wrong tasks and arguments: status 1."""
-    code = (
-        "import sys; from lmms_eval.models import list_available_models; print('quota' in list_available_models(True))"
+    """torchrun shares the questions out; each process logs its own, and one process afterwards finds them all
+    answered."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "quota.lmms", *asked(llava_folder, tmp_path)], capture_output=True, text=True
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        .stdout.strip()
-        .endswith("True")
-    )
-    common = [
-        "--tasks",
-        "quota_scenes_choice",
-        "--limit",
-        "3",
-        "--device",
-        "cpu",
-        "--output_path",
-        str(tmp_path / "logs"),
-        "--log_samples",
-    ]
-    args = f"pretrained={llava_folder},answers={tmp_path / 'answers'}"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "quota.lmms",
-    ]
-    done = subprocess.run([*torchrun, "--model_args", args, *common], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = sorted((tmp_path / "answers").iterdir())
     assert [len(path.read_text().splitlines()) - 1 for path in logs] == [2, 1]
     assert list(tmp_path.glob("logs/**/*_samples_quota_scenes_choice.jsonl"))
     found = Quota(pretrained=str(llava_folder), answers=tmp_path / "answers")
     assert sorted(found.records()) == [("quota_scenes_choice", i) for i in range(3)]
-    for wrong in (["--tasks", "nothing_such"], ["--model_args", "pretrained=x,bits=4"]):
-        failed = subprocess.run(
-            [sys.executable, "-m", "quota.lmms", "--model_args", args, *common, *wrong], capture_output=True, text=True
-        )
-        assert failed.returncode == 1 and "error: " in failed.stderr
+
+
+@pytest.mark.parametrize("wrong", [("--tasks", "nothing_such"), ("--model_args", "pretrained=x,bits=4")])
+def test_wrong_tasks_and_arguments_of_the_command_end_with_status_one(
+    llava_folder: Path, tmp_path: Path, wrong: tuple[str, ...], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmms_eval import __main__ as command
+
+    monkeypatch.setattr(command, "cli_evaluate_single", command.cli_evaluate_single)  # `main` replaces both
+    monkeypatch.setattr(sys, "argv", [])
+    # without reading two thousand tasks of others
+    monkeypatch.setattr(command, "TaskManager", partial(command.TaskManager, include_defaults=False))
+    with pytest.raises(SystemExit) as left:
+        main([*asked(llava_folder, tmp_path), *wrong])
+    assert left.value.code == 1 and "error: " in capsys.readouterr().err
+
+
+def asked(model: Path, folder: Path) -> list[str]:
+    """Arguments of `python -m quota.lmms`: three questions, answers and logs in `folder`."""
+    return [
+        *("--model_args", f"pretrained={model},answers={folder / 'answers'}"),
+        *("--tasks", "quota_scenes_choice"),
+        *("--limit", "3"),
+        *("--device", "cpu"),
+        *("--output_path", str(folder / "logs")),
+        "--log_samples",
+    ]

@@ -18,7 +18,7 @@ from quota.core.errors import RecipeError
 from quota.core.recipe import Recipe, schema_text
 from quota.prune import policies, scores
 from quota.runtime.patch import patched
-from tests.calib import test_run as calibration
+from tests.calib import calibration
 from tests.engine.asking import asked, engine, picture, prompt
 from tests.prune.recipes import recipe_for
 from tests.tiny import IMAGE_TOKEN, llava_inputs, tiny_llava
@@ -106,7 +106,7 @@ def test_the_engine_keeps_what_the_hooks_keep(selector) -> None:
 def test_calibration_loses_what_the_hooks_drop(selector, tmp_path) -> None:
     folder = calibration.float_folder(tmp_path / "model")
     changes = calibration.selected(SELECTION, candidates=(1, 2), keep=(0.75, 0.5))
-    calibration.test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes)
+    calibration.assert_stream_keeps(folder, calibration.picture_samples(3), tmp_path, changes)
 
 
 def test_candidate_0_has_no_attention_to_read(selector) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import quota
@@ -17,30 +16,18 @@ from quota import LLM, SamplingParams
 from quota.core.errors import CheckpointError, ImageError, RecipeError, UsageError
 from quota.core.recipe import Recipe
 from quota.eval.asking import ask
-from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Prompt, Request
 from quota.runtime.llm import Completion, why_not
 from quota.runtime.patch import patched
-from quota.scenes.model import build_config, build_model, build_processor
 from tests.prune.recipes import recipe_for
+from tests.speaking import served, speaking
 
-SIZE = 56
 FEW = SamplingParams(max_tokens=6)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """16 visual tokens, 4 layers; weights large enough that answers differ."""
-    made = build_model(build_config(SIZE, width=64, layers=4), seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim >= 2:
-                std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    made = quantize_rtn(made.eval())
-    made.processor = build_processor(SIZE)
-    return made
+    return served("llava")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +40,7 @@ def llm(model: Any, recipe: Recipe) -> LLM:
     return LLM(model, recipe={"pruned": recipe}, page_tokens=4)
 
 
-def picture(seed: int, size: int = SIZE) -> Image.Image:
+def picture(seed: int, size: int = 56) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
@@ -248,7 +235,7 @@ def test_errors_are_one_line_and_nothing_stays_behind(model: Any, llm: LLM, reci
 
 
 def test_what_cannot_be_an_llm(model: Any, tmp_path: Path) -> None:
-    float_model = build_model(build_config(SIZE, 64, 2)).eval()
+    float_model = speaking("llava", 2)
     with pytest.raises(UsageError, match=r"the engine serves W4A4KV4, .*language models .*this one is a float one"):
         LLM(float_model)
     assert why_not(model) is None and "W4A4KV4" in str(why_not(float_model))

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import quota
 from quota.core.errors import CheckpointError
+from quota.models.rtn import quantize_rtn
 from quota.prune.pruner import Pruner
 from quota.runtime.patch import patched
 from tests.prune.recipes import recipe_for, single
@@ -210,8 +211,12 @@ def test_parts_of_a_model_are_refused(built):
 
 
 @pytest.mark.slow
-def test_compiled(model):
-    inputs, plain = placed(inputs_of(model)), recipe_for(model)
+@pytest.mark.parametrize(("family", "kind"), [("llava", "float"), ("qwen2_5_vl", "quantized")])
+def test_compiled(family, kind):
+    """Compiling takes seconds per layer: two layers and one selection between them."""
+    made = TINY[family][0](layers=2)
+    model = quantize_rtn(made) if kind == "quantized" else made
+    inputs, plain = placed(inputs_of(model)), recipe_for(model, (1,), (0.5,))
     want, kept = reference(model, plain, inputs)
     with patched(model, plain) as handle, torch.no_grad():
         logits = torch.compile(model, backend="eager")(**inputs).logits[:, -1]

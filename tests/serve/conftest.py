@@ -12,22 +12,19 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
 import uvicorn
 
-from quota.models.rtn import quantize_rtn
-from quota.scenes.model import build_config, build_model, build_processor
 from quota.server.app import create_app
 from quota.server.config import Settings
 from quota.server.header_timeout import OPTIONS
 from quota.server.service import Service
 from tests.one_thread import one_thread
 from tests.prune.recipes import recipe_for
+from tests.speaking import served
 from tests.waiting import PATIENCE_S, wait_for
 
 __all__ = ["one_thread"]
 
-SIZE = 56
 # httpx gives up after 5 s where a call names no time; one object is the default of all its functions
 _DEFAULT: httpx.Timeout = inspect.signature(httpx.request).parameters["timeout"].default
 _DEFAULT.connect = _DEFAULT.read = _DEFAULT.write = _DEFAULT.pool = PATIENCE_S
@@ -35,17 +32,7 @@ _DEFAULT.connect = _DEFAULT.read = _DEFAULT.write = _DEFAULT.pool = PATIENCE_S
 
 @pytest.fixture(scope="session")
 def model() -> Any:
-    """16 visual tokens, 4 layers; weights large enough that answers differ."""
-    made = build_model(build_config(SIZE, width=64, layers=4), seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim >= 2:
-                std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    made = quantize_rtn(made.eval())
-    made.processor = build_processor(SIZE)
-    return made
+    return served("llava")
 
 
 @pytest.fixture(scope="session")

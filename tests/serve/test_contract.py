@@ -8,27 +8,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from quota.runtime.patch import patched
 from quota.server.config import Settings
 from quota.server.schemas import ChatRequest, CompletionRequest
-from tests.prune.recipes import recipe_for
+from tests.serve.asking import ask, generated
 from tests.serve.pictures import noise, user
-
-
-def ask(server, *messages, **options):
-    return server.client.chat.completions.create(
-        model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options}
-    )
-
-
-def generated(model, text, pictures, tokens=8):
-    inputs = model.processor(text=[text], images=pictures or None, return_tensors="pt")
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return model.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_models(server):
@@ -36,29 +21,6 @@ def test_models(server):
     assert [model.id for model in listed] == ["tiny"] and server.client.models.retrieve("tiny").object == "model"
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         server.client.models.retrieve("gpt-4")
-
-
-def test_answers_are_those_of_generate(server, model):
-    picture = noise(seed=1)
-    want = generated(model, "USER: <image>\nwhat color is the star ? ASSISTANT:", [picture])
-    with patched(model, recipe_for(model)):
-        pruned = generated(model, "USER: <image>\nwhat color is the star ? ASSISTANT:", [picture])
-    question = user("what color is the star ?", picture)
-    answer = ask(server, question)
-    assert answer.choices[0].message.content == pruned
-    assert ask(server, question, extra_body={"recipe": "none"}).choices[0].message.content == want
-    assert ask(server, user("where is it ?")).choices[0].message.content == generated(
-        model, "USER: where is it ? ASSISTANT:", []
-    )
-    usage = answer.usage
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert (
-        usage.quota["visual_tokens"] == 16
-        and usage.quota["visual_tokens_kept"] == 4
-        and usage.quota["selection"] == "prompt"
-    )
-    assert ask(server, question, extra_body={"keep": 0.5}).usage.quota["visual_tokens_kept"] == 8
-    server.idle()
 
 
 def test_stream_equals_whole(server):
@@ -220,15 +182,6 @@ def test_the_page_lists_what_there_is(server):
             for name in re.findall(r"`(\w+)`", row)
         }
         assert listed == names, heading
-
-
-def test_second_turn_keeps_the_first_selection(server):
-    first = user("what color is the star ?", noise(seed=5))
-    answer = ask(server, first)
-    chat = [first, {"role": "assistant", "content": answer.choices[0].message.content}, user("and where is it ?")]
-    usage = ask(server, *chat).usage
-    assert usage.quota["selection"] == "first_turn" and usage.quota["selection_tokens"] == answer.usage.prompt_tokens
-    assert usage.quota["visual_tokens_kept"] == 4
 
 
 def test_plain_completions(server, model):

@@ -21,8 +21,9 @@ from quota.server import images as server_images
 from quota.server.config import Settings
 from quota.server.errors import ApiError
 from quota.server.images import Decoders, Worker
+from tests.serve.asking import ask
 from tests.serve.pictures import data_url, encoded, noise, user
-from tests.serve.test_faults import ask, wait_for
+from tests.waiting import wait_for
 
 SETTINGS = Settings(checkpoint="x")
 GOOD = data_url(noise())

@@ -21,16 +21,11 @@ from quota.core.formats import DEFAULT
 from quota.server.config import settings
 from quota.server.header_timeout import HeaderTimeoutProtocol
 from quota.server.logs import CountingHandler
+from tests.serve.asking import ask
 from tests.serve.pictures import noise, user
 from tests.waiting import PATIENCE_S, wait_for
 
 QUESTION = {"model": "tiny", "messages": [user("which shape ?", noise(seed=1))], "max_tokens": 8, "temperature": 0}
-
-
-def ask(server, *messages, **options):
-    return server.client.chat.completions.create(
-        model="tiny", messages=list(messages), **{"temperature": 0, "max_tokens": 8, **options}
-    )
 
 
 def endless(model_name="tiny"):
@@ -261,7 +256,7 @@ def test_sigterm_drains(survivor):
     server, got = survivor[0], []
 
     def listen() -> None:
-        body = {**endless(), "n": 4, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        body = {**endless(), "n": 4, "max_tokens": 400, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
             got.extend(line for line in answer.iter_lines() if line)
 

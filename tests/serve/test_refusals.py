@@ -7,8 +7,8 @@ import openai
 import pytest
 
 from quota.server.schemas import ChatRequest, CompletionRequest
+from tests.serve.asking import ask
 from tests.serve.pictures import noise, user
-from tests.serve.test_contract import ask
 
 JSON = {"content-type": "application/json"}
 WRONG = [
