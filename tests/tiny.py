@@ -13,6 +13,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 IMAGE_TOKEN, PAD_TOKEN = 120, 0
@@ -131,6 +133,42 @@ def tiny_dinov2(**options: Any) -> LlavaForConditionalGeneration:
     return model
 
 
+def tiny_siglip(seed: int = 0, vision_layers: int = 2, feature: int = -1, decoder: str = "qwen2") -> Any:
+    """`tiny_llava`'s sizes with a SigLIP tower whose every layer feeds the projector, and a Qwen2 decoder (or
+    "llama"). Deterministic under `seed`."""
+    text = tiny_llava(layers=4).config.text_config if decoder == "llama" else None
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=text
+        or Qwen2Config(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            pad_token_id=PAD_TOKEN,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=feature,
+        vision_feature_select_strategy="full",
+        image_seq_length=16,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    _scatter(model, torch.Generator().manual_seed(seed + 7))
+    return model
+
+
 QWEN_IDS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
 
 
@@ -222,6 +260,7 @@ def qwen_inputs(
 TINY = {
     "llava": (tiny_llava, llava_inputs),
     "llava_dinov2": (tiny_dinov2, llava_inputs),
+    "llava_siglip": (tiny_siglip, llava_inputs),
     "qwen2_5_vl": (tiny_qwen, qwen_inputs),
 }
 
@@ -229,5 +268,6 @@ TINY = {
 ROWS = {
     "llava": ((3, 5), (9, 4), (0, 2)),
     "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
+    "llava_siglip": ((3, 5), (9, 4), (0, 2)),
     "qwen2_5_vl": ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3)),
 }

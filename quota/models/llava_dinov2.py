@@ -32,7 +32,7 @@ class LlavaDinov2(Llava):
     """See the module."""
 
     title, published = "LLaVA with DINOv2", "none"
-    description = "llava: DINOv2 vision tower + two-layer projector + LLaMA decoder"
+    description = "llava: DINOv2 vision tower + two-layer projector + LLaMA or Qwen2 decoder"
     tower = "dinov2"
     attention: ClassVar[Mapping[Part, str]] = {**Llava.attention, "vision": "attention"}
     groups: ClassVar[Groups] = {

@@ -13,6 +13,7 @@ from PIL import Image
 
 from quota.calib.samples import Sample, Samples
 from quota.calib.work import WorkFolder
+from quota.models import find_family
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
 from tests.tiny import tiny_llava, tiny_qwen
@@ -20,9 +21,11 @@ from tests.tiny import tiny_llava, tiny_qwen
 
 def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
     """Save a tiny LLaVA (56 px, 16 visual tokens) with the scenes' processor; the processor's image token is the
-    model's."""
+    model's, its count of rows the tower's."""
     model = tiny(**sizes)
     processor = build_processor(56)
+    processor.num_additional_image_tokens = find_family(model).class_tokens
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
     model.config.image_token_index = model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     model.save_pretrained(path)
     processor.save_pretrained(path)

@@ -12,10 +12,11 @@ from torch import nn
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
-from quota.core.formats import MODULES
+from quota.core.formats import MODULES, SCHEMES
 from quota.models import FAMILIES, family_class, find_family, submodule
 from quota.models.base import PARTS
-from quota.models.quantize import float_linears, quantize_structure, quantized_linears
+from quota.models.quantize import float_linears, linear_paths, quantize_structure, quantized_linears
+from quota.models.rtn import quantize_rtn
 from tests.tiny import TINY
 
 PACKAGE = Path(__file__).parents[2] / "quota"
@@ -75,6 +76,17 @@ def test_quantized_linears_have_the_names_of_the_groups(name):
     model = quantize_structure(TINY[name][0](), MODULES)
     family = find_family(model)
     assert set(quantized_linears(model)) == {f"{path}.{group.name}" for path, group in family.group_paths(MODULES)}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@torch.no_grad()
+def test_every_scheme_rounds_it(name, scheme):
+    model, inputs = TINY[name][0](), TINY[name][1](tiny(name))
+    wanted = model(**inputs).logits
+    quantize_rtn(model, scheme=scheme)
+    got = model(**inputs).logits
+    assert set(quantized_linears(model)) == set(linear_paths(find_family(model), MODULES, scheme))
+    assert got.isfinite().all() and not torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -17,7 +17,12 @@ from tests.tiny import ROWS, TINY, tiny_dinov2, tiny_llava, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
 # four groups per decoder layer; per used vision layer two or three times two; the projector's two
-LINEARS = {"llava": 4 * 4 + 2 * 4 + 2, "llava_dinov2": 4 * 4 + 2 * 4 + 2, "qwen2_5_vl": 4 * 4 + 4 * 3 + 2}
+LINEARS = {
+    "llava": 4 * 4 + 2 * 4 + 2,
+    "llava_dinov2": 4 * 4 + 2 * 4 + 2,
+    "llava_siglip": 4 * 4 + 2 * 4 + 2,
+    "qwen2_5_vl": 4 * 4 + 4 * 3 + 2,
+}
 
 
 @pytest.fixture(scope="module", params=TINY)
