@@ -14,6 +14,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -172,6 +174,30 @@ def tiny_siglip(seed: int = 0, vision_layers: int = 2, feature: int = -1, decode
 QWEN_IDS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
 
 
+QWEN_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": PAD_TOKEN,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
+}
+
+
+def _qwen(model_class: Any, config: Any, seed: int, key_bias: float = 0.0) -> Any:
+    model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed + 7)
+    _scatter(model, generator)
+    if key_bias:
+        for layer in (model.model.language_model.layers[0], model.model.language_model.layers[-1]):
+            _plant(layer.self_attn, key_bias, generator)
+    return model
+
+
 def tiny_qwen(
     layers: int = 4, heads: int = 4, kv_heads: int = 2, seed: int = 0, key_bias: float = 0.0, tied: bool = False
 ) -> Any:
@@ -192,28 +218,25 @@ def tiny_qwen(
         "out_hidden_size": 64,
     }
     text = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        **QWEN_TEXT,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 2048,
-        "pad_token_id": PAD_TOKEN,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
     }
     config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **QWEN_IDS)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32
-    ).eval()
-    generator = torch.Generator().manual_seed(seed + 7)
-    _scatter(model, generator)
-    if key_bias:
-        for layer in (model.model.language_model.layers[0], model.model.language_model.layers[-1]):
-            _plant(layer.self_attn, key_bias, generator)
-    return model
+    return _qwen(Qwen2_5_VLForConditionalGeneration, config, seed, key_bias)
+
+
+def tiny_qwen2(layers: int = 4, seed: int = 0, key_bias: float = 0.0) -> Any:
+    """A float32 Qwen2-VL of `tiny_qwen`'s decoder and patches; two tower blocks."""
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "hidden_size": 64}
+    config = Qwen2VLConfig(
+        vision_config=vision,
+        text_config={**QWEN_TEXT, "num_hidden_layers": layers},
+        tie_word_embeddings=True,
+        **QWEN_IDS,
+    )
+    return _qwen(Qwen2VLForConditionalGeneration, config, seed, key_bias)
 
 
 @torch.no_grad()
@@ -261,6 +284,7 @@ TINY = {
     "llava": (tiny_llava, llava_inputs),
     "llava_dinov2": (tiny_dinov2, llava_inputs),
     "llava_siglip": (tiny_siglip, llava_inputs),
+    "qwen2_vl": (tiny_qwen2, qwen_inputs),
     "qwen2_5_vl": (tiny_qwen, qwen_inputs),
 }
 
@@ -269,5 +293,9 @@ ROWS = {
     "llava": ((3, 5), (9, 4), (0, 2)),
     "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
     "llava_siglip": ((3, 5), (9, 4), (0, 2)),
-    "qwen2_5_vl": ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3)),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl"), ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))
+    ),
 }
+# families whose tiny model can be made with a large bias of the keys
+KEY_BIASED = ("qwen2_vl", "qwen2_5_vl")

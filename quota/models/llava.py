@@ -23,7 +23,7 @@ from quota.models.images import ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
-from quota.nn.mlp import PROLOGUES, activate
+from quota.nn.mlp import PROLOGUES, QuantFeedForward, activate
 
 
 class Llava(Family):
@@ -137,7 +137,7 @@ class Llava(Family):
             "self_attn": QuantClipAttention(
                 linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
             ),
-            "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
+            "mlp": QuantFeedForward(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
     def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
@@ -252,23 +252,6 @@ class QuantClipAttention(nn.Module):
             rows.append(float_attention(q, k, v, hidden_states.dtype, mask))
         out = torch.cat(rows).transpose(1, 2).reshape(batch, tokens, hidden)
         return self.out_proj(out).to(hidden_states.dtype), None
-
-
-class QuantClipMLP(nn.Module):
-    """fc2(act(fc1(x)))."""
-
-    def __init__(self, fc1: SchemeLinear, fc2: SchemeLinear, act: str) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
-        self._prologue = PROLOGUES.get(act)
-
-    @without_grad
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., hidden] -> same shape and dtype."""
-        x = self.fc1(as_float32(hidden_states))
-        if self._prologue is None:
-            x = activate(self.activation_fn, x)
-        return as_dtype_of(self.fc2(x, self._prologue), hidden_states)
 
 
 class QuantProjector(nn.Module):

@@ -32,10 +32,11 @@ def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
     return path
 
 
-def qwen_folder(path: Path, **sizes: Any) -> Path:
-    """Save a tiny Qwen2.5-VL (patches of 4 px) with the scenes' processor; the processor's special tokens are the
-    model's."""
-    model, processor = tiny_qwen(**sizes), qwen_processor(4)
+def qwen_folder(path: Path, tiny: Any = tiny_qwen, **sizes: Any) -> Path:
+    """Save a tiny Qwen-VL (patches of 4 px) with the scenes' processor as one of its own class; the processor's special
+    tokens are the model's."""
+    model, parts = tiny(**sizes), qwen_processor(4)
+    processor = find_family(model).processor_class(image_processor=parts.image_processor, tokenizer=parts.tokenizer)
     for name, word in (
         ("image", "image_pad"),
         ("video", "video_pad"),

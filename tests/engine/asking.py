@@ -14,7 +14,7 @@ from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for
-from tests.tiny import IMAGE_TOKEN, QWEN_IDS, TINY
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TINY
 
 
 class Watched(Engine):
@@ -127,7 +127,7 @@ def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     more = (
         {}
         if model.config.model_type == "llava"
-        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == IMAGE_TOKEN).int()}
+        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
     )
     if not prompt.images:
         return more
@@ -168,7 +168,7 @@ def same(a: dict[str, list[Any]], b: dict[str, list[Any]]) -> bool:
 @cache
 def quantized(family: str) -> Any:
     """A tiny quantized model of a family; key biases as large as trained ones where the family has them."""
-    return quantize_rtn(TINY[family][0](**({} if family == "llava" else {"key_bias": 800})))
+    return quantize_rtn(TINY[family][0](**({"key_bias": 800} if family in KEY_BIASED else {})))
 
 
 @cache

@@ -64,9 +64,14 @@ class EngineModel:
         self._cos, self._sin = self._turns()
         if (
             self.axes > 1
-        ):  # channels by axis, of a table [D, max_tokens] whose halves are cosines and sines of the same angles
-            self._spans = family.rotary_axes(self.text.rotary_emb)
-            self._table = key_angles(self._cos[None], self._sin[None])[0].contiguous()
+        ):  # channels that turn with each axis, of a table [D, max_tokens]: halves are cosines and sines of one angle
+            table = key_angles(self._cos[None], self._sin[None])[0]
+            spans = family.rotary_axes(self.text.rotary_emb)
+            self._tables = []
+            for axis in range(self.axes):
+                own = [channel for begin, end, turned in spans if turned == axis for channel in range(begin, end)]
+                channels = torch.tensor(own, device=self.device)
+                self._tables.append((channels, table[channels]))
 
     def _turns(self) -> tuple[Tensor, Tensor]:
         """cos, sin float32 [max_tokens, D] of positions that are one number, as the model's own embedding rounds
@@ -131,13 +136,9 @@ class EngineModel:
             flat = positions.reshape(-1)
             return key_angles(*(t[flat].view(batch, slots, -1) for t in (self._cos, self._sin)))
         out = torch.empty(batch, self.head_dim, slots, device=self.device)
-        for begin, end, axis in self._spans:
-            out[:, begin:end] = (
-                self._table[begin:end]
-                .index_select(1, positions[axis].reshape(-1))
-                .view(end - begin, batch, slots)
-                .transpose(0, 1)
-            )
+        for axis, (channels, table) in enumerate(self._tables):
+            turned = table.index_select(1, positions[axis].reshape(-1)).view(len(channels), batch, slots)
+            out[:, channels] = turned.transpose(0, 1)
         return out
 
     def project(self, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Kv, Kv]:
