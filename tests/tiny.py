@@ -16,6 +16,8 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -239,6 +241,25 @@ def tiny_qwen2(layers: int = 4, seed: int = 0, key_bias: float = 0.0) -> Any:
     return _qwen(Qwen2VLForConditionalGeneration, config, seed, key_bias)
 
 
+def tiny_qwen3(layers: int = 4, seed: int = 0) -> Any:
+    """A float32 Qwen3-VL: heads wider together than the hidden state, positions of 5 x 5 patches, two planes. Two of
+    three tower blocks are tapped."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": 4,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {**QWEN_TEXT, "num_hidden_layers": layers, "head_dim": 32, "rope_parameters": rope}
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **QWEN_IDS)
+    return _qwen(Qwen3VLForConditionalGeneration, config, seed)
+
+
 @torch.no_grad()
 def _plant(attention: Any, norm: float, generator: torch.Generator) -> None:
     pairs = torch.tensor([1, 6, 9, 14])  # channels (1, 9) turn fast, (6, 14) slowly, at head dimension 16
@@ -279,6 +300,8 @@ def qwen_inputs(
     return out
 
 
+MIXED_ROWS = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))
+
 # per file of a family in quota.models: a tiny model, and inputs for it
 TINY = {
     "llava": (tiny_llava, llava_inputs),
@@ -286,6 +309,7 @@ TINY = {
     "llava_siglip": (tiny_siglip, llava_inputs),
     "qwen2_vl": (tiny_qwen2, qwen_inputs),
     "qwen2_5_vl": (tiny_qwen, qwen_inputs),
+    "qwen3_vl": (tiny_qwen3, qwen_inputs),
 }
 
 # rows of a mixed batch: a short and a long prompt, an image first; where resolution is dynamic also two images and none
@@ -293,9 +317,7 @@ ROWS = {
     "llava": ((3, 5), (9, 4), (0, 2)),
     "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
     "llava_siglip": ((3, 5), (9, 4), (0, 2)),
-    **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl"), ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))
-    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), MIXED_ROWS),
 }
 # families whose tiny model can be made with a large bias of the keys
 KEY_BIASED = ("qwen2_vl", "qwen2_5_vl")

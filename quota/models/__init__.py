@@ -15,6 +15,7 @@ FAMILIES = {
     "llava": ("llava", "Llava"),
     "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
 }
 
 __all__ = [

@@ -121,6 +121,8 @@ _VISION = {
     "layer_norm_eps": _NUMBER,
     "hidden_act": _ACTIVATION,
     "fullatt_block_indexes": _INDICES,
+    "deepstack_visual_indexes": _INDICES,
+    "num_position_embeddings": _count(2**20),
     "mlp_ratio": _Rule("a number from 1 to 64", lambda v: type(v) in (int, float) and 1 <= v <= 64),
     "use_swiglu_ffn": _FLAG,
     "qkv_bias": _FLAG,

@@ -136,7 +136,12 @@ class QwenVL(Family):
             found = model.model.get_image_features(
                 pixel_values=image.pixels.to(weight), image_grid_thw=grid, return_dict=True
             )
-            features.append(found.pooler_output[0].to(weight.dtype).clone())
+            features.append(self.features_of(found).to(weight.dtype).clone())
+        return features
+
+    def features_of(self, found: Any) -> Tensor:
+        """One image's, of what upstream's `get_image_features` returned."""
+        features: Tensor = found.pooler_output[0]
         return features
 
     def image_index(self, ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quota.calib.blocks import Batch
+from quota.calib.rows import select_features
 from quota.calib.stream import FloatSource
 from quota.models.images import ImageInput
 from tests.tiny import llava_inputs, tiny_llava
@@ -82,7 +83,7 @@ def test_streamed_blocks_reproduce_the_model(source):
         following = current.like(folder / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")
         current = following
-    features = streaming.select_features(source, current, folder / "features")
+    features = select_features(source, current, folder / "features")
     projected = features.like(folder / "projected", width=arch.hidden_size)
     streaming.advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
     current = streaming.embed_text(source, list(inputs["input_ids"]), projected, folder / "text")

@@ -12,6 +12,7 @@ import torch
 from quota.calib import run, steps
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
+from quota.calib.rows import select_features
 from quota.calib.samples import encode
 from quota.calib.settings import Settings
 from quota.calib.state import StreamLayout
@@ -107,7 +108,7 @@ def test_streamed_blocks_reproduce_the_model(source, tmp_path):
         following = current.like(tmp_path / f"v{index}")
         streaming.advance(source.block("vision", arch.vision_layer(index)), current, following, 2, "cpu")
         current = following
-    features = streaming.select_features(source, current, tmp_path / "features")
+    features = select_features(source, current, tmp_path / "features")
     projected = features.like(tmp_path / "projected", width=arch.hidden_size)
     streaming.advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
     current = streaming.embed_text(source, [e["input_ids"][0] for e in encoded], projected, tmp_path / "text", grids)

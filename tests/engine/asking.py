@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.models import find_family
 from quota.models.images import ImageInput
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
@@ -81,8 +82,8 @@ def engine(
 ) -> Watched:
     """A pool of `pages` units."""
     places = config.get("page_tokens", 4)
-    text = model.config.get_text_config()
-    size = block_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    family = find_family(model)
+    size = block_bytes(places, family.kv_heads, family.head_dim)
     options = EngineConfig(
         kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"}
     )

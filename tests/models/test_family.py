@@ -113,14 +113,18 @@ def test_the_tower_block_by_block_is_the_tower(name, folder):
             hidden = family.tower_input(source.module, image)
             assert hidden.shape == (family.tower_rows(image.grid), family.vision_hidden_size)
             valid, grids = torch.ones(1, len(hidden), dtype=torch.bool), None if image.grid is None else [image.grid]
-            for path in family.blocks("vision"):
+            tapped = []
+            for index, path in enumerate(family.blocks("vision")):
                 hidden = source.block("vision", path)(
                     Batch(hidden[None] if hidden.ndim == 2 else hidden, valid, grids=grids)
                 )
-            rows = family.projector_rows(hidden[0], image.grid)
-            projected = source.block("projector", family.projector_path)(Batch(rows[None], valid))[0]
-            assert projected.shape == features.shape == (family.image_tokens(image), family.hidden_size)
-            torch.testing.assert_close(projected, features, rtol=1e-4, atol=1e-4)
+                tapped += [hidden] if index in family.taps else []
+            parts = []
+            for path, whole in zip(family.blocks("projector"), [hidden, *tapped], strict=True):
+                rows = family.projector_rows(whole[0], image.grid)
+                parts.append(source.block("projector", path)(Batch(rows[None], valid))[0])
+            assert all(part.shape == (family.image_tokens(image), family.hidden_size) for part in parts)
+            torch.testing.assert_close(torch.cat(parts, -1), features, rtol=1e-4, atol=1e-4)
 
 
 def test_visual_tokens_belong_to_their_images(name):

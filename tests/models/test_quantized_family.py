@@ -23,6 +23,7 @@ LINEARS = {
     "llava_siglip": 4 * 4 + 2 * 4 + 2,
     "qwen2_vl": 4 * 4 + 4 * 2 + 2,
     "qwen2_5_vl": 4 * 4 + 4 * 3 + 2,
+    "qwen3_vl": 4 * 4 + 4 * 3 + 3 * 2,
 }
 
 

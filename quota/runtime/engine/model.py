@@ -56,7 +56,7 @@ class EngineModel:
             family.kv_heads,
             family.head_dim,
         )
-        self.axes = family.axes
+        self.axes, self.width = family.axes, family.hidden_size
         self.vocabulary, self.image_token = int(self.text.embed_tokens.weight.shape[0]), family.image_token_id
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
         self.scaling = float(self._layers[0].self_attn.scaling)
@@ -107,12 +107,23 @@ class EngineModel:
         return self.family.image_index(ids)
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:
-        """[image_tokens, d] of each image; an image's features do not depend on the others."""
+        """[image_tokens, (1 + planes) * d] of each image; an image's features do not depend on the others."""
         return self.family.encode(self.model, images)
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [M] -> [M, d]."""
         return self.text.embed_tokens(ids.to(self.device))
+
+    def with_planes(self, x: Tensor) -> Tensor:
+        """x [M, d] of text -> [M, (1 + planes) * d], a row as it goes into the first layer of a prefill."""
+        return torch.nn.functional.pad(x, (0, len(self.family.taps) * self.width)) if self.family.taps else x
+
+    def raised(self, x: Tensor, planes: Tensor) -> Tensor:
+        """x [M, d] out of a layer and planes [M, n * d] still to be added -> with the first of them, before the rest;
+        x where there are none."""
+        if not planes.shape[-1]:
+            return x
+        return torch.cat([x + planes[:, : self.width], planes[:, self.width :]], -1)
 
     def positions(self, ids: Tensor, images: Sequence[ImageInput]) -> np.ndarray:
         """ids int64 [S] of a prompt and its images -> int64 [A, S]. What follows counts on from the largest number,
