@@ -13,6 +13,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 IMAGE_TOKEN, PAD_TOKEN = 120, 0
@@ -131,7 +137,67 @@ def tiny_dinov2(**options: Any) -> LlavaForConditionalGeneration:
     return model
 
 
+def tiny_siglip(seed: int = 0, vision_layers: int = 2, feature: int = -1, decoder: str = "qwen2") -> Any:
+    """`tiny_llava`'s sizes with a SigLIP tower whose every layer feeds the projector, and a Qwen2 decoder (or
+    "llama"). Deterministic under `seed`."""
+    text = tiny_llava(layers=4).config.text_config if decoder == "llama" else None
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=text
+        or Qwen2Config(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            pad_token_id=PAD_TOKEN,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=feature,
+        vision_feature_select_strategy="full",
+        image_seq_length=16,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    _scatter(model, torch.Generator().manual_seed(seed + 7))
+    return model
+
+
 QWEN_IDS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+
+
+QWEN_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": PAD_TOKEN,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
+}
+
+
+def _qwen(model_class: Any, config: Any, seed: int, key_bias: float = 0.0) -> Any:
+    model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed + 7)
+    _scatter(model, generator)
+    if key_bias:
+        for layer in (model.model.language_model.layers[0], model.model.language_model.layers[-1]):
+            _plant(layer.self_attn, key_bias, generator)
+    return model
 
 
 def tiny_qwen(
@@ -154,28 +220,44 @@ def tiny_qwen(
         "out_hidden_size": 64,
     }
     text = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        **QWEN_TEXT,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 2048,
-        "pad_token_id": PAD_TOKEN,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
     }
     config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **QWEN_IDS)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32
-    ).eval()
-    generator = torch.Generator().manual_seed(seed + 7)
-    _scatter(model, generator)
-    if key_bias:
-        for layer in (model.model.language_model.layers[0], model.model.language_model.layers[-1]):
-            _plant(layer.self_attn, key_bias, generator)
-    return model
+    return _qwen(Qwen2_5_VLForConditionalGeneration, config, seed, key_bias)
+
+
+def tiny_qwen2(layers: int = 4, seed: int = 0, key_bias: float = 0.0) -> Any:
+    """A float32 Qwen2-VL of `tiny_qwen`'s decoder and patches; two tower blocks."""
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "hidden_size": 64}
+    config = Qwen2VLConfig(
+        vision_config=vision,
+        text_config={**QWEN_TEXT, "num_hidden_layers": layers},
+        tie_word_embeddings=True,
+        **QWEN_IDS,
+    )
+    return _qwen(Qwen2VLForConditionalGeneration, config, seed, key_bias)
+
+
+def tiny_qwen3(layers: int = 4, seed: int = 0) -> Any:
+    """A float32 Qwen3-VL: heads wider together than the hidden state, positions of 5 x 5 patches, two planes. Two of
+    three tower blocks are tapped."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": 4,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {**QWEN_TEXT, "num_hidden_layers": layers, "head_dim": 32, "rope_parameters": rope}
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **QWEN_IDS)
+    return _qwen(Qwen3VLForConditionalGeneration, config, seed)
 
 
 @torch.no_grad()
@@ -218,16 +300,24 @@ def qwen_inputs(
     return out
 
 
+MIXED_ROWS = ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3))
+
 # per file of a family in quota.models: a tiny model, and inputs for it
 TINY = {
     "llava": (tiny_llava, llava_inputs),
     "llava_dinov2": (tiny_dinov2, llava_inputs),
+    "llava_siglip": (tiny_siglip, llava_inputs),
+    "qwen2_vl": (tiny_qwen2, qwen_inputs),
     "qwen2_5_vl": (tiny_qwen, qwen_inputs),
+    "qwen3_vl": (tiny_qwen3, qwen_inputs),
 }
 
 # rows of a mixed batch: a short and a long prompt, an image first; where resolution is dynamic also two images and none
 ROWS = {
     "llava": ((3, 5), (9, 4), (0, 2)),
     "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
-    "qwen2_5_vl": ((3, ((8, 8),), 5), (9, ((4, 6),), 4), (6, (), 2), (1, ((4, 4), (8, 6)), 3)),
+    "llava_siglip": ((3, 5), (9, 4), (0, 2)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), MIXED_ROWS),
 }
+# families whose tiny model can be made with a large bias of the keys
+KEY_BIASED = ("qwen2_vl", "qwen2_5_vl")

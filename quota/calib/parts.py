@@ -11,16 +11,12 @@ from quota.calib.stream import FloatSource
 from quota.core.checkpoint import CheckpointWriter, Manifest
 from quota.core.checkpoint_files import iterate_tensors, weight_files
 from quota.core.errors import CheckpointError
+from quota.models.base import PARTS
 
 
 def block_paths(source: FloatSource, module: str) -> list[str]:
     """Module paths of the blocks that "vision", "projector" or "llm" quantizes, in order."""
-    family = source.family
-    if module == "projector":
-        return [family.projector_path]
-    if module == "vision":
-        return [family.vision_layer(i) for i in range(family.vision_layers_used)]
-    return [family.decoder_layer(i) for i in range(family.layers)]
+    return source.family.blocks(PARTS[module])
 
 
 def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> None:

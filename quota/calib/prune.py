@@ -51,6 +51,8 @@ def keep_masks(
         trace = None
         if before is not None:
             trace, hidden = _recorded(before, batch)
+            if stream.rest:  # the plane that goes in between the two
+                hidden = hidden + stream.read_rows(item)[1][None, :, : stream.width].to(hidden)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
         tokens = shown(item)
@@ -77,7 +79,7 @@ def gather(stream: Stream, path: Path, compact: bool) -> Stream:
     target.positions = np.zeros((len(target.positions), *stream.positions.shape[1:]), np.int32)
     for item, mask in enumerate(kept):
         rows, to = stream.rows(item), target.rows(item)
-        target.write(item, stream.read(item)[torch.from_numpy(mask)])
+        target.write(item, *(part[torch.from_numpy(mask)] for part in stream.read_rows(item)))
         positions = stream.positions[rows][mask]
         numbers = np.arange(len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
         target.positions[to] = numbers if compact else positions

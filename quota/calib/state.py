@@ -56,6 +56,7 @@ class StreamLayout(Document):
 
     file: str
     width: Annotated[int, Field(ge=1, lt=2**31)]
+    rest: _Count
     dtype: Literal["float32", "float16"]
     lengths: _Many[_Count]
     positions: _Many[_Place | tuple[_Place, _Place, _Place]]
@@ -80,7 +81,7 @@ class StreamLayout(Document):
     @property
     def bytes(self) -> int:
         """Size of the file."""
-        return sum(self.lengths) * self.width * np.dtype(self.dtype).itemsize
+        return sum(self.lengths) * (self.width + self.rest) * np.dtype(self.dtype).itemsize
 
 
 class StoredStream(StreamLayout):

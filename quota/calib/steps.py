@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,10 +20,11 @@ from quota.calib.blocks import Block
 from quota.calib.job import Job
 from quota.calib.learn import BlockData, learn_block
 from quota.calib.plan import BlockSize, Speed, block_seconds
+from quota.calib.rows import Rows, map_rows, select_features
 from quota.calib.samples import encode
 from quota.calib.settings import METHODS, Settings
 from quota.calib.state import StreamName
-from quota.calib.stream import Stream, advance, embed_images, embed_text, select_features
+from quota.calib.stream import Stream, advance, embed_images, embed_text
 from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
 from quota.models.base import PARTS, Part
@@ -73,7 +74,7 @@ class Step(ABC):
 
     @abstractmethod
     def widths(self, job: Job) -> tuple[int, int]:
-        """Widths of the streams that the step reads and writes."""
+        """Widths of the streams that the step reads and writes, what goes along with a row included."""
 
     def seconds(self, job: Job, speed: Speed) -> Seconds:
         """Estimated at this machine's speed; here of a step that only reads and writes rows."""
@@ -91,7 +92,9 @@ class _OfTower(Step):
         return [job.source.family.tower_rows(grid) for grid in job.prompts.grids]
 
     def widths(self, job: Job) -> tuple[int, int]:
-        return job.source.family.vision_hidden_size, job.source.family.vision_hidden_size
+        family = job.source.family
+        width = family.vision_hidden_size * (1 + sum(tap < self.index for tap in family.taps))
+        return width, width
 
 
 class _OfDecoder(Step):
@@ -101,7 +104,9 @@ class _OfDecoder(Step):
         return job.rows_after(candidate for candidate in job.candidates if candidate < self.index)
 
     def widths(self, job: Job) -> tuple[int, int]:
-        return job.source.family.hidden_size, job.source.family.hidden_size
+        family = job.source.family
+        width = family.hidden_size * (1 + max(len(family.taps) - self.index, 0))
+        return width, width
 
 
 class EmbedImages(_OfTower):
@@ -122,12 +127,25 @@ class EmbedImages(_OfTower):
                 yield from job.source.family.images(encode(job.processor, sample, answer=True))
 
 
+class Tap(_OfTower):
+    """The output of tower block `index` goes along from here on, beside what goes on."""
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        width = super().widths(job)[0]
+        return width, width + job.source.family.vision_hidden_size
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        return _mapped(work, lambda item, rows: (rows[0], torch.cat([rows[1], rows[0]], -1)))
+
+
 class SelectFeatures(_OfTower):
-    """What the tower left -> what the projector reads."""
+    """What the tower left -> what the projectors read."""
 
     def widths(self, job: Job) -> tuple[int, int]:
         family = job.source.family
-        return family.vision_hidden_size, family.vision_hidden_size * family.merge**2
+        read = family.vision_hidden_size * (1 + len(family.taps))
+        return read, read * family.merge**2
 
     def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
         ticks.passed()
@@ -201,6 +219,11 @@ class BlockStep(Step):
     def is_quantized(self, settings: Settings) -> bool:
         return self.part in [PARTS[name] for name in settings.modules]
 
+    def width(self, job: Job) -> int:
+        """Of what the block gives."""
+        family = job.source.family
+        return family.vision_hidden_size if self.part == "vision" else family.hidden_size
+
     def size(self, job: Job) -> BlockSize:
         """Sizes of the block."""
         return BlockSize.of(job.source.skeleton.get_submodule(self.path), job.source.family, self.part)
@@ -232,7 +255,7 @@ class BlockStep(Step):
         return {"float": outputs, "quantized": self._advanced(block, "quantized", quantized, job, work)}
 
     def _advanced(self, block: Block, name: StreamName, source: Stream, job: Job, work: WorkFolder) -> Stream:
-        target = source.like(work.stream_path(name), self.widths(job)[1])
+        target = source.like(work.stream_path(name), self.width(job))
         advance(block, source, target, job.settings.batch, job.settings.device)
         return target
 
@@ -254,8 +277,8 @@ class TowerBlock(BlockStep, _OfTower):
     part = "vision"
 
 
-class Projector(BlockStep):
-    part = "projector"
+class _OfProjectors(Step):
+    """Reads what is to be projected: a row per visual token. index: how many projectors have run."""
 
     def lengths(self, job: Job) -> list[int]:
         family = job.source.family
@@ -263,7 +286,28 @@ class Projector(BlockStep):
 
     def widths(self, job: Job) -> tuple[int, int]:
         family = job.source.family
-        return family.vision_hidden_size * family.merge**2, family.hidden_size
+        read, written = family.vision_hidden_size * family.merge**2, family.hidden_size
+        done, todo = written * self.index, read * (len(family.taps) - self.index)
+        return done + read + todo, done + written + todo
+
+
+class Projector(BlockStep, _OfProjectors):
+    part = "projector"
+
+
+class NextFeatures(_OfProjectors):
+    """What projector `index` gave goes behind what goes along; the next features come to the front, in the end those
+    that the first projector gave."""
+
+    def widths(self, job: Job) -> tuple[int, int]:
+        return super().widths(job)[1:] * 2
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        family = job.source.family
+        last = self.index == len(family.taps)
+        width = family.hidden_size if last else family.vision_hidden_size * family.merge**2
+        return _mapped(work, lambda item, rows: (rows[1][:, :width], torch.cat([rows[1][:, width:], rows[0]], -1)))
 
 
 class DecoderBlock(BlockStep, _OfDecoder):
@@ -271,6 +315,22 @@ class DecoderBlock(BlockStep, _OfDecoder):
 
     def lengths(self, job: Job) -> list[int]:
         return job.rows_after(candidate for candidate in job.candidates if candidate <= self.index)
+
+
+class AddPlane(_OfDecoder):
+    """The first plane that goes along is added to what layer `index` gave."""
+
+    def lengths(self, job: Job) -> list[int]:
+        return job.rows_after(candidate for candidate in job.candidates if candidate <= self.index)
+
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+        ticks.passed()
+        width = job.source.family.hidden_size
+        return _mapped(work, lambda item, rows: (rows[0] + rows[1][:, :width], rows[1][:, width:]))
+
+
+def _mapped(work: WorkFolder, change: Callable[[int, Rows], Rows]) -> Streams:
+    return {name: map_rows(stream, work.stream_path(name), change) for name, stream in work.streams.items()}
 
 
 def steps_of(job: Job) -> Iterator[Step]:
@@ -284,8 +344,13 @@ def _every_step(job: Job) -> Iterator[Step]:
     yield EmbedImages(family.vision_path)
     for index in range(family.vision_layers_used):
         yield TowerBlock(family.vision_layer(index), index)
+        if index in family.taps:
+            yield Tap(family.vision_layer(index), index)
     yield SelectFeatures(family.vision_path)
-    yield Projector(family.projector_path)
+    for index, path in enumerate(family.projector_paths):
+        yield Projector(path, index)
+        if family.taps:
+            yield NextFeatures(path, index)
     if "llm" not in job.settings.modules:
         return
     yield EmbedText(family.embed_path)
@@ -297,3 +362,5 @@ def _every_step(job: Job) -> Iterator[Step]:
         if index + 1 in job.candidates:
             yield ChooseTokens(family.decoder_layer(index), index + 1)
         yield DecoderBlock(family.decoder_layer(index), index)
+        if index < len(family.taps):
+            yield AddPlane(family.decoder_layer(index), index)

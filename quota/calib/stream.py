@@ -187,6 +187,9 @@ class Stream:
     The file has its space from the start and is read and written by calls, not mapped: a full or failing disk is an
     error, not the end of the process.
 
+    A row is what the next block reads, `width` numbers, and `rest` more that go along: what was tapped from the tower,
+    later the planes that are still to be added to the hidden states (`Family.taps`).
+
     path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8
     [total], columns int32 [total] (places in the unpruned prompt), drops bool [total]
     (rows the next gather leaves out): decoder stream, zeros elsewhere. images: per item
@@ -194,11 +197,11 @@ class Stream:
     streams of dynamic resolution, else empty).
     """
 
-    def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool) -> None:
-        self.path, self.width, self.dtype, self.lengths = path, width, dtype, [int(n) for n in lengths]
+    def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool, rest: int = 0) -> None:
+        self.path, self.width, self.rest, self.dtype, self.lengths = path, width, rest, dtype, [int(n) for n in lengths]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         total = int(self.offsets[-1])
-        self._row = width * np.dtype(dtype).itemsize
+        self._row = (width + rest) * np.dtype(dtype).itemsize
         with naming(path):
             self._file = path.open("w+b" if create else "r+b", buffering=0)
         if create:
@@ -217,18 +220,25 @@ class Stream:
         """Row range of one item."""
         return slice(int(self.offsets[item]), int(self.offsets[item + 1]))
 
-    def write(self, item: int, hidden: Tensor) -> None:
-        """Store one item's hidden states [length, width]."""
-        data = np.ascontiguousarray(hidden.detach().cpu().numpy(), dtype=self.dtype)
-        if data.shape != (self.lengths[item], self.width):
-            raise ValueError(f"item {item}: expected {(self.lengths[item], self.width)}, got {data.shape}")
+    def write(self, item: int, hidden: Tensor, rest: Tensor | None = None) -> None:
+        """Store one item's hidden states [length, width] and what goes along [length, rest]."""
+        rows = hidden.detach().cpu() if rest is None else torch.cat([hidden.detach().cpu(), rest], -1)
+        data = np.ascontiguousarray(rows.numpy(), dtype=self.dtype)
+        expected = (self.lengths[item], self.width + self.rest)
+        if data.shape != expected:
+            raise ValueError(f"item {item}: expected {expected}, got {data.shape}")
         write_at(self._file, self.path, data.reshape(-1).view(np.uint8).data, int(self.offsets[item]) * self._row)
 
     def read(self, item: int) -> Tensor:
         """One item's hidden states [length, width] float32."""
-        data = np.empty((self.lengths[item], self.width), self.dtype)
+        return self.read_rows(item)[0]
+
+    def read_rows(self, item: int) -> tuple[Tensor, Tensor]:
+        """One item's hidden states [length, width] and what goes along [length, rest], float32."""
+        data = np.empty((self.lengths[item], self.width + self.rest), self.dtype)
         read_at(self._file, self.path, data.reshape(-1).view(np.uint8).data, int(self.offsets[item]) * self._row)
-        return torch.from_numpy(data.astype(np.float32, copy=False))
+        rows = torch.from_numpy(data.astype(np.float32, copy=False))
+        return rows[:, : self.width], rows[:, self.width :]
 
     def flush(self) -> None:
         """Flush; the stream is on disk when this returns."""
@@ -255,9 +265,12 @@ class Stream:
         for start in range(0, len(self), size):
             yield list(range(start, min(start + size, len(self))))
 
-    def like(self, path: Path, width: int | None = None, lengths: Sequence[int] | None = None) -> Stream:
+    def like(
+        self, path: Path, width: int | None = None, lengths: Sequence[int] | None = None, rest: int | None = None
+    ) -> Stream:
         """A new stream file with this one's layout (positions and roles are copied when the lengths are the same)."""
-        out = Stream(path, width or self.width, self.lengths if lengths is None else lengths, self.dtype, create=True)
+        more, rows = self.rest if rest is None else rest, self.lengths if lengths is None else lengths
+        out = Stream(path, width or self.width, rows, self.dtype, create=True, rest=more)
         if lengths is None:
             out.positions, out.roles, out.columns = self.positions.copy(), self.roles.copy(), self.columns.copy()
             out.drops, out.images, out.grids = self.drops.copy(), list(self.images), list(self.grids)
@@ -269,6 +282,7 @@ class Stream:
         return StreamLayout(
             file=self.path.name,
             width=self.width,
+            rest=self.rest,
             dtype=self.dtype,  # type: ignore[arg-type]
             lengths=self.lengths,
             positions=positions,
@@ -282,7 +296,7 @@ class Stream:
     @classmethod
     def reopen(cls, folder: Path, layout: StreamLayout) -> Stream:
         """Open the file described by `layout`."""
-        out = cls(folder / layout.file, layout.width, layout.lengths, layout.dtype, create=False)
+        out = cls(folder / layout.file, layout.width, layout.lengths, layout.dtype, create=False, rest=layout.rest)
         out.positions = np.asarray(layout.positions, np.int32)
         out.roles = np.asarray(layout.roles, np.int8)
         out.columns = np.asarray(layout.columns, np.int32)
@@ -298,7 +312,7 @@ def advance(block: Block, source: Stream, target: Stream, batch: int, device: st
     for items in source.batches(batch):
         out = block(source.batch(items, device))
         for row, item in enumerate(items):
-            target.write(item, out[row, : source.lengths[item]])
+            target.write(item, out[row, : source.lengths[item]], source.read_rows(item)[1])
 
 
 @torch.no_grad()
@@ -315,37 +329,24 @@ def embed_images(
     return stream
 
 
-def select_features(source: FloatSource, stream: Stream, path: Path) -> Stream:
-    """What the projector reads of each image: a row per visual token, in raster order."""
-
-    def rows(item: int, hidden: Tensor) -> Tensor:
-        return source.family.projector_rows(hidden, stream.grids[item] if stream.grids else None)
-
-    sizes = [
-        tuple(rows(item, torch.empty(n, stream.width, device="meta")).shape) for item, n in enumerate(stream.lengths)
-    ]
-    out = stream.like(path, width=sizes[0][1] if sizes else None, lengths=[size[0] for size in sizes])
-    for item in range(len(stream)):
-        out.write(item, rows(item, stream.read(item)))
-    return out
-
-
 def embed_text(
     source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[PatchGrid] = ()
 ) -> Stream:
-    """The decoder's input stream: word embeddings with the projected images in their places.
+    """The decoder's input stream: word embeddings with the projected images in their places, and their planes (0 for
+    text).
 
     ids: one int64 tensor [length] per sample, images (and their patch grids, where resolution is dynamic) in order of
     appearance over all samples. CheckpointError when counts disagree.
     """
     family = source.family
     table = source.tensor(f"{family.embed_path}.weight")
-    out = images.like(path, width=family.hidden_size, lengths=[len(sample) for sample in ids])
+    rest = family.hidden_size * len(family.taps)
+    out = images.like(path, family.hidden_size, [len(sample) for sample in ids], rest)
     if family.axes > 1:
         out.positions = np.zeros((len(out.positions), family.axes), np.int32)
     first = 0
     for item, sample in enumerate(ids):
-        hidden = table[sample].float()
+        hidden, planes = table[sample].float(), torch.zeros(len(sample), out.rest)
         number = family.image_index(sample[None])[0]
         own = list(range(first, first + int(number.max()) + 1))
         counts = tuple(int((number == i).sum()) for i in range(len(own)))
@@ -356,8 +357,9 @@ def embed_text(
                 " fit the model"
             )
         if own:
-            hidden[number >= 0] = torch.cat([images.read(i) for i in own])
-        out.write(item, hidden)
+            shown = [images.read_rows(i) for i in own]
+            hidden[number >= 0], planes[number >= 0] = (torch.cat(parts) for parts in zip(*shown, strict=True))
+        out.write(item, hidden, planes)
         rows = out.rows(item)
         positions = family.positions(source.skeleton, sample, [grids[i] for i in own] if grids else []).T
         out.positions[rows] = (positions if family.axes > 1 else positions[:, 0]).numpy()

@@ -11,7 +11,12 @@ from quota.core.errors import CheckpointError
 from quota.models.base import Family, submodule
 
 # model_type -> module and class; a family's model library is imported when a model of it is met
-FAMILIES = {"llava": ("llava", "Llava"), "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL")}
+FAMILIES = {
+    "llava": ("llava", "Llava"),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
+}
 
 __all__ = [
     "FAMILIES",

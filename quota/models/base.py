@@ -76,7 +76,9 @@ class Family(ABC):
     in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's attention
     is. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes. vision_layers_used: tower
     layers that feed the projector; the others are not quantized and not computed. visual_tokens: of one image; None
-    where it follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint.
+    where it follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint. taps:
+    tower blocks whose outputs have projectors of their own; what these give, the planes, is added to the visual tokens
+    after the first decoder layers, one plane a layer.
     """
 
     name: ClassVar[str]
@@ -112,6 +114,7 @@ class Family(ABC):
     image_token_id: int
     visual_tokens: int | None
     merge: int = 1
+    taps: tuple[int, ...] = ()
     vision_hidden_size: int
     vision_heads: int
     vision_layers_used: int
@@ -144,10 +147,15 @@ class Family(ABC):
         """Path of vision encoder layer `index` (0-based)."""
         return f"{self.encoder_path}.{index}"
 
+    @property
+    def projector_paths(self) -> list[str]:
+        """The projector's, then those of the taps in order."""
+        return [self.projector_path]
+
     def blocks(self, part: Part) -> list[str]:
         """Paths of the blocks of a part that are quantized, in the order they run."""
         if part == "projector":
-            return [self.projector_path]
+            return self.projector_paths
         count, path = (
             (self.layers, self.decoder_layer) if part == "decoder" else (self.vision_layers_used, self.vision_layer)
         )
@@ -191,6 +199,10 @@ class Family(ABC):
     def finish_tower(self, tower: Any) -> None:
         """What else a quantized tower needs so that an image's features do not depend on the batch: patch embedding,
         unused layers, order of work."""
+
+    def finish_projector(self, projector: Any) -> None:
+        """As `finish_tower`, of each projector; here nothing."""
+        return
 
     @abstractmethod
     def rotary(self, device: Any) -> nn.Module:
@@ -243,8 +255,13 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
-        """[visual tokens, hidden] of each image in the model's dtype; an image's features do not depend on the
-        others."""
+        """[visual tokens, (1 + planes) * hidden] of each image in the model's dtype, what takes the place of its tokens
+        and its planes side by side; an image's features do not depend on the others."""
+
+    def take_planes(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Take what a forward of the text model was given to add after its first layers out of its arguments: planes
+        side by side, [B, T, planes * hidden], 0 where a token is not visual; None where there is nothing."""
+        return None
 
     @abstractmethod
     def image_index(self, ids: Tensor) -> Tensor:

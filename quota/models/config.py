@@ -103,6 +103,7 @@ _TEXT = {
 }
 _VISION = {
     "hidden_size": _WIDTH,
+    "embed_dim": _WIDTH,
     "intermediate_size": _WIDTH,
     "num_hidden_layers": _LAYERS,
     "depth": _LAYERS,
@@ -120,6 +121,8 @@ _VISION = {
     "layer_norm_eps": _NUMBER,
     "hidden_act": _ACTIVATION,
     "fullatt_block_indexes": _INDICES,
+    "deepstack_visual_indexes": _INDICES,
+    "num_position_embeddings": _count(2**20),
     "mlp_ratio": _Rule("a number from 1 to 64", lambda v: type(v) in (int, float) and 1 <= v <= 64),
     "use_swiglu_ffn": _FLAG,
     "qkv_bias": _FLAG,
@@ -210,9 +213,12 @@ def _check_sums(config: Any) -> None:
     if not getattr(text, "head_dim", None) and text.hidden_size % heads:
         raise CheckpointError(f"text_config.hidden_size: expected a multiple of {heads} heads, got {text.hidden_size}")
     across = getattr(vision, "num_attention_heads", None) or vision.num_heads
-    if vision.hidden_size % across:
+    width = (
+        "embed_dim" if getattr(vision, "embed_dim", None) else "hidden_size"
+    )  # Qwen2-VL's hidden_size is the merger's
+    if getattr(vision, width) % across:
         raise CheckpointError(
-            f"vision_config.hidden_size: expected a multiple of {across} heads, got {vision.hidden_size}"
+            f"vision_config.{width}: expected a multiple of {across} heads, got {getattr(vision, width)}"
         )
     size = getattr(vision, "image_size", None)
     if size is not None and size < vision.patch_size:

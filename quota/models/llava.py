@@ -1,7 +1,7 @@
-"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA decoder. An image always becomes the same number of visual
-tokens.
+"""LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA or Qwen2 decoder. An image always becomes the same number of
+visual tokens.
 
-The same with another tower is in a file of its own: `llava_dinov2`.
+The same with another tower is in a file of its own: `llava_dinov2`, `llava_siglip`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from quota.core.errors import CheckpointError, UsageError
 from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, submodule_weight
@@ -22,7 +23,7 @@ from quota.models.images import ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
-from quota.nn.mlp import PROLOGUES, activate
+from quota.nn.mlp import PROLOGUES, QuantFeedForward, activate
 
 
 class Llava(Family):
@@ -30,8 +31,10 @@ class Llava(Family):
 
     name, title, published = "llava", "LLaVA", "LLaVA-1.5-7B"
     model_class = "LlavaForConditionalGeneration"
-    description = "llava: CLIP vision tower + two-layer projector + LLaMA decoder"
+    description = "llava: CLIP vision tower + two-layer projector + LLaMA or Qwen2 decoder"
     tower: ClassVar[str] = "clip_vision_model"  # transformers' model_type of the vision configuration
+    class_tokens: ClassVar[int] = 1  # rows of the tower before the patches
+    decoders: ClassVar[Mapping[str, type[nn.Module]]] = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding}
     groups: ClassVar[Groups] = {
         "decoder": DECODER_GROUPS,
         "vision": (
@@ -69,18 +72,27 @@ class Llava(Family):
     @classmethod
     def kind_of(cls, config: Any) -> type[Family]:
         """The class for the tower; an unknown one is refused by the class for CLIP's."""
-        if config.vision_config.model_type != "dinov2":
-            return cls
-        from quota.models.llava_dinov2 import LlavaDinov2
+        kind = config.vision_config.model_type
+        if kind == "dinov2":
+            from quota.models.llava_dinov2 import LlavaDinov2
 
-        return LlavaDinov2
+            return LlavaDinov2
+        if kind == "siglip_vision_model":
+            from quota.models.llava_siglip import LlavaSiglip
+
+            return LlavaSiglip
+        return cls
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         text, vision = self.text, self.vision
-        if text.model_type != "llama" or vision.model_type != self.tower:
+        if text.model_type not in self.decoders or vision.model_type != self.tower:
             raise CheckpointError(
                 f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}"
+            )
+        if getattr(text, "use_sliding_window", False):
+            raise CheckpointError(
+                "use_sliding_window: expected false, got true; sliding-window attention is not supported"
             )
         feature = config.vision_feature_layer
         if not isinstance(feature, int):
@@ -100,7 +112,7 @@ class Llava(Family):
         self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
         self.drops_cls = config.vision_feature_select_strategy == "default"
         self.patches = (vision.image_size // vision.patch_size) ** 2
-        self.visual_tokens: int = self.patches + (0 if self.drops_cls else 1)
+        self.visual_tokens: int = self.tower_rows(None) - int(self.drops_cls)
         token = getattr(config, "image_token_id", None)
         self.image_token_id = int(config.image_token_index if token is None else token)
         dims = [
@@ -125,7 +137,7 @@ class Llava(Family):
             "self_attn": QuantClipAttention(
                 linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
             ),
-            "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
+            "mlp": QuantFeedForward(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
     def projector_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
@@ -140,7 +152,7 @@ class Llava(Family):
         return Rotary(self.text, device=device)
 
     def float_rotary(self) -> nn.Module:
-        return LlamaRotaryEmbedding(self.text)
+        return self.decoders[self.text.model_type](self.text)
 
     # images
 
@@ -163,7 +175,7 @@ class Llava(Family):
     # the tower block by block
 
     def tower_rows(self, grid: PatchGrid | None) -> int:
-        return self.patches + 1
+        return self.patches + self.class_tokens
 
     def tower_input(self, module: Callable[[str], Any], image: ImageInput) -> Tensor:
         size = self.vision.image_size
@@ -190,12 +202,12 @@ class Llava(Family):
 
     def vision_macs(self, visual_tokens: int) -> int:
         v, d = self.vision, self.hidden_size
-        n, h, m = self.patches + 1, v.hidden_size, self.vision_mlp_size
+        n, h, m = self.tower_rows(None), v.hidden_size, self.vision_mlp_size
         block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
         return (
             self.patches * v.num_channels * v.patch_size**2 * h
             + self.vision_layers_used * block
-            + self.patches * (h * d + d * d)
+            + self.visual_tokens * (h * d + d * d)
         )
 
     def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
@@ -240,23 +252,6 @@ class QuantClipAttention(nn.Module):
             rows.append(float_attention(q, k, v, hidden_states.dtype, mask))
         out = torch.cat(rows).transpose(1, 2).reshape(batch, tokens, hidden)
         return self.out_proj(out).to(hidden_states.dtype), None
-
-
-class QuantClipMLP(nn.Module):
-    """fc2(act(fc1(x)))."""
-
-    def __init__(self, fc1: SchemeLinear, fc2: SchemeLinear, act: str) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
-        self._prologue = PROLOGUES.get(act)
-
-    @without_grad
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states [..., hidden] -> same shape and dtype."""
-        x = self.fc1(as_float32(hidden_states))
-        if self._prologue is None:
-            x = activate(self.activation_fn, x)
-        return as_dtype_of(self.fc2(x, self._prologue), hidden_states)
 
 
 class QuantProjector(nn.Module):

@@ -15,9 +15,10 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from quota.core.errors import CheckpointError
 from quota.models.base import Group, Groups, Norms, Part
-from quota.models.llava import Llava, QuantClipAttention, QuantClipMLP
+from quota.models.llava import Llava, QuantClipAttention
 from quota.nn.embedding import PatchEmbedding
 from quota.nn.linear import SchemeLinear
+from quota.nn.mlp import QuantFeedForward
 
 # Names in files -> names of modules: transformers writes the projections as DINOv2's first checkpoints had them.
 _STORED = {
@@ -32,7 +33,7 @@ class LlavaDinov2(Llava):
     """See the module."""
 
     title, published = "LLaVA with DINOv2", "none"
-    description = "llava: DINOv2 vision tower + two-layer projector + LLaMA decoder"
+    description = "llava: DINOv2 vision tower + two-layer projector + LLaMA or Qwen2 decoder"
     tower = "dinov2"
     attention: ClassVar[Mapping[Part, str]] = {**Llava.attention, "vision": "attention"}
     groups: ClassVar[Groups] = {
@@ -69,7 +70,7 @@ class LlavaDinov2(Llava):
         qkv, out = linears["attention.qkv_proj"], linears["attention.out_proj"]
         return {
             "attention": QuantClipAttention(qkv, out, heads=self.vision_heads),
-            "mlp": QuantClipMLP(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
+            "mlp": QuantFeedForward(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),
         }
 
     def finish_tower(self, tower: Any) -> None:

@@ -88,6 +88,7 @@ def quantize_structure(
     if "projector" in chosen:
         for path in family.blocks("projector"):
             _replace_all(model, path, family.projector_modules(_linears(build, model, family, "projector", path)))
+            family.finish_projector(submodule(model, path))
     return model
 
 
@@ -120,7 +121,8 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
     biased = layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
     linears = _linears(build, model, family, "decoder", path)
     for name in family.norms["decoder"]:
-        setattr(layer, name, RmsNorm.replacing(getattr(layer, name)))
+        replace(layer, name, RmsNorm.replacing(submodule(layer, name)))
+    norms = tuple(getattr(layer.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name))
     transforms = [
         build.has(f"{path}.self_attn.{name}", build.scheme.transforms) for name in ("q_transform", "k_transform")
     ]
@@ -132,6 +134,7 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
         head_dim=family.head_dim,
         layer_idx=index,
         transforms=(transforms[0], transforms[1]),
+        norms=norms,
     )
     layer.mlp = QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=family.text.hidden_act)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from quota import ops
 from quota.core.formats import KV4
 from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
 from quota.nn.linear import Float32State, SchemeLinear, as_dtype_of, as_float32, without_grad
+from quota.nn.norm import RmsNorm
 from quota.nn.padding import start_of_mask
 
 
@@ -45,7 +47,7 @@ class QuantAttention(Float32State):
     `qkv_proj` holds the rows of q, k, v. `q_transform` and `k_transform` [D, D] (each may be absent) act on rows of D
     after the rotary
     embedding and are inverse-transposes of each other. `o_proj` has a [H, H] left factor; the right one is merged into
-    the v rows.
+    the v rows. `q_norm` and `k_norm` (both or none) normalise each head before the rotary embedding.
     """
 
     q_transform: Tensor | None
@@ -63,6 +65,7 @@ class QuantAttention(Float32State):
         head_dim: int,
         layer_idx: int,
         transforms: tuple[bool, bool] = (True, True),
+        norms: Sequence[RmsNorm] = (),
     ) -> None:
         super().__init__()
         self.scheme = qkv_proj.scheme
@@ -71,6 +74,9 @@ class QuantAttention(Float32State):
         self.heads, self.kv_heads, self.head_dim, self.layer_idx = heads, kv_heads, head_dim, layer_idx
         self.scaling = head_dim**-0.5
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
+        self.q_norm: RmsNorm | None
+        self.k_norm: RmsNorm | None
+        self.q_norm, self.k_norm = norms or (None, None)
         float32: Any = {"dtype": torch.float32, "device": next(qkv_proj.buffers()).device}
         for name, present in zip(("q_transform", "k_transform"), transforms, strict=True):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
@@ -128,4 +134,12 @@ class QuantAttention(Float32State):
     ) -> Tensor:
         """qkv [B, T, (H + 2 Hkv) D] float32; rotary cos, sin [B or 1, T, D] float32 -> q [B, H, T, ...] as
         `kv4_attention` takes it. Keys and values go into slots position .. position + T of the caches, in place."""
+        if self.q_norm is not None and self.k_norm is not None:
+            qkv = self._normalised(qkv, self.q_norm, self.k_norm)
         return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
+
+    def _normalised(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> Tensor:
+        """qkv as `append` takes it, the heads of q and k normalised."""
+        q, k, v = qkv.split([self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2], -1)
+        normed = [norm(part.reshape(-1, self.head_dim)).view(part.shape) for norm, part in ((q_norm, q), (k_norm, k))]
+        return torch.cat([*normed, v], -1)

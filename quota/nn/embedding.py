@@ -6,6 +6,7 @@ for another batch size; int4 rounding would turn such a bit into a visible diffe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,12 +40,16 @@ class MultimodalRotary(nn.Module):
     """Replaces a decoder's rotary embedding over several position axes (M-RoPE): same angles, cosine and sine rounded
     once from float64, so that a token's do not depend on its neighbours."""
 
-    def __init__(self, inner: Any, device: torch.device | str | None = None) -> None:
-        """inner: upstream's embedding, with the frequencies and `mrope_section`, the channel pairs of every axis."""
+    axis_of: Tensor
+
+    def __init__(self, inner: Any, axis_of: Sequence[int], device: torch.device | str | None = None) -> None:
+        """inner: upstream's embedding, with the frequencies. axis_of: the axis (time, row, column) that turns each of
+        its D / 2 pairs of channels."""
         super().__init__()
         self.inner = inner
+        self.register_buffer("axis_of", torch.tensor(list(axis_of)), persistent=False)
         if device is not None:
-            self.inner.to(device)
+            self.to(device)
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,10 +59,7 @@ class MultimodalRotary(nn.Module):
             return self.inner(x, position_ids)
         position_ids = position_ids.expand(3, *position_ids.shape[-2:])
         angles = position_ids[..., None].float() * self.inner.inv_freq.float()
-        # the channels are shared out between the three axes: first those of time, then of rows, then of columns
-        angles = torch.cat(
-            [part[axis % 3] for axis, part in enumerate(angles.split(self.inner.mrope_section, -1))], -1
-        ).double()
+        angles = angles.gather(0, self.axis_of.expand(1, *angles.shape[1:]))[0].double()
         scale = self.inner.attention_scaling
         cos, sin = (torch.cat([part, part], -1).mul(scale).float().to(x.dtype) for part in (angles.cos(), angles.sin()))
         return cos, sin

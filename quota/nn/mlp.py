@@ -1,4 +1,4 @@
-"""The quantized gated feed-forward block, and the activations that `quantize_act` computes on its way."""
+"""The quantized feed-forward blocks, gated and plain, and the activations that `quantize_act` computes on its way."""
 
 from __future__ import annotations
 
@@ -50,3 +50,20 @@ class QuantMLP(nn.Module):
             return self.down_proj(both, self._prologue)
         gate, up = both.chunk(2, -1)
         return self.down_proj(activate(self.act_fn, gate) * up)
+
+
+class QuantFeedForward(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, fc1: SchemeLinear, fc2: SchemeLinear, act: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.activation_fn = fc1, fc2, ACT2FN[act]
+        self._prologue = PROLOGUES.get(act)
+
+    @without_grad
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., hidden] -> same shape and dtype."""
+        x = self.fc1(as_float32(hidden_states))
+        if self._prologue is None:
+            x = activate(self.activation_fn, x)
+        return as_dtype_of(self.fc2(x, self._prologue), hidden_states)

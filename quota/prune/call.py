@@ -78,6 +78,7 @@ class Prefill:
     images: ImageTokens
     outcome: Outcome
     pruned: bool = False
+    planes: Tensor | None = None  # of the tokens alive, [B, n, planes * d]: what is still to be added, one a layer
     trace: AttentionTrace | None = None
 
 

@@ -35,7 +35,7 @@ from quota.prune.call import (
     prompt_columns,
 )
 from quota.prune.select import choose, needs_attention, needs_images
-from quota.prune.stages import advance, align, float_mask, own_trace, rows_of
+from quota.prune.stages import advance, align, float_mask, own_trace, raised, rows_of
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
@@ -101,6 +101,8 @@ class Hooks:
         given = ids if embeds is None else embeds
         if given is None:
             return None  # upstream says what is missing
+        kwargs = dict(kwargs)
+        planes = self.family.take_planes(kwargs)
         call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.family.image_index(ids))
         call.text = module
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
@@ -120,6 +122,7 @@ class Hooks:
             )
         else:
             call.prefill = self._prefill(call, mask, cache)
+            call.prefill.planes = planes
             call.mark = Mark(
                 self.recipe, ahead_of(kwargs.get("position_ids"), mask, tokens) if self.family.axes > 1 else None
             )
@@ -236,6 +239,8 @@ class Hooks:
             return self._decode(call, number, layer, args, kwargs)
         prefill = call.prefill
         hidden = args[0] if args else kwargs["hidden_states"]
+        if number:
+            hidden = raised(prefill, hidden)
         if number == 0 and prefill.keep and kwargs.get("past_key_values") is not None:
             rows_of(kwargs["past_key_values"], 0, layer).guard()
         if number in prefill.keep:

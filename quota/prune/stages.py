@@ -37,7 +37,18 @@ def advance(prefill: Prefill, keep: Tensor, hidden: Tensor) -> Tensor:
         index, valid, group, text, stage.dropped + stage.valid.sum(-1) - counts, start if bool(start.any()) else None
     )
     prefill.pruned = True
+    if prefill.planes is not None:
+        prefill.planes = ops.token_gather(prefill.planes, order)
     return ops.token_gather(hidden, order)
+
+
+def raised(prefill: Prefill, hidden: Tensor) -> Tensor:
+    """hidden [B, n, d] with the next plane, where there is one left."""
+    planes, width = prefill.planes, hidden.shape[-1]
+    if planes is None:
+        return hidden
+    prefill.planes = planes[..., width:].contiguous() if planes.shape[-1] > width else None
+    return hidden + planes[..., :width].to(hidden)
 
 
 def own_trace(recipe: Recipe, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> AttentionTrace:

@@ -23,6 +23,7 @@ from quota.calib.steps import Ticks
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
 from quota.core.recipe import Recipe
+from quota.models import find_family
 from quota.prune.pruner import Pruner
 from quota.runtime import load
 from quota.scenes.model import build_processor
@@ -34,19 +35,22 @@ QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
 
 def float_folder(path: Path, tiny: Any = tiny_llava, **sizes: int) -> Path:
     """Save a tiny LLaVA (56 px, 16 visual tokens) with the scenes' processor; the processor's image token is the
-    model's."""
+    model's, its count of rows the tower's."""
     model = tiny(**sizes)
     processor = build_processor(56)
+    processor.num_additional_image_tokens = find_family(model).class_tokens
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
     model.config.image_token_index = model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
 
 
-def qwen_folder(path: Path, **sizes: Any) -> Path:
-    """Save a tiny Qwen2.5-VL (patches of 4 px) with the scenes' processor; the processor's special tokens are the
-    model's."""
-    model, processor = tiny_qwen(**sizes), qwen_processor(4)
+def qwen_folder(path: Path, tiny: Any = tiny_qwen, **sizes: Any) -> Path:
+    """Save a tiny Qwen-VL (patches of 4 px) with the scenes' processor as one of its own class; the processor's special
+    tokens are the model's."""
+    model, parts = tiny(**sizes), qwen_processor(4)
+    processor = find_family(model).processor_class(image_processor=parts.image_processor, tokenizer=parts.tokenizer)
     for name, word in (
         ("image", "image_pad"),
         ("video", "video_pad"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from quota.calib import run
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
+from quota.calib.rows import select_features
 from quota.calib.samples import encode
 from quota.calib.state import StreamLayout
 from quota.calib.stream import FloatSource
@@ -124,7 +125,7 @@ def test_streamed_blocks_reproduce_the_model(family, source, tmp_path):
         following = current.like(tmp_path / f"v{index}")
         streaming.advance(source.block("vision", path), current, following, 2, "cpu")
         current = following
-    features = streaming.select_features(source, current, tmp_path / "features")
+    features = select_features(source, current, tmp_path / "features")
     projected = features.like(tmp_path / "projected", width=arch.hidden_size)
     streaming.advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
     known = [grid for grid in grids if grid is not None]

@@ -9,7 +9,7 @@ import torch
 from quota.calib import run
 from quota.calib.stream import FloatSource
 from quota.models import find_family
-from quota.models.qwen2_5_vl import geometry_of
+from quota.models.qwen_tower import geometry_of
 from quota.nn.key_bias import QuantBiasedAttention
 from quota.planning.profile import profile
 from quota.runtime import load

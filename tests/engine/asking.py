@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.models import find_family
 from quota.models.images import ImageInput
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for
-from tests.tiny import IMAGE_TOKEN, QWEN_IDS, TINY
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TINY
 
 
 class Watched(Engine):
@@ -81,8 +82,8 @@ def engine(
 ) -> Watched:
     """A pool of `pages` units."""
     places = config.get("page_tokens", 4)
-    text = model.config.get_text_config()
-    size = block_bytes(places, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    family = find_family(model)
+    size = block_bytes(places, family.kv_heads, family.head_dim)
     options = EngineConfig(
         kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"}
     )
@@ -128,7 +129,7 @@ def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     more = (
         {}
         if model.config.model_type == "llava"
-        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == IMAGE_TOKEN).int()}
+        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
     )
     if not prompt.images:
         return more
@@ -169,7 +170,7 @@ def same(a: dict[str, list[Any]], b: dict[str, list[Any]]) -> bool:
 @cache
 def quantized(family: str) -> Any:
     """A tiny quantized model of a family; key biases as large as trained ones where the family has them."""
-    return quantize_rtn(TINY[family][0](**({} if family == "llava" else {"key_bias": 800})))
+    return quantize_rtn(TINY[family][0](**({"key_bias": 800} if family in KEY_BIASED else {})))
 
 
 @cache

@@ -12,10 +12,11 @@ from torch import nn
 
 from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
-from quota.core.formats import MODULES
+from quota.core.formats import MODULES, SCHEMES
 from quota.models import FAMILIES, family_class, find_family, submodule
 from quota.models.base import PARTS
-from quota.models.quantize import float_linears, quantize_structure, quantized_linears
+from quota.models.quantize import float_linears, linear_paths, quantize_structure, quantized_linears
+from quota.models.rtn import quantize_rtn
 from tests.tiny import TINY
 
 PACKAGE = Path(__file__).parents[2] / "quota"
@@ -77,6 +78,17 @@ def test_quantized_linears_have_the_names_of_the_groups(name):
     assert set(quantized_linears(model)) == {f"{path}.{group.name}" for path, group in family.group_paths(MODULES)}
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@torch.no_grad()
+def test_every_scheme_rounds_it(name, scheme):
+    model, inputs = TINY[name][0](), TINY[name][1](tiny(name))
+    wanted = model(**inputs).logits
+    quantize_rtn(model, scheme=scheme)
+    got = model(**inputs).logits
+    assert set(quantized_linears(model)) == set(linear_paths(find_family(model), MODULES, scheme))
+    assert got.isfinite().all() and not torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_calibrated_block_exports_the_tensors_that_a_loaded_one_has(name, module, folder):
     part, source = PARTS[module], FloatSource(folder)
@@ -101,14 +113,18 @@ def test_the_tower_block_by_block_is_the_tower(name, folder):
             hidden = family.tower_input(source.module, image)
             assert hidden.shape == (family.tower_rows(image.grid), family.vision_hidden_size)
             valid, grids = torch.ones(1, len(hidden), dtype=torch.bool), None if image.grid is None else [image.grid]
-            for path in family.blocks("vision"):
+            tapped = []
+            for index, path in enumerate(family.blocks("vision")):
                 hidden = source.block("vision", path)(
                     Batch(hidden[None] if hidden.ndim == 2 else hidden, valid, grids=grids)
                 )
-            rows = family.projector_rows(hidden[0], image.grid)
-            projected = source.block("projector", family.projector_path)(Batch(rows[None], valid))[0]
-            assert projected.shape == features.shape == (family.image_tokens(image), family.hidden_size)
-            torch.testing.assert_close(projected, features, rtol=1e-4, atol=1e-4)
+                tapped += [hidden] if index in family.taps else []
+            parts = []
+            for path, whole in zip(family.blocks("projector"), [hidden, *tapped], strict=True):
+                rows = family.projector_rows(whole[0], image.grid)
+                parts.append(source.block("projector", path)(Batch(rows[None], valid))[0])
+            assert all(part.shape == (family.image_tokens(image), family.hidden_size) for part in parts)
+            torch.testing.assert_close(torch.cat(parts, -1), features, rtol=1e-4, atol=1e-4)
 
 
 def test_visual_tokens_belong_to_their_images(name):

@@ -13,11 +13,18 @@ from quota.models import find_family, model_fingerprint
 from quota.models.quantize import quantize_structure, quantized_linears, quantized_modules
 from quota.models.rtn import quantize_rtn
 from tests.prune.recipes import final_states, greedy, single
-from tests.tiny import ROWS, TINY, tiny_dinov2, tiny_llava, tiny_qwen
+from tests.tiny import KEY_BIASED, ROWS, TINY, tiny_dinov2, tiny_llava, tiny_qwen
 
 ALL = ("vision", "projector", "llm")
 # four groups per decoder layer; per used vision layer two or three times two; the projector's two
-LINEARS = {"llava": 4 * 4 + 2 * 4 + 2, "llava_dinov2": 4 * 4 + 2 * 4 + 2, "qwen2_5_vl": 4 * 4 + 4 * 3 + 2}
+LINEARS = {
+    "llava": 4 * 4 + 2 * 4 + 2,
+    "llava_dinov2": 4 * 4 + 2 * 4 + 2,
+    "llava_siglip": 4 * 4 + 2 * 4 + 2,
+    "qwen2_vl": 4 * 4 + 4 * 2 + 2,
+    "qwen2_5_vl": 4 * 4 + 4 * 3 + 2,
+    "qwen3_vl": 4 * 4 + 4 * 3 + 3 * 2,
+}
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -27,7 +34,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def model(name):
-    return quantize_rtn(tiny_qwen(key_bias=800) if name == "qwen2_5_vl" else TINY[name][0]())
+    return quantize_rtn(TINY[name][0](**({"key_bias": 800} if name in KEY_BIASED else {})))
 
 
 def inputs_of(model, **rows):
@@ -73,7 +80,7 @@ def test_prefill_then_decode_equals_one_prefill(name, model):
     inputs = inputs_of(model)
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     positions = mask.cumsum(-1).sub(1).clamp(min=0)
-    if name == "qwen2_5_vl":
+    if find_family(model).axes > 1:
         positions = model.model.get_rope_index(
             ids, attention_mask=mask, **{k: inputs[k] for k in ("mm_token_type_ids", "image_grid_thw")}
         )[0]

@@ -9,7 +9,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from quota.core.errors import CheckpointError
 from quota.models import find_family, model_fingerprint, submodule, vision_macs
-from quota.models.qwen2_5_vl import geometry_of, tower_rotary
+from quota.models.qwen_tower import geometry_of, tower_rotary
 from tests.tiny import IMAGE_TOKEN, tiny_qwen
 
 

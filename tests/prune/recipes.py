@@ -14,7 +14,7 @@ from quota.core.recipe import Recipe
 from quota.models import find_family, model_fingerprint
 from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.tiny import QWEN_IDS, tiny_llava, tiny_qwen
+from tests.tiny import KEY_BIASED, QWEN_IDS, TINY
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 KINDS = ("float", "quantized", "vision")
@@ -25,7 +25,7 @@ def tiny_model(family: str, kind: str) -> Any:
     """A tiny model of a family, float, quantized whole or in the vision parts; it is shared, so leave it as it was."""
     modules = ("vision", "projector") if kind == "vision" else ("vision", "projector", "llm")
     key_bias = {"float": 20, "quantized": 800, "vision": 0}[kind]
-    model = tiny_llava() if family == "llava" else tiny_qwen(key_bias=key_bias)
+    model = TINY[family][0](**({"key_bias": key_bias} if family in KEY_BIASED else {}))
     return model if kind == "float" else quantize_rtn(model, modules)
 
 

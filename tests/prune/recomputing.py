@@ -10,11 +10,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Merged embeddings [B, S, hidden], caught on their way into the text model."""
+    """Merged embeddings [B, S, (1 + planes) * hidden], caught on their way into the text model: behind the embeddings
+    what is added to them after the first layers, one plane a layer."""
     seen: list[Tensor] = []
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        embeds = kwargs["inputs_embeds"]
+        planes = [embeds.new_zeros(embeds.shape) for _ in kwargs.get("deepstack_visual_embeds") or ()]
+        for plane, given in zip(planes, kwargs.get("deepstack_visual_embeds") or (), strict=True):
+            plane[kwargs["visual_pos_masks"]] = given
+        seen.append(torch.cat([embeds, *planes], -1))
+
+    handle = model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
     model(**inputs)
     handle.remove()
     return seen[0]
@@ -22,7 +29,7 @@ def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def prompt_of(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merged embeddings [S, hidden] and rotary positions [A, S] of one row without padding."""
+    """Merged embeddings [S, (1 + planes) * hidden] and rotary positions [A, S] of one row without padding."""
     embeds = embeddings(model, inputs)[0]
     if not hasattr(model.model, "get_rope_index"):
         return embeds, torch.arange(len(embeds))[None]
@@ -32,20 +39,23 @@ def prompt_of(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def recompute(model: Any, embeds: Tensor, positions: Tensor, kept: dict[int, Tensor], compact: bool = False) -> Tensor:
-    """Next-token logits [vocabulary]: embeds [S, hidden] of prompt and fed tokens, positions [A, prompt]; kept: layer
-    -> alive prompt columns, bool [prompt]."""
+    """Next-token logits [vocabulary]: embeds [S, (1 + planes) * hidden] of prompt and fed tokens, positions [A,
+    prompt]; kept: layer -> alive prompt columns, bool [prompt]."""
     text = model.model.language_model
     axes, fed = len(positions), len(embeds) - positions.shape[1]
     # the unpruned counter goes on
     positions = torch.cat([positions, (positions.max() + 1 + torch.arange(fed)).expand(axes, -1)], -1)
-    hidden, columns, places = embeds[None], torch.arange(len(embeds)), positions
+    columns, places = torch.arange(len(embeds)), positions
+    hidden, *planes = embeds[None].split(text.config.hidden_size, -1)
     for number, layer in enumerate(text.layers):
         if number in kept:
             alive = torch.cat([kept[number], torch.ones(fed, dtype=torch.bool)])[columns]
-            hidden, columns = hidden[:, alive], columns[alive]
+            hidden, columns, planes = hidden[:, alive], columns[alive], [plane[:, alive] for plane in planes]
             places = torch.arange(len(columns)).expand(axes, -1) if compact else positions[:, columns]
         n = hidden.shape[1]
         mask = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n).tril().bool(), torch.finfo(torch.float32).min)
         rotary = text.rotary_emb(hidden, position_ids=places[:, None] if axes > 1 else places)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        if planes:
+            hidden = hidden + planes.pop(0)
     return model.lm_head(text.norm(hidden))[0, -1]

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from quota.models.qwen2_5_vl import geometry_of, tower_rotary
+from quota.models.qwen_tower import geometry_of, tower_rotary
 from quota.scenes import generate as g
 from quota.scenes import kinds as k
 from quota.scenes.pages import WORD_CLASSES

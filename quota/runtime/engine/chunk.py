@@ -27,7 +27,8 @@ class Chunk:
     compact: segments whose rotary positions count the tokens alive. cached: per segment int64 [A, base], positions of
     the slots before the first token, where the family asks for them.
 
-    On the way through the layers: x [rows, d], at first the input of layer `enter`. rows int64 [rows]: which of the
+    On the way through the layers: x [rows, d], at first the input of layer `enter`; behind d the planes that are still
+    to be added. rows int64 [rows]: which of the
     tokens are alive. attended: of the last layer passed, where a choice is due next. kept: layer -> tokens alive from
     there on, where some were dropped.
     """

@@ -57,7 +57,7 @@ class EngineModel:
             family.kv_heads,
             family.head_dim,
         )
-        self.axes = family.axes
+        self.axes, self.width = family.axes, family.hidden_size
         self.vocabulary, self.image_token = int(self.text.embed_tokens.weight.shape[0]), family.image_token_id
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
         self.scaling = float(self._layers[0].self_attn.scaling)
@@ -65,9 +65,14 @@ class EngineModel:
         self._cos, self._sin = self._turns()
         if (
             self.axes > 1
-        ):  # channels by axis, of a table [D, max_tokens] whose halves are cosines and sines of the same angles
-            self._spans = family.rotary_axes(self.text.rotary_emb)
-            self._table = key_angles(self._cos[None], self._sin[None])[0].contiguous()
+        ):  # channels that turn with each axis, of a table [D, max_tokens]: halves are cosines and sines of one angle
+            table = key_angles(self._cos[None], self._sin[None])[0]
+            spans = family.rotary_axes(self.text.rotary_emb)
+            self._tables = []
+            for axis in range(self.axes):
+                own = [channel for begin, end, turned in spans if turned == axis for channel in range(begin, end)]
+                channels = torch.tensor(own, device=self.device)
+                self._tables.append((channels, table[channels]))
 
     def _turns(self) -> tuple[Tensor, Tensor]:
         """cos, sin float32 [max_tokens, D] of positions that are one number, as the model's own embedding rounds
@@ -107,12 +112,23 @@ class EngineModel:
         return image_sizes(self.image_index(torch.as_tensor(ids)[None]))[0]
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:
-        """[image_tokens, d] of each image; an image's features do not depend on the others."""
+        """[image_tokens, (1 + planes) * d] of each image; an image's features do not depend on the others."""
         return self.family.encode(self.model, images)
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [M] -> [M, d]."""
         return self.text.embed_tokens(ids.to(self.device))
+
+    def with_planes(self, x: Tensor) -> Tensor:
+        """x [M, d] of text -> [M, (1 + planes) * d], a row as it goes into the first layer of a prefill."""
+        return torch.nn.functional.pad(x, (0, len(self.family.taps) * self.width)) if self.family.taps else x
+
+    def raised(self, x: Tensor, planes: Tensor) -> Tensor:
+        """x [M, d] out of a layer and planes [M, n * d] still to be added -> with the first of them, before the rest;
+        x where there are none."""
+        if not planes.shape[-1]:
+            return x
+        return torch.cat([x + planes[:, : self.width], planes[:, self.width :]], -1)
 
     def positions(self, ids: Tensor, images: Sequence[ImageInput]) -> np.ndarray:
         """ids int64 [S] of a prompt and its images -> int64 [A, S]. Positions after the prompt count on from
@@ -136,13 +152,9 @@ class EngineModel:
             flat = positions.reshape(-1)
             return key_angles(*(t[flat].view(batch, slots, -1) for t in (self._cos, self._sin)))
         out = torch.empty(batch, self.head_dim, slots, device=self.device)
-        for begin, end, axis in self._spans:
-            out[:, begin:end] = (
-                self._table[begin:end]
-                .index_select(1, positions[axis].reshape(-1))
-                .view(end - begin, batch, slots)
-                .transpose(0, 1)
-            )
+        for axis, (channels, table) in enumerate(self._tables):
+            turned = table.index_select(1, positions[axis].reshape(-1)).view(len(channels), batch, slots)
+            out[:, channels] = turned.transpose(0, 1)
         return out
 
     def project(self, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Kv, Kv]:

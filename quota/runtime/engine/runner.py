@@ -128,17 +128,16 @@ class Runner:
             return
         n = int((chunk.rows < choice.selecting).sum())
         trace = chunk.attended.trace(n, self.model.scaling) if chunk.attended is not None else None
-        module = self.model.decoder_layer(layer)
-        chunk.drop(
-            layer,
-            choice.kept_rows(layer, module, chunk.hidden, chunk.rows, trace, lambda: self._own_record(chunk, layer, n)),
-        )
+        module, x = self.model.decoder_layer(layer), chunk.hidden[:, : self.model.width]
+        kept = choice.kept_rows(layer, module, x, chunk.rows, trace, lambda: self._own_record(chunk, layer, n))
+        chunk.drop(layer, kept)
 
     def _own_record(self, chunk: Chunk, layer: int, rows: int) -> AttentionTrace:
         """What the attention of `layer` makes of the first rows before any is dropped there; nothing is stored."""
         segment = self._segment_of[layer]
         positions = chunk.positions(segment - 1)[:, :rows]
-        q, keys, values = self.model.project(layer, chunk.hidden[:rows], self.model.rotary(_on(positions, self.model)))
+        x = chunk.hidden[:rows, : self.model.width]
+        q, keys, values = self.model.project(layer, x, self.model.rotary(_on(positions, self.model)))
         base = chunk.base[segment]
         cached = (keys, values)
         if base:
@@ -161,7 +160,7 @@ class Runner:
             if ids
             else iter(())
         )
-        return [next(embedded) if chunk.x is None else chunk.x for chunk in chunks]
+        return [self.model.with_planes(next(embedded)) if chunk.x is None else chunk.x for chunk in chunks]
 
     def _logits(self, chunks: Sequence[Chunk]) -> list[Row | None]:
         done = [chunk.leave == self.segments.layers for chunk in chunks]
@@ -174,7 +173,8 @@ class Runner:
 
     def _layer(self, layer: int, segment: int, batch: _Batch, slots: _Slots, rotary: tuple[Tensor, Tensor]) -> None:
         local = layer - self.segments.bounds[segment]
-        q, keys, values = self.model.project(layer, batch.x, rotary)
+        x, planes = batch.x[:, : self.model.width], batch.x[:, self.model.width :]
+        q, keys, values = self.model.project(layer, x, rotary)
         self.storage.write(keys, values, slots.slot[local])
         outs = []
         for number, (chunk, begin, end) in enumerate(batch.spans()):
@@ -188,7 +188,8 @@ class Runner:
             if chunk.recorded_at(layer):
                 near = None if angles is None else angles[..., chunk.base[segment] :]
                 chunk.attended = Attended(own, _cut(keys, begin, end), lse, near)
-        batch.x = self.model.finish(layer, batch.x, torch.cat(outs) if len(outs) > 1 else outs[0])
+        x = self.model.finish(layer, x, torch.cat(outs) if len(outs) > 1 else outs[0])
+        batch.x = self.model.raised(x, planes)
 
 
 def _joined(first: Kv, second: Kv) -> Kv:

@@ -252,7 +252,7 @@ class Sequence:
         inside = self.visual[begin : min(end, self.prompt_tokens)]
         if not inside.any():
             return None
-        x = model.embed(torch.tensor(self.tokens[begin:end]))
+        x = model.with_planes(model.embed(torch.tensor(self.tokens[begin:end])))
         seen = int(self.visual[:begin].sum())
         features: Any = torch.cat([part for part in self.features if part is not None])
         x[: len(inside)][torch.from_numpy(inside).to(x.device)] = features[seen : seen + int(inside.sum())]

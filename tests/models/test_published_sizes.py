@@ -1,0 +1,104 @@
+"""Configurations of published sizes on the meta device: memory, costs and groups of models too large for a test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from quota.core.formats import DEFAULT, MODULES
+from quota.models import find_family
+from quota.models.quantize import linear_paths, quantize_structure, quantized_linears, weight_bytes
+
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 152_000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+LLAVA = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": 151_646}
+QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+QWEN2_VL_TEXT = {
+    "vocab_size": 151_936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+QWEN3_VL_VISION = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "out_hidden_size": 2560,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+QWEN3_VL_TEXT = {
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+}
+# configuration, visual tokens of an image
+PUBLISHED = {
+    "llava interleave 0.5B": (
+        lambda: transformers.LlavaConfig(vision_config=SIGLIP, text_config=QWEN2, **LLAVA),
+        729,
+    ),
+    "Qwen2-VL-2B": (
+        lambda: transformers.Qwen2VLConfig(
+            vision_config=QWEN2_VL_VISION, text_config=QWEN2_VL_TEXT, tie_word_embeddings=True
+        ),
+        1024,
+    ),
+    "Qwen3-VL-4B": (
+        lambda: transformers.Qwen3VLConfig(
+            vision_config=QWEN3_VL_VISION, text_config=QWEN3_VL_TEXT, tie_word_embeddings=True
+        ),
+        1024,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size(name):
+    """Costs are those counted over the modules; every linear of every block is packed, and the bytes go down by it."""
+    make, tokens = PUBLISHED[name]
+    config = make()
+    family = find_family(config)
+    with torch.device("meta"):
+        model = getattr(transformers, family.model_class)._from_config(config, dtype=torch.float16)
+    blocks = {part: [model.get_submodule(path) for path in family.blocks(part)] for part in family.groups}
+    rows = {"vision": family.tower_rows(family.pixel_shape(tokens)[1]), "projector": tokens}
+    linears = {
+        part: sum(one.weight.numel() for block in found for one in block.modules() if isinstance(one, torch.nn.Linear))
+        for part, found in blocks.items()
+    }
+    patches = rows["vision"] * (3 * 14**2 if family.visual_tokens else family.patch) * family.vision_hidden_size
+    attention = 2 * rows["vision"] ** 2 * family.vision_hidden_size * family.vision_layers_used
+    counted = patches + attention + sum(linears[part] * rows[part] for part in rows)
+    assert family.vision_macs(tokens) == counted
+    before, paths = weight_bytes(model), linear_paths(family, MODULES, DEFAULT)
+    quantize_structure(model, MODULES)
+    assert set(quantized_linears(model)) == set(paths)
+    saved = 2 * sum(linears.values()) - sum(linears.values()) // 2
+    assert before - saved < weight_bytes(model) < before - 0.9 * saved
