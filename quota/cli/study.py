@@ -96,7 +96,7 @@ def study(
         check_checkpoint(model, "--model")
     check_output_folder(out)
 
-    from quota.eval.asking import Placement
+    from quota.runtime.load import Placement
     from quota.study.bench import StudySettings
     from quota.study.run import run_study
 

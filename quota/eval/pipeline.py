@@ -26,7 +26,6 @@ from quota.core.folders import resolve_folder
 from quota.core.formats import KV4, MODULES
 from quota.core.methods import METHODS
 from quota.core.recipe import Recipe
-from quota.eval.asking import ON_CPU, Placement, load_model
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.cache import StageCache, code_fingerprint
 from quota.eval.compare import answer_rows, bars, cache_dtype, folder_fingerprint
@@ -34,6 +33,7 @@ from quota.eval.generation import Cost, measure_cost
 from quota.eval.questions import Question, questions_fingerprint
 from quota.models.quantize import weight_bytes as tensor_bytes
 from quota.planning.request import RecipeRequest, measure_search, profile_models, recipe_context
+from quota.runtime.load import ON_CPU, Placement, load_model
 
 FLOAT, QUANTIZED, WEIGHT_ONLY = formats.FLOAT.name, formats.DEFAULT.name, formats.WEIGHT_ONLY.name
 ROUNDED = "the float checkpoint, rounded to nearest in memory"
