@@ -77,8 +77,8 @@ def study(
 
     Writes NAME.md, NAME.json and NAME.png to --out. Checkpoints, searches and answers are kept in OUT/cache by the
     content they were made from: an interrupted study goes on where it stopped, and studies share them (with
-    `quota demo` in the same --out too). --device and
-    --dtype are of the answers; calibration and recipes run on the CPU.
+    `quota demo` in the same --out too). Calibration, recipes and answers run on --device in --dtype; what another
+    device or dtype has made is made again.
 
     **Examples**
 

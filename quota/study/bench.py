@@ -26,8 +26,8 @@ from quota.study.tasks import load_questions
 class StudySettings:
     """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the
     default. tasks: "scenes" (held-out generated questions) or a samples file with answers. methods: the published ones
-    that `pipelines` and `compute` have rows for. place: where rows are answered; what they are made of (checkpoints,
-    profiles, recipes) comes from the CPU in float32 everywhere."""
+    that `pipelines` and `compute` have rows for. place: where rows are answered, and where what they are
+    made of (checkpoints, profiles, recipes) is computed."""
 
     out: Path = Path("study-out")
     family: str | None = None

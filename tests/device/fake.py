@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from quota.core import devices
@@ -103,33 +102,37 @@ class OnDevice(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    given, _ = tree_flatten((args, kwargs))
-    tensors = [t for t in given if isinstance(t, Tensor)]
+    given = [x for each in (*args, *kwargs.values()) for x in (each if isinstance(each, tuple | list) else (each,))]
+    tensors = [x for x in given if isinstance(x, Tensor)]
     there = any(isinstance(t, OnDevice) for t in tensors)
     if there and func not in _CROSSING:
         lost = [t for t in tensors if not isinstance(t, OnDevice) and t.ndim and t.device.type == "cpu"]
         if lost:
-            raise RuntimeError(
-                f"{func}: expected all tensors on {NAME}, got {[list(t.shape) for t in lost]} of the CPU"
-            )
+            shapes = [list(t.shape) for t in lost]
+            raise RuntimeError(f"{func}: expected all tensors on {NAME}, got {shapes} of the CPU")
     asked = kwargs.get("device")
-    to_here = there if asked is None else torch.device(asked).type == NAME
-    if asked is not None and torch.device(asked).type in (NAME, "cpu"):
+    kind = None if asked is None else torch.device(asked).type
+    assert not kwargs.get("pin_memory"), f"{NAME} reads no pinned memory"
+    if kind == NAME:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    pinned = kwargs.pop("pin_memory", None)
-    assert not pinned
-    out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-    if func._schema.is_mutable and not isinstance(out, tuple | list):
-        return next(t for t in tensors if _held(t) is out) if isinstance(out, Tensor) else out
-    if func is _aten._to_copy.default and there and to_here is False:
+    out = func(*(_map(_held, x) for x in args), **{name: _map(_held, x) for name, x in kwargs.items()})
+    if func._schema.is_mutable:
+        return next((t for t in tensors if _held(t) is out), out)
+    if func is _aten._to_copy.default and there and kind == "cpu":
         return out.clone() if any(out is _held(t) for t in tensors) else out
-    return (
-        tree_map(lambda t: OnDevice(t) if isinstance(t, Tensor) and type(t) is Tensor else t, out) if to_here else out
-    )
+    return _map(_wrapped, out) if kind == NAME or (there and kind is None) else out
 
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
+
+
+def _wrapped(x: Any) -> Any:
+    return OnDevice(x) if type(x) is Tensor else x
+
+
+def _map(change: Any, x: Any) -> Any:
+    return type(x)(map(change, x)) if type(x) in (tuple, list) else change(x)
 
 
 class _Factories(TorchDispatchMode):
@@ -181,6 +184,8 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Memory]:
     try:
         with monkeypatch.context() as patch, _Factories():
             patch.setattr(devices, "KINDS", (*devices.KINDS, NAME))
+            # views of wrapped tensors cannot be made in torch's inference mode
+            patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
             FAKE.peak = FAKE.live
             yield FAKE
     finally:

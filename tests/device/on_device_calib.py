@@ -62,34 +62,22 @@ def weights(folder):
 )
 def test_the_cpu_s_bytes(models, tmp_path, monkeypatch, family, settings):
     """The fake device has the CPU's arithmetic, so every byte is the CPU's; a tensor left on the wrong side raises."""
-    made = {}
-    for device in ("cpu", NAME):
-        with fake_device(monkeypatch) as memory:
-            run.calibrate(
-                models[family],
-                samples_of(family),
-                out=tmp_path / device,
-                settings=replace(settings, device=device),
-                progress=False,
-            )
-        made[device] = weights(tmp_path / device), memory.peak, memory.live
-    assert made["cpu"] == (made[NAME][0], 0, 0) and made[NAME][1] and not made[NAME][2]
+    given = {"samples": samples_of(family), "progress": False}
+    run.calibrate(models[family], out=tmp_path / "cpu", settings=settings, **given)
+    with fake_device(monkeypatch) as memory:
+        run.calibrate(models[family], out=tmp_path / NAME, settings=replace(settings, device=NAME), **given)
+    assert weights(tmp_path / NAME) == weights(tmp_path / "cpu")
+    assert memory.peak and not memory.live
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("inputs", ["float", "mixed"])
+@pytest.mark.parametrize(("family", "inputs"), [("llava", "float"), ("qwen2_5_vl", "mixed")])
 def test_learned_in_steps(models, tmp_path, monkeypatch, family, inputs):
     """AdamW updates tensors together on a device and one by one on the CPU: equal but for the last bits."""
-    reports = []
-    for device in ("cpu", NAME):
-        settings = replace(LEARNED, inputs=inputs, device=device)
-        with fake_device(monkeypatch):
-            reports.append(
-                run.calibrate(
-                    models[family], samples_of(family), out=tmp_path / device, settings=settings, progress=False
-                ).blocks
-            )
-    for here, there in zip(*reports, strict=True):
+    settings, given = replace(LEARNED, inputs=inputs), {"samples": samples_of(family), "progress": False}
+    report = run.calibrate(models[family], out=tmp_path / "cpu", settings=settings, **given)
+    with fake_device(monkeypatch):
+        other = run.calibrate(models[family], out=tmp_path / NAME, settings=replace(settings, device=NAME), **given)
+    for here, there in zip(report.blocks, other.blocks, strict=True):
         assert here["mse"] == pytest.approx(there["mse"], rel=1e-3) and here["best_step"] == there["best_step"]
 
 
@@ -104,12 +92,11 @@ def test_a_pruned_graph(models, tmp_path, monkeypatch):
         "selections": [{"score": "quota"}, {"score": "random"}, {"score": "relevance", "policy": "dpp"}],
     }
     recipe = recipe_for(FloatSource(model), **changes)
-    for device in ("cpu", NAME):
-        settings = replace(QUICK, modules=("llm",), device=device)
-        with fake_device(monkeypatch):
-            run.calibrate(
-                model, samples_of("llava"), out=tmp_path / device, settings=settings, recipe=recipe, progress=False
-            )
+    settings = replace(QUICK, modules=("llm",))
+    given = {"samples": samples_of("llava"), "recipe": recipe, "progress": False}
+    run.calibrate(model, out=tmp_path / "cpu", settings=settings, **given)
+    with fake_device(monkeypatch):
+        run.calibrate(model, out=tmp_path / NAME, settings=replace(settings, device=NAME), **given)
     assert weights(tmp_path / NAME) == weights(tmp_path / "cpu")
 
 
@@ -123,7 +110,8 @@ def test_the_device_holds_a_block_and_two_batches(models, tmp_path, monkeypatch,
             planned.append(run.plan_calibration(models["llava"], picture_samples(count), **given))
             run.calibrate(models["llava"], picture_samples(count), progress=False, **given)
         peaks.append(memory.peak)
-    assert peaks[0] == peaks[1]
+    assert peaks[0] == peaks[1] <= planned[0].device_memory == planned[1].device_memory, (peaks, planned)
+    assert f"on {NAME} (an estimate)" in planned[0].lines()[2]
 
 
 def test_the_device_refuses_what_a_gpu_refuses(monkeypatch):
