@@ -8,7 +8,7 @@ The upstream forward stays. Which groups a block has, their names and what absor
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup, ValueMerge
+from quota.calib.precision import products_in
 from quota.core.formats import DEFAULT, Scheme
 from quota.models.base import Family, Group, Part
 from quota.models.images import PatchGrid
@@ -39,6 +40,18 @@ class Batch:
     positions: Tensor | None = None
     visual: Tensor | None = None
     grids: list[PatchGrid] | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """On that device; from pinned memory the copy is on its way when this returns."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU reads by itself."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        positions, visual = (None if side is None else move(side) for side in (self.positions, self.visual))
+        return Batch(move(self.hidden), move(self.valid), positions, visual, self.grids)
 
 
 class CalibrationAttention:
@@ -89,8 +102,11 @@ class Block(nn.Module):
     """One float block of the model; `quantize_linears` turns it into a calibration block in place.
 
     layer: the upstream module with real float32 weights. kind: its part. path: its name in the model. rotary: the
-    decoder's rotary embedding module.
+    decoder's rotary embedding module. dtype: of the products of its linears and of its attention; what is learned,
+    rounded and handed on is float32 in any case.
     """
+
+    dtype = torch.float32
 
     def __init__(
         self, layer: nn.Module, kind: Part, path: str, family: Family, rotary: nn.Module | None = None
@@ -115,7 +131,11 @@ class Block(nn.Module):
         return self.layer.get_submodule(self.family.attention[self.kind])
 
     def forward(self, batch: Batch) -> Tensor:
-        """Block output [B, S, C]; rows beyond `valid` are meaningless."""
+        """Block output float32 [B, S, C]; rows beyond `valid` are meaningless."""
+        with products_in(self.dtype, batch.hidden):
+            return self._run(batch).float()
+
+    def _run(self, batch: Batch) -> Tensor:
         if self.kind == "projector":
             return self.family.projector_block(self.layer, batch.hidden)
         if self.kind == "vision":

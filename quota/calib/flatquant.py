@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quota.calib.precision import exactly
 from quota.core.formats import DEFAULT, INT4, KV4, Format, Scheme
 from quota.quant.affine import SMALLEST_RANGE, quantize_weight, symmetric_scale
 from quota.quant.pack import unpack_int4
@@ -159,8 +160,13 @@ class HeadTransforms(nn.Module):
         """
         if self.kv is None:
             return query, key, value
+        with exactly(query):
+            return self._attend(query.float(), key.float(), value.float(), apart)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, apart: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.kv is not None
         if apart is not None:
-            query, key, value = self.attend(query, key - apart, value)
+            query, key, value = self._attend(query, key - apart, value, None)
             return query, key + (apart if self.mode == "rtn" else apart @ self.key), value
         if self.mode == "rtn":
             return query, fake_asymmetric(key, 1.0, self.kv), fake_asymmetric(value, 1.0, self.kv)
@@ -261,6 +267,7 @@ class ProjectionGroup(nn.Module):
         """Output of linear `index` for x [..., K]. Upstream's forward asks for the parts of one input in their order:
         the first runs the group, the others take what it left."""
         if index == 0:
+            x = x.float()
             if self.observed is not None:
                 self.observed.append(x.detach().reshape(-1, self.in_features))
             self._outputs = list(self(x).split(self.sizes, dim=-1))[::-1]
@@ -269,18 +276,23 @@ class ProjectionGroup(nn.Module):
         return self._outputs.pop()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> fused output [..., N] under the current mode."""
+        """x float32 [..., K] -> fused output [..., N] under the current mode."""
+        with exactly(x):
+            operands = self._operands(x)
+        return functional.linear(*operands)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.mode == "rtn":
-            x, w = fake_symmetric(x, 1.0, self.activations), fake_symmetric(self.weight, 1.0, self.weights)
-            return functional.linear(x, w, self.bias)
+            u, w = fake_symmetric(x, 1.0, self.activations), fake_symmetric(self.weight, 1.0, self.weights)
+            return u, w, self.bias
         if self.mode == "frozen":
             u = fake_symmetric(self.transform(x), self._frozen["clip"], self.activations)
-            return functional.linear(u, self._frozen["weight"], self._frozen.get("bias"))
+            return u, self._frozen["weight"], self._frozen.get("bias")
         u, w = self.transform(x), self.effective_weight()
         if self.mode == "learn":
             u = fake_symmetric(u, self.clip.sigmoid(), self.activations)
             w = fake_symmetric(w, self.weight_clip.sigmoid(), self.weights)
-        return functional.linear(u, w, self.effective_bias())
+        return u, w, self.effective_bias()
 
     def transform(self, x: Tensor) -> Tensor:
         """x [..., K] -> x / diag through the Kronecker factors."""
@@ -340,13 +352,13 @@ class ProjectionGroup(nn.Module):
         """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed
         checkpoint computes."""
         w = self._transform_weight(self._merged(self.weight.double())).float()
-        w_q, w_scale = quantize_weight(w.cpu(), self.weight_clip.detach().sigmoid().cpu(), self.weights)
+        w_q, w_scale = quantize_weight(w, self.weight_clip.detach().sigmoid(), self.weights)
         dense = unpack_int4(w_q, self.in_features).float() * w_scale[:, None]
         self._frozen = {
             "w_q": w_q,
             "w_scale": w_scale,
             "clip": self.clip.detach().sigmoid().clone(),
-            "weight": dense.to(w.device),
+            "weight": dense,
         }
         bias = self.effective_bias()
         if bias is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quota.calib.blocks import Batch, Block
+from quota.calib.feed import feed
 from quota.calib.settings import Settings
 from quota.calib.state import BlockReport
 from quota.calib.stream import Stream
@@ -43,16 +44,14 @@ def learn_block(
     best = score.objective
     kept, best_step = _snapshot(block), 0
     optimizer, schedule = _optimizer(block, settings)
-    generator = torch.Generator().manual_seed(lesson.seed)
-    order: list[int] = []
-    for step in range(1, settings.steps + 1):
-        if len(order) < min(settings.batch, len(train)):
-            order += [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
-        items, order = order[: settings.batch], order[settings.batch :]
-        loss = _loss(block, lesson, items, settings)
+    scaler = torch.amp.GradScaler(torch.device(settings.device).type, enabled=block.dtype == torch.float16)
+    draws = _draws(train, settings, lesson.seed)
+    for step, batches in enumerate(feed(_read_by(lesson, settings), draws, settings.device), start=1):
+        loss = _loss(block, batches, settings)
         optimizer.zero_grad(set_to_none=True)
-        (loss / loss.detach().clamp_min(1e-30)).backward()
-        optimizer.step()
+        scaler.scale(loss / loss.detach().clamp_min(1e-30)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             score()
@@ -92,8 +91,8 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
     spread = train[:: max(1, len(train) // 8)][:8]
     block.set_mode("float")
     with block.observing():
-        for item in spread:
-            block(inputs.batch([item], settings.device))
+        for (batch,) in feed([inputs], [[item] for item in spread], settings.device):
+            block(batch)
         if block.heads is not None and block.heads.observed:
             keys, values = (torch.cat(side) for side in zip(*block.heads.observed, strict=True))
             step = max(1, keys.shape[0] // (4 * settings.search_rows))
@@ -106,15 +105,29 @@ def initialise(block: Block, inputs: Stream, train: Sequence[int], settings: Set
             )
 
 
-def _loss(block: Block, lesson: BlockData, items: list[int], settings: Settings) -> Tensor:
-    target = lesson.targets.batch(items, settings.device)
+def _draws(train: Sequence[int], settings: Settings, seed: int) -> Iterator[list[int]]:
+    """The items of every step: all of them in a shuffled order, again and again."""
+    generator, order = torch.Generator().manual_seed(seed), list[int]()
+    for _ in range(settings.steps):
+        if len(order) < min(settings.batch, len(train)):
+            order += [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        items, order = order[: settings.batch], order[settings.batch :]
+        yield items
+
+
+def _read_by(lesson: BlockData, settings: Settings) -> list[Stream]:
+    """The streams a step reads: the targets, what the block sees, and where half of that is float the float inputs."""
     if lesson.quantized is None or settings.learns_from == "float":
-        return _weighted(block(lesson.inputs.batch(items, settings.device)), target, settings)
-    source = lesson.quantized.batch(items, settings.device)
-    if settings.learns_from == "mixed":
-        floats = lesson.inputs.batch(items, settings.device)
-        half = len(items) // 2
-        source.hidden[:half] = floats.hidden[:half]
+        return [lesson.targets, lesson.inputs]
+    return [lesson.targets, lesson.quantized, *([lesson.inputs] if settings.learns_from == "mixed" else [])]
+
+
+def _loss(block: Block, batches: Sequence[Batch], settings: Settings) -> Tensor:
+    """batches: of the streams of `_read_by`."""
+    target, source, *floats = batches
+    for other in floats:
+        half = len(source.hidden) // 2
+        source.hidden[:half] = other.hidden[:half]
     return _weighted(block(source), target, settings)
 
 
@@ -151,8 +164,7 @@ class Scorer:
     @torch.no_grad()
     def __call__(self) -> float:
         total, count, self.objective = 0.0, 0, 0.0
-        for items in self.groups:
-            source, target = self.lesson.inputs.batch(items, self.device), self.lesson.targets.batch(items, self.device)
+        for source, target in feed([self.lesson.inputs, self.lesson.targets], self.groups, self.device):
             out = self.block(source)
             self.objective += float(_weighted(out, target, self.settings))
             error = (out - target.hidden)[target.valid]

@@ -1,23 +1,21 @@
 """What a calibration will take: tokens, memory, disk and time, known before it starts.
 
 The time is an estimate: the work of every step at the speed at which this machine does such work, timed for a moment
-before. The progress bar counts the same work.
+before (`quota.calib.speed`). The progress bar counts the same work.
 """
 
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quota.calib.flatquant import ProjectionGroup
 from quota.calib.learn import split
-from quota.calib.settings import Method, Settings
+from quota.calib.settings import METHODS, Method, Settings
+from quota.calib.speed import Speed
 from quota.core.checkpoint import DEFAULT_SHARD_BYTES
 from quota.core.formats import Scheme
 from quota.models.base import Family, Part
@@ -25,7 +23,9 @@ from quota.quant.transform import decompose
 
 # Fitted on the embedded LLaVA's blocks, one thread: what a look costs of a learning step's rounding.
 _LOOK = 0.4
+_COLUMN = 0.05  # what rounding a column of a weight alone costs of a group in a step: its operations, counted
 _LIBRARIES = 64 << 20  # bytes of optimiser, code and allocator that appear with the first step
+_DEVICE_LIBRARIES = 3 << 30  # of the host, that CUDA's libraries and its context take; assumed
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Plan:
     """tokens: of all samples, images included, before any drop. images: of the samples. blocks: quantized,
     blocks_all: passed through.
 
-    Bytes: peak_memory of the process, disk_needed at the fullest moment (streams, finished blocks and the result
-    together), disk_free where they go. seconds: an estimate for this machine.
+    Bytes: peak_memory of the process, device_memory of `device` (0: that is the CPU), disk_needed at the fullest moment
+    (streams, finished blocks and the result together), disk_free where they go. seconds: an estimate; by: for what, in
+    words.
     """
 
     samples: int
@@ -43,9 +44,12 @@ class Plan:
     blocks: int
     blocks_all: int
     peak_memory: int
+    device: str
+    device_memory: int
     disk_needed: int
     disk_free: int
     seconds: float
+    by: str
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -53,12 +57,13 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The same as text."""
+        apart = f", and {_size(self.device_memory)} on {self.device}" if self.device_memory else ""
         return [
             f"samples   {self.samples} ({self.images} images), {self.tokens} tokens",
             f"blocks    {self.blocks} quantized of {self.blocks_all}",
-            f"memory    at most about {_size(self.peak_memory)} (an estimate)",
+            f"memory    at most about {_size(self.peak_memory)}{apart} (an estimate)",
             f"disk      about {_size(self.disk_needed)} needed, {_size(self.disk_free)} free",
-            f"time      about {duration(self.seconds)} on this machine (an estimate)",
+            f"time      about {duration(self.seconds)} {self.by} (an estimate)",
         ]
 
 
@@ -122,19 +127,6 @@ class BlockSize:
         return total
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Speed of this machine at this moment. products: multiply-adds per second of a float32 product. Seconds: element_s
-    of an elementwise operation, round_s of rounding an element in a learning step (forward and backward), search_s of
-    searching the start for one, call_s of a group in a step however small."""
-
-    products: float
-    element_s: float
-    round_s: float
-    search_s: float
-    call_s: float
-
-
 def block_seconds(
     size: BlockSize, lengths: Sequence[int], method: Method | None, settings: Settings, speed: Speed
 ) -> tuple[float, float]:
@@ -148,16 +140,21 @@ def block_seconds(
         search = (
             method.searches * speed.search_s * size.rounded(seen) + method.products * seen * linear / speed.products
         )
-        search += sum(k**3 for _, k in size.groups) / speed.products if method.factored else 0.0
+        if method.factored:
+            search += sum(k**3 / speed.products + _COLUMN * speed.call_s * k for _, k in size.groups)
     if not lengths:
         return 0.0, search
+
+    streams = 1 if settings.learns_from == "float" else 2
+    # on the host: the block's weights, 16 bits each, and rows in and out
+    row_s = 4 * size.width * speed.byte_s
+    moved = 2 * size.parameters * speed.byte_s + streams * 2 * rows * row_s
 
     def forward(share: float) -> float:
         return share * ((rows * linear + attention) / speed.products + size.written(rows) * speed.element_s)
 
     calls = len(size.groups) * speed.call_s
-    streams = 1 if settings.learns_from == "float" else 2
-    passing = streams * (forward(1.0) + -(-items // settings.batch) * calls)
+    passing = streams * (forward(1.0) + -(-items // settings.batch) * calls) + moved
     if method is None:
         return passing, 0.0
     held = len(split(items, settings.held_out)[1]) / items
@@ -166,65 +163,31 @@ def block_seconds(
     looks = 4 + -(-settings.steps // settings.evaluate_every)
     look = forward(held) + _LOOK * speed.round_s * size.rounded(int(held * rows)) + calls
     taken = min(1.0, settings.batch / items)
-    step = 3 * forward(taken) + speed.round_s * size.rounded(int(taken * rows)) + calls
+    step = 3 * forward(taken) + speed.round_s * size.rounded(int(taken * rows)) + calls + 2 * taken * rows * row_s
     return passing, looks * look + settings.steps * step + search
 
 
-def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> int:
-    """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is
-    resident now. widest: rows of the longest item. An upper bound: a rounded element is held in a dozen forms until the
-    backward pass has used it, a weight in eight."""
+def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> tuple[int, int]:
+    """(bytes of the process, bytes on the device) at their fullest: a block being learned in float32, or the shard
+    being written, above what is resident now. widest: rows of the longest item. On the CPU all of it is the process's,
+    on another device a block as it is stored and the batches that are on their way remain here. Upper bounds: a rounded
+    element is held in a dozen forms until the backward pass has used it, a weight in eight."""
     rows = settings.batch * widest
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _LIBRARIES
-    inside = (
-        4
-        * (
-            12 * (s.rounded(rows) - s.linear)
-            + 8 * s.parameters
-            + 2 * s.written(rows)
-            + 2 * s.heads * settings.batch * widest**2
-        )
-        for s in sizes
-    )
-    return now + max([*inside, 2 * min(written, DEFAULT_SHARD_BYTES)])
+    block = max((_inside(size, rows, widest, settings) for size in sizes), default=0)
+    shard = 2 * min(written, DEFAULT_SHARD_BYTES)
+    if settings.on_cpu:
+        return now + max(block, shard), 0
+    staged = max((4 * size.parameters + 4 * 6 * rows * max(k for _, k in size.groups) for size in sizes), default=0)
+    return now + _DEVICE_LIBRARIES + max(staged, shard), block
 
 
-def measured_speed(device: str) -> Speed:
-    """Times the operations calibration consists of on `device`, each for some milliseconds: FlatQuant's own group, a
-    product and an elementwise operation."""
-    a, b = torch.ones(256, 1024, device=device), torch.ones(1024, 1024, device=device)
-    products = 256 * 1024 * 1024 / _best(lambda: (a @ b)[0, 0])
-    group, x = _group(256, 256, device), torch.ones(256, 256, device=device)
-    tiny, few = _group(16, 16, device), torch.ones(4, 16, device=device)
-    rounded = x.numel() + 256 * 256
-    elements = a.numel()
-    call_s = _best(lambda: _step(tiny, few))
-    round_s = max(_best(lambda: _step(group, x)) - 3 * 256**3 / products, 1e-6) / rounded
-    search_s = max(_best(lambda: group.initialise(x, 0.3), 2) - 8 * 256**3 / products, 1e-6) / rounded
-    return Speed(products, _best(lambda: torch.nn.functional.silu(a)[0, 0]) / elements, round_s, search_s, call_s)
-
-
-def _group(inputs: int, outputs: int, device: str) -> ProjectionGroup:
-    linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device)  # draws no random numbers
-    with torch.no_grad():
-        linear.weight.copy_(torch.linspace(-1, 1, inputs * outputs).view(outputs, inputs))
-    return ProjectionGroup([linear], *decompose(inputs), diag=True).to(device)
-
-
-def _step(group: ProjectionGroup, x: Tensor) -> Tensor:
-    with torch.enable_grad():
-        loss = group(x).square().mean()
-        loss.backward()
-    return loss.detach()
-
-
-def _best(work: Callable[[], Tensor | None], times: int = 5) -> float:
-    """Seconds of the quickest of so many calls."""
-    best = float("inf")
-    for _ in range(times + 1):
-        began = time.perf_counter()
-        found = work()
-        if found is not None:
-            found.item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return max(best, 1e-9)
+def _inside(size: BlockSize, rows: int, widest: int, settings: Settings) -> int:
+    """Bytes of a block of `size` being calibrated on batches of so many rows."""
+    held = 12 * (size.rounded(rows) - size.linear) + 8 * size.parameters + 2 * size.written(rows)
+    held += 2 * size.heads * settings.batch * widest**2
+    inputs = [k for _, k in size.groups]
+    seen = 8 * widest * sum(inputs)  # of up to eight items, by which the start is searched
+    if METHODS[settings.method].factored:  # float64: a matrix of every group, and one in the forms of its inversion
+        seen = 2 * (sum(k * k for k in inputs) + 6 * max(inputs) ** 2)
+    return 4 * (held + seen)

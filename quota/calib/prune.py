@@ -47,7 +47,7 @@ def keep_masks(
         if not bool(visual.any()):
             masks.append(np.ones(stream.lengths[item], bool))
             continue
-        batch = stream.batch([item], device)
+        batch = stream.batch([item]).to(torch.device(device))
         trace = None
         if before is not None:
             trace, hidden = _recorded(before, batch)

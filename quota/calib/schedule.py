@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from quota.calib.export import float_names
 from quota.calib.job import Job
-from quota.calib.plan import Plan, measured_speed, peak_memory
+from quota.calib.plan import Plan, peak_memory
+from quota.calib.speed import Speed, speed_of
 from quota.calib.steps import BlockStep, Seconds, steps_of
 from quota.calib.work import WorkFolder
 from quota.core.errors import CheckpointError
@@ -38,8 +39,12 @@ class Schedule:
     @cached_property
     def seconds(self) -> list[Seconds]:
         """Estimated, of every step."""
-        speed = measured_speed(self.job.settings.device)
-        return [step.seconds(self.job, speed) for step in self.steps]
+        return [step.seconds(self.job, self.speed) for step in self.steps]
+
+    @cached_property
+    def speed(self) -> Speed:
+        """Of the device."""
+        return speed_of(self.job.settings)
 
     def _disk(self, stored: int, rest: int) -> int:
         """Bytes at the fullest moment: a step's streams beside all blocks, or the last stream and the blocks beside the
@@ -66,16 +71,20 @@ class Schedule:
         rest = sum(source.stored[name][1] + 256 for name in float_names(source, self.paths))
         rest += sum(path.stat().st_size for path in source.files() if path.suffix != ".safetensors") + 2**16
         longest = max((max(step.lengths(job), default=0) for step in blocks), default=0)
+        host, device = peak_memory([sizes[path] for path in self.paths], longest, settings, stored + rest)
         return Plan(
             samples=len(job.samples or ()),
             images=job.images,
             tokens=sum(map(len, job.prompts.ids)),
             blocks=len(self.paths),
             blocks_all=len(blocks),
-            peak_memory=peak_memory([sizes[path] for path in self.paths], longest, settings, stored + rest),
+            peak_memory=host,
+            device=settings.device,
+            device_memory=device,
             disk_needed=self._disk(stored, rest),
             disk_free=free_bytes(job.folder.parent),
             seconds=sum(map(sum, self.seconds)),
+            by=self.speed.by,
         )
 
     def bar(self, work: WorkFolder, progress: bool) -> tqdm:

@@ -36,6 +36,7 @@ METHODS = {
     "rtn": Method(samples=False, searches=0.05),
 }
 INPUTS = ("float", "quantized", "mixed")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def _setting(default: Any, words: str) -> Any:
@@ -80,7 +81,12 @@ class Settings:
         " batch each). None: quantized for gptq, as published, and float for the others.",
     )
     stream_dtype: str = _setting("float32", "Storage of hidden states between blocks: float32 or float16.")
-    device: str = _setting("cpu", "Where blocks run.")
+    device: str = _setting("cpu", "Where blocks run, one at a time: cpu, cuda or cuda:N. Samples stay on the host.")
+    dtype: str = _setting(
+        "float32",
+        "Of the products inside blocks (linears, attention): float32, float16 or bfloat16. What is learned, rounded and"
+        " stored is float32.",
+    )
 
     def __post_init__(self) -> None:
         _expect(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
@@ -92,6 +98,7 @@ class Settings:
         _expect(not wrong, "modules", f"some of {', '.join(MODULES)}", self.modules)
         object.__setattr__(self, "modules", tuple(name for name in MODULES if name in self.modules))
         _expect(self.inputs in (None, *INPUTS), "inputs", f"one of {', '.join(INPUTS)}", self.inputs)
+        _expect(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         _expect(self.stream_dtype in ("float32", "float16"), "stream_dtype", "float32 or float16", self.stream_dtype)
         _expect(self.steps >= 0, "steps", ">= 0", self.steps)
         for name in ("batch", "search_rows", "held_out", "evaluate_every"):
@@ -116,11 +123,29 @@ class Settings:
         """One of INPUTS: `inputs`, or what the method's authors use."""
         return self.inputs or METHODS[self.method].inputs
 
+    @property
+    def products(self) -> Any:
+        """`dtype` as torch's."""
+        import torch
+
+        return getattr(torch, self.dtype)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether blocks run where samples lie."""
+        return self.device.partition(":")[0] == "cpu"
+
+    @property
+    def place(self) -> str:
+        """What of device and dtype a result depends on: the kind of device, and the dtype where it is not float32."""
+        return self.device.partition(":")[0] + ("" if self.dtype == "float32" else f" {self.dtype}")
+
     def numbers(self) -> dict[str, Any]:
-        """JSON-able: what a manifest tells under `settings`. Method, scheme, modules and seed have places of their
-        own."""
-        told = {**asdict(self), "inputs": self.learns_from}
-        return {name: value for name, value in told.items() if name not in ("method", "scheme", "modules", "seed")}
+        """JSON-able: what a manifest tells under `settings`, `place` as `device`. Method, scheme, modules and seed have
+        places of their own."""
+        told = {**asdict(self), "inputs": self.learns_from, "device": self.place}
+        elsewhere = ("method", "scheme", "modules", "seed", "dtype")
+        return {name: value for name, value in told.items() if name not in elsewhere}
 
 
 WORDS: dict[str, str] = {setting.name: setting.metadata["words"] for setting in fields(Settings)}

@@ -17,14 +17,16 @@ from tqdm import tqdm
 
 from quota.calib import prune
 from quota.calib.blocks import Block
+from quota.calib.feed import advance
 from quota.calib.job import Job
 from quota.calib.learn import BlockData, learn_block
-from quota.calib.plan import BlockSize, Speed, block_seconds
+from quota.calib.plan import BlockSize, block_seconds
 from quota.calib.rows import Rows, map_rows, select_features
 from quota.calib.samples import encode
 from quota.calib.settings import METHODS, Settings
+from quota.calib.speed import Speed
 from quota.calib.state import StreamName
-from quota.calib.stream import Stream, advance, embed_images, embed_text
+from quota.calib.stream import Stream, embed_images, embed_text
 from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
 from quota.models.base import PARTS, Part
@@ -78,7 +80,8 @@ class Step(ABC):
 
     def seconds(self, job: Job, speed: Speed) -> Seconds:
         """Estimated at this machine's speed; here of a step that only reads and writes rows."""
-        return sum(self.lengths(job)) * job.source.family.hidden_size * 16 * speed.element_s, 0.0
+        elements = sum(self.lengths(job)) * job.source.family.hidden_size
+        return elements * (16 * speed.element_s + 8 * speed.byte_s), 0.0
 
     @abstractmethod
     def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
@@ -193,7 +196,8 @@ class ChooseTokens(_OfDecoder):
 
     @staticmethod
     def _block(job: Job, index: int) -> Block:
-        return job.source.block("decoder", job.source.family.decoder_layer(index), job.settings.device)
+        path = job.source.family.decoder_layer(index)
+        return job.source.block("decoder", path, job.settings.device, job.settings.products)
 
     @staticmethod
     def _shown(job: Job, item: int) -> ImageTokens:
@@ -234,7 +238,7 @@ class BlockStep(Step):
 
     def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
         settings = job.settings
-        block = job.source.block(self.part, self.path, settings.device)
+        block = job.source.block(self.part, self.path, settings.device, settings.products)
         if job.samples is None:
             work.save_block(self.path, round_weights(block, settings.makes), None)
             ticks.calibrated(1)

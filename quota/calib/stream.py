@@ -40,7 +40,8 @@ class FloatSource:
     architecture.
     """
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, *, planned: bool = False) -> None:
+        """planned: only sizes are asked for, and a folder without weights has those of its configuration."""
         self.folder = resolve_folder(model)
         self.config: Any = read_config(self.folder)
         if getattr(self.config, "quantization_config", None):
@@ -49,9 +50,13 @@ class FloatSource:
             )
         self.family: Family = find_family(self.config)
         self.stored: dict[str, tuple[tuple[int, ...], int]] = {}  # canonical name -> (shape, bytes)
-        self._index = self._build_index()
         self._open: dict[str, Any] = {}
         self.skeleton = self._skeleton()
+        if planned and not any(self.folder.glob("*.safetensors*")):
+            own = self.skeleton.state_dict()
+            self._index, self.stored = {}, {name: (tuple(t.shape), 2 * t.numel()) for name, t in own.items()}
+            return
+        self._index = self._build_index()
         self._check_complete()
 
     def _build_index(self) -> dict[str, tuple[str, str]]:
@@ -161,7 +166,8 @@ class FloatSource:
         import copy
 
         module = copy.deepcopy(self.skeleton.get_submodule(path))
-        state = {name: self.tensor(f"{path}.{name}").to(device, torch.float32) for name in module.state_dict()}
+        # converted where it goes: half the bytes of a 16-bit checkpoint on the way to a device
+        state = {name: self.tensor(f"{path}.{name}").to(device).float() for name in module.state_dict()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -175,10 +181,12 @@ class FloatSource:
                 setattr(module.get_submodule(parent), leaf, fresh)
         return module.eval().requires_grad_(False)
 
-    def block(self, kind: Part, path: str, device: str = "cpu") -> Block:
-        """A calibration `Block` at `path`, still float."""
+    def block(self, kind: Part, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Block:
+        """A calibration `Block` at `path`, still float, on a device; its products are of `dtype`."""
         rotary = self.family.float_rotary().to(device) if kind == "decoder" else None
-        return Block(self.module(path, device), kind, path, self.family, rotary)
+        block = Block(self.module(path, device), kind, path, self.family, rotary)
+        block.dtype = dtype
+        return block
 
 
 class Stream:
@@ -245,8 +253,8 @@ class Stream:
         with naming(self.path):
             os.fsync(self._file.fileno())
 
-    def batch(self, items: Sequence[int], device: str = "cpu") -> Batch:
-        """The items as one right-padded batch."""
+    def batch(self, items: Sequence[int]) -> Batch:
+        """The items as one right-padded batch, on the host."""
         longest = max(self.lengths[i] for i in items)
         hidden = torch.zeros(len(items), longest, self.width)
         valid = torch.zeros(len(items), longest, dtype=torch.bool)
@@ -258,7 +266,7 @@ class Stream:
             hidden[row, :n], valid[row, :n] = self.read(item), True
             positions[row, :n] = torch.from_numpy(self.positions[self.rows(item)].astype(np.int64))
         grids = [self.grids[i] for i in items] if self.grids else None
-        return Batch(hidden.to(device), valid.to(device), positions.to(device), visual.to(device), grids)
+        return Batch(hidden, valid, positions, visual, grids)
 
     def batches(self, size: int) -> Iterator[list[int]]:
         """Item numbers in order, `size` at a time."""
@@ -304,15 +312,6 @@ class Stream:
         out.images = [tuple(counts) for counts in layout.images]
         out.grids = layout.grids
         return out
-
-
-@torch.no_grad()
-def advance(block: Block, source: Stream, target: Stream, batch: int, device: str) -> None:
-    """Run `block` in its current mode over all items of `source` and write the outputs."""
-    for items in source.batches(batch):
-        out = block(source.batch(items, device))
-        for row, item in enumerate(items):
-            target.write(item, out[row, : source.lengths[item]], source.read_rows(item)[1])
 
 
 @torch.no_grad()

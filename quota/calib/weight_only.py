@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quota.calib.blocks import Block
+from quota.calib.feed import feed
 from quota.calib.learn import BlockData, Scorer, decibels, split
 from quota.calib.settings import Settings
 from quota.calib.state import BlockReport
@@ -49,7 +50,7 @@ class InputStats:
 
     def add(self, x: Tensor) -> None:
         """x [..., K]: the input of one item."""
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
         if self.hessian is not None:
             self.hessian.add(rows)
             return
@@ -137,8 +138,8 @@ def _observe(block: Block, source: Stream, items: list[int], settings: Settings)
             first: Any = block.layer.get_submodule(plan.parts[0])
             seen[plan.name] = InputStats(first.in_features, settings.method, rows, settings.device)
             stack.callback(first.register_forward_pre_hook(lambda _, args, at=seen[plan.name]: at.add(args[0])).remove)
-        for item in items:
-            block(source.batch([item], settings.device))
+        for (batch,) in feed([source], [[item] for item in items], settings.device):
+            block(batch)
     return seen
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quota.calib.settings import DEFAULTS, METHODS, WORDS, Settings
-from quota.cli.shell import JsonOption, check_checkpoint, check_writable, print_json, say
+from quota.cli.shell import FloatType, JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
 
 
@@ -31,6 +31,8 @@ def calibrate(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=0, help=WORDS["steps"])] = DEFAULTS.steps,
     seed: Annotated[int, typer.Option("--seed", help=WORDS["seed"])] = DEFAULTS.seed,
+    device: Annotated[str, typer.Option("--device", help=WORDS["device"])] = DEFAULTS.device,
+    dtype: Annotated[FloatType, typer.Option("--dtype", help=WORDS["dtype"])] = FloatType(DEFAULTS.dtype),
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Continue a killed calibration from `OUT.partial`, or start again.")
     ] = True,
@@ -40,7 +42,9 @@ def calibrate(
     plan: Annotated[
         bool,
         typer.Option(
-            "--plan", help="Only say what it takes: tokens, blocks, memory, disk and an estimate of the time."
+            "--plan",
+            help="Only say what it takes: tokens, blocks, memory, disk and an estimate of the time. MODEL may lack its"
+            " weights then, and the machine the GPU of --device.",
         ),
     ] = False,
     json: JsonOption = False,
@@ -52,6 +56,10 @@ def calibrate(
     the middle, the same command continues; a damaged file of OUT.partial is computed again. OUT is refused before the
     work when it holds anything but the result of this very command.
 
+    With `--device cuda` blocks are learned on a GPU, one at a time; samples and what they become between blocks stay on
+    the host, in memory and in OUT.partial. A calibration is continued on the kind of device, and in the dtype, that it
+    was begun with.
+
     `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache
     and output head stay float. With `--scheme w4a16kv4` the cache has four bits too, and `quota serve` takes the
     result.
@@ -62,6 +70,8 @@ def calibrate(
         quota calibrate llava-hf/llava-1.5-7b-hf --samples samples.json --out llava-w4a4kv4
 
         quota calibrate llava-hf/llava-1.5-7b-hf --samples samples.json --out llava-w4a4kv4 --plan
+
+        quota calibrate llava-hf/llava-1.5-7b-hf --samples samples.json --out llava-w4a4kv4 --device cuda
 
         quota calibrate ./llava --samples samples.json --modules llm --out llava-llm-only
 
@@ -77,7 +87,15 @@ def calibrate(
     plenty; `quota samples build` makes a file from public data.
     """
     try:
-        settings = Settings(method=method, scheme=scheme, modules=_names(modules), seed=seed, steps=steps)
+        settings = Settings(
+            method=method,
+            scheme=scheme,
+            modules=_names(modules),
+            seed=seed,
+            steps=steps,
+            device=device,
+            dtype=dtype.value,
+        )
     except UsageError as error:  # begins with the field, which is the option
         raise UsageError(f"--{error}") from None
     if samples is None and METHODS[method].samples:

@@ -127,11 +127,11 @@ def evaluate(
     for name, unused in (("--data", data), ("--limit", limit)):
         if unused is not None:
             raise UsageError(f"{name}: only with --tasks")
-    from quota.eval.asking import Placement
     from quota.eval.benchmark import Settings
     from quota.eval.compare import EvalRequest, evaluate_checkpoint
     from quota.eval.remarks import remarks
     from quota.eval.tables import evaluation_tables
+    from quota.runtime.load import Placement
 
     result = evaluate_checkpoint(
         checkpoint,

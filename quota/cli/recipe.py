@@ -9,6 +9,9 @@ import typer
 
 from quota.cli.shell import (
     BuildByDefaultGroup,
+    DeviceOption,
+    DtypeOption,
+    FloatType,
     JsonOption,
     OverwriteOption,
     check_checkpoint,
@@ -54,8 +57,8 @@ def about() -> None:
 _BUILD_HELP = f"""Measure what a method needs, then plan the drops (this is what `quota recipe CHECKPOINT ...` runs).
 
 `quota` and `uniform` profile the float `--model` beside the quantized CHECKPOINT. The published methods need CHECKPOINT
-alone, quantized or float. With `--compute` the keep ratio is found that costs as much, so that methods can be compared
-at equal work.
+alone, quantized or float. Models run on `--device`, whole and unpruned. With `--compute` the keep ratio is found that
+costs as much, so that methods can be compared at equal work.
 
 **Methods**
 
@@ -119,6 +122,8 @@ def build(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also write the layer profile as PNG (methods quota and uniform).")
     ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = FloatType.float32,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -157,18 +162,22 @@ def build(
         check_output(plot, "--plot", overwrite=overwrite)
 
     from quota.allocate.explain import explain_text
+    from quota.core.devices import checked_device
     from quota.planning.request import RecipeRequest, profile_models
+    from quota.runtime.load import Placement
 
+    place = Placement(device, dtype.value)
+    checked_device(device)
     how = RecipeRequest(method, keep, compute, layers, tau, reference, position_policy)
     if profiled:
-        profile = profile_models(str(model), checkpoint, samples, quiet=json)
+        profile = profile_models(str(model), checkpoint, samples, place=place, quiet=json)
         recipe = how.from_profile(profile)
         if plot is not None:
             from quota.report.plots import save_profile_plot
 
             save_profile_plot(plot, profile, recipe)
     else:
-        recipe = how.from_checkpoint(checkpoint, samples, seed=seed, threshold=threshold, quiet=json)
+        recipe = how.from_checkpoint(checkpoint, samples, place=place, seed=seed, threshold=threshold, quiet=json)
     recipe.save(out)
     if json:
         print_json(recipe.model_dump(mode="json"))

@@ -63,7 +63,8 @@ def run(
 
     import torch
 
-    from quota.eval.asking import ask, load_model
+    from quota.eval.asking import ask
+    from quota.runtime.load import load_model
 
     model, processor = load_model(checkpoint, recipe, device, getattr(torch, dtype.value))
     answer = ask(model, processor, prompt, opened, max_new_tokens=max_new_tokens)

@@ -26,7 +26,7 @@ class FloatType(StrEnum):
     bfloat16 = "bfloat16"
 
 
-DeviceOption = Annotated[str, typer.Option("--device", help="Where models answer: cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where models run: cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[FloatType, typer.Option("--dtype", help="Of everything that is not quantized.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 

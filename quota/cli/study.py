@@ -77,8 +77,8 @@ def study(
 
     Writes NAME.md, NAME.json and NAME.png to --out. Checkpoints, searches and answers are kept in OUT/cache by the
     content they were made from: an interrupted study goes on where it stopped, and studies share them (with
-    `quota demo` in the same --out too). --device and
-    --dtype are of the answers; calibration and recipes run on the CPU.
+    `quota demo` in the same --out too). Calibration, recipes and answers run on --device in --dtype; what another
+    device or dtype has made is made again.
 
     **Examples**
 
@@ -96,7 +96,7 @@ def study(
         check_checkpoint(model, "--model")
     check_output_folder(out)
 
-    from quota.eval.asking import Placement
+    from quota.runtime.load import Placement
     from quota.study.bench import StudySettings
     from quota.study.run import run_study
 

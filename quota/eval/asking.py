@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,27 +12,6 @@ from quota.core.errors import UsageError
 from quota.eval.generation import Generated, encode_prompts, generate, render_prompt, room_for_answer
 from quota.models import find_family
 from quota.models.processing import reserved_mark
-from quota.runtime.load import load_model
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where models answer, and the float type of what is not quantized in them."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def open(self, checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
-        """`load_model` here."""
-        return load_model(checkpoint, recipe, self.device, getattr(torch, self.dtype))
-
-    @property
-    def key(self) -> str:
-        """What answers depend on besides weights and questions: empty on the CPU in float32."""
-        return "" if self == ON_CPU else f" {self.device.partition(':')[0]} {self.dtype}"
-
-
-ON_CPU = Placement()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quota.eval.asking import ON_CPU, Placement
 from quota.eval.generation import Cost
 from quota.eval.paired import compared
 from quota.eval.questions import Question, questions_fingerprint
@@ -19,6 +18,7 @@ from quota.eval.results import Evaluation, Row
 from quota.eval.score import accuracies, by_task, is_right, majority_accuracy, mean_accuracy
 from quota.eval.statistics import RESAMPLES, interval, resampled_retention, retention, retention_by_task
 from quota.models.processing import BACKEND
+from quota.runtime.load import ON_CPU, Placement
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe

@@ -21,11 +21,11 @@ from quota.core.files import atomic_write_text, sha256_file
 from quota.core.folders import resolve_folder
 from quota.core.recipe import Recipe
 from quota.eval.answering import AnswerFile, Row, answer_together
-from quota.eval.asking import ON_CPU, Placement
 from quota.eval.benchmark import Answered, RowSpec, Settings, rights, summarise, weight_bytes
 from quota.eval.generation import check_questions, measure_cost
 from quota.eval.questions import Question, mixed_questions, questions_fingerprint, sample_questions, scene_questions
 from quota.eval.results import Evaluation
+from quota.runtime.load import ON_CPU, Placement
 
 TIMED_QUESTIONS = 8
 FLOAT = "float"

@@ -26,7 +26,6 @@ from quota.core.folders import resolve_folder
 from quota.core.formats import KV4, MODULES
 from quota.core.methods import METHODS
 from quota.core.recipe import Recipe
-from quota.eval.asking import ON_CPU, Placement, load_model
 from quota.eval.benchmark import RowSpec, Settings, weight_bytes
 from quota.eval.cache import StageCache, code_fingerprint
 from quota.eval.compare import answer_rows, bars, cache_dtype, folder_fingerprint
@@ -34,6 +33,7 @@ from quota.eval.generation import Cost, measure_cost
 from quota.eval.questions import Question, questions_fingerprint
 from quota.models.quantize import weight_bytes as tensor_bytes
 from quota.planning.request import RecipeRequest, measure_search, profile_models, recipe_context
+from quota.runtime.load import ON_CPU, Placement
 
 FLOAT, QUANTIZED, WEIGHT_ONLY = formats.FLOAT.name, formats.DEFAULT.name, formats.WEIGHT_ONLY.name
 ROUNDED = "the float checkpoint, rounded to nearest in memory"
@@ -43,8 +43,8 @@ ROUNDED = "the float checkpoint, rounded to nearest in memory"
 @dataclass(frozen=True)
 class Options:
     """How stages are made and rows answered. out: a folder of quota's outputs; the stages are in out/cache. reference:
-    what the ratios of recipes are of. place: where rows are answered; what they are made of (checkpoints, profiles,
-    recipes) comes from the CPU in float32 everywhere. in_memory: how many loaded models stay."""
+    what the ratios of recipes are of. place: where rows are answered and what they are made of (checkpoints, profiles,
+    recipes) is computed. in_memory: how many loaded models stay."""
 
     out: Path
     reference: str
@@ -85,6 +85,11 @@ class Pipeline:
         self._evidence: dict[str, SearchStats] = {}
         self._loaded: dict[tuple[str, Placement], tuple[Any, Any]] = {}
 
+    @property
+    def _placed(self) -> dict[str, str]:
+        """What of `place` a stage depends on; nothing on the CPU in float32."""
+        return {"place": self.options.place.key} if self.options.place.key else {}
+
     # checkpoints
 
     def quantized(self, modules: Sequence[str] = MODULES, recipe: Recipe | None = None) -> str:
@@ -124,6 +129,7 @@ class Pipeline:
             "seed": o.seed,
             "recipe": recipe and recipe.dumps(),
             "method": method,
+            **self._placed,
         }
 
         def work(path: Path) -> None:
@@ -136,7 +142,12 @@ class Pipeline:
                 self.samples,
                 out=path,
                 settings=CalibrationSettings(
-                    method=method, modules=modules, seed=o.seed, steps=DEFAULTS.steps if steps is None else steps
+                    method=method,
+                    modules=modules,
+                    seed=o.seed,
+                    steps=DEFAULTS.steps if steps is None else steps,
+                    device=o.place.device,
+                    dtype=o.place.dtype,
                 ),
                 recipe=recipe,
                 progress=not o.quiet,
@@ -155,13 +166,14 @@ class Pipeline:
             "float": self.content(self.float_checkpoint),
             "quantized": self.content(quantized),
             "samples": self.samples.fingerprint,
+            **self._placed,
         }
-        path = self.cache.make(
-            "profile",
-            parts,
-            lambda p: profile_models(self.float_checkpoint, quantized, self.samples, quiet=self.options.quiet).save(p),
-        )
-        return Profile.load(path)
+        o = self.options
+
+        def work(path: Path) -> None:
+            profile_models(self.float_checkpoint, quantized, self.samples, place=o.place, quiet=o.quiet).save(path)
+
+        return Profile.load(self.cache.make("profile", parts, work))
 
     def planned(
         self,
@@ -178,12 +190,13 @@ class Pipeline:
             return asked.from_profile(self.profile)
         where = checkpoint or self.quantized()
         if (key := f"{method} {where}") not in self._evidence:
-            self._evidence[key] = measure_search(method, *self.loaded(where), self.samples, quiet=self.options.quiet)
+            opened = self.loaded(where, self.options.place)
+            self._evidence[key] = measure_search(method, *opened, self.samples, quiet=self.options.quiet)
         return asked.from_context(self.basis, self._evidence[key])
 
     @cached_property
     def basis(self) -> RecipeContext:
-        model, processor = self.loaded(self.quantized())
+        model, processor = self.loaded(self.quantized(), self.options.place)
         return recipe_context(model, processor, self.samples, seed=self.options.seed, reference=self.options.reference)
 
     # answers
@@ -238,7 +251,7 @@ class Pipeline:
             checkpoint=entry.weights,
             recipe=entry.recipe_file,
             key=f"{weights} {entry.recipe.dumps() if entry.recipe else 'none'} {self.code}",
-            checkpoint_bytes=tensor_bytes(self.loaded(ROUNDED)[0]) if rounded else weight_bytes(folder),
+            checkpoint_bytes=tensor_bytes(self.loaded(ROUNDED, place)[0]) if rounded else weight_bytes(folder),
             kv_dtype=KV4.dtype if rounded else cache_dtype(folder, place.dtype),
             weights=weights,
             plan=entry.recipe,
@@ -254,14 +267,14 @@ class Pipeline:
         if found is None:
             for old in list(self._loaded)[: max(0, len(self._loaded) + 1 - self.options.in_memory)]:
                 del self._loaded[old]
-            found = self._rounded() if checkpoint == ROUNDED else place.open(checkpoint)
+            found = self._rounded(place) if checkpoint == ROUNDED else place.open(checkpoint)
         self._loaded[key] = found
         return found
 
-    def _rounded(self) -> tuple[Any, Any]:
+    def _rounded(self, place: Placement) -> tuple[Any, Any]:
         from quota.models.rtn import quantize_rtn
 
-        model, processor = load_model(self.float_checkpoint)
+        model, processor = place.open(self.float_checkpoint)
         return quantize_rtn(model, MODULES, transforms=False).eval(), processor
 
     def content(self, checkpoint: str) -> str:

@@ -132,7 +132,7 @@ class Quota(lmms):
     def opened(self) -> tuple[Any, Any, Wrapper]:
         """(model without the recipe, processor, wrapper), loaded when first needed."""
         if self._opened is None:
-            from quota.eval.asking import load_model
+            from quota.runtime.load import load_model
 
             args = self.args
             model, processor = load_model(self.folder, None, str(self.device), getattr(torch, args.dtype))

@@ -38,6 +38,8 @@ def why_not() -> str | None:
 def supports(ctx: Context) -> str | None:
     """As `quota.core.registry.Implementation`."""
     reason = why_not()
+    if reason is None and ctx.device not in ("cpu", "cuda"):
+        return f"for CUDA; the tensors are on {ctx.device}"
     if reason is None and ctx.device == "cpu":
         return (
             None

@@ -5,11 +5,19 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from torch import Tensor
+
 from quota.allocate.compute import decoder_sizes
-from quota.calib.samples import Samples, check_texts, encode
+from quota.calib.samples import Sample, Samples, check_texts, encode
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts
 from quota.models import find_family, model_fingerprint, vision_macs
+
+
+def inputs_of(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
+    """What `model` reads of a sample, on its device and, pixels, in its dtype."""
+    found = {name: value.to(model.device) for name, value in encode(processor, sample).items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in found.items()}
 
 
 def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
-from quota.calib.samples import Samples, check_texts, encode
+from quota.calib.samples import Samples, check_texts
 from quota.core.errors import CheckpointError, SampleError
 from quota.core.version import VERSION
 from quota.models import find_family, model_fingerprint, submodule
 from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
-from quota.planning.facts import model_facts
+from quota.planning.facts import inputs_of, model_facts
 from quota.planning.progress import Tell, shown
 from quota.prune.attention import mean_attention, text_queries
 from quota.prune.recording import attending
@@ -59,7 +59,8 @@ def profile(
 
     progress: True shows a bar, a callable is called with (done, total) after each sample. Deterministic: sums in
     float64, medians over samples, figures rounded to 6 significant digits. Both models run in evaluation mode; hooks
-    are removed whatever happens. CheckpointError when the two are not the same model; SampleError when no sample has a
+    are removed whatever happens. Both are on one device, whichever; figures of another device than the CPU differ from
+    the CPU's as its sums do. CheckpointError when the two are not the same model; SampleError when no sample has a
     image followed by text.
     """
     fingerprint = model_fingerprint(float_model)
@@ -75,7 +76,7 @@ def profile(
     try:
         with _one_thread(), shown(progress, "profiling layers") as tell, torch.inference_mode():
             for done, sample in enumerate(samples, start=1):
-                figures.add(float_model, quant_model, encode(processor, sample))
+                figures.add(float_model, quant_model, inputs_of(float_model, processor, sample))
                 tell(done, len(samples))
     finally:
         float_model.train(was_training[0]), quant_model.train(was_training[1])

@@ -19,18 +19,24 @@ from quota.planning.facts import measured_facts
 from quota.planning.profile import profile
 from quota.planning.progress import shown
 from quota.planning.search import attention_statistics, withdrawal_divergence
-from quota.runtime.load import load_model
+from quota.runtime.load import ON_CPU, Placement
 
 SEARCH_SAMPLES = 20  # VTW's published number
 
 
 def profile_models(
-    model: str | Path, checkpoint: str | Path, samples: Samples | str | Path, *, quiet: bool = False
+    model: str | Path,
+    checkpoint: str | Path,
+    samples: Samples | str | Path,
+    *,
+    place: Placement = ON_CPU,
+    quiet: bool = False,
 ) -> Profile:
-    """Profile float `model` against quantized `checkpoint`. samples: or the path of a samples file."""
+    """Profile float `model` against quantized `checkpoint`. samples: or the path of a samples file. place: where both
+    models run, whole."""
     loaded = samples if isinstance(samples, Samples) else Samples.load(samples)
-    float_model, processor = load_model(model)
-    quantized, _ = load_model(checkpoint)
+    float_model, processor = place.open(model)
+    quantized, _ = place.open(checkpoint)
     return profile(float_model, quantized, processor, loaded, progress=not quiet)
 
 
@@ -94,11 +100,18 @@ class RecipeRequest:
         )
 
     def from_checkpoint(
-        self, checkpoint: str, samples: Path, *, seed: int = 0, threshold: float = VTW_THRESHOLD, quiet: bool = False
+        self,
+        checkpoint: str,
+        samples: Path,
+        *,
+        place: Placement = ON_CPU,
+        seed: int = 0,
+        threshold: float = VTW_THRESHOLD,
+        quiet: bool = False,
     ) -> Recipe:
-        """The recipe by a published method for a checkpoint, float or quantized."""
+        """The recipe by a published method for a checkpoint, float or quantized, which runs at `place`."""
         loaded = Samples.load(samples)
-        model, processor = load_model(checkpoint)
+        model, processor = place.open(checkpoint)
         stats = SearchStats()
         if self.layers is None:  # a given layer is not searched for
             stats = measure_search(self.method, model, processor, loaded, threshold=threshold, quiet=quiet)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from quota.allocate.baselines import RecipeContext, build_baseline
 from quota.allocate.fitprune import AttentionSample
-from quota.calib.samples import Samples, check_texts, encode
+from quota.calib.samples import Samples, check_texts
 from quota.core.errors import SampleError
 from quota.core.recipe import ModelFacts, Recipe
 from quota.models import find_family, model_fingerprint
 from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
+from quota.planning.facts import inputs_of
 from quota.planning.progress import Tell
 from quota.prune.attention import head_max_attention, text_queries
 from quota.prune.pruner import Pruner
@@ -34,7 +35,7 @@ def attention_statistics(
     family = find_family(model)
     out = []
     for done, sample in enumerate(samples, start=1):
-        inputs = encode(processor, sample)
+        inputs = inputs_of(model, processor, sample)
         visual = inputs["input_ids"] == family.image_token_id
         if bool(visual.any()):
             out.append(_attention_sample(model, inputs, visual))
@@ -67,7 +68,7 @@ def withdrawal_divergence(model: Any, processor: Any, samples: Samples, tell: Te
     plans = {layer: _withdrawal(model, layer) for layer in range(1, family.layers)}
     seen: dict[int, list[float]] = {layer: [] for layer in plans}
     for done, sample in enumerate(samples, start=1):
-        inputs = encode(processor, sample)
+        inputs = inputs_of(model, processor, sample)
         if bool((inputs["input_ids"] == family.image_token_id).any()):
             whole = _next(model, inputs)
             for layer, plan in plans.items():

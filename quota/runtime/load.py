@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from transformers import GenerationConfig
 
 from quota.core.checkpoint import Manifest, check_tensor, is_quantized_folder
 from quota.core.checkpoint_files import iterate_tensors, listed_files, tensor_shapes, verify_files, weight_files
+from quota.core.devices import checked_device
 from quota.core.documents import read_object
-from quota.core.errors import CheckpointError, UsageError
+from quota.core.errors import CheckpointError
 from quota.core.folders import resolve_folder
 from quota.core.malloc import keep_freed_memory
 from quota.models import find_family, model_fingerprint
@@ -83,22 +85,24 @@ def load_model(
     return model, model.processor
 
 
-def checked_device(device: torch.device | str) -> torch.device:
-    """The device of that name; UsageError when it is none, or is not here."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
-    if found.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        built = (
-            "this torch was built for the CPU; install one for CUDA"
-            if torch.version.cuda is None
-            else f"{torch.cuda.device_count()} CUDA devices found"
-        )
-        raise UsageError(f"device: {device} is not here: {built}, or leave device at cpu")
-    return found
+@dataclass(frozen=True)
+class Placement:
+    """Where models run, and the float type of what is not quantized in them."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def open(self, checkpoint: str | Path, recipe: Any = None) -> tuple[Any, Any]:
+        """`load_model` here."""
+        return load_model(checkpoint, recipe, self.device, getattr(torch, self.dtype))
+
+    @property
+    def key(self) -> str:
+        """What results depend on besides weights and questions: empty on the CPU in float32."""
+        return "" if self == ON_CPU else f" {self.device.partition(':')[0]} {self.dtype}"
+
+
+ON_CPU = Placement()
 
 
 def _load_quantized(folder: Path, dtype: torch.dtype, verify: bool) -> Any:

@@ -11,14 +11,14 @@ from typing import Any
 from quota.allocate.compute import Cost, DecoderSizes, cost
 from quota.allocate.explain import recipe_cost
 from quota.calib.stream import FloatSource
+from quota.core.devices import checked_device
 from quota.core.errors import UsageError
 from quota.core.methods import baselines
 from quota.core.recipe import ModelFacts, Recipe
 from quota.demo.embedded import reference_of, sources
-from quota.eval.asking import ON_CPU, Placement
 from quota.eval.pipeline import Entry, Options, Pipeline
 from quota.eval.questions import Question
-from quota.runtime.load import checked_device
+from quota.runtime.load import ON_CPU, Placement
 from quota.study.tasks import load_questions
 
 
@@ -26,8 +26,8 @@ from quota.study.tasks import load_questions
 class StudySettings:
     """What `quota study` was asked for. family: of the embedded model; None where `model` names another one, or for the
     default. tasks: "scenes" (held-out generated questions) or a samples file with answers. methods: the published ones
-    that `pipelines` and `compute` have rows for. place: where rows are answered; what they are made of (checkpoints,
-    profiles, recipes) comes from the CPU in float32 everywhere."""
+    that `pipelines` and `compute` have rows for. place: where rows are answered, and where what they are
+    made of (checkpoints, profiles, recipes) is computed."""
 
     out: Path = Path("study-out")
     family: str | None = None

@@ -31,9 +31,9 @@ def main() -> None:
     from dataclasses import asdict
 
     from quota.core.recipe import Recipe
-    from quota.eval.asking import Placement
     from quota.eval.generation import answers
     from quota.eval.gpu import measured
+    from quota.runtime.load import Placement
     from quota.study.tasks import load_questions
 
     idle = peak_bytes()

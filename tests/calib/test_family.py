@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from quota.calib import run
 from quota.calib import stream as streaming
 from quota.calib.blocks import Batch
+from quota.calib.feed import advance
 from quota.calib.rows import select_features
 from quota.calib.samples import encode
 from quota.calib.state import StreamLayout
@@ -123,11 +124,11 @@ def test_streamed_blocks_reproduce_the_model(family, source, tmp_path):
     current = streaming.embed_images(source, images, grids, tmp_path / "0", "float32")
     for index, path in enumerate(arch.blocks("vision")):
         following = current.like(tmp_path / f"v{index}")
-        streaming.advance(source.block("vision", path), current, following, 2, "cpu")
+        advance(source.block("vision", path), current, following, 2, "cpu")
         current = following
     features = select_features(source, current, tmp_path / "features")
     projected = features.like(tmp_path / "projected", width=arch.hidden_size)
-    streaming.advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
+    advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
     known = [grid for grid in grids if grid is not None]
     current = streaming.embed_text(source, [e["input_ids"][0] for e in encoded], projected, tmp_path / "text", known)
     with torch.no_grad():
@@ -137,7 +138,7 @@ def test_streamed_blocks_reproduce_the_model(family, source, tmp_path):
             assert relative(current.read(item), wanted[item][index][0]) < 1e-5, (index, item)
         if index < arch.layers - 1:
             following = current.like(tmp_path / f"t{index}")
-            streaming.advance(source.block("decoder", path), current, following, 3, "cpu")
+            advance(source.block("decoder", path), current, following, 3, "cpu")
             current = following
     assert current.images == ([(16,)] * 3 if family == "llava" else [(16,), (), (6,)])
     layout = StreamLayout.model_validate_json(current.layout().model_dump_json(), strict=True)

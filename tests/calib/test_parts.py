@@ -45,7 +45,7 @@ def test_parts(tmp_path: Path, family: str) -> None:
 
 
 def pruned(folder: Path) -> dict:
-    from quota.eval.asking import load_model
+    from quota.runtime.load import load_model
 
     return recipe_for(load_model(folder)[0], (1, 2), (0.5, 0.25)).model_dump()
 

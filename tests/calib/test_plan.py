@@ -15,17 +15,18 @@ import pytest
 import torch
 
 from quota.calib import plan as plans
-from quota.calib import run
+from quota.calib import run, speed
 from quota.calib.job import Job
-from quota.calib.plan import Speed, block_seconds, measured_speed
+from quota.calib.plan import block_seconds
 from quota.calib.schedule import Schedule
 from quota.calib.settings import METHODS, Settings
+from quota.calib.speed import Speed, measured_speed
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
 from tests.calib.calibration import float_folder, mixed_samples, picture_samples, qwen_folder
 
 QUICK = Settings(steps=2, evaluate_every=1, batch=2, search_rows=32, held_out=1)
-SPEED = Speed(products=1e10, element_s=1e-9, round_s=3e-8, search_s=4e-7, call_s=1e-3)
+SPEED = Speed(products=1e10, element_s=1e-9, round_s=3e-8, search_s=4e-7, call_s=1e-3, byte_s=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_steps_weigh_what_they_take(folder, tmp_path):
 def test_the_bar_moves_by_the_weights_and_ends_full(folder, tmp_path, monkeypatch, capsys):
     """What is left is told from the work that is left: after every step the bar stands where the weights of the steps
     so far end."""
-    monkeypatch.setattr("quota.calib.schedule.measured_speed", lambda device: SPEED)
+    monkeypatch.setattr("quota.calib.schedule.speed_of", lambda settings: SPEED)
     real, bars, stood = Schedule.bar, [], []
     commit = WorkFolder.commit
 
@@ -169,9 +170,9 @@ def test_the_speed_is_measured_here(monkeypatch):
             now[0] += 0.05 * factor
             return now[0]
 
-        monkeypatch.setattr(plans.time, "perf_counter", clock)
+        monkeypatch.setattr(speed.time, "perf_counter", clock)
         before = torch.random.get_rng_state()
-        found.append(measured_speed("cpu"))
+        found.append(measured_speed(Settings()))
         assert torch.equal(before, torch.random.get_rng_state()), "a plan draws no random numbers"
     assert found[0].products == pytest.approx(10 * found[1].products) and found[1].call_s == pytest.approx(
         10 * found[0].call_s

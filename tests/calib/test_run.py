@@ -112,8 +112,9 @@ def test_text_only_samples(folder, tmp_path):
 def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
     """quota.nn's packed modules, fed the written tensors, against the frozen calibration blocks: equal weight integers,
     equal activations up to rounding."""
+    from quota.calib.feed import advance
     from quota.calib.learn import BlockData, learn_block
-    from quota.calib.stream import FloatSource, Stream, advance
+    from quota.calib.stream import FloatSource, Stream
     from quota.models.quantize import quantize_structure
 
     source = FloatSource(folder)

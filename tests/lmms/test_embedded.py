@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from quota.eval.asking import load_model
 from quota.eval.generation import answers
 from quota.eval.questions import Question, mixed_questions, scene_questions
 from quota.lmms import TASKS, embedded
 from quota.lmms.model import Quota
+from quota.runtime.load import load_model
 from quota.scenes import generate as g
 from quota.scenes import kinds as k
 

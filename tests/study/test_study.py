@@ -18,8 +18,8 @@ from quota.cli.study import NAMES
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
 from quota.eval import answering, benchmark
-from quota.eval.asking import Placement
 from quota.eval.pipeline import Entry
+from quota.runtime.load import Placement
 from quota.study import run as study
 from quota.study.bench import Bench, StudySettings
 from quota.study.results import StudyReport
