@@ -40,16 +40,14 @@ class MultimodalRotary(nn.Module):
     """Replaces a decoder's rotary embedding over several position axes (M-RoPE): same angles, cosine and sine rounded
     once from float64, so that a token's do not depend on its neighbours."""
 
-    axis_of: Tensor
-
     def __init__(self, inner: Any, axis_of: Sequence[int], device: torch.device | str | None = None) -> None:
         """inner: upstream's embedding, with the frequencies. axis_of: the axis (time, row, column) that turns each of
         its D / 2 pairs of channels."""
         super().__init__()
         self.inner = inner
-        self.register_buffer("axis_of", torch.tensor(list(axis_of)), persistent=False)
+        self.axis_of = torch.tensor(list(axis_of), device="cpu")  # no buffer: loaders would leave one on meta empty
         if device is not None:
-            self.to(device)
+            self.inner.to(device)
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +57,7 @@ class MultimodalRotary(nn.Module):
             return self.inner(x, position_ids)
         position_ids = position_ids.expand(3, *position_ids.shape[-2:])
         angles = position_ids[..., None].float() * self.inner.inv_freq.float()
-        angles = angles.gather(0, self.axis_of.expand(1, *angles.shape[1:]))[0].double()
+        angles = angles.gather(0, self.axis_of.to(angles.device).expand(1, *angles.shape[1:]))[0].double()
         scale = self.inner.attention_scaling
         cos, sin = (torch.cat([part, part], -1).mul(scale).float().to(x.dtype) for part in (angles.cos(), angles.sin()))
         return cos, sin

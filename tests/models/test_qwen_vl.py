@@ -93,6 +93,13 @@ def test_calibrated_it_holds_every_module(calibrated):
     assert reported == [path for part in ("vision", "projector", "decoder") for path in family.blocks(part)]
 
 
+@pytest.mark.parametrize("name", NEW, indirect=True)
+def test_it_opens_through_transformers_own_door(calibrated):
+    case, folder = prompts(calibrated)[1], calibrated.name_or_path
+    again = getattr(transformers, find_family(calibrated).model_class).from_pretrained(folder).eval()
+    assert generated(again, case) == generated(calibrated, case)
+
+
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
 @pytest.mark.parametrize("name", NEW, indirect=True)
 def test_calibrated_it_serves_what_generate_answers(calibrated, recipe):
