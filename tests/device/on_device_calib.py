@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -24,10 +23,9 @@ ROUNDED = Settings(method="gptq", batch=2, search_rows=64, held_out=1)
 
 @pytest.fixture(autouse=True)
 def one_arithmetic(monkeypatch):
-    """Attention and AdamW of one formula on both devices, and no time spent on an estimate."""
+    """Attention of one formula on both devices, and no time spent on an estimate."""
     speed = Speed(products=1e10, element_s=1e-9, round_s=3e-8, search_s=4e-7, call_s=1e-3, byte_s=1e-9)
     monkeypatch.setattr("quota.calib.schedule.speed_of", lambda settings: speed)
-    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, foreach=False))
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -53,8 +51,8 @@ def weights(folder):
 @pytest.mark.parametrize(
     "settings",
     [
-        LEARNED,
-        replace(LEARNED, inputs="mixed", text_share=0.3, relative=True, stream_dtype="float16"),
+        QUICK,
+        replace(QUICK, inputs="mixed", text_share=0.3, relative=True, stream_dtype="float16"),
         ROUNDED,
         replace(ROUNDED, scheme="w4a16kv4"),
         replace(ROUNDED, method="awq"),
@@ -70,6 +68,22 @@ def test_the_cpu_s_bytes(models, tmp_path, monkeypatch, family, settings):
         run.calibrate(models[family], out=tmp_path / NAME, settings=replace(settings, device=NAME), **given)
     assert weights(tmp_path / NAME) == weights(tmp_path / "cpu")
     assert memory.peak and not memory.live
+
+
+@pytest.mark.parametrize(("family", "inputs"), [("llava", "float"), ("qwen2_5_vl", "mixed")])
+def test_learned_in_steps(models, tmp_path, monkeypatch, family, inputs):
+    """The starts are equal. Gradients differ in their last bits, and AdamW's first steps go by a gradient's sign, so
+    what is learned may take another way (docs/numerics.md: 15 %)."""
+    settings, given = replace(LEARNED, inputs=inputs), {"samples": samples_of(family), "progress": False}
+    report = run.calibrate(models[family], out=tmp_path / "cpu", settings=settings, **given)
+    with fake_device(monkeypatch):
+        other = run.calibrate(models[family], out=tmp_path / NAME, settings=replace(settings, device=NAME), **given)
+    for here, there in zip(report.blocks, other.blocks, strict=True):
+        # inputs="mixed": the quantized inputs come out of blocks that were learned
+        assert [there[name] for name in ("mse_rtn", "mse_start")] == pytest.approx(
+            [here[name] for name in ("mse_rtn", "mse_start")], rel=1e-3
+        )
+        assert there["mse"] == pytest.approx(here["mse"], rel=0.15)
 
 
 def test_a_pruned_graph(models, tmp_path, monkeypatch):
