@@ -35,7 +35,8 @@ def keep_masks(
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
     pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; for candidate 0 there is
-    no first one and `stream` is the input of layer 0. shown: images of one item, on the columns of its prompt.
+    no first one and `stream` is the input of layer 0. shown: images of one item, on the columns of its prompt and
+    on the device.
     Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
@@ -54,15 +55,15 @@ def keep_masks(
             if stream.rest:  # the plane that goes in between the two
                 hidden = hidden + stream.read_rows(item)[1][None, :, : stream.width].to(hidden)
             batch = replace(batch, hidden=hidden)
-        column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None]
+        column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None].to(device)
         tokens = shown(item)
-        image_index = tokens.number.gather(1, column).to(device).masked_fill(~visual, -1)
+        image_index = tokens.number.gather(1, column).masked_fill(~visual, -1)
         group, budget = plan_budgets(recipe, ratio, image_index, [stream.images[item]])
         alive = Alive(
             batch.hidden,
             group,
             _queries(roles),
-            column.to(device),
+            column,
             after.layer,
             tokens,
             trace,

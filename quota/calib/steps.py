@@ -201,7 +201,7 @@ class ChooseTokens(_OfDecoder):
 
     @staticmethod
     def _shown(job: Job, item: int) -> ImageTokens:
-        index = job.source.family.image_index(torch.tensor(job.prompts.ids[item])[None])
+        index = job.source.family.image_index(torch.tensor([job.prompts.ids[item]], device=job.settings.device))
         return ImageTokens.of(index, job.prompts.images[item])
 
 

