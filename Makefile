@@ -6,11 +6,11 @@ TORCH_INDEX ?=
 STAMP := .venv/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 
-.PHONY: demo check test test-cuda-torch lint sanitize bench gpu-check pretrained ray browser venv schema clean help
+.PHONY: demo check unit test test-cuda-torch lint sanitize bench gpu-check pretrained ray browser venv schema clean help
 
 help:
 	@echo "make demo   calibrate, allocate, answer and evaluate on the embedded model (results in demo-out/)"
-	@echo "make check  lint and the unit tests: before every commit (3 to 4 minutes on two cores)"
+	@echo "make check  lint and the unit tests, side by side: before every commit"
 	@echo "make test   every test; PYTEST_ARGS='tests/eval -x' for a part, JOBS=1 for one process"
 	@echo "make test-cuda-torch   the CUDA library in CUDA builds of torch, installed for the test (needs nvcc and 6 GB each, no GPU); CUDA_TORCH='2.14.1' for others"
 	@echo "make lint   format, lint, types, import contracts"
@@ -51,7 +51,11 @@ JOBS ?= auto
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 UNIT := $(addprefix tests/,core quant allocate ops nn models prune engine runtime test_lean_import.py)
 
-check: lint
+# Lint takes one core only, so the tests go on beside it; every line appears as it is written.
+check: $(STAMP)
+	$(MAKE) --jobs=2 --output-sync=line lint unit
+
+unit: $(STAMP)
 	$(PYTEST) -q -m "not slow" $(UNIT)
 
 test: $(STAMP)

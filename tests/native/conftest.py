@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ import torch
 from quota.ops import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILT = ROOT / "build" / "emulated"
+BUILT = ROOT / "build" / "tests"
 FLAGS = [
     "-std=c++20",
     "-O1",
@@ -39,40 +39,48 @@ def sources() -> list[Path]:
     return [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/torch/bindings_cuda.cpp"]
 
 
-def build() -> Path:
-    """The emulated library, kept by the digest of everything it is made of."""
-    texts = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in (".cu", ".h", ".cpp"))
-    digest = hashlib.sha256("".join([torch.__version__, *FLAGS, *(p.read_text() for p in texts)]).encode()).hexdigest()[
-        :16
-    ]
-    library = BUILT / f"libquota_emulated_{digest}.so"
+def kept(stem: str, made_of: Iterable[str], make: Callable[[Path, Path], None]) -> Path:
+    """build/tests/<stem>_<digest of made_of>.so; where it is missing, `make(library, folder)` makes it, with a folder
+    for what is in between. Test processes side by side: one makes it, the others find it."""
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    library = BUILT / f"{stem}_{digest}.so"
     if library.exists():
         return library
     BUILT.mkdir(parents=True, exist_ok=True)
-    with (BUILT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side: one compiles, the others find its library
+    with (BUILT / f"{stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(library)
+            with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+                made = Path(folder, "made.so")
+                make(made, Path(folder))
+                made.rename(library)
     return library
 
 
-def _compile(library: Path) -> None:
+def texts(*folders: str) -> list[str]:
+    """Names and contents of the native sources in these folders of the repository."""
+    found = sorted(p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".cu", ".h", ".cpp"))
+    return [text for path in found for text in (str(path.relative_to(ROOT)), path.read_text())]
+
+
+def build() -> Path:
+    """The emulated library."""
+    return kept("libquota_emulated", [torch.__version__, *FLAGS, *texts(*FOLDERS)], _compile)
+
+
+def _compile(library: Path, folder: Path) -> None:
     torch_folder = Path(torch.__file__).parent
-    include = [f"-I{ROOT / folder}" for folder in FOLDERS] + [f"-I{torch_folder / 'include'}"]
-    with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+    include = [f"-I{ROOT / name}" for name in FOLDERS] + [f"-I{torch_folder / 'include'}"]
 
-        def compiled(source: Path) -> str:
-            target = f"{folder}/{source.stem}.o"
-            subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", target], check=True)
-            return target
+    def compiled(source: Path) -> str:
+        target = f"{folder}/{source.stem}.o"
+        subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", target], check=True)
+        return target
 
-        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compiled, sources()))
-        subprocess.run(
-            ["g++", "-shared", "-o", f"{folder}/out.so", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"],
-            check=True,
-        )
-        Path(f"{folder}/out.so").rename(library)
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compiled, sources()))
+    link = ["g++", "-shared", "-o", str(library), *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    subprocess.run(link, check=True)
 
 
 @pytest.fixture(scope="session")

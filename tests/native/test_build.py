@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import sass
+from tests.native.conftest import kept, texts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,21 +42,22 @@ def test_unknown_architectures_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CUDA library for every architecture, built with the torch at hand."""
-    folder = tmp_path_factory.mktemp("built")
-    result = setup(
-        folder,
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(folder / "lib"),
-        "--build-temp",
-        str(folder / "temp"),
-        QUOTA_BUILD="cuda",
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder / "lib/quota/_native/libquota_cuda.so"
+def library() -> Path:
+    """The CUDA library for every architecture, built with the torch at hand. Compiling takes minutes, so it is kept as
+    long as nothing that it is made of changes."""
+
+    def make(library: Path, folder: Path) -> None:
+        places = ("--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp"))
+        result = setup(folder, "-q", "build_ext", *places, QUOTA_BUILD="cuda")
+        assert result.returncode == 0, result.stderr[-3000:]
+        (folder / "lib/quota/_native/libquota_cuda.so").rename(library)
+
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home, "bin/nvcc")) if home else "nvcc"
+    compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    asked = [f"{name}={os.environ.get(name)}" for name in ("QUOTA_CUDA_ARCHS", "NVCC_APPEND_FLAGS")]
+    sources = texts("csrc/cuda", "csrc/include", "csrc/torch")
+    return kept("libquota_cuda", [torch.__version__, compiler, *asked, (ROOT / "setup.py").read_text(), *sources], make)
 
 
 needs_nvcc = pytest.mark.skipif(
