@@ -170,23 +170,25 @@ def block_seconds(
     return passing, looks * look + settings.steps * step + search
 
 
-def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> int:
-    """Bytes of the process at its fullest: a block being learned in float32 (or the shard being written) above what is
-    resident now. widest: rows of the longest item. An upper bound: a rounded element is held in a dozen forms until the
-    backward pass has used it, a weight in eight."""
+def learning_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings) -> int:
+    """Bytes that the largest of these blocks takes in float32 while it learns. widest: rows of the longest item. An
+    upper bound: a rounded element is held in a dozen forms until the backward pass has used it, a weight in eight."""
     rows = settings.batch * widest
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _LIBRARIES
     inside = (
-        4
-        * (
-            12 * (s.rounded(rows) - s.linear)
-            + 8 * s.parameters
-            + 2 * s.written(rows)
-            + 2 * s.heads * settings.batch * widest**2
-        )
+        12 * (s.rounded(rows) - s.linear)
+        + 8 * s.parameters
+        + 2 * s.written(rows)
+        + 2 * s.heads * settings.batch * widest**2
         for s in sizes
     )
-    return now + max([*inside, 2 * min(written, DEFAULT_SHARD_BYTES)])
+    return 4 * max(inside, default=0)
+
+
+def peak_memory(learning: int, written: int) -> int:
+    """Bytes of the process at its fullest: blocks that learn (or the shard being written) above what is resident
+    now."""
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _LIBRARIES
+    return now + max(learning, 2 * min(written, DEFAULT_SHARD_BYTES))
 
 
 def measured_speed(device: str) -> Speed:

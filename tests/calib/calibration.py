@@ -79,11 +79,11 @@ def killed(monkeypatch: pytest.MonkeyPatch, survived: int, work: Callable[[], ob
     state does not name them."""
     real, left = WorkFolder.commit, [survived]
 
-    def dies(self: WorkFolder, streams: Any) -> None:
+    def dies(self: WorkFolder) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        real(self, streams)
+        real(self)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(WorkFolder, "commit", dies)
@@ -94,8 +94,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the steps that are finished from now on."""
     real, done = WorkFolder.commit, list[int]()
 
-    def counts(self: WorkFolder, streams: Any) -> None:
-        real(self, streams)
+    def counts(self: WorkFolder) -> None:
+        real(self)
         done.append(self.done)
 
     monkeypatch.setattr(WorkFolder, "commit", counts)

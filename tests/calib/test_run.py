@@ -315,7 +315,8 @@ def test_pruned_stream_keeps_what_the_pruner_keeps(folder, tmp_path, changes):
     work = WorkFolder(tmp_path / "work", {})
     with schedule.bar(work, progress=False) as bar:
         for step in schedule.steps[:-1]:
-            work.commit(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)))
+            work.hand_on(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)).streams)
+            work.commit()
     assert schedule.steps[-1].path == "model.language_model.layers.3"
     stream = work.streams["float"]  # input of the last layer
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
