@@ -21,6 +21,7 @@ from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
 from quota.core.errors import SampleError
 from tests.calib.calibration import float_folder, killed, picture_samples
+from tests.calib.test_run import recipe_for
 
 QUICK = Settings(steps=3, evaluate_every=2, batch=2, search_rows=32, held_out=1)
 LAYER = "model.language_model.layers."
@@ -114,6 +115,21 @@ def test_a_killed_run_goes_on_with_any_number_of_threads(
     killed(monkeypatch, survived, lambda: calibrated(folder, tmp_path / "out"))
     threads(1)
     assert calibrated(folder, tmp_path / "out") == alone
+
+
+def test_a_pruned_graph_with_any_number_of_threads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    """Tokens are chosen and dropped while the blocks before still learn; killed there, it chooses them again."""
+    settings, recipe = replace(QUICK, steps=0, modules=("llm",)), recipe_for(FloatSource(folder))
+
+    def made(out: str, count: int) -> Contents:
+        threads(count)
+        run.calibrate(folder, picture_samples(2), out=tmp_path / out, settings=settings, recipe=recipe, progress=False)
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / out).iterdir())}
+
+    killed(monkeypatch, 8, lambda: made("many", 4))
+    assert made("many", 4) == made("one", 1)
 
 
 def test_a_block_that_fails_ends_the_others(
