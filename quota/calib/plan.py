@@ -167,19 +167,27 @@ def block_seconds(
     return passing, looks * look + settings.steps * step + search
 
 
-def peak_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int) -> tuple[int, int]:
-    """(bytes of the process, bytes on the device) at their fullest: a block being learned in float32, or the shard
-    being written, above what is resident now. widest: rows of the longest item. On the CPU all of it is the process's,
-    on another device a block as it is stored and the batches that are on their way remain here. Upper bounds: a rounded
-    element is held in a dozen forms until the backward pass has used it, a weight in eight."""
+def learning_memory(sizes: Sequence[BlockSize], widest: int, settings: Settings) -> int:
+    """Bytes that the largest of these blocks takes in float32 while it is calibrated. widest: rows of the longest
+    item. An upper bound: a rounded element is held in a dozen forms until the backward pass has used it, a weight in
+    eight."""
+    return max((_inside(size, settings.batch * widest, widest, settings) for size in sizes), default=0)
+
+
+def peak_memory(
+    sizes: Sequence[BlockSize], widest: int, settings: Settings, written: int, crew: int
+) -> tuple[int, int]:
+    """(bytes of the process, bytes on the device) at their fullest: `crew` blocks being learned in float32, or the
+    shard being written, above what is resident now. widest: rows of the longest item. On the CPU all of it is the
+    process's, on another device a block as it is stored and the batches that are on their way remain here."""
     rows = settings.batch * widest
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _LIBRARIES
-    block = max((_inside(size, rows, widest, settings) for size in sizes), default=0)
+    blocks = crew * learning_memory(sizes, widest, settings)
     shard = 2 * min(written, DEFAULT_SHARD_BYTES)
     if settings.on_cpu:
-        return now + max(block, shard), 0
+        return now + max(blocks, shard), 0
     staged = max((4 * size.parameters + 4 * 6 * rows * max(k for _, k in size.groups) for size in sizes), default=0)
-    return now + _DEVICE_LIBRARIES + max(staged, shard), block
+    return now + _DEVICE_LIBRARIES + max(staged, shard), blocks
 
 
 def _inside(size: BlockSize, rows: int, widest: int, settings: Settings) -> int:

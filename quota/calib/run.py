@@ -1,4 +1,5 @@
-"""`calibrate`: float checkpoint + samples -> quantized checkpoint, one block in memory at a time."""
+"""`calibrate`: float checkpoint + samples -> quantized checkpoint, one block in memory at a time, or of small ones one
+per thread."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quota.calib.crew import Crew
 from quota.calib.export import write_checkpoint
 from quota.calib.job import Job
 from quota.calib.plan import Plan
 from quota.calib.samples import Samples
 from quota.calib.schedule import Schedule
 from quota.calib.settings import DEFAULTS, Settings
-from quota.calib.steps import Ticks
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
 from quota.core.devices import checked_device, named_device
@@ -61,21 +62,22 @@ def calibrate(
 ) -> CheckpointReport:
     """Quantize a float checkpoint (folder or hub name) on `samples` and write the quantized checkpoint folder `out`.
 
-    Decoder, vision and projector blocks are calibrated one after the other on the float model's hidden states
-    (FlatQuant: learned Kronecker transforms, per-channel scales, clips; GPTQ and AWQ: `quota.calib.weight_only`).
-    Killed in the middle, the same call continues; `out` appears only when it is complete. A checkpoint that the same
-    call has made is reported as it is.
+    Vision, projector and decoder blocks are calibrated on the float model's hidden states, one after the other or,
+    small ones, side by side (FlatQuant: learned Kronecker transforms, per-channel scales, clips; GPTQ and AWQ:
+    `quota.calib.weight_only`). Killed in the middle, the same call continues; `out` appears only when it is complete. A
+    checkpoint that the same call has made is reported as it is.
 
     samples may be None for method "rtn", whose report then has no errors to tell. recipe: calibrate the decoder on the
     graph this recipe prunes. progress: the plan and a bar on stderr. resume: continue from `<out>.partial` (which must
     belong to the same run), or empty it. overwrite: replace a finished checkpoint of other settings, discard the
-    `<out>.partial` of another run. Same inputs, same bytes (same machine and thread count). Raises UsageError (options,
-    `out` holds something else, too little disk), CheckpointError (model, an altered `<out>.partial`), SampleError
-    (samples), RecipeError (recipe of another model), all of them before the work.
+    `<out>.partial` of another run. Same inputs, same bytes (on the same machine; large blocks also need the same
+    number of threads: `quota.calib.schedule.Schedule.apart`). Raises UsageError (options, `out` holds something else,
+    too little disk), CheckpointError (model, an altered `<out>.partial`), SampleError (samples), RecipeError (recipe of
+    another model), all of them before the work.
 
     On another device than the CPU (`settings.device`) samples and streams stay on the host, the device holds a block
-    and the batches at hand; in float32 each block's errors are within 1 % of the CPU's before and 15 % after learning
-    (docs/numerics.md). A calibration is continued on the kind of device, and in the dtype, that it was begun with.
+    and the batches at hand; in float32 each block's errors are within 1 % of the CPU's (docs/numerics.md). A
+    calibration is continued on the kind of device, and in the dtype, that it was begun with.
     """
     started = time.monotonic()
     keep_freed_memory()
@@ -101,10 +103,8 @@ def calibrate(
             if not work.done:
                 work.remove()
             raise
-        with schedule.bar(work, progress) as bar:
-            for step, seconds in list(zip(schedule.steps, schedule.seconds, strict=True))[work.done :]:
-                bar.set_description_str(step.words)
-                work.commit(step.run(job, work, Ticks(bar, *seconds)))
+        with schedule.threads(), schedule.bar(work, progress) as bar, Crew(job, work, bar, schedule.crew) as crew:
+            crew.run(list(zip(schedule.steps, schedule.seconds, strict=True))[work.done :])
         reports = [work.report(path) for path in schedule.paths]
         write_checkpoint(job.source, schedule.paths, work, job.folder, job.manifest(reports), overwrite=overwrite)
     finally:

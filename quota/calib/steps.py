@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from quota.calib import prune
@@ -25,7 +26,7 @@ from quota.calib.rows import Rows, map_rows, select_features
 from quota.calib.samples import encode
 from quota.calib.settings import METHODS, Settings
 from quota.calib.speed import Speed
-from quota.calib.state import StreamName
+from quota.calib.state import BlockReport, StreamName
 from quota.calib.stream import Stream, embed_images, embed_text
 from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
@@ -34,6 +35,17 @@ from quota.models.images import ImageInput, ImageTokens
 
 Streams = dict[StreamName, Stream]
 Seconds = tuple[float, float]  # passing the samples through the step, calibrating its block
+Learned = tuple[dict[str, Tensor], BlockReport]  # the checkpoint's tensors of a block, and what calibration did to it
+Learn = Callable[[Callable[[float], None]], Learned]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a step leaves. streams: what the next one reads. learn: what is still to be done to its block, on any
+    thread, by nobody waited for but the checkpoint; told of every finished share, whose sum is 1."""
+
+    streams: Streams
+    learn: Learn | None = None
 
 
 class Ticks:
@@ -51,7 +63,8 @@ class Ticks:
         self._move(self.calibrating * share)
 
     def _move(self, seconds: float) -> None:
-        self.bar.update(min(seconds, self.bar.total - self.bar.n))  # sums of shares round
+        with self.bar.get_lock():  # blocks that learn side by side move it
+            self.bar.update(min(seconds, self.bar.total - self.bar.n))  # sums of shares round
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,8 @@ class Step(ABC):
         return elements * (16 * speed.element_s + 8 * speed.byte_s), 0.0
 
     @abstractmethod
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
-        """Do it; returns the streams it leaves."""
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
+        """Do it, but for what may be done later."""
 
 
 class _OfTower(Step):
@@ -118,10 +131,10 @@ class EmbedImages(_OfTower):
     def widths(self, job: Job) -> tuple[int, int]:
         return 0, job.source.family.vision_hidden_size
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         path, dtype = work.stream_path("float"), job.settings.stream_dtype
-        return {"float": embed_images(job.source, self._images(job), job.prompts.grids, path, dtype)}
+        return Left({"float": embed_images(job.source, self._images(job), job.prompts.grids, path, dtype)})
 
     @staticmethod
     def _images(job: Job) -> Iterator[ImageInput]:
@@ -137,7 +150,7 @@ class Tap(_OfTower):
         width = super().widths(job)[0]
         return width, width + job.source.family.vision_hidden_size
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         return _mapped(work, lambda item, rows: (rows[0], torch.cat([rows[1], rows[0]], -1)))
 
@@ -150,11 +163,11 @@ class SelectFeatures(_OfTower):
         read = family.vision_hidden_size * (1 + len(family.taps))
         return read, read * family.merge**2
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
-        return {
-            name: select_features(job.source, stream, work.stream_path(name)) for name, stream in work.streams.items()
-        }
+        return Left(
+            {name: select_features(job.source, stream, work.stream_path(name)) for name, stream in work.streams.items()}
+        )
 
 
 class EmbedText(_OfDecoder):
@@ -163,14 +176,16 @@ class EmbedText(_OfDecoder):
     def lengths(self, job: Job) -> list[int]:
         return job.rows_after(())
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         ids = [torch.tensor(ids) for ids in job.prompts.ids]
         grids = [grid for grid in job.prompts.grids if grid is not None]
-        return {
-            name: embed_text(job.source, ids, stream, work.stream_path(name), grids)
-            for name, stream in work.streams.items()
-        }
+        return Left(
+            {
+                name: embed_text(job.source, ids, stream, work.stream_path(name), grids)
+                for name, stream in work.streams.items()
+            }
+        )
 
 
 class ChooseTokens(_OfDecoder):
@@ -181,7 +196,7 @@ class ChooseTokens(_OfDecoder):
         size = BlockSize.of(job.source.skeleton.get_submodule(self.path), job.source.family, "decoder")
         return 2 * block_seconds(size, self.lengths(job), None, job.settings, speed)[0], 0.0
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         assert job.recipe is not None
         before = self._block(job, self.index - 1) if self.index else None
@@ -192,7 +207,7 @@ class ChooseTokens(_OfDecoder):
         for stream in work.streams.values():
             for item, kept in enumerate(masks):
                 stream.drops[stream.rows(item)] = ~kept
-        return work.streams
+        return Left(work.streams)
 
     @staticmethod
     def _block(job: Job, index: int) -> Block:
@@ -208,11 +223,13 @@ class ChooseTokens(_OfDecoder):
 class DropTokens(_OfDecoder):
     """Leaves the marked tokens behind."""
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         assert job.recipe is not None
         compact = job.recipe.position_policy == "compact"
-        return {name: prune.gather(stream, work.stream_path(name), compact) for name, stream in work.streams.items()}
+        return Left(
+            {name: prune.gather(stream, work.stream_path(name), compact) for name, stream in work.streams.items()}
+        )
 
 
 class BlockStep(Step):
@@ -236,45 +253,48 @@ class BlockStep(Step):
         method = METHODS[job.settings.method] if self.is_quantized(job.settings) else None
         return block_seconds(self.size(job), self.lengths(job), method, job.settings, speed)
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         settings = job.settings
         block = job.source.block(self.part, self.path, settings.device, settings.products)
         if job.samples is None:
             work.save_block(self.path, round_weights(block, settings.makes), None)
             ticks.calibrated(1)
-            return {}
+            return Left({})
         inputs, quantized = work.streams["float"], work.streams.get("quantized")
         outputs = self._advanced(block, "float", inputs, job, work)
         ticks.passed()
-        if self.is_quantized(settings) and self.path in work.blocks:
+        quantizes = self.is_quantized(settings)
+        if quantizes and self.path in work.blocks:
             ticks.calibrated(1)  # kept when other files of the work folder were damaged: learns_from is "float"
-            return {"float": outputs}
-        if self.is_quantized(settings):
-            if quantized is None and settings.learns_from != "float":
-                quantized = inputs
-            seed = zlib.crc32(f"{settings.seed}:{self.path}".encode())
-            self._calibrate(block, BlockData(inputs, outputs, quantized, seed), job, work, ticks)
+            return Left({"float": outputs})
+        if quantizes and quantized is None and settings.learns_from != "float":
+            quantized = inputs
+        seed = zlib.crc32(f"{settings.seed}:{self.path}".encode())
+        learn = partial(_learned, block, BlockData(inputs, outputs, quantized, seed), settings) if quantizes else None
         if quantized is None:
-            return {"float": outputs}
-        return {"float": outputs, "quantized": self._advanced(block, "quantized", quantized, job, work)}
+            return Left({"float": outputs}, learn)
+        if learn is not None:  # the next step reads what the quantized block makes
+            work.save_block(self.path, *learn(ticks.calibrated))
+        return Left({"float": outputs, "quantized": self._advanced(block, "quantized", quantized, job, work)})
 
     def _advanced(self, block: Block, name: StreamName, source: Stream, job: Job, work: WorkFolder) -> Stream:
         target = source.like(work.stream_path(name), self.width(job))
         advance(block, source, target, job.settings.batch, job.settings.device)
         return target
 
-    def _calibrate(self, block: Block, lesson: BlockData, job: Job, work: WorkFolder, ticks: Ticks) -> None:
-        settings = job.settings
-        learns = METHODS[settings.method].learns
-        share = 1 / (1 + (settings.steps if learns else len(block.plans)))
-        if learns:
-            block.quantize_linears(settings.makes)
-            report = learn_block(block, lesson, settings, progress=lambda _: ticks.calibrated(share))
-            tensors = block.export()
-        else:
-            tensors, report = quantize_weights(block, lesson, settings, progress=lambda _: ticks.calibrated(share))
-        ticks.calibrated(share)
-        work.save_block(self.path, tensors, report)
+
+def _learned(block: Block, lesson: BlockData, settings: Settings, told: Callable[[float], None]) -> Learned:
+    """Calibrate the block. told: as of `Left.learn`."""
+    learns = METHODS[settings.method].learns
+    share = 1 / (1 + (settings.steps if learns else len(block.plans)))
+    if learns:
+        block.quantize_linears(settings.makes)
+        report = learn_block(block, lesson, settings, progress=lambda _: told(share))
+        tensors = block.export()
+    else:
+        tensors, report = quantize_weights(block, lesson, settings, progress=lambda _: told(share))
+    told(share)
+    return tensors, report
 
 
 class TowerBlock(BlockStep, _OfTower):
@@ -306,7 +326,7 @@ class NextFeatures(_OfProjectors):
     def widths(self, job: Job) -> tuple[int, int]:
         return super().widths(job)[1:] * 2
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         family = job.source.family
         last = self.index == len(family.taps)
@@ -327,14 +347,14 @@ class AddPlane(_OfDecoder):
     def lengths(self, job: Job) -> list[int]:
         return job.rows_after(candidate for candidate in job.candidates if candidate <= self.index)
 
-    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Streams:
+    def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         width = job.source.family.hidden_size
         return _mapped(work, lambda item, rows: (rows[0] + rows[1][:, :width], rows[1][:, width:]))
 
 
-def _mapped(work: WorkFolder, change: Callable[[int, Rows], Rows]) -> Streams:
-    return {name: map_rows(stream, work.stream_path(name), change) for name, stream in work.streams.items()}
+def _mapped(work: WorkFolder, change: Callable[[int, Rows], Rows]) -> Left:
+    return Left({name: map_rows(stream, work.stream_path(name), change) for name, stream in work.streams.items()})
 
 
 def steps_of(job: Job) -> Iterator[Step]:

@@ -1,9 +1,9 @@
 """The work folder of a calibration (`<out>.partial`): finished blocks, the current streams and a small state file,
 always consistent after a kill.
 
-Every step reads the streams named in `state.json`, writes new files, and only then replaces `state.json`; files it no
-longer names are removed after that. The state vouches for itself and for every file by SHA-256: what is damaged is
-computed again, never used.
+Every step reads the streams of the step before, writes new files, and only then, in the order of the steps, replaces
+`state.json`; files that neither it nor a step in progress needs are removed after that. The state vouches for itself
+and for every file by SHA-256: what is damaged is computed again, never used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,7 +70,8 @@ class WorkFolder:
             self._lock = _locked(path)
         self.done = 0
         self.blocks: dict[str, FinishedBlock] = {}  # by module path
-        self.streams: dict[StreamName, Stream] = {}
+        self.streams: dict[StreamName, Stream] = {}  # what the next step reads
+        self._handed_on: deque[dict[StreamName, Stream]] = deque()  # by steps that are not committed
         try:
             self._open(resume, overwrite, reuse_blocks)
         except BaseException:
@@ -132,11 +134,11 @@ class WorkFolder:
         kept = {Path(LOCK), *(self._block_file(path).relative_to(self.path) for path in blocks)}
         remove_files(self.path, lambda file: _owns(file) and file not in kept)
         self.blocks = blocks
-        self._write_state()
+        self._write_state({})
 
     def stream_path(self, name: StreamName) -> Path:
         """A fresh file name for stream `name` written by the step in progress."""
-        return self.path / f"{name}-{self.done + 1:03d}.bin"
+        return self.path / f"{name}-{self.done + len(self._handed_on) + 1:03d}.bin"
 
     def save_block(self, path: str, tensors: dict[str, Tensor], report: BlockReport | None) -> None:
         """Store the tensors of a finished block and, where it was measured, what calibration did to it."""
@@ -160,19 +162,25 @@ class WorkFolder:
             )
         return dict(sorted(load(data).items()))
 
-    def commit(self, streams: dict[StreamName, Stream]) -> None:
-        """The step in progress is finished: its streams replace the old ones."""
+    def hand_on(self, streams: dict[StreamName, Stream]) -> None:
+        """The step in progress leaves these to the next, which may begin before the step is committed."""
+        self.streams = streams
+        self._handed_on.append(streams)
+
+    def commit(self) -> None:
+        """The first step that is not committed is finished: its streams replace those it read."""
+        streams = self._handed_on.popleft()
         for stream in streams.values():
             stream.flush()
-        self.streams, self.done = streams, self.done + 1
-        self._write_state()
-        used = {stream.path.name for stream in streams.values()}
+        self.done += 1
+        self._write_state(streams)
+        used = {stream.path.name for left in (streams, *self._handed_on) for stream in left.values()}
         remove_files(self.path, lambda file: file.suffix == ".bin" and _owns(file) and file.name not in used)
 
-    def _write_state(self) -> None:
+    def _write_state(self, left: dict[StreamName, Stream]) -> None:
         streams = {
             name: StoredStream(**stream.layout().model_dump(), sha256=sha256_file(stream.path))
-            for name, stream in self.streams.items()
+            for name, stream in left.items()
         }
         state = State(job=self.job, done=self.done, blocks=self.blocks, streams=streams)
         body = json.dumps(state.model_dump())

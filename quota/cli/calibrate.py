@@ -51,10 +51,10 @@ def calibrate(
 ) -> None:
     """Quantize a float checkpoint: 4-bit weights, activations and KV cache, weights alone, or weights and KV cache.
 
-    Works block by block, streamed from the checkpoint: memory is bounded by one block. For each block it learns
-    transforms and clipping thresholds that keep the block's output close to the float block's (FlatQuant). Killed in
-    the middle, the same command continues; a damaged file of OUT.partial is computed again. OUT is refused before the
-    work when it holds anything but the result of this very command.
+    Works block by block, streamed from the checkpoint: memory is bounded by one block, or by 2 GiB of small ones that
+    learn side by side. For each block it learns transforms and clipping thresholds that keep the block's output close
+    to the float block's (FlatQuant). Killed in the middle, the same command continues; a damaged file of OUT.partial is
+    computed again. OUT is refused before the work when it holds anything but the result of this very command.
 
     With `--device cuda` blocks are learned on a GPU, one at a time; samples and what they become between blocks stay on
     the host, in memory and in OUT.partial. A calibration is continued on the kind of device, and in the dtype, that it

@@ -7,13 +7,12 @@ batch, so that its images are prepared and encoded once too. Either way a questi
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain, islice
@@ -23,18 +22,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quota.core.journal import Journal
+from quota.core.threads import one_thread
 from quota.eval.generation import check_questions, decoded, encode, generate, room_for_answer, under
 from quota.eval.questions import Question, chunks
 from quota.eval.score import is_right
 from quota.models import find_family
-from quota.models.quantize import weight_bytes
+from quota.models.copies import copies_of, is_small
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
 
 _ANSWERS_SCHEMA = "quota-answers/1"
-_SMALL_BYTES = 256 << 20  # of weights: below, a thread answers on its own
 _TOGETHER = 64  # requests in the engine; their prompts hold pixels
+_STEP_TOKENS = 2048  # nobody waits for a single step: several prompts at once, in whole
 # fields of a generation configuration that leave greedy answers alone, or that the engine follows
 _HARMLESS = frozenset(
     {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
@@ -98,7 +98,7 @@ def answer_together(
             row.advance(len(questions))
         return 0.0
     model, processor = opened()
-    threads = _threads(model)
+    threads = torch.get_num_threads() if is_small(model) else 1
     work = list[Batch]()
     for part in chunks(questions, min(batch, -(-len(questions) // (2 * threads))) if threads > 1 else batch):
         lacking = [row for row, done in zip(rows, known, strict=True) if not all(q.id in done for q in part)]
@@ -150,28 +150,11 @@ class _Shared(Iterator[Batch]):
             self._left = iter(())
 
 
-def _threads(model: Any) -> int:
-    """How many threads answer. A small model on the CPU has operations too short to be shared out among threads: each
-    thread answers on its own there."""
-    alone = model.device.type != "cpu" or weight_bytes(model) > _SMALL_BYTES
-    return 1 if alone else torch.get_num_threads()
-
-
 @contextmanager
 def _copies(model: Any, processor: Any, count: int) -> Iterator[list[Opened]]:
-    """The model; or copies that share its tensors for `count` threads, whose operations run on one thread each.
-    Recipes and processors are a copy's own."""
-    if count == 1:
-        yield [(model, processor)]
-        return
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copies = [copy.deepcopy((model, processor), dict(tensors)) for _ in range(count)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of threads that begin now
-    try:
-        yield copies
-    finally:
-        torch.set_num_threads(threads)
+    """Of a model for `count` threads, whose operations run on one thread each."""
+    with one_thread() if count > 1 else nullcontext():
+        yield copies_of((model, processor), count)
 
 
 def why_not_engine(model: Any) -> str | None:
@@ -201,7 +184,10 @@ def _by_engine(model: Any, processor: Any, work: Iterator[Batch], recipes: Seque
 
     sampling = SamplingParams(max_tokens=tokens)
     with LLM(
-        model, recipe={str(number): recipe for number, recipe in enumerate(recipes)}, max_running=_TOGETHER
+        model,
+        recipe={str(number): recipe for number, recipe in enumerate(recipes)},
+        max_running=_TOGETHER,
+        step_tokens=_STEP_TOKENS,
     ) as llm:
         done = llm.run(requests())
         for first in done:

@@ -2,25 +2,30 @@
 
 Per decoder layer: attention concentration and redundancy on the float model (where to prune), and the relative error of
 the layer's input in the quantized model (how sensitive it is), both models running unpruned on the same prompts.
-Memory: one sample's layer inputs.
+Memory: the layer inputs of one sample per thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from quota.allocate.profile import Profile
 from quota.allocate.sensitivity import percentile, relative_error, sensitivity
-from quota.calib.samples import Samples, check_texts
+from quota.calib.samples import Sample, Samples, check_texts
 from quota.core.errors import CheckpointError, SampleError
+from quota.core.threads import one_thread
 from quota.core.version import VERSION
 from quota.models import find_family, model_fingerprint, submodule
+from quota.models.copies import copies_of, is_small
 from quota.models.quantize import model_scheme
 from quota.nn.attention import AttentionTrace
 from quota.planning.facts import inputs_of, model_facts
@@ -28,6 +33,7 @@ from quota.planning.progress import Tell, shown
 from quota.prune.attention import mean_attention, text_queries
 from quota.prune.recording import attending
 
+Opened: TypeAlias = tuple[Any, Any, Any]  # float model, quantized model, processor
 TOP = 10  # attention concentration: mass of the 10 largest shares
 
 
@@ -73,10 +79,11 @@ def profile(
     figures = _Figures(len(_layers(float_model)))
     was_training = float_model.training, quant_model.training
     float_model.eval(), quant_model.eval()
+    opened = float_model, quant_model, processor
     try:
-        with _one_thread(), shown(progress, "profiling layers") as tell, torch.inference_mode():
-            for done, sample in enumerate(samples, start=1):
-                figures.add(float_model, quant_model, inputs_of(float_model, processor, sample))
+        with one_thread() as threads, shown(progress, "profiling layers") as tell:
+            for done, measured in enumerate(_side_by_side(opened, samples, threads), start=1):
+                figures.add(measured)
                 tell(done, len(samples))
     finally:
         float_model.train(was_training[0]), quant_model.train(was_training[1])
@@ -99,6 +106,18 @@ def profile(
     )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Of one sample: tokens, and per layer concentration (where text follows an image), redundancy (where there is
+    one) and error."""
+
+    visual_tokens: int
+    text_tokens: int
+    spread: list[float]
+    alike: list[float]
+    errors: list[float]
+
+
 class _Figures:
     """Numbers collected over samples, per layer."""
 
@@ -109,38 +128,61 @@ class _Figures:
         self.visual_tokens: list[int] = []
         self.text_tokens: list[int] = []
 
-    def add(self, float_model: nn.Module, quant_model: nn.Module, inputs: Any) -> None:
-        """Run both models on one sample."""
-        visual = inputs["input_ids"] == find_family(float_model).image_token_id
-        pictured = bool(visual.any())
-        text = text_queries(visual, torch.ones_like(visual))
+    def add(self, sample: _Measured) -> None:
+        self.text_tokens.append(sample.text_tokens)
+        if sample.visual_tokens:
+            self.visual_tokens.append(sample.visual_tokens)
+        for name in ("spread", "alike", "errors"):
+            found = getattr(sample, name)  # of every layer, or empty
+            for collected, figure in zip(getattr(self, name), found, strict=False):
+                collected.append(figure)
 
-        def concentrated(layer: int, trace: AttentionTrace) -> None:
-            self.spread[layer].append(concentration(mean_attention(trace, visual, text)[visual]))
 
-        followed = pictured and not bool((text & visual).any())  # there is text after the image
-        with attending(float_model, concentrated) if followed else nullcontext():
-            exact = _layer_inputs(float_model, inputs)
-        deployed = _layer_inputs(quant_model, inputs)
-        self.text_tokens.append(int((~visual).sum()))
+def _side_by_side(opened: Opened, samples: Samples, threads: int) -> Iterator[_Measured]:
+    """All samples in their order, small models measuring one in each of `threads` threads."""
+    free = SimpleQueue[Opened]()
+    count = min(threads, len(samples)) if all(map(is_small, opened[:2])) else 1
+    for own in copies_of(opened, count):
+        free.put(own)
+
+    def measured(sample: Sample) -> _Measured:
+        own = free.get()
+        try:
+            return _measured(own, sample)
+        finally:
+            free.put(own)
+
+    if count == 1:
+        yield from map(measured, samples)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(measured, samples)
+
+
+@torch.inference_mode()
+def _measured(opened: Opened, sample: Sample) -> _Measured:
+    """Run both models on one sample."""
+    float_model, quant_model, processor = opened
+    inputs = inputs_of(float_model, processor, sample)
+    visual = inputs["input_ids"] == find_family(float_model).image_token_id
+    pictured = bool(visual.any())
+    text = text_queries(visual, torch.ones_like(visual))
+    spread = list[float]()
+
+    def concentrated(layer: int, trace: AttentionTrace) -> None:
+        spread.append(concentration(mean_attention(trace, visual, text)[visual]))
+
+    followed = pictured and not bool((text & visual).any())  # there is text after the image
+    with attending(float_model, concentrated) if followed else nullcontext():
+        exact = _layer_inputs(float_model, inputs)
+    deployed = _layer_inputs(quant_model, inputs)
+    errors, alike = list[float](), list[float]()
+    for x, x_q in zip(exact, deployed, strict=True):
+        x = x.double()
+        errors.append(relative_error(float((x - x_q.double()).norm()), float(x.norm())))
         if pictured:
-            self.visual_tokens.append(int(visual.sum()))
-        for i, (x, x_q) in enumerate(zip(exact, deployed, strict=True)):
-            x = x.double()
-            self.errors[i].append(relative_error(float((x - x_q.double()).norm()), float(x.norm())))
-            if pictured:
-                self.alike[i].append(redundancy(x[0, visual[0]]))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Float matrix products sum in an order that depends on the number of threads, and the recipe's bytes must not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+            alike.append(redundancy(x[0, visual[0]]))
+    return _Measured(int(visual.sum()), int((~visual).sum()), spread, alike, errors)
 
 
 def _layer_inputs(model: nn.Module, inputs: Any) -> list[Tensor]:

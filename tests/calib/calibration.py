@@ -97,11 +97,11 @@ def killed(monkeypatch: pytest.MonkeyPatch, survived: int, work: Callable[[], ob
     state does not name them."""
     real, left = WorkFolder.commit, [survived]
 
-    def dies(self: WorkFolder, streams: Any) -> None:
+    def dies(self: WorkFolder) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        real(self, streams)
+        real(self)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(WorkFolder, "commit", dies)
@@ -112,8 +112,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the steps that are finished from now on."""
     real, done = WorkFolder.commit, list[int]()
 
-    def counts(self: WorkFolder, streams: Any) -> None:
-        real(self, streams)
+    def counts(self: WorkFolder) -> None:
+        real(self)
         done.append(self.done)
 
     monkeypatch.setattr(WorkFolder, "commit", counts)
@@ -216,7 +216,8 @@ def assert_stream_keeps(folder: Path, samples: Samples, root: Path, changes: dic
     work = WorkFolder(root / "work", {})
     with schedule.bar(work, progress=False) as bar:
         for step in schedule.steps[:-1]:
-            work.commit(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)))
+            work.hand_on(step.run(schedule.job, work, Ticks(bar, 0.0, 0.0)).streams)
+            work.commit()
     assert schedule.steps[-1].path == source.family.blocks("decoder")[-1]
     stream = work.streams["float"]  # input of the last layer
     model = load(folder)

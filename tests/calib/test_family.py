@@ -20,7 +20,6 @@ from quota.calib.rows import select_features
 from quota.calib.samples import encode
 from quota.calib.state import StreamLayout
 from quota.calib.stream import FloatSource
-from quota.models import FAMILIES
 from quota.runtime import load
 from tests.calib.calibration import (
     MADE,
@@ -54,7 +53,7 @@ BLOCKS = {
 STEPS = {name: len(blocks) + 3 for name, blocks in BLOCKS.items()}  # images, features and text beside
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MADE)
 def family(request):
     return request.param
 

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from quota.core.recipe import kept_tokens
-from quota.models import FAMILIES
 from tests.cli.calls import quota
 from tests.cli.conftest import World
 
@@ -24,7 +23,7 @@ KEEP = {"llava": 0.3, "qwen2_5_vl": 0.4}
 LESS = {"llava": 4, "qwen2_5_vl": 2}  # at heads of 16 channels scales weigh as much as codes, and key biases add angles
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KEEP)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -259,3 +259,23 @@ def test_a_paused_request_goes_on_to_the_same_bits(model, mixed):
     assert not made.busy and made.step() == []
     made.abort("again")
     assert [output.reason for output in made.step()] == ["abort"]
+
+
+@pytest.mark.parametrize("recipe", [None, "pruned"])
+def test_the_last_layer_makes_one_row_per_request(model, recipe):
+    """Of a prompt nothing but the logits of its end is read from there."""
+    rows: list[list[int]] = [[] for _ in model.model.language_model.layers]
+
+    def counted(layer):
+        return lambda module, args: rows[layer].append(args[0].numel() // args[0].shape[-1])
+
+    hooks = [
+        layer.mlp.register_forward_pre_hook(counted(number))
+        for number, layer in enumerate(model.model.language_model.layers)
+    ]
+    try:
+        run(engine(model), [asked(id, prompt(model, 3, picture(1), 12), 1, recipe) for id in "ab"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sum(rows[-1]) == 2 < sum(rows[-2])

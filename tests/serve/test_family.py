@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from quota.core.recipe import kept_tokens
-from quota.models import FAMILIES, find_family
+from quota.models import find_family
 from quota.runtime.patch import patched
 from quota.server.config import Settings
 from quota.server.service import Service
@@ -43,7 +43,7 @@ FORMS = {
 MARKS = [(family, mark) for family, form in FORMS.items() for mark in form.marks]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FORMS)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

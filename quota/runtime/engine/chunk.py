@@ -61,7 +61,8 @@ class Chunk:
 
     @property
     def hidden(self) -> Tensor:
-        """[rows, d]: x of a chunk that has gone in; once it is through, the output of the last layer it passed."""
+        """[rows, d]: x of a chunk that has gone in; once it is through, the output of the last layer it passed, which
+        the model's last layer makes of the last row alone."""
         assert self.x is not None
         return self.x
 

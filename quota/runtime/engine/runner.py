@@ -37,6 +37,11 @@ class _Batch:
     def spans(self) -> list[tuple[Chunk, int, int]]:
         return list(zip(self.chunks, [0, *self.ends], self.ends, strict=False))
 
+    def keep_last(self) -> None:
+        """Of each chunk the last row alone."""
+        last = [self.x[max(begin, end - 1) : end] for _, begin, end in self.spans()]
+        self.x, self.ends = torch.cat(last), np.cumsum([len(row) for row in last]).tolist()
+
     def give_back(self) -> None:
         for chunk, begin, end in self.spans():
             chunk.x = self.x[begin:end]
@@ -172,22 +177,26 @@ class Runner:
         return [next(rows) if through else None for through in done]
 
     def _layer(self, layer: int, segment: int, batch: _Batch, slots: _Slots, rotary: tuple[Tensor, Tensor]) -> None:
-        local = layer - self.segments.bounds[segment]
+        local, final = layer - self.segments.bounds[segment], layer == self.segments.layers - 1
         x, planes = batch.x[:, : self.model.width], batch.x[:, self.model.width :]
         q, keys, values = self.model.project(layer, x, rotary)
         self.storage.write(keys, values, slots.slot[local])
         outs = []
         for number, (chunk, begin, end) in enumerate(batch.spans()):
-            own = q[:, :, begin:end].contiguous()
+            first = max(begin, end - 1) if final else begin  # nothing reads the last layer but logits
+            own = q[:, :, first:end].contiguous()
             angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.model.head_dim else None
             out, lse = self.storage.attend(
                 own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles
             )
-            outs.append(out.view(end - begin, -1))
+            outs.append(out.view(end - first, -1))
             chunk.attended = None
             if chunk.recorded_at(layer):
                 near = None if angles is None else angles[..., chunk.base[segment] :]
                 chunk.attended = Attended(own, _cut(keys, begin, end), lse, near)
+        if final:
+            batch.keep_last()
+            x, planes = batch.x[:, : self.model.width], batch.x[:, self.model.width :]
         x = self.model.finish(layer, x, torch.cat(outs) if len(outs) > 1 else outs[0])
         batch.x = self.model.raised(x, planes)
 
