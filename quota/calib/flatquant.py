@@ -1,4 +1,4 @@
-"""FlatQuant's learnable parts: fake quantizers with straight-through gradients, projection groups, head transforms.
+"""FlatQuant's learnable parts: projection groups and head transforms, on the fake quantizers of `fake.py`.
 
 Source: FlatQuant (learnable affine transforms in Kronecker form). Differences kept on purpose: one activation clip per
 group (q, k and v share one transformed, quantized input), orthogonal deterministic initial matrices with plain
@@ -10,127 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quota.calib.fake import clip_logit, fake_asymmetric, fake_symmetric, search_clip, search_weight_clip
 from quota.calib.precision import exactly
-from quota.core.formats import DEFAULT, INT4, KV4, Format, Scheme
-from quota.quant.affine import SMALLEST_RANGE, quantize_weight, symmetric_scale
+from quota.core.formats import DEFAULT, Format, Scheme
+from quota.quant.affine import quantize_weight
 from quota.quant.pack import unpack_int4
 from quota.quant.transform import apply_kronecker, hadamard
-
-_MAX_CLIP = 0.995  # a sigmoid never reaches 1; the search treats anything above as "no clipping"
-_CLIP_GRID = tuple(0.40 + 0.05 * i for i in range(12)) + (_MAX_CLIP,)
 
 # How a group or a head transform computes: "learn" quantizes with the live parameters, "float" applies the transforms
 # without quantizing (equivalence), "rtn" quantizes without transforms or clips (the baseline), "frozen" runs the
 # exported integers.
 MODES = ("learn", "float", "rtn", "frozen")
-
-
-class _FakeAffine(torch.autograd.Function):
-    """q = clamp(round((x - zero) / scale)); returns q * scale + zero, rounding passes gradients straight through.
-
-    Masks are 0.0 and 1.0: on a CPU a comparison that writes floats in place, and a product with them, take a fifth of
-    what booleans take.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
-        ratio = (x if zero is None else x - zero) * (1.0 / scale)
-        inside = torch.round(ratio)
-        q = inside.clamp(low, high)
-        inside.eq_(q)
-        ratio.mul_(inside)
-        ctx.save_for_backward(torch.sub(q, ratio, out=ratio), inside)
-        ctx.has_zero, ctx.scale_shape = zero is not None, scale.shape
-        q.mul_(scale)
-        return q if zero is None else q.add_(zero)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        residual, inside = ctx.saved_tensors
-        grad = grads[0]
-        grad_x = grad * inside
-        grad_scale = (grad * residual).sum_to_size(ctx.scale_shape)
-        grad_zero = (grad - grad_x).sum_to_size(ctx.scale_shape) if ctx.has_zero else None
-        return grad_x, grad_scale, grad_zero, None, None
-
-
-class _Extreme(torch.autograd.Function):
-    """x.amax(-1, keepdim=True), or amin; ties share the gradient, as there, but the mask is one of floats."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, largest: bool) -> Tensor:
-        reach = x.amax(-1, keepdim=True) if largest else x.amin(-1, keepdim=True)
-        ctx.save_for_backward(x, reach)
-        return reach
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, reach = ctx.saved_tensors
-        reached = x.clone().eq_(reach)
-        return reached.mul_(grads[0] / reached.sum(-1, keepdim=True)), None
-
-
-def _round_trip(x: Tensor, scale: Tensor, zero: Tensor | None, form: Format) -> Tensor:
-    if torch.is_grad_enabled():
-        return _FakeAffine.apply(x, scale, zero, form.low, form.high)
-    q = ((x if zero is None else x - zero) * (1.0 / scale)).round_().clamp_(form.low, form.high).mul_(scale)
-    return q if zero is None else q.add_(zero)
-
-
-def _symmetric(x: Tensor, reach: Tensor, clip: Tensor | float, form: Format) -> Tensor:
-    return _round_trip(x, symmetric_scale(reach, clip, form)[..., None], None, form)
-
-
-def _asymmetric(x: Tensor, low: Tensor, high: Tensor, clip: Tensor | float, form: Format) -> Tensor:
-    zero = low * clip
-    return _round_trip(x, (high * clip - zero).clamp_min(SMALLEST_RANGE) / form.steps, zero, form)
-
-
-def _reach(x: Tensor) -> Tensor:
-    return _Extreme.apply(x.abs(), True)
-
-
-def fake_symmetric(x: Tensor, clip: Tensor | float, form: Format = INT4) -> Tensor:
-    """`quota.quant.affine.quantize_symmetric` and back: codes of `form` over the last dimension of float x [..., K],
-    `clip` a number or [...]. Gradients reach x and clip."""
-    return _symmetric(x, _reach(x), clip, form)
-
-
-def fake_asymmetric(x: Tensor, clip: Tensor | float, form: Format = KV4) -> Tensor:
-    """`quota.quant.affine.quantize_kv` and back, whose formulas `_asymmetric` repeats on tensors that gradients pass:
-    codes of `form` over the last dimension, as the KV cache stores them. `clip`: a number."""
-    return _asymmetric(x, _Extreme.apply(x, False), _Extreme.apply(x, True), clip, form)
-
-
-@torch.no_grad()
-def search_clip(x: Tensor, form: Format = INT4) -> float:
-    """The grid clip with the least squared quantization error over all rows of x [..., K]."""
-    if form.symmetric:
-        reach = x.abs().amax(-1, keepdim=True)
-        tried = (_symmetric(x, reach, clip, form) for clip in _CLIP_GRID)
-    else:
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        tried = (_asymmetric(x, low, high, clip, form) for clip in _CLIP_GRID)
-    errors = torch.stack([fake.sub_(x).double().square().sum() for fake in tried])
-    return _CLIP_GRID[int(errors.argmin())]
-
-
-@torch.no_grad()
-def search_weight_clip(w: Tensor, form: Format = INT4) -> Tensor:
-    """Per row of w [N, K]: the grid clip with the least squared rounding error -> [N]."""
-    reach = w.abs().amax(-1, keepdim=True)
-    errors = torch.stack([_symmetric(w, reach, clip, form).sub_(w).square().sum(-1) for clip in _CLIP_GRID])
-    return torch.tensor(_CLIP_GRID, dtype=w.dtype, device=w.device)[errors.argmin(0)]
-
-
-def _logit(clip: Tensor | float) -> Tensor:
-    return torch.logit(torch.as_tensor(clip, dtype=torch.float32).clamp(0.05, _MAX_CLIP))
 
 
 class HeadTransforms(nn.Module):
@@ -147,8 +42,8 @@ class HeadTransforms(nn.Module):
         self.value = nn.Parameter(hadamard(head_dim).float().clone())
         if kv is not None:
             self.key = nn.Parameter(hadamard(head_dim).float().clone())
-            self.k_clip = nn.Parameter(_logit(0.95))
-            self.v_clip = nn.Parameter(_logit(0.95))
+            self.k_clip = nn.Parameter(clip_logit(0.95))
+            self.v_clip = nn.Parameter(clip_logit(0.95))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, apart: Tensor | None = None
@@ -182,8 +77,8 @@ class HeadTransforms(nn.Module):
     def initialise(self, key: Tensor, value: Tensor) -> None:
         """Set both clips by a search; key [rows, D] after RoPE and before P_h, value [rows, D] with P_v in it."""
         if self.kv is not None:
-            self.k_clip.copy_(_logit(search_clip(key @ self.key, self.kv)))
-            self.v_clip.copy_(_logit(search_clip(value, self.kv)))
+            self.k_clip.copy_(clip_logit(search_clip(key @ self.key, self.kv)))
+            self.v_clip.copy_(clip_logit(search_clip(value, self.kv)))
 
     def export(self) -> dict[str, Tensor]:
         """`q_transform`, `k_transform` [D, D], `k_clip`, `v_clip` [] float32; empty where KV is not quantized."""
@@ -256,8 +151,8 @@ class ProjectionGroup(nn.Module):
         self.left = nn.Parameter(hadamard(left).float().to(device)) if left else None
         self.right = nn.Parameter(hadamard(right).float().to(device)) if right else None
         self.log_diag = nn.Parameter(torch.zeros(self.in_features, device=device)) if diag else None
-        self.clip = nn.Parameter(_logit(0.9).to(device))
-        self.weight_clip = nn.Parameter(_logit(torch.full((self.out_features,), 0.9)).to(device))
+        self.clip = nn.Parameter(clip_logit(0.9).to(device))
+        self.weight_clip = nn.Parameter(clip_logit(torch.full((self.out_features,), 0.9)).to(device))
         self.merge = merge
         self._outputs: list[Tensor] = []  # of the parts that have not been asked for, the last part first
         self._frozen: dict[str, Tensor] = {}
@@ -336,8 +231,8 @@ class ProjectionGroup(nn.Module):
                 self.log_diag.copy_(torch.zeros_like(self.log_diag) if scale is None else scale.log())
             u, w = self.transform(x), self._transform_weight(merged)
             clip, w_clip = search_clip(u, self.activations), search_weight_clip(w, self.weights)
-            self.clip.copy_(_logit(clip))
-            self.weight_clip.copy_(_logit(w_clip))
+            self.clip.copy_(clip_logit(clip))
+            self.weight_clip.copy_(clip_logit(w_clip))
             w = fake_symmetric(w, w_clip, self.weights)
             out = functional.linear(fake_symmetric(u, clip, self.activations), w)
             error = float((out - target).double().square().sum())

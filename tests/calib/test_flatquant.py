@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from quota.calib.flatquant import (
-    GroupPart,
-    HeadTransforms,
-    ProjectionGroup,
-    ValueMerge,
-    fake_asymmetric,
-    fake_symmetric,
-    search_clip,
-    search_weight_clip,
-)
+from quota.calib.fake import fake_asymmetric, fake_symmetric, search_clip, search_weight_clip
+from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup, ValueMerge
 from quota.calib.learn import split
 from quota.core.formats import KV4
 from quota.quant.affine import dequantize_kv, dequantize_symmetric, quantize_kv, quantize_symmetric

@@ -34,23 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quota.scenes import crowds
-from quota.scenes.pages import WORD_CLASSES
-from quota.scenes.vocabulary import COLORS, SHAPES
 from tools.pretrained import deltas
+from tools.pretrained.dense import Dictionary, labels_of
 from tools.pretrained.lessons import LABELS, MIX, Lesson, Prompts, lesson, pixels
 from tools.pretrained.model import Student
-from tools.pretrained.parts import PATCH_PX, SIZE_PX, VISUAL_TOKENS
+from tools.pretrained.parts import VISUAL_TOKENS
 
-CLASSES: dict[str, tuple[str, ...]] = {
-    "size": tuple(crowds.RADII_PX),
-    "texture": crowds.TEXTURES,
-    "color": tuple(COLORS),
-    "shape": SHAPES,
-    "word": WORD_CLASSES,
-}
-WEIGHT = {"size": 0.6, "texture": 0.6, "color": 1.0, "shape": 1.0, "word": 1.2}
-_NOTHING, _PLACE_WEIGHT, _SHARPNESS = "nothing", 0.5, 16.0
 _MEAN_OVER_STEPS = 40
 _SAVE_SECONDS = 240
 
@@ -85,56 +74,6 @@ class Plan:
             return range(step * self.describe_batch, (step + 1) * self.describe_batch), True
         first = self.describe_steps * self.describe_batch + (step - self.describe_steps) * self.batch
         return range(first, first + self.batch), False
-
-
-class Dictionary:
-    """Word vectors that dense supervision aims at."""
-
-    def __init__(self, words: Tensor, tokenizer: Any) -> None:
-        def vectors(names: Any) -> Tensor:
-            return torch.stack(
-                [words[tokenizer(f" {name}", add_special_tokens=False).input_ids].mean(0) for name in names]
-            )
-
-        self.classes = {name: vectors(names) for name, names in CLASSES.items()}
-        self.directions = {name: F.normalize(v - v.mean(0), dim=-1) for name, v in self.classes.items()}
-        self.nothing, self.variance = vectors([_NOTHING])[0], float(words.var())
-        side = SIZE_PX // PATCH_PX
-        raster = torch.arange(VISUAL_TOKENS)
-        vertical, horizontal = vectors(["top", "bottom"]), vectors(["left", "right"])
-        half = side / 2
-        self.place = vertical[(raster // side >= half).long()] + horizontal[(raster % side >= half).long()]
-
-    def loss(self, visual: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """visual [tokens, D] of whole images, labels int64 [tokens] -> (loss, share of labelled tokens nearest to their
-        word, by attribute)."""
-        target, known, open_ = (
-            torch.zeros_like(visual),
-            torch.zeros(len(visual), dtype=torch.bool),
-            torch.zeros(len(visual), dtype=torch.bool),
-        )
-        loss, right = visual.new_zeros(()), {}
-        directed = F.normalize(visual, dim=-1) * _SHARPNESS
-        for name, vectors in self.classes.items():
-            label = labels[name]
-            there = label >= 0
-            open_ |= label == -2
-            if not there.any():
-                continue
-            target[there] += WEIGHT[name] * vectors[label[there]]
-            known |= there
-            logits = directed[there] @ self.directions[name].T
-            loss = loss + WEIGHT[name] * F.cross_entropy(logits, label[there])
-            right[name] = float((logits.argmax(-1) == label[there]).float().mean())
-        place = self.place.repeat(len(visual) // VISUAL_TOKENS, 1)
-        target = torch.where(known[:, None], target + _PLACE_WEIGHT * place, self.nothing)
-        weight = torch.where(known, 4.0, torch.where(open_, 0.0, 0.3))
-        square = ((visual - target.detach()) ** 2).mean(-1) / self.variance
-        return loss + (square * weight).sum() / weight.sum(), right
-
-
-def _labels(found: Lesson) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(found.labels[name])).long() for name in LABELS}
 
 
 class Run:
@@ -238,7 +177,7 @@ class Run:
         if self.dense:
             return
         stored = self._stored_features()
-        labels = [_labels(lesson("train", number)) for number in range(len(stored))]
+        labels = [labels_of(lesson("train", number)) for number in range(len(stored))]
         labels = [{name: found[:VISUAL_TOKENS] for name, found in one.items()} for one in labels]
         projector.standardize(torch.from_numpy(stored[:: max(1, len(stored) // 100)].astype(np.float32)))
         optimizer = torch.optim.AdamW(projector.parameters(), lr=plan.dense_lr, weight_decay=0.01)
@@ -297,7 +236,7 @@ class Run:
         target = packed.labels[
             1:
         ]  # an answer never begins a segment, so the state before its first token is the segment's own
-        loss, figures = self.plan.dense_weight * self.dictionary.loss(visual, _labels(found))[0], {}
+        loss, figures = self.plan.dense_weight * self.dictionary.loss(visual, labels_of(found))[0], {}
         for name, weight in (("answers", 1.0), ("described", self.plan.described_weight)):
             chosen = (target != -100) & (packed.described[1:] == (name == "described"))
             if chosen.any():
