@@ -14,7 +14,7 @@ from quota.core.errors import UsageError
 
 def calibrate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Float checkpoint (LLaVA-1.5, Qwen2.5-VL): a folder or a hub name.")
+        str, typer.Argument(metavar="MODEL", help="Float checkpoint (LLaVA, Qwen-VL): a folder or a hub name.")
     ],
     out: Annotated[
         Path, typer.Option("--out", help="New or empty folder to write. It appears only when it is complete.")

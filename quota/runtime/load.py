@@ -41,7 +41,7 @@ def load(
     device: torch.device | str = "cpu",
     verify: bool = True,
 ) -> Any:
-    """A transformers model (`LlavaForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`) in eval mode, ready
+    """A transformers model (`LlavaForConditionalGeneration` or another of `quota.models`) in eval mode, ready
     for `generate`.
 
     Threads may share it, each with a cache of its own; see `patched` for what holds under a recipe.
