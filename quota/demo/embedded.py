@@ -48,12 +48,12 @@ def sources(family: str | None, model: str | None, samples: Path | None) -> tupl
 
 
 def is_dynamic(config: Any) -> bool:
-    """Whether pictures of a model of this configuration become different numbers of visual tokens."""
+    """Whether images of a model of this configuration become different numbers of visual tokens."""
     return find_family(config).visual_tokens is None
 
 
 def reference_of(config: Any) -> str:
-    """What a recipe's ratios are of: the picture's own tokens where resolution is dynamic, else the recorded number."""
+    """What a recipe's ratios are of: the image's own tokens where resolution is dynamic, else the recorded number."""
     return "per_image" if is_dynamic(config) else "recorded"
 
 
@@ -76,10 +76,10 @@ def scene_px(config: Any) -> int:
 
 
 def tour(config: Any) -> dict[str, list[Question]]:
-    """Picture name -> questions about that picture, for answers side by side: one scene, and where resolution is
+    """Picture name -> questions about that image, for answers side by side: one scene, and where resolution is
     dynamic one page of every kind."""
     if not is_dynamic(config):
-        return {"picture": scene_tour(0, scene_px(config))}
+        return {"image": scene_tour(0, scene_px(config))}
     asked = {kind_of(q): [replace(q, task=kind_of(q))] for q in mixed_questions(len(k.KINDS))}
     del asked[k.CONVERSATION]
-    return {"picture": scene_tour(0, QWEN_SCENE_PX), **asked}
+    return {"image": scene_tour(0, QWEN_SCENE_PX), **asked}

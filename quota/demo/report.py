@@ -36,7 +36,7 @@ class ModelFacts(Document):
     parameters: int = Field(description="number of parameters")
     layers: int = Field(description="decoder layers")
     visual_tokens: int = Field(
-        description="visual tokens of one picture; of the median calibration picture where resolution is dynamic"
+        description="visual tokens of one image; of the median calibration image where resolution is dynamic"
     )
     image_size_px: int | None = Field(description="side of the vision tower's input; null where resolution is dynamic")
     float_bytes: int = Field(description="bytes of the float weight files")
@@ -46,9 +46,9 @@ class ModelFacts(Document):
 
 class SideBySide(Document):
     task: str = Field(description="kind of question")
-    picture: str | None = Field(
+    image: str | None = Field(
         default=None,
-        description="file of the picture asked about; null for none, and in reports of before it was recorded",
+        description="file of the image asked about; null for none, and in reports of before it was recorded",
     )
     question: str = Field(description="text asked")
     expected: str = Field(description="the right answer")
@@ -80,7 +80,7 @@ class Report(Document):
     evaluation: Evaluation = Field(description="the held-out questions in all rows")
     files: dict[str, str] = Field(
         description=(
-            "what -> path: `picture`, `overlay`, of other kinds `chart` and `overlay-chart`, `profile_plot`,"
+            "what -> path: `image`, `overlay`, of other kinds `chart` and `overlay-chart`, `profile_plot`,"
             " `recipe_plot`, `quantized`, `recipe`, `uniform_recipe`"
         )
     )

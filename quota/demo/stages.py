@@ -111,55 +111,55 @@ class Demo(Pipeline):
         self.console.print(
             f"{type(model).__name__}: {facts.parameters / 1e6:.2f} M parameters, {facts.layers} decoder layers,"
             f" {facts.visual_tokens} visual tokens"
-            f" {'of the median picture' if facts.image_size_px is None else 'per picture'}; {facts.samples} samples"
+            f" {'of the median image' if facts.image_size_px is None else 'per image'}; {facts.samples} samples"
         )
         return facts
 
     def side_by_side(self, entries: dict[str, Entry]) -> tuple[list[SideBySide], dict[str, str]]:
-        """Stage 4: the tour's questions in three rows; its pictures, and the tokens kept for the first question about
+        """Stage 4: the tour's questions in three rows; its images, and the tokens kept for the first question about
         each."""
         from quota.report.overlay import save_overlay
 
         out, results = self.settings.out, list[SideBySide]()
         files: dict[str, str] = {}
         for name, asked in tour(self.config).items():
-            picture = asked[0].open_image() if asked[0].open_image is not None else None
-            overlay = None if picture is None else "overlay" if name == "picture" else f"overlay-{name}"
-            if picture is not None:
+            image = asked[0].open_image() if asked[0].open_image is not None else None
+            overlay = None if image is None else "overlay" if name == "image" else f"overlay-{name}"
+            if image is not None:
                 files[name] = f"{name}.png"
-                picture.save(out / files[name])
+                image.save(out / files[name])
             for q in asked:
                 said = {}
                 for row in SIDE_BY_SIDE:
                     model, processor = self.loaded(entries[row].checkpoint)
-                    shown, longest = [] if picture is None else [picture], 64 if q.task == "caption" else 8
+                    shown, longest = [] if image is None else [image], 64 if q.task == "caption" else 8
                     with under(model, entries[row].recipe):
                         answer = ask(model, processor, q.instruction, shown, max_new_tokens=longest)
                     said[row] = answer.text
                     if answer.kept and overlay is not None and overlay not in files:
                         files[overlay] = f"{overlay}.png"
-                        save_overlay(out / files[overlay], picture, answer.kept_visual(), answer.grids)  # type: ignore[arg-type]
+                        save_overlay(out / files[overlay], image, answer.kept_visual(), answer.grids)  # type: ignore[arg-type]
                 # a caption may name the objects in any order: shown, not marked
                 right = {n: is_right(t, q.answer) for n, t in said.items()} if q.task != "caption" else {}
-                about = None if picture is None else files[name]
+                about = None if image is None else files[name]
                 results.append(
                     SideBySide(
-                        task=q.task, picture=about, question=q.instruction, expected=q.answer, answers=said, right=right
+                        task=q.task, image=about, question=q.instruction, expected=q.answer, answers=said, right=right
                     )
                 )
         table = Table(title="The same questions, three models")
-        for name in ("picture", "question", "expected", *SIDE_BY_SIDE):
+        for name in ("image", "question", "expected", *SIDE_BY_SIDE):
             table.add_column(name, overflow="fold")
         for r in results:
             styles = {n: {True: "green", False: "red", None: ""}[r.right.get(n)] for n in SIDE_BY_SIDE}
             table.add_row(
-                r.picture or "-", r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE)
+                r.image or "-", r.question, r.expected, *(Text(r.answers[n], style=styles[n]) for n in SIDE_BY_SIDE)
             )
         self.console.print(table)
         return results, files
 
     def evaluate(self, entries: list[Entry]) -> Evaluation:
-        """Stage 5: all rows on the held-out questions, then single requests with a picture timed in turns."""
+        """Stage 5: all rows on the held-out questions, then single requests with an image timed in turns."""
         questions = held_out(self.settings.questions, self.config)
         answered = self.answers(entries, questions)
         blind = self.answers([replace(entries[0], name="blind")], [q.without_image() for q in questions])["blind"][0]

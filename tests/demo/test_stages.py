@@ -46,13 +46,13 @@ def test_all_stages(tmp_path: Path, family: str) -> None:
     drawn = {"overlay"} if family == "llava" else {"overlay", "overlay-scene_text", "overlay-document", "overlay-chart"}
     assert {name for name in report.files if name.startswith("overlay")} == drawn
     assert all((tmp_path / "out" / path).exists() for path in report.files.values())
-    assert {a.picture for a in report.answers} == {"picture.png"} | (
+    assert {a.image for a in report.answers} == {"image.png"} | (
         set() if family == "llava" else {None, "scene_text.png", "document.png", "chart.png"}
     )
     folder = pages.keep(tmp_path / "out", tmp_path / "kept")
     assert folder.name == family and {path.stem for path in folder.glob("overlay*.png")} == drawn
     text = pages.blocks(tmp_path / "kept")[pages.RESULTS][f"figures:{family}"]
-    assert all(f"| {row.name} |" in text for row in report.evaluation.rows) and ("median picture" in text) == (
+    assert all(f"| {row.name} |" in text for row in report.evaluation.rows) and ("median image" in text) == (
         family != "llava"
     )
 
@@ -74,8 +74,8 @@ def test_the_model_decides_the_questions() -> None:
         False,
         False,
     ]
-    assert list(tour(tiny_llava().config)) == ["picture"] and list(tour(tiny_qwen().config)) == [
-        "picture",
+    assert list(tour(tiny_llava().config)) == ["image"] and list(tour(tiny_qwen().config)) == [
+        "image",
         "text",
         "scene_text",
         "document",
