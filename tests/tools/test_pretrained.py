@@ -70,7 +70,7 @@ def test_words_as_people_write_them():
 def merged(folder, run):
     """transformers' own model with what a run trained, rounded to bfloat16 in both."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    weights = {n: t.float() for n, t in deltas.rounded(run.student.projector.folded(), run.parameters).items()}
+    weights = {n: t.float() for n, t in deltas.rounded(run.student.projector, run.parameters).items()}
     for name, p in run.parameters.items():
         p.copy_(weights[name])
     model.model.multi_modal_projector.load_state_dict(run.student.projector.folded())
@@ -98,6 +98,23 @@ def test_a_packed_segment_sees_what_a_single_prompt_does(folder, student_run):
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels(found.images))
             alone = out.logits[0, len(lead) :]
             torch.testing.assert_close(states[mine] @ run.student.words.T, alone, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_a_run_begins_with_the_deltas_of_another(folder, student_run, tmp_path):
+    """Rounded to bfloat16 on the way; the dense stage is done, unless the file is of another kind of projector."""
+    projector, file = student_run.student.projector, tmp_path / "deltas.safetensors"
+    state = deltas.rounded(projector, student_run.parameters)
+    deltas.write(file, state)
+    again = Run(tmp_path / "run", folder, PLAN, file)
+    assert again.dense == PLAN.dense_steps
+    features = projector.mean + projector.deviation * torch.randn(7, len(projector.mean))
+    torch.testing.assert_close(again.student.projector(features), projector(features), rtol=0.03, atol=0.03)
+    for name, p in student_run.parameters.items():
+        if ".lora_" in name:
+            torch.testing.assert_close(again.parameters[name], p, rtol=0.01, atol=1e-6)
+    deltas.write(file, {name: tensor for name, tensor in state.items() if not name.startswith("features.")})
+    assert Run(tmp_path / "other", folder, PLAN, file).dense == 0
 
 
 def test_blocks_hold_whole_segments():
@@ -199,7 +216,7 @@ def test_exported_deltas_make_the_checkpoint_that_they_name(folder, student_run,
 
 def test_another_checkpoint_than_the_deltas_name_is_not_written(student_run, assembled, tmp_path):
     trained = tmp_path / "deltas.safetensors"
-    state = deltas.rounded(student_run.student.projector.folded(), student_run.parameters)
+    state = deltas.rounded(student_run.student.projector, student_run.parameters)
     deltas.write(trained, state, digest="sha256:0")
     with pytest.raises(SystemExit, match="expected a checkpoint with fingerprint sha256:0"):
         build.build(tmp_path / "out", trained)

@@ -11,25 +11,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools.pretrained.model import SCALE
+from tools.pretrained.model import SCALE, Projector
 
-_PROJECTOR = "projector."
+_PROJECTOR, _FEATURES = "projector.", "features."  # in LLaVA's form; by which features are standardized in training
 
 
-def load_lora(path: Path, parameters: dict[str, Any]) -> None:
-    """Copy the LoRA factors of a file into parameters of the same names; the projector of the file is not read."""
+@torch.no_grad()
+def load_start(path: Path, parameters: dict[str, Any], projector: Projector) -> bool:
+    """Copy the LoRA factors of a file into parameters of the same names, and its projector where the file says how
+    features are standardized. Returns whether it does: else the projector has its dense stage to go through."""
     found = load_file(path)
-    with torch.no_grad():
-        for name, p in parameters.items():
-            if ".lora_" in name:
-                p.copy_(found[name].float())
+    for name, p in parameters.items():
+        if ".lora_" in name:
+            p.copy_(found[name].float())
+    if f"{_FEATURES}mean" not in found:
+        return False
+    mean, deviation = (found[f"{_FEATURES}{name}"] for name in ("mean", "deviation"))
+    given = {name.removeprefix(_PROJECTOR): t.float() for name, t in found.items() if name.startswith(_PROJECTOR)}
+    projector.unfold(given, mean, deviation)
+    return True
 
 
-def rounded(projector: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LLaVA's projector state and named LoRA factors -> the tensors of a file."""
-    state = {f"{_PROJECTOR}{name}": tensor for name, tensor in projector.items()}
+def rounded(projector: Projector, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file: the projector in LLaVA's form and named LoRA factors in bfloat16, and in float32 by what
+    features are standardized in training."""
+    state = {f"{_PROJECTOR}{name}": tensor for name, tensor in projector.folded().items()}
     state |= {name: tensor for name, tensor in weights.items() if ".lora_" in name}
-    return {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+    out = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+    return out | {f"{_FEATURES}mean": projector.mean.clone(), f"{_FEATURES}deviation": projector.deviation.clone()}
 
 
 def write(path: Path, state: dict[str, Tensor], **metadata: str) -> None:

@@ -69,7 +69,7 @@ def caption_scores(run: Run, count: int) -> dict[str, Any]:
 
 def export(run: Run, wheels: Path, out: Path) -> str:
     """Write the deltas of the weights that the run holds; returns the digest of their checkpoint."""
-    state = deltas.rounded(run.student.projector.folded(), {name: p for name, p in run.parameters.items()})
+    state = deltas.rounded(run.student.projector, dict(run.parameters))
     how_far = {"dense": str(run.dense), "steps": str(run.step)}
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "deltas.safetensors"

@@ -79,6 +79,16 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1((features - self.mean) / self.deviation)))
 
+    @torch.no_grad()
+    def unfold(self, state: dict[str, Tensor], mean: Tensor, deviation: Tensor) -> None:
+        """Take LLaVA's projector state and its standardizing: the inverse of `folded`."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+        self.linear_1.weight.copy_(state["linear_1.weight"] * deviation)
+        self.linear_1.bias.copy_(state["linear_1.bias"] + state["linear_1.weight"] @ mean)
+        self.linear_2.weight.copy_(state["linear_2.weight"])
+        self.linear_2.bias.copy_(state["linear_2.bias"])
+
     def folded(self) -> dict[str, Tensor]:
         """State of LLaVA's own projector."""
         weight = self.linear_1.weight.detach() / self.deviation

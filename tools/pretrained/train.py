@@ -94,7 +94,8 @@ class Run:
             self._resume()
         else:
             if start is not None:
-                deltas.load_lora(start, self.parameters)
+                known = deltas.load_start(start, self.parameters, self.student.projector)
+                self.dense = plan.dense_steps if known else 0
             self.mean = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @property
@@ -335,7 +336,9 @@ def main() -> None:
         "--parts", type=Path, required=True, help="checkpoint of tools.pretrained.build with the untrained projector"
     )
     parser.add_argument(
-        "--start", type=Path, help="deltas whose LoRA a new run begins with (the projector always starts anew)"
+        "--start",
+        type=Path,
+        help="deltas that a new run begins with; their projector too, unless they are of another kind",
     )
     parser.add_argument(
         "--steps", type=int, default=Plan.steps, help=f"ask steps of {Plan.batch} lessons (default %(default)s)"
