@@ -17,7 +17,7 @@ help:
 	@echo "make sanitize   the native tests on a library built with address and undefined-behaviour sanitizers (build/sanitize)"
 	@echo "make bench  every op beside its peers (hours), then the tables; BENCH_ARGS='--op w4a4_linear --shape llava-1.5-7b' for a part"
 	@echo "make gpu-check   build, check and time the CUDA side on this machine's GPU; GPU_ARGS='--call 1' for ten minutes of it, '--dry-run' without one"
-	@echo "make pretrained   DINOv2-S with SmolLM2-135M as a LLaVA checkpoint (pretrained/checkpoint): downloads 184 MB, applies what was trained here (so far nothing: the projector is random)"
+	@echo "make pretrained   DINOv2-S with SmolLM2-135M as a LLaVA checkpoint (pretrained/checkpoint): downloads 184 MB, applies what was trained here"
 	@echo "make venv   .venv with the pinned packages, quota itself and its native library"
 	@echo "make browser   playwright into .venv, for the tests of the page at /demo in a Chromium that is there"
 	@echo "make ray    Ray Serve into .venv, for 'quota serve --replicas' and its tests"
@@ -96,7 +96,7 @@ bench: .venv/.peers
 	@touch $@
 
 pretrained: .venv/.pretrained
-	$(BIN)/python -m tools.pretrained.build pretrained $(if $(wildcard tools/pretrained/deltas.safetensors),,--untrained)
+	$(BIN)/python -m tools.pretrained.build pretrained
 
 # The python that has torch with CUDA; a machine with a GPU need not have .venv.
 gpu-check:

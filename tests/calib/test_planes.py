@@ -37,8 +37,8 @@ def test_the_float_stream_is_the_model(folder, tmp_path, monkeypatch, position_p
         recipe = recipe_for(model, reference="per_image", position_policy=position_policy)
     streamed, commit = [], WorkFolder.commit
 
-    def commits(self, streams):
-        commit(self, streams)
+    def commits(self):
+        commit(self)
         streamed[:] = [self.streams["float"].read(item) for item in range(len(self.streams["float"]))]
 
     monkeypatch.setattr(WorkFolder, "commit", commits)

@@ -96,7 +96,7 @@ def test_misuse_is_noticed():
     pool.release(page)
     with pytest.raises(ValueError, match="more often"):
         pool.release(page)
-    with pytest.raises(ValueError, match="nobody"):
+    with pytest.raises(ValueError, match="without a holder"):
         pool.publish(page, b"x")
     with pytest.raises(ValueError, match="blocks"):
         PagePool(0, (1,))

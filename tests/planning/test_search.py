@@ -99,7 +99,7 @@ def test_facts_need_no_forward_and_a_picture(world):
 def test_a_mark_in_the_last_sample_is_found_before_the_first_is_run(world, monkeypatch):
     model, processor, samples = world
     wrong = Samples.of([*samples, Sample("last", "what is <image> ?")])
-    for name in ("search.encode", "search._attention_sample", "search._next", "facts.encode"):
+    for name in ("search.inputs_of", "search._attention_sample", "search._next", "facts.encode"):
         monkeypatch.setattr(f"quota.planning.{name}", lambda *_: pytest.fail("it was run"))
     for measured in (attention_statistics, withdrawal_divergence, measured_facts):
         with pytest.raises(SampleError, match="'last': instruction"):

@@ -34,7 +34,7 @@ def test_mixed_load(serving):
     assert account.compared > 5 and account.outcomes["left"] and account.outcomes["refusal: 400"]
     server.idle()
     found = report(account, argparse.Namespace(requests=45, first=0, clients=6, threads=1), 1.0, "finished")
-    assert sum(found["pictures"].values()) > 20 and len(found["pictures"]) > 5
+    assert sum(found["images"].values()) > 20 and len(found["images"]) > 5
     assert re.search(
         r"\| problems +\| none +\|", soak_table(found)
     ) and f"{account.compared} of {account.compared} kept, 0 differ" in soak_table(found)

@@ -181,12 +181,22 @@ def test_runtime_measures_in_processes_of_their_own(settings: StudySettings, mon
         measure(Bench(settings), Entry("broken", str(settings.out), "float"), 1)
 
 
-def test_rows_answered_elsewhere_are_other_rows_of_the_same_checkpoints(
+class Asked(Exception):
+    """What a calibration is asked to run on."""
+
+
+def test_a_study_elsewhere_makes_and_answers_its_rows_there(
     settings: StudySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def asked(*args: Any, settings: Any, **options: Any) -> None:
+        raise Asked(settings.device, settings.dtype)
+
     half = Bench(replace(settings, place=Placement("cpu", "bfloat16")))
-    monkeypatch.setattr("quota.calib.run.calibrate", lambda *a, **k: pytest.fail("calibrated again"))
-    entry = Entry("w4a4kv4", half.quantized(), "w4a4kv4")
+    entry = Entry("w4a4kv4", Bench(settings).quantized(), "w4a4kv4")
+    monkeypatch.setattr("quota.calib.run.calibrate", asked)
+    with pytest.raises(Asked) as found_on:
+        half.quantized()
+    assert found_on.value.args == ("cpu", "bfloat16")
     assert half.spec(entry).key != Bench(settings).spec(entry).key and " cpu bfloat16 " in half.spec(entry).key
     assert (
         half.loaded(entry.checkpoint, half.settings.place)[0].dtype == torch.bfloat16

@@ -63,8 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.untrained and not args.deltas.is_file():
         parser.error(
-            f"--deltas: {args.deltas} is not there: no trained deltas are committed yet. Train them"
-            " (docs/pretrained.md) and give the file, or build the parts with --untrained"
+            f"--deltas: {args.deltas} is not there; give a file of deltas, or build the parts with --untrained"
+            " (docs/pretrained.md)"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.out / 'checkpoint'}: {build(args.out, None if args.untrained else args.deltas)}")

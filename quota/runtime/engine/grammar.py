@@ -71,7 +71,7 @@ class Grammars:
         try:
             from llguidance import LLMatcher
         except ImportError as error:
-            raise UsageError("json_schema: needs llguidance: pip install 'quota[serve]'") from error
+            raise UsageError("json_schema: needs llguidance: pip install -e '.[serve]' in the clone") from error
         if len(schema) > MAX_SCHEMA_CHARACTERS:
             raise UsageError(f"json_schema: {len(schema)} characters, the limit is {MAX_SCHEMA_CHARACTERS}")
         tokenizer = self._tokens()
