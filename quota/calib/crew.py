@@ -23,7 +23,7 @@ def ahead(size: int) -> int:
 
 
 class Stopped(Exception):
-    """Raised in a calibration that nobody waits for any more."""
+    """Raised in a calibration that has been abandoned."""
 
 
 class Crew:
@@ -40,7 +40,7 @@ class Crew:
         self._over = threading.Event()
 
     def run(self, steps: Sequence[tuple[Step, Seconds]]) -> None:
-        """All of them; each is committed when this returns."""
+        """Run all steps; each is committed when this returns."""
         for step, seconds in steps:
             self._settle(ahead(self.size))
             self.bar.set_description_str(step.words)

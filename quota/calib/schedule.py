@@ -46,7 +46,7 @@ class Schedule:
 
     @cached_property
     def sizes(self) -> dict[str, BlockSize]:
-        """Of every block, by path."""
+        """Sizes of every block, by path."""
         return {step.path: step.size(self.job) for step in self.steps if isinstance(step, BlockStep)}
 
     @property
@@ -87,7 +87,7 @@ class Schedule:
 
     @cached_property
     def speed(self) -> Speed:
-        """Of the device."""
+        """Speed of the device."""
         with self.threads():
             return speed_of(self.job.settings)
 

@@ -33,7 +33,7 @@ class Speed:
 
 
 def speed_of(settings: Settings) -> Speed:
-    """Of the device that blocks run on; of an H200's data sheet where that is a CUDA device and none is here."""
+    """Speed of the device that blocks run on; of an H200's data sheet where that is a CUDA device and none is here."""
     return sheet_speed(settings.dtype) if why_absent(named_device(settings.device)) else measured_speed(settings)
 
 
@@ -50,7 +50,7 @@ _ROUND_BYTES, _ROUND_PRODUCTS, _SEARCH_BYTES, _LAUNCHES = 240, 3 * 192, 4 * 13 *
 
 
 def sheet_speed(dtype: str) -> Speed:
-    """Of an H200 that nobody has timed."""
+    """Speed of an H200 by its data sheet; not measured."""
     byte_s, exact = 1 / (_BYTES * _SHEET_BYTES), _PRODUCTS * _SHEET_FLOPS["float32"] / 2
     return Speed(
         products=_PRODUCTS * _SHEET_FLOPS[dtype] / 2,

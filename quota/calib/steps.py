@@ -42,7 +42,7 @@ Learn = Callable[[Callable[[float], None]], Learned]
 @dataclass(frozen=True)
 class Left:
     """What a step leaves. streams: what the next one reads. learn: what is still to be done to its block, on any
-    thread, by nobody waited for but the checkpoint; told of every finished share, whose sum is 1."""
+    thread; only the checkpoint waits for it. It is called with a function that takes each finished share, in sum 1."""
 
     streams: Streams
     learn: Learn | None = None
@@ -241,7 +241,7 @@ class BlockStep(Step):
         return self.part in [PARTS[name] for name in settings.modules]
 
     def width(self, job: Job) -> int:
-        """Of what the block gives."""
+        """Width of what the block gives."""
         family = job.source.family
         return family.vision_hidden_size if self.part == "vision" else family.hidden_size
 

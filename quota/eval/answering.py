@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _ANSWERS_SCHEMA = "quota-answers/1"
 _TOGETHER = 64  # requests in the engine; their prompts hold pixels
-_STEP_TOKENS = 2048  # nobody waits for a single step: several prompts at once, in whole
+_STEP_TOKENS = 2048  # no client waits for a step: several whole prompts at once
 # fields of a generation configuration that leave greedy answers alone, or that the engine follows
 _HARMLESS = frozenset(
     {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
@@ -152,7 +152,7 @@ class _Shared(Iterator[Batch]):
 
 @contextmanager
 def _copies(model: Any, processor: Any, count: int) -> Iterator[list[Opened]]:
-    """Of a model for `count` threads, whose operations run on one thread each."""
+    """Copies of a model for `count` threads, whose operations run on one thread each."""
     with one_thread() if count > 1 else nullcontext():
         yield copies_of((model, processor), count)
 

@@ -108,8 +108,8 @@ def profile(
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one sample: tokens, and per layer concentration (where text follows an image), redundancy (where there is
-    one) and error."""
+    """Figures of one sample: tokens, and per layer concentration (where text follows an image), redundancy (where there
+    is one) and error."""
 
     visual_tokens: int
     text_tokens: int

@@ -38,7 +38,7 @@ class _Batch:
         return list(zip(self.chunks, [0, *self.ends], self.ends, strict=False))
 
     def keep_last(self) -> None:
-        """Of each chunk the last row alone."""
+        """Drop all rows but the last of each chunk."""
         last = [self.x[max(begin, end - 1) : end] for _, begin, end in self.spans()]
         self.x, self.ends = torch.cat(last), np.cumsum([len(row) for row in last]).tolist()
 
