@@ -201,6 +201,7 @@ def test_plain_completions(server, model):
 
 
 def test_probes_ids_and_metrics(server):
+    ask(server, user("where is it ?", noise(seed=1)), max_tokens=2)  # the ratio is the last request's
     with httpx.Client(base_url=server.url) as http:
         assert http.get("/health").json() == {"status": "ok"} and http.get("/ready").status_code == 200
         assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
