@@ -136,6 +136,10 @@ class Family(ABC):
             text.intermediate_size,
         )
         self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
+        if getattr(text, "use_sliding_window", False):
+            raise CheckpointError(
+                "use_sliding_window: expected false, got true; sliding-window attention is not supported"
+            )
 
     # where things are
 

@@ -90,10 +90,6 @@ class Llava(Family):
             raise CheckpointError(
                 f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}"
             )
-        if getattr(text, "use_sliding_window", False):
-            raise CheckpointError(
-                "use_sliding_window: expected false, got true; sliding-window attention is not supported"
-            )
         feature = config.vision_feature_layer
         if not isinstance(feature, int):
             raise CheckpointError(

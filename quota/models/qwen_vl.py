@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.processing_utils import ProcessorMixin
 
-from quota.core.errors import CheckpointError, UsageError
+from quota.core.errors import UsageError
 from quota.models.base import Family, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
 from quota.models.qwen_tower import QuantMerger, TowerGeometry, geometry_of, tower_rotary, tower_width
@@ -71,10 +71,6 @@ class QwenVL(Family):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         vision = self.vision
-        if getattr(self.text, "use_sliding_window", False):
-            raise CheckpointError(
-                "use_sliding_window: expected false, got true; sliding-window attention is not supported"
-            )
         self.vision_layers_used = self.vision_layers_total = vision.depth
         self.vision_hidden_size, self.vision_heads, self.merge = (
             tower_width(vision),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
+from benchmarks.model.archs import llava_7b
 from quota.calib import run
 from quota.calib.settings import Settings
 from quota.calib.speed import sheet_speed
@@ -97,17 +97,8 @@ def test_a_device_that_is_not_here_is_refused_before_the_work(models, tmp_path):
 def seven_billion(tmp_path_factory):
     """LLaVA-1.5-7B's configuration beside a processor, without weights."""
     folder, processor = tmp_path_factory.mktemp("7b"), build_processor(336)
-    token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(vocab_size=32064)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token, image_seq_length=576)
+    config = llava_7b()
+    config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     processor.save_pretrained(folder)

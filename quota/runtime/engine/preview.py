@@ -17,9 +17,9 @@ from quota.runtime.engine.segments import Segments, plan_prompt
 @dataclass(frozen=True)
 class Preview:
     """prompt_tokens: text and visual tokens. images: visual tokens of each image; grids: their (rows, columns) where
-    resolution is dynamic, None for a square. visual_by_layer: visual tokens alive
-    in each decoder layer; without a recipe all of them in every layer. kv_bytes, unpruned_kv_bytes: of the prompt's
-    keys and values in the cache, with the recipe and without."""
+    resolution is dynamic, None for a square. visual_by_layer: visual tokens alive in each decoder layer; without a
+    recipe all of them in every layer. kv_bytes, unpruned_kv_bytes: of the prompt's keys and values in the cache, with
+    the recipe and without."""
 
     prompt_tokens: int
     images: tuple[int, ...]

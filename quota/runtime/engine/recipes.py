@@ -54,7 +54,8 @@ class Recipes:
 
 
 def _capped(recipe: Recipe, request: Request, images: Sequence[int]) -> float | None:
-    """The final keep ratio a request wants, None for the recipe's own."""
+    """The final keep ratio a request wants, None for the recipe's own. Where images compete for one budget
+    (`reference: recorded`) the cap is their mean."""
     cap, keep = request.keep_tokens, request.keep
     if cap is None or not images:
         return keep
