@@ -227,9 +227,7 @@ class LLM:
         """What `generate` would take for one prompt: tokens, visual tokens alive in each layer, bytes of the cache.
         Nothing runs."""
         (request,) = self._requests(prompt, False, None, recipe, (keep, keep_tokens))
-        model = self.engine.model
-        found = self.engine.recipes.of(request, model.image_sizes(request.prompt.ids))
-        return preview(model, request.prompt, found)
+        return preview(self.engine.model, self.engine.recipes, request)
 
     # inside
 

@@ -133,10 +133,9 @@ class Service:
     async def preview(self, body: ChatRequest, client: str) -> dict[str, Any]:
         """What the chat would take, without running it."""
         (request, *_) = (await self.chat(body, client)).requests
-        model, images = self.engine.engine.model, len(request.prompt.images)
-        sizes = await self._lane.run(client, len(request.prompt.ids), model.image_sizes, request.prompt.ids)
-        recipe = self.engine.engine.recipes.of(request, sizes)
-        found = await self._lane.run(client, len(request.prompt.ids), preview, model, request.prompt, recipe)
+        engine = self.engine.engine
+        found = await self._lane.run(client, len(request.prompt.ids), preview, engine.model, engine.recipes, request)
+        recipe = found.recipe
         return {
             "object": "quota.preview",
             "model": self.name,
@@ -145,7 +144,7 @@ class Service:
             "images": [
                 {"visual_tokens": tokens, "grid": grid} for tokens, grid in zip(found.images, found.grids, strict=True)
             ],
-            "visual_tokens_by_layer": list(found.visual_by_layer) if images else [],
+            "visual_tokens_by_layer": list(found.visual_by_layer) if found.images else [],
             "kv_bytes": {"kept": found.kv_bytes, "unpruned": found.unpruned_kv_bytes},
         }
 

@@ -168,11 +168,13 @@ def test_a_preview_is_what_a_run_reports(model: Any) -> None:
     made = engine(model)
     case = prompt(model, 4, picture(1), 5, picture(2), 2)
     for recipe in ("pruned", None):
-        found = preview(made.model, case, made.recipes.named.get(recipe))
-        usage = run(made, [asked("a", case, recipe=recipe)])["a"][-1].usage
+        request = asked("a", case, recipe=recipe)
+        found = preview(made.model, made.recipes, request)
+        usage = run(made, [request])["a"][-1].usage
+        assert found.recipe == made.recipes.named.get(recipe)
         assert found.visual_by_layer == usage.visual_by_layer and found.prompt_tokens == usage.prompt_tokens
         assert found.images == (model.config.image_seq_length,) * 2
     assert found.kv_bytes == found.unpruned_kv_bytes
-    pruned = preview(made.model, case, made.recipes.named["pruned"])
+    pruned = preview(made.model, made.recipes, asked("a", case, recipe="pruned"))
     gone = sum(sum(pruned.images) - alive for alive in pruned.visual_by_layer)
     assert pruned.unpruned_kv_bytes - pruned.kv_bytes == gone * found.kv_bytes // (len(case.ids) * made.model.layers)

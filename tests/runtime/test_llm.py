@@ -87,6 +87,17 @@ def test_one_prompt_gives_one_completion_in_every_form(llm: LLM, tmp_path: Path)
     assert llm.generate([], FEW) == []
 
 
+def test_a_preview_counts_what_a_run_does(llm: LLM, recipe: Recipe) -> None:
+    asked = ("what is it ?", [picture(1), picture(2)])
+    for budget in ({}, {"recipe": None}, {"keep": 0.5}, {"keep_tokens": 2}, {"recipe": recipe, "keep_tokens": 3}):
+        steps = llm.engine.stats.steps
+        found = llm.preview(asked, **budget)
+        assert llm.engine.stats.steps == steps
+        usage = llm.generate(asked, FEW, **budget).usage
+        assert (found.prompt_tokens, found.visual_by_layer) == (usage.prompt_tokens, usage.visual_by_layer), budget
+        assert (found.kv_bytes < found.unpruned_kv_bytes) == (budget.get("recipe", "") is not None)
+
+
 def test_a_stream_joins_to_the_answer_and_may_be_left(llm: LLM) -> None:
     asked = [(f"what is {n} ?", picture(n)) for n in range(3)]
     whole = llm.generate(asked, FEW)
