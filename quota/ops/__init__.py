@@ -16,13 +16,15 @@ from quota.ops.token_select import token_select
 from quota.ops.transform import transform
 from quota.ops.w4a4_linear import w4a4_linear
 from quota.ops.w4a16_linear import w4a16_linear
-from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
+from quota.ops.weights import Factor, FloatWeight, GroupedWeight, Kv, PackedWeight, factor_of
 
 __all__ = [
+    "Factor",
     "FloatWeight",
     "GroupedWeight",
     "Kv",
     "PackedWeight",
+    "factor_of",
     "float_linear",
     "kv4_append",
     "kv4_attention",
