@@ -68,8 +68,8 @@ class PromptBuilder:
         for mark in self._reserved:  # here and not in the parts: a template may join two of them to a mark
             if text.count(mark) != (len(images) if mark == self.mark else 0):
                 raise UsageError(f"messages: text must not contain {mark}; send images as image_url parts")
-        inputs = self.processor(text=[text], images=list(images) or None, return_tensors="pt")
-        ids = inputs["input_ids"][0].tolist()
+        inputs = self.processor(text=[text], images=list(images) or None, images_kwargs={"return_tensors": "pt"})
+        ids = inputs["input_ids"][0]
         made = self.model.images(inputs)
         return Prompt(ids, made, self._first_selection(turns, ids, made) if made and turns else None)
 
