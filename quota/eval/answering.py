@@ -1,6 +1,6 @@
 """The same questions to one model under several recipes, answered together.
 
-A W4A4KV4 model answers through the engine: every image is prepared and encoded once for all rows, and rows and
+A quantized model answers through the engine: every image is prepared and encoded once for all rows, and rows and
 questions are one continuous batch. Any other model answers by `generate` in left-padded batches, rows taking turns on a
 batch, so that its images are prepared and encoded once too. Either way a question gets the text that it gets alone.
 """

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.core.formats import DEFAULT, Scheme
 from quota.models import find_family
 from quota.models.images import ImageInput
+from quota.models.quantize import text_scheme
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
@@ -83,7 +85,7 @@ def engine(
     """A pool of `pages` units."""
     places = config.get("page_tokens", 4)
     family = find_family(model)
-    size = block_bytes(places, family.kv_heads, family.head_dim)
+    size = block_bytes(places, family.kv_heads, family.head_dim, text_scheme(model).kv)
     options = EngineConfig(
         kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"}
     )
@@ -168,9 +170,9 @@ def same(a: dict[str, list[Any]], b: dict[str, list[Any]]) -> bool:
 
 
 @cache
-def quantized(family: str) -> Any:
+def quantized(family: str, scheme: Scheme = DEFAULT) -> Any:
     """A tiny quantized model of a family; key biases as large as trained ones where the family has them."""
-    return quantize_rtn(TINY[family][0](**({"key_bias": 800} if family in KEY_BIASED else {})))
+    return quantize_rtn(TINY[family][0](**({"key_bias": 800} if family in KEY_BIASED else {})), scheme=scheme)
 
 
 @cache
@@ -199,7 +201,7 @@ def cases(family: str) -> dict[str, Prompt]:
 
 
 @cache
-def mixed_requests(family: str) -> tuple[list[Request], dict[str, list[Any]]]:
+def mixed_requests(family: str, scheme: Scheme = DEFAULT) -> tuple[list[Request], dict[str, list[Any]]]:
     """Requests of every kind, and the logits each has alone."""
     found = cases(family)
     asks = [asked(name, case, tokens=8) for name, case in found.items()]
@@ -208,5 +210,5 @@ def mixed_requests(family: str) -> tuple[list[Request], dict[str, list[Any]]]:
     asks.append(asked("sampled", found["picture first"], tokens=8, temperature=1.2, top_p=0.9, top_k=50, seed=7))
     alone: dict[str, list[Any]] = {}
     for ask in asks:
-        alone.update(logits(quantized(family), [ask]).seen)
+        alone.update(logits(quantized(family, scheme), [ask]).seen)
     return asks, alone

@@ -20,14 +20,15 @@ from quota.core.errors import UsageError
 from quota.core.formats import DEFAULT, Scheme
 from quota.core.registry import Context
 from quota.models.quantize import linear_class
+from quota.nn.kv import kv_kind
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.sampling import Logits, Row
 from quota.runtime.engine.segments import Segments
 
-OPS = (ops.rms_norm, ops.qkv_append, ops.kv4_page_write, ops.kv4_paged_attention, ops.float_linear)
-"""What a decode step calls besides the scheme's linears."""
+OPS = (ops.rms_norm, ops.float_linear)
+"""What a decode step calls besides the scheme's linears and the ops of its cache."""
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 Capture = Callable[[Step], Step]
@@ -39,7 +40,8 @@ def chosen(device: torch.device, scheme: Scheme = DEFAULT) -> dict[str, str]:
     """Op -> the implementation a decode step of a scheme on `device` uses. UsageError where a GPU has none or is
     told to run a reference, which reads lengths on the host."""
     ctx = Context(device.type, device.index or 0)
-    found = {op.name: op.choose(ctx).name for op in (*OPS, *linear_class(scheme).OPS)}
+    called = (*OPS, *kv_kind(scheme.kv).page_ops, *linear_class(scheme).OPS)
+    found = {op.name: op.choose(ctx).name for op in called}
     forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
     if device.type != "cpu" and forced is not None:
         raise UsageError(
