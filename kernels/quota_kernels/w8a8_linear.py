@@ -15,15 +15,17 @@ LARGEST_K = 131_000  # 128 * 127 * K stays inside int32
 
 @triton.jit
 def rows_to_bytes_kernel(x, q, scale, k, COLUMNS: tl.constexpr):
-    """Program per row."""
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
-    value = tl.load(x + row * k + column, mask=column < k, other=0.0)
-    reach = largest_magnitude(value, 0)
-    unit = tl.div_rn(tl.where(reach < 1e-8, 1e-8, reach), 127.0)
-    scaled = value * tl.div_rn(1.0, unit)
-    finite = (unit - unit) == 0.0
-    scaled = tl.where(finite & (scaled == scaled), tl.minimum(tl.maximum(scaled, -127.0), 127.0), 0.0)
-    tl.store(q + row * k + column, round_even(scaled).to(tl.int8), mask=column < k)
+    """Program per row, a tile of one."""
+    row, column = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, COLUMNS)
+    at = row[:, None] * k + column[None, :]
+    value = tl.load(x + at, mask=column[None, :] < k, other=0.0)
+    reach = largest_magnitude(value, 1)
+    unit = tl.div_rn(tl.where(reach < 1e-8, 1e-8, reach), tl.full(reach.shape, 127.0, tl.float32))
+    inverse = tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit)
+    scaled = value * inverse[:, None]
+    scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -127.0), 127.0), 0.0)
+    scaled = tl.where((unit - unit)[:, None] == 0.0, scaled, 0.0)
+    tl.store(q + at, round_even(scaled).to(tl.int8), mask=column[None, :] < k)
     tl.store(scale + row, unit)
 
 
