@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import DECODER_GROUPS, Family, Group, Groups, Norms, submodule_weight
+from quota.models.base import DECODER_GROUPS, Family, Group, Groups, KeyRules, Norms, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
@@ -63,6 +63,12 @@ class Llava(Family):
         (re.compile(r"^(?:model\.)?vision_tower\.vision_model\."), "model.vision_tower."),
         (re.compile(r"^vision_tower\."), "model.vision_tower."),
         (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+    )
+    hub_rules: ClassVar[KeyRules | None] = (
+        (re.compile(r"^lm_head\."), "language_model.lm_head."),
+        (re.compile(r"^model\.language_model\."), "language_model.model."),
+        (re.compile(r"^model\.vision_tower\."), "vision_tower.vision_model."),
+        (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
     )
     vision_path = "model.vision_tower"
     vision_embed_path = "model.vision_tower.embeddings"
