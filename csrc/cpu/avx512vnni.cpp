@@ -22,6 +22,8 @@ struct Vec {
   static F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static F load(const quota::Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F load(const quota::Bfloat16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first_mask(n), p)); }
+  static F load(const quota::Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const quota::Float16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_mask(n), p)); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first_mask(n), x); }
   static F first(F x, int64_t n, F other) { return _mm512_mask_mov_ps(other, first_mask(n), x); }
@@ -82,6 +84,10 @@ struct Vec {
     asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(pairs), "v"(values));
     return acc;
   }
+
+  // Adds to each lane its four signed weights, each plus kByteOffset, times four signed values.
+  static constexpr int32_t kByteOffset = 128;
+  static I dot4_signed(I acc, I weights, I values) { return dot4(acc, _mm512_xor_si512(weights, _mm512_set1_epi8(static_cast<char>(0x80))), values); }
 
   // out[i] lane j = four bytes 4i .. of row j, for sixteen rows of sixteen bytes.
   static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_infos
+from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_digest
 
 Part = Literal["vision", "projector", "decoder"]
 PARTS: dict[str, Part] = {"vision": "vision", "projector": "projector", "llm": "decoder"}
@@ -45,9 +45,9 @@ class Group:
     """Linears that read the same input and are quantized together. Names are relative to the block.
 
     name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm
-    that takes the per-channel diagonal of the input; "up" for the rows of the group that produces it; None where
-    nothing can. value: "rows" produces the attention's values in its last rows, "columns" reads what attention gave.
-    fused: one linear holds q, k and v.
+    that takes the per-channel diagonal of the input; "up" for the rows of up in the group `gate_up_proj` beside it,
+    which produces it; None where nothing can. value: "rows" produces the attention's values in its last rows, "columns"
+    reads what attention gave. fused: one linear holds q, k and v.
     """
 
     name: str
@@ -72,13 +72,14 @@ class Family(ABC):
     model or its modules.
 
     name: transformers' model_type. title: for readers. published: the checkpoint whose published figures stand beside
-    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part is
-    in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's attention
-    is. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes. vision_layers_used: tower
-    layers that feed the projector; the others are not quantized and not computed. visual_tokens: of one image; None
-    where it follows the image's size. merge x merge patches make a token. dims: vision sizes in the fingerprint. taps:
-    tower blocks whose outputs have projectors of their own; what these give, the planes, is added to the visual tokens
-    after the first decoder layers, one plane a layer.
+    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part
+    is in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's
+    attention is. key_rules, hub_rules: names of published checkpoints -> names inside the model, and back; None: no
+    other engine reads this kind. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes.
+    vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed.
+    visual_tokens: of one image; None where it follows the image's size. merge x merge patches make a token. dims:
+    vision sizes in the fingerprint. taps: tower blocks whose outputs have projectors of their own; what these give,
+    the planes, is added to the visual tokens after the first decoder layers, one plane a layer.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,7 @@ class Family(ABC):
     norms: ClassVar[Norms]
     attention: ClassVar[Mapping[Part, str]] = {"decoder": "self_attn", "vision": "self_attn"}
     key_rules: ClassVar[KeyRules]
+    hub_rules: ClassVar[KeyRules | None] = None
     axes: ClassVar[int] = 1
     fixed_rope: ClassVar[tuple[str, ...]] = (
         "default",
@@ -139,6 +141,11 @@ class Family(ABC):
         if getattr(text, "use_sliding_window", False):
             raise CheckpointError(
                 "use_sliding_window: expected false, got true; sliding-window attention is not supported"
+            )
+        window = getattr(text, "sliding_window", None)  # of families without the switch it alone says so
+        if window is not None and not hasattr(text, "use_sliding_window"):
+            raise CheckpointError(
+                f"sliding_window: expected null, got {window}; sliding-window attention is not supported"
             )
 
     # where things are
@@ -249,9 +256,8 @@ class Family(ABC):
 
     def shown(self, image: ImageInput) -> ImageInfo:
         """What selections by content or position read of an image."""
-        if image.grid is None:
-            return image_infos(image.pixels[None])[0]
-        return image_infos(image.pixels, torch.tensor([image.grid]), self.merge)[0]
+        grid = image.grid and (image.grid[0] * image.grid[1] // self.merge, image.grid[2] // self.merge)
+        return ImageInfo(image_digest(image.pixels), grid)
 
     @abstractmethod
     def image_tokens(self, image: ImageInput) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import UsageError
-from quota.models.base import Family, Norms, Part, submodule, submodule_weight
+from quota.models.base import Family, KeyRules, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
 from quota.models.qwen_tower import QuantMerger, TowerGeometry, geometry_of, tower_rotary, tower_width
 from quota.nn.embedding import MultimodalRotary
@@ -55,6 +55,10 @@ class QwenVL(Family):
         (re.compile(r"^visual\."), "model.visual."),
         (re.compile(r"^language_model\."), "model.language_model."),
         (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
+    )
+    hub_rules: ClassVar[KeyRules | None] = (
+        (re.compile(r"^model\.visual\."), "visual."),
+        (re.compile(r"^model\.language_model\."), "model."),
     )
     vision_path = "model.visual"
     vision_embed_path = "model.visual.patch_embed"

@@ -7,6 +7,8 @@ from quota.ops.kv4_attention import kv4_attention
 from quota.ops.kv4_page_read import kv4_page_read
 from quota.ops.kv4_page_write import kv4_page_write
 from quota.ops.kv4_paged_attention import kv4_paged_attention
+from quota.ops.kv16_attention import kv16_attention
+from quota.ops.kv16_paged_attention import kv16_paged_attention
 from quota.ops.qkv_append import qkv_append
 from quota.ops.quantize_act import quantize_act
 from quota.ops.rms_norm import rms_norm
@@ -16,9 +18,11 @@ from quota.ops.token_select import token_select
 from quota.ops.transform import transform
 from quota.ops.w4a4_linear import w4a4_linear
 from quota.ops.w4a16_linear import w4a16_linear
-from quota.ops.weights import Factor, FloatWeight, GroupedWeight, Kv, PackedWeight, factor_of
+from quota.ops.w8a8_linear import w8a8_linear
+from quota.ops.weights import ByteWeight, Factor, FloatWeight, GroupedWeight, Kv, PackedWeight, factor_of
 
 __all__ = [
+    "ByteWeight",
     "Factor",
     "FloatWeight",
     "GroupedWeight",
@@ -31,6 +35,8 @@ __all__ = [
     "kv4_page_read",
     "kv4_page_write",
     "kv4_paged_attention",
+    "kv16_attention",
+    "kv16_paged_attention",
     "qkv_append",
     "quantize_act",
     "rms_norm",
@@ -40,4 +46,5 @@ __all__ = [
     "transform",
     "w4a16_linear",
     "w4a4_linear",
+    "w8a8_linear",
 ]

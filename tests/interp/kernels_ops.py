@@ -6,12 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quota.ops import Factor, FloatWeight, GroupedWeight, PackedWeight, native, triton
+from quota.ops import ByteWeight, Factor, FloatWeight, GroupedWeight, PackedWeight, native, triton
 from quota.ops.float_linear import float_linear_ref
 from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.kv4_attention import kv4_attention_ref
 from quota.ops.kv4_page_read import kv4_page_read_ref
 from quota.ops.kv4_page_write import kv4_page_write_ref
+from quota.ops.kv16_attention import kv16_attention_ref
 from quota.ops.qkv_append import qkv_append_ref
 from quota.ops.quantize_act import quantize_act_ref
 from quota.ops.rms_norm import rms_norm_ref
@@ -21,10 +22,13 @@ from quota.ops.token_select import token_select_ref
 from quota.ops.transform import transform_ref
 from quota.ops.w4a4_linear import w4a4_linear_ref
 from quota.ops.w4a16_linear import w4a16_linear_ref
+from quota.ops.w8a8_linear import w8a8_linear_ref
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
 from tests.ops.kv import cache, filled
 from tests.ops.test_kv4_paged_attention import case
+from tests.ops.test_kv16_attention import case as case16
+from tests.ops.test_kv16_attention import paged_case
 
 G = torch.Generator().manual_seed(3)
 
@@ -261,6 +265,42 @@ def test_kv4_paged_attention(sizes: tuple, split: bool) -> None:
     q, k, v, *rest = case(*sizes)
     with pytest.raises(ValueError, match="whole, contiguous pages"):
         kv4_paged_attention(q, tuple(t[:, :, 1:] for t in k), v, *rest)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 9, 16), (1, 2, 1, 9, 70, 22), (1, 1, 1, 1, 130, 7)])
+def test_kv16_attention(sizes: tuple) -> None:
+    args = case16(*sizes)
+    (out, lse), (want, want_lse) = triton.kv16_attention(*args), kv16_attention_ref(*args)
+    seen = want_lse.isfinite()
+    assert relative(out, want) < 5e-7 and torch.equal(seen, lse.isfinite())
+    assert (lse[seen] - want_lse[seen]).abs().max() < 1e-5 and (out[~seen.transpose(1, 2)] == 0).all()
+    if native.why_not() is None:
+        assert torch.equal(out, native.kv16_attention(*args)[0])
+
+
+def test_kv16_paged_attention_and_nan() -> None:
+    q, k, v, *rest = paged_case(4, 2, 16, 4, 1, (5, 0, 70))
+    (out, lse), (want, want_lse) = (
+        triton.kv16_paged_attention(q, k, v, *rest),
+        native.kv16_paged_attention(q, k, v, *rest),
+    )
+    seen = want_lse.isfinite()
+    assert torch.equal(out, want) and (lse[seen] - want_lse[seen]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="whole, contiguous pages"):
+        triton.kv16_paged_attention(q, k[:, :, 1:], v, *rest)
+    q, k, v, *rest = case16(1, 1, 1, 70, 70, 8)
+    v[0, 0, 66] = float("nan")
+    out = triton.kv16_attention(q, k, v, *rest)[0][0, :, 0]
+    assert out[66:].isnan().all() and out[:66].isfinite().all()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 3), (17, 70, 100)])
+def test_w8a8_linear(m: int, n: int, k: int) -> None:
+    x = randn(m, k)
+    x[0, 0] = float("nan") if m > 1 else 1.0
+    weight = ByteWeight(torch.randint(-127, 128, (n, k), generator=G, dtype=torch.int8), randn(n).abs())
+    for bias in (randn(n), None):
+        assert same((triton.w8a8_linear(x, weight, bias),), (w8a8_linear_ref(x, weight, bias),))
 
 
 def test_token_select_and_gather() -> None:
