@@ -97,7 +97,7 @@ def test_a_published_size(name):
     attention = 2 * rows["vision"] ** 2 * family.vision_hidden_size * family.vision_layers_used
     counted = patches + attention + sum(linears[part] * rows[part] for part in rows)
     assert family.vision_macs(tokens) == counted
-    before, paths = weight_bytes(model), linear_paths(family, MODULES, DEFAULT)
+    before, paths = weight_bytes(model), linear_paths(family, MODULES)
     quantize_structure(model, MODULES)
     assert set(quantized_linears(model)) == set(paths)
     saved = 2 * sum(linears.values()) - sum(linears.values()) // 2
