@@ -192,8 +192,13 @@ def recorded(arch: int, names: Iterable[str] | None = None) -> list[Call]:
             calls += found
     unique: dict[Any, Call] = {}
     for call in calls:
-        unique.setdefault((call.kernel.__name__, str(_specialised(call)), str(call.options)), call)
+        unique.setdefault(identity(call), call)
     return list(unique.values())
+
+
+def identity(call: Call) -> tuple[str, str, str]:
+    """Equal for launches that the same code serves."""
+    return call.kernel.__name__, str(_specialised(call)), str(call.options)
 
 
 def _specialised(call: Call) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:

@@ -187,7 +187,8 @@ def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
     if plan.absorbs in block.family.norms[block.kind]:
         return [tensor.data for tensor in layer.get_submodule(plan.absorbs).parameters()]
     if plan.absorbs == "up":
-        return [tensor.data for tensor in layer.get_submodule("mlp.up_proj").parameters()]
+        beside = plan.name.rpartition(".")[0]
+        return [tensor.data for tensor in layer.get_submodule(f"{beside}.up_proj").parameters()]
     if plan.value == "columns":
         producer = next(other for other in block.plans if other.value == "rows")
         value: Any = layer.get_submodule(producer.parts[-1])

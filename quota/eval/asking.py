@@ -76,10 +76,9 @@ def ask(model: Any, processor: Any, prompt: str, images: list[Any], *, max_new_t
 
 
 def _token_grids(model: Any, inputs: dict[str, Tensor]) -> list[tuple[int, int]] | None:
-    if "image_grid_thw" not in inputs:
-        return None
-    side = find_family(model).merge
-    return [(rows // side, columns // side) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+    family = find_family(model)
+    shown = [family.shown(image).grid for image in family.images(inputs)]
+    return [grid for grid in shown if grid is not None] or None
 
 
 def kept_masks(model: Any) -> dict[int, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_infos
+from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_digest
 
 Part = Literal["vision", "projector", "decoder"]
 PARTS: dict[str, Part] = {"vision": "vision", "projector": "projector", "llm": "decoder"}
@@ -45,9 +45,9 @@ class Group:
     """Linears that read the same input and are quantized together. Names are relative to the block.
 
     name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm
-    that takes the per-channel diagonal of the input; "up" for the rows of the group that produces it; None where
-    nothing can. value: "rows" produces the attention's values in its last rows, "columns" reads what attention gave.
-    fused: one linear holds q, k and v.
+    that takes the per-channel diagonal of the input; "up" for the rows of up in the group `gate_up_proj` beside it,
+    which produces it; None where nothing can. value: "rows" produces the attention's values in its last rows, "columns"
+    reads what attention gave. fused: one linear holds q, k and v.
     """
 
     name: str
@@ -141,6 +141,11 @@ class Family(ABC):
         if getattr(text, "use_sliding_window", False):
             raise CheckpointError(
                 "use_sliding_window: expected false, got true; sliding-window attention is not supported"
+            )
+        window = getattr(text, "sliding_window", None)  # of families without the switch it alone says so
+        if window is not None and not hasattr(text, "use_sliding_window"):
+            raise CheckpointError(
+                f"sliding_window: expected null, got {window}; sliding-window attention is not supported"
             )
 
     # where things are
@@ -251,9 +256,8 @@ class Family(ABC):
 
     def shown(self, image: ImageInput) -> ImageInfo:
         """What selections by content or position read of an image."""
-        if image.grid is None:
-            return image_infos(image.pixels[None])[0]
-        return image_infos(image.pixels, torch.tensor([image.grid]), self.merge)[0]
+        grid = image.grid and (image.grid[0] * image.grid[1] // self.merge, image.grid[2] // self.merge)
+        return ImageInfo(image_digest(image.pixels), grid)
 
     @abstractmethod
     def image_tokens(self, image: ImageInput) -> int:

@@ -133,6 +133,7 @@ _TOP = {
     "text_config": _TABLE,
     "vision_config": _TABLE,
     "projector_hidden_act": _ACTIVATION,
+    "spatial_merge_size": _count(64),
     "image_token_id": _TOKEN,
     "image_token_index": _TOKEN,
     "video_token_id": _TOKEN,

@@ -95,18 +95,6 @@ def _spread(shown: Sequence[ImageInfo], counts: list[int]) -> list[list[ImageInf
     return out
 
 
-def image_infos(pixels: Tensor, grids: Tensor | None = None, merge: int = 1) -> list[ImageInfo]:
-    """What `pixels` show. pixel_values [N, ...], an image each; or, with `grids` int64 [N, 3] (frames, rows and
-    columns of patches, `merge` x `merge` of which make a visual token), [patches of all images, patch]."""
-    if grids is None:
-        return [ImageInfo(image_digest(image_index)) for image_index in pixels]
-    parts = pixels.split(grids.prod(-1).tolist())
-    return [
-        ImageInfo(image_digest(part), (t * h // merge, w // merge))
-        for part, (t, h, w) in zip(parts, grids.tolist(), strict=True)
-    ]
-
-
 def image_digest(pixels: Tensor) -> str:
     """A text that names the content of one image's pixel_values; the same for every float dtype the model may run
     in."""

@@ -1,7 +1,7 @@
 """LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA or Qwen2 decoder. An image always becomes the same number of
 visual tokens.
 
-The same with another tower is in a file of its own: `llava_dinov2`, `llava_siglip`.
+The same with another tower is in a file of its own: `llava_dinov2`, `llava_pixtral`, `llava_siglip`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ class Llava(Family):
             from quota.models.llava_siglip import LlavaSiglip
 
             return LlavaSiglip
+        if kind == "pixtral":
+            from quota.models.llava_pixtral import LlavaPixtral
+
+            return LlavaPixtral
         return cls
 
     def __init__(self, config: Any) -> None:
@@ -94,7 +98,8 @@ class Llava(Family):
         text, vision = self.text, self.vision
         if text.model_type not in self.decoders or vision.model_type != self.tower:
             raise CheckpointError(
-                f"model_type: expected {self.description}, got llava with {vision.model_type!r} and {text.model_type!r}"
+                f"model_type: expected {self.description}, got {config.model_type} with {vision.model_type!r} and"
+                f" {text.model_type!r}"
             )
         feature = config.vision_feature_layer
         if not isinstance(feature, int):
@@ -112,7 +117,7 @@ class Llava(Family):
             )
         self.vision_layers_used, self.vision_layers_total = used, total
         self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
-        self.drops_cls = config.vision_feature_select_strategy == "default"
+        self.drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.patches = (vision.image_size // vision.patch_size) ** 2
         self.visual_tokens: int = self.tower_rows(None) - int(self.drops_cls)
         token = getattr(config, "image_token_id", None)

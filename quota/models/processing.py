@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoProcessor
 
 from quota.core.documents import read_object
-from quota.models import FAMILIES, family_class
-from quota.models.config import refuse_folder_code
+from quota.models import FAMILIES, find_family
+from quota.models.config import read_config, refuse_folder_code
 
 BACKEND = "pil"
 
@@ -24,7 +24,7 @@ def open_processor(folder: str | Path) -> Any:
     folder = Path(folder)
     refuse_folder_code(folder)
     kind = read_object(folder / "config.json").get("model_type")
-    opened = family_class(kind).open_processor if kind in FAMILIES else AutoProcessor.from_pretrained
+    opened = find_family(read_config(folder)).open_processor if kind in FAMILIES else AutoProcessor.from_pretrained
     processor = opened(str(folder), backend=BACKEND, trust_remote_code=False, local_files_only=True)
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"

@@ -16,7 +16,7 @@ from torch import Tensor
 from quota.core.errors import UsageError
 from quota.core.formats import scheme_of
 from quota.models import Family
-from quota.models.images import ImageTokens, image_infos
+from quota.models.images import ImageInfo, ImageTokens
 from quota.nn.attention import AttentionTrace
 from quota.nn.cache import RowState
 from quota.nn.padding import real_columns, row_start
@@ -80,9 +80,8 @@ class Hooks:
             if pixels is None:
                 call.shown = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_shown", None)
             else:
-                call.shown = image_infos(
-                    pixels if grids is None else pixels.type(module.visual.dtype), grids, self.family.merge
-                )
+                seen = pixels if grids is None else pixels.type(module.visual.dtype)  # as it reaches the tower
+                call.shown = self._shown({**kwargs, "pixel_values": seen})
         return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
 
     def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -93,7 +92,11 @@ class Hooks:
         them."""
         if self.needs_images and not isinstance(output, tuple):
             pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
-            output.quota_shown = image_infos(pixels, kwargs.get("grid_thw"), self.family.merge)
+            given = {"pixel_values": pixels, "image_grid_thw": kwargs.get("grid_thw")}
+            output.quota_shown = self._shown({**given, "image_sizes": kwargs.get("image_sizes")})
+
+    def _shown(self, inputs: Mapping[str, Any]) -> list[ImageInfo]:
+        return [self.family.shown(image) for image in self.family.images(inputs)]
 
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")

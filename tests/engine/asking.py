@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TINY
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TINY, pixtral_ids, pixtral_pixels
 
 
 class Watched(Engine):
@@ -71,8 +71,28 @@ def qwen_prompt(*parts: int | ImageInput, seed: int = 0, selection: int | None =
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
+def sized(model: Any, rows: int, columns: int, seed: int = 0) -> ImageInput:
+    """A picture for a Pixtral tower of as many visual tokens as `patches` has."""
+    merge, generator = find_family(model).merge, torch.Generator().manual_seed(seed)
+    grid = rows // 2 * merge, columns // 2 * merge
+    return ImageInput(torch.randn(3, 4 * grid[0], 4 * grid[1], generator=generator), (1, *grid))
+
+
+def pixtral_prompt(model: Any, *parts: int | ImageInput, seed: int = 0) -> Prompt:
+    """As `prompt`, with a break token behind every row of a picture and an end token behind the last."""
+    generator, merge = torch.Generator().manual_seed(seed), find_family(model).merge
+    ids: list[int] = [1]
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(3, 119, (part,), generator=generator).tolist()
+        else:
+            assert part.grid is not None
+            ids += pixtral_ids(part.grid[1] // merge, part.grid[2] // merge)
+    return Prompt(ids, [part for part in parts if not isinstance(part, int)])
+
+
 def recipes(model: Any) -> dict[str, Any]:
-    fields = {} if model.config.model_type == "llava" else {"reference": "per_image"}
+    fields = {"reference": "per_image"} if find_family(model).visual_tokens is None else {}
     return {
         "pruned": recipe_for(model, **fields),
         "compact": recipe_for(model, **{**fields, "position_policy": "compact"}),
@@ -128,6 +148,8 @@ def asked(
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The model's inputs for the pictures of a prompt."""
+    if model.config.vision_config.model_type == "pixtral":
+        return pixtral_pixels([image.pixels for image in prompt.images]) if prompt.images else {}
     more = (
         {}
         if model.config.model_type == "llava"
@@ -189,14 +211,16 @@ def cases(family: str) -> dict[str, Prompt]:
             "picture first": prompt(model, b, 7, seed=5),
             "long": prompt(model, 40, a, 20, seed=6),
         }
-    a, b, c = patches(8, 8, 1), patches(4, 6, 2), patches(2, 14, 3)
+    pixtral = family == "mistral3"
+    shown, made = (partial(sized, model), partial(pixtral_prompt, model)) if pixtral else (patches, qwen_prompt)
+    a, b, c = shown(8, 8, 1), shown(4, 6, 2), shown(2, 14, 3)
     return {
-        "text": qwen_prompt(9, seed=1),
-        "one picture": qwen_prompt(3, a, 5, seed=2),
-        "no text after": qwen_prompt(4, b, seed=3),
-        "two pictures": qwen_prompt(2, a, 3, b, 6, seed=4),
-        "picture first": qwen_prompt(c, b, 7, seed=5),
-        "long": qwen_prompt(40, a, 20, seed=6),
+        "text": made(9, seed=1),
+        "one picture": made(3, a, 5, seed=2),
+        "no text after": made(4, b, seed=3),
+        "two pictures": made(2, a, 3, b, 6, seed=4),
+        "picture first": made(c, b, 7, seed=5),
+        "long": made(40, a, 20, seed=6),
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from quota.core.formats import DEFAULT, MODULES
+from quota.core.formats import MODULES
 from quota.models import find_family
 from quota.models.quantize import linear_paths, quantize_structure, quantized_linears, weight_bytes
 
@@ -58,11 +58,45 @@ QWEN3_VL_TEXT = {
     "head_dim": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
 }
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "hidden_act": "silu",
+}
+MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 131_072,
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "sliding_window": None,
+}
 # configuration, visual tokens of an image
 PUBLISHED = {
     "llava interleave 0.5B": (
         lambda: transformers.LlavaConfig(vision_config=SIGLIP, text_config=QWEN2, **LLAVA),
         729,
+    ),
+    "Mistral-Small-3.1-24B": (
+        lambda: transformers.Mistral3Config(
+            vision_config={**PIXTRAL, "patch_size": 14, "image_size": 1540},
+            text_config={**MISTRAL, "intermediate_size": 32_768},
+            tie_word_embeddings=False,
+        ),
+        3025,
+    ),
+    "Pixtral-12B": (
+        lambda: transformers.LlavaConfig(
+            vision_config={**PIXTRAL, "patch_size": 16, "image_size": 1024},
+            text_config={**MISTRAL, "intermediate_size": 14_336},
+            **{**LLAVA, "image_token_index": 10},
+        ),
+        4096,
     ),
     "Qwen2-VL-2B": (
         lambda: transformers.Qwen2VLConfig(

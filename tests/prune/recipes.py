@@ -14,7 +14,7 @@ from quota.core.recipe import Recipe
 from quota.models import find_family, model_fingerprint
 from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.tiny import KEY_BIASED, QWEN_IDS, TINY
+from tests.tiny import KEY_BIASED, PIXTRAL_END, QWEN_IDS, TINY, pixtral_pixels
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 KINDS = ("float", "quantized", "vision")
@@ -80,6 +80,12 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
             patches = inputs["image_grid_thw"].prod(-1).tolist()
             out["image_grid_thw"] = inputs["image_grid_thw"][first : first + count]
             out["pixel_values"] = inputs["pixel_values"][sum(patches[:first]) : sum(patches[: first + count])]
+    elif "image_sizes" in inputs:
+        counts = (inputs["input_ids"] == PIXTRAL_END).sum(-1).tolist()
+        own = slice(sum(counts[:row]), sum(counts[: row + 1]))
+        if counts[row]:
+            given = zip(inputs["pixel_values"][own], inputs["image_sizes"][own].tolist(), strict=True)
+            out |= pixtral_pixels([pixels[:, :height, :width] for pixels, (height, width) in given])
     elif "pixel_values" in inputs:
         out["pixel_values"] = inputs["pixel_values"][row : row + 1]
     return out

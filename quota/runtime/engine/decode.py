@@ -8,6 +8,7 @@ asked for. No row depends on the others, so both give every row the bits it has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -110,7 +111,7 @@ class Buffers:
         }
         on_gpu = model.device.type == "cuda"
         sizes = {
-            name: -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            name: -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
             for name, (dtype, shape) in shapes.items()
         }
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.uint8, pin_memory=on_gpu)
@@ -123,7 +124,7 @@ class Buffers:
         device: dict[str, Tensor] = {}
         begin = 0
         for name, (dtype, shape) in shapes.items():
-            end = begin + int(np.prod(shape)) * dtype.itemsize
+            end = begin + math.prod(shape) * dtype.itemsize
             host[name], device[name] = (
                 self._host[begin:end].view(dtype).view(shape).numpy(),
                 self._device[begin:end].view(dtype).view(shape),
