@@ -7,6 +7,7 @@ both stay text. The configuration names neither of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from transformers.models.pixtral.modeling_pixtral import (
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import Group, Groups, Norms, Part, submodule, submodule_weight
+from quota.models.base import Group, Groups, KeyRules, Norms, Part, submodule, submodule_weight
 from quota.models.images import ImageInput, PatchGrid
 from quota.models.llava import Llava
 from quota.nn.embedding import PatchEmbedding
@@ -39,6 +40,12 @@ class LlavaPixtral(Llava):
     title, published = "LLaVA with Pixtral", "Pixtral-12B"
     description = "llava: Pixtral vision tower + two-layer projector + Mistral decoder"
     tower = "pixtral"
+    # files have the tower's own names, without CLIP's `vision_model`
+    hub_rules: ClassVar[KeyRules | None] = (
+        (re.compile(r"^lm_head\."), "language_model.lm_head."),
+        (re.compile(r"^model\.language_model\."), "language_model.model."),
+        (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
+    )
     class_tokens = 0
     decoders: ClassVar[Mapping[str, type[nn.Module]]] = {"mistral": MistralRotaryEmbedding}
     attention: ClassVar[Mapping[Part, str]] = {**Llava.attention, "vision": "attention"}

@@ -232,7 +232,8 @@ def test_settings_say_themselves():
     for field in fields(Settings):
         assert f"{field.name}={field.default!r}" in shown and f"{field.name}: {WORDS[field.name]}" in Settings.__doc__
     said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, ["calibrate", "--help"], env={"COLUMNS": "400"}).output)
-    for name in ("method", "modules", "seed", "steps"):
+    assert f"{WORDS['method']} Left out: the first of --scheme, or {DEFAULTS.method}." in said
+    for name in ("modules", "seed", "steps"):
         default = getattr(DEFAULTS, name)
         words = ",".join(default) if isinstance(default, tuple) else str(default)
         assert f"--{name}" in said and f"{WORDS[name]} [default: {words}]" in said

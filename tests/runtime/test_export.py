@@ -29,6 +29,7 @@ CASES = [
     ("qwen2_5_vl", "w8a8", ("vision", "projector", "llm")),
     ("qwen3_vl", "fp8", ("vision", "projector", "llm")),
     ("llava_siglip", "fp8", ("llm",)),
+    ("llava_pixtral", "w8a8", ("llm",)),
 ]
 
 
