@@ -351,7 +351,7 @@ def embed_text(
         out.positions = np.zeros((len(out.positions), family.axes), np.int32)
     first = 0
     for item, sample in enumerate(ids):
-        hidden, planes = table[sample].float(), torch.zeros(len(sample), out.rest)
+        hidden, planes = table[sample].float() * family.embed_scale, torch.zeros(len(sample), out.rest)
         number = family.image_index(sample[None])[0]
         own = list(range(first, first + int(number.max()) + 1))
         counts = tuple(int((number == i).sum()) for i in range(len(own)))

@@ -22,7 +22,15 @@ from quota.nn.cache import kv_bytes, stored_tokens
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
 
-_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids")
+_MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_sizes",
+    "image_grid_thw",
+    "mm_token_type_ids",
+    "token_type_ids",
+)
 
 
 def render_prompt(processor: Any, instruction: str, images: int) -> str:

@@ -14,6 +14,7 @@ from quota.models.base import Family, submodule
 FAMILIES = {
     "llava": ("llava", "Llava"),
     "mistral3": ("mistral3", "Mistral3"),
+    "paligemma": ("paligemma", "PaliGemma"),
     "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),

@@ -64,6 +64,10 @@ class LlavaPixtral(Llava):
         ),
     }
     norms: ClassVar[Norms] = {**Llava.norms, "vision": frozenset({"attention_norm", "ffn_norm"})}
+    hub_rules: ClassVar[KeyRules | None] = (
+        (re.compile(r"^model\.vision_tower\."), "vision_tower."),
+        *(Llava.hub_rules or ()),
+    )
     vision_embed_path = "model.vision_tower.patch_conv"
     encoder_path = "model.vision_tower.transformer.layers"
 

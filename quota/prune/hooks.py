@@ -74,7 +74,7 @@ class Hooks:
 
     def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        call = Call(None if ids is None else self.family.image_index(ids))
+        call = Call(None if ids is None else self.family.image_index(ids), padding=kwargs.get("attention_mask"))
         if self.needs_images:
             pixels, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
             if pixels is None:
@@ -108,6 +108,7 @@ class Hooks:
         planes = self.family.take_planes(kwargs)
         call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.family.image_index(ids))
         call.text = module
+        mask = call.padding if self.family.prefix and "quota_call" in kwargs else mask
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
             raise UsageError(
                 "gradient_checkpointing: layers would run again without the tokens they were given; undo the recipe, or"
@@ -221,7 +222,8 @@ class Hooks:
         )
         outcome = Outcome(cache_lengths=[tokens] * self.family.layers)
         self.last.set(outcome)
-        return Prefill(stage, keep, start.long(), tokens, prompt, ImageTokens.of(real, call.shown), outcome)
+        images, first = ImageTokens.of(real, call.shown), start.long()
+        return Prefill(stage, keep, first, tokens, prompt, images, outcome, prefix=self.family.prefix)
 
     def _plan(self, image_index: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """image [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has

@@ -44,7 +44,7 @@ def prompt(model: Any, *parts: int | ImageInput, seed: int = 0, selection: int |
         if isinstance(part, int):
             ids += torch.randint(3, 119, (part,), generator=generator).tolist()
         else:
-            ids += [IMAGE_TOKEN] * model.config.image_seq_length
+            ids += [IMAGE_TOKEN] * find_family(model).visual_tokens
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
@@ -150,15 +150,16 @@ def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The model's inputs for the pictures of a prompt."""
     if model.config.vision_config.model_type == "pixtral":
         return pixtral_pixels([image.pixels for image in prompt.images]) if prompt.images else {}
-    more = (
-        {}
-        if model.config.model_type == "llava"
-        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
-    )
+    ids, kind = torch.tensor([list(prompt.ids)]), model.config.model_type
+    more: dict[str, Tensor] = {}
+    if kind == "paligemma":
+        more = {"token_type_ids": torch.zeros_like(ids)}
+    elif kind != "llava":
+        more = {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
     if not prompt.images:
         return more
-    if model.config.model_type == "llava":
-        return {"pixel_values": torch.stack([image.pixels for image in prompt.images])}
+    if find_family(model).visual_tokens is not None:
+        return {**more, "pixel_values": torch.stack([image.pixels for image in prompt.images])}
     return {
         **more,
         "pixel_values": torch.cat([image.pixels for image in prompt.images]),
@@ -201,7 +202,7 @@ def quantized(family: str, scheme: Scheme = DEFAULT) -> Any:
 def cases(family: str) -> dict[str, Prompt]:
     """Prompts of every kind; where resolution is dynamic, with images of several sizes and neighbours."""
     model = quantized(family)
-    if family == "llava":
+    if find_family(model).visual_tokens is not None:
         a, b = picture(1), picture(2)
         return {
             "text": prompt(model, 9, seed=1),

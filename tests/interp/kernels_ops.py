@@ -185,7 +185,13 @@ def test_qkv_append(b: int, t: int, h: int, hkv: int, d: int) -> None:
         assert same((got, *k, *v), (want, *k_ref, *v_ref))
 
 
-SHAPES = [(2, 4, 2, 5, 9, 16), (1, 2, 1, 1, 130, 22), (1, 7, 1, 3, 70, 36), (1, 2, 2, 20, 70, 8)]
+SHAPES = [
+    (2, 4, 2, 5, 9, 16),
+    (1, 2, 1, 1, 130, 22),
+    (1, 7, 1, 3, 70, 36),
+    (1, 2, 2, 20, 70, 8),
+    (1, 40, 1, 1, 70, 256),
+]
 
 
 @pytest.mark.parametrize("split", [False, True])

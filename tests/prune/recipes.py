@@ -70,7 +70,7 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     real = inputs["attention_mask"][row].bool()
     out = {
         name: inputs[name][row : row + 1, real]
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         if name in inputs
     }
     if "image_grid_thw" in inputs:

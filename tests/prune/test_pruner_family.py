@@ -12,11 +12,11 @@ from tests.prune.recipes import KINDS, final_states, greedy, recipe_for, single,
 from tests.prune.recomputing import prompt_of, recompute
 from tests.tiny import ROWS, TINY
 
-TOLERANCE = {"llava": 1e-4, "mistral3": 1e-4, "qwen2_vl": 2e-4, "qwen2_5_vl": 2e-4, "qwen3_vl": 2e-4}
+TOLERANCE = {"llava": 1e-4, "mistral3": 1e-4, "paligemma": 1e-4, "qwen2_vl": 2e-4, "qwen2_5_vl": 2e-4, "qwen3_vl": 2e-4}
 
 
 def recipe(family, model, **fields):
-    return recipe_for(model, **({} if family == "llava" else {"reference": "per_image"}), **fields)
+    return recipe_for(model, **({} if family in ("llava", "paligemma") else {"reference": "per_image"}), **fields)
 
 
 def batch(family, model):

@@ -29,7 +29,9 @@ CASES = [
     ("qwen2_5_vl", "w8a8", ("vision", "projector", "llm")),
     ("qwen3_vl", "fp8", ("vision", "projector", "llm")),
     ("llava_siglip", "fp8", ("llm",)),
-    ("llava_pixtral", "w8a8", ("llm",)),
+    ("llava_pixtral", "w4a16", ("llm",)),
+    ("mistral3", "w8a8", ("vision", "projector", "llm")),
+    ("paligemma", "fp8", ("vision", "projector", "llm")),
 ]
 
 
