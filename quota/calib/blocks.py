@@ -228,6 +228,8 @@ class Block(nn.Module):
 
     def freeze(self) -> None:
         """Quantize the merged weights; mode "frozen" then runs the exported integers."""
+        if self.heads is not None:
+            self.heads.freeze()
         for group in self.projection_groups():
             group.freeze()
 

@@ -96,10 +96,18 @@ class QuantAttention(Float32State):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
         self.register_buffer("k_clip", torch.ones((), **float32))
         self.register_buffer("v_clip", torch.ones((), **float32))
-        self._clips: tuple[float, float] | None = None
+        self.forget()
 
     def forget(self) -> None:
-        self._clips = None
+        self._clips: tuple[float, float] | None = None
+        self._factors: tuple[ops.Factor | None, ops.Factor | None] | None = None
+
+    @property
+    def factors(self) -> tuple[ops.Factor | None, ops.Factor | None]:
+        """`q_transform` and `k_transform` in fixed point, made at first use."""
+        if self._factors is None:
+            self._factors = ops.factor_of(self.q_transform), ops.factor_of(self.k_transform)
+        return self._factors
 
     @property
     def clips(self) -> tuple[float, float]:
@@ -170,7 +178,7 @@ class QuantAttention(Float32State):
         attention takes it. Keys and values go into slots position .. position + T of the caches, in place."""
         if self.q_norm is not None and self.k_norm is not None:
             qkv = self._normalised(qkv, self.q_norm, self.k_norm)
-        return self.kv.append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
+        return self.kv.append(qkv, rotary, self.factors, keys, values, position, self.clips)
 
     def _normalised(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> Tensor:
         """qkv as `append` takes it, the heads of q and k normalised."""

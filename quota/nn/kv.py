@@ -20,7 +20,7 @@ from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
 
 Stored = tuple[Tensor, ...]  # keys, or values: [B, Hkv, slots, ...] each
-Pair = tuple[Tensor | None, Tensor | None]
+Pair = tuple[ops.Factor | None, ops.Factor | None]
 _LARGEST = torch.finfo(torch.float16).max
 
 
