@@ -11,7 +11,7 @@ from quota.calib.stream import FloatSource
 from quota.core.checkpoint import CheckpointWriter, Manifest
 from quota.core.checkpoint_files import iterate_tensors, weight_files
 from quota.core.errors import CheckpointError
-from quota.models.base import PARTS
+from quota.models.groups import PARTS
 
 
 def block_paths(source: FloatSource, module: str) -> list[str]:

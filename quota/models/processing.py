@@ -5,15 +5,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
 
 from quota.core.documents import read_object
 from quota.models import FAMILIES, family_class
+from quota.models.base import image_mark
 from quota.models.config import refuse_folder_code
 
 BACKEND = "pil"
+
+
+class WithoutVideos(ProcessorMixin):
+    """Upstream's processor of a family for images and text, which needs no torchvision. Files name upstream's class, so
+    the class made of the two has that name. video_type: the class that files name for videos.
+
+    Videos are refused by the base class, which finds no video processor.
+    """
+
+    video_type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes. Upstream's class wants a video processor where torchvision is installed; it
+        has the images' sizes, as upstream's own fallback gives it."""
+        out: dict[str, Any] = super().to_dict()
+        videos = {name: value for name, value in out["image_processor"].items() if name != "image_processor_type"}
+        out["video_processor"] = {**videos, "video_processor_type": self.video_type}
+        return out
 
 
 def open_processor(folder: str | Path) -> Any:
@@ -45,11 +65,6 @@ def image_backend(processor: Any) -> str:
     """ "pil" or "torchvision": what turns images into pixels; for result files, because the two differ in the last
     bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"
-
-
-def image_mark(processor: Any) -> str:
-    """The text that stands for one image in a rendered prompt."""
-    return str(getattr(processor, "image_token", None) or "<image>")
 
 
 def render(processor: Any, turns: Sequence[Mapping[str, Any]]) -> str:

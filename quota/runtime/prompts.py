@@ -10,7 +10,8 @@ from typing import Any
 
 from quota.core import images as door
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.processing import image_mark, render, reserved_mark, user_turn
+from quota.models.base import image_mark
+from quota.models.processing import render, reserved_mark, user_turn
 from quota.runtime.engine import Prompt
 from quota.runtime.engine.model import EngineModel
 
@@ -91,7 +92,7 @@ class PromptBuilder:
             return None
         first, *parts = self._render(turns[:answered]).split(self.mark)
         for image, part in zip(images, parts, strict=True):
-            first += self.mark * self.model.image_tokens(image) + part
+            first += self.model.family.image_text(self.processor, image) + part
         head = self.processor.tokenizer(first)["input_ids"]
         if ids[: len(head)] == head:
             return len(head)

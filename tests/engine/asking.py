@@ -14,8 +14,9 @@ from quota.models.images import ImageInput
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
-from tests.prune.recipes import recipe_for
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TINY
+from tests.prune.recipes import recipe_for, reference_of
+from tests.tiled import tile_pixels, tiles_of
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TILED, TINY
 
 
 class Watched(Engine):
@@ -42,7 +43,7 @@ def prompt(model: Any, *parts: int | ImageInput, seed: int = 0, selection: int |
         if isinstance(part, int):
             ids += torch.randint(3, 119, (part,), generator=generator).tolist()
         else:
-            ids += [IMAGE_TOKEN] * model.config.image_seq_length
+            ids += [IMAGE_TOKEN] * find_family(model).image_tokens(part)
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
@@ -70,9 +71,10 @@ def qwen_prompt(*parts: int | ImageInput, seed: int = 0, selection: int | None =
 
 
 def recipes(model: Any) -> dict[str, Any]:
-    fields = {} if model.config.model_type == "llava" else {"reference": "per_image"}
+    family = find_family(model).name
+    fields = {} if family == "llava" else {"reference": "per_image"}
     return {
-        "pruned": recipe_for(model, **fields),
+        "pruned": recipe_for(model, **reference_of(family)),
         "compact": recipe_for(model, **{**fields, "position_policy": "compact"}),
     }
 
@@ -126,13 +128,16 @@ def asked(
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The model's inputs for the pictures of a prompt."""
+    family = find_family(model).name
     more = (
-        {}
-        if model.config.model_type == "llava"
-        else {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
+        {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
+        if family.startswith("qwen")
+        else {}
     )
     if not prompt.images:
         return more
+    if family in TILED:
+        return tile_pixels(prompt.images)
     if model.config.model_type == "llava":
         return {"pixel_values": torch.stack([image.pixels for image in prompt.images])}
     return {
@@ -185,6 +190,16 @@ def cases(family: str) -> dict[str, Prompt]:
             "no text after": prompt(model, 4, b, seed=3),
             "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
             "picture first": prompt(model, b, 7, seed=5),
+            "long": prompt(model, 40, a, 20, seed=6),
+        }
+    if family in TILED:  # a square, a wide and a tall one, whose grids lose rows or columns of padding
+        a, b, c = (tiles_of(model, *size, seed=1) for size in ((56, 50), (20, 100), (90, 30)))
+        return {
+            "text": prompt(model, 9, seed=1),
+            "one picture": prompt(model, 3, a, 5, seed=2),
+            "no text after": prompt(model, 4, b, seed=3),
+            "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
+            "picture first": prompt(model, c, 1, b, 7, seed=5),
             "long": prompt(model, 40, a, 20, seed=6),
         }
     a, b, c = patches(8, 8, 1), patches(4, 6, 2), patches(2, 14, 3)

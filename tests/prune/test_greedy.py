@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quota.core.errors import UsageError
-from quota.models.images import ImageInfo, ImageTokens, image_digest, image_infos
+from quota.models import find_family
+from quota.models.images import ImageInfo, ImageTokens, image_digest
 from quota.prune import greedy
+from tests.tiny import tiny_qwen
 
 
 def points(n: int = 14, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -202,13 +204,14 @@ def test_pictures_know_their_places() -> None:
 
 def test_digests_do_not_depend_on_the_float_dtype() -> None:
     pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert image_infos(pixels) == image_infos(pixels.bfloat16()) == [ImageInfo(image_digest(p)) for p in pixels]
+    assert [image_digest(p) for p in pixels] == [image_digest(p) for p in pixels.bfloat16()]
     assert image_digest(pixels[0]) != image_digest(pixels[1])
 
 
 def test_pictures_of_dynamic_resolution_are_told_apart_by_their_grids() -> None:
     patches = torch.rand(4 * 6 + 2 * 2, 8, generator=torch.Generator().manual_seed(0))
-    first, second = image_infos(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]), merge=2)
+    pair = find_family(tiny_qwen()).split_pixels(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]))
+    first, second = (find_family(tiny_qwen()).shown(image)[0] for image in pair)
     assert first == ImageInfo(image_digest(patches[:24]), (2, 3)) and second == ImageInfo(
         image_digest(patches[24:]), (1, 1)
     )
