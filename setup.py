@@ -8,8 +8,8 @@ QUOTA_BUILD=cuda  both or fail; torch may be the CPU build: the CUDA library lin
 runs where torch has CUDA
 QUOTA_BUILD=none  neither
 
-QUOTA_CUDA_ARCHS  architectures of the CUDA library, default "80;86;89;90a;90+PTX"; "+PTX" is for later ones, compiled
-by their driver
+QUOTA_CUDA_ARCHS  architectures of the CUDA library, default "80;90a;90+PTX": devices of 8.6 and 8.9 run the code for
+8.0; "+PTX" is for later ones, compiled by their driver
 QUOTA_CUDA_JOBS   nvcc processes at a time, default the number of processors
 CUDA_HOME         where nvcc is looked for first, in bin/
 
@@ -54,7 +54,7 @@ X86_FLAGS = {
     "avxvnni": ["-mavxvnni", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
-CUDA_ARCHS = "80;86;89;90a;90+PTX"
+CUDA_ARCHS = "80;90a;90+PTX"
 # -fmad=false as above; -lineinfo costs nothing at run time and lets profilers and compute-sanitizer name lines.
 NVCC_FLAGS = [
     "-std=c++17",

@@ -7,16 +7,43 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import PixtralImageProcessorPil
 
+from quota.models.llava_pixtral import PixtralProcessor
 from quota.models.rtn import quantize_rtn
 from quota.scenes import model as llava
 from quota.scenes import qwen_model as qwen
+from tests.tiny import tiny_mistral3
+
+INSTRUCTED = (
+    "{%- for message in messages -%}{%- if message['role'] != 'assistant' -%}[INST]{%- endif -%}{%- if"
+    " message['content'] is string -%}{{ message['content'] }}{%- else -%}{%- for part in message['content'] -%}{{"
+    " '[IMG]' if part['type'] == 'image' else part['text'] }}{%- endfor -%}{%- endif -%}{%- if message['role'] !="
+    " 'assistant' -%}[/INST]{%- endif -%}{%- endfor -%}"
+)
+
+
+def pixtral_processor(merge: int, longest: int = 40) -> PixtralProcessor:
+    """The scenes' words in the form of Mistral's models; patches of 4 px, images of at most `longest` px a side."""
+    tokenizer = llava.build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    images = PixtralImageProcessorPil(patch_size=4, size={"longest_edge": longest})
+    return PixtralProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=4,
+        spatial_merge_size=merge,
+        chat_template=INSTRUCTED,
+    )
 
 
 def speaking(family: str, layers: int = 4) -> Any:
     """A float model in eval mode, its processor on it; of LLaVA 16 visual tokens and width 64."""
     if family == "llava":
         made, processor = llava.build_model(llava.build_config(56, 64, layers), seed=1), llava.build_processor(56)
+    elif family == "mistral3":
+        made, processor = tiny_mistral3(), pixtral_processor(2, 100)
+        made.config.image_token_id = processor.image_token_id
     else:
         made, processor = qwen.build_model(qwen.build_config(layers=layers), seed=1), qwen.build_processor()
     generator = torch.Generator().manual_seed(5)

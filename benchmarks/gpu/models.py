@@ -129,6 +129,7 @@ def _served(arch: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
     """An engine with room for the largest batch, and what makes a prompt with a picture of its own."""
+    from quota.core.formats import KV4
     from quota.runtime.engine import Engine, EngineConfig, Prompt
     from quota.runtime.engine.kv_storage import block_bytes
 
@@ -138,7 +139,7 @@ def _engine(arch: str, sizes: Sizes) -> tuple[Any, Callable[[], Any]]:
     pages = max(sizes.batches) * text.num_hidden_layers * -(-(len(ids) + NEW_TOKENS) // page_tokens)
     config = EngineConfig(
         kv_bytes=pages
-        * block_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads),
+        * block_bytes(page_tokens, text.num_key_value_heads, text.hidden_size // text.num_attention_heads, KV4),
         prefix_cache=False,
         feature_bytes=0,
         step_tokens=max(sizes.batches) * len(ids),  # all prompts in one step, as `generate` takes them

@@ -32,6 +32,15 @@ struct Vec {
     std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof *p);
     return load(lanes);
   }
+  static F load(const quota::Float16* p) {
+    const auto* at = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
+  }
+  static F load(const quota::Float16* p, int64_t n) {
+    quota::Float16 lanes[16] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof *p);
+    return load(lanes);
+  }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
   static void store(float* p, F x, int64_t n) { _mm256_maskstore_ps(p, mask(n), x.a), _mm256_maskstore_ps(p + 8, mask(n - 8), x.b); }
   static F first(F x, int64_t n, F other) {

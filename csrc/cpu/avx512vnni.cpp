@@ -22,6 +22,8 @@ struct Vec {
   static F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static F load(const quota::Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F load(const quota::Bfloat16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first_mask(n), p)); }
+  static F load(const quota::Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load(const quota::Float16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_mask(n), p)); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first_mask(n), x); }
   static F first(F x, int64_t n, F other) { return _mm512_mask_mov_ps(other, first_mask(n), x); }

@@ -49,7 +49,7 @@ Tables find_tables() {
   Tables tables;
 #ifdef QUOTA_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
     if (__builtin_cpu_supports("amx-int8") && tiles_granted()) tables.add(with_linear(kernels_avx512vnni, "amx", linear_amx));

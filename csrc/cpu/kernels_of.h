@@ -5,6 +5,7 @@
 #include "chain.h"
 #include "elementwise.h"
 #include "float_linear.h"
+#include "kv16_attention.h"
 #include "kv4_append.h"
 #include "kv4_attention.h"
 #include "qkv_append.h"
@@ -21,7 +22,7 @@ namespace {
 template <class V>
 constexpr quota::Kernels table_of(const char* name) {
   return {name, transform_rows<V>, quantize_rows<V>, append_rows<V>, rms_norm_rows<V>, heads_range<V>, attention_tile<V, VectorDot<V>>,
-          score_head<V, VectorDot<V>>, float_linear_panel<V>, grouped_panel<V>, linear_of<V, finish<V>>()};
+          attention16_tile<V>, score_head<V, VectorDot<V>>, float_linear_panel<V>, grouped_panel<V>, linear_of<V, finish<V>>()};
 }
 
 }  // namespace

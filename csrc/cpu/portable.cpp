@@ -31,6 +31,20 @@ struct Vec {
   static F load(const quota::Bfloat16* p, int64_t n) {
     return from_bits(map<I>([=](int i) { return i < n ? static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16) : 0; }));
   }
+  static float widen(quota::Float16 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+    uint32_t bits = magnitude + (magnitude < 0x7c00u << 13 ? 112u : 224u) * (1u << 23);  // the exponent's bias; of what is not finite it is the largest
+    float y;
+    if (magnitude < 1u << 23) {  // subnormal: units of 2^-24
+      y = static_cast<float>(x.bits & 0x3ff) * 0x1p-24f;
+      std::memcpy(&bits, &y, sizeof y);
+    }
+    bits |= sign;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+  }
+  static F load(const quota::Float16* p) { return map<F>([=](int i) { return widen(p[i]); }); }
+  static F load(const quota::Float16* p, int64_t n) { return map<F>([=](int i) { return i < n ? widen(p[i]) : 0.0f; }); }
   static void store(float* p, const F& x) { std::memcpy(p, x.v, sizeof x.v); }
   static void store(float* p, const F& x, int64_t n) { std::memcpy(p, x.v, static_cast<size_t>(n < 16 ? n : 16) * sizeof(float)); }
   static F first(const F& x, int64_t n, const F& other) { return map<F>([&](int i) { return i < n ? x.v[i] : other.v[i]; }); }

@@ -160,12 +160,13 @@ Tensor qkv_append(
   return q;
 }
 
-std::tuple<Tensor, Tensor> attention(quota::AttentionArgs args, const quota::Pages& pages, int64_t batch) {
+// All tiles of query rows by `run`, a kernel of `Args`.
+template <class Args, class Run>
+std::tuple<Tensor, Tensor> attention(Args args, const quota::Pages& pages, int64_t batch, Run run) {
   const int64_t heads = args.heads, tokens = args.tokens, kv_heads = args.kv_heads;
   Tensor out = make({batch, tokens, heads, args.dim}, ScalarType::Float), lse = make({batch, heads, tokens}, ScalarType::Float);
   args.out = static_cast<float*>(out.mutable_data_ptr()), args.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t tiles = (tokens * (heads / kv_heads) + quota::kQueryTile - 1) / quota::kQueryTile;
-  const auto run = quota::kernels().attention;
   parallel_for(0, batch * kv_heads * tiles, grain(2 * args.length * args.dim, kAttention), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       // Later tiles see more slots: early and late ones take turns, so that a contiguous share of the pieces is an even share of the work.
@@ -174,6 +175,10 @@ std::tuple<Tensor, Tensor> attention(quota::AttentionArgs args, const quota::Pag
     }
   });
   return {out, lse};
+}
+
+void check_start(const MaybeTensor& start, int64_t batch) {
+  for (int64_t b = 0; start && b < batch; ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
 }
 
 // Every slot a row may read lies in the pool.
@@ -194,9 +199,9 @@ std::tuple<Tensor, Tensor> kv4_attention(
     Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t length, MaybeTensor start, double scaling,
     MaybeTensor shared) {
   auto args = attention_args(q, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, length, start, shared);
-  for (int64_t b = 0; start && b < q.size(0); ++b) STD_TORCH_CHECK(ints(*start)[b] >= 0, "start: expected a slot for row ", b, ", got ", ints(*start)[b]);
+  check_start(start, q.size(0));
   args.scaling = static_cast<float>(scaling);
-  return attention(args, {}, q.size(0));
+  return attention(args, {}, q.size(0), quota::kernels().attention);
 }
 
 std::tuple<Tensor, Tensor> kv4_paged_attention(
@@ -206,7 +211,26 @@ std::tuple<Tensor, Tensor> kv4_paged_attention(
   const int64_t batch = q.size(0), width = table.size(1), places = k_q.size(2);
   check_tables(table, length, args.length, places, k_q.size(0));
   args.scaling = static_cast<float>(scaling);
-  return attention(args, {ints(table), ints(length), width, places}, batch);
+  return attention(args, {ints(table), ints(length), width, places}, batch, quota::kernels().attention);
+}
+
+std::tuple<Tensor, Tensor> kv16_attention(Tensor q, Tensor k, Tensor v, int64_t length, MaybeTensor start, double scaling) {
+  const auto args = attention16_args(q, k, v, q.size(0), length, start, scaling);
+  STD_TORCH_CHECK(args.tokens <= length && length <= k.size(2) && length <= v.size(2), "length: expected at least the ", args.tokens,
+                  " new tokens and at most the cache's ", k.size(2), " slots, got ", length);
+  check_start(start, q.size(0));
+  return attention(args, {}, q.size(0), quota::kernels().attention16);
+}
+
+std::tuple<Tensor, Tensor> kv16_paged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor length, double scaling) {
+  const int64_t batch = q.size(0);
+  check(table, "table", ScalarType::Int, {batch, kFree});
+  check(length, "length", ScalarType::Int, {batch});
+  const int64_t width = table.size(1), places = k.dim() == 4 ? k.size(2) : 0;
+  const auto args = attention16_args(q, k, v, kFree, width * places, {}, scaling);
+  STD_TORCH_CHECK(v.size(2) == places && v.size(0) == k.size(0), "v: expected ", k.size(0), " units of ", places, " places, got ", v.size(0), " of ", v.size(2));
+  check_tables(table, length, args.length, places, k.size(0));
+  return attention(args, {ints(table), ints(length), width, places}, batch, quota::kernels().attention16);
 }
 
 // The true slots of one row of a mask [B, S].
@@ -426,6 +450,8 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
   m.def(
       "kv4_paged_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, Tensor table, Tensor length, "
       "float scaling, Tensor? shared=None) -> (Tensor, Tensor)");
+  m.def("kv16_attention(Tensor q, Tensor k, Tensor v, int length, Tensor? start, float scaling) -> (Tensor, Tensor)");
+  m.def("kv16_paged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor length, float scaling) -> (Tensor, Tensor)");
   m.def(
       "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
       "Tensor(d!) v_q, Tensor(e!) v_scale, Tensor(f!) v_zero, int position, float k_clip, float v_clip) -> Tensor");
@@ -455,6 +481,8 @@ STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("kv4_append", TORCH_BOX(&kv4_append));
   m.impl("kv4_attention", TORCH_BOX(&kv4_attention));
   m.impl("kv4_paged_attention", TORCH_BOX(&kv4_paged_attention));
+  m.impl("kv16_attention", TORCH_BOX(&kv16_attention));
+  m.impl("kv16_paged_attention", TORCH_BOX(&kv16_paged_attention));
   m.impl("token_score", TORCH_BOX(&token_score));
   m.impl("token_select", TORCH_BOX(&token_select));
   m.impl("token_gather", TORCH_BOX(&token_gather));

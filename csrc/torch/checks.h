@@ -153,4 +153,22 @@ quota::AttentionArgs paged_args(const Tensor& q, const KvTensors& keys, const Kv
           shared && slots < most ? slots : most, 0.0f};
 }
 
+// A 16-bit cache (or a view of one along the batch): slots contiguous within a head.
+quota::Kv16 kv16(const Tensor& x, int64_t batch, int64_t heads, int64_t dim, const char* name) {
+  check(x, name, ScalarType::Half, {batch, heads, kFree, dim}, false);
+  STD_TORCH_CHECK((dim <= 1 || x.stride(3) == 1) && (x.size(2) <= 1 || x.stride(2) == dim), name, ": expected values contiguous along slots");
+  return {static_cast<const quota::Float16*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+}
+
+// Everything of kv16_attention but the outputs: `batch` rows of a cache, or units of a pool (kFree). Values of `start` are not looked at.
+quota::Attention16Args attention16_args(const Tensor& q, const Tensor& keys, const Tensor& values, int64_t batch, int64_t length, const MaybeTensor& start,
+                                        double scaling) {
+  check(q, "q", ScalarType::Float, {kFree, kFree, kFree, kFree});
+  const int64_t heads = q.size(1), tokens = q.size(2), dim = q.size(3), kv_heads = keys.dim() == 4 ? keys.size(1) : 0;
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected [B, Hkv, C, D] with Hkv dividing the ", heads, " heads of q, got Hkv = ", kv_heads);
+  const auto k = kv16(keys, batch, kv_heads, dim, "k"), v = kv16(values, batch, kv_heads, dim, "v");
+  if (start) check(*start, "start", ScalarType::Int, {q.size(0)});
+  return {floats(q), k, v, start ? ints(*start) : nullptr, nullptr, nullptr, heads, kv_heads, tokens, dim, length, static_cast<float>(scaling)};
+}
+
 }  // namespace

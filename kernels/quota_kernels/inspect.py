@@ -28,6 +28,8 @@ from quota_kernels.kv4_attention import kv4_attention
 from quota_kernels.kv4_page_read import kv4_page_read
 from quota_kernels.kv4_page_write import kv4_page_write
 from quota_kernels.kv4_paged_attention import kv4_paged_attention
+from quota_kernels.kv16_attention import kv16_attention
+from quota_kernels.kv16_paged_attention import kv16_paged_attention
 from quota_kernels.launch import ARCHITECTURES, INTERPRETED, Call, recording
 from quota_kernels.qkv_append import qkv_append
 from quota_kernels.quantize_act import quantize_act
@@ -84,6 +86,12 @@ def _grouped(n: int, k: int) -> tuple[Tensor, Tensor]:
 def _pages(heads: int) -> tuple[Any, Any]:
     """Keys and values of a pool of pages of 16 tokens."""
     return _cache(heads, 16, 128, 64), _cache(heads, 16, 128, 64)
+
+
+def _halves(heads: int, slots: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of float16."""
+    k, v = (torch.empty(batch, heads, slots, 128, dtype=torch.float16) for _ in range(2))
+    return k, v
 
 
 def _tables(batch: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +159,10 @@ def cases() -> dict[str, Callable[[], Any]]:
         "kv4_paged_attention, GQA, shared": lambda: kv4_paged_attention(
             f(1, 28, 1, 256), *_pages(4), *_tables(1), 0.1, f(1, 128, 640), split=True
         ),
+        "kv16_attention": lambda: kv16_attention(f(1, 28, 16, 128), *_halves(4, 640, 1), 640, None, 0.1),
+        "kv16_paged_attention": lambda: kv16_paged_attention(
+            f(16, 32, 1, 128), *_halves(32, 16, 64), *_tables(16), 0.1
+        ),
         "kv4_page_write": lambda: kv4_page_write(
             _cache(32, 16, 128), _cache(32, 4, 128), torch.empty(4, dtype=torch.int64)
         ),
@@ -178,8 +190,13 @@ def recorded(arch: int, names: Iterable[str] | None = None) -> list[Call]:
             calls += found
     unique: dict[Any, Call] = {}
     for call in calls:
-        unique.setdefault((call.kernel.__name__, str(_specialised(call)), str(call.options)), call)
+        unique.setdefault(identity(call), call)
     return list(unique.values())
+
+
+def identity(call: Call) -> tuple[str, str, str]:
+    """Equal for launches that the same code serves."""
+    return call.kernel.__name__, str(_specialised(call)), str(call.options)
 
 
 def _specialised(call: Call) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:

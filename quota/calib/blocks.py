@@ -251,9 +251,10 @@ class Block(nn.Module):
             if diag is None:
                 continue
             if plan.absorbs == "up":  # up's rows divided by c: its integers stay, its scales change
-                scale = out[f"{self.path}.mlp.gate_up_proj.w_scale"]
+                beside = f"{self.path}.{plan.name.rpartition('.')[0]}.gate_up_proj"
+                scale = out[f"{beside}.w_scale"]
                 scale[-diag.numel() :] /= diag
-                bias = out.get(f"{self.path}.mlp.gate_up_proj.bias")
+                bias = out.get(f"{beside}.bias")
                 if bias is not None:
                     bias[-diag.numel() :] /= diag
                 continue

@@ -177,7 +177,8 @@ def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
     if plan.absorbs in block.family.norms[block.kind]:
         return [tensor.data for tensor in layer.get_submodule(plan.absorbs).parameters()]
     if plan.absorbs == "up":
-        return [tensor.data for tensor in layer.get_submodule("mlp.up_proj").parameters()]
+        beside = plan.name.rpartition(".")[0]
+        return [tensor.data for tensor in layer.get_submodule(f"{beside}.up_proj").parameters()]
     if plan.value == "columns":
         producer = next(other for other in block.plans if other.value == "rows")
         value: Any = layer.get_submodule(producer.parts[-1])
@@ -214,26 +215,27 @@ def _export(
         if name.rpartition(".")[0] not in linears
     }
     out |= {f"{block.path}.{name}": tensor for name, tensor in kept.items()}
-    if scheme.fused:
-        _fuse(block, out, scheme)
+    _fuse(block, out, scheme)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in out.items()}
 
 
 def _fuse(block: Block, out: dict[str, Tensor], scheme: Scheme) -> None:
-    """Name the tensors as a fused scheme's modules hold them, in place: the rows of a group's linears one below the
-    other, and what attention over a quantized cache has besides."""
+    """Name the tensors as the quantized modules hold them, in place: the rows of a group's linears one below the other,
+    and what attention has besides."""
     for plan in block.plans:
         for key in ("w_q", "w_scale", "w_zero", "bias", "input_scale"):
             parts = [out.pop(name) for part in plan.parts if (name := f"{block.path}.{part}.{key}") in out]
             if parts:  # one scale of the input is that of all
                 out[f"{block.path}.{plan.name}.{key}"] = parts[0] if key == "input_scale" else torch.cat(parts)
-    if block.kind != "decoder" or scheme.kv is None:
+    if block.kind != "decoder":
         return
     attention, at = block.attention, f"{block.path}.{block.family.attention[block.kind]}"
     out |= {f"{at}.{name}": torch.ones(()) for name in ("k_clip", "v_clip")}
     if scheme.transforms:
         out |= {f"{at}.{name}": hadamard(attention.head_dim).float() for name in ("q_transform", "k_transform")}
-    if attention.k_proj.bias is not None:  # it is added to the scores, not to the keys
+    if (
+        attention.k_proj.bias is not None and scheme.kv is not None and scheme.kv.number == "int"
+    ):  # it is added to the scores, not to the keys
         bias, first = out[f"{at}.qkv_proj.bias"], block.family.heads * attention.head_dim
         rows = bias[first : first + attention.k_proj.out_features].clone()
         out[f"{at}.k_bias"] = rows.view(-1, attention.head_dim)

@@ -60,9 +60,8 @@ def calibrate(
     the host, in memory and in OUT.partial. A calibration is continued on the kind of device, and in the dtype, that it
     was begun with.
 
-    `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations, KV cache
-    and output head stay float. With `--scheme w4a16kv4` the cache has four bits too, and `quota serve` takes the
-    result.
+    `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations
+    and output head stay float, the cache is float16. With `--scheme w4a16kv4` the cache has four bits too.
     `--method rtn` rounds them to nearest, the baseline of both.
 
     **Examples**

@@ -68,7 +68,6 @@ def examine() -> dict[str, Any]:
             "name": scheme.name,
             "formats": scheme.words(),
             "calibrated by": ", ".join(scheme.methods),
-            "served": "yes" if scheme.served else "no",
         }
         for scheme in SCHEMES.values()
     ]

@@ -85,10 +85,10 @@ def evaluate(
     embedded `quota_scenes` and
     `quota_pages`, or any other task about images); `--out` then also gets eval.md and eval.png.
 
-    Rows of one checkpoint are answered together, W4A4KV4 ones through the serving engine; each question gets the answer
-    it gets alone. Without `--tasks` the checkpoints of all rows are in memory together, because single requests are
-    timed in turns. A samples file (`--samples`) is described in `quota calibrate --help`; evaluation needs an `answer`
-    in every sample and reports accuracy by `task`.
+    Rows of one checkpoint are answered together, quantized ones through the serving engine; each question gets the
+    answer it gets alone. Without `--tasks` the checkpoints of all rows are in memory together, because single
+    requests are timed in turns. A samples file (`--samples`) is described in `quota calibrate --help`; evaluation
+    needs an `answer` in every sample and reports accuracy by `task`.
 
     **Examples**
 

@@ -14,19 +14,20 @@ from quota.core.documents import shown
 
 MODULES = ("vision", "projector", "llm")  # what can be quantized, in the order of a forward pass
 _FLOAT32_BYTES = 4
+_SCALE_BYTES = {"float32": _FLOAT32_BYTES, None: 0}
 _BYTE_BITS = 8
 
 
 @dataclass(frozen=True)
 class Format:
-    """Integer codes of a vector (a row of a weight, a token's activations, one head of a cached token) and their
-    scales, float32.
+    """Codes of a vector (a row of a weight, a token's activations, one head of a cached token) and their scales.
 
     bits: of a code. stored_bits: that it takes in memory, at least `bits`; several codes share a byte, the first
     lowest. group: neighbours that share a scale, the last group may be short; None: the whole vector. zero: None where
     codes are two's complement around zero, value = code * scale; else codes count from 0 and each scale has a zero
     beside it, "code" (uint8, value = (code - zero) * scale) or "value" (float32, value = code * scale + zero).
-    symmetric: the grid reaches equally far on both sides of zero.
+    symmetric: the grid reaches equally far on both sides of zero. number: what a code is, "int" or the name of a float
+    type, whose values are its own grid. scale: the type of scales; None: there are none.
     """
 
     bits: int
@@ -34,8 +35,12 @@ class Format:
     group: int | None = None
     zero: Literal["code", "value"] | None = None
     symmetric: bool = False
+    number: Literal["int", "float16"] = "int"
+    scale: Literal["float32"] | None = "float32"
 
     def __post_init__(self) -> None:
+        if self.number != "int":
+            return
         if not 2 <= self.bits <= self.stored_bits or _BYTE_BITS % self.stored_bits:
             raise ValueError(
                 f"format: expected 2 or more bits in a divisor of {_BYTE_BITS} stored ones, got {self.bits} in"
@@ -46,8 +51,8 @@ class Format:
 
     @property
     def dtype(self) -> str:
-        """How reports name the type of a code: "int4"."""
-        return f"int{self.bits}"
+        """How reports name the type of a code: "int4", "float16"."""
+        return f"int{self.bits}" if self.number == "int" else self.number
 
     @property
     def middle(self) -> int:
@@ -81,7 +86,7 @@ class Format:
     def vector_bytes(self, k: int) -> int:
         """Bytes of a vector of k values: codes, scales and zeros."""
         zero = {None: 0, "code": 1, "value": _FLOAT32_BYTES}[self.zero]
-        return self.code_bytes(k) + self.groups(k) * (_FLOAT32_BYTES + zero)
+        return self.code_bytes(k) + self.groups(k) * (_SCALE_BYTES[self.scale] + zero)
 
     def stored_as(self, other: Format) -> bool:
         """Whether what computes with stored codes of `other` computes with these: all but the grid is equal."""
@@ -95,15 +100,18 @@ class Format:
 INT4 = Format(4, symmetric=True)  # weights, a scale per output channel; activations, a scale per token
 INT4_GROUPS = Format(4, group=128, zero="code")  # weights alone
 KV4 = Format(4, zero="value")  # keys and values, scale and zero per token and head
+KV16 = Format(16, stored_bits=16, number="float16", scale=None)  # keys and values as they are
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a quantized model is made of. None of `weights`, `activations`, `kv`: that stays float.
+    """What a quantized model is made of. None of `weights`, `activations`: that stays float. kv: how keys and values
+    are stored; blocks are ours in every scheme, so a row's bits do not depend on its batch, and linears that read the
+    same input are one.
 
     name: in manifests, recipes and commands. linear: the module class, `file:Class` of `quota.nn`; it is imported when
     a model is built, since this room lies below. transforms: linears that quantize their input transform it (Kronecker
-    factors), attention over a quantized cache its queries and keys. methods: of `quota calibrate` that make it; of the
+    factors), attention its queries and keys. methods: of `quota calibrate` that make it; of the
     schemes that list one, it makes the first where none is named.
     """
 
@@ -119,17 +127,6 @@ class Scheme:
     def title(self) -> str:
         """The name as text spells it: `W4A4KV4`."""
         return self.name.upper()
-
-    @property
-    def fused(self) -> bool:
-        """Whether blocks are ours: linears that read the same input are one, and a row's bits do not depend on its
-        batch, in attention too. Else the upstream modules stay and each linear is replaced by itself."""
-        return self.activations is not None or self.kv is not None
-
-    @property
-    def served(self) -> bool:
-        """Whether `quota serve` takes a language model of it: its pool holds packed keys and values."""
-        return self.kv is not None
 
     def words(self) -> str:
         """`weights int4, activations int4, cache int4`, leaving out what stays float."""
@@ -148,7 +145,13 @@ _ROWS = (
         linear="linear:QuantLinear",
         methods=("flatquant",),
     ),
-    Scheme("w4a16", weights=INT4_GROUPS, linear="weight_linear:WeightLinear", methods=("gptq", "awq", "rtn")),
+    Scheme(
+        "w4a16",
+        weights=INT4_GROUPS,
+        kv=KV16,
+        linear="weight_linear:WeightLinear",
+        methods=("gptq", "awq", "rtn"),
+    ),
     Scheme(
         "w4a16kv4",
         weights=INT4_GROUPS,

@@ -1,6 +1,6 @@
 """The same questions to one model under several recipes, answered together.
 
-A W4A4KV4 model answers through the engine: every image is prepared and encoded once for all rows, and rows and
+A quantized model answers through the engine: every image is prepared and encoded once for all rows, and rows and
 questions are one continuous batch. Any other model answers by `generate` in left-padded batches, rows taking turns on a
 batch, so that its images are prepared and encoded once too. Either way a question gets the text that it gets alone.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quota.core.recipe import Recipe
 
 _ANSWERS_SCHEMA = "quota-answers/1"
-_TOGETHER = 64  # requests in the engine; their prompts hold pixels
+_TOGETHER = 32  # requests in an engine; their prompts hold pixels, and what one thread took no other can
 _STEP_TOKENS = 2048  # no client waits for a step: several whole prompts at once
 # fields of a generation configuration that leave greedy answers alone, or that the engine follows
 _HARMLESS = frozenset(
@@ -98,6 +98,9 @@ def answer_together(
             row.advance(len(questions))
         return 0.0
     model, processor = opened()
+    made = _by_generate if why_not_engine(model) else _by_engine
+    if made is _by_generate:  # prompts of one length need no padding, and attention then no mask
+        questions = sorted(questions, key=lambda q: len(q.instruction.split()))
     threads = torch.get_num_threads() if is_small(model) else 1
     work = list[Batch]()
     for part in chunks(questions, min(batch, -(-len(questions) // (2 * threads))) if threads > 1 else batch):
@@ -108,7 +111,6 @@ def answer_together(
         if lacking:
             check_questions(processor, part)
             work.append((part, lacking))
-    made = _by_generate if why_not_engine(model) else _by_engine
     recipes = [row.recipe for row in rows if row.recipe is not None]
     todo, lock = _Shared(work), threading.Lock()
 

@@ -38,9 +38,7 @@ class Question:
         return Question(self.id, self.task, self.instruction, self.answer, None)
 
 
-@lru_cache(maxsize=700)  # 336 px: 0.34 MB each; the rows of one run share the images
-def _image(split: str, index: int, size_px: int) -> Image:
-    return g.draw(g.scene(split, index, size_px))
+_image = lru_cache(maxsize=700)(g.draw)  # 336 px: 0.34 MB each; the rows of one run share the images
 
 
 def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) -> list[Question]:
@@ -56,12 +54,11 @@ def scene_questions(number: int = DEFAULT_QUESTIONS, size_px: int = IMAGE_SIZE) 
         if len(out) == number:
             break
         task = g.TASKS[len(out) % len(g.TASKS)]
-        asked = next((q for q in g.questions(g.scene("test", index, size_px)) if q.task == task), None)
+        scene = g.scene("test", index, size_px)
+        asked = next((q for q in g.questions(scene) if q.task == task), None)
         if asked is None:  # this image allows no question of this task: take the next image
             continue
-        out.append(
-            Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, _opener("test", index, size_px))
-        )
+        out.append(Question(f"test-{index:05d}-{task}", task, asked.text, asked.answer, partial(_image, scene)))
     return out
 
 
@@ -97,19 +94,10 @@ def _page_image(kind: str, index: int) -> Image:
 def scene_tour(index: int = 0, size_px: int = IMAGE_SIZE) -> list[Question]:
     """One question per task about one test image, and the request for its caption; for side-by-side answers."""
     s = g.scene("test", index, size_px)
-    tour = [
-        Question(f"test-{index:05d}-{q.task}", q.task, q.text, q.answer, _opener("test", index, size_px))
-        for q in g.questions(s)
-    ]
+    opener = partial(_image, s)
+    tour = [Question(f"test-{index:05d}-{q.task}", q.task, q.text, q.answer, opener) for q in g.questions(s)]
     text = g.caption(s, s.seed("caption"))
-    return [
-        *tour,
-        Question(f"test-{index:05d}-caption", "caption", CAPTION_REQUEST, text, _opener("test", index, size_px)),
-    ]
-
-
-def _opener(split: str, index: int, size_px: int) -> Callable[[], Image]:
-    return lambda: _image(split, index, size_px)
+    return [*tour, Question(f"test-{index:05d}-caption", "caption", CAPTION_REQUEST, text, opener)]
 
 
 def sample_questions(samples: Iterable[Any]) -> list[Question]:

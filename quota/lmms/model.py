@@ -79,7 +79,7 @@ class Quota(lmms):
 
     Prompts and images are those of the built-in wrappers (`quota.lmms.prompts`). With `answers=DIR` every request
     leaves a line there: text, prompt and new tokens, visual tokens per decoder layer, on a GPU peak memory and power;
-    and milliseconds, null where the engine batched it with others (W4A4KV4 models, whose answers are those of
+    and milliseconds, null where the engine batched it with others (quantized models, whose answers are those of
     `generate`).
     """
 

@@ -110,12 +110,15 @@ class Family(ABC):
         )
         self.head_norms = head_norms(text)
         self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
-        for field, expected in (("use_sliding_window", "false"), ("sliding_window", "null")):
-            if getattr(text, field, None):
-                raise CheckpointError(
-                    f"{field}: expected {expected}, got {json.dumps(getattr(text, field))}; sliding-window attention is"
-                    " not supported"
-                )
+        if getattr(text, "use_sliding_window", False):
+            raise CheckpointError(
+                "use_sliding_window: expected false, got true; sliding-window attention is not supported"
+            )
+        window = getattr(text, "sliding_window", None)  # of families without the switch it alone says so
+        if window is not None and not hasattr(text, "use_sliding_window"):
+            raise CheckpointError(
+                f"sliding_window: expected null, got {window}; sliding-window attention is not supported"
+            )
 
     # where things are
 
@@ -243,10 +246,6 @@ class Family(ABC):
     def image_tokens(self, image: ImageInput) -> int:
         """Tokens of one image, its visual ones and what ends its lines; UsageError for what is none of this model's."""
 
-    def image_text(self, processor: Any, image: ImageInput) -> str:
-        """What takes the place of one image's mark in a rendered prompt before it is tokenized."""
-        return image_mark(processor) * self.image_tokens(image)
-
     @abstractmethod
     def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
         """[image tokens, (1 + planes) * hidden] of each image in the model's dtype, what takes the place of its tokens
@@ -350,11 +349,6 @@ def head_norms(text: Any) -> frozenset[str]:
             "text_config.attention_bias: expected false, got true; a bias before the norm of a key is not supported"
         )
     return frozenset({"self_attn.q_norm", "self_attn.k_norm"})
-
-
-def image_mark(processor: Any) -> str:
-    """The text that stands for one image in a rendered prompt."""
-    return str(getattr(processor, "image_token", None) or "<image>")
 
 
 def head_dim(text: Any) -> int:

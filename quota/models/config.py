@@ -154,6 +154,7 @@ _TOP = {
     "projector_hidden_act": _ACTIVATION,
     "downsample_ratio": _Rule("a number above 0, at most 1", lambda v: type(v) in (int, float) and 0.01 < v <= 1),
     "vision_aspect_ratio": _Rule("a text such as anyres_max_9", lambda v: isinstance(v, str)),
+    "spatial_merge_size": _count(64),
     "image_token_id": _TOKEN,
     "image_token_index": _TOKEN,
     "video_token_id": _TOKEN,

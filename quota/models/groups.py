@@ -17,9 +17,9 @@ class Group:
     """Linears that read the same input and are quantized together. Names are relative to the block.
 
     name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm
-    that takes the per-channel diagonal of the input; "up" for the rows of the group that produces it; None where
-    nothing can. value: "rows" produces the attention's values in its last rows, "columns" reads what attention gave.
-    fused: one linear holds q, k and v.
+    that takes the per-channel diagonal of the input; "up" for the rows of up in the group `gate_up_proj` beside it,
+    which produces it; None where nothing can. value: "rows" produces the attention's values in its last rows, "columns"
+    reads what attention gave. fused: one linear holds q, k and v.
     """
 
     name: str

@@ -19,7 +19,7 @@ from transformers.models.internvl import processing_internvl as upstream
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import image_mark, submodule_weight
+from quota.models.base import submodule_weight
 from quota.models.groups import Group, Groups, Norms, Part
 from quota.models.images import ImageIndex, ImageInfo, ImageInput, PatchGrid, image_digest, runs
 from quota.models.llava import Llava, QuantClipAttention
@@ -46,6 +46,14 @@ class InternVLProcessor(WithoutVideos, upstream.InternVLProcessor):
         upstream.InternVLProcessor.__init__(
             self, image_processor, tokenizer, None, image_seq_length, chat_template=chat_template
         )
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """As upstream; what a call returned has its tiles in the ids alone."""
+        if "num_patches" in image_inputs:
+            return str(super().replace_image_token(image_inputs, image_idx, **kwargs))
+        image = runs(torch.as_tensor(image_inputs["input_ids"]) == self.image_token_id)
+        sizes = [n for row in image for n in row[row >= 0].bincount().tolist()]
+        return f"{self.start_image_token}{self.image_token * sizes[image_idx]}{self.end_image_token}"
 
 
 class Projector(modeling.InternVLMultiModalProjector):
@@ -163,7 +171,7 @@ class InternVL(Llava):
             return ()
         counts = [1] * len(pixels)
         if ids is not None:
-            image = self.image_index(ids).image
+            image = self.image_index(torch.as_tensor(ids)).image
             sizes = [n for row in image for n in row[row >= 0].bincount().tolist()]
             if sum(sizes) == len(pixels) * self.tile_tokens:  # else upstream says that tokens and features differ
                 counts = [n // self.tile_tokens for n in sizes]
@@ -178,10 +186,6 @@ class InternVL(Llava):
                 f" {image.grid}"
             )
         return tiles * self.tile_tokens
-
-    def image_text(self, processor: Any, image: ImageInput) -> str:
-        marks = image_mark(processor) * self.image_tokens(image)
-        return f"{processor.start_image_token}{marks}{processor.end_image_token}"
 
     def shown(self, image: ImageInput) -> list[ImageInfo]:
         return [ImageInfo(image_digest(tile), (self.side, self.side)) for tile in image.pixels]

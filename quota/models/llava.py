@@ -1,7 +1,7 @@
 """LLaVA-1.5: CLIP vision tower, two-layer projector, LLaMA or Qwen2 decoder. An image always becomes the same number of
 visual tokens.
 
-The same with another tower is in a file of its own: `llava_dinov2`, `llava_siglip`.
+The same with another tower is in a file of its own: `llava_dinov2`, `llava_pixtral`, `llava_siglip`.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class Llava(Family):
             from quota.models.llava_siglip import LlavaSiglip
 
             return LlavaSiglip
+        if kind == "pixtral":
+            from quota.models.llava_pixtral import LlavaPixtral
+
+            return LlavaPixtral
         return cls
 
     def __init__(self, config: Any) -> None:
@@ -90,7 +94,7 @@ class Llava(Family):
         text, vision = self.text, self.vision
         if text.model_type not in self.decoders or vision.model_type != self.tower:
             raise CheckpointError(
-                f"model_type: expected {self.description}, got {self.name} with {vision.model_type!r} and"
+                f"model_type: expected {self.description}, got {config.model_type} with {vision.model_type!r} and"
                 f" {text.model_type!r}"
             )
         feature = config.vision_feature_layer
@@ -109,7 +113,7 @@ class Llava(Family):
             )
         self.vision_layers_used, self.vision_layers_total = used, total
         self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
-        self.drops_cls = config.vision_feature_select_strategy == "default"
+        self.drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.tile_px, patch_px = self.tile_size()
         self.patches = (self.tile_px // patch_px) ** 2
         self.tile_tokens = (self.tower_rows(None) - int(self.drops_cls)) // self.merge**2
@@ -128,7 +132,12 @@ class Llava(Family):
 
     def tile_size(self) -> tuple[int, int]:
         """Sides of what the tower sees at once and of a patch, pixels."""
-        return int(self.vision.image_size), int(self.vision.patch_size)
+        for name in ("image_size", "patch_size"):
+            if type(getattr(self.vision, name)) is not int:
+                raise CheckpointError(
+                    f"vision_config.{name}: expected a whole number, got {getattr(self.vision, name)!r}"
+                )
+        return self.vision.image_size, self.vision.patch_size
 
     @property
     def vision_mlp_size(self) -> int:
@@ -206,8 +215,9 @@ class Llava(Family):
         return out
 
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
-        tiles = hidden.view(-1, self.tower_rows(None), hidden.shape[-1])
-        return tiles[:, int(self.drops_cls) :].flatten(0, 1)
+        if not self.drops_cls:
+            return hidden
+        return hidden.view(-1, self.tower_rows(None), hidden.shape[-1])[:, 1:].flatten(0, 1)
 
     # costs
 

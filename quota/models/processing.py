@@ -11,9 +11,8 @@ from transformers import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.documents import read_object
-from quota.models import FAMILIES, family_class
-from quota.models.base import image_mark
-from quota.models.config import refuse_folder_code
+from quota.models import FAMILIES, find_family
+from quota.models.config import read_config, refuse_folder_code
 
 BACKEND = "pil"
 
@@ -44,7 +43,7 @@ def open_processor(folder: str | Path) -> Any:
     folder = Path(folder)
     refuse_folder_code(folder)
     kind = read_object(folder / "config.json").get("model_type")
-    opened = family_class(kind).open_processor if kind in FAMILIES else AutoProcessor.from_pretrained
+    opened = find_family(read_config(folder)).open_processor if kind in FAMILIES else AutoProcessor.from_pretrained
     processor = opened(str(folder), backend=BACKEND, trust_remote_code=False, local_files_only=True)
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"
@@ -65,6 +64,11 @@ def image_backend(processor: Any) -> str:
     """ "pil" or "torchvision": what turns images into pixels; for result files, because the two differ in the last
     bits."""
     return "pil" if type(getattr(processor, "image_processor", None)).__name__.endswith("Pil") else "torchvision"
+
+
+def image_mark(processor: Any) -> str:
+    """The text that stands for one image in a rendered prompt."""
+    return str(getattr(processor, "image_token", None) or "<image>")
 
 
 def render(processor: Any, turns: Sequence[Mapping[str, Any]]) -> str:

@@ -65,15 +65,10 @@ def quantize_structure(
     modules: some of "vision", "projector", "llm"; the rest stays float. shapes: tensor name -> shape of the checkpoint
     that will be loaded, which decides what is optional; None gives the scheme's defaults: where it has transforms,
     Kronecker factors everywhere and a [heads, heads] left factor before output projections, and key biases kept apart
-    from a quantized cache. Vision layers whose output is dropped stay as they are and, in a fused scheme, are not
-    computed. Returns `model`.
+    from a 4-bit cache. Vision layers whose output is dropped stay as they are and are not computed. Returns `model`.
     """
     chosen, family = check_modules(modules), find_family(model)
     build = _Builder(scheme, shapes)
-    if not scheme.fused:
-        for path in linear_paths(family, chosen, scheme):
-            replace(model, path, build.linear(path, [model.get_submodule(path)]))
-        return model
     embedding: Any = submodule(model, family.embed_path)
     if "llm" in chosen:
         text: Any = submodule(model, family.text_path)
@@ -94,13 +89,13 @@ def quantize_structure(
     return model
 
 
-def linear_paths(family: Family, modules: Collection[str], scheme: Scheme) -> dict[str, list[str]]:
-    """Module path of every linear that a scheme quantizes -> the float linears whose rows it holds, in model order of
+def linear_paths(family: Family, modules: Collection[str]) -> dict[str, list[str]]:
+    """Module path of every quantized linear -> the float linears whose rows it holds, in model order of
     each part."""
     out = {}
     for path, group in family.group_paths(modules):
         parts = [f"{path}.{part}" for part in group.parts]
-        out.update({f"{path}.{group.name}": parts} if scheme.fused else {part: [part] for part in parts})
+        out[f"{path}.{group.name}"] = parts
     return out
 
 
@@ -120,7 +115,8 @@ def float_linears(model: Any, path: str, group: Group) -> list[nn.Linear]:
 
 def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index: int) -> None:
     layer: Any = submodule(model, path)
-    biased = layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
+    apart = build.scheme.kv is not None and build.scheme.kv.number == "int"  # floats have room for a bias
+    biased = apart and layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
     linears = _linears(build, model, family, "decoder", path)
     for name in family.float_norms("decoder"):
         replace(layer, name, RmsNorm.replacing(submodule(layer, name)))
@@ -147,7 +143,7 @@ def _replace_all(model: Any, path: str, modules: Mapping[str, nn.Module]) -> Non
 
 
 def quantized_linears(model: nn.Module) -> dict[str, SchemeLinear]:
-    """Module path -> every quantized linear (of a fused scheme a whole projection group), in model order."""
+    """Module path -> every quantized linear, a whole projection group, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SchemeLinear)}
 
 

@@ -34,14 +34,14 @@ def quantize_rtn(
     chosen, family = check_modules(modules), find_family(model)
     weights = {
         path: _stacked([model.get_submodule(part) for part in parts])
-        for path, parts in linear_paths(family, chosen, scheme).items()
+        for path, parts in linear_paths(family, chosen).items()
     }
     layers = family.blocks("decoder")
     shapes: Shapes | None = None if transforms else {f"{path}.self_attn.k_bias": () for path in layers}
     quantize_structure(model, chosen, shapes, scheme)
     for path, (weight, bias) in weights.items():
         model.get_submodule(path).round_from(weight, bias, clip)
-    for path in layers if "llm" in chosen and scheme.fused else ():
+    for path in layers if "llm" in chosen else ():
         attention = model.get_submodule(f"{path}.self_attn")
         for matrix in (attention.q_transform, attention.k_transform):
             if matrix is not None:

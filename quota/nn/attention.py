@@ -1,4 +1,4 @@
-"""Quantized causal attention over a 4-bit cache."""
+"""Causal attention of a quantized model over the cache its scheme stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from quota import ops
 from quota.core.formats import KV4
-from quota.nn.cache import Kv4Layer, dequantize_slots, kv4_layer
+from quota.nn.cache import LAYERS, KvLayer, kv_layer
+from quota.nn.kv import KINDS, Stored, kv_kind
 from quota.nn.linear import Float32State, SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.norm import RmsNorm
 from quota.nn.padding import start_of_mask
@@ -31,7 +32,7 @@ class AttentionTrace:
     def float_keys(self) -> Tensor:
         """k as float32 [B, Hkv, T, D]; call it on a filled record."""
         assert self.k is not None
-        return self.k if isinstance(self.k, Tensor) else dequantize_slots(*self.k)
+        return self.k if isinstance(self.k, Tensor) else KINDS[KV4].floats(self.k)
 
     def first(self, tokens: int) -> AttentionTrace:
         """The trace of the first `tokens`: by causality the one they have without the others. For a filled record."""
@@ -42,7 +43,8 @@ class AttentionTrace:
 
 
 class QuantAttention(Float32State):
-    """Causal attention over a 4-bit cache; prefill reads the same dequantized keys and values that decode will read.
+    """Causal attention over a cache of the scheme's format; prefill reads the same stored keys and values that decode
+    will read.
 
     `qkv_proj` holds the rows of q, k, v. `q_transform` and `k_transform` [D, D] (each may be absent) act on rows of D
     after the rotary
@@ -69,8 +71,10 @@ class QuantAttention(Float32State):
     ) -> None:
         super().__init__()
         self.scheme = qkv_proj.scheme
-        if self.scheme.kv != KV4:
-            raise ValueError(f"scheme {self.scheme.name}: expected a cache of {KV4}, got {self.scheme.kv}")
+        try:
+            self.kv = kv_kind(self.scheme.kv)
+        except ValueError as error:
+            raise ValueError(f"scheme {self.scheme.name}: {error}") from None
         self.heads, self.kv_heads, self.head_dim, self.layer_idx = heads, kv_heads, head_dim, layer_idx
         self.scaling = head_dim**-0.5
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
@@ -108,7 +112,7 @@ class QuantAttention(Float32State):
         makes it, or [B, S] bool, or None (no padding, or the rows the cache layer remembers) -> (output, None)."""
         batch, tokens, _ = hidden_states.shape
         qkv = self.qkv_proj(as_float32(hidden_states))
-        cache = Kv4Layer() if past_key_values is None else kv4_layer(past_key_values, self.layer_idx)
+        cache = self.cache_layer(past_key_values)
         if attention_mask is not None and (cache.length == 0 or tokens > 1):
             found = start_of_mask(attention_mask, batch)
             cache.start = found if bool(found.any()) else None
@@ -119,24 +123,28 @@ class QuantAttention(Float32State):
         )
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         q = self.append(qkv, rotary, cache.key, cache.value, position)
-        out, lse = ops.kv4_attention(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
+        out, lse = self.kv.attend(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
         if quota_trace is not None:
             quota_trace.q, quota_trace.k, quota_trace.lse, quota_trace.scaling = (
                 q,
-                cache.filled_key,
+                self.kv.scored(cache.filled_key),
                 lse,
                 self.scaling,
             )
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
+    def cache_layer(self, cache: Cache | None) -> KvLayer:
+        """This layer's place in a cache; a new one where there is none."""
+        return LAYERS[self.kv]() if cache is None else kv_layer(cache, self.layer_idx, self.kv)
+
     def append(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: Stored, values: Stored, position: int
     ) -> Tensor:
         """qkv [B, T, (H + 2 Hkv) D] float32; rotary cos, sin [B or 1, T, D] float32 -> q [B, H, T, ...] as
-        `kv4_attention` takes it. Keys and values go into slots position .. position + T of the caches, in place."""
+        attention takes it. Keys and values go into slots position .. position + T of the caches, in place."""
         if self.q_norm is not None and self.k_norm is not None:
             qkv = self._normalised(qkv, self.q_norm, self.k_norm)
-        return ops.qkv_append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
+        return self.kv.append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
 
     def _normalised(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> Tensor:
         """qkv as `append` takes it, the heads of q and k normalised."""

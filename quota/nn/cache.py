@@ -1,4 +1,5 @@
-"""Key/value caches: packed 4-bit layers, and float layers that remember what was pruned before them.
+"""Key/value caches: layers of the formats a scheme stores (`quota.nn.kv`), and float layers that remember what was
+pruned before them.
 
 Layers of one cache may hold different numbers of tokens: pruning before decoder layer l leaves layer l's cache with
 exactly the tokens alive there (`stored`). `generate` counts the prompt by layer 0's `get_seq_length()`: where tokens
@@ -7,8 +8,9 @@ were dropped before layer 0, that layer adds the removed columns to what it repo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from quota import ops
 from quota.core.errors import UsageError
-from quota.core.formats import KV4
-from quota.quant.affine import dequantize_kv
-from quota.quant.pack import unpack_uint4
+from quota.core.formats import KV4, KV16
+from quota.nn.kv import KINDS, Halves, KvKind, Stored
 
 _GROWTH_TOKENS = 64
 
@@ -74,15 +75,15 @@ class Rows(Protocol):
     def guard(self) -> None: ...
 
 
-class Kv4Layer(RowState, CacheLayerMixin):
-    """Asymmetric 4-bit keys and values of one decoder layer, one (scale, zero) per token and kv head.
+class KvLayer(RowState, CacheLayerMixin):
+    """Keys and values of one decoder layer, as a kind stores them.
 
-    Buffers grow by copying: `k_q`, `v_q` [B, Hkv, C, D/2] uint8; `k_scale`, `k_zero`, `v_scale`, `v_zero` [B, Hkv, C]
-    float32; the first `length` of C slots are filled. `keys` and `values` stay None: there is no float copy.
+    Buffers grow by copying: `buffers` holds each field of keys, `k_q`, and of values, `v_q`, [B, Hkv, C, ...]; the
+    first `length` of C slots are filled. `keys` and `values` stay None: there is no float copy.
     """
 
     is_sliding, is_compileable, is_croppable, supports_early_init = False, False, True, False
-    FIELDS = ("k_q", "k_scale", "k_zero", "v_q", "v_scale", "v_zero")
+    kind: ClassVar[KvKind]
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,26 +91,22 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.length = 0
 
     @property
-    def key(self) -> ops.Kv:
-        """(packed, scale, zero) of all C slots."""
-        return self.buffers["k_q"], self.buffers["k_scale"], self.buffers["k_zero"]
+    def key(self) -> Stored:
+        """All C slots."""
+        return self._stored("k")
 
     @property
-    def value(self) -> ops.Kv:
+    def value(self) -> Stored:
         """As `key`."""
-        return self.buffers["v_q"], self.buffers["v_scale"], self.buffers["v_zero"]
+        return self._stored("v")
+
+    def _stored(self, which: str) -> Stored:
+        return tuple([self.buffers[f"{which}_{field}"] for field in self.kind.fields])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the filled slots."""
         return sum(t[:, :, : self.length].numel() * t.element_size() for t in self.buffers.values())
-
-    def append(self, key: Tensor, value: Tensor, key_clip: float = 1.0, value_clip: float = 1.0) -> None:
-        """key, value [B, Hkv, T, D] float32: quantize into the next T slots."""
-        batch, heads, tokens, dim = key.shape
-        position = self.grow(batch, heads, tokens, dim, key)
-        ops.kv4_append(*self.key, key.contiguous(), position, key_clip)
-        ops.kv4_append(*self.value, value.contiguous(), position, value_clip)
 
     def grow(self, batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> int:
         """Make room for `tokens` more slots, which the caller fills; returns the first one. `like`: a tensor of the
@@ -118,34 +115,28 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self.admitted = False
         if not self.is_initialized:
             self._initialize(batch, heads, dim, like)
-        if batch != self.buffers["k_q"].shape[0]:
-            raise UsageError(
-                f"past_key_values: holds a batch of {self.buffers['k_q'].shape[0]}, got {batch} rows; start from an"
-                " empty cache"
-            )
+        held = len(self.key[0])
+        if batch != held:
+            raise UsageError(f"past_key_values: holds a batch of {held}, got {batch} rows; start from an empty cache")
         self._reserve(self.length + tokens)
         position, self.length = self.length, self.length + tokens
         return position
 
     @property
-    def filled_key(self) -> ops.Kv:
+    def filled_key(self) -> Stored:
         """As `key`, the filled slots."""
-        q, scale, zero = (t[:, :, : self.length] for t in self.key)
-        return q, scale, zero
+        return tuple(t[:, :, : self.length] for t in self.key)
 
     def dequantize_keys(self) -> Tensor:
         """[B, Hkv, length, D] float32."""
-        return self._dequantize(*self.key)
+        return self.kind.floats(self.filled_key)
 
     def dequantize_values(self) -> Tensor:
         """[B, Hkv, length, D] float32."""
-        return self._dequantize(*self.value)
-
-    def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return dequantize_slots(*(t[:, :, : self.length] for t in (q, scale, zero)))
+        return self.kind.floats(tuple(t[:, :, : self.length] for t in self.value))
 
     def _reserve(self, tokens: int) -> None:
-        capacity = self.buffers["k_q"].shape[2]
+        capacity = self.key[0].shape[2]
         if tokens <= capacity:
             return
         capacity = -(-max(tokens, capacity + capacity // 2) // _GROWTH_TOKENS) * _GROWTH_TOKENS
@@ -159,14 +150,18 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self._initialize(batch, heads, dim, key_states)
 
     def _initialize(self, batch: int, heads: int, dim: int, like: Tensor) -> None:
-        if dim % 2:
-            raise UsageError(f"head_dim: expected an even number for the packed 4-bit cache, got {dim}")
         self.dtype, self.device = like.dtype, like.device
-        for name in self.FIELDS:
-            packed = name.endswith("_q")
-            shape = (batch, heads, 0, KV4.code_bytes(dim)) if packed else (batch, heads, 0)
-            self.buffers[name] = torch.zeros(shape, dtype=torch.uint8 if packed else torch.float32, device=like.device)
+        for which in "kv":
+            try:
+                made = self.kind.empty(batch, heads, 0, dim, like.device)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            self.buffers.update({f"{which}_{field}": t for field, t in zip(self.kind.fields, made, strict=True)})
         self.is_initialized = True
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """key, value [B, Hkv, T, D] float32: store them in the next T slots."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append and return everything dequantized, for attention code that wants tensors."""
@@ -218,9 +213,32 @@ class Kv4Layer(RowState, CacheLayerMixin):
         self._move(lambda t: t.to(self.device, non_blocking=True))
 
 
-def dequantize_slots(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Packed codes uint8 [B, Hkv, T, D/2], scale and zero [B, Hkv, T] -> float32 [B, Hkv, T, D]."""
-    return dequantize_kv(unpack_uint4(q, 2 * q.shape[-1]), scale, zero)
+class Kv4Layer(KvLayer):
+    """Asymmetric 4-bit keys and values, one (scale, zero) per token and kv head: codes `q` [B, Hkv, C, D/2] uint8,
+    `scale` and `zero` [B, Hkv, C] float32."""
+
+    kind = KINDS[KV4]
+
+    def append(self, key: Tensor, value: Tensor, key_clip: float = 1.0, value_clip: float = 1.0) -> None:
+        batch, heads, tokens, dim = key.shape
+        position = self.grow(batch, heads, tokens, dim, key)
+        ops.kv4_append(*self.key, key.contiguous(), position, key_clip)
+        ops.kv4_append(*self.value, value.contiguous(), position, value_clip)
+
+
+class Kv16Layer(KvLayer):
+    """float16 keys and values `x` [B, Hkv, C, D]."""
+
+    kind = KINDS[KV16]
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        batch, heads, tokens, dim = key.shape
+        position = self.grow(batch, heads, tokens, dim, key)
+        for (cache,), new in ((self.key, key), (self.value, value)):
+            Halves.put(cache, new, position)
+
+
+LAYERS: dict[KvKind, type[KvLayer]] = {layer.kind: layer for layer in (Kv4Layer, Kv16Layer)}
 
 
 class PrunedLayer(RowState, DynamicLayer):
@@ -265,12 +283,11 @@ class PrunedLayer(RowState, DynamicLayer):
         self.move_rows(lambda t: t[indices])
 
 
-class Kv4Cache(DynamicCache):
-    """A cache of `Kv4Layer`s. Made for you: a quantized model turns the empty cache that `generate` creates into
-    one."""
+class KvCache(DynamicCache):
+    """A cache of `KvLayer`s. Made for you: a quantized model turns the empty cache that `generate` creates into one."""
 
-    def __init__(self, layers: int) -> None:
-        Cache.__init__(self, layers=[Kv4Layer() for _ in range(layers)])
+    def __init__(self, layers: int, kind: KvKind = Kv4Layer.kind) -> None:
+        Cache.__init__(self, layers=[LAYERS[kind]() for _ in range(layers)])
 
     @property
     def nbytes(self) -> int:
@@ -282,30 +299,30 @@ def stored_tokens(cache: Cache) -> list[int]:
     """Tokens in use per decoder layer."""
     layers: list[Any] = cache.layers
     return [
-        layer.stored if isinstance(layer, (Kv4Layer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers
+        layer.stored if isinstance(layer, (KvLayer, PrunedLayer)) else int(layer.get_seq_length()) for layer in layers
     ]
 
 
 def kv_bytes(cache: Cache) -> list[int]:
-    """Bytes in use per decoder layer, 4-bit or float."""
-    return [layer.nbytes if isinstance(layer, Kv4Layer) else _float_bytes(layer) for layer in cache.layers]
+    """Bytes in use per decoder layer, as stored."""
+    return [layer.nbytes if isinstance(layer, KvLayer) else _float_bytes(layer) for layer in cache.layers]
 
 
 def _float_bytes(layer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None)
 
 
-def kv4_layer(cache: Cache, index: int) -> Kv4Layer:
-    """Layer `index` of `cache` as a 4-bit layer; an empty float layer is replaced, a filled or fixed-size one is a
+def kv_layer(cache: Cache, index: int, kind: KvKind = Kv4Layer.kind) -> KvLayer:
+    """Layer `index` of `cache` as a layer of a kind; an empty float layer is replaced, a filled or fixed-size one is a
     UsageError."""
-    layer: Kv4Layer = _own_layer(cache, index, Kv4Layer)
+    layer: KvLayer = _own_layer(cache, index, LAYERS[kind])
     if type(cache) is DynamicCache:
-        cache.__class__ = Kv4Cache  # same fields; adds the account of bytes
+        cache.__class__ = KvCache  # same fields; adds the account of bytes
     return layer
 
 
 def pruned_layer(cache: Cache, index: int) -> PrunedLayer:
-    """Layer `index` of `cache` as a float layer with row state, under the same conditions as `kv4_layer`."""
+    """Layer `index` of `cache` as a float layer with row state, under the same conditions as `kv_layer`."""
     layer: PrunedLayer = _own_layer(cache, index, PrunedLayer)
     return layer
 
@@ -316,7 +333,7 @@ def _own_layer(cache: Any, index: int, kind: Any) -> Any:
     layer = cache.layers[index]
     if isinstance(layer, kind):
         return layer
-    if getattr(cache, "offloading", False) or type(layer) not in (DynamicLayer, PrunedLayer, Kv4Layer):
+    if getattr(cache, "offloading", False) or type(layer) not in (DynamicLayer, PrunedLayer, *LAYERS.values()):
         found = "an offloaded" if getattr(cache, "offloading", False) else f"a {type(layer).__name__}"
         raise UsageError(
             f"past_key_values: expected a growing cache (DynamicCache), got {found} one; leave cache_implementation"

@@ -33,8 +33,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from quota import ops
+from quota.core.formats import KV4
 from quota.nn.attention import AttentionTrace, QuantAttention
-from quota.nn.cache import Kv4Layer, kv4_layer
+from quota.nn.cache import Kv4Layer, kv_layer
+from quota.nn.kv import Stored
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.padding import start_of_mask
 
@@ -133,8 +135,8 @@ class BiasedKv4Layer(Kv4Layer):
 
 
 def biased_layer(cache: Cache, index: int) -> BiasedKv4Layer:
-    """Layer `index` of `cache` as a 4-bit layer with positions, under the same conditions as `kv4_layer`."""
-    layer = kv4_layer(cache, index)
+    """Layer `index` of `cache` as a 4-bit layer with positions, under the same conditions as `kv_layer`."""
+    layer = kv_layer(cache, index)
     if not isinstance(layer, BiasedKv4Layer):
         new = BiasedKv4Layer()
         new.start, new.dropped, new.removed, new.guarded, new.admitted = (
@@ -175,6 +177,8 @@ class QuantBiasedAttention(QuantAttention):
 
     def __init__(self, qkv_proj: SchemeLinear, o_proj: SchemeLinear, **sizes: Any) -> None:
         super().__init__(qkv_proj, o_proj, **sizes)
+        if self.kv.form != KV4:
+            raise ValueError(f"scheme {self.scheme.name}: a key bias is kept apart from 4-bit keys alone")
         self.register_buffer(
             "k_bias", torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float32, device=self.k_clip.device)
         )
@@ -213,7 +217,7 @@ class QuantBiasedAttention(QuantAttention):
         return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
 
     def append(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: ops.Kv, values: ops.Kv, position: int
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, keys: Stored, values: Stored, position: int
     ) -> Tensor:
         """As QuantAttention.append; q is [B, H, T, 2 D]: rotated and transformed, then the coefficients of the key
         angles."""

@@ -7,6 +7,8 @@ from quota.ops.kv4_attention import kv4_attention
 from quota.ops.kv4_page_read import kv4_page_read
 from quota.ops.kv4_page_write import kv4_page_write
 from quota.ops.kv4_paged_attention import kv4_paged_attention
+from quota.ops.kv16_attention import kv16_attention
+from quota.ops.kv16_paged_attention import kv16_paged_attention
 from quota.ops.qkv_append import qkv_append
 from quota.ops.quantize_act import quantize_act
 from quota.ops.rms_norm import rms_norm
@@ -29,6 +31,8 @@ __all__ = [
     "kv4_page_read",
     "kv4_page_write",
     "kv4_paged_attention",
+    "kv16_attention",
+    "kv16_paged_attention",
     "qkv_append",
     "quantize_act",
     "rms_norm",

@@ -35,12 +35,22 @@ def kv4_attention_ref(
     channels are one chain of fused multiply-adds, added to the score of the packed ones. The Triton kernels do the same
     and give the same `out`; their `lse` differs by the rounding of the logarithm.
     """
-    b, h, t, _ = q.shape
-    d = 2 * k[0].shape[-1]
-    first = torch.zeros(b, dtype=torch.int32, device=q.device) if start is None else start
-    keys, values = (dequantized(kv, length, d).double().repeat_interleave(h // kv[0].shape[1], 1) for kv in (k, v))
+    d, heads = 2 * k[0].shape[-1], q.shape[1]
+    keys, values = (dequantized(kv, length, d) for kv in (k, v))
     if shared is not None:
-        keys = torch.cat([keys, shared[:, None, :, :length].transpose(-1, -2).double().expand(-1, h, -1, -1)], -1)
+        wide = shared[:, None, :, :length].transpose(-1, -2).expand(-1, heads, -1, -1)
+        keys = torch.cat([keys.repeat_interleave(heads // keys.shape[1], 1), wide], -1)
+    return exact_attention(q, keys, values, start, scaling)
+
+
+def exact_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """What `kv4_attention` says of q, with float keys and values [B, some heads, length, ...], in float64."""
+    b, h, t, _ = q.shape
+    length = keys.shape[2]
+    first = torch.zeros(b, dtype=torch.int32, device=q.device) if start is None else start
+    keys, values = (x.double().repeat_interleave(h // x.shape[1], 1) for x in (keys, values))
     score = q.double() @ keys.transpose(-1, -2) * scaling
     slot = torch.arange(length, device=q.device)
     seen = (slot[None, None, :] >= first[:, None, None]) & (slot[None, None, :] <= slot[length - t :][None, :, None])

@@ -16,14 +16,17 @@ def kv4_page_read_ref(pages: Kv, table: Tensor, length: Tensor, capacity: int) -
 
     Exactness: a copy.
     """
-    out = []
-    for page in pages:
-        cache = page.new_zeros(len(table), page.shape[1], capacity, *page.shape[3:])
-        for row, (units, slots) in enumerate(zip(table.long(), length.tolist(), strict=True)):
-            taken = page[units[: -(-slots // page.shape[2])]].transpose(0, 1).flatten(1, 2)
-            cache[row, :, capacity - slots :] = taken[:, :slots]
-        out.append(cache)
-    return out[0], out[1], out[2]
+    q, scale, zero = (pages_in_order(page, table, length, capacity) for page in pages)
+    return q, scale, zero
+
+
+def pages_in_order(page: Tensor, table: Tensor, length: Tensor, capacity: int) -> Tensor:
+    """One tensor [U, Hkv, P, ...] of a pool as above: [B, Hkv, capacity, ...]."""
+    cache = page.new_zeros(len(table), page.shape[1], capacity, *page.shape[3:])
+    for row, (units, slots) in enumerate(zip(table.long(), length.tolist(), strict=True)):
+        taken = page[units[: -(-slots // page.shape[2])]].transpose(0, 1).flatten(1, 2)
+        cache[row, :, capacity - slots :] = taken[:, :slots]
+    return cache
 
 
 kv4_page_read = Op(kv4_page_read_ref, native, triton)  # the first that supports the device

@@ -175,3 +175,15 @@ def kv4_page_write(pages: Kv, rows: Kv, slot: Tensor) -> None:
 
 def kv4_page_read(pages: Kv, table: Tensor, length: Tensor, capacity: int) -> Kv:
     return _bound.kv4_page_read(*pages, table.contiguous(), length.contiguous(), capacity)
+
+
+def kv16_attention(
+    q: Tensor, k: Tensor, v: Tensor, length: int, start: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _bound.kv16_attention(q.contiguous(), k, v, length, dense(start), scaling)
+
+
+def kv16_paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _bound.kv16_paged_attention(q.contiguous(), k, v, table.contiguous(), length.contiguous(), scaling)

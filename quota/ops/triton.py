@@ -154,3 +154,15 @@ def token_select(score: Tensor, eligible: Tensor, keep: Tensor) -> Tensor:
 
 def token_gather(x: Tensor, index: Tensor) -> Tensor:
     return _kernel("token_gather")(x, index)
+
+
+def kv16_attention(
+    q: Tensor, k: Tensor, v: Tensor, length: int, start: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _kernel("kv16_attention")(q, k, v, length, start, scaling)
+
+
+def kv16_paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _kernel("kv16_paged_attention")(q, k, v, table, length, scaling)

@@ -12,7 +12,8 @@ from transformers.masking_utils import create_causal_mask
 from quota import ops
 from quota.core.formats import scheme_of
 from quota.nn.attention import AttentionTrace
-from quota.nn.cache import Rows, kv4_layer, pruned_layer
+from quota.nn.cache import Rows, kv_layer, pruned_layer
+from quota.nn.kv import kv_kind
 from quota.prune.call import Call, Lengths, Prefill, Stage
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _rotary(recipe: Recipe, call: Call, stage: Stage, hidden: Tensor, kwargs: di
 
 def rows_of(cache: Any, number: int, layer: Any) -> Rows:
     """The cache layer of decoder layer `number`."""
-    return pruned_layer(cache, number) if scheme_of(layer.self_attn).kv is None else kv4_layer(cache, number)
+    form = scheme_of(layer.self_attn).kv
+    return pruned_layer(cache, number) if form is None else kv_layer(cache, number, kv_kind(form))
 
 
 def float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:

@@ -24,7 +24,6 @@ from quota.core.errors import QuotaError, UsageError
 from quota.core.images import to_image
 from quota.core.recipe import Recipe
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams, TokenLogprob, Usage
-from quota.runtime.engine.kv_storage import block_bytes
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.preview import Preview, preview
 from quota.runtime.engine.request import FinishReason
@@ -72,7 +71,7 @@ class _Parts:
 
 
 def why_not(model: Any) -> str | None:
-    """Why the engine cannot run a loaded model (it runs W4A4KV4 language models), None where it can."""
+    """Why the engine cannot run a loaded model (it runs quantized language models), None where it can."""
     try:
         EngineModel(model)
     except UsageError as error:
@@ -83,7 +82,7 @@ def why_not(model: Any) -> str | None:
 class LLM:
     """A model and its engine. A context manager; `close()` lets both go. Threads may share it.
 
-    model: a W4A4KV4 checkpoint folder, or a model from `quota.load` that has no recipe installed.
+    model: a quantized checkpoint folder, or a model from `quota.load` that has no recipe installed.
     recipe: what prunes where a call does not say: a Recipe, a file, or several by name ({"small": ..., "large": ...},
     the first is the default). None prunes nothing.
     dtype, device: as `quota.load` takes them, for a folder.
@@ -350,7 +349,7 @@ def _room(model: EngineModel, given: Mapping[str, Any]) -> dict[str, int]:
     """Defaults of an LLM: callers wait by themselves, and one long request fits into the pool."""
     page = given.get("page_tokens", EngineConfig.page_tokens)
     pages = -(-min(model.max_tokens, _POOL_TOKENS) // max(1, page))
-    one = (pages + 1) * model.layers * block_bytes(page, model.kv_heads, model.head_dim)
+    one = (pages + 1) * model.layers * model.block_bytes(page)
     return {"kv_bytes": max(EngineConfig.kv_bytes, one), "max_waiting": 1 << 30}
 
 

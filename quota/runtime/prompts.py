@@ -10,8 +10,7 @@ from typing import Any
 
 from quota.core import images as door
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import image_mark
-from quota.models.processing import render, reserved_mark, user_turn
+from quota.models.processing import image_mark, render, reserved_mark, user_turn
 from quota.runtime.engine import Prompt
 from quota.runtime.engine.model import EngineModel
 
@@ -69,10 +68,10 @@ class PromptBuilder:
         for mark in self._reserved:  # here and not in the parts: a template may join two of them to a mark
             if text.count(mark) != (len(images) if mark == self.mark else 0):
                 raise UsageError(f"messages: text must not contain {mark}; send images as image_url parts")
-        inputs = self.processor(text=[text], images=list(images) or None, return_tensors="pt")
-        ids = inputs["input_ids"][0].tolist()
+        inputs = self.processor(text=[text], images=list(images) or None, images_kwargs={"return_tensors": "pt"})
+        ids = inputs["input_ids"][0]
         made = self.model.images(inputs)
-        return Prompt(ids, made, self._first_selection(turns, ids, made) if made and turns else None)
+        return Prompt(ids, made, self._first_selection(turns, ids, inputs) if made and turns else None)
 
     def _render(self, turns: Sequence[Turn]) -> str:
         try:
@@ -80,7 +79,7 @@ class PromptBuilder:
         except Exception as error:  # a template may raise anything about roles and their order
             raise UsageError(f"messages: the model's chat template refuses them ({error})") from None
 
-    def _first_selection(self, turns: Sequence[Turn], ids: list[int], images: Sequence[Any]) -> int | None:
+    def _first_selection(self, turns: Sequence[Turn], ids: list[int], inputs: Any) -> int | None:
         """Tokens up to the first answer after the last image; None when that is the whole prompt.
 
         A later turn then prunes exactly as the first did, and reuses its keys and values. A template whose first turn
@@ -91,8 +90,8 @@ class PromptBuilder:
         if answered is None:
             return None
         first, *parts = self._render(turns[:answered]).split(self.mark)
-        for image, part in zip(images, parts, strict=True):
-            first += self.model.family.image_text(self.processor, image) + part
+        for number, part in enumerate(parts):
+            first += self.processor.replace_image_token(inputs, number) + part
         head = self.processor.tokenizer(first)["input_ids"]
         if ids[: len(head)] == head:
             return len(head)

@@ -35,6 +35,7 @@ from quota.prune.pruner import Pruner
 from quota.runtime import load
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
+from tests.speaking import pixtral_processor
 from tests.tiled import TILE_PX
 from tests.tiny import TINY, tiny_llava, tiny_qwen
 
@@ -66,6 +67,17 @@ def qwen_folder(path: Path, tiny: Any = tiny_qwen, **sizes: Any) -> Path:
         ("vision_end", "vision_end"),
     ):
         setattr(model.config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{word}|>"))
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def pixtral_folder(path: Path, tiny: Any, **sizes: Any) -> Path:
+    """Save a tiny model with a Pixtral tower (patches of 4 px) with the scenes' words; the processor's image token is
+    the model's."""
+    model = tiny(**sizes)
+    processor = pixtral_processor(find_family(model).merge)
+    model.config.image_token_index = processor.image_token_id
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path

@@ -16,10 +16,10 @@ from quota.calib.settings import Settings
 from quota.calib.stream import FloatSource
 from quota.calib.weight_only import InputStats, _scale
 from quota.core.errors import CheckpointError, UsageError
-from quota.core.formats import DEFAULT, INT4_GROUPS, SCHEMES
+from quota.core.formats import DEFAULT, INT4_GROUPS, KV4, MODULES, SCHEMES
 from quota.eval.compare import cache_dtype
 from quota.models import find_family
-from quota.models.quantize import model_scheme, quantized_linears, quantized_modules
+from quota.models.quantize import linear_paths, model_scheme, quantized_linears, quantized_modules
 from quota.models.rtn import quantize_rtn
 from quota.nn.weight_linear import WeightLinear
 from quota.planning.profile import profile
@@ -98,7 +98,7 @@ def test_calibrated_checkpoints(finished, folders, family):
         manifest = json.loads((out / "quota.json").read_text())
         assert manifest["regime"] == report.regime == "w4a16" and manifest["calibration"]["method"] == method
         model, source = load(out), FloatSource(folders[family])
-        assert quantized_modules(model) == ("vision", "projector", "llm") and cache_dtype(out) == "float32"
+        assert quantized_modules(model) == ("vision", "projector", "llm") and cache_dtype(out) == "float16"
         assert all(isinstance(module, WeightLinear) for module in quantized_linears(model).values())
         assert torch.equal(model.lm_head.weight, source.tensor("lm_head.weight"))
         # what was calibrated is what runs
@@ -119,14 +119,22 @@ def test_it_computes_what_its_tensors_say_and_recipes_work(finished, folders, fa
     assert all(block["update_sqnr_db"] > 10 for block in report.blocks)
     model, exact, twin = load(out), load(folders[family]), load(folders[family])
     twin.load_state_dict(model.state_dict(), strict=False)  # norms and biases
+    groups = linear_paths(find_family(model), MODULES)
     for path, linear in quantized_linears(model).items():
         weight = linear.dequantized_weight()
-        twin.get_submodule(path).weight.data = weight if linear.input_scale is None else weight * linear.input_scale
+        parts = [twin.get_submodule(part) for part in groups[path]]
+        rows = [part.out_features for part in parts]
+        for part, own in zip(
+            parts, (weight * (linear.input_scale if linear.input_scale is not None else 1)).split(rows), strict=True
+        ):
+            part.weight.data = own
+        for part, own in zip(parts, () if linear.bias is None else linear.bias.split(rows), strict=False):
+            part.bias.data = own
     samples = FAMILIES[family][1]()
     inputs = encode(model.processor, next(iter(samples)))
     with torch.no_grad():
         got, expected = (m(**inputs).logits for m in (model, twin))
-    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+    assert (got - expected).norm() / expected.norm() < 1e-3  # the cache has eleven binary digits
     weights = {"inter": 0.45, "mag": 0.25, "intra": 0.1, "quant": 0.2}
     recipe = recipe_for(model, regime="w4a16", weights=weights)
     with patched(model, recipe) as handle:
@@ -139,7 +147,7 @@ def test_it_computes_what_its_tensors_say_and_recipes_work(finished, folders, fa
     assert measured.regime == "w4a16" and all(s > 0 for s in measured.sensitivity[1:])
 
 
-KV4_SCHEME = next(row for row in SCHEMES.values() if "gptq" in row.methods and row.kv is not None)
+KV4_SCHEME = next(row for row in SCHEMES.values() if "gptq" in row.methods and row.kv is KV4)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +211,6 @@ def test_resumes_after_a_kill_with_the_same_bytes(folders, finished, tmp_path, m
 
 def test_refusals(folders, finished, tmp_path):
     out, _ = finished["llava", "rtn"]
-    with pytest.raises(UsageError, match="this one is w4a16 with parts vision, projector, llm; use `quota run`"):
-        EngineModel(load(out))
     for options, words in (
         ({"method": "best"}, "method: .* flatquant"),
         ({"method": "awq", "steps": 3}, "steps: .* steps 3 out"),

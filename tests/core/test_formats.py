@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from quota.calib.settings import METHODS
-from quota.core.formats import DEFAULT, FLOAT, INT4, INT4_GROUPS, KV4, SCHEMES, Format, scheme_made_by, scheme_named
+from quota.core.formats import (
+    FLOAT,
+    INT4,
+    INT4_GROUPS,
+    KV4,
+    KV16,
+    SCHEMES,
+    Format,
+    scheme_made_by,
+    scheme_named,
+)
 from quota.models.quantize import linear_class
 from quota.nn.linear import SchemeLinear
 from quota.quant.affine import quantize_kv, quantize_symmetric
@@ -37,6 +47,10 @@ NUMBERS = (7, 15, 128)
 def test_numbers_of_a_format(form, codes, steps, row, vector):
     assert (form.low, form.high) == codes and form.steps == steps
     assert form.code_bytes(13) == row and form.vector_bytes(13) == vector
+
+
+def test_floats_are_their_own_codes():
+    assert (KV16.dtype, KV16.words(), KV16.code_bytes(13), KV16.vector_bytes(13)) == ("float16", "float16", 26, 26)
 
 
 def test_codes_stay_inside_the_format_and_reach_its_ends():
@@ -76,14 +90,13 @@ def test_every_method_makes_a_scheme_and_every_scheme_has_its_linear():
         assert scheme_named(name) is scheme and scheme.name == name
         assert scheme.weights is not None and issubclass(linear_class(scheme), SchemeLinear)
         assert linear_class(scheme)(8, 4, scheme=scheme).scheme is scheme
-    assert DEFAULT.fused and not FLOAT.fused
 
 
 def test_the_page_lists_every_scheme():
     page = (PACKAGE.parent / "docs" / "format.md").read_text(encoding="utf-8")
     for scheme in SCHEMES.values():
         formats = [form.words() if form else "float" for form in (scheme.weights, scheme.activations, scheme.kv)]
-        cells = [f"`{scheme.name}`", *formats, ", ".join(scheme.methods), "yes" if scheme.served else "no"]
+        cells = [f"`{scheme.name}`", *formats, ", ".join(scheme.methods)]
         assert f"| {' | '.join(cells)} |" in page
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quota.core.formats import DEFAULT, Scheme
 from quota.models import find_family
 from quota.models.images import ImageInput
+from quota.models.quantize import text_scheme
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
 from tests.prune.recipes import recipe_for, reference_of
 from tests.tiled import tile_pixels, tiles_of
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TILED, TINY
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TILED, TINY, pixtral_ids, pixtral_pixels
 
 
 class Watched(Engine):
@@ -70,9 +72,29 @@ def qwen_prompt(*parts: int | ImageInput, seed: int = 0, selection: int | None =
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
+def sized(model: Any, rows: int, columns: int, seed: int = 0) -> ImageInput:
+    """A picture for a Pixtral tower of as many visual tokens as `patches` has."""
+    merge, generator = find_family(model).merge, torch.Generator().manual_seed(seed)
+    grid = rows // 2 * merge, columns // 2 * merge
+    return ImageInput(torch.randn(3, 4 * grid[0], 4 * grid[1], generator=generator), (1, *grid))
+
+
+def pixtral_prompt(model: Any, *parts: int | ImageInput, seed: int = 0) -> Prompt:
+    """As `prompt`, with a break token behind every row of a picture and an end token behind the last."""
+    generator, merge = torch.Generator().manual_seed(seed), find_family(model).merge
+    ids: list[int] = [1]
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(3, 119, (part,), generator=generator).tolist()
+        else:
+            assert part.grid is not None
+            ids += pixtral_ids(part.grid[1] // merge, part.grid[2] // merge)
+    return Prompt(ids, [part for part in parts if not isinstance(part, int)])
+
+
 def recipes(model: Any) -> dict[str, Any]:
     family = find_family(model).name
-    fields = {} if family == "llava" else {"reference": "per_image"}
+    fields = {"reference": "per_image"} if find_family(model).visual_tokens is None else {}
     return {
         "pruned": recipe_for(model, **reference_of(family)),
         "compact": recipe_for(model, **{**fields, "position_policy": "compact"}),
@@ -85,7 +107,7 @@ def engine(
     """A pool of `pages` units."""
     places = config.get("page_tokens", 4)
     family = find_family(model)
-    size = block_bytes(places, family.kv_heads, family.head_dim)
+    size = block_bytes(places, family.kv_heads, family.head_dim, text_scheme(model).kv)
     options = EngineConfig(
         kv_bytes=pages * size, page_tokens=places, **{k: v for k, v in config.items() if k != "page_tokens"}
     )
@@ -129,6 +151,8 @@ def asked(
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The model's inputs for the pictures of a prompt."""
     family = find_family(model).name
+    if model.config.vision_config.model_type == "pixtral":
+        return pixtral_pixels([image.pixels for image in prompt.images]) if prompt.images else {}
     more = (
         {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
         if family.startswith("qwen")
@@ -173,9 +197,9 @@ def same(a: dict[str, list[Any]], b: dict[str, list[Any]]) -> bool:
 
 
 @cache
-def quantized(family: str) -> Any:
+def quantized(family: str, scheme: Scheme = DEFAULT) -> Any:
     """A tiny quantized model of a family; key biases as large as trained ones where the family has them."""
-    return quantize_rtn(TINY[family][0](**({"key_bias": 800} if family in KEY_BIASED else {})))
+    return quantize_rtn(TINY[family][0](**({"key_bias": 800} if family in KEY_BIASED else {})), scheme=scheme)
 
 
 @cache
@@ -202,19 +226,21 @@ def cases(family: str) -> dict[str, Prompt]:
             "picture first": prompt(model, c, 1, b, 7, seed=5),
             "long": prompt(model, 40, a, 20, seed=6),
         }
-    a, b, c = patches(8, 8, 1), patches(4, 6, 2), patches(2, 14, 3)
+    pixtral = family == "mistral3"
+    shown, made = (partial(sized, model), partial(pixtral_prompt, model)) if pixtral else (patches, qwen_prompt)
+    a, b, c = shown(8, 8, 1), shown(4, 6, 2), shown(2, 14, 3)
     return {
-        "text": qwen_prompt(9, seed=1),
-        "one picture": qwen_prompt(3, a, 5, seed=2),
-        "no text after": qwen_prompt(4, b, seed=3),
-        "two pictures": qwen_prompt(2, a, 3, b, 6, seed=4),
-        "picture first": qwen_prompt(c, b, 7, seed=5),
-        "long": qwen_prompt(40, a, 20, seed=6),
+        "text": made(9, seed=1),
+        "one picture": made(3, a, 5, seed=2),
+        "no text after": made(4, b, seed=3),
+        "two pictures": made(2, a, 3, b, 6, seed=4),
+        "picture first": made(c, b, 7, seed=5),
+        "long": made(40, a, 20, seed=6),
     }
 
 
 @cache
-def mixed_requests(family: str) -> tuple[list[Request], dict[str, list[Any]]]:
+def mixed_requests(family: str, scheme: Scheme = DEFAULT) -> tuple[list[Request], dict[str, list[Any]]]:
     """Requests of every kind, and the logits each has alone."""
     found = cases(family)
     asks = [asked(name, case, tokens=8) for name, case in found.items()]
@@ -223,5 +249,5 @@ def mixed_requests(family: str) -> tuple[list[Request], dict[str, list[Any]]]:
     asks.append(asked("sampled", found["picture first"], tokens=8, temperature=1.2, top_p=0.9, top_k=50, seed=7))
     alone: dict[str, list[Any]] = {}
     for ask in asks:
-        alone.update(logits(quantized(family), [ask]).seen)
+        alone.update(logits(quantized(family, scheme), [ask]).seen)
     return asks, alone

@@ -1,5 +1,5 @@
-"""What the engine promises for every family: answers of transformers' generate, and the same bits under every kind of
-company."""
+"""What the engine promises for every family and every scheme: answers of transformers' generate, and the same bits
+under every kind of company."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quota.core.formats import DEFAULT, SCHEMES
 from quota.models import FAMILIES
 from quota.runtime.engine import Prompt
 from quota.runtime.patch import patched
@@ -26,20 +27,31 @@ from tests.engine.asking import (
     tokens,
 )
 
+CASES = [
+    *((family, DEFAULT) for family in FAMILIES),
+    # a plain decoder, and one with key biases and three position axes
+    *((family, scheme) for scheme in SCHEMES.values() if scheme is not DEFAULT for family in ("llava", "qwen2_5_vl")),
+]
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{family}-{scheme.name}" for family, scheme in CASES])
+def case(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(family):
-    return quantized(family)
+def family(case):
+    return case[0]
 
 
 @pytest.fixture(scope="module")
-def mixed(family):
-    return mixed_requests(family)
+def model(case):
+    return quantized(*case)
+
+
+@pytest.fixture(scope="module")
+def mixed(case):
+    return mixed_requests(*case)
 
 
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
@@ -93,8 +105,8 @@ def test_logits_do_not_depend_on_what_was_cached(model, mixed):
         run(made, [replace(ask, id=f"{ask.id} {round}") for ask in asks])
     assert same(made.seen, {f"{name} {round}": seen for round in range(3) for name, seen in alone.items()})
     assert made.pool.idle_pages() > 0
-    case = next(ask for ask in asks if ask.id == "long").prompt
-    assert run(made, [asked("again", case)])["again"][-1].usage.cached_tokens > 41 + 16
+    long = next(ask for ask in asks if ask.id == "long").prompt
+    assert run(made, [asked("again", long)])["again"][-1].usage.cached_tokens > 41 + 16
 
 
 @pytest.mark.parametrize("recipe", ["pruned", "compact"])

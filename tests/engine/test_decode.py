@@ -11,16 +11,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quota.core import registry
 from quota.core.errors import UsageError
-from quota.core.formats import SCHEMES
+from quota.core.formats import SCHEMES, WEIGHT_ONLY
 from quota.core.registry import HOST, Implementation, Op
 from quota.models.quantize import linear_class
 from quota.models.rtn import quantize_rtn
+from quota.nn.kv import Packed, kv_kind
 from quota.nn.linear import QuantLinear
 from quota.ops import native
 from quota.runtime.engine import decode
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Buffers, chosen, describe
-from tests.engine.asking import asked, engine, patches, picture, prompt, qwen_prompt, run, same
+from tests.engine.asking import asked, engine, patches, picture, prompt, quantized, qwen_prompt, run, same
 from tests.engine.device import Emulated, moved
 from tests.tiny import tiny_qwen
 
@@ -51,10 +52,11 @@ def captured(model, **options):
     return made, traced
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "floats"])
 def served(request, model):
     """(model, requests whose lengths pass page borders and powers of two)."""
-    if request.param == "llava":
+    if request.param != "qwen2_5_vl":
+        model = model if request.param == "llava" else quantized("llava", WEIGHT_ONLY)
         a, b = picture(1), picture(2)
         cases = [prompt(model, 9, seed=1), prompt(model, 3, a, 5, seed=2), prompt(model, 20, b, 9, a, seed=6)]
     else:
@@ -124,7 +126,8 @@ def test_a_device_without_an_implementation_is_refused(monkeypatch):
             Implementation("ref", print, lambda ctx: None),
         ],
     )
-    monkeypatch.setattr(decode, "OPS", (decode.ops.kv4_paged_attention,))
+    monkeypatch.setattr(decode, "OPS", ())
+    monkeypatch.setattr(Packed, "page_ops", (decode.ops.kv4_paged_attention,))
     monkeypatch.setattr(QuantLinear, "OPS", ())
     with pytest.raises(
         UsageError,
@@ -138,10 +141,11 @@ def test_a_device_without_an_implementation_is_refused(monkeypatch):
         chosen(torch.device("cuda:1"))
 
 
-@pytest.mark.parametrize("scheme", [row for row in SCHEMES.values() if row.served])
+@pytest.mark.parametrize("scheme", SCHEMES.values())
 def test_the_linears_of_a_scheme_are_among_the_ops(scheme):
     own = {op.name for op in linear_class(scheme).OPS}
-    assert own and set(chosen(torch.device("cpu"), scheme)) == own | {op.name for op in decode.OPS}
+    cached = {op.name for op in kv_kind(scheme.kv).page_ops}
+    assert own and set(chosen(torch.device("cpu"), scheme)) == own | cached | {op.name for op in decode.OPS}
 
 
 def test_what_doctor_says():

@@ -12,6 +12,7 @@ from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.kv4_attention import kv4_attention_ref
 from quota.ops.kv4_page_read import kv4_page_read_ref
 from quota.ops.kv4_page_write import kv4_page_write_ref
+from quota.ops.kv16_attention import kv16_attention_ref
 from quota.ops.qkv_append import qkv_append_ref
 from quota.ops.quantize_act import quantize_act_ref
 from quota.ops.rms_norm import rms_norm_ref
@@ -25,6 +26,8 @@ from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
 from tests.ops.kv import cache, filled
 from tests.ops.test_kv4_paged_attention import case
+from tests.ops.test_kv16_attention import case as case16
+from tests.ops.test_kv16_attention import paged_case
 
 G = torch.Generator().manual_seed(3)
 
@@ -261,6 +264,33 @@ def test_kv4_paged_attention(sizes: tuple, split: bool) -> None:
     q, k, v, *rest = case(*sizes)
     with pytest.raises(ValueError, match="whole, contiguous pages"):
         kv4_paged_attention(q, tuple(t[:, :, 1:] for t in k), v, *rest)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 9, 16), (1, 2, 1, 9, 70, 22), (1, 1, 1, 1, 130, 7)])
+def test_kv16_attention(sizes: tuple) -> None:
+    args = case16(*sizes)
+    (out, lse), (want, want_lse) = triton.kv16_attention(*args), kv16_attention_ref(*args)
+    seen = want_lse.isfinite()
+    assert relative(out, want) < 5e-7 and torch.equal(seen, lse.isfinite())
+    assert (lse[seen] - want_lse[seen]).abs().max() < 1e-5 and (out[~seen.transpose(1, 2)] == 0).all()
+    if native.why_not() is None:
+        assert torch.equal(out, native.kv16_attention(*args)[0])
+
+
+def test_kv16_paged_attention_and_nan() -> None:
+    q, k, v, *rest = paged_case(4, 2, 16, 4, 1, (5, 0, 70))
+    (out, lse), (want, want_lse) = (
+        triton.kv16_paged_attention(q, k, v, *rest),
+        native.kv16_paged_attention(q, k, v, *rest),
+    )
+    seen = want_lse.isfinite()
+    assert torch.equal(out, want) and (lse[seen] - want_lse[seen]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="whole, contiguous pages"):
+        triton.kv16_paged_attention(q, k[:, :, 1:], v, *rest)
+    q, k, v, *rest = case16(1, 1, 1, 70, 70, 8)
+    v[0, 0, 66] = float("nan")
+    out = triton.kv16_attention(q, k, v, *rest)[0][0, :, 0]
+    assert out[66:].isnan().all() and out[:66].isfinite().all()
 
 
 def test_token_select_and_gather() -> None:

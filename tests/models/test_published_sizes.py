@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from quota.core.formats import DEFAULT, MODULES
+from quota.core.formats import MODULES
 from quota.models import find_family
 from quota.models.quantize import linear_paths, quantize_structure, quantized_linears, weight_bytes
 
@@ -67,7 +67,7 @@ CLIP = {
     "image_size": 336,
     "patch_size": 14,
 }
-MISTRAL = {
+MISTRAL_7B = {
     "model_type": "mistral",
     "vocab_size": 32_064,
     "hidden_size": 4096,
@@ -94,6 +94,24 @@ QWEN3 = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "hidden_act": "silu",
+}
+MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 131_072,
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "sliding_window": None,
+}
 # configuration, visual tokens of an image; written from the families' public configurations
 PUBLISHED = {
     "llava interleave 0.5B": (
@@ -101,7 +119,7 @@ PUBLISHED = {
         729,
     ),
     "LLaVA-1.6-Mistral-7B": (
-        lambda: transformers.LlavaNextConfig(vision_config=CLIP, text_config=MISTRAL),
+        lambda: transformers.LlavaNextConfig(vision_config=CLIP, text_config=MISTRAL_7B),
         5 * 576,
     ),
     "LLaVA-OneVision-0.5B": (
@@ -117,6 +135,22 @@ PUBLISHED = {
             tie_word_embeddings=False,
         ),
         13 * 256,
+    ),
+    "Mistral-Small-3.1-24B": (
+        lambda: transformers.Mistral3Config(
+            vision_config={**PIXTRAL, "patch_size": 14, "image_size": 1540},
+            text_config={**MISTRAL, "intermediate_size": 32_768},
+            tie_word_embeddings=False,
+        ),
+        3025,
+    ),
+    "Pixtral-12B": (
+        lambda: transformers.LlavaConfig(
+            vision_config={**PIXTRAL, "patch_size": 16, "image_size": 1024},
+            text_config={**MISTRAL, "intermediate_size": 14_336},
+            **{**LLAVA, "image_token_index": 10},
+        ),
+        4096,
     ),
     "Qwen2-VL-2B": (
         lambda: transformers.Qwen2VLConfig(
@@ -154,7 +188,7 @@ def test_a_published_size(name):
     attention = 2 * rows["vision"] ** 2 // tiles * family.vision_hidden_size * family.vision_layers_used
     counted = patches + attention + sum(linears[part] * rows[part] for part in rows)
     assert family.vision_macs(tokens) == counted
-    before, paths = weight_bytes(model), linear_paths(family, MODULES, DEFAULT)
+    before, paths = weight_bytes(model), linear_paths(family, MODULES)
     quantize_structure(model, MODULES)
     assert set(quantized_linears(model)) == set(paths)
     saved = 2 * sum(linears.values()) - sum(linears.values()) // 2

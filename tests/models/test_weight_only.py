@@ -16,6 +16,7 @@ from quota.core.formats import WEIGHT_ONLY
 from quota.models import model_fingerprint
 from quota.models.quantize import quantize_structure, quantized_linears
 from quota.models.rtn import quantize_rtn
+from quota.nn.head import HeadLinear
 from quota.nn.weight_linear import WeightLinear
 from quota.ops.elementwise import apply_prologue
 from quota.runtime import load
@@ -78,8 +79,8 @@ def test_saved_loaded_and_opened_by_transformers(tmp_path, modules):
 
 
 def test_which_linears():
-    for make, linears in ((tiny_llava, 4 * 7 + 2 * 6 + 2), (tiny_qwen, 4 * 7 + 3 * 5 + 2)):
+    for make, linears in ((tiny_llava, 4 * 4 + 2 * 4 + 2), (tiny_qwen, 4 * 4 + 3 * 4 + 2)):
         model = quantize_structure(make(), ALL, scheme=WEIGHT_ONLY)
-        assert len(quantized_linears(model)) == linears and type(model.lm_head) is nn.Linear
+        assert len(quantized_linears(model)) == linears and type(model.lm_head) is HeadLinear
     with pytest.raises(CheckpointError, match="modules"):
         quantize_structure(tiny_llava(), ("head",), scheme=WEIGHT_ONLY)

@@ -75,7 +75,7 @@ def test_the_library_builds_for_every_architecture_with_the_intended_instruction
         pytest.skip(f"machine code was not read: {error}")
     found = sass.kernels([library])
     assert not [f"{k.name} {k.arch}: {k.fault()}" for k in found if k.fault()]
-    assert {k.arch for k in found} == {"sm_80", "sm_86", "sm_89", "sm_90a"}
+    assert {k.arch for k in found} == {"sm_80", "sm_90a"}
 
 
 def symbols(library: Path, which: str) -> set[str]:

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from quota.core.errors import UsageError
-from quota.nn.cache import Kv4Cache, Kv4Layer, PrunedLayer, kv4_layer, kv_bytes, pruned_layer
+from quota.nn.cache import Kv4Layer, Kv16Layer, KvCache, PrunedLayer, kv_bytes, kv_layer, pruned_layer
 from tests.tiny import tiny_llava
 
 
@@ -24,6 +24,18 @@ def test_growing_by_pieces_equals_one_append():
     assert torch.equal(whole.dequantize_keys(), pieces.dequantize_keys())
     assert torch.equal(whole.dequantize_values(), pieces.dequantize_values())
     assert whole.nbytes == pieces.nbytes == 2 * (2 * 3 * 150 * (4 + 4 + 4))
+
+
+def test_halves_are_rounded_and_bounded():
+    key, value = states(5)
+    key[0, 0, 0, 0] = -1e6
+    layer = Kv16Layer()
+    layer.append(key[:, :, :2], value[:, :, :2])
+    layer.append(key[:, :, 2:], value[:, :, 2:])
+    assert torch.equal(layer.dequantize_values(), value.half().float()) and layer.nbytes == 2 * (2 * 3 * 5 * 8 * 2)
+    assert layer.dequantize_keys()[0, 0, 0, 0] == -65504
+    layer.crop(-4)
+    assert torch.equal(layer.dequantize_keys()[..., 1:], key[:, :, :1, 1:].half().float())
 
 
 def test_values_are_within_half_a_step():
@@ -63,8 +75,8 @@ def test_crop_reorder_select_repeat_and_reset():
 
 def test_taking_over_the_cache_that_generate_makes():
     cache = DynamicCache()
-    layer = kv4_layer(cache, 2)
-    assert isinstance(layer, Kv4Layer) and kv4_layer(cache, 2) is layer and isinstance(cache, Kv4Cache)
+    layer = kv_layer(cache, 2)
+    assert isinstance(layer, Kv4Layer) and kv_layer(cache, 2) is layer and isinstance(cache, KvCache)
     layer.append(*states(4))
     assert cache.nbytes == sum(kv_bytes(cache)) == layer.nbytes and cache.get_seq_length(2) == 4
 
@@ -74,9 +86,9 @@ def test_foreign_caches_are_refused():
     filled = DynamicCache(config=config)
     filled.update(*states(4), 0)
     with pytest.raises(UsageError, match="already holds 4 tokens"):
-        kv4_layer(filled, 0)
+        kv_layer(filled, 0)
     with pytest.raises(UsageError, match="growing cache"):
-        kv4_layer(StaticCache(config=config, max_cache_len=8), 0)
+        kv_layer(StaticCache(config=config, max_cache_len=8), 0)
     layer = Kv4Layer()
     layer.append(*states(4))
     with pytest.raises(UsageError, match="batch of 2"):

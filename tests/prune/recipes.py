@@ -15,7 +15,7 @@ from quota.models import find_family, model_fingerprint
 from quota.models.images import runs
 from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, TILED, TINY
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, PIXTRAL_END, TILED, TINY, pixtral_pixels
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 KINDS = ("float", "quantized", "vision")
@@ -81,7 +81,13 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     }
     starts = (runs(inputs["input_ids"] == IMAGE_TOKEN).amax(-1) + 1).tolist()  # no two images stand side by side
     first, count = sum(starts[:row]), starts[row]
-    if "image_sizes" in inputs:
+    if "image_sizes" in inputs and inputs["pixel_values"].ndim == 4:
+        counts = (inputs["input_ids"] == PIXTRAL_END).sum(-1).tolist()
+        own = slice(sum(counts[:row]), sum(counts[: row + 1]))
+        if counts[row]:
+            given = zip(inputs["pixel_values"][own], inputs["image_sizes"][own].tolist(), strict=True)
+            out |= pixtral_pixels([pixels[:, :height, :width] for pixels, (height, width) in given])
+    elif "image_sizes" in inputs:
         if count:
             out["image_sizes"] = inputs["image_sizes"][first : first + count]
             out["pixel_values"] = inputs["pixel_values"][first : first + count]

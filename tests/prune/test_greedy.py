@@ -210,8 +210,9 @@ def test_digests_do_not_depend_on_the_float_dtype() -> None:
 
 def test_pictures_of_dynamic_resolution_are_told_apart_by_their_grids() -> None:
     patches = torch.rand(4 * 6 + 2 * 2, 8, generator=torch.Generator().manual_seed(0))
-    pair = find_family(tiny_qwen()).split_pixels(patches, torch.tensor([[1, 4, 6], [1, 2, 2]]))
-    first, second = (find_family(tiny_qwen()).shown(image)[0] for image in pair)
+    family = find_family(tiny_qwen())
+    given = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}
+    first, second = (family.shown(image)[0] for image in family.images(given))
     assert first == ImageInfo(image_digest(patches[:24]), (2, 3)) and second == ImageInfo(
         image_digest(patches[24:]), (1, 1)
     )

@@ -14,6 +14,7 @@ from PIL import Image
 import quota
 from quota import LLM, SamplingParams
 from quota.core.errors import CheckpointError, ImageError, RecipeError, UsageError
+from quota.core.formats import DEFAULT
 from quota.core.recipe import Recipe
 from quota.eval.asking import ask
 from quota.runtime.engine import Prompt, Request
@@ -247,9 +248,9 @@ def test_errors_are_one_line_and_nothing_stays_behind(model: Any, llm: LLM, reci
 
 def test_what_cannot_be_an_llm(model: Any, tmp_path: Path) -> None:
     float_model = speaking("llava", 2)
-    with pytest.raises(UsageError, match=r"the engine serves W4A4KV4, .*language models .*this one is a float one"):
+    with pytest.raises(UsageError, match=r"the engine serves quantized language models, this one is a float one"):
         LLM(float_model)
-    assert why_not(model) is None and "W4A4KV4" in str(why_not(float_model))
+    assert why_not(model) is None and DEFAULT.name in str(why_not(float_model))
     with pytest.raises(UsageError, match="threads: expected one of kv_bytes, page_tokens"):
         LLM(model, threads=2)
     with pytest.raises(UsageError, match="kv_bytes: expected at least 1"):

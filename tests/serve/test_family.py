@@ -34,6 +34,7 @@ class Form:
 
 FORMS = {
     "llava": Form("<image>\n", "USER: {}{} ASSISTANT:", ("<image>",)),
+    "mistral3": Form("[IMG]", "[INST]{}{}[/INST]", ("[IMG]",)),
     "qwen2_5_vl": Form(
         "<|vision_start|><|image_pad|><|vision_end|>",
         "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n",

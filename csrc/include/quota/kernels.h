@@ -140,11 +140,32 @@ struct AttentionArgs {
   int64_t heads, kv_heads, tokens, dim, extra, shared_slots, length;
   float scaling;
 };
-// Pages of a pool: the batch strides of `Kv4` then step over units, and slot s of row b lies at place s % places of unit table[b][s / places].
+// Pages of a pool: the batch strides of `Kv4` and `Kv16` then step over units, and slot s of row b lies at place s % places of unit table[b][s / places].
 struct Pages {
   const int32_t* table;   // [B, width]; null: the cache is contiguous
   const int32_t* length;  // [B] slots of each row (null: AttentionArgs::length)
   int64_t width, places;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// A 16-bit cache: x [B, Hkv, C, D] with the strides of batch and head.
+struct Kv16 {
+  const Float16* x;
+  int64_t batch, head;
+};
+
+// As AttentionArgs, over a 16-bit cache.
+struct Attention16Args {
+  const float* q;
+  Kv16 k, v;
+  const int32_t* start;
+  float* out;
+  float* lse;
+  int64_t heads, kv_heads, tokens, dim, length;
+  float scaling;
 };
 constexpr int64_t kQueryTile = 64;  // query rows (queries times heads of one KV head) per attention task
 
@@ -199,6 +220,7 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&, int64_t row_begin, int64_t row_end);
   void (*heads)(const HeadsArgs&, int64_t begin, int64_t end);  // heads of [B, T, H + 2 Hkv]
   void (*attention)(const AttentionArgs&, const Pages&, int64_t batch, int64_t kv_head, int64_t tile);
+  void (*attention16)(const Attention16Args&, const Pages&, int64_t batch, int64_t kv_head, int64_t tile);
   // Attention of one head that the queries give to each column, summed over them: out [columns.count].
   void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
   void (*float_linear)(const FloatLinearArgs&, int64_t panel);

@@ -8,6 +8,7 @@ asked for. No row depends on the others, so both give every row the bits it has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,14 +20,15 @@ from quota.core.errors import UsageError
 from quota.core.formats import DEFAULT, Scheme
 from quota.core.registry import Context
 from quota.models.quantize import linear_class
+from quota.nn.kv import kv_kind
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.sampling import Logits, Row
 from quota.runtime.engine.segments import Segments
 
-OPS = (ops.rms_norm, ops.qkv_append, ops.kv4_page_write, ops.kv4_paged_attention, ops.float_linear)
-"""What a decode step calls besides the scheme's linears."""
+OPS = (ops.rms_norm, ops.float_linear)
+"""What a decode step calls besides the scheme's linears and the ops of its cache."""
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 Capture = Callable[[Step], Step]
@@ -38,7 +40,8 @@ def chosen(device: torch.device, scheme: Scheme = DEFAULT) -> dict[str, str]:
     """Op -> the implementation a decode step of a scheme on `device` uses. UsageError where a GPU has none or is
     told to run a reference, which reads lengths on the host."""
     ctx = Context(device.type, device.index or 0)
-    found = {op.name: op.choose(ctx).name for op in (*OPS, *linear_class(scheme).OPS)}
+    called = (*OPS, *kv_kind(scheme.kv).page_ops, *linear_class(scheme).OPS)
+    found = {op.name: op.choose(ctx).name for op in called}
     forced = next((name for name, implementation in found.items() if implementation == "ref"), None)
     if device.type != "cpu" and forced is not None:
         raise UsageError(
@@ -108,7 +111,7 @@ class Buffers:
         }
         on_gpu = model.device.type == "cuda"
         sizes = {
-            name: -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            name: -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
             for name, (dtype, shape) in shapes.items()
         }
         self._host = torch.zeros(sum(sizes.values()), dtype=torch.uint8, pin_memory=on_gpu)
@@ -121,7 +124,7 @@ class Buffers:
         device: dict[str, Tensor] = {}
         begin = 0
         for name, (dtype, shape) in shapes.items():
-            end = begin + int(np.prod(shape)) * dtype.itemsize
+            end = begin + math.prod(shape) * dtype.itemsize
             host[name], device[name] = (
                 self._host[begin:end].view(dtype).view(shape).numpy(),
                 self._device[begin:end].view(dtype).view(shape),

@@ -21,7 +21,7 @@ from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.features import Features
 from quota.runtime.engine.grammar import Grammars
-from quota.runtime.engine.kv_storage import KvStorage, block_bytes
+from quota.runtime.engine.kv_storage import KvStorage
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.pool import PagePool
 from quota.runtime.engine.recipes import Recipes
@@ -99,13 +99,15 @@ class Engine:
             recipe.check_model(identity, self.model.layers, self.model.family.model_class)
         self.segments = Segments.between(self.model.layers, self.recipes.named.values())
         page_size = self.config.page_tokens
-        blocks = self.config.kv_bytes // block_bytes(page_size, self.model.kv_heads, self.model.head_dim)
+        blocks = self.config.kv_bytes // self.model.block_bytes(page_size)
         if blocks < self.model.layers:
             raise UsageError(
                 f"kv_bytes: {self.config.kv_bytes} hold no page of {page_size} tokens in {self.model.layers} layers;"
                 " give the pool more"
             )
-        self.storage = KvStorage(blocks, page_size, self.model.kv_heads, self.model.head_dim, self.model.device)
+        self.storage = KvStorage(
+            blocks, page_size, self.model.kv_heads, self.model.head_dim, self.model.kv, self.model.device
+        )
         self.pool = PagePool(blocks, [len(span) for span in self.segments.spans])
         capture = cuda_graphs(self.model.device) if self.config.graphs and self.model.device.type == "cuda" else None
         self.runner = Runner(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from quota.core.errors import UsageError
-from quota.core.formats import KV4, SCHEMES
+from quota.core.formats import DEFAULT, FLOAT
 from quota.models import find_family
 from quota.models.images import ImageIndex, ImageInfo, ImageInput
 from quota.models.quantize import model_scheme, quantized_modules, text_scheme
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
-from quota.ops.weights import Kv
+from quota.nn.kv import Stored
+from quota.runtime.engine.kv_storage import block_bytes
 from quota.runtime.engine.prefix import digest
 from quota.runtime.engine.request import Prompt
 
@@ -28,7 +29,8 @@ class EngineModel:
     device: where the model is; positions and ids go there, `positions` and what `Prompt` holds stay on the host. embed,
     rotary, angles, project, finish and logits run inside captured steps, so they do not wait for it. axes: A, numbers
     that make a position: 1, or time, row and column. biased: some layers keep their key bias out of the 4-bit cache and
-    need the positions of cached keys. UsageError for a model the engine cannot serve.
+    need the positions of cached keys. kv: how keys and values are stored. UsageError for a model the engine cannot
+    serve.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,7 +40,7 @@ class EngineModel:
         self.device = self.text.embed_tokens.weight.device
         self._layers = list(self.text.layers)
         self.scheme = text_scheme(model)
-        if not self.scheme.served:
+        if self.scheme is FLOAT:
             raise UsageError(_refusal(model))
         if getattr(model, "quota_handle", None) is not None:
             raise UsageError(
@@ -60,7 +62,7 @@ class EngineModel:
         self.axes, self.width = family.axes, family.hidden_size
         self.vocabulary, self.image_token = int(self.text.embed_tokens.weight.shape[0]), family.image_token_id
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
-        self.scaling = float(self._layers[0].self_attn.scaling)
+        self.scaling, self.kv = float(self._layers[0].self_attn.scaling), self._layers[0].self_attn.kv
         self.biased = any(isinstance(layer.self_attn, QuantBiasedAttention) for layer in self._layers)
         self._cos, self._sin = self._turns()
         if (
@@ -153,20 +155,19 @@ class EngineModel:
             out[:, channels] = turned.transpose(0, 1)
         return out
 
-    def project(self, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Kv, Kv]:
-        """x [M, d] at a layer's input -> q float32 [1, H, M, D], or 2 D wide where the key bias is kept apart; packed
-        keys and values [1, Hkv, M, ...]."""
+    def project(self, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Stored, Stored]:
+        """x [M, d] at a layer's input -> q float32 [1, H, M, D], or 2 D wide where the key bias is kept apart; keys and
+        values as they are stored, [1, Hkv, M, ...]."""
         module = self._layers[layer]
         attention: QuantAttention = module.self_attn
         qkv = attention.qkv_proj(module.input_layernorm(x).float())[None]
-        keys, values = self._slots(len(x)), self._slots(len(x))
+        keys, values = (self.kv.empty(1, self.kv_heads, len(x), self.head_dim, self.device) for _ in range(2))
         cos, sin = (t[None] for t in rotary)
         return attention.append(qkv, (cos, sin), keys, values, 0), keys, values
 
-    def _slots(self, rows: int) -> Kv:
-        shape = (1, self.kv_heads, rows)
-        codes = torch.empty(*shape, KV4.code_bytes(self.head_dim), dtype=torch.uint8, device=self.device)
-        return codes, torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)
+    def block_bytes(self, page_size: int) -> int:
+        """Bytes of `page_size` tokens of one layer in the pool."""
+        return block_bytes(page_size, self.kv_heads, self.head_dim, self.kv.form)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: x [M, d] and what attention gave, float32 [M, H * D] -> [M, d]."""
@@ -185,10 +186,8 @@ class EngineModel:
 
 def _refusal(model: Any) -> str:
     scheme, parts = model_scheme(model), quantized_modules(model)
-    found = f"{scheme.name} with parts {', '.join(parts)}" if parts else "a float one"
-    served = [row for row in SCHEMES.values() if row.served]
+    found = f"a float one beside {scheme.name} parts {', '.join(parts)}" if parts else "a float one"
     return (
-        f"model: the engine serves {', '.join(row.title for row in served)} language models (4-bit cache), this one is"
-        f" {found}; use `quota run` or `quota.load` with it, or `quota calibrate --method {served[0].methods[0]}` the"
-        " float model"
+        f"model: the engine serves quantized language models, this one is {found}; use `quota run` or `quota.load` with"
+        f" it, or `quota calibrate --scheme {DEFAULT.name}` the float model"
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from quota.core.recipe import Recipe
 from quota.prune.budget import image_sizes, tile_sizes
-from quota.runtime.engine.kv_storage import block_bytes
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.recipes import Recipes
 from quota.runtime.engine.request import Request
@@ -38,7 +37,7 @@ def preview(model: EngineModel, recipes: Recipes, request: Request) -> Preview:
     segments = Segments.between(model.layers, [] if recipe is None else [recipe])
     plan = plan_prompt(recipe, segments, index)
     dropped = [number for span, number in zip(segments.spans, plan.dropped, strict=True) for _ in span]
-    per_token = block_bytes(1, model.kv_heads, model.head_dim)
+    per_token = model.block_bytes(1)
     return Preview(
         recipe,
         tokens,

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quota import ops
 from quota.nn.attention import AttentionTrace
-from quota.ops.weights import Kv
+from quota.nn.kv import Stored
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder
 from quota.runtime.engine.kv_storage import KvStorage
@@ -154,8 +153,10 @@ class Runner:
             known = chunk.cached[segment]
             assert known is not None
             angles = self.model.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.model))
-        _, lse = ops.kv4_attention(q, *cached, base + rows, None, self.model.scaling, angles)
-        return Attended(q, keys, lse, None if angles is None else angles[..., base:]).trace(rows, self.model.scaling)
+        _, lse = self.model.kv.attend(q, *cached, base + rows, None, self.model.scaling, angles)
+        return Attended(self.model.kv, q, keys, lse, None if angles is None else angles[..., base:]).trace(
+            rows, self.model.scaling
+        )
 
     def _inputs(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         counts = [0 if chunk.x is not None else len(chunk.ids) for chunk in chunks]
@@ -193,7 +194,7 @@ class Runner:
             chunk.attended = None
             if chunk.recorded_at(layer):
                 near = None if angles is None else angles[..., chunk.base[segment] :]
-                chunk.attended = Attended(own, _cut(keys, begin, end), lse, near)
+                chunk.attended = Attended(self.model.kv, own, _cut(keys, begin, end), lse, near)
         if final:
             batch.keep_last()
             x, planes = batch.x[:, : self.model.width], batch.x[:, self.model.width :]
@@ -201,11 +202,9 @@ class Runner:
         batch.x = self.model.raised(x, planes)
 
 
-def _joined(first: Kv, second: Kv) -> Kv:
-    q, scale, zero = (torch.cat(pair, 2) for pair in zip(first, second, strict=True))
-    return q, scale, zero
+def _joined(first: Stored, second: Stored) -> Stored:
+    return tuple(torch.cat(pair, 2) for pair in zip(first, second, strict=True))
 
 
-def _cut(packed: Kv, begin: int, end: int) -> Kv:
-    q, scale, zero = (t[:, :, begin:end] for t in packed)
-    return q, scale, zero
+def _cut(stored: Stored, begin: int, end: int) -> Stored:
+    return tuple(t[:, :, begin:end] for t in stored)

@@ -12,9 +12,8 @@ from torch import Tensor
 from quota.core.recipe import Recipe
 from quota.models.images import ImageTokens
 from quota.nn.attention import AttentionTrace
-from quota.nn.cache import dequantize_slots
 from quota.nn.key_bias import wide_keys
-from quota.ops.weights import Kv
+from quota.nn.kv import KvKind, Stored
 from quota.prune.alive import Alive
 from quota.prune.attention import text_queries
 from quota.prune.select import choose, needs_attention
@@ -22,11 +21,13 @@ from quota.prune.select import choose, needs_attention
 
 @dataclass(frozen=True)
 class Attended:
-    """What one layer's attention left for n rows of a request: q float32 [1, H, n, D], packed keys [1, Hkv, n, ...],
-    lse [1, H, n]; where the key bias is kept apart q is 2 D wide and angles [1, D, n] are those of the keys."""
+    """What one layer's attention left for n rows of a request: q float32 [1, H, n, D], keys [1, Hkv, n, ...] as their
+    kind stores them, lse [1, H, n]; where the key bias is kept apart q is 2 D wide and angles [1, D, n] are those of
+    the keys."""
 
+    kv: KvKind
     q: Tensor
-    keys: Kv
+    keys: Stored
     lse: Tensor
     angles: Tensor | None = None
 
@@ -35,22 +36,23 @@ class Attended:
         """Rows of consecutive pieces."""
         if len(parts) == 1:
             return parts[0]
-        keys = tuple(torch.cat([part.keys[i] for part in parts], 2) for i in range(3))
+        keys = tuple(torch.cat(pieces, 2) for pieces in zip(*(part.keys for part in parts), strict=True))
         angles = [part.angles for part in parts if part.angles is not None]
         return Attended(
+            parts[0].kv,
             torch.cat([p.q for p in parts], 2),
-            (keys[0], keys[1], keys[2]),
+            keys,
             torch.cat([p.lse for p in parts], 2),
             torch.cat(angles, 2) if angles else None,
         )
 
     def trace(self, rows: int, scaling: float) -> AttentionTrace:
         """The first `rows` rows, for token scores."""
-        q, scale, zero = (t[:, :, :rows].contiguous() for t in self.keys)
+        stored = tuple(t[:, :, :rows] for t in self.keys)
         keys: Any = (
-            (q, scale, zero)
+            self.kv.scored(stored)
             if self.angles is None
-            else wide_keys(dequantize_slots(q, scale, zero), self.angles[..., :rows])
+            else wide_keys(self.kv.floats(stored), self.angles[..., :rows])
         )
         return AttentionTrace(self.q[:, :, :rows].contiguous(), keys, self.lse[:, :, :rows].contiguous(), scaling)
 
