@@ -107,6 +107,12 @@ struct Vec {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, values), _mm256_set1_epi16(1)));
   }
   static I dot4(I acc, I bytes, I values) { return {dot4(acc.a, bytes.a, values.a), dot4(acc.b, bytes.b, values.b)}; }
+  // vpmaddubsw takes the magnitudes of the weights and the values with their signs: two products of at most 128 * 127 fit in int16.
+  static constexpr int32_t kByteOffset = 0;
+  static __m256i dot4_signed(__m256i acc, __m256i weights, __m256i values) {
+    return dot4(acc, _mm256_abs_epi8(weights), _mm256_sign_epi8(values, weights));
+  }
+  static I dot4_signed(I acc, I weights, I values) { return {dot4_signed(acc.a, weights.a, values.a), dot4_signed(acc.b, weights.b, values.b)}; }
   static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
     const auto half = [&](const uint8_t* q, __m256i(&to)[4]) {  // eight rows
       __m256i x[4];

@@ -73,6 +73,10 @@ struct Vec {
     return acc;
   }
 
+  // Adds to each lane its four signed weights, each plus kByteOffset, times four signed values.
+  static constexpr int32_t kByteOffset = 128;
+  static I dot4_signed(I acc, I weights, I values) { return dot4(acc, _mm512_xor_si512(weights, _mm512_set1_epi8(static_cast<char>(0x80))), values); }
+
   // out[i] lane j = four bytes 4i .. of row j, for sixteen rows of sixteen bytes.
   static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
     const auto row = [&](int64_t j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * stride)); };

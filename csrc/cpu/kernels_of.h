@@ -16,13 +16,14 @@
 #include "transform.h"
 #include "w4a16_linear.h"
 #include "w4a4_linear.h"
+#include "w8a8_linear.h"
 
 namespace {
 
 template <class V>
 constexpr quota::Kernels table_of(const char* name) {
   return {name, transform_rows<V>, quantize_rows<V>, append_rows<V>, rms_norm_rows<V>, heads_range<V>, attention_tile<V, VectorDot<V>>,
-          attention16_tile<V>, score_head<V, VectorDot<V>>, float_linear_panel<V>, grouped_panel<V>, linear_of<V, finish<V>>()};
+          attention16_tile<V>, score_head<V, VectorDot<V>>, float_linear_panel<V>, grouped_panel<V>, quantize8_rows<V>, linear8_panel<V>, linear_of<V, finish<V>>()};
 }
 
 }  // namespace

@@ -124,6 +124,14 @@ struct Vec {
     for (int i = 0; i < 64; ++i) out.v[i / 4] += u[i] * s[i];
     return out;
   }
+  static constexpr int32_t kByteOffset = 0;  // as in avx512vnni.cpp
+  static I dot4_signed(const I& acc, const I& weights, const I& values) {
+    int8_t u[64], s[64];
+    std::memcpy(u, weights.v, 64), std::memcpy(s, values.v, 64);
+    I out = acc;
+    for (int i = 0; i < 64; ++i) out.v[i / 4] += u[i] * s[i];
+    return out;
+  }
   static void transpose_fours(const uint8_t* p, int64_t stride, I (&out)[4]) {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 16; ++j) std::memcpy(&out[i].v[j], p + j * stride + 4 * i, 4);

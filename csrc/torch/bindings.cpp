@@ -353,6 +353,25 @@ Tensor w4a16_linear(Tensor x, Tensor words, Tensor params, int64_t n, MaybeTenso
   return y;
 }
 
+Tensor w8a8_linear(Tensor x, Tensor blocks, Tensor w_scale, MaybeTensor bias) {
+  check(x, "x", ScalarType::Float, {kFree, kFree});
+  check(w_scale, "w_scale", ScalarType::Float, {kFree});
+  const int64_t m = x.size(0), k = x.size(1), n = w_scale.size(0), panels = (n + quota::kPanel - 1) / quota::kPanel, lda = quota::padded_k(k);
+  check(blocks, "blocks", ScalarType::Char, {panels, lda / quota::kGroup, quota::kPanel, quota::kGroup});
+  if (bias) check(*bias, "bias", ScalarType::Float, {n});
+  Tensor y = make({m, n}, ScalarType::Float), q = make({m, lda}, ScalarType::Char), scale = make({m}, ScalarType::Float), sum = make({m}, ScalarType::Int);
+  const quota::Quantize8Args rows{floats(x), k, static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()),
+                                  static_cast<int32_t*>(sum.mutable_data_ptr())};
+  const auto& kernels = quota::kernels();
+  parallel_for(0, m, grain(4 * k, kFloatProducts), [&](int64_t begin, int64_t end) { kernels.quantize8(rows, begin, end); });
+  const quota::Linear8Args args{
+      rows, static_cast<const int8_t*>(blocks.const_data_ptr()), floats(w_scale), bias ? floats(*bias) : nullptr, static_cast<float*>(y.mutable_data_ptr()), m, n};
+  parallel_for(0, panels, grain(m * k * quota::kPanel, kByteProducts), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) kernels.linear8(args, panel);
+  });
+  return y;
+}
+
 // The pages of a 4-bit pool: q [U, Hkv, P, R] bytes, scale and zero [U, Hkv, P].
 struct Pages {
   int64_t units, heads, places, row_bytes;
@@ -462,6 +481,7 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
   m.def("token_gather(Tensor x, Tensor index) -> Tensor");
   m.def("float_linear(Tensor x, Tensor panels, int n) -> Tensor");
   m.def("w4a16_linear(Tensor x, Tensor words, Tensor params, int n, Tensor? bias) -> Tensor");
+  m.def("w8a8_linear(Tensor x, Tensor blocks, Tensor w_scale, Tensor? bias) -> Tensor");
   m.def(
       "kv4_page_write(Tensor(a!) pages_q, Tensor(b!) pages_scale, Tensor(c!) pages_zero, Tensor q, Tensor scale, Tensor zero, Tensor slot) -> ()");
   m.def(
@@ -488,6 +508,7 @@ STABLE_TORCH_LIBRARY_IMPL(quota_cpu, CPU, m) {
   m.impl("token_gather", TORCH_BOX(&token_gather));
   m.impl("float_linear", TORCH_BOX(&float_linear));
   m.impl("w4a16_linear", TORCH_BOX(&w4a16_linear));
+  m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("kv4_page_write", TORCH_BOX(&kv4_page_write));
   m.impl("kv4_page_read", TORCH_BOX(&kv4_page_read));
 }

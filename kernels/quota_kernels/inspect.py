@@ -40,6 +40,7 @@ from quota_kernels.token_select import token_select
 from quota_kernels.transform import transform
 from quota_kernels.w4a4_linear import w4a4_linear
 from quota_kernels.w4a16_linear import w4a16_linear
+from quota_kernels.w8a8_linear import w8a8_linear
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -163,6 +164,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "kv16_paged_attention": lambda: kv16_paged_attention(
             f(16, 32, 1, 128), *_halves(32, 16, 64), *_tables(16), 0.1
         ),
+        "w8a8_linear": lambda: w8a8_linear(f(64, 4096), f(256, 4096, dtype=torch.int8), f(256), f(256)),
         "kv4_page_write": lambda: kv4_page_write(
             _cache(32, 16, 128), _cache(32, 4, 128), torch.empty(4, dtype=torch.int64)
         ),

@@ -99,7 +99,7 @@ class Job:
             check_destination(self.folder)
             return None
         manifest = Manifest.load(self.folder)
-        other = difference(_settings_of(manifest), self.settings_of_result())
+        other = difference(settings_of(manifest), self.settings_of_result())
         if other is None and manifest.calibration.get("source_files") != self.source.digest:
             other = "the model's files differ"
         if other is not None and not self.overwrite:
@@ -151,7 +151,7 @@ def _check_out(out: Path, model: Path) -> Path:
     return folder
 
 
-def _settings_of(manifest: Manifest) -> dict[str, Any]:
+def settings_of(manifest: Manifest) -> dict[str, Any]:
     """`Job.settings_of_result` as far as a manifest tells it; what it does not tell is None, which no job has."""
     told = manifest.calibration
     settings = told.get("settings")

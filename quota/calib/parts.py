@@ -1,5 +1,5 @@
-"""A quantized checkpoint put together from the finished blocks of others: which parts are quantized is a choice made
-after calibration."""
+"""Finished blocks of other checkpoints: a checkpoint put together from them, since which parts are quantized is a
+choice made after calibration, and a calibration that begins with those it would make again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quota.calib.export import float_names, processor_of
+from quota.calib.job import Job, settings_of
+from quota.calib.state import BlockReport
 from quota.calib.stream import FloatSource
+from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import CheckpointWriter, Manifest
 from quota.core.checkpoint_files import iterate_tensors, weight_files
 from quota.core.errors import CheckpointError
@@ -48,3 +51,26 @@ def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> Non
             stored = dict(iterate_tensors(weight_files(folder, manifests[module])))
             for path in paths[module]:
                 writer.add({name: tensor for name, tensor in sorted(stored.items()) if name.startswith(f"{path}.")})
+
+
+def take_unpruned(job: Job, work: WorkFolder, folder: Path) -> None:
+    """Put into `work` the blocks that `job`'s recipe leaves as they are in `folder`: those before its first candidate.
+
+    Blocks learn from float hidden states, which no drop has touched there. CheckpointError where `folder` was not made
+    by the same calibration without a recipe; one of other modules may hold fewer blocks.
+    """
+    manifest = Manifest.load(folder)
+    wanted = job.settings_of_result() | {"recipe": None, "modules": list(manifest.modules)}
+    other = difference(settings_of(manifest), wanted)
+    if other is not None or manifest.calibration.get("source_files") != job.source.digest:
+        raise CheckpointError(
+            f"{folder}: expected the same calibration without a recipe, got another ({other or 'of other model files'})"
+        )
+    first = min(job.candidates, default=job.source.family.layers)
+    pruned = {job.source.family.decoder_layer(index) for index in range(first, job.source.family.layers)}
+    stored = dict(iterate_tensors(weight_files(folder, manifest)))
+    for report in manifest.calibration["report"]:
+        path = report["name"]
+        if path not in pruned and path not in work.blocks:
+            tensors = {name: tensor for name, tensor in stored.items() if name.startswith(f"{path}.")}
+            work.save_block(path, tensors, BlockReport(**report))

@@ -16,8 +16,8 @@ from torch import nn
 from quota.calib.learn import split
 from quota.calib.settings import METHODS, Method, Settings
 from quota.calib.speed import Speed
-from quota.core.checkpoint import DEFAULT_SHARD_BYTES
 from quota.core.formats import Scheme
+from quota.core.shards import DEFAULT_SHARD_BYTES
 from quota.models.base import Family
 from quota.models.groups import Part
 from quota.quant.transform import decompose

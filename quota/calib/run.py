@@ -12,6 +12,7 @@ from typing import Any
 from quota.calib.crew import Crew
 from quota.calib.export import write_checkpoint
 from quota.calib.job import Job
+from quota.calib.parts import take_unpruned
 from quota.calib.plan import Plan
 from quota.calib.samples import Samples
 from quota.calib.schedule import Schedule
@@ -19,7 +20,7 @@ from quota.calib.settings import DEFAULTS, Settings
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder
 from quota.core.devices import checked_device, named_device
-from quota.core.errors import UsageError
+from quota.core.errors import CheckpointError, UsageError
 from quota.core.files import check_space
 from quota.core.malloc import keep_freed_memory
 from quota.core.recipe import Recipe
@@ -56,6 +57,7 @@ def calibrate(
     out: str | Path,
     settings: Settings = DEFAULTS,
     recipe: Recipe | None = None,
+    unpruned: str | Path | None = None,
     progress: bool = True,
     resume: bool = True,
     overwrite: bool = False,
@@ -68,12 +70,13 @@ def calibrate(
     checkpoint that the same call has made is reported as it is.
 
     samples may be None for method "rtn", whose report then has no errors to tell. recipe: calibrate the decoder on the
-    graph this recipe prunes. progress: the plan and a bar on stderr. resume: continue from `<out>.partial` (which must
-    belong to the same run), or empty it. overwrite: replace a finished checkpoint of other settings, discard the
-    `<out>.partial` of another run. Same inputs, same bytes (on the same machine; large blocks also need the same
-    number of threads: `quota.calib.schedule.Schedule.apart`). Raises UsageError (options, `out` holds something else,
-    too little disk), CheckpointError (model, an altered `<out>.partial`), SampleError (samples), RecipeError (recipe of
-    another model), all of them before the work.
+    graph this recipe prunes. unpruned: the checkpoint that the same call without a recipe made; the blocks before the
+    first candidate are taken from it, where they depend on the float model alone. progress: the plan and a bar on
+    stderr. resume: continue from `<out>.partial` (which must belong to the same run), or empty it. overwrite: replace a
+    finished checkpoint of other settings, discard the `<out>.partial` of another run. Same inputs, same bytes (on the
+    same machine; large blocks also need the same number of threads: `quota.calib.schedule.Schedule.apart`). Raises
+    UsageError (options, `out` holds something else, too little disk), CheckpointError (model, an altered
+    `<out>.partial`), SampleError (samples), RecipeError (recipe of another model), all of them before the work.
 
     On another device than the CPU (`settings.device`) samples and streams stay on the host, the device holds a block
     and the batches at hand; in float32 each block's errors are within 1 % of the CPU's before and 15 % after learning
@@ -98,8 +101,10 @@ def calibrate(
         if progress:
             print(*plan.lines(), sep="\n", file=sys.stderr)
         try:
+            if unpruned is not None and job.samples is not None and settings.learns_from == "float":
+                take_unpruned(job, work, Path(unpruned))
             check_space(job.folder, plan.disk_needed - work.bytes())
-        except UsageError:
+        except (UsageError, CheckpointError):
             if not work.done:
                 work.remove()
             raise

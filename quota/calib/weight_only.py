@@ -28,13 +28,13 @@ from quota.calib.stream import Stream
 from quota.core.errors import SampleError
 from quota.core.formats import WEIGHT_ONLY, Format, Scheme
 from quota.models.groups import Group
+from quota.models.quantize import linear_class
+from quota.nn.linear import RoundedLinear
 from quota.quant.awq import awq, search_scale
 from quota.quant.gptq import Hessian, gptq
-from quota.quant.grouped import dequantize_groups, round_groups
-from quota.quant.pack import pack_uint4
 from quota.quant.transform import hadamard
 
-Codes = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scale and zero [N, G]
+Tensors = dict[str, Tensor]  # of one linear, as `RoundedLinear` names them
 _UNCLIPPED = ("q_proj", "k_proj", "qkv")
 
 
@@ -80,14 +80,14 @@ def quantize_weights(
     """
     method, scheme = settings.method, settings.makes
     assert scheme.weights is not None
-    form = scheme.weights
+    form, kind = scheme.weights, rounding(scheme)
     train, held_out = split(len(lesson.inputs), settings.held_out)
     seen = {} if method == "rtn" else _observe(block, lesson.quantized or lesson.inputs, train, settings)
     score = Scorer(block, lesson, held_out, settings)
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
     weights = {name: linear.weight.data for name, linear in linears.items()}
-    codes = {name: round_groups(weight, form) for name, weight in weights.items()}
-    _compute_with(linears, codes, {}, form)
+    codes = {name: kind.rounded(weight, form) for name, weight in weights.items()}
+    _compute_with(linears, codes, {}, scheme)
     mse_rtn = score()
     for name, linear in linears.items():
         linear.weight.data = weights[name]
@@ -97,14 +97,14 @@ def quantize_weights(
             seen[plan.name].parts = [_scale(block, plan, seen[plan.name], input_scales, form)]
     for done, plan in enumerate(block.plans, start=1):
         if method == "gptq":
-            codes |= _gptq(block, plan, seen[plan.name], form)
+            codes |= _gptq(block, plan, seen[plan.name], scheme)
         elif method == "awq":
             for part in plan.parts:
                 clip = part.rpartition(".")[2] not in _UNCLIPPED
-                codes[part] = awq(linears[part].weight, seen[plan.name].rows, form=form, clip=clip)
+                codes[part] = kind.of_codes(*awq(linears[part].weight, seen[plan.name].rows, form=form, clip=clip))
         if progress is not None:
             progress(done)
-    _compute_with(linears, codes, input_scales, form)
+    _compute_with(linears, codes, input_scales, scheme)
     mse = score()
     signal, update = score.signal()
     report = BlockReport(
@@ -125,7 +125,8 @@ def round_weights(block: Block, scheme: Scheme = WEIGHT_ONLY) -> dict[str, Tenso
     """The tensors of "rtn" alone: rounding to nearest looks at no inputs."""
     assert scheme.weights is not None
     linears: dict[str, Any] = {part: block.layer.get_submodule(part) for plan in block.plans for part in plan.parts}
-    codes = {name: round_groups(linear.weight.data, scheme.weights) for name, linear in linears.items()}
+    kind = rounding(scheme)
+    codes = {name: kind.rounded(linear.weight.data, scheme.weights) for name, linear in linears.items()}
     return _export(block, linears, codes, {}, scheme)
 
 
@@ -143,16 +144,25 @@ def _observe(block: Block, source: Stream, items: list[int], settings: Settings)
     return seen
 
 
-def _gptq(block: Block, plan: Group, seen: InputStats, form: Format) -> dict[str, Codes]:
+def rounding(scheme: Scheme) -> type[RoundedLinear]:
+    """The class of a scheme's linears."""
+    kind = linear_class(scheme)
+    assert issubclass(kind, RoundedLinear)
+    return kind
+
+
+def _gptq(block: Block, plan: Group, seen: InputStats, scheme: Scheme) -> dict[str, Tensors]:
     """All linears of a group at once: rows are independent, and the Hessian is factored once."""
-    assert seen.hessian is not None
+    assert seen.hessian is not None and scheme.weights is not None
+    form = scheme.weights.unsigned
     weights: list[Tensor] = [block.layer.get_submodule(part).weight for part in plan.parts]  # type: ignore[misc]
     try:
         q, scale, zero = gptq(torch.cat(weights), seen.hessian.value, form)
     except ValueError as error:
         raise SampleError(f"{block.path}.{plan.name}: {error}; look for broken samples or weights") from error
     sizes = [len(weight) for weight in weights]
-    return dict(zip(plan.parts, zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True), strict=True))
+    parts = zip(q.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
+    return dict(zip(plan.parts, (rounding(scheme).of_codes(*part) for part in parts), strict=True))
 
 
 def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, Tensor], form: Format) -> Tensor:
@@ -189,25 +199,20 @@ def _absorber(block: Block, plan: Group, size: int) -> list[Tensor] | None:
 
 
 def _compute_with(
-    linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor], form: Format
+    linears: dict[str, Any], codes: dict[str, Tensors], input_scales: dict[str, Tensor], scheme: Scheme
 ) -> None:
+    assert scheme.weights is not None
     for name, linear in linears.items():
-        weight = dequantize_groups(*codes[name], form)
+        weight = rounding(scheme).value(codes[name], scheme.weights, linear.in_features)
         linear.weight.data = weight * input_scales[name] if name in input_scales else weight
 
 
 def _export(
-    block: Block, linears: dict[str, Any], codes: dict[str, Codes], input_scales: dict[str, Tensor], scheme: Scheme
+    block: Block, linears: dict[str, Any], codes: dict[str, Tensors], input_scales: dict[str, Tensor], scheme: Scheme
 ) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for name, (q, scale, zero) in codes.items():
-        own = {
-            "w_q": pack_uint4(q),
-            "w_scale": scale,
-            "w_zero": zero,
-            "bias": linears[name].bias,
-            "input_scale": input_scales.get(name),
-        }
+    for name, rounded in codes.items():
+        own = {**rounded, "bias": linears[name].bias, "input_scale": input_scales.get(name)}
         out |= {f"{block.path}.{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
     kept = {
         name: tensor.float()
@@ -223,7 +228,7 @@ def _fuse(block: Block, out: dict[str, Tensor], scheme: Scheme) -> None:
     """Name the tensors as the quantized modules hold them, in place: the rows of a group's linears one below the other,
     and what attention has besides."""
     for plan in block.plans:
-        for key in ("w_q", "w_scale", "w_zero", "bias", "input_scale"):
+        for key in ("w_q", "w_scale", "w_zero", "w_row", "bias", "input_scale"):
             parts = [out.pop(name) for part in plan.parts if (name := f"{block.path}.{part}.{key}") in out]
             if parts:  # one scale of the input is that of all
                 out[f"{block.path}.{plan.name}.{key}"] = parts[0] if key == "input_scale" else torch.cat(parts)

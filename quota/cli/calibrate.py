@@ -10,6 +10,7 @@ import typer
 from quota.calib.settings import DEFAULTS, METHODS, WORDS, Settings
 from quota.cli.shell import FloatType, JsonOption, check_checkpoint, check_writable, print_json, say
 from quota.core.errors import UsageError
+from quota.core.formats import SCHEMES
 
 
 def calibrate(
@@ -23,7 +24,10 @@ def calibrate(
         Path | None,
         typer.Option("--samples", help="Calibration samples, a JSON file (see below). Not needed by --method rtn."),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help=WORDS["method"])] = DEFAULTS.method,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help=WORDS["method"] + " Left out: the scheme's first.", show_default=False),
+    ] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help=WORDS["scheme"])] = DEFAULTS.scheme,
     modules: Annotated[str, typer.Option("--modules", help=WORDS["modules"])] = ",".join(DEFAULTS.modules),
     recipe: Annotated[
@@ -64,6 +68,8 @@ def calibrate(
     and output head stay float, the cache is float16. With `--scheme w4a16kv4` the cache has four bits too.
     `--method rtn` rounds them to nearest, the baseline of both.
 
+    `--scheme w8a8` makes int8 weights and activations (gptq, rtn), `fp8`, `nvfp4` and `mxfp4` small floats (rtn).
+
     **Examples**
 
         quota calibrate llava-hf/llava-1.5-7b-hf --samples samples.json --out llava-w4a4kv4
@@ -85,6 +91,8 @@ def calibrate(
     answer is read after the instruction, the task groups the accuracies of `quota eval --samples`. 128 samples are
     plenty; `quota samples build` makes a file from public data.
     """
+    if method is None:
+        method = SCHEMES[scheme].methods[0] if scheme in SCHEMES else DEFAULTS.method
     try:
         settings = Settings(
             method=method,

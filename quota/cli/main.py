@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import calibrate, demo, doctor, evaluate, recipe, run, samples, serve, study
+from quota.cli import calibrate, demo, doctor, evaluate, export, recipe, run, samples, serve, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ def main(
 
 app.command("doctor", rich_help_panel="Look")(doctor.doctor)
 app.command("calibrate", rich_help_panel="Make")(calibrate.calibrate)
+app.command("export", rich_help_panel="Make")(export.export)
 app.add_typer(samples.app, name="samples", rich_help_panel="Make")
 app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
 app.command("run", rich_help_panel="Use")(run.run)

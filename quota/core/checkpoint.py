@@ -18,21 +18,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError, UsageError
-from quota.core.files import atomic_folder, atomic_write_text, check_removable, check_space, naming, sha256_file
+from quota.core.files import atomic_folder, atomic_write_text, check_removable, sha256_file
 from quota.core.formats import MODULES, Scheme, scheme_named
+from quota.core.shards import DEFAULT_SHARD_BYTES, Shards
 from quota.core.version import VERSION
 
 MANIFEST = "quota.json"
 SCHEMA_VERSION = 1
 _SCHEME = "regime"  # the key of the scheme's name in files
-INDEX = "model.safetensors.index.json"
-DEFAULT_SHARD_BYTES = 2 * 1024**3
 README = "README.md"
 # transformers only warns about a quantization it does not know and invents the weights. A weight file that does not
 # exist makes it stop, with this name in its message; `quota.runtime.hf` takes the entry out when quota is imported.
@@ -185,15 +182,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             max_shard_bytes,
             overwrite,
         )
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
-        self._names: set[str] = set()
 
     def __enter__(self) -> CheckpointWriter:
         check_destination(self.folder, self.overwrite)
         self._scope = atomic_folder(self.folder, _owned(self.folder))
         self.work = self._scope.__enter__()
+        self._shards = Shards(self.work, self.max_shard_bytes)
         return self
 
     def __exit__(
@@ -209,18 +203,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Append tensors under their final names; CheckpointError for a repeated name."""
-        for name, tensor in tensors.items():
-            if name in self._names:
-                raise CheckpointError(f"tensor {name}: written twice")
-            self._names.add(name)
-            tensor = (
-                tensor.detach().to("cpu").contiguous().clone()
-            )  # clone: tied tensors must not share storage in a shard
-            size = tensor.numel() * tensor.element_size()
-            if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-                self._flush()
-            self._pending[name] = tensor
-            self._pending_bytes += size
+        self._shards.add(tensors)
 
     def add_config(self, config: Any) -> None:
         """Write config.json from a transformers configuration (or its dict), marked as quantized by this project."""
@@ -241,36 +224,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Copy a file into the folder under its own name."""
         shutil.copyfile(path, self.work / Path(path).name)
 
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        shard = self._shard(len(self._shards))
-        check_space(shard, self._pending_bytes)
-        with naming(shard):
-            shard.touch()
-            mode = shard.stat().st_mode & 0o777  # the umask's; the library makes its files private
-            try:
-                save_file(self._pending, str(shard), metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise UsageError(f"{shard}: cannot be written ({error}); make room or choose another folder") from error
-            shard.chmod(mode)
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def _shard(self, number: int) -> Path:
-        return self.work / f"shard-{number:05d}.safetensors"
-
     def _finish(self) -> None:
-        if self._pending or not self._shards:
-            self._flush()
-        count = len(self._shards)
-        where: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._shard(number).rename(self.work / final)
-            where |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(where.items()))}
-            atomic_write_text(self.work / INDEX, json.dumps(index, indent=2) + "\n")
+        self._shards.finish()
         atomic_write_text(self.work / README, _readme(self.manifest))
         paths = sorted(path for path in self.work.iterdir() if path.is_file())
         files, sizes = {p.name: sha256_file(p) for p in paths}, {p.name: p.stat().st_size for p in paths}

@@ -12,9 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quota.core.checkpoint import INDEX, MANIFEST, REMEDY, Manifest
+from quota.core.checkpoint import MANIFEST, REMEDY, Manifest
 from quota.core.errors import CheckpointError
 from quota.core.files import sha256_file
+from quota.core.shards import INDEX
 
 # Files a processor or `generate` is made of: when they are in the folder, the manifest has to list them.
 _READ_IF_THERE = (

@@ -7,14 +7,14 @@ A checkpoint, a recipe and a command name a scheme by its key in `SCHEMES`; the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from quota.core.documents import shown
 
 MODULES = ("vision", "projector", "llm")  # what can be quantized, in the order of a forward pass
 _FLOAT32_BYTES = 4
-_SCALE_BYTES = {"float32": _FLOAT32_BYTES, None: 0}
+_SCALE_BYTES = {"float32": _FLOAT32_BYTES, "e4m3": 1, "e8m0": 1, None: 0}
 _BYTE_BITS = 8
 
 
@@ -35,8 +35,8 @@ class Format:
     group: int | None = None
     zero: Literal["code", "value"] | None = None
     symmetric: bool = False
-    number: Literal["int", "float16"] = "int"
-    scale: Literal["float32"] | None = "float32"
+    number: Literal["int", "float16", "e4m3", "e2m1"] = "int"
+    scale: Literal["float32", "e4m3", "e8m0"] | None = "float32"
 
     def __post_init__(self) -> None:
         if self.number != "int":
@@ -53,6 +53,11 @@ class Format:
     def dtype(self) -> str:
         """How reports name the type of a code: "int4", "float16"."""
         return f"int{self.bits}" if self.number == "int" else self.number
+
+    @property
+    def unsigned(self) -> Format:
+        """The same grid in codes that count from 0."""
+        return replace(self, zero="code")
 
     @property
     def middle(self) -> int:
@@ -99,6 +104,10 @@ class Format:
 
 INT4 = Format(4, symmetric=True)  # weights, a scale per output channel; activations, a scale per token
 INT4_GROUPS = Format(4, group=128, zero="code")  # weights alone
+INT8 = Format(8, stored_bits=8, symmetric=True)  # as INT4
+FP8 = Format(8, stored_bits=8, number="e4m3")  # as INT4
+NVFP4 = Format(4, group=16, number="e2m1", scale="e4m3")  # and a float32 scale per weight, or per token
+MXFP4 = Format(4, group=32, number="e2m1", scale="e8m0")
 KV4 = Format(4, zero="value")  # keys and values, scale and zero per token and head
 KV16 = Format(16, stored_bits=16, number="float16", scale=None)  # keys and values as they are
 
@@ -159,6 +168,11 @@ _ROWS = (
         transforms=True,
         linear="weight_linear:WeightLinear",
         methods=("gptq", "awq", "rtn"),
+    ),
+    Scheme("w8a8", weights=INT8, activations=INT8, kv=KV16, linear="byte_linear:ByteLinear", methods=("gptq", "rtn")),
+    *(
+        Scheme(name, form, form, KV16, linear="minifloat_linear:MinifloatLinear", methods=("rtn",))
+        for name, form in (("fp8", FP8), ("nvfp4", NVFP4), ("mxfp4", MXFP4))
     ),
 )
 SCHEMES = {row.name: row for row in _ROWS}

@@ -132,6 +132,9 @@ class Pipeline:
             **self._placed,
         }
 
+        # what a recipe does not touch was calibrated before
+        unpruned = self._calibrated(MODULES, None) if recipe is not None and method == "flatquant" else None
+
         def work(path: Path) -> None:
             self.console.print(
                 f"calibrating {'+'.join(modules)} by"
@@ -150,6 +153,7 @@ class Pipeline:
                     dtype=o.place.dtype,
                 ),
                 recipe=recipe,
+                unpruned=unpruned,
                 progress=not o.quiet,
                 overwrite=True,
             )

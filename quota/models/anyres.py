@@ -64,6 +64,10 @@ class AnyRes(Llava):
     """See the module; before a LLaVA's class among the bases. most: tiles whose tokens are the limit of a grid."""
 
     key_rules: ClassVar[KeyRules] = (*Llava.key_rules, (re.compile(r"^image_newline$"), "model.image_newline"))
+    hub_rules: ClassVar[KeyRules | None] = (
+        *(Llava.hub_rules or ()),
+        (re.compile(r"^model\.image_newline$"), "image_newline"),
+    )
     newline_path: ClassVar[str | None] = "model.image_newline"
     most: int | None = None
 

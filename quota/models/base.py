@@ -41,14 +41,15 @@ class Family(ABC):
     model or its modules.
 
     name: transformers' model_type. title: for readers. published: the checkpoint whose published figures stand beside
-    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part is
-    in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's attention
-    is. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes. vision_layers_used: tower
-    layers that feed the projector; the others are not quantized and not computed. visual_tokens: of one image; None
-    where it follows the image's size. newline_path: the tensor that stands at the end of an image's lines, where there
-    is one. merge x merge patches make a token. dims: vision sizes in the fingerprint. taps:
-    tower blocks whose outputs have projectors of their own; what these give, the planes, is added to the visual tokens
-    after the first decoder layers, one plane a layer.
+    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part
+    is in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's
+    attention is. key_rules, hub_rules: names of published checkpoints -> names inside the model, and back; None: no
+    other engine reads this kind. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes.
+    vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed.
+    visual_tokens: of one image; None where it follows the image's size. newline_path: the tensor that stands at the
+    end of an image's lines, where there is one. merge x merge patches make a token. dims: vision sizes in the
+    fingerprint. taps: tower blocks whose outputs have projectors of their own; what these give, the planes, is added
+    to the visual tokens after the first decoder layers, one plane a layer.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Family(ABC):
     norms: ClassVar[Norms]
     attention: ClassVar[Mapping[Part, str]] = {"decoder": "self_attn", "vision": "self_attn"}
     key_rules: ClassVar[KeyRules]
+    hub_rules: ClassVar[KeyRules | None] = None
     axes: ClassVar[int] = 1
     fixed_rope: ClassVar[tuple[str, ...]] = (
         "default",

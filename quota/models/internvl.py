@@ -107,6 +107,7 @@ class InternVL(Llava):
         "projector": frozenset({"layer_norm"}),
     }
     block_arguments: ClassVar[Mapping[str, Any]] = {}
+    hub_rules = ()  # InternVL3.5's published checkpoints have the names inside the model
     encoder_path = "model.vision_tower.encoder.layer"
     processor_class = InternVLProcessor
 

@@ -66,6 +66,12 @@ class Llava(Family):
         (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
     )
     block_arguments: ClassVar[Mapping[str, Any]] = {"attention_mask": None}  # of a tower block
+    hub_rules: ClassVar[KeyRules | None] = (
+        (re.compile(r"^lm_head\."), "language_model.lm_head."),
+        (re.compile(r"^model\.language_model\."), "language_model.model."),
+        (re.compile(r"^model\.vision_tower\."), "vision_tower.vision_model."),
+        (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
+    )
     vision_path = "model.vision_tower"
     vision_embed_path = "model.vision_tower.embeddings"
     encoder_path = "model.vision_tower.encoder.layers"

@@ -34,7 +34,7 @@ class LlavaDinov2(Llava):
 
     title, published = "LLaVA with DINOv2", "none"
     description = "llava: DINOv2 vision tower + two-layer projector + LLaMA or Qwen2 decoder"
-    tower = "dinov2"
+    tower, hub_rules = "dinov2", None
     attention: ClassVar[Mapping[Part, str]] = {**Llava.attention, "vision": "attention"}
     groups: ClassVar[Groups] = {
         **Llava.groups,

@@ -64,6 +64,7 @@ class Qwen3VL(QwenVL):
     """See the module."""
 
     name, title, published = "qwen3_vl", "Qwen3-VL", "Qwen3-VL-8B"
+    hub_rules = ()  # published checkpoints have the names inside the model
     model_class = "Qwen3VLForConditionalGeneration"
     description = "qwen3_vl: vision transformer + 2 x 2 mergers (DeepStack) + dense Qwen3 decoder"
     groups: ClassVar[Groups] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import UsageError
-from quota.models.base import Family, submodule, submodule_weight
+from quota.models.base import Family, KeyRules, submodule, submodule_weight
 from quota.models.groups import Norms, Part
 from quota.models.images import ImageIndex, ImageInput, PatchGrid, runs
 from quota.models.processing import WithoutVideos
@@ -56,6 +56,10 @@ class QwenVL(Family):
         (re.compile(r"^visual\."), "model.visual."),
         (re.compile(r"^language_model\."), "model.language_model."),
         (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
+    )
+    hub_rules: ClassVar[KeyRules | None] = (
+        (re.compile(r"^model\.visual\."), "visual."),
+        (re.compile(r"^model\.language_model\."), "model."),
     )
     vision_path = "model.visual"
     vision_embed_path = "model.visual.patch_embed"

@@ -13,6 +13,7 @@ from quota.core.formats import DEFAULT, MODULES, Scheme
 from quota.models import find_family
 from quota.models.quantize import Shapes, check_modules, linear_paths, quantize_structure
 from quota.nn.key_bias import QuantBiasedAttention
+from quota.nn.linear import RoundedLinear
 from quota.quant.transform import hadamard
 
 
@@ -33,14 +34,18 @@ def quantize_rtn(
     """
     chosen, family = check_modules(modules), find_family(model)
     weights = {
-        path: _stacked([model.get_submodule(part) for part in parts])
+        path: _floats([model.get_submodule(part) for part in parts])
         for path, parts in linear_paths(family, chosen).items()
     }
     layers = family.blocks("decoder")
     shapes: Shapes | None = None if transforms else {f"{path}.self_attn.k_bias": () for path in layers}
     quantize_structure(model, chosen, shapes, scheme)
-    for path, (weight, bias) in weights.items():
-        model.get_submodule(path).round_from(weight, bias, clip)
+    for path, (parts, bias) in weights.items():
+        linear = model.get_submodule(path)
+        if isinstance(linear, RoundedLinear):
+            linear.round_parts(parts, bias)
+        else:
+            linear.round_from(torch.cat(parts), bias, clip)
     for path in layers if "llm" in chosen else ():
         attention = model.get_submodule(f"{path}.self_attn")
         for matrix in (attention.q_transform, attention.k_transform):
@@ -59,6 +64,6 @@ def _part_key_bias(attention: QuantBiasedAttention) -> None:
     rows.zero_()
 
 
-def _stacked(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _floats(linears: list[nn.Linear]) -> tuple[list[Tensor], Tensor | None]:
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).float()
-    return torch.cat([linear.weight for linear in linears]).float(), bias
+    return [linear.weight.float() for linear in linears], bias

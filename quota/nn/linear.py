@@ -4,7 +4,7 @@ read it."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quota import ops
 from quota.core.errors import CheckpointError
-from quota.core.formats import DEFAULT, INT4, Scheme
+from quota.core.formats import DEFAULT, INT4, Format, Scheme
 from quota.core.registry import Op
 from quota.quant.affine import quantize_weight
 from quota.quant.pack import unpack_int4
@@ -115,6 +115,51 @@ class SchemeLinear(Float32State):
     @abstractmethod
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, of the input as the layer transforms or scales it."""
+
+
+class RoundedLinear(SchemeLinear):
+    """A linear layer whose weight is rounded as it is. Its tensors by name, without bias: `rounded` makes them, `value`
+    reads them."""
+
+    weights: Format
+    bias: Tensor | None
+
+    @staticmethod
+    @abstractmethod
+    def rounded(weight: Tensor, form: Format) -> dict[str, Tensor]:
+        """float [N, K] -> the tensors, rounded to nearest."""
+
+    @staticmethod
+    def of_codes(q: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """Codes uint8 [N, K] that count from 0, scale and zero [N, G] of a search -> the tensors."""
+        raise NotImplementedError
+
+    @staticmethod
+    @abstractmethod
+    def value(tensors: dict[str, Tensor], form: Format, k: int) -> Tensor:
+        """The tensors -> float32 [N, K]."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of this layer."""
+        return {name: tensor for name, tensor in self._buffers.items() if name.startswith("w_") and tensor is not None}
+
+    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
+        """As `SchemeLinear`; activations are not clipped."""
+        self.round_parts([weight], bias)
+
+    @torch.no_grad()
+    def round_parts(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+        """As `round_from`, of weights whose rows lie one below the other, each rounded for itself."""
+        parts = [self.rounded(weight, self.weights) for weight in weights]
+        for name in parts[0]:
+            getattr(self, name).copy_(torch.cat([part[name] for part in parts]))
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        self.forget()
+
+    def dequantized_weight(self) -> Tensor:
+        """As `SchemeLinear`."""
+        return self.value(self.stored(), self.weights, self.in_features)
 
 
 class QuantLinear(SchemeLinear):

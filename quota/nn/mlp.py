@@ -6,10 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 
+_GATED = "silu_mul"  # of gate and up side by side
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": functional.gelu,
+}
 GATED_PROLOGUES = {"silu": "silu_mul", "swish": "silu_mul"}
 PROLOGUES = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 _BLOCK_BYTES = (
@@ -21,6 +27,17 @@ def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of float32 x, computed in float64 and rounded once: vector bodies and scalar tails of float32 kernels
     disagree in the last bit, so a float32 result would depend on where a token lies in the batch."""
     return function(x.double()).float()
+
+
+def activated(x: Tensor, prologue: str | None) -> Tensor:
+    """x float32 [M, K], or [M, 2 K] for silu_mul -> [M, K]; as `ops.quantize_act`'s prologues, for layers whose kernels
+    fuse none."""
+    if prologue is None:
+        return x
+    if prologue != _GATED:
+        return activate(_FUNCTIONS[prologue], x)
+    gate, up = x.chunk(2, -1)
+    return activate(functional.silu, gate) * up
 
 
 class QuantMLP(nn.Module):

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from quota import ops
-from quota.core.formats import INT4_GROUPS, WEIGHT_ONLY, Scheme
-from quota.nn.linear import LinearSpec, SchemeLinear, Shapes, as_dtype_of, without_grad
-from quota.nn.mlp import activate
+from quota.core.formats import INT4_GROUPS, WEIGHT_ONLY, Format, Scheme
+from quota.nn.linear import LinearSpec, RoundedLinear, Shapes, as_dtype_of, without_grad
+from quota.nn.mlp import activated
 from quota.quant.grouped import dequantize_groups, round_groups
 from quota.quant.pack import pack_uint4, unpack_uint4
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-_GATED = "silu_mul"  # of gate and up side by side
-_PROLOGUES: dict[str, Callable[[Tensor], Tensor]] = {
-    _GATED: functional.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": functional.gelu,
-}
 
 
-class WeightLinear(SchemeLinear):
+class WeightLinear(RoundedLinear):
     """y = (x * input_scale) w^T + bias with w = (q - zero) * scale, in G groups along K.
 
     Buffers, which are also the checkpoint's tensors: `w_q` [N, ceil(K/2)] uint8 (two codes, low = even k),
@@ -77,14 +69,17 @@ class WeightLinear(SchemeLinear):
             spec.in_features, spec.out_features, bias=spec.bias, input_scale=scaled, device=spec.device, scheme=scheme
         )
 
-    @torch.no_grad()
-    def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
-        """As `SchemeLinear`; there are no activations to clip."""
-        q, scale, zero = round_groups(weight.float(), self.weights)
-        for name, tensor in (("w_q", pack_uint4(q)), ("w_scale", scale), ("w_zero", zero), ("bias", bias)):
-            if tensor is not None:
-                getattr(self, name).copy_(tensor)
-        self.forget()
+    @staticmethod
+    def rounded(weight: Tensor, form: Format) -> dict[str, Tensor]:
+        return WeightLinear.of_codes(*round_groups(weight.float(), form))
+
+    @staticmethod
+    def of_codes(q: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        return {"w_q": pack_uint4(q), "w_scale": scale, "w_zero": zero}
+
+    @staticmethod
+    def value(tensors: dict[str, Tensor], form: Format, k: int) -> Tensor:
+        return dequantize_groups(unpack_uint4(tensors["w_q"], k), tensors["w_scale"], tensors["w_zero"], form)
 
     def forget(self) -> None:
         self._grouped = None
@@ -105,7 +100,7 @@ class WeightLinear(SchemeLinear):
         `QuantLinear.forward`."""
         rows = x.reshape(-1, x.shape[-1])
         if prologue is not None:
-            rows = _activated(rows.float(), prologue)
+            rows = activated(rows.float(), prologue)
         if rows.dtype not in _NATIVE_DTYPES or self.input_scale is not None:
             rows = rows.float()
         if self.input_scale is not None:
@@ -114,9 +109,7 @@ class WeightLinear(SchemeLinear):
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, of the scaled input where there is an `input_scale`."""
-        return dequantize_groups(
-            unpack_uint4(self.grouped.codes(), self.in_features), self.w_scale, self.w_zero, self.weights
-        )
+        return self.value({**self.stored(), "w_q": self.grouped.codes()}, self.weights, self.in_features)
 
     def extra_repr(self) -> str:
         scaled = self.input_scale is not None
@@ -124,13 +117,3 @@ class WeightLinear(SchemeLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" input_scale={scaled}"
         )
-
-
-def _activated(x: Tensor, prologue: str) -> Tensor:
-    """x [M, K], or [M, 2 K] for silu_mul -> [M, K]; as `ops.quantize_act`'s prologues, which no kernel of this layer
-    fuses."""
-    function = _PROLOGUES[prologue]
-    if prologue != _GATED:
-        return activate(function, x)
-    gate, up = x.chunk(2, -1)
-    return activate(function, gate) * up

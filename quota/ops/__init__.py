@@ -18,9 +18,11 @@ from quota.ops.token_select import token_select
 from quota.ops.transform import transform
 from quota.ops.w4a4_linear import w4a4_linear
 from quota.ops.w4a16_linear import w4a16_linear
-from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
+from quota.ops.w8a8_linear import w8a8_linear
+from quota.ops.weights import ByteWeight, FloatWeight, GroupedWeight, Kv, PackedWeight
 
 __all__ = [
+    "ByteWeight",
     "FloatWeight",
     "GroupedWeight",
     "Kv",
@@ -42,4 +44,5 @@ __all__ = [
     "transform",
     "w4a16_linear",
     "w4a4_linear",
+    "w8a8_linear",
 ]

@@ -19,10 +19,10 @@ from quota.core.errors import UsageError
 from quota.core.malloc import release_pages
 from quota.core.registry import Context, ops
 from quota.ops.calls import Calls
-from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight, dense
+from quota.ops.weights import ByteWeight, FloatWeight, GroupedWeight, Kv, PackedWeight, dense
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_native" / "libquota_cpu.so"
-_PANEL = 64
+_PANEL, _GROUP, _STEP = 64, 4, 64  # as csrc/include/quota/kernels.h
 _BUILD = "build it with: QUOTA_BUILD=cpu pip install --no-build-isolation -e . (needs a C++ compiler)"
 
 
@@ -187,3 +187,13 @@ def kv16_paged_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     return _bound.kv16_paged_attention(q.contiguous(), k, v, table.contiguous(), length.contiguous(), scaling)
+
+
+def w8a8_linear(x: Tensor, weight: ByteWeight, bias: Tensor | None = None) -> Tensor:
+    if x.shape[-1] != weight.w_q.shape[1]:
+        raise ValueError(f"x: expected rows of {weight.w_q.shape[1]} features, got {list(x.shape)}")
+    blocks = weight.layouts.get("native")
+    if blocks is None:
+        blocks = weight.layouts["native"] = weight.panels(_PANEL, _GROUP, _STEP)
+        release_pages(weight.w_q.data_ptr(), weight.w_q.numel())
+    return _bound.w8a8_linear(x.contiguous(), blocks, weight.w_scale, dense(bias))

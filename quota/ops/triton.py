@@ -15,7 +15,7 @@ from torch import Tensor
 from quota.core.env import triton_interpreted
 from quota.core.registry import Context
 from quota.ops.placement import to_host
-from quota.ops.weights import FloatWeight, GroupedWeight, Kv, PackedWeight
+from quota.ops.weights import ByteWeight, FloatWeight, GroupedWeight, Kv, PackedWeight
 
 _CHECKOUT = Path(__file__).resolve().parents[2] / "kernels"
 _OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchronous copies
@@ -166,3 +166,7 @@ def kv16_paged_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     return _kernel("kv16_paged_attention")(q, k, v, table, length, scaling)
+
+
+def w8a8_linear(x: Tensor, weight: ByteWeight, bias: Tensor | None = None) -> Tensor:
+    return _kernel("w8a8_linear")(x, weight.w_q, weight.w_scale, bias)

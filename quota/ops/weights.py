@@ -49,6 +49,24 @@ class PackedWeight:
         return beside(self.w_q, self.w_scale)
 
 
+class ByteWeight:
+    """A weight in the portable layout (w_q int8 [N, K], w_scale float32 [N]) and, once asked for, a kernel's own."""
+
+    def __init__(self, w_q: Tensor, w_scale: Tensor) -> None:
+        if w_q.dtype != torch.int8 or w_q.ndim != 2:
+            raise ValueError(f"w_q: expected int8 [N, K], got {w_q.dtype} {list(w_q.shape)}")
+        if tuple(w_scale.shape) != (len(w_q),):
+            raise ValueError(f"w_scale: expected [{len(w_q)}], got {list(w_scale.shape)}")
+        self.w_q, self.w_scale = w_q.contiguous(), w_scale.float().contiguous()
+        self.layouts: dict[str, Any] = {}
+
+    def panels(self, columns: int, group: int, step: int) -> Tensor:
+        """int8 [P, padded K / group, columns, group], K padded to whole steps; zero past N and K."""
+        n, k = self.w_q.shape
+        padded = functional.pad(self.w_q, (0, -k % step, 0, -n % columns))
+        return padded.view(-1, columns, padded.shape[1] // group, group).transpose(1, 2).contiguous()
+
+
 class GroupedWeight:
     """A weight in the portable layout (w_q uint8 [N, ceil(K/2)] of codes 0..15, w_scale float32 and w_zero uint8 [N,
     G]), grouped as `INT4_GROUPS`, and, once asked for, a kernel's own layout."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quota.calib import steps
+from quota.calib.learn import learn_block
 from quota.calib.parts import assemble
 from quota.calib.run import calibrate
 from quota.calib.settings import Settings
@@ -21,7 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_parts(tmp_path: Path, family: str) -> None:
+def test_parts(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, samples = (
         (float_folder, picture_samples(3))
         if family == "llava"
@@ -42,6 +44,18 @@ def test_parts(tmp_path: Path, family: str) -> None:
     assert contents(tmp_path / "some-assembled") == contents(tmp_path / "some")
     assemble(source, {"vision": whole, "projector": whole, "llm": decoder}, tmp_path / "pruned-assembled")
     assert contents(tmp_path / "pruned-assembled") == contents(tmp_path / "pruned") != contents(whole)
+
+    learned = []
+    monkeypatch.setattr(
+        steps, "learn_block", lambda block, *a, **k: learned.append(block.path) or learn_block(block, *a, **k)
+    )
+    options = {"settings": Settings(modules=("llm",), steps=1), "recipe": recipe, "progress": False}
+    calibrate(tmp_path / "float", samples, out=tmp_path / "taken", unpruned=whole, **options)
+    assert contents(tmp_path / "taken") == contents(decoder)
+    assert learned == [source.family.decoder_layer(index) for index in (1, 2)]
+    with pytest.raises(CheckpointError, match=r"the same calibration without a recipe, got another .recipe is"):
+        calibrate(tmp_path / "float", samples, out=tmp_path / "none", unpruned=decoder, **options)
+    assert not list(tmp_path.glob("none*"))
 
 
 def pruned(folder: Path) -> dict:

@@ -126,7 +126,12 @@ def test_choices_are_listed(tmp_path: Path) -> None:
     made = ["calibrate", "m", "--samples", "s.json", "--out", tmp_path / "q"]
     fails(quota(*made, "--method", "best"), "--method", "flatquant, gptq, awq, rtn", "best")
     fails(quota(*made, "--method", "awq", "--steps", "3"), "--steps", "flatquant")
-    fails(quota(*made, "--scheme", "w4a16"), "--scheme", "flatquant", "makes w4a4kv4, got 'w4a16'")
+    fails(
+        quota(*made, "--method", "flatquant", "--scheme", "w4a16"),
+        "--scheme",
+        "flatquant",
+        "makes w4a4kv4, got 'w4a16'",
+    )
     fails(quota(*made, "--modules", "vision,head"), "--modules", "vision, projector, llm", "head")
     fails(quota(*made, "--modules", ","), "--modules")
 

@@ -107,7 +107,7 @@ def test_unknown_names_and_formats_without_a_kernel_are_refused():
     for scheme in SCHEMES.values():
         for other in SCHEMES.values():
             if linear_class(other) is not linear_class(scheme):
-                with pytest.raises(ValueError, match=f"scheme {other.name}: expected weights stored as int4"):
+                with pytest.raises(ValueError, match=f"scheme {other.name}: expected weights "):
                     linear_class(scheme)(8, 4, scheme=other)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quota.ops import FloatWeight, GroupedWeight, PackedWeight, native, triton
+from quota.ops import ByteWeight, FloatWeight, GroupedWeight, PackedWeight, native, triton
 from quota.ops.float_linear import float_linear_ref
 from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.kv4_attention import kv4_attention_ref
@@ -22,6 +22,7 @@ from quota.ops.token_select import token_select_ref
 from quota.ops.transform import transform_ref
 from quota.ops.w4a4_linear import w4a4_linear_ref
 from quota.ops.w4a16_linear import w4a16_linear_ref
+from quota.ops.w8a8_linear import w8a8_linear_ref
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
 from tests.ops.kv import cache, filled
@@ -291,6 +292,15 @@ def test_kv16_paged_attention_and_nan() -> None:
     v[0, 0, 66] = float("nan")
     out = triton.kv16_attention(q, k, v, *rest)[0][0, :, 0]
     assert out[66:].isnan().all() and out[:66].isfinite().all()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 3), (17, 70, 100)])
+def test_w8a8_linear(m: int, n: int, k: int) -> None:
+    x = randn(m, k)
+    x[0, 0] = float("nan") if m > 1 else 1.0
+    weight = ByteWeight(torch.randint(-127, 128, (n, k), generator=G, dtype=torch.int8), randn(n).abs())
+    for bias in (randn(n), None):
+        assert same((triton.w8a8_linear(x, weight, bias),), (w8a8_linear_ref(x, weight, bias),))
 
 
 def test_token_select_and_gather() -> None:

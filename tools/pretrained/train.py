@@ -46,13 +46,15 @@ _SAVE_SECONDS = 240
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. dense_lessons: whose features are stored. batch: lessons per step. lr falls over the last `fall`
-    of all language steps."""
+    """Sizes of a run. dense_lessons: whose features are stored. batch: lessons per step. first_lesson: number of the
+    first training lesson of the language steps, past those that a run before this one saw. lr falls over the last
+    `fall` of all language steps."""
 
     dense_lessons: int = 480
     dense_steps: int = 1200
     dense_batch: int = 8
     dense_lr: float = 2e-3
+    first_lesson: int = 0
     describe_steps: int = 40
     describe_batch: int = 2
     steps: int = 250
@@ -71,8 +73,10 @@ class Plan:
     def lessons(self, step: int) -> tuple[range, bool]:
         """(numbers of the training lessons of a language step, whether they are brief)."""
         if step < self.describe_steps:
-            return range(step * self.describe_batch, (step + 1) * self.describe_batch), True
-        first = self.describe_steps * self.describe_batch + (step - self.describe_steps) * self.batch
+            first = self.first_lesson + step * self.describe_batch
+            return range(first, first + self.describe_batch), True
+        asked = (step - self.describe_steps) * self.batch
+        first = self.first_lesson + self.describe_steps * self.describe_batch + asked
         return range(first, first + self.batch), False
 
 
@@ -350,6 +354,13 @@ def main() -> None:
         help=f"of {Plan.describe_batch} lessons (default %(default)s)",
     )
     parser.add_argument(
+        "--first-lesson",
+        type=int,
+        default=Plan.first_lesson,
+        help="number of the first training lesson of the language stages; a run that goes on from --start begins "
+        "behind those that were seen (default %(default)s)",
+    )
+    parser.add_argument(
         "--dense-lessons",
         type=int,
         default=Plan.dense_lessons,
@@ -372,6 +383,7 @@ def main() -> None:
     plan = Plan(
         dense_lessons=args.dense_lessons,
         dense_steps=args.dense_steps,
+        first_lesson=args.first_lesson,
         describe_steps=args.describe_steps,
         steps=args.steps,
         lr=args.lr,

@@ -212,6 +212,25 @@ struct GroupedArgs {
   int64_t m, n, k;
 };
 
+// Symmetric int8 per row of x [M, K]: q [M, padded_k(K)], zero past K, scale [M], and the sum of each row of q.
+struct Quantize8Args {
+  const float* x;
+  int64_t k;
+  int8_t* q;
+  float* scale;
+  int32_t* row_sum;
+};
+
+// y [M, N] = (float(sum q w) * w_scale) * x_scale (+ bias, may be null); blocks [ceil(N/64)][padded_k(K)/4][64][4] hold w, four k of a column together.
+struct Linear8Args {
+  Quantize8Args x;
+  const int8_t* blocks;
+  const float* w_scale;
+  const float* bias;
+  float* y;
+  int64_t m, n;
+};
+
 struct Kernels {
   const char* name;
   void (*transform)(const TransformArgs&, int64_t row_begin, int64_t row_end);
@@ -225,6 +244,8 @@ struct Kernels {
   void (*score)(const ScoreArgs&, int64_t head, const Tokens& queries, const Tokens& columns, float* out);
   void (*float_linear)(const FloatLinearArgs&, int64_t panel);
   void (*grouped_linear)(const GroupedArgs&, int64_t panel);
+  void (*quantize8)(const Quantize8Args&, int64_t row_begin, int64_t row_end);
+  void (*linear8)(const Linear8Args&, int64_t panel);
   Linear linear;
 };
 
