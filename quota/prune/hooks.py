@@ -76,7 +76,13 @@ class Hooks:
 
     def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        seen: Seen | None = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_seen", None)
+        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        seen: Seen | None = getattr(features, "quota_seen", None)
+        if seen is None and features is not None and self.family.newline_path is not None:
+            raise UsageError(
+                "mm_encoder_outputs: expected features that this model's get_image_features made under the recipe, got"
+                " others, whose sizes nothing tells; pass pixel_values"
+            )
         if kwargs.get("pixel_values") is not None:
             seen = self.seen({**kwargs, "input_ids": ids}, module)
         call = Call(self._index(ids, seen), None if seen is None else seen.shown)

@@ -238,6 +238,24 @@ def test_budgets_are_of_the_sets_that_the_recipe_names(name, reference):
         assert each[0] == [-(-3 * n // 10) for own in tiles for n in own]
 
 
+@torch.no_grad()
+def test_features_alone_need_the_sizes_of_their_images(name):
+    """Where lines end is known of features that the model made under the recipe."""
+    model = TINY[name][0]()
+    inputs = tile_inputs(model)
+    words = {key: inputs.pop(key) for key in ("input_ids", "attention_mask")}
+    before = model.model.get_image_features(**inputs, return_dict=True)
+    with patched(model, recipe_for(model, (1,), (0.3,), reference="per_tile")) as handle:
+        wanted = model(**words, **inputs).logits
+        seen = model.model.get_image_features(**inputs, return_dict=True)
+        assert torch.equal(model(**words, mm_encoder_outputs={"image": seen}).logits, wanted)
+        if name != "internvl":  # its markers tell
+            with pytest.raises(UsageError, match="mm_encoder_outputs: expected features"):
+                model(**words, mm_encoder_outputs={"image": before})
+        assert handle.kept[1].any()
+    assert "get_image_features" not in model.model.__dict__
+
+
 def test_a_cap_counts_all_tiles_of_an_image(name):
     model = quantize_rtn(TINY[name][0]())
     made = engine(model)

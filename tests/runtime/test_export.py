@@ -29,6 +29,9 @@ CASES = [
     ("qwen2_5_vl", "w8a8", ("vision", "projector", "llm")),
     ("qwen3_vl", "fp8", ("vision", "projector", "llm")),
     ("llava_siglip", "fp8", ("llm",)),
+    ("llava_next", "w8a8", ("vision", "projector", "llm")),
+    ("llava_onevision", "fp8", ("llm",)),
+    ("internvl", "fp8", ("vision", "projector", "llm")),
 ]
 
 
@@ -47,7 +50,9 @@ def exported(request, tmp_path_factory):
     model = load(folder / "ours")
     family = find_family(model)
     stored = load_file(folder / "out" / "model.safetensors")
-    assert family.name == "qwen3_vl" or not any(name.startswith(("model.visual", "model.language")) for name in stored)
+    assert family.name in ("qwen3_vl", "internvl") or not any(
+        name.startswith(("model.visual", "model.language")) for name in stored
+    )
     return (
         model,
         json.loads((folder / "out" / "config.json").read_text()),
