@@ -28,7 +28,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-IMAGE_TOKEN, PAD_TOKEN = 120, 0
+from tests.tiled import TILE_ROWS, tile_inputs, tiny_internvl, tiny_next, tiny_onevision
+from tests.weights import IMAGE_TOKEN, PAD_TOKEN, scatter
 
 
 def tiny_llava(
@@ -70,20 +71,8 @@ def tiny_llava(
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 7)
-    _scatter(model, generator)
+    scatter(model, generator)
     return model
-
-
-@torch.no_grad()
-def _scatter(model: Any, generator: torch.Generator) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        elif "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-        else:
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def llava_inputs(
@@ -136,7 +125,7 @@ def tiny_dinov2(**options: Any) -> LlavaForConditionalGeneration:
     )
     model = LlavaForConditionalGeneration._from_config(tied, attn_implementation="sdpa", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 7)
-    _scatter(model, generator)
+    scatter(model, generator)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lambda1"):
@@ -176,7 +165,7 @@ def tiny_siglip(seed: int = 0, vision_layers: int = 2, feature: int = -1, decode
         image_seq_length=16,
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
-    _scatter(model, torch.Generator().manual_seed(seed + 7))
+    scatter(model, torch.Generator().manual_seed(seed + 7))
     return model
 
 
@@ -200,7 +189,7 @@ QWEN_TEXT = {
 def _qwen(model_class: Any, config: Any, seed: int, key_bias: float = 0.0) -> Any:
     model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 7)
-    _scatter(model, generator)
+    scatter(model, generator)
     if key_bias:
         for layer in (model.model.language_model.layers[0], model.model.language_model.layers[-1]):
             _plant(layer.self_attn, key_bias, generator)
@@ -331,7 +320,7 @@ def tiny_paligemma(seed: int = 0) -> Any:
     )
     config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, projection_dim=64)
     model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    _scatter(model, torch.Generator().manual_seed(seed + 7))
+    scatter(model, torch.Generator().manual_seed(seed + 7))
     with torch.no_grad():
         for name, parameter in model.model.language_model.named_parameters():
             if "norm" in name:
@@ -367,7 +356,7 @@ def _pixtral(config_class: Any, model_class: Any, seed: int, vision: dict[str, A
     )
     config = config_class(vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN, **fields)
     model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
-    _scatter(model, torch.Generator().manual_seed(seed + 7))
+    scatter(model, torch.Generator().manual_seed(seed + 7))
     return model
 
 
@@ -433,6 +422,9 @@ TINY = {
     "llava_dinov2": (tiny_dinov2, llava_inputs),
     "llava_pixtral": (tiny_pixtral, pixtral_inputs),
     "llava_siglip": (tiny_siglip, llava_inputs),
+    "llava_next": (tiny_next, tile_inputs),
+    "llava_onevision": (tiny_onevision, tile_inputs),
+    "internvl": (tiny_internvl, tile_inputs),
     "mistral3": (tiny_mistral3, pixtral_inputs),
     "paligemma": (tiny_paligemma, paligemma_inputs),
     "qwen2_vl": (tiny_qwen2, qwen_inputs),
@@ -446,8 +438,11 @@ ROWS = {
     "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
     "llava_siglip": ((3, 5), (9, 4), (0, 2)),
     "paligemma": ((3, 5), (9, 4), (0, 2)),
+    **dict.fromkeys(("llava_next", "llava_onevision", "internvl"), TILE_ROWS),
     **dict.fromkeys(("llava_pixtral", "mistral3"), MIXED_ROWS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), MIXED_ROWS),
 }
+# families that show an image in tiles
+TILED = ("llava_next", "llava_onevision", "internvl")
 # families whose tiny model can be made with a large bias of the keys
 KEY_BIASED = ("qwen2_vl", "qwen2_5_vl")

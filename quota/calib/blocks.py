@@ -22,7 +22,8 @@ from transformers import AttentionInterface
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup, ValueMerge
 from quota.calib.precision import products_in
 from quota.core.formats import DEFAULT, Scheme
-from quota.models.base import Family, Group, Part
+from quota.models.base import Family
+from quota.models.groups import Group, Part
 from quota.models.images import PatchGrid
 from quota.ops.qkv_append import apply_rotary
 from quota.quant.transform import decompose
@@ -247,7 +248,7 @@ class Block(nn.Module):
             first = self.attention.config.num_attention_heads * self.attention.head_dim
             out[f"{self.path}.self_attn.qkv_proj.bias"][first : first + self.key_bias.numel()] = 0
         for name, tensor in self.layer.named_parameters():  # what is left of the float block: the norms
-            if name.rpartition(".")[0] in self.family.norms[self.kind]:
+            if name.rpartition(".")[0] in self.family.float_norms(self.kind):
                 out[f"{self.path}.{name}"] = tensor.detach().cpu().float().clone()
         for plan in self.plans:
             diag = self.groups[plan.name].diag()

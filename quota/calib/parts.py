@@ -14,7 +14,7 @@ from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import CheckpointWriter, Manifest
 from quota.core.checkpoint_files import iterate_tensors, weight_files
 from quota.core.errors import CheckpointError
-from quota.models.base import PARTS
+from quota.models.groups import PARTS
 
 
 def block_paths(source: FloatSource, module: str) -> list[str]:

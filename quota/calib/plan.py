@@ -18,7 +18,8 @@ from quota.calib.settings import METHODS, Method, Settings
 from quota.calib.speed import Speed
 from quota.core.formats import Scheme
 from quota.core.shards import DEFAULT_SHARD_BYTES
-from quota.models.base import Family, Part
+from quota.models.base import Family
+from quota.models.groups import Part
 from quota.quant.transform import decompose
 
 # Fitted on the embedded LLaVA's blocks, one thread: what a look costs of a learning step's rounding.

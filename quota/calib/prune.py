@@ -15,7 +15,7 @@ from torch import Tensor
 from quota.calib.blocks import Batch, Block
 from quota.calib.stream import QUERY, VISUAL, Stream
 from quota.core.recipe import Recipe
-from quota.models.images import ImageTokens
+from quota.models.images import ImageIndex, ImageTokens
 from quota.nn.attention import AttentionTrace
 from quota.prune.alive import Alive
 from quota.prune.budget import plan_budgets
@@ -29,14 +29,14 @@ def keep_masks(
     candidate: int,
     pair: tuple[Block | None, Block],
     stream: Stream,
-    shown: Callable[[int], ImageTokens],
+    shown: Callable[[int], tuple[ImageIndex, ImageTokens]],
     device: str,
 ) -> list[np.ndarray]:
     """Per item of `stream`: bool [length], False where `candidate` drops the token.
 
     pair: the float blocks of layers `candidate - 1` (`stream` is its input) and `candidate`; for candidate 0 there is
-    no first one and `stream` is the input of layer 0. shown: images of one item, on the columns of its prompt and
-    on the device.
+    no first one and `stream` is the input of layer 0. shown: where the images of one item stand, on the columns of its
+    prompt and on the device.
     Text always stays. Items run one at a time, so the choice does not depend on batching.
     """
     before, after = pair
@@ -56,9 +56,9 @@ def keep_masks(
                 hidden = hidden + stream.read_rows(item)[1][None, :, : stream.width].to(hidden)
             batch = replace(batch, hidden=hidden)
         column = torch.from_numpy(stream.columns[stream.rows(item)].astype(np.int64))[None].to(device)
-        tokens = shown(item)
-        image_index = tokens.number.gather(1, column).masked_fill(~visual, -1)
-        group, budget = plan_budgets(recipe, ratio, image_index, [stream.images[item]])
+        whole, tokens = shown(item)
+        index = ImageIndex(*(part.gather(1, column) for part in whole))
+        group, budget = plan_budgets(recipe, ratio, index, whole)
         alive = Alive(
             batch.hidden,
             group,
@@ -86,7 +86,6 @@ def gather(stream: Stream, path: Path, compact: bool, origin: int = 0) -> Stream
         numbers = np.arange(origin, origin + len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
         target.positions[to] = numbers if compact else positions
         target.roles[to], target.columns[to] = stream.roles[rows][mask], stream.columns[rows][mask]
-    target.images = list(stream.images)
     return target
 
 

@@ -211,23 +211,27 @@ def check_texts(processor: Any, samples: Iterable[Sample]) -> None:
 @dataclass(frozen=True)
 class Prompts:
     """The samples as the model reads them. ids: token ids of each sample. images: what a selection reads of each
-    sample's images. grids: of every image in order over all samples, its patch grid; None for a family of one
-    image size."""
+    sample's images, a raster each. grids: of each sample's images (`ImageInput.grid`)."""
 
     ids: tuple[list[int], ...]
     images: tuple[tuple[ImageInfo, ...], ...]
-    grids: tuple[PatchGrid | None, ...]
+    grids: tuple[tuple[PatchGrid | None, ...], ...]
+
+    @property
+    def all_grids(self) -> list[PatchGrid | None]:
+        """Of every image in order over all samples."""
+        return [grid for own in self.grids for grid in own]
 
     @classmethod
     def of(cls, processor: Any, family: Family, samples: Iterable[Sample]) -> Prompts:
         """Every sample encoded once, pixels not kept."""
-        ids, images, grids = list[list[int]](), list[tuple[ImageInfo, ...]](), list[PatchGrid | None]()
+        ids, images, grids = list[list[int]](), list[tuple[ImageInfo, ...]](), list[tuple[PatchGrid | None, ...]]()
         for sample in samples:
             encoded = encode(processor, sample, answer=True)
             own = family.images(encoded)
             ids.append(encoded["input_ids"][0].tolist())
-            images.append(tuple(map(family.shown, own)))
-            grids += [image.grid for image in own]
+            images.append(tuple(raster for image in own for raster in family.shown(image)))
+            grids.append(tuple(image.grid for image in own))
         return cls(tuple(ids), tuple(images), tuple(grids))
 
 

@@ -63,7 +63,6 @@ class StreamLayout(Document):
     roles: _Many[Annotated[int, Field(ge=0, le=2)]]
     columns: _Many[_Place]
     drops: _Many[Annotated[int, Field(ge=0, le=1)]]
-    images: _Many[_Many[_Count]]
     grids: _Many[tuple[_Count, _Count, _Count]]
 
     @model_validator(mode="after")
@@ -73,9 +72,8 @@ class StreamLayout(Document):
                 raise ValueError(f"{name}: expected {sum(self.lengths)} rows")
         if len(set(map(type, self.positions))) > 1:
             raise ValueError("positions: expected numbers alone, or triples alone")
-        for name, counts in (("images", (len(self.lengths),)), ("grids", (0, len(self.lengths)))):
-            if len(getattr(self, name)) not in counts:
-                raise ValueError(f"{name}: expected {len(self.lengths)} items")
+        if len(self.grids) not in (0, len(self.lengths)):
+            raise ValueError(f"grids: expected {len(self.lengths)} items")
         return self
 
     @property

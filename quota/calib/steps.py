@@ -30,8 +30,8 @@ from quota.calib.state import BlockReport, StreamName
 from quota.calib.stream import Stream, embed_images, embed_text
 from quota.calib.weight_only import quantize_weights, round_weights
 from quota.calib.work import WorkFolder
-from quota.models.base import PARTS, Part
-from quota.models.images import ImageInput, ImageTokens
+from quota.models.groups import PARTS, Part
+from quota.models.images import ImageIndex, ImageInput, ImageTokens
 
 Streams = dict[StreamName, Stream]
 Seconds = tuple[float, float]  # passing the samples through the step, calibrating its block
@@ -105,7 +105,7 @@ class _OfTower(Step):
     """Reads the tower's stream, an item per image."""
 
     def lengths(self, job: Job) -> list[int]:
-        return [job.source.family.tower_rows(grid) for grid in job.prompts.grids]
+        return [job.source.family.tower_rows(grid) for grid in job.prompts.all_grids]
 
     def widths(self, job: Job) -> tuple[int, int]:
         family = job.source.family
@@ -134,7 +134,7 @@ class EmbedImages(_OfTower):
     def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         path, dtype = work.stream_path("float"), job.settings.stream_dtype
-        return Left({"float": embed_images(job.source, self._images(job), job.prompts.grids, path, dtype)})
+        return Left({"float": embed_images(job.source, self._images(job), job.prompts.all_grids, path, dtype)})
 
     @staticmethod
     def _images(job: Job) -> Iterator[ImageInput]:
@@ -179,10 +179,9 @@ class EmbedText(_OfDecoder):
     def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         ids = [torch.tensor(ids) for ids in job.prompts.ids]
-        grids = [grid for grid in job.prompts.grids if grid is not None]
         return Left(
             {
-                name: embed_text(job.source, ids, stream, work.stream_path(name), grids)
+                name: embed_text(job.source, ids, stream, work.stream_path(name), job.prompts.grids)
                 for name, stream in work.streams.items()
             }
         )
@@ -215,9 +214,10 @@ class ChooseTokens(_OfDecoder):
         return job.source.block("decoder", path, job.settings.device, job.settings.products)
 
     @staticmethod
-    def _shown(job: Job, item: int) -> ImageTokens:
-        index = job.source.family.image_index(torch.tensor([job.prompts.ids[item]], device=job.settings.device))
-        return ImageTokens.of(index, job.prompts.images[item])
+    def _shown(job: Job, item: int) -> tuple[ImageIndex, ImageTokens]:
+        ids = torch.tensor([job.prompts.ids[item]], device=job.settings.device)
+        index = job.source.family.image_index(ids, job.prompts.grids[item])
+        return index, ImageTokens.of(index.tile, job.prompts.images[item])
 
 
 class DropTokens(_OfDecoder):
@@ -304,7 +304,7 @@ class _OfProjectors(Step):
 
     def lengths(self, job: Job) -> list[int]:
         family = job.source.family
-        return [family.tower_rows(grid) // family.merge**2 for grid in job.prompts.grids]
+        return [family.tower_rows(grid) // family.merge**2 for grid in job.prompts.all_grids]
 
     def widths(self, job: Job) -> tuple[int, int]:
         family = job.source.family

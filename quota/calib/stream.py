@@ -22,8 +22,8 @@ from quota.core.errors import CheckpointError
 from quota.core.files import naming, read_at, reserve, sha256_file, write_at
 from quota.core.folders import resolve_folder
 from quota.models import Family, find_family, fingerprint
-from quota.models.base import Part
 from quota.models.config import read_config
+from quota.models.groups import Part
 from quota.models.images import ImageInput, PatchGrid
 from quota.prune.attention import text_queries
 
@@ -206,9 +206,8 @@ class Stream:
 
     path: data file. lengths: rows of each item. positions int32 [total] (or [total, 3] under M-RoPE), roles int8
     [total], columns int32 [total] (places in the unpruned prompt), drops bool [total]
-    (rows the next gather leaves out): decoder stream, zeros elsewhere. images: per item
-    the visual tokens of each image before any drop (decoder stream). grids: per item the image's patch grid (tower
-    streams of dynamic resolution, else empty).
+    (rows the next gather leaves out): decoder stream, zeros elsewhere. grids: per item the image's grid (tower streams
+    of dynamic resolution, else empty).
     """
 
     def __init__(self, path: Path, width: int, lengths: Sequence[int], dtype: str, create: bool, rest: int = 0) -> None:
@@ -224,7 +223,6 @@ class Stream:
         self.roles = np.zeros(total, np.int8)
         self.columns = np.zeros(total, np.int32)
         self.drops = np.zeros(total, bool)
-        self.images: list[tuple[int, ...]] = [()] * len(self.lengths)
         self.grids: list[PatchGrid] = []
 
     def __len__(self) -> int:
@@ -287,7 +285,7 @@ class Stream:
         out = Stream(path, width or self.width, rows, self.dtype, create=True, rest=more)
         if lengths is None:
             out.positions, out.roles, out.columns = self.positions.copy(), self.roles.copy(), self.columns.copy()
-            out.drops, out.images, out.grids = self.drops.copy(), list(self.images), list(self.grids)
+            out.drops, out.grids = self.drops.copy(), list(self.grids)
         return out
 
     def layout(self) -> StreamLayout:
@@ -303,7 +301,6 @@ class Stream:
             roles=self.roles.tolist(),
             columns=self.columns.tolist(),
             drops=self.drops.astype(int).tolist(),
-            images=[list(counts) for counts in self.images],
             grids=self.grids,
         )
 
@@ -315,7 +312,6 @@ class Stream:
         out.roles = np.asarray(layout.roles, np.int8)
         out.columns = np.asarray(layout.columns, np.int32)
         out.drops = np.asarray(layout.drops, bool)
-        out.images = [tuple(counts) for counts in layout.images]
         out.grids = layout.grids
         return out
 
@@ -335,15 +331,16 @@ def embed_images(
 
 
 def embed_text(
-    source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[PatchGrid] = ()
+    source: FloatSource, ids: Sequence[Tensor], images: Stream, path: Path, grids: Sequence[Sequence[PatchGrid | None]]
 ) -> Stream:
     """The decoder's input stream: word embeddings with the projected images in their places, and their planes (0 for
     text).
 
-    ids: one int64 tensor [length] per sample, images (and their patch grids, where resolution is dynamic) in order of
-    appearance over all samples. CheckpointError when counts disagree.
+    ids: one int64 tensor [length] per sample; images in order of appearance over all samples; grids: of the images of
+    each sample (`ImageInput.grid`). CheckpointError when counts disagree.
     """
     family = source.family
+    newline = None if family.newline_path is None else source.tensor(family.newline_path).float()
     table = source.tensor(f"{family.embed_path}.weight")
     rest = family.hidden_size * len(family.taps)
     out = images.like(path, family.hidden_size, [len(sample) for sample in ids], rest)
@@ -352,27 +349,30 @@ def embed_text(
     first = 0
     for item, sample in enumerate(ids):
         hidden, planes = table[sample].float() * family.embed_scale, torch.zeros(len(sample), out.rest)
-        number = family.image_index(sample[None])[0]
-        own = list(range(first, first + int(number.max()) + 1))
-        counts = tuple(int((number == i).sum()) for i in range(len(own)))
-        if own and (own[-1] >= len(images) or counts != tuple(images.lengths[i] for i in own)):
-            stored = images.lengths[own[0] : own[-1] + 1]
+        index = family.image_index(sample[None], grids[item])
+        shown = index.image[0] >= 0
+        own = range(first, first + len(grids[item]))
+        parts = [images.read_rows(i) for i in own]
+        features = [family.arranged(part, grid, newline) for (part, _), grid in zip(parts, grids[item], strict=True)]
+        counts, stored = index.image[0][shown].bincount().tolist(), [len(part) for part in features]
+        if counts != stored:
             raise CheckpointError(
-                f"sample {item}: expected images of {stored} image tokens, got {list(counts)}; the processor does not"
+                f"sample {item}: expected images of {stored} image tokens, got {counts}; the processor does not"
                 " fit the model"
             )
         if own:
-            shown = [images.read_rows(i) for i in own]
-            hidden[number >= 0], planes[number >= 0] = (torch.cat(parts) for parts in zip(*shown, strict=True))
+            hidden[shown] = torch.cat(features)
+        if own and out.rest:
+            planes[shown] = torch.cat([rest for _, rest in parts])
         out.write(item, hidden, planes)
         rows = out.rows(item)
-        positions = family.positions(source.skeleton, sample, [grids[i] for i in own] if grids else []).T
+        positions = family.positions(source.skeleton, sample, [grid for grid in grids[item] if grid is not None]).T
         out.positions[rows] = (positions if family.axes > 1 else positions[:, 0]).numpy()
-        out.roles[rows], out.columns[rows], out.images[item] = _roles(number >= 0), np.arange(len(sample)), counts
+        out.roles[rows], out.columns[rows] = _roles(index.visual[0], shown), np.arange(len(sample))
         first += len(own)
     return out
 
 
-def _roles(visual: Tensor) -> np.ndarray:
-    query = text_queries(visual[None], torch.ones_like(visual)[None])[0] & ~visual
+def _roles(visual: Tensor, shown: Tensor) -> np.ndarray:
+    query = text_queries(shown[None], torch.ones_like(shown)[None])[0] & ~shown
     return torch.where(visual, VISUAL, torch.where(query, QUERY, TEXT)).to(torch.int8).numpy()

@@ -27,7 +27,7 @@ from quota.calib.state import BlockReport
 from quota.calib.stream import Stream
 from quota.core.errors import SampleError
 from quota.core.formats import WEIGHT_ONLY, Format, Scheme
-from quota.models.base import Group
+from quota.models.groups import Group
 from quota.models.quantize import linear_class
 from quota.nn.linear import RoundedLinear
 from quota.quant.awq import awq, search_scale

@@ -71,7 +71,7 @@ def run(
     if show is not None:
         from quota.report.overlay import save_overlay
 
-        save_overlay(show, opened, answer.kept_visual(), answer.grids)
+        save_overlay(show, answer.pictures, answer.kept_visual(), answer.grids)
     if json:
         print_json({"text": answer.text, **answer.figures(), "overlay": str(show) if show else None})
         return

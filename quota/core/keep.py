@@ -9,6 +9,7 @@ from fractions import Fraction
 REFERENCES: dict[str, str] = {
     "recorded": "budgets count reference_tokens per image",
     "per_image": "the prompt's own visual tokens",
+    "per_tile": "those of each tile of an image by themselves",
 }
 POSITION_POLICIES: dict[str, str] = {
     "original": "kept tokens keep their rotary positions",

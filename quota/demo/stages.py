@@ -138,7 +138,7 @@ class Demo(Pipeline):
                     said[row] = answer.text
                     if answer.kept and overlay is not None and overlay not in files:
                         files[overlay] = f"{overlay}.png"
-                        save_overlay(out / files[overlay], image, answer.kept_visual(), answer.grids)  # type: ignore[arg-type]
+                        save_overlay(out / files[overlay], answer.pictures, answer.kept_visual(), answer.grids)
                 # a caption may name the objects in any order: shown, not marked
                 right = {n: is_right(t, q.answer) for n, t in said.items()} if q.task != "caption" else {}
                 about = None if image is None else files[name]

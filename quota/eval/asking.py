@@ -18,12 +18,14 @@ from quota.models.processing import reserved_mark
 class Answer:
     """A text and what it took. `kept`: candidate layer -> bool [prompt tokens], empty without a recipe; `visual`: bool
     [prompt tokens].
-    `grids`: (rows, columns) of each image's tokens where resolution is dynamic."""
+    `pictures`: what each raster of visual tokens shows, the images or their tiles; `grids`: (rows, columns) of each
+    where resolution is dynamic."""
 
     text: str
     made: Generated
     kept: dict[int, Tensor]
     visual: Tensor
+    pictures: list[Any]
     grids: list[tuple[int, int]] | None = None
 
     def figures(self) -> dict[str, Any]:
@@ -69,16 +71,13 @@ def ask(model: Any, processor: Any, prompt: str, images: list[Any], *, max_new_t
     inputs = encode_prompts(model, processor, [render_prompt(processor, prompt, len(images))], images)
     max_new_tokens = min(max_new_tokens, room_for_answer(model, inputs["input_ids"].shape[1]))
     made = generate(model, inputs, max_new_tokens=max_new_tokens)
-    visual = (inputs["input_ids"][0] == find_family(model).image_token_id).cpu()
+    family = find_family(model)
+    visual, given = family.visual(inputs)[0].cpu(), family.images(inputs)
     kept = {layer: torch.as_tensor(mask[0]).bool().cpu() for layer, mask in kept_masks(model).items()}
     text = processor.batch_decode(made.new_ids, skip_special_tokens=True)[0].strip()
-    return Answer(text, made, kept, visual, _token_grids(model, inputs))
-
-
-def _token_grids(model: Any, inputs: dict[str, Tensor]) -> list[tuple[int, int]] | None:
-    family = find_family(model)
-    shown = [family.shown(image).grid for image in family.images(inputs)]
-    return [grid for grid in shown if grid is not None] or None
+    pictures = [part for image, own in zip(images, given, strict=True) for part in family.pictures(image, own)]
+    grids = [raster.grid for own in given for raster in family.shown(own) if raster.grid is not None]
+    return Answer(text, made, kept, visual, pictures, grids or None)
 
 
 def kept_masks(model: Any) -> dict[int, Tensor]:

@@ -27,6 +27,7 @@ _MODEL_INPUTS = (
     "attention_mask",
     "pixel_values",
     "image_sizes",
+    "batch_num_images",
     "image_grid_thw",
     "mm_token_type_ids",
     "token_type_ids",
@@ -218,7 +219,7 @@ def measure_cost(
             if progress:
                 progress()
             if number:
-                visual = int((inputs["input_ids"] == find_family(model).image_token_id).sum())
+                visual = int(find_family(model).visual(inputs).sum())
                 text = inputs["input_ids"].shape[1] - visual
                 # the last new token is never run through the model, so it is in no cache
                 seen[name].append((made, [n - text - (made.new_ids.shape[1] - 1) for n in made.cache_tokens]))

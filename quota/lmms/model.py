@@ -276,7 +276,7 @@ class Quota(lmms):
             made = generate(model, inputs, max_new_tokens=longest, stop=stop)
             masks = kept_masks(model)
         texts = processor.batch_decode(made.new_ids, skip_special_tokens=True)
-        visual = (inputs["input_ids"] == find_family(model).image_token_id).cpu()
+        visual = find_family(model).visual(inputs).cpu()
         kept = {layer: (torch.as_tensor(mask).cpu() & visual).sum(1).tolist() for layer, mask in masks.items()}
         layers = model.config.get_text_config().num_hidden_layers
         shared = {

@@ -13,6 +13,9 @@ from quota.models.base import Family, submodule
 # model_type -> module and class; a family's model library is imported when a model of it is met
 FAMILIES = {
     "llava": ("llava", "Llava"),
+    "llava_next": ("llava_next", "LlavaNext"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "internvl": ("internvl", "InternVL"),
     "mistral3": ("mistral3", "Mistral3"),
     "paligemma": ("paligemma", "PaliGemma"),
     "qwen2_vl": ("qwen2_vl", "Qwen2VL"),

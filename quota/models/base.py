@@ -12,20 +12,16 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.images import ImageInfo, ImageInput, PatchGrid, image_digest
+from quota.models.groups import PARTS, Group, Groups, Norms, Part
+from quota.models.images import ImageIndex, ImageInfo, ImageInput, PatchGrid, image_digest
 
-Part = Literal["vision", "projector", "decoder"]
-PARTS: dict[str, Part] = {"vision": "vision", "projector": "projector", "llm": "decoder"}
-Groups = Mapping[Part, tuple["Group", ...]]
-Norms = Mapping[Part, frozenset[str]]
 KeyRules = Sequence[tuple[re.Pattern[str], str]]
 
 _FINGERPRINT_ROWS = 256
@@ -37,33 +33,6 @@ _TEXT_DIMS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears that read the same input and are quantized together. Names are relative to the block.
-
-    name: of the quantized linear in modules and checkpoints. parts: the float linears, in row order. absorbs: the norm
-    that takes the per-channel diagonal of the input; "up" for the rows of up in the group `gate_up_proj` beside it,
-    which produces it; None where nothing can. value: "rows" produces the attention's values in its last rows, "columns"
-    reads what attention gave. fused: one linear holds q, k and v.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    absorbs: str | None = None
-    value: Literal["rows", "columns"] | None = None
-    fused: bool = False
-
-
-DECODER_GROUPS = (
-    Group(
-        "self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "rows"
-    ),
-    Group("self_attn.o_proj", ("self_attn.o_proj",), None, "columns"),
-    Group("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Group("mlp.down_proj", ("mlp.down_proj",), "up"),
 )
 
 
@@ -79,10 +48,10 @@ class Family(ABC):
     vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed.
     visual_tokens: of one image; None where it follows the image's size. prefix: the tokens of a prompt see all of it,
     only what follows is causal. norm_offset: what norms of the decoder add to their weight. first_position: rotary
-    position of a prompt's first token. embed_scale: what the word embedding multiplies its rows by. merge x merge
-    patches make a token. dims: vision sizes in the fingerprint. taps: tower blocks whose outputs have projectors of
-    their own; what these give, the planes, is added to the visual tokens after the first decoder layers, one plane a
-    layer.
+    position of a prompt's first token. embed_scale: what the word embedding multiplies its rows by. newline_path: the
+    tensor that stands at the end of an image's lines, where there is one. merge x merge patches make a token. dims:
+    vision sizes in the fingerprint. taps: tower blocks whose outputs have projectors of their own; what these give, the
+    planes, is added to the visual tokens after the first decoder layers, one plane a layer.
     """
 
     name: ClassVar[str]
@@ -104,6 +73,9 @@ class Family(ABC):
         "proportional",
     )  # angles depend on the position alone
     max_new_tokens: ClassVar[int] = 1024  # of lmms-eval's built-in wrapper, where a task sets none
+
+    newline_path: ClassVar[str | None] = None
+    processor_class: ClassVar[Any] = None  # upstream's without what it needs for videos; None: upstream's as it is
 
     vision_path: ClassVar[str]
     vision_embed_path: ClassVar[str]
@@ -145,6 +117,7 @@ class Family(ABC):
             text.hidden_size,
             text.intermediate_size,
         )
+        self.head_norms = head_norms(text)
         self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
         if getattr(text, "use_sliding_window", False):
             raise CheckpointError(
@@ -201,14 +174,18 @@ class Family(ABC):
 
     # quantized modules
 
+    def float_norms(self, part: Part) -> frozenset[str]:
+        """Modules of a block that stay float: `norms`, and those of a decoder's query and key heads."""
+        return self.norms[part] | (self.head_norms if part == "decoder" else frozenset())
+
     def value_heads(self, part: Part) -> int:
         """Heads whose outputs the output projection of a block reads."""
         return self.heads if part == "decoder" else self.vision_heads
 
     @abstractmethod
-    def tower_modules(self, linears: Mapping[str, Any]) -> dict[str, nn.Module]:
-        """Group name -> quantized linear of one tower block; returns what takes the place of the block's modules, by
-        name."""
+    def tower_modules(self, linears: Mapping[str, Any], block: Any) -> dict[str, nn.Module]:
+        """Group name -> quantized linear of one tower block, and the block as it is; returns what takes the place of
+        the block's modules, by name."""
 
     @abstractmethod
     def projector_modules(self, linears: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -244,7 +221,7 @@ class Family(ABC):
         """The processor of a checkpoint; raises what transformers raises."""
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(str(folder), **options)
+        return (cls.processor_class or AutoProcessor).from_pretrained(str(folder), **options)
 
     def images(self, inputs: Mapping[str, Any]) -> tuple[ImageInput, ...]:
         """The images in what the processor returned, in order of appearance."""
@@ -262,19 +239,31 @@ class Family(ABC):
             for part, (t, h, w) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True)
         ]
 
-    def shown(self, image: ImageInput) -> ImageInfo:
-        """What selections by content or position read of an image."""
-        grid = image.grid and (image.grid[0] * image.grid[1] // self.merge, image.grid[2] // self.merge)
-        return ImageInfo(image_digest(image.pixels), grid)
+    def shown(self, image: ImageInput) -> list[ImageInfo]:
+        """What selections by content or position read of an image, for each of its rasters."""
+        if image.grid is None:
+            return [ImageInfo(image_digest(image.pixels))]
+        frames, rows, columns = image.grid
+        return [ImageInfo(image_digest(image.pixels), (frames * rows // self.merge, columns // self.merge))]
+
+    def pictures(self, image: Any, given: ImageInput) -> list[Any]:
+        """The part of a Pillow image that each of its rasters shows, for drawing. given: what the processor made of
+        it."""
+        return [image for _ in self.shown(given)]
 
     @abstractmethod
     def image_tokens(self, image: ImageInput) -> int:
-        """Visual tokens of one image; UsageError for what is none of this model's."""
+        """Tokens of one image, its visual ones and what ends its lines; UsageError for what is none of this model's."""
 
     @abstractmethod
     def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
-        """[visual tokens, (1 + planes) * hidden] of each image in the model's dtype, what takes the place of its tokens
+        """[image tokens, (1 + planes) * hidden] of each image in the model's dtype, what takes the place of its tokens
         and its planes side by side; an image's features do not depend on the others."""
+
+    def arranged(self, features: Tensor, grid: PatchGrid | None, newline: Tensor | None) -> Tensor:
+        """What the projector gave of one image [visual tokens, hidden], or of its tiles one below the other -> [image
+        tokens, hidden], as it stands in the prompt. newline: [hidden], of `newline_path`."""
+        return features
 
     def take_planes(self, arguments: dict[str, Any]) -> Tensor | None:
         """Take what a forward of the text model was given to add after its first layers out of its arguments: planes
@@ -282,9 +271,13 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def image_index(self, ids: Tensor) -> Tensor:
-        """ids [B, S] -> int64 [B, S]: which image of its row a visual token belongs to (0, 1, ...), -1 for every other
-        token."""
+    def image_index(self, ids: Tensor, grids: Sequence[PatchGrid | None] = ()) -> ImageIndex:
+        """Where the images stand in ids [B, S]. grids: of the images in order over all rows; of one copy where rows are
+        repeated (beams)."""
+
+    def visual(self, inputs: Mapping[str, Any]) -> Tensor:
+        """bool [B, S]: the visual tokens of what the processor returned."""
+        return self.image_index(inputs["input_ids"], [image.grid for image in self.images(inputs)]).visual
 
     def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
         """ids int64 [S] of a prompt and the patch grids of its images -> int64 [axes, S]. model: any instance, with or
@@ -321,7 +314,7 @@ class Family(ABC):
     @abstractmethod
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
         """[rows, vision hidden] out of the tower -> [visual tokens, width] as the projector reads them, in raster
-        order."""
+        order (of tiles one after the other)."""
 
     def projector_block(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The float projector over [B, S, width] of `projector_rows` -> [B, S, hidden]."""
@@ -333,7 +326,7 @@ class Family(ABC):
         """Set the processor to the (fewest, most) pixels of lmms-eval's built-in wrapper, or to `limits`; returns how
         that wrapper resizes an image first."""
         if limits != (None, None):
-            raise UsageError(f"min_pixels, max_pixels: expected none for {self.name}, whose images have one size")
+            raise UsageError(f"min_pixels, max_pixels: expected none for {self.name}, which has no such limits")
         return None
 
     @abstractmethod
@@ -358,6 +351,18 @@ class Family(ABC):
         digest = hashlib.sha256(json.dumps(dims, sort_keys=True, separators=(",", ":")).encode())
         digest.update(torch.signbit(embed[:_FINGERPRINT_ROWS].detach().cpu()).contiguous().numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+
+def head_norms(text: Any) -> frozenset[str]:
+    """The norms of query and key heads in a decoder layer: those of Qwen3. CheckpointError where a bias is added before
+    them."""
+    if not text.model_type.startswith("qwen3"):
+        return frozenset()
+    if text.attention_bias:
+        raise CheckpointError(
+            "text_config.attention_bias: expected false, got true; a bias before the norm of a key is not supported"
+        )
+    return frozenset({"self_attn.q_norm", "self_attn.k_norm"})
 
 
 def head_dim(text: Any) -> int:

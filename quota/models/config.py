@@ -8,7 +8,7 @@ keep a damaged number from taking memory or time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ def _count(most: int, least: int = 1) -> _Rule:
     return _Rule(f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most)
 
 
+def _count_or_pair(most: int) -> _Rule:
+    one = _count(most)
+    expected = f"{one.expected}, or a list of two"
+    return _Rule(expected, lambda v: one.holds(v) or (isinstance(v, list) and len(v) == 2 and all(map(one.holds, v))))
+
+
 def _optional(rule: _Rule) -> _Rule:
     return _Rule(f"{rule.expected}, or null", lambda v: v is None or rule.holds(v))
 
@@ -71,6 +77,14 @@ _LAYERS, _WIDTH, _TOKEN = _count(1024), _count(2**18), _count(2**24, least=0)
 _INDICES = _Rule(
     "a list of block numbers", lambda v: isinstance(v, list) and all(type(i) is int and 0 <= i < 1024 for i in v)
 )
+_PAIRS = _Rule(
+    "a list of pairs of heights and widths",
+    lambda v: (
+        isinstance(v, list)
+        and 0 < len(v) <= 1024
+        and all(isinstance(p, list) and len(p) == 2 and all(type(n) is int and 0 < n < 2**20 for n in p) for p in v)
+    ),
+)
 
 _ROPE = {
     "rope_type": _one_of(_rope_types, "a rotary embedding that transformers knows, such as default"),
@@ -98,6 +112,7 @@ _TEXT = {
     "tie_word_embeddings": _FLAG,
     "attention_bias": _FLAG,
     "mlp_bias": _FLAG,
+    "sliding_window": _optional(_count(2**31)),
     "rope_parameters": _optional(_TABLE),
     "rope_scaling": _optional(_TABLE),
 }
@@ -109,8 +124,8 @@ _VISION = {
     "depth": _LAYERS,
     "num_attention_heads": _count(2**12),
     "num_heads": _count(2**12),
-    "image_size": _count(2**14),
-    "patch_size": _count(2**10),
+    "image_size": _count_or_pair(2**14),
+    "patch_size": _count_or_pair(2**10),
     "num_channels": _count(64),
     "in_channels": _count(64),
     "temporal_patch_size": _count(64),
@@ -125,6 +140,10 @@ _VISION = {
     "num_position_embeddings": _count(2**20),
     "mlp_ratio": _Rule("a number from 1 to 64", lambda v: type(v) in (int, float) and 1 <= v <= 64),
     "use_swiglu_ffn": _FLAG,
+    "use_qk_norm": _FLAG,
+    "use_mean_pooling": _FLAG,
+    "attention_bias": _FLAG,
+    "norm_type": _one_of(lambda: {"layer_norm", "rms_norm"}, "layer_norm or rms_norm"),
     "qkv_bias": _FLAG,
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
@@ -133,6 +152,8 @@ _TOP = {
     "text_config": _TABLE,
     "vision_config": _TABLE,
     "projector_hidden_act": _ACTIVATION,
+    "downsample_ratio": _Rule("a number above 0, at most 1", lambda v: type(v) in (int, float) and 0.01 < v <= 1),
+    "vision_aspect_ratio": _Rule("a text such as anyres_max_9", lambda v: isinstance(v, str)),
     "spatial_merge_size": _count(64),
     "image_token_id": _TOKEN,
     "image_token_index": _TOKEN,
@@ -140,6 +161,7 @@ _TOP = {
     "vision_start_token_id": _TOKEN,
     "vision_end_token_id": _TOKEN,
     "vision_feature_select_strategy": _one_of(lambda: {"default", "full"}, "default or full"),
+    "image_grid_pinpoints": _optional(_PAIRS),
     "tie_word_embeddings": _FLAG,
     "multimodal_projector_bias": _FLAG,
     "quantization_config": _optional(_TABLE),
@@ -221,14 +243,19 @@ def _check_sums(config: Any) -> None:
         raise CheckpointError(
             f"vision_config.{width}: expected a multiple of {across} heads, got {getattr(vision, width)}"
         )
-    size = getattr(vision, "image_size", None)
-    if size is not None and size < vision.patch_size:
-        raise CheckpointError(f"vision_config.patch_size: expected at most image_size {size}, got {vision.patch_size}")
-    window, unit = getattr(vision, "window_size", None), vision.patch_size * getattr(vision, "spatial_merge_size", 1)
+    size, patch = getattr(vision, "image_size", None), vision.patch_size
+    if size is not None and min(_sides(size)) < max(_sides(patch)):
+        raise CheckpointError(f"vision_config.patch_size: expected at most image_size {size}, got {patch}")
+    window = getattr(vision, "window_size", None)
+    unit = patch * getattr(vision, "spatial_merge_size", 1) if window is not None else 0
     if window is not None and window < unit:
         raise CheckpointError(
             f"vision_config.window_size: expected at least patch_size x spatial_merge_size = {unit}, got {window}"
         )
+
+
+def _sides(size: Any) -> Sequence[int]:
+    return size if isinstance(size, (list, tuple)) else (size,)
 
 
 def refuse_code(path: Path, data: Any) -> None:

@@ -18,8 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import DECODER_GROUPS, Family, Group, Groups, KeyRules, Norms, submodule_weight
-from quota.models.images import ImageInput, PatchGrid
+from quota.models.base import Family, KeyRules, submodule_weight
+from quota.models.groups import DECODER_GROUPS, Group, Groups, Norms
+from quota.models.images import ImageIndex, ImageInput, PatchGrid
 from quota.nn.embedding import PatchEmbedding, Rotary
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
@@ -56,7 +57,7 @@ class Llava(Family):
         "projector": frozenset(),
     }
     # Published checkpoints name their tensors in several ways; the module path inside the model is the canonical one.
-    key_rules = (
+    key_rules: ClassVar[KeyRules] = (
         (re.compile(r"^language_model\.lm_head\."), "lm_head."),
         (re.compile(r"^(?:model\.)?language_model\.model\."), "model.language_model."),
         (re.compile(r"^language_model\."), "model.language_model."),
@@ -64,6 +65,7 @@ class Llava(Family):
         (re.compile(r"^vision_tower\."), "model.vision_tower."),
         (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
     )
+    block_arguments: ClassVar[Mapping[str, Any]] = {"attention_mask": None}  # of a tower block
     hub_rules: ClassVar[KeyRules | None] = (
         (re.compile(r"^lm_head\."), "language_model.lm_head."),
         (re.compile(r"^model\.language_model\."), "language_model.model."),
@@ -118,8 +120,10 @@ class Llava(Family):
         self.vision_layers_used, self.vision_layers_total = used, total
         self.vision_hidden_size, self.vision_heads = vision.hidden_size, vision.num_attention_heads
         self.drops_cls = getattr(config, "vision_feature_select_strategy", "full") == "default"
-        self.patches = (vision.image_size // vision.patch_size) ** 2
-        self.visual_tokens: int = self.tower_rows(None) - int(self.drops_cls)
+        self.tile_px, patch_px = self.tile_size()
+        self.patches = (self.tile_px // patch_px) ** 2
+        self.tile_tokens = (self.tower_rows(None) - int(self.drops_cls)) // self.merge**2
+        self.visual_tokens = self.tile_tokens
         token = getattr(config, "image_token_id", None)
         self.image_token_id = int(config.image_token_index if token is None else token)
         dims = [
@@ -127,10 +131,19 @@ class Llava(Family):
             self.vision_mlp_size,
             total,
             self.vision_heads,
-            vision.image_size,
-            vision.patch_size,
+            self.tile_px,
+            patch_px,
         ]
-        self.dims = {"vision": dims, "vision_layers_used": used, "visual_tokens": self.visual_tokens}
+        self.dims = {"vision": dims, "vision_layers_used": used, "visual_tokens": self.tile_tokens}
+
+    def tile_size(self) -> tuple[int, int]:
+        """Sides of what the tower sees at once and of a patch, pixels."""
+        for name in ("image_size", "patch_size"):
+            if type(getattr(self.vision, name)) is not int:
+                raise CheckpointError(
+                    f"vision_config.{name}: expected a whole number, got {getattr(self.vision, name)!r}"
+                )
+        return self.vision.image_size, self.vision.patch_size
 
     @property
     def vision_mlp_size(self) -> int:
@@ -139,7 +152,7 @@ class Llava(Family):
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear], block: Any) -> dict[str, nn.Module]:
         return {
             "self_attn": QuantClipAttention(
                 linears["self_attn.qkv_proj"], linears["self_attn.out_proj"], heads=self.vision_heads
@@ -164,10 +177,10 @@ class Llava(Family):
     # images
 
     def image_tokens(self, image: ImageInput) -> int:
-        size = self.vision.image_size
+        size = self.tile_px
         if tuple(image.pixels.shape) != (3, size, size):
             raise UsageError(f"image: expected pixels {[3, size, size]}, got {list(image.pixels.shape)}")
-        return self.visual_tokens
+        return self.tile_tokens
 
     def encode(self, model: Any, images: Sequence[ImageInput]) -> list[Tensor]:
         weight = submodule_weight(model, self.embed_path)
@@ -175,23 +188,25 @@ class Llava(Family):
         features = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return [part.to(weight.dtype).clone() for part in features]
 
-    def image_index(self, ids: Tensor) -> Tensor:
+    def image_index(self, ids: Tensor, grids: Sequence[PatchGrid | None] = ()) -> ImageIndex:
         visual = ids == self.image_token_id  # images may stand side by side: only their length tells them apart
-        return ((visual.long().cumsum(-1) - 1) // self.visual_tokens).masked_fill(~visual, -1)
+        image = ((visual.long().cumsum(-1) - 1) // self.tile_tokens).masked_fill(~visual, -1)
+        return ImageIndex(image, image)
 
     # the tower block by block
 
     def tower_rows(self, grid: PatchGrid | None) -> int:
-        return self.patches + self.class_tokens
+        return (1 if grid is None else grid[0]) * (self.patches + self.class_tokens)
 
     def tower_input(self, module: Callable[[str], Any], image: ImageInput) -> Tensor:
-        size = self.vision.image_size
+        size = self.tile_px
         if tuple(image.pixels.shape[-2:]) != (size, size):
             found = list(image.pixels.shape[-2:])
             raise CheckpointError(
                 f"pixel_values: expected {size} x {size} pixels, got {found}; the processor does not fit the model"
             )
-        return self.enter_tower(module, module(self.vision_embed_path)(image.pixels[None].float()))[0]
+        tiles = image.pixels.float().view(-1, *image.pixels.shape[-3:])
+        return self.enter_tower(module, module(self.vision_embed_path)(tiles)).flatten(0, 1)
 
     def enter_tower(self, module: Callable[[str], Any], embedded: Tensor) -> Tensor:
         """Patches and class token [B, rows, C] as the embeddings give them -> the first block's input."""
@@ -200,10 +215,15 @@ class Llava(Family):
     def tower_block(
         self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
     ) -> Tensor:
-        return layer(hidden, attention_mask=None)
+        out = torch.zeros_like(hidden)
+        tiles = hidden[valid].view(-1, self.tower_rows(None), hidden.shape[-1])
+        out[valid] = layer(tiles, **self.block_arguments).flatten(0, 1)
+        return out
 
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:
-        return hidden[int(self.drops_cls) :]
+        if not self.drops_cls:
+            return hidden
+        return hidden.view(-1, self.tower_rows(None), hidden.shape[-1])[:, 1:].flatten(0, 1)
 
     # costs
 
@@ -212,13 +232,13 @@ class Llava(Family):
         n, h, m = self.tower_rows(None), v.hidden_size, self.vision_mlp_size
         block = 4 * n * h * h + 2 * n * n * h + 2 * n * h * m
         return (
-            self.patches * v.num_channels * v.patch_size**2 * h
+            self.patches * v.num_channels * self.tile_size()[1] ** 2 * h
             + self.vision_layers_used * block
-            + self.visual_tokens * (h * d + d * d)
+            + self.tile_tokens * (self.merge**2 * h * d + d * d)
         )
 
     def pixel_shape(self, visual_tokens: int) -> tuple[tuple[int, ...], PatchGrid | None]:
-        return (3, self.vision.image_size, self.vision.image_size), None
+        return (3, self.tile_px, self.tile_px), None
 
 
 class UnusedLayer(CLIPEncoderLayer):
@@ -233,9 +253,15 @@ class QuantClipAttention(nn.Module):
     """CLIP's bidirectional attention: quantized projections, float scores. Images are attended one at a time, so that
     an image gives the same features alone and in a batch."""
 
-    def __init__(self, qkv_proj: SchemeLinear, out_proj: SchemeLinear, *, heads: int) -> None:
+    def __init__(
+        self, qkv_proj: SchemeLinear, out_proj: SchemeLinear, *, heads: int, norms: Sequence[nn.Module] = ()
+    ) -> None:
+        """norms: of all queries and of all keys of a token, where there are any."""
         super().__init__()
         self.qkv_proj, self.out_proj, self.heads = qkv_proj, out_proj, heads
+        self.q_norm: nn.Module | None
+        self.k_norm: nn.Module | None
+        self.q_norm, self.k_norm = norms or (None, None)
 
     @without_grad
     def forward(
@@ -243,11 +269,11 @@ class QuantClipAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> (output of the same shape, None)."""
         batch, tokens, hidden = hidden_states.shape
-        x = (
-            self.qkv_proj(hidden_states.float())
-            .view(batch, tokens, 3, self.heads, hidden // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
+        x = self.qkv_proj(hidden_states.float())
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = x.chunk(3, -1)
+            x = torch.cat([self.q_norm(q), self.k_norm(k), v], -1)
+        x = x.view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         masks = (
             [None] * batch
             if attention_mask is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from quota.core.errors import CheckpointError
-from quota.models.base import Group, Groups, Norms, Part
+from quota.models.groups import Group, Groups, Norms, Part
 from quota.models.llava import Llava, QuantClipAttention
 from quota.nn.embedding import PatchEmbedding
 from quota.nn.linear import SchemeLinear
@@ -66,7 +66,7 @@ class LlavaDinov2(Llava):
     def vision_mlp_size(self) -> int:
         return int(self.vision.hidden_size * self.vision.mlp_ratio)
 
-    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear], block: Any) -> dict[str, nn.Module]:
         qkv, out = linears["attention.qkv_proj"], linears["attention.out_proj"]
         return {
             "attention": QuantClipAttention(qkv, out, heads=self.vision_heads),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,14 +23,53 @@ from transformers.models.pixtral.modeling_pixtral import (
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import Group, Groups, KeyRules, Norms, Part, submodule, submodule_weight
-from quota.models.images import ImageInput, PatchGrid
+from quota.models.base import KeyRules, submodule, submodule_weight
+from quota.models.groups import Group, Groups, Norms, Part
+from quota.models.images import ImageIndex, ImageInput, PatchGrid
 from quota.models.llava import Llava
 from quota.nn.embedding import PatchEmbedding
 from quota.nn.float_attention import float_attention
 from quota.nn.linear import SchemeLinear, without_grad
 from quota.nn.mlp import QuantMLP
 from quota.ops.qkv_append import apply_rotary
+
+
+class PixtralProcessor(ProcessorMixin):
+    """Images and text as upstream's processor of this name makes them, which cannot be imported without torchvision.
+    Files name upstream's class, so this one has its name."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int = 16,
+        spatial_merge_size: int = 1,
+        chat_template: str | None = None,
+        image_token: str = "[IMG]",
+        image_break_token: str = "[IMG_BREAK]",
+        image_end_token: str = "[IMG_END]",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.patch_size, self.spatial_merge_size = patch_size, spatial_merge_size
+        self.image_token, self.image_break_token, self.image_end_token = image_token, image_break_token, image_end_token
+        self.image_token_id, self.image_break_token_id, self.image_end_token_id = tokenizer.convert_tokens_to_ids(
+            [image_token, image_break_token, image_end_token]
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def _process_images(self, images: Any, **options: Any) -> Any:
+        return super()._process_images(images, **{**options, "patch_size": self.patch_size * self.spatial_merge_size})
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The text of one image: a run of image tokens for each row, a break behind each, the end behind the last."""
+        rows, columns = (
+            int(edge) // (self.patch_size * self.spatial_merge_size) for edge in image_inputs["image_sizes"][image_idx]
+        )
+        return self.image_break_token.join([self.image_token * columns] * rows) + self.image_end_token
 
 
 class LlavaPixtral(Llava):
@@ -64,26 +102,22 @@ class LlavaPixtral(Llava):
     )
     vision_embed_path = "model.vision_tower.patch_conv"
     encoder_path = "model.vision_tower.transformer.layers"
+    processor_class = PixtralProcessor
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         vision = self.vision
-        if type(vision.patch_size) is not int or type(vision.image_size) is not int:
-            raise CheckpointError(
-                f"vision_config.patch_size, image_size: expected whole numbers, got {vision.patch_size!r} and"
-                f" {vision.image_size!r}"
-            )
         if self.drops_cls:
             raise CheckpointError(
                 "vision_feature_select_strategy: expected full, got default; a Pixtral tower has no class token to drop"
             )
-        self.visual_tokens = None  # type: ignore[assignment]
+        self.visual_tokens = None
         self.patch = vision.num_channels * vision.patch_size**2
         self.dims["tower"] = self.tower
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear], block: Any) -> dict[str, nn.Module]:
         gate_up, down = linears["feed_forward.gate_up_proj"], linears["feed_forward.down_proj"]
         return {
             "attention": QuantPixtralAttention(
@@ -104,10 +138,6 @@ class LlavaPixtral(Llava):
         tower.patch_positional_embedding = type(tower.patch_positional_embedding)(tower.config)
 
     # images
-
-    @classmethod
-    def open_processor(cls, folder: str | Path, **options: Any) -> Any:
-        return PixtralProcessor.from_pretrained(str(folder), **options)
 
     def images(self, inputs: Mapping[str, Any]) -> tuple[ImageInput, ...]:
         pixels = inputs.get("pixel_values")
@@ -153,14 +183,15 @@ class LlavaPixtral(Llava):
         out: Tensor = projector(states)[0]
         return out
 
-    def image_index(self, ids: Tensor) -> Tensor:
+    def image_index(self, ids: Tensor, grids: Sequence[PatchGrid | None] = ()) -> ImageIndex:
         visual = ids == self.image_token_id
         # What follows a prompt's last visual token is the end token, and one behind any other closes an image.
         column = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(visual, column, -1).amax(-1, keepdim=True)
         end = ids.gather(1, (last + 1).clamp(max=ids.shape[1] - 1))
         behind = torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], -1) & ~visual
-        return (behind & (ids == end)).long().cumsum(-1).masked_fill(~visual, -1)
+        image = (behind & (ids == end)).long().cumsum(-1).masked_fill(~visual, -1)
+        return ImageIndex(image, image)
 
     # the tower block by block
 
@@ -290,41 +321,3 @@ class QuantPixtralAttention(nn.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         out = float_attention(q, k, v.contiguous(), hidden_states.dtype).transpose(1, 2).reshape(1, n, hidden)
         return self.o_proj(out).to(hidden_states.dtype), None
-
-
-class PixtralProcessor(ProcessorMixin):
-    """Images and text as upstream's processor of this name makes them, which cannot be imported without torchvision.
-    Files name upstream's class, so this one has its name."""
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int = 16,
-        spatial_merge_size: int = 1,
-        chat_template: str | None = None,
-        image_token: str = "[IMG]",
-        image_break_token: str = "[IMG_BREAK]",
-        image_end_token: str = "[IMG_END]",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.patch_size, self.spatial_merge_size = patch_size, spatial_merge_size
-        self.image_token, self.image_break_token, self.image_end_token = image_token, image_break_token, image_end_token
-        self.image_token_id, self.image_break_token_id, self.image_end_token_id = tokenizer.convert_tokens_to_ids(
-            [image_token, image_break_token, image_end_token]
-        )
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
-
-    def _process_images(self, images: Any, **options: Any) -> Any:
-        return super()._process_images(images, **{**options, "patch_size": self.patch_size * self.spatial_merge_size})
-
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The text of one image: a run of image tokens for each row, a break behind each, the end behind the last."""
-        rows, columns = (
-            int(edge) // (self.patch_size * self.spatial_merge_size) for edge in image_inputs["image_sizes"][image_idx]
-        )
-        return self.image_break_token.join([self.image_token * columns] * rows) + self.image_end_token

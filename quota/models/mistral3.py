@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
-from quota.models.base import Family, Group, Groups, Norms
+from quota.models.base import Family
+from quota.models.groups import Group, Groups, Norms
 from quota.models.images import PatchGrid
 from quota.models.llava_pixtral import LlavaPixtral
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32

@@ -16,7 +16,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import CheckpointError
-from quota.models.base import Family, Group, Groups, submodule
+from quota.models.base import submodule
+from quota.models.groups import Group, Groups
+from quota.models.llava import Llava
 from quota.models.llava_siglip import LlavaSiglip
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32, without_grad
 
@@ -40,7 +42,7 @@ class PaliGemma(LlavaSiglip):
     prefix, norm_offset, first_position = True, 1.0, 1
 
     @classmethod
-    def kind_of(cls, config: Any) -> type[Family]:
+    def kind_of(cls, config: Any) -> type[Llava]:
         return cls
 
     def __init__(self, config: Any) -> None:

@@ -5,15 +5,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
 
 from quota.core.documents import read_object
 from quota.models import FAMILIES, find_family
 from quota.models.config import read_config, refuse_folder_code
 
 BACKEND = "pil"
+
+
+class WithoutVideos(ProcessorMixin):
+    """Upstream's processor of a family for images and text, which needs no torchvision. Files name upstream's class, so
+    the class made of the two has that name. video_type: the class that files name for videos.
+
+    Videos are refused by the base class, which finds no video processor.
+    """
+
+    video_type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes. Upstream's class wants a video processor where torchvision is installed; it
+        has the images' sizes, as upstream's own fallback gives it."""
+        out: dict[str, Any] = super().to_dict()
+        videos = {name: value for name, value in out["image_processor"].items() if name != "image_processor_type"}
+        out["video_processor"] = {**videos, "video_processor_type": self.video_type}
+        return out
 
 
 def open_processor(folder: str | Path) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quota.core.errors import CheckpointError
 from quota.core.formats import DEFAULT, FLOAT, MODULES, Scheme
 from quota.models import find_family
-from quota.models.base import PARTS, Family, Group, Part, replace, submodule
+from quota.models.base import Family, replace, submodule
+from quota.models.groups import PARTS, Group, Part
 from quota.nn.attention import QuantAttention
 from quota.nn.head import HeadLinear
 from quota.nn.key_bias import QuantBiasedAttention
@@ -78,7 +79,8 @@ def quantize_structure(
         replace(model, family.lm_head_path, HeadLinear.replacing(model.get_submodule(family.lm_head_path)))
     if "vision" in chosen:
         for path in family.blocks("vision"):
-            _replace_all(model, path, family.tower_modules(_linears(build, model, family, "vision", path)))
+            linears, block = _linears(build, model, family, "vision", path), submodule(model, path)
+            _replace_all(model, path, family.tower_modules(linears, block))
         family.finish_tower(submodule(model, family.vision_path))
     if "projector" in chosen:
         for path in family.blocks("projector"):
@@ -116,7 +118,7 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
     apart = build.scheme.kv is not None and build.scheme.kv.number == "int"  # floats have room for a bias
     biased = apart and layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
     linears = _linears(build, model, family, "decoder", path)
-    for name in family.norms["decoder"]:
+    for name in family.float_norms("decoder"):
         replace(layer, name, RmsNorm.replacing(submodule(layer, name), family.norm_offset))
     norms = tuple(getattr(layer.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name))
     transforms = [

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as upstream
 
-from quota.models.base import DECODER_GROUPS, Group, Groups
+from quota.models.groups import DECODER_GROUPS, Group, Groups
 from quota.models.qwen_tower import OneByOne, QuantWindowAttention, TowerGeometry
-from quota.models.qwen_vl import QwenVL, WithoutVideos
+from quota.models.qwen_vl import QwenProcessor, QwenVL
 from quota.nn.linear import SchemeLinear
 from quota.nn.mlp import QuantMLP
 
@@ -35,7 +35,7 @@ class Tower(OneByOne, modeling.Qwen2_5_VisionTransformerPretrainedModel):
     """Upstream's, one image at a time."""
 
 
-class Qwen2_5_VLProcessor(WithoutVideos, upstream.Qwen2_5_VLProcessor):
+class Qwen2_5_VLProcessor(QwenProcessor, upstream.Qwen2_5_VLProcessor):
     """Upstream's for images and text."""
 
 
@@ -67,7 +67,7 @@ class Qwen25VL(QwenVL):
             "full_attention": sorted(self.vision.fullatt_block_indexes),
         }
 
-    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear], block: Any) -> dict[str, nn.Module]:
         return {
             "attn": QuantWindowAttention(linears["attn.qkv"], linears["attn.proj"], heads=self.vision_heads),
             "mlp": QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=self.vision.hidden_act),

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
 from transformers.models.qwen2_vl import processing_qwen2_vl as upstream
 
-from quota.models.base import DECODER_GROUPS, Group, Groups
+from quota.models.groups import DECODER_GROUPS, Group, Groups
 from quota.models.qwen_tower import OneByOne, QuantWindowAttention
-from quota.models.qwen_vl import QwenVL, WithoutVideos
+from quota.models.qwen_vl import QwenProcessor, QwenVL
 from quota.nn.linear import SchemeLinear
 from quota.nn.mlp import QuantFeedForward
 
@@ -32,7 +32,7 @@ class Tower(OneByOne, modeling.Qwen2VisionTransformerPretrainedModel):
     """Upstream's, one image at a time."""
 
 
-class Qwen2VLProcessor(WithoutVideos, upstream.Qwen2VLProcessor):
+class Qwen2VLProcessor(QwenProcessor, upstream.Qwen2VLProcessor):
     """Upstream's for images and text."""
 
 
@@ -65,7 +65,7 @@ class Qwen2VL(QwenVL):
     def vision_mlp_size(self) -> int:
         return int(self.vision.embed_dim * self.vision.mlp_ratio)
 
-    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear], block: Any) -> dict[str, nn.Module]:
         return {
             "attn": QuantWindowAttention(linears["attn.qkv"], linears["attn.proj"], heads=self.vision_heads),
             "mlp": QuantFeedForward(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),

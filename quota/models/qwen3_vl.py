@@ -17,10 +17,10 @@ from transformers.models.qwen3_vl import processing_qwen3_vl as upstream
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from quota.core.errors import CheckpointError
-from quota.models.base import DECODER_GROUPS, Group, Groups, Norms
+from quota.models.groups import DECODER_GROUPS, Group, Groups, Norms
 from quota.models.images import ImageInput
 from quota.models.qwen_tower import OneByOne, QuantWindowAttention
-from quota.models.qwen_vl import QwenVL, WithoutVideos
+from quota.models.qwen_vl import QwenProcessor, QwenVL
 from quota.nn.linear import SchemeLinear, as_dtype_of, as_float32
 from quota.nn.mlp import QuantFeedForward
 
@@ -56,7 +56,7 @@ class Merger(modeling.Qwen3VLVisionPatchMerger):
         return as_dtype_of(self.linear_fc2(self.linear_fc1(as_float32(rows)), "gelu"), x)
 
 
-class Qwen3VLProcessor(WithoutVideos, upstream.Qwen3VLProcessor):
+class Qwen3VLProcessor(QwenProcessor, upstream.Qwen3VLProcessor):
     """Upstream's for images and text."""
 
 
@@ -77,11 +77,7 @@ class Qwen3VL(QwenVL):
         ),
         "projector": (Group("linear_fc1", ("linear_fc1",)), Group("linear_fc2", ("linear_fc2",))),
     }
-    norms: ClassVar[Norms] = {
-        **QwenVL.norms,
-        "decoder": QwenVL.norms["decoder"] | {"self_attn.q_norm", "self_attn.k_norm"},
-        "projector": frozenset({"norm"}),
-    }
+    norms: ClassVar[Norms] = {**QwenVL.norms, "projector": frozenset({"norm"})}
     rotary_class = modeling.Qwen3VLTextRotaryEmbedding
     tower_class = Tower
     processor_class = Qwen3VLProcessor
@@ -96,10 +92,6 @@ class Qwen3VL(QwenVL):
                 f"vision_config.deepstack_visual_indexes: expected fewer than {self.layers} ascending blocks of"
                 f" {self.vision.depth}, got {taps}"
             )
-        if self.text.attention_bias:
-            raise CheckpointError(
-                "text_config.attention_bias: expected false, got true; a bias before the norm of a key is not supported"
-            )
         self.taps = tuple(taps)
         self.dims = {"vision": [getattr(self.vision, name) for name in _VISION_DIMS], "deepstack": taps}
 
@@ -110,7 +102,7 @@ class Qwen3VL(QwenVL):
 
     # quantized modules
 
-    def tower_modules(self, linears: Mapping[str, SchemeLinear]) -> dict[str, nn.Module]:
+    def tower_modules(self, linears: Mapping[str, SchemeLinear], block: Any) -> dict[str, nn.Module]:
         return {
             "attn": QuantWindowAttention(linears["attn.qkv"], linears["attn.proj"], heads=self.vision_heads),
             "mlp": QuantFeedForward(linears["mlp.fc1"], linears["mlp.fc2"], act=self.vision.hidden_act),

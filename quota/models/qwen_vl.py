@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import UsageError
-from quota.models.base import Family, KeyRules, Norms, Part, submodule, submodule_weight
-from quota.models.images import ImageInput, PatchGrid
+from quota.models.base import Family, KeyRules, submodule, submodule_weight
+from quota.models.groups import Norms, Part
+from quota.models.images import ImageIndex, ImageInput, PatchGrid, runs
+from quota.models.processing import WithoutVideos
 from quota.models.qwen_tower import QuantMerger, TowerGeometry, geometry_of, tower_rotary, tower_width
 from quota.nn.embedding import MultimodalRotary
 from quota.nn.linear import SchemeLinear
@@ -67,7 +68,6 @@ class QwenVL(Family):
     visual_tokens = None
     rotary_class: ClassVar[type[nn.Module]]
     tower_class: ClassVar[type[nn.Module]]
-    processor_class: ClassVar[Any]
     token_px: ClassVar[int] = 28
     pixels: ClassVar[tuple[int, int]] = (256 * 28**2, 1_605_632)
     mlp_linears: ClassVar[int] = 2
@@ -106,10 +106,6 @@ class QwenVL(Family):
 
     # images and positions
 
-    @classmethod
-    def open_processor(cls, folder: str | Path, **options: Any) -> Any:
-        return cls.processor_class.from_pretrained(str(folder), **options)
-
     def image_tokens(self, image: ImageInput) -> int:
         if image.grid is None:
             raise UsageError(
@@ -144,10 +140,9 @@ class QwenVL(Family):
         features: Tensor = found.pooler_output[0]
         return features
 
-    def image_index(self, ids: Tensor) -> Tensor:
-        visual = ids == self.image_token_id  # markers stand between images, so a run is an image
-        begins = visual & ~torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], -1)
-        return (begins.long().cumsum(-1) - 1).masked_fill(~visual, -1)
+    def image_index(self, ids: Tensor, grids: Sequence[PatchGrid | None] = ()) -> ImageIndex:
+        image = runs(ids == self.image_token_id)  # markers stand between images
+        return ImageIndex(image, image)
 
     def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
         kinds = (ids == self.image_token_id).int()[None]
@@ -252,12 +247,10 @@ def _fetched(token_px: int, image: Any) -> Any:
     return image.resize((columns, rows))
 
 
-class WithoutVideos(ProcessorMixin):
-    """Upstream's processor of a family for images and text, which needs no torchvision. Files name upstream's class, so
-    the class made of the two has that name.
+class QwenProcessor(WithoutVideos):
+    """What the processors of the Qwen-VL models have in common."""
 
-    Videos are refused by the base class, which finds no video processor.
-    """
+    video_type = "Qwen2VLVideoProcessor"
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
@@ -267,11 +260,3 @@ class WithoutVideos(ProcessorMixin):
             tokenizer.convert_tokens_to_ids(token) for token in (self.image_token, self.video_token)
         )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes. Upstream's class wants a video processor where torchvision is installed; it
-        has the images' sizes, as upstream's own fallback gives it."""
-        out: dict[str, Any] = super().to_dict()
-        videos = {name: value for name, value in out["image_processor"].items() if name != "image_processor_type"}
-        out["video_processor"] = {**videos, "video_processor_type": "Qwen2VLVideoProcessor"}
-        return out

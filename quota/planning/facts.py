@@ -23,12 +23,12 @@ def inputs_of(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
 def measured_facts(model: Any, processor: Any, samples: Samples) -> ModelFacts:
     """Sizes of `model`, and the visual and text tokens of a typical prompt of `samples`. Nothing is run."""
     check_texts(processor, samples)
-    token = find_family(model).image_token_id
-    ids = [encode(processor, sample)["input_ids"][0] for sample in samples]
-    visual = [int((row == token).sum()) for row in ids if bool((row == token).any())]
+    family = find_family(model)
+    rows = [family.visual(encode(processor, sample))[0] for sample in samples]
+    visual = [int(row.sum()) for row in rows if bool(row.any())]
     if not visual:
         raise SampleError("samples: expected at least one with an image, got none; budgets count an image's tokens")
-    return model_facts(model, model_fingerprint(model), visual, [int((row != token).sum()) for row in ids])
+    return model_facts(model, model_fingerprint(model), visual, [int((~row).sum()) for row in rows])
 
 
 def model_facts(model: Any, fingerprint: str, visual_tokens: list[int], text_tokens: list[int]) -> ModelFacts:

@@ -164,15 +164,16 @@ def _measured(opened: Opened, sample: Sample) -> _Measured:
     """Run both models on one sample."""
     float_model, quant_model, processor = opened
     inputs = inputs_of(float_model, processor, sample)
-    visual = inputs["input_ids"] == find_family(float_model).image_token_id
+    family = find_family(float_model)
+    visual, shown = family.visual(inputs), inputs["input_ids"] == family.image_token_id
     pictured = bool(visual.any())
-    text = text_queries(visual, torch.ones_like(visual))
+    text = text_queries(shown, torch.ones_like(shown))
     spread = list[float]()
 
     def concentrated(layer: int, trace: AttentionTrace) -> None:
         spread.append(concentration(mean_attention(trace, visual, text)[visual]))
 
-    followed = pictured and not bool((text & visual).any())  # there is text after the image
+    followed = pictured and not bool((text & shown).any())  # there is text after the image
     with attending(float_model, concentrated) if followed else nullcontext():
         exact = _layer_inputs(float_model, inputs)
     deployed = _layer_inputs(quant_model, inputs)

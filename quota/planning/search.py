@@ -36,16 +36,16 @@ def attention_statistics(
     out = []
     for done, sample in enumerate(samples, start=1):
         inputs = inputs_of(model, processor, sample)
-        visual = inputs["input_ids"] == family.image_token_id
+        visual = family.visual(inputs)
         if bool(visual.any()):
-            out.append(_attention_sample(model, inputs, visual))
+            shown = inputs["input_ids"] == family.image_token_id
+            out.append(_attention_sample(model, inputs, visual, text_queries(shown, torch.ones_like(shown))))
         if tell:
             tell(done, len(samples))
     return out
 
 
-def _attention_sample(model: Any, inputs: Any, visual: Tensor) -> AttentionSample:
-    text = text_queries(visual, torch.ones_like(visual))
+def _attention_sample(model: Any, inputs: Any, visual: Tensor, text: Tensor) -> AttentionSample:
     rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def read(layer: int, trace: AttentionTrace) -> None:

@@ -13,14 +13,14 @@ from quota.nn.attention import AttentionTrace
 from quota.ops.token_score import attention_to
 
 
-def text_queries(visual: Tensor, valid: Tensor) -> Tensor:
-    """visual, valid [B, S] bool -> [B, S] bool: real tokens after the row's last visual token; its last token where
-    there are none."""
-    column = torch.arange(visual.shape[1], device=visual.device)
-    last_visual = torch.where(visual, column, -1).amax(-1, keepdim=True)
-    text = valid & (column > last_visual)
+def text_queries(shown: Tensor, valid: Tensor) -> Tensor:
+    """shown (tokens that hold an image's features), valid [B, S] bool -> [B, S] bool: real tokens after the row's last
+    image; its last token where there are none."""
+    column = torch.arange(shown.shape[1], device=shown.device)
+    last_shown = torch.where(shown, column, -1).amax(-1, keepdim=True)
+    text = valid & (column > last_shown)
     none = ~text.any(-1, keepdim=True)
-    return text | (none & valid & (column == visual.shape[1] - 1))
+    return text | (none & valid & (column == shown.shape[1] - 1))
 
 
 def filled(trace: AttentionTrace) -> tuple[Tensor, Tensor | ops.Kv, Tensor]:

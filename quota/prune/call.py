@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quota.models.images import ImageInfo, ImageTokens
+from quota.models.images import ImageIndex, ImageInfo, ImageTokens, PatchGrid
 from quota.nn.attention import AttentionTrace
 
 if TYPE_CHECKING:
@@ -113,10 +113,10 @@ def continued_positions(ahead: Tensor | None, batch: int, first: int, end: int, 
 
 @dataclass
 class Call:
-    """One forward. image int64 [B, T]: see `Family.image_index`; shown: the images given with it; text: the
-    language model it runs through."""
+    """One forward. index [B, T]: see `Family.image_index`; shown: the rasters given with it; text: the language model
+    it runs through."""
 
-    image_index: Tensor | None
+    index: ImageIndex | None
     shown: list[ImageInfo] | None = None
     text: Any = None
     prefill: Prefill | None = None
@@ -138,6 +138,14 @@ class Lengths:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.stored + query_length, 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the images of a forward are: their grids, and where a recipe looks at them their rasters; both in order."""
+
+    grids: list[PatchGrid | None]
+    shown: list[ImageInfo] | None
 
 
 _prompt: ContextVar[tuple[object, int | None]] = ContextVar("quota_prompt", default=(None, None))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quota.core.errors import UsageError
 from quota.core.formats import scheme_of
 from quota.models import Family
-from quota.models.images import ImageInfo, ImageTokens
+from quota.models.images import ImageIndex, ImageInput, ImageTokens
 from quota.nn.attention import AttentionTrace
 from quota.nn.cache import RowState
 from quota.nn.padding import real_columns, row_start
@@ -29,6 +30,7 @@ from quota.prune.call import (
     Mark,
     Outcome,
     Prefill,
+    Seen,
     Stage,
     ahead_of,
     continued_positions,
@@ -74,29 +76,35 @@ class Hooks:
 
     def before_merge(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        call = Call(None if ids is None else self.family.image_index(ids), padding=kwargs.get("attention_mask"))
-        if self.needs_images:
-            pixels, grids = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
-            if pixels is None:
-                call.shown = getattr((kwargs.get("mm_encoder_outputs") or {}).get("image"), "quota_shown", None)
-            else:
-                seen = pixels if grids is None else pixels.type(module.visual.dtype)  # as it reaches the tower
-                call.shown = self._shown({**kwargs, "pixel_values": seen})
+        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        seen: Seen | None = getattr(features, "quota_seen", None)
+        if seen is None and features is not None and self.family.newline_path is not None:
+            raise UsageError(
+                "mm_encoder_outputs: expected features that this model's get_image_features made under the recipe, got"
+                " others, whose sizes nothing tells; pass pixel_values"
+            )
+        if kwargs.get("pixel_values") is not None:
+            seen = self.seen({**kwargs, "input_ids": ids}, module)
+        shown = None if seen is None else seen.shown
+        call = Call(self._index(ids, seen), shown, padding=kwargs.get("attention_mask"))
         return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
 
-    def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, {name: value for name, value in kwargs.items() if name != "quota_call"}
+    def seen(self, inputs: Mapping[str, Any], module: Any) -> Seen:
+        """What the images in the inputs of `module` are, pixels as it reads them."""
+        images = self.family.images(inputs)
+        if not self.needs_images:
+            return Seen([image.grid for image in images], None)
+        dtype = module.get_input_embeddings().weight.dtype
+        read = [ImageInput(image.pixels.to(dtype), image.grid) for image in images]
+        return Seen([image.grid for image in read], [raster for image in read for raster in self.family.shown(image)])
 
-    def after_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """`generate` encodes images before its first forward and hands the features on: what they show goes with
-        them."""
-        if self.needs_images and not isinstance(output, tuple):
-            pixels = args[0] if args else kwargs["pixel_values" if "pixel_values" in kwargs else "hidden_states"]
-            given = {"pixel_values": pixels, "image_grid_thw": kwargs.get("grid_thw")}
-            output.quota_shown = self._shown({**given, "image_sizes": kwargs.get("image_sizes")})
-
-    def _shown(self, inputs: Mapping[str, Any]) -> list[ImageInfo]:
-        return [self.family.shown(image) for image in self.family.images(inputs)]
+    def _index(self, ids: Tensor | None, seen: Seen | None = None) -> ImageIndex | None:
+        """Tokens behind the prompt that `generate` was given hold no image."""
+        if ids is None:
+            return None
+        known = prompt_columns(self)
+        own = self.family.image_index(ids[:, :known], [] if seen is None else seen.grids)
+        return ImageIndex(*(pad(part, (0, ids.shape[1] - part.shape[1]), value=-1) for part in own))
 
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -106,7 +114,7 @@ class Hooks:
             return None  # upstream says what is missing
         kwargs = dict(kwargs)
         planes = self.family.take_planes(kwargs)
-        call: Call = kwargs.get("quota_call") or Call(None if ids is None else self.family.image_index(ids))
+        call: Call = kwargs.get("quota_call") or Call(self._index(ids))
         call.text = module
         mask = call.padding if self.family.prefix and "quota_call" in kwargs else mask
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
@@ -119,8 +127,8 @@ class Hooks:
         if cached:
             call.mark = self.mark_of(cache)
             if tokens > 1:
-                self._check_continuation(call.image_index, mask, cached, tokens)
-        elif call.image_index is None:
+                self._check_continuation(call.index, mask, cached, tokens)
+        elif call.index is None:
             raise UsageError(
                 "input_ids: expected token ids, got embeddings only; pruning must know which tokens are visual"
             )
@@ -168,10 +176,10 @@ class Hooks:
         cached, ahead = cache.get_seq_length(), self.mark_of(cache).ahead
         return {"position_ids": continued_positions(ahead, len(ids), cached, cached + ids.shape[1], ids.device)}
 
-    def _check_continuation(self, image_index: Tensor | None, mask: Any, cached: int, tokens: int) -> None:
+    def _check_continuation(self, index: ImageIndex | None, mask: Any, cached: int, tokens: int) -> None:
         known = prompt_columns(self)
         own = tokens if known is None else max(known - cached, 0)  # behind them: what `generate` drafted
-        if image_index is not None and bool((image_index[:, :own] >= 0).any()):
+        if index is not None and bool((index.image[:, :own] >= 0).any()):
             raise UsageError(
                 "past_key_values: image tokens arrived after cached ones; pruning ranks a whole prompt at once, so give"
                 " all images in one prefill (no prefill_chunk_size, no new images on a cached conversation)"
@@ -182,9 +190,9 @@ class Hooks:
             )
 
     def _prefill(self, call: Call, mask: Any, cache: Any) -> Prefill:
-        assert call.image_index is not None
-        image_index = call.image_index
-        batch, tokens = image_index.shape
+        assert call.index is not None
+        index = call.index
+        batch, tokens = index.image.shape
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError(
                 "attention_mask: expected [B, prompt tokens] with a recipe installed, got a ready-made mask; pass the"
@@ -205,34 +213,33 @@ class Hooks:
                     layer.forget_rows()
         known = prompt_columns(self)
         prompt = tokens if known is None else min(known, tokens)
-        valid = torch.ones_like(image_index, dtype=torch.bool) if mask is None else mask.bool()
+        valid = torch.ones_like(index.image, dtype=torch.bool) if mask is None else mask.bool()
         start = row_start(valid)
-        real = image_index.masked_fill(~valid, -1)
-        real[:, prompt:] = -1
+        asked = valid.clone()
+        asked[:, prompt:] = False
+        real = index.where(asked)
         group, keep = self._plan(real)
         text = torch.zeros_like(valid)
-        text[:, :prompt] = text_queries(real[:, :prompt] >= 0, valid[:, :prompt])
+        text[:, :prompt] = text_queries(real.image[:, :prompt] >= 0, valid[:, :prompt])
         stage = Stage(
-            torch.arange(tokens, device=image_index.device).expand(batch, -1),
+            torch.arange(tokens, device=valid.device).expand(batch, -1),
             valid,
             group,
             text,
-            torch.zeros(batch, dtype=torch.int64, device=image_index.device),
+            torch.zeros(batch, dtype=torch.int64, device=valid.device),
             start if bool(start.any()) else None,
         )
         outcome = Outcome(cache_lengths=[tokens] * self.family.layers)
         self.last.set(outcome)
-        images, first = ImageTokens.of(real, call.shown), start.long()
-        return Prefill(stage, keep, first, tokens, prompt, images, outcome, prefix=self.family.prefix)
+        images = ImageTokens.of(real.tile, call.shown)
+        return Prefill(stage, keep, start.long(), tokens, prompt, images, outcome, prefix=self.family.prefix)
 
-    def _plan(self, image_index: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """image [B, S] -> the sets tokens compete in, and equation (5) for each; only candidates where some set has
-        more tokens than its budget."""
+    def _plan(self, index: ImageIndex) -> tuple[Tensor, dict[int, Tensor]]:
+        """The sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than
+        its budget."""
         if self.forced is not None:
-            return image_index, {layer: torch.zeros(0) for layer in self.ratios} if bool(
-                (image_index >= 0).any()
-            ) else {}
-        return plan_drops(self.recipe, image_index)
+            return index.tile, {layer: torch.zeros(0) for layer in self.ratios} if bool(index.visual.any()) else {}
+        return plan_drops(self.recipe, index)
 
     def before_layer(
         self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

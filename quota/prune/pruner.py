@@ -15,6 +15,7 @@ consecutive number for all three, so the image's layout is no longer in them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,32 @@ from quota.prune.recording import start_recording, stop_recording
 
 if TYPE_CHECKING:
     from quota.core.recipe import Recipe
+
+
+class Encoding:
+    """Stands for a model's `get_image_features` while a recipe is installed: upstream's, whose result says which images
+    it is of. `generate` encodes images before its first forward and hands the features on alone."""
+
+    def __init__(self, base: Any, hooks: Hooks) -> None:
+        self.base, self.hooks, self.__wrapped__ = base, hooks, base.get_image_features
+        self._own = base.__dict__.get("get_image_features")
+        self._names = list(inspect.signature(self.__wrapped__).parameters)
+        base.get_image_features = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("quota_call", None)
+        found = self.__wrapped__(*args, **kwargs)
+        if not isinstance(found, tuple):
+            given = dict(zip(self._names, args, strict=False))
+            found.quota_seen = self.hooks.seen({**given, **kwargs}, self.base)
+        return found
+
+    def remove(self) -> None:
+        """Give the model its own back. Calling it twice is harmless."""
+        if self.base.__dict__.get("get_image_features") is self:
+            del self.base.get_image_features
+            if self._own is not None:
+                self.base.get_image_features = self._own
 
 
 class Pruner:
@@ -48,18 +75,17 @@ class Pruner:
             raise UsageError("recipe: one is already installed on this model; undo it first")
         self.hooks = hooks = Hooks(family, recipe, forced)
         layers: Any = self.text.layers
+        base: Any = submodule(model, family.model_path)
         self._base = (
             start_recording(self.text) if any(scheme_of(layer.self_attn).kv is None for layer in layers) else None
         )
         self._handles: list[Any] = [
             model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
-            model.get_submodule(family.model_path).register_forward_pre_hook(hooks.before_merge, with_kwargs=True),
+            base.register_forward_pre_hook(hooks.before_merge, with_kwargs=True),
             self.text.register_forward_pre_hook(hooks.before_text, with_kwargs=True),
             self.text.register_forward_hook(hooks.after_text, with_kwargs=True),
         ]
-        vision = submodule(model, family.vision_path)
-        self._handles.append(vision.register_forward_pre_hook(hooks.before_vision, with_kwargs=True))
-        self._handles.append(vision.register_forward_hook(hooks.after_vision, with_kwargs=True))
+        self._encoding = Encoding(base, hooks)
         for number, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(partial(hooks.before_layer, number), with_kwargs=True))
 
@@ -88,6 +114,7 @@ class Pruner:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._encoding.remove()
         if self._base is not None:
             stop_recording(self.text, self._base)
             self._base = None

@@ -75,7 +75,7 @@ def show_study(bench: Bench) -> dict[str, Any]:
         with under(model, recipe):
             answer = ask(model, processor, asked.instruction, [image], max_new_tokens=bench.settings.max_new_tokens)
         path = f"show-{method}.png"
-        save_overlay(out / path, image, answer.kept_visual(), answer.grids)
+        save_overlay(out / path, answer.pictures, answer.kept_visual(), answer.grids)
         kept = {str(layer): int(mask.sum()) for layer, mask in answer.kept_visual().items()}
         answers[method] = {"answer": answer.text, "visual_tokens": kept, "overlay": path}
     report = {

@@ -13,6 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import (
+    GotOcr2ImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 
 from quota.calib.blocks import Batch
 from quota.calib.job import Job
@@ -29,7 +36,8 @@ from quota.runtime import load
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
 from tests.speaking import paligemma_processor, pixtral_processor
-from tests.tiny import tiny_llava, tiny_paligemma, tiny_qwen
+from tests.tiled import TILE_PX
+from tests.tiny import TINY, tiny_llava, tiny_paligemma, tiny_qwen
 
 QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
 
@@ -83,6 +91,61 @@ def paligemma_folder(path: Path) -> Path:
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+def tiled_folder(path: Path, name: str, **options: Any) -> Path:
+    """Save a tiny model of a family in tiles with upstream's processor of its sizes; the processor's special tokens are
+    the model's."""
+    model = TINY[name][0](**options)
+    processor = _tiled_processor(model)
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    setattr(
+        model.config, "image_token_index" if hasattr(model.config, "image_token_index") else "image_token_id", token
+    )
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def _tiled_processor(model: Any) -> Any:
+    family, tokenizer = find_family(model), build_processor(56).tokenizer
+    square, template = {"height": TILE_PX, "width": TILE_PX}, build_processor(56).chat_template
+    if family.name != "llava_next":
+        names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+        marks = dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True))
+        if family.name == "llava_onevision":
+            marks = {"image_token": "<image>", "video_token": "<video>"}
+        special = {name: getattr(tokenizer, name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", extra_special_tokens=marks, **special
+        )
+    if family.name == "internvl":
+        return family.processor_class(
+            image_processor=GotOcr2ImageProcessorPil(size=square, max_patches=4),
+            tokenizer=tokenizer,
+            image_seq_length=family.tile_tokens,
+            chat_template=template.replace("<image>", "<IMG_CONTEXT>"),
+        )
+    resolutions = model.config.image_grid_pinpoints
+    if family.name == "llava_onevision":
+        return family.processor_class(
+            image_processor=LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=resolutions),
+            tokenizer=tokenizer,
+            num_image_tokens=family.tile_tokens,
+            vision_feature_select_strategy="full",
+            chat_template=template,
+            vision_aspect_ratio=model.config.vision_aspect_ratio,
+        )
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": TILE_PX}, crop_size=square, image_grid_pinpoints=resolutions
+        ),
+        tokenizer=tokenizer,
+        patch_size=model.config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    )
 
 
 def mixed_samples(

@@ -128,8 +128,8 @@ def test_streamed_blocks_reproduce_the_model(family, source, tmp_path):
     features = select_features(source, current, tmp_path / "features")
     projected = features.like(tmp_path / "projected", width=arch.hidden_size)
     advance(source.block("projector", arch.projector_path), features, projected, 2, "cpu")
-    known = [grid for grid in grids if grid is not None]
-    current = streaming.embed_text(source, [e["input_ids"][0] for e in encoded], projected, tmp_path / "text", known)
+    own = [[image.grid for image in arch.images(e)] for e in encoded]
+    current = streaming.embed_text(source, [e["input_ids"][0] for e in encoded], projected, tmp_path / "text", own)
     with torch.no_grad():
         wanted = [model(**e, output_hidden_states=True).hidden_states for e in encoded]
     for index, path in enumerate(arch.blocks("decoder")):
@@ -139,10 +139,9 @@ def test_streamed_blocks_reproduce_the_model(family, source, tmp_path):
             following = current.like(tmp_path / f"t{index}")
             advance(source.block("decoder", path), current, following, 3, "cpu")
             current = following
-    assert current.images == ([(16,)] * 3 if family == "llava" else [(16,), (), (6,)])
     layout = StreamLayout.model_validate_json(current.layout().model_dump_json(), strict=True)
     reopened = streaming.Stream.reopen(tmp_path, layout)
-    assert reopened.images == current.images and (reopened.positions == current.positions).all()
+    assert (reopened.positions == current.positions).all() and (reopened.roles == current.roles).all()
     assert (reopened.columns == current.columns).all()
 
 

@@ -107,7 +107,7 @@ def test_kept_tokens_bounds(ratio: float, tokens: int) -> None:
         ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
         ({"method": "best"}, "method: .*'quota', 'uniform', 'fastv'.*got 'best'"),
         ({"tau": 0.0}, "tau: .*greater than 0, got 0.0"),
-        ({"reference": "file"}, "reference: expected one of 'recorded', 'per_image', got 'file'"),
+        ({"reference": "file"}, "reference: expected one of 'recorded', 'per_image', 'per_tile', got 'file'"),
         ({"position_policy": "kept"}, "position_policy: .*got 'kept'"),
         (
             {"schema_version": 1},

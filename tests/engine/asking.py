@@ -16,8 +16,9 @@ from quota.models.quantize import text_scheme
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
-from tests.prune.recipes import recipe_for
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TINY, pixtral_ids, pixtral_pixels
+from tests.prune.recipes import recipe_for, reference_of
+from tests.tiled import tile_pixels, tiles_of
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TILED, TINY, pixtral_ids, pixtral_pixels
 
 
 class Watched(Engine):
@@ -44,7 +45,7 @@ def prompt(model: Any, *parts: int | ImageInput, seed: int = 0, selection: int |
         if isinstance(part, int):
             ids += torch.randint(3, 119, (part,), generator=generator).tolist()
         else:
-            ids += [IMAGE_TOKEN] * find_family(model).visual_tokens
+            ids += [IMAGE_TOKEN] * find_family(model).image_tokens(part)
     return Prompt(ids, [part for part in parts if not isinstance(part, int)], selection)
 
 
@@ -92,9 +93,10 @@ def pixtral_prompt(model: Any, *parts: int | ImageInput, seed: int = 0) -> Promp
 
 
 def recipes(model: Any) -> dict[str, Any]:
+    family = find_family(model).name
     fields = {"reference": "per_image"} if find_family(model).visual_tokens is None else {}
     return {
-        "pruned": recipe_for(model, **fields),
+        "pruned": recipe_for(model, **reference_of(family)),
         "compact": recipe_for(model, **{**fields, "position_policy": "compact"}),
     }
 
@@ -148,16 +150,19 @@ def asked(
 
 def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The model's inputs for the pictures of a prompt."""
+    family = find_family(model).name
     if model.config.vision_config.model_type == "pixtral":
         return pixtral_pixels([image.pixels for image in prompt.images]) if prompt.images else {}
-    ids, kind = torch.tensor([list(prompt.ids)]), model.config.model_type
+    ids = torch.tensor([list(prompt.ids)])
     more: dict[str, Tensor] = {}
-    if kind == "paligemma":
+    if family == "paligemma":
         more = {"token_type_ids": torch.zeros_like(ids)}
-    elif kind != "llava":
+    elif family.startswith("qwen"):
         more = {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
     if not prompt.images:
         return more
+    if family in TILED:
+        return tile_pixels(prompt.images)
     if find_family(model).visual_tokens is not None:
         return {**more, "pixel_values": torch.stack([image.pixels for image in prompt.images])}
     return {
@@ -210,6 +215,16 @@ def cases(family: str) -> dict[str, Prompt]:
             "no text after": prompt(model, 4, b, seed=3),
             "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
             "picture first": prompt(model, b, 7, seed=5),
+            "long": prompt(model, 40, a, 20, seed=6),
+        }
+    if family in TILED:  # a square, a wide and a tall one, whose grids lose rows or columns of padding
+        a, b, c = (tiles_of(model, *size, seed=1) for size in ((56, 50), (20, 100), (90, 30)))
+        return {
+            "text": prompt(model, 9, seed=1),
+            "one picture": prompt(model, 3, a, 5, seed=2),
+            "no text after": prompt(model, 4, b, seed=3),
+            "two pictures": prompt(model, 2, a, 3, b, 6, seed=4),
+            "picture first": prompt(model, c, 1, b, 7, seed=5),
             "long": prompt(model, 40, a, 20, seed=6),
         }
     pixtral = family == "mistral3"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from quota.core.errors import RecipeError, UsageError
+from quota.models.images import ImageIndex
 from quota.runtime.engine.pool import OutOfPages, PagePool
 from quota.runtime.engine.segments import Segments, at_budget, plan_prompt
 from tests.prune.recipes import recipe_for
@@ -120,7 +121,8 @@ def test_segments_and_plans(model):
 
     def plan(recipe, *pictures):
         numbers = [-1, *(number for number, tokens in enumerate(pictures) for _ in range(tokens)), -1]
-        found = plan_prompt(recipe, segments, torch.tensor(numbers))
+        index = torch.tensor([numbers])
+        found = plan_prompt(recipe, segments, ImageIndex(index, index))
         return found.keep, found.dropped
 
     assert plan(recipe, 16) == ({1: (12,), 2: (8,), 3: (4,)}, (0, 4, 8, 12))

@@ -14,11 +14,13 @@ from quota.calib.blocks import Batch
 from quota.calib.stream import FloatSource
 from quota.core.formats import MODULES, SCHEMES
 from quota.models import FAMILIES, family_class, find_family, submodule
-from quota.models.base import PARTS
+from quota.models.groups import PARTS
+from quota.models.images import ImageInput
 from quota.models.quantize import float_linears, linear_paths, quantize_structure, quantized_linears
 from quota.models.rtn import quantize_rtn
 from tests.tiny import TINY
 
+SYNTHETIC = {"llava_next": 16 + 64, "llava_onevision": 16 + 32, "internvl": 12}  # where an image has no 9 tokens
 PACKAGE = Path(__file__).parents[2] / "quota"
 
 
@@ -123,27 +125,33 @@ def test_the_tower_block_by_block_is_the_tower(name, folder):
             for path, whole in zip(family.blocks("projector"), [hidden, *tapped], strict=True):
                 rows = family.projector_rows(whole[0], image.grid)
                 parts.append(source.block("projector", path)(Batch(rows[None], valid))[0])
-            assert all(part.shape == (family.image_tokens(image), family.hidden_size) for part in parts)
-            torch.testing.assert_close(torch.cat(parts, -1), features, rtol=1e-4, atol=1e-4)
+            newline = source.tensor(family.newline_path) if family.newline_path else None
+            placed = family.arranged(torch.cat(parts, -1), image.grid, newline)
+            assert placed.shape == (family.image_tokens(image), family.hidden_size * len(parts))
+            torch.testing.assert_close(placed, features, rtol=1e-4, atol=1e-4)
 
 
 def test_visual_tokens_belong_to_their_images(name):
     model = tiny(name)
     family, inputs = find_family(model), TINY[name][1](model)
-    number = family.image_index(inputs["input_ids"])
-    assert torch.equal(number >= 0, inputs["input_ids"] == family.image_token_id)
-    for row, image in zip(number, family.images(inputs), strict=True):
+    images = family.images(inputs)
+    index = family.image_index(inputs["input_ids"], [image.grid for image in images])
+    assert torch.equal(index.image >= 0, inputs["input_ids"] == family.image_token_id)
+    for row, tiles, image in zip(index.image, index.tile, images, strict=True):
         assert int((row == 0).sum()) == family.image_tokens(image) and int(row.max()) == 0
+        shapes = [raster.grid for raster in family.shown(image)]
+        sizes = tiles[tiles >= 0].bincount().tolist()
+        assert len(sizes) == len(shapes) and bool((row[tiles >= 0] == 0).all())
+        assert all(shape is None or shape[0] * shape[1] == n for shape, n in zip(shapes, sizes, strict=True))
 
 
 def test_synthetic_pixels_are_an_image_of_the_model(name):
     family = find_family(tiny(name))
-    tokens = family.visual_tokens or 9
+    tokens = family.visual_tokens or SYNTHETIC.get(name, 9)
     shape, grid = family.pixel_shape(tokens)
-    assert (
-        family.image_tokens(type(family.images({"pixel_values": torch.zeros(1, 3, 4, 4)})[0])(torch.zeros(shape), grid))
-        == tokens
-    )
+    image = ImageInput(torch.zeros(shape), grid)
+    ids = torch.full((1, family.image_tokens(image)), family.image_token_id)
+    assert int(family.image_index(ids, [grid]).visual.sum()) == tokens
     assert family.vision_macs(tokens) > 0
 
 

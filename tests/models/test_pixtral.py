@@ -116,7 +116,7 @@ def test_published_names(tiny, prefix):
 def test_images_side_by_side_are_told_apart_by_the_end_token():
     family, one, two = find_family(tiny_pixtral()), pixtral_ids(2, 3), pixtral_ids(1, 3)
     rows = [[5, *one, *two, *one, 7, *two], [0] * 8 + [5, *two, 7, *two, *one], [0] * 22 + [1, 5, 7, 9]]
-    found = family.image_index(torch.tensor(rows)).tolist()
+    found = family.image_index(torch.tensor(rows)).tile.tolist()
     whole, single = [0, 0, 0, -1, 0, 0, 0, -1], [0, 0, 0, -1]
 
     def numbered(*images):
@@ -126,7 +126,7 @@ def test_images_side_by_side_are_told_apart_by_the_end_token():
     assert found[1] == [-1] * 9 + numbered(single) + [-1] + [1, 1, 1, -1] + [2 if m == 0 else -1 for m in whole]
     assert found[2] == [-1] * 26
     cut = family.image_index(torch.tensor([[5, *one[:-1]]]))  # no token behind the last one closes anything
-    assert cut.tolist() == [[-1, *whole[:-1]]]
+    assert cut.tile.tolist() == [[-1, *whole[:-1]]]
 
 
 @torch.no_grad()
@@ -176,10 +176,10 @@ def test_the_processor_writes_what_the_model_counts(folder):
     shown = [Image.fromarray(noise.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in shapes]
     text = "what [IMG] and [IMG] is [IMG][IMG] the [IMG] star ?"
     inputs = processor(text=[text], images=shown, return_tensors="pt")
-    number, images = family.image_index(inputs["input_ids"])[0], family.images(inputs)
+    number, images = family.image_index(inputs["input_ids"]).image[0], family.images(inputs)
     assert [int((number == i).sum()) for i in range(5)] == [family.image_tokens(image) for image in images]
     for i, image in enumerate(images):
-        rows, columns = family.shown(image).grid
+        rows, columns = family.shown(image)[0].grid
         marks = "".join("v" if n == i else "." for n in number[number.eq(i).nonzero()[0, 0] :].tolist())
         assert marks.startswith(".".join(["v" * columns] * rows) + ".")
     saved = transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["[IMG_BREAK]", "[IMG_END]"])

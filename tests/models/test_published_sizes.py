@@ -58,6 +58,42 @@ QWEN3_VL_TEXT = {
     "head_dim": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
 }
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "vocab_size": 32_064,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+}
+QWEN2_SMALL = {
+    **QWEN2,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 PIXTRAL = {
     "model_type": "pixtral",
     "hidden_size": 1024,
@@ -76,11 +112,29 @@ MISTRAL = {
     "head_dim": 128,
     "sliding_window": None,
 }
-# configuration, visual tokens of an image
+# configuration, visual tokens of an image; written from the families' public configurations
 PUBLISHED = {
     "llava interleave 0.5B": (
         lambda: transformers.LlavaConfig(vision_config=SIGLIP, text_config=QWEN2, **LLAVA),
         729,
+    ),
+    "LLaVA-1.6-Mistral-7B": (
+        lambda: transformers.LlavaNextConfig(vision_config=CLIP, text_config=MISTRAL_7B),
+        5 * 576,
+    ),
+    "LLaVA-OneVision-0.5B": (
+        lambda: transformers.LlavaOnevisionConfig(
+            vision_config={**SIGLIP, "num_hidden_layers": 26}, text_config=QWEN2_SMALL, tie_word_embeddings=True
+        ),
+        10 * 729,
+    ),
+    "InternVL3.5-8B": (
+        lambda: transformers.InternVLConfig(
+            vision_config=transformers.InternVLVisionConfig(attention_bias=True),
+            text_config=QWEN3,
+            tie_word_embeddings=False,
+        ),
+        13 * 256,
     ),
     "Mistral-Small-3.1-24B": (
         lambda: transformers.Mistral3Config(
@@ -138,13 +192,16 @@ def test_a_published_size(name):
     with torch.device("meta"):
         model = getattr(transformers, family.model_class)._from_config(config, dtype=torch.float16)
     blocks = {part: [model.get_submodule(path) for path in family.blocks(part)] for part in family.groups}
-    rows = {"vision": family.tower_rows(family.pixel_shape(tokens)[1]), "projector": tokens}
+    shape, grid = family.pixel_shape(tokens)
+    tiles = shape[0] if len(shape) == 4 else 1  # each of its own in the tower
+    rows = {"vision": family.tower_rows(grid), "projector": tokens}
     linears = {
         part: sum(one.weight.numel() for block in found for one in block.modules() if isinstance(one, torch.nn.Linear))
         for part, found in blocks.items()
     }
-    patches = rows["vision"] * (3 * 14**2 if family.visual_tokens else family.patch) * family.vision_hidden_size
-    attention = 2 * rows["vision"] ** 2 * family.vision_hidden_size * family.vision_layers_used
+    embedded = rows["vision"] - tiles * getattr(family, "class_tokens", 0)
+    patches = embedded * getattr(family, "patch", 3 * 14**2) * family.vision_hidden_size
+    attention = 2 * rows["vision"] ** 2 // tiles * family.vision_hidden_size * family.vision_layers_used
     counted = patches + attention + sum(linears[part] * rows[part] for part in rows)
     assert family.vision_macs(tokens) == counted
     before, paths = weight_bytes(model), linear_paths(family, MODULES)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from quota.core.recipe import Recipe
 from quota.models import find_family, model_fingerprint
+from quota.models.images import runs
 from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.tiny import KEY_BIASED, PIXTRAL_END, QWEN_IDS, TINY, pixtral_pixels
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, PIXTRAL_END, TILED, TINY, pixtral_pixels
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 KINDS = ("float", "quantized", "vision")
@@ -27,6 +28,11 @@ def tiny_model(family: str, kind: str) -> Any:
     key_bias = {"float": 20, "quantized": 800, "vision": 0}[kind]
     model = TINY[family][0](**({"key_bias": key_bias} if family in KEY_BIASED else {}))
     return model if kind == "float" else quantize_rtn(model, modules)
+
+
+def reference_of(family: str) -> dict[str, str]:
+    """What a recipe's ratios are of, as a field of it."""
+    return {} if family == "llava" else {"reference": "per_tile" if family in TILED else "per_image"}
 
 
 def recipe_for(
@@ -73,21 +79,29 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
         for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         if name in inputs
     }
-    if "image_grid_thw" in inputs:
-        starts = (inputs["input_ids"] == QWEN_IDS["vision_start_token_id"]).sum(-1).tolist()
-        first, count = sum(starts[:row]), starts[row]
-        if count:
-            patches = inputs["image_grid_thw"].prod(-1).tolist()
-            out["image_grid_thw"] = inputs["image_grid_thw"][first : first + count]
-            out["pixel_values"] = inputs["pixel_values"][sum(patches[:first]) : sum(patches[: first + count])]
-    elif "image_sizes" in inputs:
+    starts = (runs(inputs["input_ids"] == IMAGE_TOKEN).amax(-1) + 1).tolist()  # no two images stand side by side
+    first, count = sum(starts[:row]), starts[row]
+    if "image_sizes" in inputs and inputs["pixel_values"].ndim == 4:
         counts = (inputs["input_ids"] == PIXTRAL_END).sum(-1).tolist()
         own = slice(sum(counts[:row]), sum(counts[: row + 1]))
         if counts[row]:
             given = zip(inputs["pixel_values"][own], inputs["image_sizes"][own].tolist(), strict=True)
             out |= pixtral_pixels([pixels[:, :height, :width] for pixels, (height, width) in given])
-    elif "pixel_values" in inputs:
-        out["pixel_values"] = inputs["pixel_values"][row : row + 1]
+    elif "image_sizes" in inputs:
+        if count:
+            out["image_sizes"] = inputs["image_sizes"][first : first + count]
+            out["pixel_values"] = inputs["pixel_values"][first : first + count]
+    elif "image_grid_thw" in inputs:
+        if count:
+            patches = inputs["image_grid_thw"].prod(-1).tolist()
+            out["image_grid_thw"] = inputs["image_grid_thw"][first : first + count]
+            out["pixel_values"] = inputs["pixel_values"][sum(patches[:first]) : sum(patches[: first + count])]
+    elif "pixel_values" in inputs:  # an image or a tile each, of as many tokens as any other
+        shown = (inputs["input_ids"] == IMAGE_TOKEN).sum(-1)
+        each = int(shown.sum()) // len(inputs["pixel_values"])
+        first, count = int(shown[:row].sum()) // each, int(shown[row]) // each
+        if count:
+            out["pixel_values"] = inputs["pixel_values"][first : first + count]
     return out
 
 

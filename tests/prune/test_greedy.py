@@ -228,7 +228,7 @@ def test_pictures_of_dynamic_resolution_are_told_apart_by_their_grids() -> None:
     patches = torch.rand(4 * 6 + 2 * 2, 8, generator=torch.Generator().manual_seed(0))
     family = find_family(tiny_qwen())
     given = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}
-    first, second = map(family.shown, family.images(given))
+    first, second = (family.shown(image)[0] for image in family.images(given))
     assert first == ImageInfo(image_digest(patches[:24]), (2, 3)) and second == ImageInfo(
         image_digest(patches[24:]), (1, 1)
     )

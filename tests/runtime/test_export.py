@@ -32,6 +32,9 @@ CASES = [
     ("llava_pixtral", "w4a16", ("llm",)),
     ("mistral3", "w8a8", ("vision", "projector", "llm")),
     ("paligemma", "fp8", ("vision", "projector", "llm")),
+    ("llava_next", "w8a8", ("vision", "projector", "llm")),
+    ("llava_onevision", "fp8", ("llm",)),
+    ("internvl", "fp8", ("vision", "projector", "llm")),
 ]
 
 
@@ -50,7 +53,9 @@ def exported(request, tmp_path_factory):
     model = load(folder / "ours")
     family = find_family(model)
     stored = load_file(folder / "out" / "model.safetensors")
-    assert family.name == "qwen3_vl" or not any(name.startswith(("model.visual", "model.language")) for name in stored)
+    assert family.name in ("qwen3_vl", "internvl") or not any(
+        name.startswith(("model.visual", "model.language")) for name in stored
+    )
     return (
         model,
         json.loads((folder / "out" / "config.json").read_text()),

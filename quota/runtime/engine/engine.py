@@ -16,6 +16,7 @@ from quota.core.errors import QuotaError, UsageError
 from quota.core.recipe import Recipe
 from quota.core.shares import fits
 from quota.models import model_fingerprint
+from quota.prune.budget import tile_sizes
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder, chosen, cuda_graphs
 from quota.runtime.engine.features import Features
@@ -168,8 +169,8 @@ class Engine:
             waiting[client] += amount
 
     def _sequence(self, request: Request, order: int) -> Sequence:
-        ids = request.prompt.ids
-        recipe = self.recipes.of(request, () if request.keep_tokens is None else self.model.image_sizes(ids))
+        ids, capped = request.prompt.ids, request.keep_tokens is not None
+        recipe = self.recipes.of(request, tile_sizes(self.model.image_index(request.prompt))[0] if capped else ())
         if recipe is not None:
             self.segments.check(recipe)
         sampler = Sampler(request.sampling, ids, self.model.vocabulary, self.grammars)

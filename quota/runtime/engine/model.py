@@ -13,14 +13,14 @@ from torch import Tensor
 from quota.core.errors import UsageError
 from quota.core.formats import DEFAULT, FLOAT
 from quota.models import find_family
-from quota.models.images import ImageInfo, ImageInput
+from quota.models.images import ImageIndex, ImageInfo, ImageInput
 from quota.models.quantize import model_scheme, quantized_modules, text_scheme
 from quota.nn.attention import QuantAttention
 from quota.nn.key_bias import QuantBiasedAttention, key_angles
 from quota.nn.kv import Stored
-from quota.prune.budget import image_sizes
 from quota.runtime.engine.kv_storage import block_bytes
 from quota.runtime.engine.prefix import digest
+from quota.runtime.engine.request import Prompt
 
 
 class EngineModel:
@@ -95,24 +95,20 @@ class EngineModel:
         return digest(repr(name).encode() + image.pixels.detach().float().contiguous().numpy().tobytes())
 
     def image_tokens(self, image: ImageInput) -> int:
-        """Visual tokens of one image; UsageError for what is none."""
+        """Tokens of one image; UsageError for what is none."""
         if not isinstance(image, ImageInput):
             raise UsageError(
                 f"image: expected ImageInput, got {type(image).__name__}; make them with `EngineModel.images`"
             )
         return self.family.image_tokens(image)
 
-    def image_shown(self, image: ImageInput) -> ImageInfo:
-        """What selections by content or position read of it."""
+    def image_shown(self, image: ImageInput) -> list[ImageInfo]:
+        """What selections by content or position read of it, a raster each."""
         return self.family.shown(image)
 
-    def image_index(self, ids: Tensor) -> Tensor:
-        """int64 [B, S] -> int64 [B, S]: the image of its row that a visual token belongs to, -1 for text."""
-        return self.family.image_index(ids)
-
-    def image_sizes(self, ids: Sequence[int]) -> list[int]:
-        """Visual tokens of each image of a prompt."""
-        return image_sizes(self.image_index(torch.as_tensor(ids)[None]))[0]
+    def image_index(self, prompt: Prompt) -> ImageIndex:
+        """Where the images of a prompt stand, [1, S]."""
+        return self.family.image_index(torch.as_tensor(prompt.ids)[None], [image.grid for image in prompt.images])
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """[image_tokens, (1 + planes) * d] of each image; an image's features do not depend on the others."""

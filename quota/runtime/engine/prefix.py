@@ -1,8 +1,8 @@
 """Names for the content of pages: equal names, equal keys and values, bit for bit.
 
 Keys and values of a token are a function of the tokens before it: word ids and the content of images. In a segment
-that lost visual tokens they are, from the first visual token on, also a function of what was chosen, that is of the
-recipe and of the tokens it was chosen by. So a name is a hash chain over the page's tokens, and where something was
+that lost visual tokens they are, from the first token of an image on, also a function of what was chosen, that is of
+the recipe and of the tokens it was chosen by. So a name is a hash chain over the page's tokens, and where something was
 dropped the recipe and the selecting tokens enter it. Where the tokens of a prompt see each other, all of them do.
 """
 
@@ -21,13 +21,14 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def content_of(ids: Sequence[int], visual: np.ndarray, images: Sequence[tuple[bytes, int]]) -> Content:
-    """visual bool [tokens]; images: digest of 16 bytes and number of visual tokens of each, in order."""
+def content_of(ids: Sequence[int], shown: np.ndarray, images: Sequence[tuple[bytes, int]]) -> Content:
+    """shown bool [tokens]: those that hold features of images; images: digest of 16 bytes and number of tokens of each,
+    in order."""
     content = np.zeros((len(ids), 3), dtype=np.int64)
     content[:, 0] = ids
     rows = [_picture_rows(name, tokens) for name, tokens in images]
     if rows:
-        content[visual] = np.concatenate(rows)
+        content[shown] = np.concatenate(rows)
     return content
 
 
@@ -42,8 +43,8 @@ def _picture_rows(name: bytes, tokens: int) -> Content:
 class PageNames:
     """Names of the pages of one request in one segment, in order; grows with the answer.
 
-    chosen: None where the segment holds every token, else (first visual token, tokens dropped, selecting tokens, digest
-    of the recipe).
+    chosen: None where the segment holds every token, else (first token of an image, tokens dropped, selecting tokens,
+    digest of the recipe).
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class PageNames:
         self._names.append(self._last)
 
 
-def _after_drop(prompt: Content, first_visual: int, dropped: int, selecting: int, recipe: bytes) -> Content:
-    """Which tokens follow the first visual one is not known yet, but what decides it is."""
+def _after_drop(prompt: Content, first_shown: int, dropped: int, selecting: int, recipe: bytes) -> Content:
+    """Which tokens follow the first of an image is not known yet, but what decides it is."""
     choice = np.frombuffer(digest(recipe + prompt[:selecting].tobytes()), dtype=np.int64)
-    chosen = np.empty((selecting - dropped - first_visual, 3), dtype=np.int64)
+    chosen = np.empty((selecting - dropped - first_shown, 3), dtype=np.int64)
     chosen[:, 0] = -1 - np.arange(len(chosen))
     chosen[:, 1:] = choice
-    return np.concatenate([prompt[:first_visual], chosen, prompt[selecting:]])
+    return np.concatenate([prompt[:first_shown], chosen, prompt[selecting:]])

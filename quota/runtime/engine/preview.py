@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from quota.core.recipe import Recipe
-from quota.prune.budget import image_sizes
+from quota.prune.budget import image_sizes, tile_sizes
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.engine.recipes import Recipes
 from quota.runtime.engine.request import Request
@@ -17,9 +15,9 @@ from quota.runtime.engine.segments import Segments, plan_prompt
 @dataclass(frozen=True)
 class Preview:
     """recipe: under which it would run, at its budget. prompt_tokens: text and visual tokens. images: visual tokens of
-    each image; grids: their (rows, columns) where resolution is dynamic, None for a square. visual_by_layer: visual
-    tokens alive in each decoder layer; without a recipe all of them in every layer. kv_bytes, unpruned_kv_bytes: of the
-    prompt's keys and values in the cache, with the recipe and without."""
+    each image; grids: their (rows, columns) where resolution is dynamic, None for a square and for tiles.
+    visual_by_layer: visual tokens alive in each decoder layer; without a recipe all of them in every layer. kv_bytes,
+    unpruned_kv_bytes: of the prompt's keys and values in the cache, with the recipe and without."""
 
     recipe: Recipe | None
     prompt_tokens: int
@@ -33,18 +31,18 @@ class Preview:
 def preview(model: EngineModel, recipes: Recipes, request: Request) -> Preview:
     """Equation (5) for one request; exact, since budgets depend on counts alone."""
     prompt = request.prompt
-    image_index = model.image_index(torch.as_tensor(prompt.ids)[None])
-    images, tokens = image_sizes(image_index)[0], len(prompt.ids)
-    recipe = recipes.of(request, images)
+    index = model.image_index(prompt)
+    images, tokens = image_sizes(index)[0], len(prompt.ids)
+    recipe = recipes.of(request, tile_sizes(index)[0])
     segments = Segments.between(model.layers, [] if recipe is None else [recipe])
-    plan = plan_prompt(recipe, segments, image_index[0])
+    plan = plan_prompt(recipe, segments, index)
     dropped = [number for span, number in zip(segments.spans, plan.dropped, strict=True) for _ in span]
     per_token = model.block_bytes(1)
     return Preview(
         recipe,
         tokens,
         tuple(images),
-        tuple(model.image_shown(image).grid for image in prompt.images),
+        tuple(shown[0].grid if len(shown) == 1 else None for shown in map(model.image_shown, prompt.images)),
         tuple(sum(images) - number for number in dropped),
         per_token * sum(tokens - number for number in dropped),
         per_token * tokens * model.layers,

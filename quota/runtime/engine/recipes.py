@@ -25,8 +25,9 @@ class Recipes:
         self._budgets: dict[tuple[str, float], Recipe] = {}
         self._lock = threading.Lock()
 
-    def of(self, request: Request, images: Sequence[int]) -> Recipe | None:
-        """The recipe, or None where nothing is pruned. images: visual tokens of each image of the prompt."""
+    def of(self, request: Request, images: Sequence[Sequence[int]]) -> Recipe | None:
+        """The recipe, or None where nothing is pruned. images: visual tokens of each tile of each image of the
+        prompt."""
         asked = self.default if request.recipe == "default" else request.recipe
         name = asked if isinstance(asked, str) else None
         if name is not None and name not in self.named:
@@ -53,13 +54,26 @@ class Recipes:
             return self._budgets[key]
 
 
-def _capped(recipe: Recipe, request: Request, images: Sequence[int]) -> float | None:
+def _capped(recipe: Recipe, request: Request, images: Sequence[Sequence[int]]) -> float | None:
     """The final keep ratio a request wants, None for the recipe's own. Where images compete for one budget
-    (`reference: recorded`) the cap is their mean."""
+    (`reference: recorded`) the cap is their mean; where tiles have budgets of their own it is the sum of an image's."""
     cap, keep = request.keep_tokens, request.keep
     if cap is None or not images:
         return keep
     if cap < 1:
         raise UsageError(f"keep_tokens: expected at least 1, got {cap}")
-    largest = recipe.reference_tokens if recipe.reference == "recorded" else max(images)
-    return keep_of(cap, largest) if kept_tokens(keep or recipe.final_keep, largest) > cap else keep
+    if recipe.reference == "recorded":
+        sets = [recipe.reference_tokens]
+    else:
+        largest = max(images, key=sum)
+        sets = list(largest) if recipe.reference == "per_tile" else [sum(largest)]
+
+    def kept(ratio: float) -> int:
+        return sum(kept_tokens(ratio, tokens) for tokens in sets)
+
+    if kept(keep or recipe.final_keep) <= cap:
+        return keep
+    if cap < len(sets):
+        raise UsageError(f"keep_tokens: expected at least {len(sets)}, one for each tile of an image, got {cap}")
+    ratios = (keep_of(count, sum(sets)) for count in range(cap, 0, -1))
+    return next(ratio for ratio in ratios if kept(ratio) <= cap)

@@ -13,6 +13,7 @@ from quota.allocate.solve import allocate, check_keep, uniform
 from quota.core.errors import UsageError
 from quota.core.keep import significant
 from quota.core.recipe import Recipe
+from quota.models.images import ImageIndex
 from quota.prune.budget import plan_drops
 
 
@@ -71,13 +72,9 @@ class DropPlan:
         return min(self.keep, default=None)
 
 
-def plan_prompt(recipe: Recipe | None, segments: Segments, image_index: Tensor) -> DropPlan:
-    """Equation (5) for a prompt. image_index int64 [tokens]: the image a token belongs to, -1 for text."""
-    group, budgets = (
-        (image_index[None], {})
-        if recipe is None or not bool((image_index >= 0).any())
-        else plan_drops(recipe, image_index[None])
-    )
+def plan_prompt(recipe: Recipe | None, segments: Segments, index: ImageIndex) -> DropPlan:
+    """Equation (5) for a prompt; index: of one row."""
+    group, budgets = (index.tile, {}) if recipe is None or not bool(index.visual.any()) else plan_drops(recipe, index)
     keep = {candidate: tuple(budget[0].tolist()) for candidate, budget in budgets.items()}
     sizes = [int((group == number).sum()) for number in range(int(group.max()) + 1)]
     visual, alive, dropped = sum(sizes), sizes, []

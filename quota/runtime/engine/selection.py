@@ -80,13 +80,15 @@ class Choice:
         recipe: Recipe,
         keep: dict[int, tuple[int, ...]],
         group: Tensor,
+        shown: Tensor,
         images: ImageTokens,
         selecting: int,
         first: int,
     ) -> Choice:
-        """group int64 [tokens]: of all tokens of a request; rows are the tokens from `first` on."""
+        """group int64 [tokens]: of all tokens of a request; shown bool [prompt tokens]: those that hold an image's
+        features; rows are the tokens from `first` on."""
         text = torch.zeros(len(group), dtype=torch.bool)
-        text[:selecting] = text_queries(group[None, :selecting] >= 0, torch.ones(1, selecting, dtype=torch.bool))[0]
+        text[:selecting] = text_queries(shown[None, :selecting], torch.ones(1, selecting, dtype=torch.bool))[0]
         return cls(recipe, keep, group[first:], text[first:], images, first, selecting - first)
 
     def reads_attention(self, layer: int) -> bool:

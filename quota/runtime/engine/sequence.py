@@ -10,8 +10,7 @@ from torch import Tensor
 
 from quota.core.errors import UsageError
 from quota.core.recipe import Recipe
-from quota.models.images import ImageTokens
-from quota.prune.budget import image_sizes
+from quota.models.images import ImageIndex, ImageTokens
 from quota.prune.select import needs_images
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.model import EngineModel
@@ -26,7 +25,8 @@ from quota.runtime.engine.selection import Attended, Choice
 
 class Sequence:
     """What the model sees of one request: tokens, plan, pages and progress. `tokens` is the prompt and the answer so
-    far; keys and values of the first `computed` of them are in the pool. reply: what the client sees."""
+    far; keys and values of the first `computed` of them are in the pool. reply: what the client sees. visual, shown
+    bool [prompt tokens]: the visual tokens, and every token that holds an image's features."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class Sequence:
         self.prefix = self.prompt_tokens if model.family.prefix else 0  # tokens that see each other
         _check_tokens(self.tokens, model.vocabulary)
         ids = torch.tensor(self.tokens, dtype=torch.int64)
-        image_index = model.image_index(ids[None])
-        self.visual = (image_index[0] >= 0).numpy()
+        index = model.image_index(request.prompt)
+        self.visual, self.shown = index.visual[0].numpy(), (index.image[0] >= 0).numpy()
         sizes = [
             model.image_tokens(image) for image in request.prompt.images
         ]  # refuses what is no image, so it comes first
@@ -56,18 +56,18 @@ class Sequence:
         self.selecting = (
             self.prompt_tokens if request.prompt.selection_tokens is None else request.prompt.selection_tokens
         )
-        self._check(image_index)
-        self.plan = plan_prompt(recipe, segments, image_index[0])
+        self._check(index)
+        self.plan = plan_prompt(recipe, segments, index)
         shown = (
-            [model.image_shown(image) for image in request.prompt.images]
+            [raster for image in request.prompt.images for raster in model.image_shown(image)]
             if recipe is not None and needs_images(recipe)
             else None
         )
-        self.raster = ImageTokens.of(image_index, shown)
+        self.raster = ImageTokens.of(index.tile, shown)
         self.positions = Positions(model.positions(ids, request.prompt.images), self.plan.dropped, recipe, model.biased)
-        visual_at = self.visual.nonzero()[0]
-        self.first_visual, self.last_visual = (
-            (int(visual_at[0]), int(visual_at[-1])) if len(visual_at) else (self.prompt_tokens, -1)
+        shown_at = self.shown.nonzero()[0]
+        self.first_shown, self.last_shown = (
+            (int(shown_at[0]), int(shown_at[-1])) if len(shown_at) else (self.prompt_tokens, -1)
         )
         self.names: list[PageNames] = []
         self.pages: list[list[Page]] = [[] for _ in segments.spans]
@@ -81,14 +81,14 @@ class Sequence:
         self.kept: dict[int, np.ndarray] = {}  # layer -> prompt tokens alive from there on
         self.siblings: list[Sequence] = []  # requests of the same prompt, which wait for its pages
 
-    def _check(self, image_index: Tensor) -> None:
-        images, found = [tokens for _, tokens in self.images], image_sizes(image_index)[0]
+    def _check(self, index: ImageIndex) -> None:
+        images, found = [tokens for _, tokens in self.images], index.image[index.image >= 0].bincount().tolist()
         if images != found:
             raise UsageError(
                 f"prompt: expected image tokens for {len(images)} images of {images or 'no'} visual tokens, got"
                 f" {found or 'none'}"
             )
-        if not 0 < self.selecting <= self.prompt_tokens or self.visual[self.selecting :].any():
+        if not 0 < self.selecting <= self.prompt_tokens or self.shown[self.selecting :].any():
             raise UsageError(
                 f"selection_tokens: expected a part of the prompt that holds every image, got {self.selecting} of"
                 f" {self.prompt_tokens}"
@@ -101,10 +101,10 @@ class Sequence:
 
     def name_pages(self, page_size: int) -> None:
         """Prepare the names under which pages can be shared."""
-        content: Content = content_of(self.tokens[: self.prompt_tokens], self.visual, self.images)
+        content: Content = content_of(self.tokens[: self.prompt_tokens], self.shown, self.images)
         recipe = digest(self.recipe.dumps().encode()) if self.recipe is not None else b""
         for name, dropped in zip(self.segments.names(), self.plan.dropped, strict=True):
-            chosen = (self.first_visual, dropped, self.selecting, recipe) if dropped else None
+            chosen = (self.first_shown, dropped, self.selecting, recipe) if dropped else None
             if self.prefix:  # every token is a function of all of them, and of what was dropped
                 name += digest(content.tobytes() + repr(chosen).encode()).hex()
             self.names.append(PageNames(name, page_size, content, chosen))
@@ -127,7 +127,7 @@ class Sequence:
 
     def slots(self, segment: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens take in a segment; tokens is outside the images of a pruned prompt."""
-        return tokens if tokens <= self.first_visual else tokens - self.plan.dropped[segment]
+        return tokens if tokens <= self.first_shown else tokens - self.plan.dropped[segment]
 
     def blocks(self, tokens: int, page_size: int) -> int:
         """Blocks of all segments for that many tokens."""
@@ -217,12 +217,12 @@ class Sequence:
         if not self.plan.keep:
             return min(*matched, most)
         past = min(most, *(slots + dropped for slots, dropped in zip(matched, self.plan.dropped, strict=True)))
-        return past if past > self.last_visual else min(self.first_visual, most, *matched)
+        return past if past > self.last_shown else min(self.first_shown, most, *matched)
 
     @property
     def chooses(self) -> bool:
         """Whether tokens are still to be chosen."""
-        return bool(self.plan.keep) and self.computed <= self.first_visual
+        return bool(self.plan.keep) and self.computed <= self.first_shown
 
     def fill(self, chunk: Chunk, model: EngineModel) -> Chunk:
         """Say what the chunk is about; it begins at `computed`, or past it when rows go ahead to the first drop. A
@@ -232,7 +232,10 @@ class Sequence:
         if self.chooses and self.recipe is not None:
             group = torch.full((len(self.tokens),), -1)
             group[: self.prompt_tokens] = self.plan.group
-            chunk.choice = Choice.of_prompt(self.recipe, self.plan.keep, group, self.raster, self.selecting, begin)
+            shown = torch.from_numpy(self.shown)
+            chunk.choice = Choice.of_prompt(
+                self.recipe, self.plan.keep, group, shown, self.raster, self.selecting, begin
+            )
         if chunk.enter:
             chunk.x = torch.cat([part.hidden for part in self.ahead])
             parts = [part.attended for part in self.ahead if part.attended is not None]
@@ -257,12 +260,12 @@ class Sequence:
         self.computed, self.ahead = end, []
 
     def _embedded(self, model: EngineModel, begin: int, end: int) -> Tensor | None:
-        """Hidden states of tokens begin .. end where some are visual; None where the ids say all."""
-        inside = self.visual[begin : min(end, self.prompt_tokens)]
+        """Hidden states of tokens begin .. end where images stand among them; None where the ids say all."""
+        inside = self.shown[begin : min(end, self.prompt_tokens)]
         if not inside.any():
             return None
         x = model.with_planes(model.embed(torch.tensor(self.tokens[begin:end])))
-        seen = int(self.visual[:begin].sum())
+        seen = int(self.shown[:begin].sum())
         features: Any = torch.cat([part for part in self.features if part is not None])
         x[: len(inside)][torch.from_numpy(inside).to(x.device)] = features[seen : seen + int(inside.sum())]
         return x
