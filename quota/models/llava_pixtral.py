@@ -40,12 +40,6 @@ class LlavaPixtral(Llava):
     title, published = "LLaVA with Pixtral", "Pixtral-12B"
     description = "llava: Pixtral vision tower + two-layer projector + Mistral decoder"
     tower = "pixtral"
-    # files have the tower's own names, without CLIP's `vision_model`
-    hub_rules: ClassVar[KeyRules | None] = (
-        (re.compile(r"^lm_head\."), "language_model.lm_head."),
-        (re.compile(r"^model\.language_model\."), "language_model.model."),
-        (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
-    )
     class_tokens = 0
     decoders: ClassVar[Mapping[str, type[nn.Module]]] = {"mistral": MistralRotaryEmbedding}
     attention: ClassVar[Mapping[Part, str]] = {**Llava.attention, "vision": "attention"}
@@ -64,6 +58,10 @@ class LlavaPixtral(Llava):
         ),
     }
     norms: ClassVar[Norms] = {**Llava.norms, "vision": frozenset({"attention_norm", "ffn_norm"})}
+    hub_rules: ClassVar[KeyRules | None] = (  # the tower's own names, without CLIP's `vision_model`
+        (re.compile(r"^model\.vision_tower\."), "vision_tower."),
+        *(Llava.hub_rules or ()),
+    )
     vision_embed_path = "model.vision_tower.patch_conv"
     encoder_path = "model.vision_tower.transformer.layers"
 
