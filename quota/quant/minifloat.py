@@ -45,7 +45,9 @@ def codes_of(values: Tensor, number: str) -> Tensor:
     if number == "e4m3":
         return values.to(torch.float8_e4m3fn).view(torch.uint8)
     grid = torch.tensor(_E2M1, device=values.device)
-    return torch.bucketize(values.abs(), grid).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
+    return torch.bucketize(values.abs().contiguous(), grid).to(torch.uint8) | (
+        torch.signbit(values).to(torch.uint8) << 3
+    )
 
 
 def values_of(codes: Tensor, number: str) -> Tensor:
