@@ -7,13 +7,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import PixtralImageProcessorPil
+from transformers import PixtralImageProcessorPil, SiglipImageProcessorPil
 
 from quota.models.llava_pixtral import PixtralProcessor
+from quota.models.paligemma import PaliGemmaProcessor
 from quota.models.rtn import quantize_rtn
 from quota.scenes import model as llava
 from quota.scenes import qwen_model as qwen
-from tests.tiny import tiny_mistral3
+from tests.tiny import tiny_mistral3, tiny_paligemma
 
 INSTRUCTED = (
     "{%- for message in messages -%}{%- if message['role'] != 'assistant' -%}[INST]{%- endif -%}{%- if"
@@ -37,10 +38,19 @@ def pixtral_processor(merge: int, longest: int = 40) -> PixtralProcessor:
     )
 
 
+def paligemma_processor() -> PaliGemmaProcessor:
+    """The scenes' words; images of 56 px, 16 visual tokens."""
+    images = SiglipImageProcessorPil(size={"height": 56, "width": 56}, image_seq_length=16)
+    return PaliGemmaProcessor(image_processor=images, tokenizer=llava.build_tokenizer())
+
+
 def speaking(family: str, layers: int = 4) -> Any:
     """A float model in eval mode, its processor on it; of LLaVA 16 visual tokens and width 64."""
     if family == "llava":
         made, processor = llava.build_model(llava.build_config(56, 64, layers), seed=1), llava.build_processor(56)
+    elif family == "paligemma":
+        made, processor = tiny_paligemma(), paligemma_processor()
+        made.config.image_token_id = processor.image_token_id
     elif family == "mistral3":
         made, processor = tiny_mistral3(), pixtral_processor(2, 100)
         made.config.image_token_id = processor.image_token_id
@@ -52,6 +62,8 @@ def speaking(family: str, layers: int = 4) -> Any:
             if parameter.ndim >= 2:  # larger than a usual initialisation, so that greedy answers differ
                 std = 1.0 if "embed_tokens" in name or "lm_head" in name else 1.6 / parameter[0].numel() ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        if family == "paligemma":  # scaled by the root of the width, and tied
+            made.model.language_model.embed_tokens.weight.div_(24)
     made.eval().processor = processor
     return made
 

@@ -34,7 +34,8 @@ def test_references_run_without_the_library_after_one_warning() -> None:
     result = run(
         "import pathlib, torch, quota.ops as ops\nfrom quota.ops import native\nnative._LIBRARY ="
         " pathlib.Path('nowhere.so')\nfor _ in range(2): ops.quantize_act(torch.ones(2, 4), None, None, 1.0);"
-        " ops.transform(torch.ones(2, 4), torch.eye(2), None)\nprint(ops.quantize_act.choose().name, native.describe())"
+        " ops.transform(torch.ones(2, 4), ops.Factor(torch.eye(2)), None)\n"
+        "print(ops.quantize_act.choose().name, native.describe())"
     )
     assert result.returncode == 0 and result.stdout.startswith("ref the native CPU library is not built")
     assert result.stderr.count("slow reference implementations") == 1 and "QUOTA_BUILD=cpu" in result.stderr
@@ -55,8 +56,8 @@ def test_forced_native_without_the_library_is_an_error() -> None:
 
 def test_forced_instruction_set() -> None:
     code = (
-        "import torch, quota.ops as ops\nfrom quota.ops import native\nops.transform(torch.ones(2, 4), torch.eye(2),"
-        " None)\nprint(native.describe())"
+        "import torch, quota.ops as ops\nfrom quota.ops import native\nops.transform(torch.ones(2, 4),"
+        " ops.Factor(torch.eye(2)), None)\nprint(native.describe())"
     )
     result = run(code, QUOTA_CPU_ISA="portable")
     assert result.returncode == 0 and ("instruction set portable" in result.stdout or "not built" in result.stdout)

@@ -8,12 +8,15 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -80,7 +83,7 @@ def llava_inputs(
     Returns input_ids, attention_mask int64 [B, S] and pixel_values float32 [B, 3, size, size].
     """
     generator = torch.Generator().manual_seed(seed)
-    visual = model.config.image_seq_length
+    visual = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
 
     def words(count: int) -> torch.Tensor:
         return torch.randint(3, 119, (count,), generator=generator)
@@ -293,6 +296,45 @@ def qwen_inputs(
     return out
 
 
+def tiny_paligemma(seed: int = 0) -> Any:
+    """A float32 PaliGemma: `tiny_siglip`'s tower without its head, 16 visual tokens, one key and value head for four
+    wider ones."""
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    text = GemmaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+    )
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, projection_dim=64)
+    model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    scatter(model, torch.Generator().manual_seed(seed + 7))
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            if "norm" in name:
+                parameter.sub_(1)  # they multiply by 1 + weight
+        model.model.language_model.embed_tokens.weight.div_(24)  # scaled by the root of the width, and tied
+    return model.eval()
+
+
+def paligemma_inputs(model: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """As `llava_inputs`, with token_type_ids: all of it is prompt."""
+    inputs = llava_inputs(model, **options)
+    return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
 PIXTRAL_BREAK, PIXTRAL_END = 121, 122
 
 
@@ -384,6 +426,7 @@ TINY = {
     "llava_onevision": (tiny_onevision, tile_inputs),
     "internvl": (tiny_internvl, tile_inputs),
     "mistral3": (tiny_mistral3, pixtral_inputs),
+    "paligemma": (tiny_paligemma, paligemma_inputs),
     "qwen2_vl": (tiny_qwen2, qwen_inputs),
     "qwen2_5_vl": (tiny_qwen, qwen_inputs),
     "qwen3_vl": (tiny_qwen3, qwen_inputs),
@@ -395,6 +438,7 @@ ROWS = {
     "llava_dinov2": ((3, 5), (9, 4), (0, 2)),
     "llava_siglip": ((3, 5), (9, 4), (0, 2)),
     **dict.fromkeys(("llava_next", "llava_onevision", "internvl"), TILE_ROWS),
+    "paligemma": ((3, 5), (9, 4), (0, 2)),
     **dict.fromkeys(("llava_pixtral", "mistral3"), MIXED_ROWS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), MIXED_ROWS),
 }

@@ -15,6 +15,7 @@ from quota.ops import cuda
 from quota.ops.float_linear import FloatWeight
 from quota.ops.w4a4_linear import PackedWeight
 from quota.ops.w4a16_linear import GroupedWeight
+from quota.ops.weights import Factor
 from quota.quant.affine import quantize_kv, quantize_weight
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
@@ -70,6 +71,8 @@ def _to(value: Any, device: str) -> Any:
         return PackedWeight(value.w_q.to(device), value.w_scale.to(device), value.k)
     if isinstance(value, GroupedWeight):
         return GroupedWeight(value.w_q.to(device), value.w_scale.to(device), value.w_zero.to(device), value.k)
+    if isinstance(value, Factor):
+        return Factor(value.fixed.to(device) * 2.0**value.exponent)
     return FloatWeight(value.w.to(device)) if isinstance(value, FloatWeight) else value
 
 
@@ -94,8 +97,8 @@ def _linear(g: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
     return pack_int4(codes), torch.rand(m, generator=g) + 0.01, weight, torch.randn(n, generator=g), zero
 
 
-def _matrix(g: torch.Generator, n: int | None) -> Tensor | None:
-    return None if n is None else torch.randn(n, n, generator=g) / n**0.5
+def _matrix(g: torch.Generator, n: int | None) -> Factor | None:
+    return None if n is None else Factor(torch.randn(n, n, generator=g) / n**0.5)
 
 
 def _quantize(g: torch.Generator, m: int, left: int | None, right: int | None, prologue: str | None) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ class Kernel:
             return "IMMA.16832.S8.S8"
         if base == "warpgroup_kernel":
             return f"IGMMA.64x{rest.rstrip('>')}x32.S8.S8" if self.arch == "sm_90a" else None
-        return "IMMA.16832.S8.U8" if base == "attention_kernel" else None
+        return "IMMA.16832.S8.U8" if base in ("attention_kernel", "heads_kernel", "row_kernel", "tall_kernel") else None
 
     @property
     def unused(self) -> bool:

@@ -22,6 +22,7 @@ from quota.ops.float_linear import FloatWeight
 from quota.ops.kv4_attention import Kv
 from quota.ops.w4a4_linear import PackedWeight
 from quota.ops.w4a16_linear import GroupedWeight
+from quota.ops.weights import Factor
 from quota.quant.affine import quantize_weight
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_uint4
@@ -122,9 +123,9 @@ def ceiling_rows() -> Iterator[dict[str, Any]]:
     yield timed(CEILINGS[4], [lambda: one.add_(1.0)] * 100) | {"case": "ceiling"}
 
 
-def _factors(k: int) -> tuple[Tensor, Tensor]:
+def _factors(k: int) -> tuple[Factor, Factor]:
     """The Kronecker factors a checkpoint has for k features."""
-    left, right = (hadamard(n).float().contiguous().to(DEVICE) for n in decompose(k))
+    left, right = (Factor(hadamard(n).float().to(DEVICE)) for n in decompose(k))
     return left, right
 
 
@@ -269,7 +270,7 @@ def layer_calls(model: Decoder, m: int) -> Iterator[tuple[str, str, Run]]:
     qkv, rotary = _random(1, m, (heads + 2 * kv_heads) * d), (_random(1, m, d), _random(1, m, d))
     k, v = (tuple(t.to(DEVICE) for t in kv_of(torch.randn(batch, kv_heads, slots, d), slots)) for _ in range(2))
     own = [tuple(t.to(DEVICE) for t in kv_of(torch.randn(1, kv_heads, m, d), m)) for _ in range(2)]
-    matrix = hadamard(d).float().contiguous().to(DEVICE)
+    matrix = Factor(hadamard(d).float().to(DEVICE))
     yield "qkv_append", "quota", partial(ops.qkv_append, qkv, rotary, (matrix, matrix), *own, 0, (1.0, 1.0))
     q = _random(batch, heads, tokens, d)
     half = [

@@ -11,7 +11,7 @@ from benchmarks.ops.own import seeded
 from benchmarks.ops.peers import weight
 from benchmarks.shapes import MODELS, Attention
 from quota.ops import native
-from quota.ops.weights import PackedWeight
+from quota.ops.weights import Factor, PackedWeight
 from quota.quant.affine import quantize_weight
 from quota.quant.transform import decompose, hadamard
 
@@ -25,7 +25,7 @@ class DecoderLayer:
         self.inputs, self.weights, self.factors = [], [], []
         for linear in linears:
             left, right = (shape.heads, None) if linear.name.endswith(".o") else decompose(linear.k)
-            self.factors.append(tuple(None if n is None else hadamard(n).float().contiguous() for n in (left, right)))
+            self.factors.append(tuple(None if n is None else Factor(hadamard(n).float()) for n in (left, right)))
             self.inputs.append(seeded(tokens, linear.k))
             self.weights.append(PackedWeight(*quantize_weight(weight(linear)), linear.k))
         self.q, self.scaling = seeded(1, shape.heads, tokens, shape.head_dim), shape.head_dim**-0.5

@@ -16,7 +16,7 @@ struct Vec {
   struct I {
     __m256i a, b;
   };
-  static constexpr int kChainRows = 6, kChainVectors = 1, kNarrowRows = 6, kDotVectors = 1;  // 12 accumulators of 16 registers
+  static constexpr int kChainRows = 6, kChainVectors = 1, kNarrowRows = 6, kDotVectors = 1, kPairRows = 3, kPairVectors = 2;  // 12 accumulators of 16 registers
 
   static __m256i mask(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -78,6 +78,21 @@ struct Vec {
   static I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
   static __m128i to_16(__m256i x) { return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)); }
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(to_16(x.a), to_16(x.b))); }
+
+  // Sums of int16 pairs; the addition in assembly, because from the intrinsic GCC 12 copies accumulators from register to register.
+  static __m256i dot2(__m256i acc, __m256i pairs, __m256i values) {
+    asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(_mm256_madd_epi16(pairs, values)));
+    return acc;
+  }
+  static I dot2(I acc, I pairs, I values) { return {dot2(acc.a, pairs.a, values.a), dot2(acc.b, pairs.b, values.b)}; }
+  static I load_pairs(const int16_t* p) { return {load256(p), load256(p + 16)}; }
+  static void store_pairs(int16_t* p, I low, I high) {
+    const auto both = [](__m256i x, __m256i y) { return _mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa); };
+    store256(p, both(low.a, high.a)), store256(p + 16, both(low.b, high.b));
+  }
+  static void store_shorts(int16_t* p, I x) { store256(p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8)); }
+  static I iabs(I x) { return {_mm256_abs_epi32(x.a), _mm256_abs_epi32(x.b)}; }
+  static I shift_right(I x, int bits) { return {_mm256_sra_epi32(x.a, _mm_cvtsi32_si128(bits)), _mm256_sra_epi32(x.b, _mm_cvtsi32_si128(bits))}; }
 
   static float largest(F x) {
     const __m256 y = _mm256_max_ps(x.a, x.b);

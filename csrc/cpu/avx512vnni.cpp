@@ -12,7 +12,7 @@ namespace {
 struct Vec {
   using F = __m512;
   using I = __m512i;
-  static constexpr int kChainRows = 6, kChainVectors = 4, kNarrowRows = 12, kDotVectors = 4;  // 24 accumulators of 32 registers
+  static constexpr int kChainRows = 6, kChainVectors = 4, kNarrowRows = 12, kDotVectors = 4, kPairRows = 6, kPairVectors = 4;  // 24 accumulators of 32 registers
 
   static __mmask16 first_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F zero() { return _mm512_setzero_ps(); }
@@ -53,6 +53,13 @@ struct Vec {
   static I to_int(F x) { return _mm512_cvtps_epi32(x); }
   static void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 
+  // Pairs of int16, the first in the lower half of a lane.
+  static I load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+  static void store_pairs(int16_t* p, I low, I high) { _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16))); }
+  static void store_shorts(int16_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x)); }
+  static I iabs(I x) { return _mm512_abs_epi32(x); }
+  static I shift_right(I x, int bits) { return _mm512_sra_epi32(x, _mm_cvtsi32_si128(bits)); }
+
   static float largest(F x) { return _mm512_reduce_max_ps(x); }
   static int32_t largest(I x) { return _mm512_reduce_max_epi32(x); }
   static int32_t sum(I x) { return _mm512_reduce_add_epi32(x); }
@@ -63,13 +70,18 @@ struct Vec {
   static void store_block(uint8_t* p, I x) { _mm512_storeu_si512(p, x); }
   static I low_halves(I x, I y) { return _mm512_inserti64x4(x, _mm512_castsi512_si256(y), 1); }
   // Accumulating steps of the inner loops, in assembly: from the intrinsics GCC 12 copies accumulators from register to register, which halves
-  // the rate. The second one adds to each lane its four unsigned bytes times four signed ones.
+  // the rate. The second one adds to each lane its four unsigned bytes times four signed ones, the third its two int16 times two.
   static F accumulate(F acc, F x, F y) {
     asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
     return acc;
   }
   static I dot4(I acc, I bytes, I values) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(bytes), "v"(values));
+    return acc;
+  }
+
+  static I dot2(I acc, I pairs, I values) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(pairs), "v"(values));
     return acc;
   }
 

@@ -13,7 +13,7 @@ struct Vec {
   struct I {
     int32_t v[16];
   };
-  static constexpr int kChainRows = 4, kChainVectors = 1, kNarrowRows = 4, kDotVectors = 1;
+  static constexpr int kChainRows = 4, kChainVectors = 1, kNarrowRows = 4, kDotVectors = 1, kPairRows = 4, kPairVectors = 1;
 
   template <class Out, class Fn>
   static Out map(Fn fn) {
@@ -90,6 +90,25 @@ struct Vec {
   static void store_bytes(int8_t* p, const I& x) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]);
   }
+
+  static I load_pairs(const int16_t* p) {
+    I out;
+    std::memcpy(out.v, p, 64);
+    return out;
+  }
+  static void store_pairs(int16_t* p, const I& low, const I& high) {
+    for (int i = 0; i < 16; ++i) p[2 * i] = static_cast<int16_t>(low.v[i]), p[2 * i + 1] = static_cast<int16_t>(high.v[i]);
+  }
+  static void store_shorts(int16_t* p, const I& x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(x.v[i]);
+  }
+  static I dot2(const I& acc, const I& pairs, const I& values) {
+    int16_t a[32], b[32];
+    std::memcpy(a, pairs.v, 64), std::memcpy(b, values.v, 64);
+    return map<I>([&](int i) { return acc.v[i] + a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]; });
+  }
+  static I iabs(const I& x) { return map<I>([&](int i) { return x.v[i] < 0 ? -x.v[i] : x.v[i]; }); }
+  static I shift_right(const I& x, int bits) { return map<I>([&](int i) { return x.v[i] >> bits; }); }
 
   template <class T>
   static auto largest(const T& x) {

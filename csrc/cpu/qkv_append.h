@@ -6,10 +6,11 @@
 #include "chain.h"
 #include "kv4_append.h"
 #include "quota/kernels.h"
+#include "transform.h"
 
 namespace {
 
-constexpr int64_t kHeadsAtOnce = 48;  // heads of one kind that share a pass over the transform: 24 KiB at D = 128
+constexpr int64_t kHeadsAtOnce = kRowsAtOnce;  // heads of one kind that share a pass over the transform
 
 // x [d] turned by cos and sin [d] -> y; channels i and i + d/2 are a pair.
 template <class V>
@@ -29,15 +30,19 @@ void heads_range(const quota::HeadsArgs& args, int64_t begin, int64_t end) {
   const int64_t d = args.dim, all = args.heads + 2 * args.kv_heads;
   const Scratch<float> x(kHeadsAtOnce * d), y(kHeadsAtOnce * d);
   const Scratch<int8_t> codes(round_up(d, kLanes));
-  prefetch_factor(args.q_transform, d), prefetch_factor(args.k_transform, d);
+  const quota::TransformArgs transforms[] = {{nullptr, nullptr, args.q_transform, 1, d, args.q_exponent, nullptr},
+                                             {nullptr, nullptr, args.k_transform, 1, d, args.k_exponent, nullptr},
+                                             {}};
+  const TransformScratch scratch(transforms[args.q_transform ? 0 : 1], kHeadsAtOnce);
+  for (const auto& t : transforms) prefetch_factors(t);
   const int64_t first_head[] = {0, args.heads, args.heads + args.kv_heads, all};
   for (int kind = 0; kind < 3; ++kind) {
-    const float* matrix = kind == 0 ? args.q_transform : kind == 1 ? args.k_transform : nullptr;
+    const quota::TransformArgs& transform = transforms[kind];
     int64_t rows[kHeadsAtOnce], count = 0;
     const auto put = [&] {
-      if (matrix) chain_matmul<V>({x, d, 1, matrix, d, y, d}, count, d, d);
+      if (transform.right) transform_into<V>(transform, x, y, count, scratch);
       for (int64_t i = 0; i < count; ++i) {
-        const float* row = (matrix ? y : x) + i * d;
+        const float* row = (transform.right ? y : x) + i * d;
         const int64_t token = rows[i] / all, h = rows[i] % all - first_head[kind], b = token / args.tokens, t = token % args.tokens;
         if (kind == 0)
           __builtin_memcpy(args.q + ((b * args.heads + h) * args.tokens + t) * d, row, static_cast<size_t>(d) * sizeof(float));

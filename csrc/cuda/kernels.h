@@ -20,14 +20,14 @@ struct Device {
 // Throws where this library has no code for the current device. Launches nothing.
 void check_architecture();
 
-// transform: y. One launch.
-void transform(const TransformArgs&, int64_t rows, const Device&, cudaStream_t);
-// Floats of workspace for quantize_act.
-int64_t quantize_workspace(const QuantizeArgs&, int64_t rows, const Device&);
-// One launch, one more for a prologue, one more for a transform.
-void quantize_act(const QuantizeArgs&, int64_t rows, float* workspace, const Device&, cudaStream_t);
-// Whether the factors' block of shared memory fits.
-bool transform_fits(int64_t l, int64_t r, const Device&);
+// transform: y; quantize_act: codes and scales. One launch each. Factors as TransformArgs says, but right as left: right^T as rows
+// [r][r rounded up to 2]. HeadsArgs' too.
+void transform(const TransformArgs&, int64_t rows, int32_t* workspace, const Device&, cudaStream_t);
+void quantize_act(const QuantizeArgs&, int64_t rows, int32_t* workspace, const Device&, cudaStream_t);
+// int32 of workspace for both.
+int64_t transform_workspace(const TransformArgs&, int64_t rows, const Device&);
+// Whether a row's operands fit into a block's shared memory.
+bool transform_fits(const TransformArgs&, const Device&);
 
 // One launch each.
 void kv4_append(const AppendArgs&, int64_t batch, cudaStream_t);

@@ -1,4 +1,5 @@
 // kv4_append and qkv_append: quantize_slot of csrc/cpu/kv4_append.h by one warp per row.
+#include "fixed.h"
 #include "kernels.h"
 #include "values.h"
 
@@ -6,6 +7,7 @@ namespace quota::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kHeadRows = 16;  // tokens of a block: the rows of one tensor-core product
 
 // One row of d values (in shared or global memory) -> a slot of a cache, by one warp.
 __device__ inline void quantize_slot(const float* x, int64_t d, float clip, const Kv4<uint8_t, float>& c, int64_t b, int64_t h, int64_t slot) {
@@ -36,13 +38,12 @@ __global__ void __launch_bounds__(32 * kWarps) append_kernel(AppendArgs args, in
   quantize_slot(args.x + row * args.dim, args.dim, args.clip, args.cache, b, h, args.position + t);
 }
 
-// Block: head h of kWarps tokens. Rotation, the chain over the transform (a thread takes whole columns), then a warp per token.
+// Block: head h of kHeadRows tokens. Rotation, the transform, then a warp per token.
 __global__ void __launch_bounds__(32 * kWarps) heads_kernel(HeadsArgs args, int64_t rows) {
   const int64_t d = args.dim, half = d / 2, all = args.heads + 2 * args.kv_heads;
-  const int64_t h = blockIdx.x % all, first = blockIdx.x / all * kWarps, count = rows - first < kWarps ? rows - first : kWarps;
+  const int64_t h = blockIdx.x % all, first = blockIdx.x / all * kHeadRows, count = rows - first < kHeadRows ? rows - first : kHeadRows;
   const int kind = h < args.heads ? 0 : h < args.heads + args.kv_heads ? 1 : 2;
-  float* x = reinterpret_cast<float*>(shared_memory());  // [kWarps][d]
-  float* y = x + kWarps * d;
+  float* x = reinterpret_cast<float*>(shared_memory());  // [kHeadRows][d]
   for (int64_t i = threadIdx.x; i < count * d; i += blockDim.x) {
     const int64_t token = first + i / d, c = i % d;
     const float* from = args.qkv + (token * all + h) * d;
@@ -55,30 +56,20 @@ __global__ void __launch_bounds__(32 * kWarps) heads_kernel(HeadsArgs args, int6
     x[i] = v;
   }
   __syncthreads();
-  const float* matrix = kind == 0 ? args.q_transform : kind == 1 ? args.k_transform : nullptr;
+  const int16_t* matrix = kind == 0 ? args.q_transform : kind == 1 ? args.k_transform : nullptr;
   if (matrix) {
-    for (int64_t c = threadIdx.x; c < d; c += blockDim.x) {
-      float sum[kWarps] = {};
-      for (int64_t j = 0; j < d; ++j) {
-        const float w = matrix[j * d + c];
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) sum[i] = __fmaf_rn(i < count ? x[i * d + j] : 0.0f, w, sum[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) y[i * d + c] = sum[i];
-    }
-    __syncthreads();
-    x = y;
+    auto* memory = reinterpret_cast<unsigned char*>(x + kHeadRows * d);
+    times_right(x, static_cast<int>(count), static_cast<int>(d), matrix, kind == 0 ? args.q_exponent : args.k_exponent, memory, x);
   }
-  const int64_t mine = threadIdx.x / 32;
-  if (mine >= count) return;
-  const int64_t token = first + mine, b = token / args.tokens, t = token % args.tokens;
-  if (kind == 0) {
-    float* q = args.q + ((b * args.heads + h) * args.tokens + t) * d;
-    for (int64_t i = threadIdx.x % 32; i < d; i += 32) q[i] = x[mine * d + i];
-  } else {
-    const bool key = kind == 1;
-    quantize_slot(x + mine * d, d, key ? args.k_clip : args.v_clip, key ? args.k : args.v, b, h - args.heads - (key ? 0 : args.kv_heads), args.position + t);
+  for (int64_t mine = threadIdx.x / 32; mine < count; mine += kWarps) {
+    const int64_t token = first + mine, b = token / args.tokens, t = token % args.tokens;
+    if (kind == 0) {
+      float* q = args.q + ((b * args.heads + h) * args.tokens + t) * d;
+      for (int64_t i = threadIdx.x % 32; i < d; i += 32) q[i] = x[mine * d + i];
+    } else {
+      const bool key = kind == 1;
+      quantize_slot(x + mine * d, d, key ? args.k_clip : args.v_clip, key ? args.k : args.v, b, h - args.heads - (key ? 0 : args.kv_heads), args.position + t);
+    }
   }
 }
 
@@ -91,8 +82,8 @@ void kv4_append(const AppendArgs& args, int64_t batch, cudaStream_t stream) {
 
 void qkv_append(const HeadsArgs& args, int64_t batch, cudaStream_t stream) {
   const int64_t rows = batch * args.tokens, all = args.heads + 2 * args.kv_heads;
-  const size_t shared = static_cast<size_t>(2 * kWarps * args.dim) * sizeof(float);
-  if (rows) launch(heads_kernel, ceil_div(rows, kWarps) * all, 32 * kWarps, shared, stream, args, rows);
+  const size_t shared = static_cast<size_t>(kHeadRows * args.dim) * sizeof(float) + times_right_bytes(kHeadRows, static_cast<int>(args.dim));
+  if (rows) launch(heads_kernel, ceil_div(rows, kHeadRows) * all, 32 * kWarps, shared, stream, args, rows);
 }
 
 }  // namespace quota::cuda

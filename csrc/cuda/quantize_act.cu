@@ -1,200 +1,146 @@
-// transform and quantize_act: the chains of csrc/cpu/chain.h and the quantizer of csrc/cpu/quantize_act.h, with equal bits.
+// transform and quantize_act: the integers of csrc/cpu/fixed.h and the quantizer of csrc/cpu/quantize_act.h, with equal bits. One block takes a row
+// from its prologue to its codes.
+#include "fixed.h"
 #include "kernels.h"
 #include "values.h"
 
 namespace quota::cuda {
 namespace {
 
-constexpr int kWide = 4;         // columns of a thread's tile
-constexpr int kManyRows = 8;     // rows of it where there is work for the whole device,
-constexpr int kFewTileRows = 2;  // or else
-constexpr int kMostThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kTallRows = 16;  // rows of a block that have a matrix of one row each
 
-// How a matrix X [l, r] is cut: a block takes `slice` rows of Y, a thread tiles of `tile` rows x 4 columns.
-struct TransformPlan {
-  int tile;
-  int64_t slice, slices;
-  int threads;
-  size_t shared_bytes;
-};
-
-TransformPlan plan_of(int64_t l, int64_t r, int64_t rows, bool left, bool right, const Device& device) {
-  const int64_t wide = ceil_div(r, kWide), all = rows * ceil_div(l, kManyRows) * wide;
-  const int tile = all >= int64_t{device.processors} * kMostThreads ? kManyRows : kFewTileRows;
-  const int64_t most = tile == kManyRows ? kMostThreads : 64;
-  int64_t high = most / wide > 1 ? most / wide : 1;
-  if (high > ceil_div(l, tile)) high = ceil_div(l, tile);
-  const int64_t slice = high * tile, tiles = high * wide;
-  const int64_t floats = slice * ((left ? l : 0) + (right ? r : 0)) + kMostThreads / 32;
-  return {tile, slice, ceil_div(l, slice), static_cast<int>(round_to(tiles < most ? tiles : most, 32)), static_cast<size_t>(floats) * sizeof(float)};
-}
-
-// Four values of a row of `width`, zeros past its end.
-__device__ inline float4 four(const float* row, int64_t column, int64_t width, bool whole) {
-  if (whole) return *reinterpret_cast<const float4*>(row + column);
-  float4 x{0.0f, 0.0f, 0.0f, 0.0f};
-  if (column < width) x.x = row[column];
-  if (column + 1 < width) x.y = row[column + 1];
-  if (column + 2 < width) x.z = row[column + 2];
-  if (column + 3 < width) x.w = row[column + 3];
-  return x;
-}
-
-template <int kRows>
-__device__ inline void accumulate(float (&sum)[kRows][kWide], const float* column, const float4& x) {
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    sum[i][0] = __fmaf_rn(column[i], x.x, sum[i][0]);
-    sum[i][1] = __fmaf_rn(column[i], x.y, sum[i][1]);
-    sum[i][2] = __fmaf_rn(column[i], x.z, sum[i][2]);
-    sum[i][3] = __fmaf_rn(column[i], x.w, sum[i][3]);
+__device__ inline float activated(const float* row, int i, int k, Prologue prologue) {
+  switch (prologue) {
+    case Prologue::kSiluMul: return __fmul_rn(gated_by_sigmoid(row[i], 1.0f), row[k + i]);
+    case Prologue::kQuickGelu: return gated_by_sigmoid(row[i], 1.702f);
+    case Prologue::kGelu: return gelu(row[i]);
+    default: return row[i];
   }
 }
 
-// Block: rows first .. of Y = left^T X right for one X. Every sum is one ascending chain, in one thread. reach [blocks]: the largest |Y| as bits.
-template <int kRows>
-__global__ void __launch_bounds__(kMostThreads) transform_kernel(TransformArgs t, int64_t slice, int64_t slices, int* reach) {
-  const int64_t l = t.l, r = t.r, m = blockIdx.x / slices, first = blockIdx.x % slices * slice, height = l - first < slice ? l - first : slice;
-  const float* x = t.x + m * l * r;
-  float* y = t.y + m * l * r;
-  float* columns = reinterpret_cast<float*>(shared_memory());  // [l][slice]: the slice's columns of left
-  float* turned = columns + (t.left ? l * slice : 0);          // [r][slice]: left^T X, transposed
-  int* scratch = reinterpret_cast<int*>(turned + (t.right ? r * slice : 0));
-  const int64_t wide = ceil_div(r, kWide), tiles = ceil_div(height, kRows) * wide;
-  const bool whole = r % kWide == 0 && aligned_16(t.x) && (t.right == nullptr || aligned_16(t.right));
+// int16 of the operands in shared memory: X^T for a product with left, then (or instead) the rows for one with right.
+__host__ __device__ inline int operand_values(const TransformArgs& t) {
+  const int l = static_cast<int>(t.l), r = static_cast<int>(t.r), before = t.left ? r * fixed_stride(l) : 0, after = t.right ? l * fixed_stride(r) : 0;
+  return before > after ? before : after;
+}
 
-  if (t.left)
-    for (int64_t i = threadIdx.x; i < l * slice; i += blockDim.x) columns[i] = i % slice < height ? t.left[i / slice * l + first + i % slice] : 0.0f;
-  else
-    for (int64_t i = threadIdx.x; i < slice * r; i += blockDim.x) turned[i % r * slice + i / r] = i / r < height ? x[(first + i / r) * r + i % r] : 0.0f;
-  __syncthreads();
+// put(row, column) for every element of a matrix, a warp per row.
+template <class Put>
+__device__ inline void each_element(int rows, int columns, Put put) {
+  for (int i = threadIdx.x / 32; i < rows; i += kWarps)
+    for (int j = threadIdx.x % 32; j < columns; j += 32) put(i, j);
+}
 
-  int largest_bits = 0;
-  const auto put = [&](const float (&sum)[kRows][kWide], int64_t row, int64_t column) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int c = 0; c < kWide; ++c)
-        if (row + i < height && column + c < r) {
-          y[(first + row + i) * r + column + c] = sum[i][c];
-          largest_bits = largest(largest_bits, magnitude_bits(sum[i][c]));
-        }
-  };
+// X [l][r] at `values` -> sums of left^T X right at `sums`, which may be the same memory. Returns what a sum is worth, times 2^-exponent, and in `most`
+// the largest magnitude of a sum.
+__device__ inline float kronecker(const TransformArgs& t, const float* values, float reach, int16_t* operand, int32_t* sums, int* scratch, int* most) {
+  const int l = static_cast<int>(t.l), r = static_cast<int>(t.r), across = fixed_stride(l), along = fixed_stride(r);
+  const Unit unit = unit_of(reach);
+  int found = 0, shift = 0;
+  const auto put = [&](int i, int j, int sum) { sums[i * r + j] = sum, found = largest(found, sum < 0 ? -sum : sum); };
   if (t.left) {
-    for (int64_t tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
-      const int64_t row = tile / wide * kRows, column = tile % wide * kWide;
-      float sum[kRows][kWide] = {};
-#pragma unroll 4
-      for (int64_t j = 0; j < l; ++j) accumulate<kRows>(sum, columns + j * slice + row, four(x + j * r, column, r, whole));
-      if (!t.right) {
-        put(sum, row, column);
-        continue;
-      }
-#pragma unroll
-      for (int c = 0; c < kWide; ++c)
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          if (column + c < r) turned[(column + c) * slice + row + i] = sum[i][c];
-    }
+    each_element(even(l), r, [&](int i, int j) { operand[j * across + i] = i < l ? fixed_of(values[i * r + j], unit.factor) : int16_t{0}; });
+    __syncthreads();
+    fixed_product({t.left, even(l), l, even(l)}, {operand, across, r, even(l)}, put);
+    found = across_block_largest(found, scratch);
     __syncthreads();
   }
-  if (t.right)
-    for (int64_t tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
-      const int64_t row = tile / wide * kRows, column = tile % wide * kWide;
-      float sum[kRows][kWide] = {};
-#pragma unroll 4
-      for (int64_t j = 0; j < r; ++j) accumulate<kRows>(sum, turned + j * slice + row, four(t.right + j * r, column, r, whole));
-      put(sum, row, column);
-    }
-  if (reach == nullptr) return;
-  largest_bits = across_block_largest(largest_bits, scratch);
-  if (threadIdx.x == 0) reach[blockIdx.x] = largest_bits;
-}
-
-__global__ void __launch_bounds__(kMostThreads) prologue_kernel(const float* x, float* y, int64_t count, int64_t k, Prologue prologue) {
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  if (prologue == Prologue::kSiluMul) {
-    const float* row = x + i / k * 2 * k + i % k;
-    y[i] = __fmul_rn(gated_by_sigmoid(row[0], 1.0f), row[k]);
-  } else {
-    y[i] = prologue == Prologue::kGelu ? gelu(x[i]) : gated_by_sigmoid(x[i], 1.702f);
+  if (t.right) {
+    shift = t.left ? shift_of(found) : 0;
+    each_element(l, even(r), [&](int i, int j) {
+      operand[i * along + j] = j >= r ? int16_t{0} : t.left ? static_cast<int16_t>((sums[i * r + j] + (1 << shift >> 1)) >> shift) : fixed_of(values[i * r + j], unit.factor);
+    });
+    found = 0;
+    __syncthreads();
+    fixed_product({operand, along, l, even(r)}, {t.right, even(r), r, even(r)}, put);
+    found = across_block_largest(found, scratch);
+    __syncthreads();
   }
+  *most = found;
+  return __fmul_rn(unit.unit, power_of_two(t.exponent + shift));
 }
 
-// Block: one row y [k] -> nibbles and scale. `reach` [rows][slices] is what the transform saw; null: looked for here.
-__global__ void __launch_bounds__(kMostThreads) quantize_kernel(const float* y, int64_t k, float clip, const int* reach, int64_t slices, uint8_t* q, float* scale) {
-  const int64_t m = blockIdx.x, bytes = (k + 1) / 2;
-  const float* row = y + m * k;
+// Block: one row -> y, or where args.q is there its nibbles and scale. `outside`: memory for the rows' values and sums, null: shared memory.
+__global__ void __launch_bounds__(kThreads) row_kernel(QuantizeArgs args, int32_t* outside) {
+  const TransformArgs& t = args.transform;
+  const int k = static_cast<int>(t.l * t.r);
+  const int64_t m = blockIdx.x;
+  int* scratch = reinterpret_cast<int*>(shared_memory());
+  int16_t* operand = reinterpret_cast<int16_t*>(scratch + kWarps);
+  int32_t* sums = outside ? outside + m * k : reinterpret_cast<int32_t*>(operand + operand_values(t));
+  float* values = reinterpret_cast<float*>(sums);
+  const float* x = t.x + m * (args.prologue == Prologue::kSiluMul ? 2 * int64_t{k} : k);
   int bits = 0;
-  if (reach)
-    for (int64_t i = threadIdx.x; i < slices; i += blockDim.x) bits = largest(bits, reach[m * slices + i]);
-  else
-    for (int64_t i = threadIdx.x; i < k; i += blockDim.x) bits = largest(bits, magnitude_bits(row[i]));
-  bits = across_block_largest(bits, reinterpret_cast<int*>(shared_memory()));
-  const float clipped = __fmul_rn(__int_as_float(bits), clip), s = __fdiv_rn(clipped < kSmallestRange ? kSmallestRange : clipped, 7.0f);
-  const float inverse = __fdiv_rn(1.0f, s);
-  if (threadIdx.x == 0) scale[m] = s;
-  for (int64_t i = threadIdx.x; i < bytes; i += blockDim.x) {
-    const int low = code_of(row[2 * i], 0.0f, inverse, -8.0f, 7.0f), high = 2 * i + 1 < k ? code_of(row[2 * i + 1], 0.0f, inverse, -8.0f, 7.0f) : 0;
-    q[m * bytes + i] = static_cast<uint8_t>((low & 15) | (high & 15) << 4);
+  for (int i = threadIdx.x; i < k; i += kThreads) {
+    values[i] = activated(x, i, k, args.prologue);
+    bits = largest(bits, magnitude_bits(values[i]));
+  }
+  float reach = __int_as_float(across_block_largest(bits, scratch)), worth = 0.0f;
+  __syncthreads();
+  const bool moves = t.left || t.right;
+  if (moves) {
+    int most;
+    worth = kronecker(t, values, reach, operand, sums, scratch, &most);
+    reach = __fmul_rn(__int2float_rn(most), worth);
+  }
+  const auto value = [&](int i) { return moves ? __fmul_rn(__int2float_rn(sums[i]), worth) : values[i]; };
+  if (args.q == nullptr) {
+    for (int i = threadIdx.x; i < k; i += kThreads) t.y[m * k + i] = value(i);
+    return;
+  }
+  const float clipped = __fmul_rn(reach, args.clip), scale = __fdiv_rn(clipped < kSmallestRange ? kSmallestRange : clipped, 7.0f);
+  const float inverse = __fdiv_rn(1.0f, scale);
+  const int bytes = (k + 1) / 2;
+  if (threadIdx.x == 0) args.scale[m] = scale;
+  for (int i = threadIdx.x; i < bytes; i += kThreads) {
+    const int low = code_of(value(2 * i), 0.0f, inverse, -8.0f, 7.0f), high = 2 * i + 1 < k ? code_of(value(2 * i + 1), 0.0f, inverse, -8.0f, 7.0f) : 0;
+    args.q[m * bytes + i] = static_cast<uint8_t>((low & 15) | (high & 15) << 4);
   }
 }
 
-void launch_transform(const TransformArgs& t, int64_t rows, int* reach, const TransformPlan& plan, cudaStream_t stream) {
-  const auto kernel = plan.tile == kManyRows ? transform_kernel<kManyRows> : transform_kernel<kFewTileRows>;
-  launch(kernel, rows * plan.slices, plan.threads, plan.shared_bytes, stream, t, plan.slice, plan.slices, reach);
+// Block: kTallRows rows of r values, each a matrix of one row, times right.
+__global__ void __launch_bounds__(kThreads) tall_kernel(TransformArgs t, int64_t rows) {
+  const int r = static_cast<int>(t.r);
+  const int64_t first = int64_t{blockIdx.x} * kTallRows;
+  const int count = rows - first < kTallRows ? static_cast<int>(rows - first) : kTallRows;
+  float* x = reinterpret_cast<float*>(shared_memory());
+  for (int i = threadIdx.x; i < count * r; i += kThreads) x[i] = t.x[first * r + i];
+  __syncthreads();
+  times_right(x, count, r, t.right, t.exponent, reinterpret_cast<unsigned char*>(x + kTallRows * r), x);
+  for (int i = threadIdx.x; i < count * r; i += kThreads) t.y[first * r + i] = x[i];
+}
+
+size_t operand_bytes(const TransformArgs& t) { return kWarps * sizeof(int) + static_cast<size_t>(round_to(operand_values(t), 2)) * sizeof(int16_t); }
+
+size_t tall_bytes(const TransformArgs& t) { return kTallRows * static_cast<size_t>(t.r) * sizeof(float) + times_right_bytes(kTallRows, static_cast<int>(t.r)); }
+
+bool is_tall(const TransformArgs& t, const Device& device) { return !t.left && t.right && t.l == 1 && tall_bytes(t) <= device.shared_bytes; }
+
+bool sums_fit(const TransformArgs& t, const Device& device) { return operand_bytes(t) + static_cast<size_t>(t.l * t.r) * sizeof(int32_t) <= device.shared_bytes; }
+
+void launch_rows(const QuantizeArgs& args, int64_t rows, int32_t* workspace, const Device& device, cudaStream_t stream) {
+  const bool inside = sums_fit(args.transform, device);
+  const size_t shared = operand_bytes(args.transform) + (inside ? static_cast<size_t>(args.transform.l * args.transform.r) * sizeof(int32_t) : 0);
+  launch(row_kernel, rows, kThreads, shared, stream, args, inside ? nullptr : workspace);
 }
 
 }  // namespace
 
-bool transform_fits(int64_t l, int64_t r, const Device& device) {
-  return static_cast<size_t>(kFewTileRows * (l + r) + kMostThreads / 32) * sizeof(float) <= device.shared_bytes;
-}
+bool transform_fits(const TransformArgs& t, const Device& device) { return operand_bytes(t) <= device.shared_bytes; }
 
-// A plan whose shared memory fits: fewer rows a block, if need be.
-static TransformPlan fitting(const TransformArgs& t, int64_t l, int64_t rows, const Device& device) {
-  TransformPlan plan = plan_of(l, t.r, rows, t.left, t.right, device);
-  while (plan.shared_bytes > device.shared_bytes && plan.slice > kFewTileRows) {
-    if (plan.slice == plan.tile) plan.tile = kFewTileRows;
-    plan.slice = plan.slice > plan.tile ? plan.slice - plan.tile : plan.tile;
-    plan.slices = ceil_div(l, plan.slice);
-    plan.shared_bytes = static_cast<size_t>(plan.slice * ((t.left ? l : 0) + (t.right ? t.r : 0)) + kMostThreads / 32) * sizeof(float);
-  }
-  return plan;
-}
+int64_t transform_workspace(const TransformArgs& t, int64_t rows, const Device& device) { return sums_fit(t, device) ? 0 : rows * t.l * t.r; }
 
-void transform(const TransformArgs& args, int64_t rows, const Device& device, cudaStream_t stream) {
+void transform(const TransformArgs& t, int64_t rows, int32_t* workspace, const Device& device, cudaStream_t stream) {
   if (rows == 0) return;
-  TransformArgs t = args;
-  if (!t.left) t.l *= rows, rows = 1;  // all rows are one tall matrix
-  launch_transform(t, rows, nullptr, fitting(t, t.l, rows, device), stream);
+  if (is_tall(t, device))
+    launch(tall_kernel, ceil_div(rows, kTallRows), kThreads, tall_bytes(t), stream, t, rows);
+  else
+    launch_rows({t, 1.0f, nullptr, nullptr, Prologue::kNone}, rows, workspace, device, stream);
 }
 
-int64_t quantize_workspace(const QuantizeArgs& args, int64_t rows, const Device& device) {
-  const auto& t = args.transform;
-  const bool moves = t.left || t.right, prepares = args.prologue != Prologue::kNone;
-  return rows * t.l * t.r * (moves + prepares) + (moves ? rows * fitting(t, t.l, rows, device).slices : 0);
-}
-
-void quantize_act(const QuantizeArgs& args, int64_t rows, float* workspace, const Device& device, cudaStream_t stream) {
-  if (rows == 0) return;
-  TransformArgs t = args.transform;
-  const int64_t k = t.l * t.r;
-  const size_t scratch = kMostThreads / 32 * sizeof(int);
-  if (args.prologue != Prologue::kNone) {
-    launch(prologue_kernel, ceil_div(rows * k, kMostThreads), kMostThreads, 0, stream, t.x, workspace, rows * k, k, args.prologue);
-    t.x = workspace, workspace += rows * k;
-  }
-  int* reach = nullptr;
-  int64_t slices = 0;
-  if (t.left || t.right) {
-    const auto plan = fitting(t, t.l, rows, device);
-    t.y = workspace, reach = reinterpret_cast<int*>(workspace + rows * k), slices = plan.slices;
-    launch_transform(t, rows, reach, plan, stream);
-    t.x = t.y;
-  }
-  launch(quantize_kernel, rows, kMostThreads, scratch, stream, t.x, k, args.clip, reach, slices, args.q, args.scale);
+void quantize_act(const QuantizeArgs& args, int64_t rows, int32_t* workspace, const Device& device, cudaStream_t stream) {
+  if (rows) launch_rows(args, rows, workspace, device, stream);
 }
 
 }  // namespace quota::cuda

@@ -47,9 +47,9 @@ int64_t grain(int64_t work_per_row, Rate rate) { return 1 + 8000 * rate / (work_
 
 int64_t transform_work(const quota::TransformArgs& t) { return t.l * t.r * ((t.left ? t.l : 0) + (t.right ? t.r : 0) + 1); }
 
-Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
+Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right, int64_t l, int64_t exponent) {
   check(x, "x", ScalarType::Float, {kFree, kFree});
-  auto args = transform_args(x, x.size(1), left, right);
+  auto args = transform_args(x, x.size(1), left, right, l, exponent, check_panels);
   if (!left && !right) return x;
   Tensor y = make({x.size(0), x.size(1)}, ScalarType::Float);
   args.y = static_cast<float*>(y.mutable_data_ptr());
@@ -60,13 +60,13 @@ Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
 
 constexpr int64_t kPrologueWork = 16;  // multiply-adds per value
 
-std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip, int64_t prologue) {
+std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, int64_t l, int64_t exponent, double clip, int64_t prologue) {
   check(x, "x", ScalarType::Float, {kFree, kFree});
   STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kGelu), "prologue: unknown number ", prologue);
   const auto first = static_cast<quota::Prologue>(prologue);
   const int64_t m = x.size(0), k = first == quota::Prologue::kSiluMul ? x.size(1) / 2 : x.size(1);
   STD_TORCH_CHECK(first != quota::Prologue::kSiluMul || 2 * k == x.size(1), "x: expected gate and up halves of one size, got ", x.size(1), " features");
-  const auto transform = transform_args(x, k, left, right);
+  const auto transform = transform_args(x, k, left, right, l, exponent, check_panels);
   Tensor q = make({m, (k + 1) / 2}, ScalarType::Byte), scale = make({m}, ScalarType::Float);
   const quota::QuantizeArgs args{
       transform, static_cast<float>(clip), static_cast<uint8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()), first};
@@ -148,9 +148,10 @@ void kv4_append(Tensor cache_q, Tensor cache_scale, Tensor cache_zero, Tensor x,
 }
 
 Tensor qkv_append(
-    Tensor qkv, MaybeTensor cos, MaybeTensor sin, MaybeTensor q_transform, MaybeTensor k_transform, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q,
-    Tensor v_scale, Tensor v_zero, int64_t position, double k_clip, double v_clip) {
-  quota::HeadsArgs args = heads_args(qkv, cos, sin, q_transform, k_transform, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, position);
+    Tensor qkv, MaybeTensor cos, MaybeTensor sin, MaybeTensor q_transform, MaybeTensor k_transform, int64_t q_exponent, int64_t k_exponent, Tensor k_q,
+    Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t position, double k_clip, double v_clip) {
+  quota::HeadsArgs args = heads_args(qkv, cos, sin, q_transform, k_transform, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, position, check_panels);
+  args.q_exponent = static_cast<int>(q_exponent), args.k_exponent = static_cast<int>(k_exponent);
   args.k_clip = static_cast<float>(k_clip), args.v_clip = static_cast<float>(v_clip);
   Tensor q = make({qkv.size(0), args.heads, args.tokens, args.dim}, ScalarType::Float);
   args.q = static_cast<float*>(q.mutable_data_ptr());
@@ -457,8 +458,8 @@ std::string isa() { return quota::kernels().name; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(quota_cpu, m) {
-  m.def("transform(Tensor x, Tensor? left, Tensor? right) -> Tensor");
-  m.def("quantize_act(Tensor x, Tensor? left, Tensor? right, float clip, int prologue) -> (Tensor, Tensor)");
+  m.def("transform(Tensor x, Tensor? left, Tensor? right, int l, int exponent) -> Tensor");
+  m.def("quantize_act(Tensor x, Tensor? left, Tensor? right, int l, int exponent, float clip, int prologue) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("w4a4_pack(Tensor w_q, int k) -> (Tensor, Tensor)");
   m.def("w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Tensor w_scale, int k, Tensor? bias, Tensor? x_zero) -> Tensor");
@@ -472,7 +473,7 @@ STABLE_TORCH_LIBRARY(quota_cpu, m) {
   m.def("kv16_attention(Tensor q, Tensor k, Tensor v, int length, Tensor? start, float scaling) -> (Tensor, Tensor)");
   m.def("kv16_paged_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor length, float scaling) -> (Tensor, Tensor)");
   m.def(
-      "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
+      "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, int q_exponent, int k_exponent, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
       "Tensor(d!) v_q, Tensor(e!) v_scale, Tensor(f!) v_zero, int position, float k_clip, float v_clip) -> Tensor");
   m.def(
       "token_score(Tensor q, Tensor? k, Tensor? k_q, Tensor? k_scale, Tensor? k_zero, Tensor lse, Tensor text, Tensor visual, float scaling) "

@@ -88,37 +88,40 @@ Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType
 
 const float* maybe_floats(const MaybeTensor& t) { return t ? floats(*t) : nullptr; }
 
-void check_factors(const quota::TransformArgs& t, const Place& place) {
-  STD_TORCH_CHECK(quota::cuda::transform_fits(t.left ? t.l : 0, t.right ? t.r : 0, place.device), "factors of ", t.l, " and ", t.r,
+// Memory for `rows` rows of a transform.
+Tensor transform_workspace(const Tensor& x, const quota::TransformArgs& t, int64_t rows, const Place& place) {
+  STD_TORCH_CHECK(quota::cuda::transform_fits(t, place.device), "factors of ", t.left ? t.l : 0, " and ", t.right ? t.r : 0,
                   " do not fit into the shared memory of this GPU; use the triton or native implementation (QUOTA_IMPL)");
+  return make(x, {quota::cuda::transform_workspace(t, rows, place.device)}, ScalarType::Int);
 }
 
-Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right) {
+int32_t* ints_of(Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
+
+Tensor transform(Tensor x, MaybeTensor left, MaybeTensor right, int64_t l, int64_t exponent) {
   const Place place(x);
   check(x, "x", ScalarType::Float, {kFree, kFree});
-  auto args = transform_args(x, x.size(1), left, right);
+  auto args = transform_args(x, x.size(1), left, right, l, exponent, check_rows);
   if (!left && !right) return x;
-  check_factors(args, place);
+  Tensor workspace = transform_workspace(x, args, x.size(0), place);
   Tensor y = make(x, {x.size(0), x.size(1)}, ScalarType::Float);
   args.y = static_cast<float*>(y.mutable_data_ptr());
-  quota::cuda::transform(args, x.size(0), place.device, place.stream);
+  quota::cuda::transform(args, x.size(0), ints_of(workspace), place.device, place.stream);
   return y;
 }
 
-std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, double clip, int64_t prologue) {
+std::tuple<Tensor, Tensor> quantize_act(Tensor x, MaybeTensor left, MaybeTensor right, int64_t l, int64_t exponent, double clip, int64_t prologue) {
   const Place place(x);
   check(x, "x", ScalarType::Float, {kFree, kFree});
   STD_TORCH_CHECK(prologue >= 0 && prologue <= static_cast<int64_t>(quota::Prologue::kGelu), "prologue: unknown number ", prologue);
   const auto first = static_cast<quota::Prologue>(prologue);
   const int64_t m = x.size(0), k = first == quota::Prologue::kSiluMul ? x.size(1) / 2 : x.size(1);
   STD_TORCH_CHECK(first != quota::Prologue::kSiluMul || 2 * k == x.size(1), "x: expected gate and up halves of one size, got ", x.size(1), " features");
-  const auto transform = transform_args(x, k, left, right);
-  check_factors(transform, place);
+  const auto transform = transform_args(x, k, left, right, l, exponent, check_rows);
   Tensor q = make(x, {m, (k + 1) / 2}, ScalarType::Byte), scale = make(x, {m}, ScalarType::Float);
   const quota::QuantizeArgs args{
       transform, static_cast<float>(clip), static_cast<uint8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()), first};
-  Tensor workspace = make(x, {quota::cuda::quantize_workspace(args, m, place.device)}, ScalarType::Float);
-  quota::cuda::quantize_act(args, m, static_cast<float*>(workspace.mutable_data_ptr()), place.device, place.stream);
+  Tensor workspace = transform_workspace(x, transform, m, place);
+  quota::cuda::quantize_act(args, m, ints_of(workspace), place.device, place.stream);
   return {q, scale};
 }
 
@@ -176,10 +179,11 @@ void kv4_append(Tensor cache_q, Tensor cache_scale, Tensor cache_zero, Tensor x,
 }
 
 Tensor qkv_append(
-    Tensor qkv, MaybeTensor cos, MaybeTensor sin, MaybeTensor q_transform, MaybeTensor k_transform, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q,
-    Tensor v_scale, Tensor v_zero, int64_t position, double k_clip, double v_clip) {
+    Tensor qkv, MaybeTensor cos, MaybeTensor sin, MaybeTensor q_transform, MaybeTensor k_transform, int64_t q_exponent, int64_t k_exponent, Tensor k_q,
+    Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int64_t position, double k_clip, double v_clip) {
   const Place place(qkv);
-  quota::HeadsArgs args = heads_args(qkv, cos, sin, q_transform, k_transform, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, position);
+  quota::HeadsArgs args = heads_args(qkv, cos, sin, q_transform, k_transform, {k_q, k_scale, k_zero}, {v_q, v_scale, v_zero}, position, check_rows);
+  args.q_exponent = static_cast<int>(q_exponent), args.k_exponent = static_cast<int>(k_exponent);
   args.k_clip = static_cast<float>(k_clip), args.v_clip = static_cast<float>(v_clip);
   Tensor q = make(qkv, {qkv.size(0), args.heads, args.tokens, args.dim}, ScalarType::Float);
   args.q = static_cast<float*>(q.mutable_data_ptr());
@@ -226,14 +230,14 @@ std::tuple<Tensor, Tensor> kv4_paged_attention(
 }  // namespace
 
 STABLE_TORCH_LIBRARY(QUOTA_LIBRARY, m) {
-  m.def("transform(Tensor x, Tensor? left, Tensor? right) -> Tensor");
-  m.def("quantize_act(Tensor x, Tensor? left, Tensor? right, float clip, int prologue) -> (Tensor, Tensor)");
+  m.def("transform(Tensor x, Tensor? left, Tensor? right, int l, int exponent) -> Tensor");
+  m.def("quantize_act(Tensor x, Tensor? left, Tensor? right, int l, int exponent, float clip, int prologue) -> (Tensor, Tensor)");
   m.def("w4a4_pack(Tensor w_q, int k) -> (Tensor, Tensor)");
   m.def(
       "w4a4_linear(Tensor x_q, Tensor x_scale, Tensor blocks, Tensor col_sum, Tensor w_scale, int k, Tensor? bias, Tensor? x_zero, int way) -> Tensor");
   m.def("kv4_append(Tensor(a!) cache_q, Tensor(b!) cache_scale, Tensor(c!) cache_zero, Tensor x, int position, float clip) -> ()");
   m.def(
-      "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
+      "qkv_append(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_transform, Tensor? k_transform, int q_exponent, int k_exponent, Tensor(a!) k_q, Tensor(b!) k_scale, Tensor(c!) k_zero, "
       "Tensor(d!) v_q, Tensor(e!) v_scale, Tensor(f!) v_zero, int position, float k_clip, float v_clip) -> Tensor");
   m.def(
       "kv4_attention(Tensor q, Tensor k_q, Tensor k_scale, Tensor k_zero, Tensor v_q, Tensor v_scale, Tensor v_zero, int length, Tensor? start, "

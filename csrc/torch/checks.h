@@ -56,18 +56,19 @@ const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_
 const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
-// x [M, width] whose rows give k features.
-quota::TransformArgs transform_args(const Tensor& x, int64_t k, const MaybeTensor& left, const MaybeTensor& right) {
-  int64_t l = 1;
-  if (left) {
-    l = left->size(0);
-    check(*left, "left", ScalarType::Float, {l, l});
-  } else if (right && right->size(0) > 0) {
-    l = k / right->size(0);
-  }
+// A factor of size n in one of the two layouts of quota.ops.weights.Factor.
+void check_rows(const Tensor& t, const char* name, int64_t n) { check(t, name, ScalarType::Short, {n, n + n % 2}); }
+void check_panels(const Tensor& t, const char* name, int64_t n) { check(t, name, ScalarType::Short, {(n + 15) / 16, (n + 1) / 2, 16, 2}); }
+
+const int16_t* shorts(const MaybeTensor& t) { return t ? static_cast<const int16_t*>(t->const_data_ptr()) : nullptr; }
+
+// x [M, width] whose rows give k features, matrices of l rows; `check_right` is one of the above.
+quota::TransformArgs transform_args(const Tensor& x, int64_t k, const MaybeTensor& left, const MaybeTensor& right, int64_t l, int64_t exponent,
+                                    void (*check_right)(const Tensor&, const char*, int64_t)) {
   STD_TORCH_CHECK(l > 0 && k % l == 0, "left: size ", l, " does not divide the ", k, " features of x");
-  if (right) check(*right, "right", ScalarType::Float, {k / l, k / l});
-  return {floats(x), left ? floats(*left) : nullptr, right ? floats(*right) : nullptr, l, k / l, nullptr};
+  if (left) check_rows(*left, "left", l);
+  if (right) check_right(*right, "right", k / l);
+  return {floats(x), shorts(left), shorts(right), l, k / l, static_cast<int>(exponent), nullptr};
 }
 
 // The checks and strides that a cache (or a view of one along the batch) has to meet: slots contiguous within a head.
@@ -89,9 +90,9 @@ struct KvTensors {  // a cache: codes, scales, zeros
   const Tensor &q, &scale, &zero;
 };
 
-// Everything of qkv_append but q and the clips.
+// Everything of qkv_append but q, the exponents and the clips.
 quota::HeadsArgs heads_args(const Tensor& qkv, const MaybeTensor& cos, const MaybeTensor& sin, const MaybeTensor& q_transform, const MaybeTensor& k_transform,
-                            const KvTensors& keys, const KvTensors& values, int64_t position) {
+                            const KvTensors& keys, const KvTensors& values, int64_t position, void (*check_right)(const Tensor&, const char*, int64_t)) {
   check(qkv, "qkv", ScalarType::Float, {kFree, kFree, kFree});
   const bool whole = keys.q.dim() == 4;
   const int64_t batch = qkv.size(0), tokens = qkv.size(1), kv_heads = whole ? keys.q.size(1) : 0, dim = whole ? 2 * keys.q.size(3) : 0;
@@ -108,11 +109,11 @@ quota::HeadsArgs heads_args(const Tensor& qkv, const MaybeTensor& cos, const May
     check(*cos, "cos", ScalarType::Float, {kFree, tokens, dim});
     check(*sin, "sin", ScalarType::Float, {cos->size(0), tokens, dim});
   }
-  if (q_transform) check(*q_transform, "q_transform", ScalarType::Float, {dim, dim});
-  if (k_transform) check(*k_transform, "k_transform", ScalarType::Float, {dim, dim});
+  if (q_transform) check_right(*q_transform, "q_transform", dim);
+  if (k_transform) check_right(*k_transform, "k_transform", dim);
   const auto maybe = [](const MaybeTensor& t) { return t ? floats(*t) : nullptr; };
-  return {floats(qkv), maybe(cos), maybe(sin), maybe(q_transform), maybe(k_transform), nullptr, k, v,
-          cos && cos->size(0) > 1 ? tokens * dim : 0, heads, kv_heads, tokens, dim, position, 0.0f, 0.0f};
+  return {floats(qkv), maybe(cos), maybe(sin), shorts(q_transform), shorts(k_transform), nullptr, k, v,
+          cos && cos->size(0) > 1 ? tokens * dim : 0, heads, kv_heads, tokens, dim, position, 0, 0, 0.0f, 0.0f};
 }
 
 // Everything of kv4_attention but the outputs and the scaling; the values of `start` are not looked at.

@@ -48,6 +48,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -102,15 +103,21 @@ def _tables(batch: int) -> tuple[Tensor, Tensor]:
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls that together launch every kernel in every shape of code that the two models need."""
     f = torch.empty
+
+    def factor(n: int) -> Tensor:
+        return torch.empty(n, n, dtype=torch.int16)
+
     mask = torch.ones(1, 64, dtype=torch.bool)
     return {
-        "transform 128": lambda: transform(f(64, 128), None, f(128, 128)),
-        "quantize_act 64x64": lambda: quantize_act(f(2, 4096), f(64, 64), f(64, 64), 0.9),
-        "quantize_act 86x128 silu_mul": lambda: quantize_act(f(2, 22016), f(86, 86), f(128, 128), 0.9, "silu_mul"),
-        "quantize_act 128x148 silu_mul": lambda: quantize_act(f(1, 37888), f(128, 128), f(148, 148), 0.9, "silu_mul"),
-        "quantize_act heads": lambda: quantize_act(f(2, 4096), f(32, 32), None, 0.9),
-        "quantize_act quick_gelu": lambda: quantize_act(f(2, 4096), None, None, 0.9, "quick_gelu"),
-        "quantize_act gelu": lambda: quantize_act(f(2, 4096), f(64, 64), f(64, 64), 0.9, "gelu"),
+        "transform 128": lambda: transform(f(64, 128), None, factor(128), 0),
+        "quantize_act 64x64": lambda: quantize_act(f(2, 4096), factor(64), factor(64), 0, 0.9),
+        "quantize_act 86x128 silu_mul": lambda: quantize_act(f(2, 22016), factor(86), factor(128), 0, 0.9, "silu_mul"),
+        "quantize_act 128x148 silu_mul": lambda: quantize_act(
+            f(1, 37888), factor(128), factor(148), 0, 0.9, "silu_mul"
+        ),
+        "quantize_act heads": lambda: quantize_act(f(2, 4096), factor(32), None, 0, 0.9),
+        "quantize_act quick_gelu": lambda: quantize_act(f(2, 4096), None, None, 0, 0.9, "quick_gelu"),
+        "quantize_act gelu": lambda: quantize_act(f(2, 4096), factor(64), factor(64), 0, 0.9, "gelu"),
         "rms_norm": lambda: rms_norm(f(2, 4096), f(4096), 1e-5),
         "w4a4_linear many": lambda: w4a4_linear(_packed(640, 4096), f(640), _packed(256, 4096), f(256)),
         "w4a4_linear few": lambda: w4a4_linear(_packed(1, 11008), f(1), _packed(256, 11008), f(256), f(256)),
@@ -124,7 +131,8 @@ def cases() -> dict[str, Callable[[], Any]]:
         "qkv_append": lambda: qkv_append(
             f(1, 2, 3 * 4096),
             (f(1, 2, 128), f(1, 2, 128)),
-            (f(128, 128), f(128, 128)),
+            (factor(128), factor(128)),
+            (0, 0),
             _cache(32, 64, 128),
             _cache(32, 64, 128),
             0,

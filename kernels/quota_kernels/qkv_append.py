@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quota_kernels.fixed import dot_fixed, fixed_point, power_of_two, unit_of
+from quota_kernels.floats import largest_magnitude
 from quota_kernels.kv4_append import cache_strides, range_codes, store_codes
 from quota_kernels.launch import cdiv, launch
 
-_HEADS = 8
+_HEADS = 16  # the least that a product takes
 
 
 @triton.jit
@@ -35,19 +37,14 @@ def turned(qkv, cos, sin, first, head, inside, d, ROTARY: tl.constexpr, DP: tl.c
 
 
 @triton.jit
-def through(x, matrix, scratch, at, inside, d, DP: tl.constexpr, HEADS: tl.constexpr):
-    """x [R, DP] times matrix [d, d] in chain order; `scratch` at int64 [R] is memory of d floats per row for this block
-    alone."""
+def through(x, matrix, exponent, d, DP: tl.constexpr, HEADS: tl.constexpr):
+    """x [R, DP], zero from d on, times an int16 factor [d, d] of 2^exponent, in the integers of `transform`."""
     channel = tl.arange(0, DP)
-    tl.store(scratch + at[:, None] + channel[None, :], x, mask=inside[:, None] & (channel[None, :] < d))
-    tl.debug_barrier()
-    acc = tl.zeros((HEADS, DP), tl.float32)
-    for k in range(d):
-        column = tl.load(scratch + at + k, mask=inside, other=0.0)
-        row = tl.load(matrix + k * d + channel, mask=channel < d, other=0.0)
-        acc = tl.fma(tl.broadcast_to(column[:, None], (HEADS, DP)), tl.broadcast_to(row[None, :], (HEADS, DP)), acc)
-    tl.debug_barrier()  # the scratch may be the result's own memory
-    return acc
+    unit, factor = unit_of(largest_magnitude(x, 1))
+    there = (channel < d)[:, None] & (channel < d)[None, :]
+    b = tl.load(matrix + channel[:, None] * d + channel[None, :], mask=there, other=0).to(tl.int32)
+    sums = dot_fixed(fixed_point(x, tl.broadcast_to(factor[:, None], (HEADS, DP))), b)
+    return sums.to(tl.float32) * (unit * power_of_two(exponent))[:, None]
 
 
 @triton.jit
@@ -57,8 +54,9 @@ def qkv_append_kernel(
     sin,
     q_matrix,
     k_matrix,
+    q_exponent,
+    k_exponent,
     q,
-    scratch,
     k_q,
     k_scale,
     k_zero,
@@ -97,14 +95,14 @@ def qkv_append_kernel(
         at = ((b * heads + head) * tokens + t) * d
         x = turned(qkv, cos, sin, first, head, inside, d, ROTARY, DP)
         if Q_MATRIX:
-            x = through(x, q_matrix, q, at, inside, d, DP, HEADS)
+            x = through(x, q_matrix, q_exponent, d, DP, HEADS)
         tl.store(q + at[:, None] + channel[None, :], x, mask=inside[:, None] & (channel[None, :] < d))
     elif part < q_parts + kv_parts:
         head = (part - q_parts) * HEADS + tl.arange(0, HEADS).to(tl.int64)
         inside = head < kv_heads
         x = turned(qkv, cos, sin, first + heads * d, head, inside, d, ROTARY, DP)
         if K_MATRIX:
-            x = through(x, k_matrix, scratch, (token * kv_heads + head) * d, inside, d, DP, HEADS)
+            x = through(x, k_matrix, k_exponent, d, DP, HEADS)
         codes, scale, low = range_codes(x, inside, d, k_clip, DP)
         slot = t + position
         q_at, scale_at = b * q_batch + head * q_head + slot * (d // 2), b * scale_batch + head * scale_head + slot
@@ -123,12 +121,13 @@ def qkv_append(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     transforms: tuple[Tensor | None, Tensor | None],
+    exponents: tuple[int, int],
     k: Any,
     v: Any,
     position: int,
     clips: tuple[float, float],
 ) -> Tensor:
-    """As `quota.ops.qkv_append`."""
+    """As `quota.ops.qkv_append`; transforms int16, times 2^exponent."""
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     kv_heads, d = k[0].shape[1], 2 * k[0].shape[3]
@@ -142,9 +141,6 @@ def qkv_append(
         raise ValueError("v: expected a cache with the strides of k")
     q = torch.empty(batch, heads, tokens, d, dtype=torch.float32, device=qkv.device)
     q_matrix, k_matrix = (qkv if t is None else t.contiguous() for t in transforms)
-    scratch = (
-        q if transforms[1] is None else torch.empty(batch * tokens, kv_heads, d, dtype=torch.float32, device=qkv.device)
-    )
     cos, sin = (qkv, qkv) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
     rotary_batch = tokens * d if rotary is not None and len(cos) > 1 else 0
     if batch == 1 or rotary is None:
@@ -157,8 +153,8 @@ def qkv_append(
         sin,
         q_matrix,
         k_matrix,
+        *exponents,
         q,
-        scratch,
         *k,
         *v,
         tokens,
@@ -173,7 +169,7 @@ def qkv_append(
         transforms[0] is not None,
         transforms[1] is not None,
         _HEADS,
-        max(2, triton.next_power_of_2(d)),
+        max(32, triton.next_power_of_2(d)),
         num_warps=4,
     )
     return q

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quota_kernels.floats import largest_magnitude, symmetric_code
 from quota_kernels.launch import launch, warps_for
-from quota_kernels.transform import activated, factors, kronecker, tile_of
+from quota_kernels.transform import activated, factors, kronecker, scratch_of, tile_of
 
 _PROLOGUES = {None: 0, "silu_mul": 1, "quick_gelu": 2, "gelu": 3}
 
@@ -19,12 +19,14 @@ def quantize_act_kernel(
     x,
     left,
     right,
-    middle,
+    sums,
+    prepared,
     y,
     x_q,
     x_scale,
     l,
     r,
+    exponent,
     clip,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -34,7 +36,7 @@ def quantize_act_kernel(
     BYTES: tl.constexpr,
 ):
     """y float32 [M, l * r] receives the transformed row: packing pairs neighbours of the flat row, which lie in
-    different rows of an odd matrix. middle: as y, for `kronecker`."""
+    different rows of an odd matrix. prepared: as y, for the row after its prologue; sums: `kronecker`'s."""
     m = tl.program_id(0).to(tl.int64)
     k = l * r
     width = k
@@ -45,7 +47,14 @@ def quantize_act_kernel(
     y += m * k
     b = tl.arange(0, BYTES)
     if LEFT or RIGHT:
-        reach = kronecker(x, left, right, middle + m * k, y, l, r, width, LEFT, RIGHT, PROLOGUE, LP, RP).to(
+        if PROLOGUE != 0:
+            prepared += m * k
+            for first in range(0, k, BYTES):
+                value = activated(x, first + b, first + b < k, width, PROLOGUE)
+                tl.store(prepared + first + b, value, mask=first + b < k)
+            tl.debug_barrier()
+            x = prepared
+        reach = kronecker(x, left, right, sums + m * k, y, l, r, exponent, LEFT, RIGHT, LP, RP).to(
             tl.float32, bitcast=True
         )
     else:
@@ -72,9 +81,9 @@ def quantize_act_kernel(
 
 
 def quantize_act(
-    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+    x: Tensor, left: Tensor | None, right: Tensor | None, exponent: int, clip: float, prologue: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `quota.ops.quantize_act`."""
+    """As `quota.ops.quantize_act`; factors as in `transform`."""
     if prologue not in _PROLOGUES:
         raise ValueError(f"prologue: expected one of {', '.join(filter(None, _PROLOGUES))}, got {prologue!r}")
     x = x.contiguous()
@@ -90,7 +99,7 @@ def quantize_act(
         torch.empty(m, dtype=torch.float32, device=x.device),
     )
     moves = left is not None or right is not None
-    middle = torch.empty_like(y) if left is not None and right is not None else y
+    prepared = torch.empty_like(y) if moves and prologue is not None else y
     lp, rp = tile_of(l, r) if moves else (1, 1)
     size = min(2048, max(32, triton.next_power_of_2((k + 1) // 2)))
     launch(
@@ -99,12 +108,14 @@ def quantize_act(
         x,
         x if left is None else left.contiguous(),
         x if right is None else right.contiguous(),
-        middle,
+        scratch_of(y, m * k, left, right),
+        prepared,
         y,
         x_q,
         x_scale,
         l,
         r,
+        exponent,
         clip,
         left is not None,
         right is not None,

@@ -1,5 +1,4 @@
-"""`transform`: Y = left^T X right on X = x.view(l, r), two chains of fused multiply-adds with a rounded matrix in
-between."""
+"""`transform`: Y = left^T X right on X = x.view(l, r), exact integer sums with a rounded matrix in between."""
 
 from __future__ import annotations
 
@@ -8,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quota_kernels.floats import gated_by_sigmoid, gelu
+from quota_kernels.fixed import STEP, dot_fixed, fixed_point, power_of_two, shift_of, unit_of
+from quota_kernels.floats import gated_by_sigmoid, gelu, largest_magnitude
 from quota_kernels.launch import cdiv, launch, warps_for
 
-_ROWS, _COLUMNS = 32, 64
+_ROWS, _COLUMNS = 64, 64  # of a tile, at most
 
 
 @triton.jit
@@ -29,71 +29,129 @@ def activated(x, at, mask, width, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
+def largest_of(x, k, CHUNK: tl.constexpr):
+    """max|x| of k values; a NaN wins."""
+    at = tl.arange(0, CHUNK)
+    bits = tl.zeros((CHUNK,), tl.int32)
+    for first in range(0, k, CHUNK):
+        value = tl.load(x + first + at, mask=first + at < k, other=0.0)
+        bits = tl.maximum(bits, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(bits, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def kronecker(
     x,
     left,
     right,
-    middle,
+    sums,
     y,
     l,
     r,
-    width,
+    exponent,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    PROLOGUE: tl.constexpr,
     LP: tl.constexpr,
     RP: tl.constexpr,
 ):
-    """One matrix [l, r] at `x` -> left^T X right at `y`, RP columns at a time; returns the bits of the largest
+    """One matrix float32 [l, r] at `x` -> left^T X right at `y`, in tiles of LP x RP; returns the bits of the largest
     magnitude (see `largest_magnitude`).
 
-    A column of a product in registers cannot be addressed, so the first product goes through `middle`, memory for l * r
-    floats that the block alone reads and writes. LP >= l.
+    left, right: int16 factors, times 2^exponent in all. The first product goes through `sums`, memory for l * r int32
+    that the block alone reads and writes.
     """
-    i, j = tl.arange(0, LP), tl.arange(0, RP)
+    i, j, s = tl.arange(0, LP), tl.arange(0, RP), tl.arange(0, STEP)
+    unit, factor = unit_of(largest_of(x, l * r, LP * RP))
     largest = tl.zeros((LP,), tl.int32)
+    shift = 0
     if LEFT:
-        for first in range(0, r, RP):
-            inside = first + j < r
-            tile = tl.zeros((LP, RP), tl.float32)
-            for k in range(l):
-                column = tl.load(left + k * l + i, mask=i < l, other=0.0)
-                row = activated(x, k * r + first + j, inside, width, PROLOGUE)
-                tile = tl.fma(tl.broadcast_to(column[:, None], (LP, RP)), tl.broadcast_to(row[None, :], (LP, RP)), tile)
-            at = i[:, None] * r + first + j[None, :]
-            if RIGHT:
-                tl.store(middle + at, tile, mask=(i[:, None] < l) & inside[None, :])
-            else:
-                tl.store(y + at, tile, mask=(i[:, None] < l) & inside[None, :])
-                bits = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-                largest = tl.where(bits > largest, bits, largest)
-    if RIGHT:
-        if LEFT:
-            tl.debug_barrier()
-        for first in range(0, r, RP):
-            inside = first + j < r
-            tile = tl.zeros((LP, RP), tl.float32)
-            for k in range(r):
-                if LEFT:
-                    column = tl.load(middle + i * r + k, mask=i < l, other=0.0)
+        for row in range(0, l, LP):
+            for column in range(0, r, RP):
+                there = (row + i < l)[:, None] & (column + j < r)[None, :]
+                at = (row + i)[:, None] * r + column + j[None, :]
+                tile = tl.zeros((LP, RP), tl.int32)
+                for k in range(0, l, STEP):
+                    inner = k + s < l
+                    a = tl.load(
+                        left + (k + s)[None, :] * l + row + i[:, None], (row + i < l)[:, None] & inner[None, :], 0
+                    )
+                    b = tl.load(
+                        x + (k + s)[:, None] * r + column + j[None, :], inner[:, None] & (column + j < r)[None, :], 0.0
+                    )
+                    tile += dot_fixed(a.to(tl.int32), fixed_point(b, tl.broadcast_to(factor, b.shape)))
+                if RIGHT:
+                    tl.store(sums + at, tile, mask=there)
+                    bits = tl.max(tl.abs(tile), 1)
                 else:
-                    column = activated(x, i * r + k, i < l, width, PROLOGUE)
-                row = tl.load(right + k * r + first + j, mask=inside, other=0.0)
-                tile = tl.fma(tl.broadcast_to(column[:, None], (LP, RP)), tl.broadcast_to(row[None, :], (LP, RP)), tile)
-            tl.store(y + i[:, None] * r + first + j[None, :], tile, mask=(i[:, None] < l) & inside[None, :])
-            bits = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-            largest = tl.where(bits > largest, bits, largest)
+                    value = tile.to(tl.float32) * (unit * power_of_two(exponent))
+                    tl.store(y + at, value, mask=there)
+                    bits = tl.max(tl.where(there, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), 1)
+                largest = tl.maximum(largest, bits)
+        if RIGHT:
+            tl.debug_barrier()
+            shift = shift_of(tl.max(largest, 0))
+            largest = tl.zeros((LP,), tl.int32)
+    if RIGHT:
+        scale = unit * power_of_two(exponent + shift)
+        for row in range(0, l, LP):
+            for column in range(0, r, RP):
+                there = (row + i < l)[:, None] & (column + j < r)[None, :]
+                tile = tl.zeros((LP, RP), tl.int32)
+                for k in range(0, r, STEP):
+                    inner = k + s < r
+                    at, known = (row + i)[:, None] * r + k + s[None, :], (row + i < l)[:, None] & inner[None, :]
+                    if LEFT:
+                        a = (tl.load(sums + at, known, 0) + ((1 << shift) >> 1)) >> shift
+                    else:
+                        a = tl.load(x + at, known, 0.0)
+                        a = fixed_point(a, tl.broadcast_to(factor, a.shape))
+                    b = tl.load(
+                        right + (k + s)[:, None] * r + column + j[None, :],
+                        inner[:, None] & (column + j < r)[None, :],
+                        0,
+                    )
+                    tile += dot_fixed(a, b.to(tl.int32))
+                value = tile.to(tl.float32) * scale
+                tl.store(y + (row + i)[:, None] * r + column + j[None, :], value, mask=there)
+                bits = tl.max(tl.where(there, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), 1)
+                largest = tl.maximum(largest, bits)
     return tl.max(largest, 0)
 
 
 @triton.jit
 def transform_kernel(
-    x, left, right, middle, y, rows, l, r, LEFT: tl.constexpr, RIGHT: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr
+    x, left, right, sums, y, l, r, exponent, LEFT: tl.constexpr, RIGHT: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr
 ):
-    """One matrix of l rows per program; the last one may have fewer (`rows` in all)."""
-    first = tl.program_id(0).to(tl.int64) * l
-    here = tl.minimum(rows - first, l).to(tl.int32)
-    kronecker(x + first * r, left, right, middle + first * r, y + first * r, here, r, 0, LEFT, RIGHT, 0, LP, RP)
+    """One row, a matrix of l rows, per program."""
+    first = tl.program_id(0).to(tl.int64) * l * r
+    kronecker(x + first, left, right, sums + first, y + first, l, r, exponent, LEFT, RIGHT, LP, RP)
+
+
+@triton.jit
+def rows_kernel(x, right, y, rows, r, exponent, LP: tl.constexpr, RP: tl.constexpr):
+    """LP rows of r values per program, each with a unit of its own."""
+    row = tl.program_id(0).to(tl.int64) * LP + tl.arange(0, LP)
+    j, s = tl.arange(0, RP), tl.arange(0, STEP)
+    reach = tl.zeros((LP,), tl.float32)
+    for k in range(0, r, RP):
+        value = tl.load(x + row[:, None] * r + k + j[None, :], (row < rows)[:, None] & (k + j < r)[None, :], 0.0)
+        bits = tl.maximum(reach.to(tl.int32, bitcast=True), largest_magnitude(value, 1).to(tl.int32, bitcast=True))
+        reach = bits.to(tl.float32, bitcast=True)
+    unit, factor = unit_of(reach)
+    scale = unit * power_of_two(exponent)
+    for column in range(0, r, RP):
+        tile = tl.zeros((LP, RP), tl.int32)
+        for k in range(0, r, STEP):
+            inner = k + s < r
+            a = tl.load(x + row[:, None] * r + k + s[None, :], (row < rows)[:, None] & inner[None, :], 0.0)
+            b = tl.load(
+                right + (k + s)[:, None] * r + column + j[None, :], inner[:, None] & (column + j < r)[None, :], 0
+            )
+            tile += dot_fixed(fixed_point(a, tl.broadcast_to(factor[:, None], a.shape)), b.to(tl.int32))
+        value = tile.to(tl.float32) * scale[:, None]
+        tl.store(
+            y + row[:, None] * r + column + j[None, :], value, mask=(row < rows)[:, None] & (column + j < r)[None, :]
+        )
 
 
 def factors(k: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
@@ -104,34 +162,36 @@ def factors(k: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int
 
 
 def tile_of(l: int, r: int) -> tuple[int, int]:
-    """LP and RP of `kronecker`."""
-    return triton.next_power_of_2(l), min(_COLUMNS, triton.next_power_of_2(r))
+    """LP and RP of `kronecker`; 16 is the least that a product takes."""
+    return min(_ROWS, max(16, triton.next_power_of_2(l))), min(_COLUMNS, max(16, triton.next_power_of_2(r)))
 
 
-def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """As `quota.ops.transform`."""
+def transform(x: Tensor, left: Tensor | None, right: Tensor | None, exponent: int) -> Tensor:
+    """As `quota.ops.transform`; int16 factors, times 2^exponent in all."""
     x = x.contiguous()
     if left is None and right is None:
         return x
     m, k = x.shape
     l, r = factors(k, left, right)
-    rows = m * l
-    if left is None:
-        l = _ROWS  # all rows are one tall matrix
     y = torch.empty_like(x)
-    middle = torch.empty_like(x) if left is not None and right is not None else y
+    if left is None and right is not None and l == 1:
+        lp, rp = tile_of(m, r)
+        launch(
+            rows_kernel, (cdiv(m, lp),), x, right.contiguous(), y, m, r, exponent, lp, rp, num_warps=warps_for(lp * rp)
+        )
+        return y
     lp, rp = tile_of(l, r)
     launch(
         transform_kernel,
-        (cdiv(rows, l),),
+        (m,),
         x,
         x if left is None else left.contiguous(),
         x if right is None else right.contiguous(),
-        middle,
+        scratch_of(x, m * k, left, right),
         y,
-        rows,
         l,
         r,
+        exponent,
         left is not None,
         right is not None,
         lp,
@@ -139,3 +199,8 @@ def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         num_warps=warps_for(lp * rp),
     )
     return y
+
+
+def scratch_of(x: Tensor, count: int, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Memory for `kronecker`'s first product; x itself, unused, where there is one factor."""
+    return x if left is None or right is None else torch.empty(count, dtype=torch.int32, device=x.device)

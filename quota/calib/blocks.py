@@ -58,7 +58,7 @@ class Batch:
 class CalibrationAttention:
     """What runs where upstream's attention would: P_h and KV fake quantization, then exact attention.
 
-    No mask is used: batches are padded on the right, so causal attention never lets a real token see padding.
+    Batches are padded on the right, so causal attention needs no mask to keep padding from a real token.
     heads: once the block is quantized. apart: of the call at hand, the part of the keys that is never quantized.
     trace: (query, key) of every call, where it is recorded.
     """
@@ -69,16 +69,16 @@ class CalibrationAttention:
         self.trace: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scaling: float | None
     ) -> tuple[Tensor, None]:
-        """q, k, v [B, heads, T, D] -> [B, T, heads, D]."""
+        """q, k, v [B, heads, T, D], mask [B, 1, 1, T] of keys that are real or None -> [B, T, heads, D]."""
         if self.trace is not None:
             self.trace.append((query, key))
         if self.heads is not None:
             query, key, value = self.heads.attend(query, key, value, self.apart)
         grouped = query.shape[1] != key.shape[1]
         out = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=scaling, enable_gqa=grouped
+            query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous(), None
 
@@ -93,7 +93,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     causal = bool(module.is_causal)
-    return _ATTENTIONS[module](query, key, value, causal=causal, scaling=kwargs.get("scaling"))
+    return _ATTENTIONS[module](query, key, value, attention_mask, causal=causal, scaling=kwargs.get("scaling"))
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -149,7 +149,9 @@ class Block(nn.Module):
         if self.key_bias is not None:
             everywhere = self.key_bias[None, :, None].expand(len(batch.hidden), -1, batch.hidden.shape[1], -1)
             self.attend.apart = apply_rotary(everywhere, *rotary)
-        return self.layer(batch.hidden, position_embeddings=rotary, attention_mask=None)
+        # an item is one prefix, its answer included, where the family has any
+        mask = batch.valid[:, None, None] if self.family.prefix else None
+        return self.layer(batch.hidden, position_embeddings=rotary, attention_mask=mask)
 
     def quantize_linears(self, scheme: Scheme = DEFAULT) -> None:
         """Replace the linears by projection groups of a scheme; parameters that learn are those of `groups` and
@@ -227,6 +229,8 @@ class Block(nn.Module):
 
     def freeze(self) -> None:
         """Quantize the merged weights; mode "frozen" then runs the exported integers."""
+        if self.heads is not None:
+            self.heads.freeze()
         for group in self.projection_groups():
             group.freeze()
 
@@ -261,7 +265,8 @@ class Block(nn.Module):
             for name in ("weight", "bias"):
                 key = f"{self.path}.{plan.absorbs}.{name}"
                 if key in out:
-                    out[key] /= diag
+                    offset = self.family.norm_offset if self.kind == "decoder" else 0.0
+                    out[key] = (out[key] + offset) / diag - offset
         return out
 
 

@@ -19,6 +19,7 @@ from quota.calib.fake import clip_logit, fake_asymmetric, fake_symmetric, search
 from quota.calib.precision import exactly
 from quota.core.formats import DEFAULT, Format, Scheme
 from quota.quant.affine import quantize_weight
+from quota.quant.fixed import fixed_factor, fixed_kronecker, rounded_factor
 from quota.quant.pack import unpack_int4
 from quota.quant.transform import apply_kronecker, hadamard
 
@@ -67,7 +68,10 @@ class HeadTransforms(nn.Module):
             return query, fake_asymmetric(key, 1.0, self.kv), fake_asymmetric(value, 1.0, self.kv)
         if self.observed is not None:
             self.observed.append((key.detach().flatten(0, 2), value.detach().flatten(0, 2)))
-        key, query = key @ self.key, query @ torch.linalg.inv(self.key).T
+        if self.mode == "frozen":
+            key, query = _deployed(key, None, self.key), _deployed(query, None, self._query_transform())
+        else:
+            key, query = key @ self.key, query @ torch.linalg.inv(self.key).T
         if self.mode == "float":
             return query, key, value
         k_clip, v_clip = self.k_clip.sigmoid(), self.v_clip.sigmoid()
@@ -80,14 +84,24 @@ class HeadTransforms(nn.Module):
             self.k_clip.copy_(clip_logit(search_clip(key @ self.key, self.kv)))
             self.v_clip.copy_(clip_logit(search_clip(value, self.kv)))
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Round the transform of the keys to what `quota.ops` runs."""
+        if self.kv is not None:
+            self.key.copy_(rounded_factor(self.key))
+
+    def _query_transform(self) -> Tensor:
+        """The transposed inverse of the keys' transform, rounded as a factor, float32 [D, D]."""
+        return rounded_factor(torch.linalg.inv(self.key.detach().double()).T.float())
+
     def export(self) -> dict[str, Tensor]:
-        """`q_transform`, `k_transform` [D, D], `k_clip`, `v_clip` [] float32; empty where KV is not quantized."""
+        """`q_transform`, `k_transform` [D, D], `k_clip`, `v_clip` [] float32; empty where KV is not quantized. Call
+        `freeze` first."""
         if self.kv is None:
             return {}
-        key = self.key.detach().double().cpu()
         return {
-            "q_transform": torch.linalg.inv(key).T.float().contiguous(),
-            "k_transform": key.float().contiguous(),
+            "q_transform": self._query_transform().cpu().contiguous(),
+            "k_transform": self.key.detach().cpu().clone(),
             "k_clip": self.k_clip.detach().sigmoid().cpu().clone(),
             "v_clip": self.v_clip.detach().sigmoid().cpu().clone(),
         }
@@ -181,7 +195,7 @@ class ProjectionGroup(nn.Module):
             u, w = fake_symmetric(x, 1.0, self.activations), fake_symmetric(self.weight, 1.0, self.weights)
             return u, w, self.bias
         if self.mode == "frozen":
-            u = fake_symmetric(self.transform(x), self._frozen["clip"], self.activations)
+            u = fake_symmetric(self.deployed_transform(x), self._frozen["clip"], self.activations)
             return u, self._frozen["weight"], self._frozen.get("bias")
         u, w = self.transform(x), self.effective_weight()
         if self.mode == "learn":
@@ -191,9 +205,14 @@ class ProjectionGroup(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """x [..., K] -> x / diag through the Kronecker factors."""
-        if self.log_diag is not None:
-            x = x * torch.exp(-self.log_diag)
-        return apply_kronecker(x, self.left, self.right)
+        return apply_kronecker(self._without_diag(x), self.left, self.right)
+
+    def deployed_transform(self, x: Tensor) -> Tensor:
+        """As `transform`, in the integers of `quota.ops.transform`: after `freeze` equal bits."""
+        return _deployed(self._without_diag(x), self.left, self.right)
+
+    def _without_diag(self, x: Tensor) -> Tensor:
+        return x if self.log_diag is None else x * torch.exp(-self.log_diag)
 
     def effective_weight(self) -> Tensor:
         """W [N, K] with every merged transform: P_v (rows or columns), diag, inverse Kronecker factors."""
@@ -244,8 +263,12 @@ class ProjectionGroup(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Merge in float64, quantize the weight and keep the integers: mode "frozen" then computes what the packed
-        checkpoint computes."""
+        """Round the factors, merge in float64, quantize the weight and keep the integers: mode "frozen" then computes
+        what the packed checkpoint computes. The weight takes up the inverse of the rounded factors, so their rounding
+        is no error."""
+        for matrix in (self.left, self.right):
+            if matrix is not None:
+                matrix.copy_(rounded_factor(matrix))
         w = self._transform_weight(self._merged(self.weight.double())).float()
         w_q, w_scale = quantize_weight(w, self.weight_clip.detach().sigmoid(), self.weights)
         dense = unpack_int4(w_q, self.in_features).float() * w_scale[:, None]
@@ -274,6 +297,14 @@ class ProjectionGroup(nn.Module):
     def diag(self) -> Tensor | None:
         """Per-channel scale c [K] float32 that the producer of the input divides by, or None."""
         return None if self.log_diag is None else torch.exp(self.log_diag.detach()).cpu()
+
+
+def _deployed(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """x [..., K] through factors as `quota.ops.transform` computes it."""
+    if left is None and right is None:
+        return x
+    fixed = (None if matrix is None else fixed_factor(matrix) for matrix in (left, right))
+    return fixed_kronecker(x.reshape(-1, x.shape[-1]), *fixed).view(x.shape)
 
 
 def _smooth_scale(x: Tensor, w: Tensor, alpha: float) -> Tensor:

@@ -73,8 +73,9 @@ def keep_masks(
     return masks
 
 
-def gather(stream: Stream, path: Path, compact: bool) -> Stream:
-    """The rows of `stream` that it does not drop, in a new file, with their positions, renumbered if `compact`."""
+def gather(stream: Stream, path: Path, compact: bool, origin: int = 0) -> Stream:
+    """The rows of `stream` that it does not drop, in a new file, with their positions, renumbered from `origin` on if
+    `compact`."""
     kept = [~stream.drops[stream.rows(item)] for item in range(len(stream))]
     target = stream.like(path, lengths=[int(mask.sum()) for mask in kept])
     target.positions = np.zeros((len(target.positions), *stream.positions.shape[1:]), np.int32)
@@ -82,7 +83,7 @@ def gather(stream: Stream, path: Path, compact: bool) -> Stream:
         rows, to = stream.rows(item), target.rows(item)
         target.write(item, *(part[torch.from_numpy(mask)] for part in stream.read_rows(item)))
         positions = stream.positions[rows][mask]
-        numbers = np.arange(len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
+        numbers = np.arange(origin, origin + len(positions)).reshape(-1, *[1] * (positions.ndim - 1))
         target.positions[to] = numbers if compact else positions
         target.roles[to], target.columns[to] = stream.roles[rows][mask], stream.columns[rows][mask]
     return target
@@ -99,7 +100,8 @@ def _recorded(block: Block, batch: Batch) -> tuple[AttentionTrace, Tensor]:
     (query, key), trace = calls[0], AttentionTrace()
     query, key = query.float().contiguous(), key.float().contiguous()
     trace.q, trace.k, trace.scaling = query, key, float(block.attention.scaling)
-    trace.lse = causal_lse(query, key, None, trace.scaling)
+    whole = 0 if block.attention.is_causal else query.shape[2]
+    trace.lse = causal_lse(query, key, None, trace.scaling, whole)
     return trace, hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -32,10 +33,13 @@ def map_rows(stream: Stream, path: Path, change: Callable[[int, Rows], Rows]) ->
 def select_features(source: FloatSource, stream: Stream, path: Path) -> Stream:
     """What the projectors read of each image: a row per visual token, in raster order."""
 
+    family, module = source.family, lru_cache(source.module)
+
     def rows(item: int, whole: Rows) -> Rows:
         grid = stream.grids[item] if stream.grids else None
         tapped = whole[1].split(stream.width, -1) if stream.rest else ()
-        hidden, *others = (source.family.projector_rows(part.contiguous(), grid) for part in (whole[0], *tapped))
+        last = whole[0] if whole[0].is_meta else family.leave_tower(module, whole[0])
+        hidden, *others = (family.projector_rows(part.contiguous(), grid) for part in (last, *tapped))
         return hidden, torch.cat(others, -1) if others else hidden[:, :0]
 
     return map_rows(stream, path, rows)

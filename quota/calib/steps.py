@@ -226,10 +226,8 @@ class DropTokens(_OfDecoder):
     def run(self, job: Job, work: WorkFolder, ticks: Ticks) -> Left:
         ticks.passed()
         assert job.recipe is not None
-        compact = job.recipe.position_policy == "compact"
-        return Left(
-            {name: prune.gather(stream, work.stream_path(name), compact) for name, stream in work.streams.items()}
-        )
+        how = job.recipe.position_policy == "compact", job.source.family.first_position
+        return Left({name: prune.gather(stream, work.stream_path(name), *how) for name, stream in work.streams.items()})
 
 
 class BlockStep(Step):

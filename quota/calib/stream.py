@@ -44,10 +44,7 @@ class FloatSource:
         """planned: only sizes are asked for, and a folder without weights has those of its configuration."""
         self.folder = resolve_folder(model)
         self.config: Any = read_config(self.folder)
-        if getattr(self.config, "quantization_config", None):
-            raise CheckpointError(
-                f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model"
-            )
+        self._check_kind()
         self.family: Family = find_family(self.config)
         self.stored: dict[str, tuple[tuple[int, ...], int]] = {}  # canonical name -> (shape, bytes)
         self._open: dict[str, Any] = {}
@@ -58,6 +55,13 @@ class FloatSource:
             return
         self._index = self._build_index()
         self._check_complete()
+
+    def _check_kind(self) -> None:
+        if getattr(self.config, "quantization_config", None):
+            raise CheckpointError(
+                f"{self.folder.name}: expected a float checkpoint, got a quantized one; calibrate the original model,"
+                " or `quota import` one of int4 weights"
+            )
 
     def _build_index(self) -> dict[str, tuple[str, str]]:
         index_file = self.folder / "model.safetensors.index.json"
@@ -107,12 +111,7 @@ class FloatSource:
     def _check_complete(self) -> None:
         """CheckpointError naming the tensors that the model has and the files lack, or hold in another shape: before
         hours of work, not at their block."""
-        own = self.skeleton.state_dict()
-        text = self.config.text_config
-        tied = getattr(self.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
-        expected = {
-            name: tuple(tensor.shape) for name, tensor in own.items() if not (tied and name == "lm_head.weight")
-        }
+        expected = self._expected()
         missing = sorted(set(expected) - set(self._index))
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -125,6 +124,13 @@ class FloatSource:
                     f"{self.folder}: tensor {name}: expected shape {list(shape)} by config.json, got"
                     f" {list(self.stored[name][0])}"
                 )
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that the files have to hold."""
+        text = self.config.text_config
+        tied = getattr(self.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
+        own = self.skeleton.state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in own.items() if not (tied and name == "lm_head.weight")}
 
     @property
     def fingerprint(self) -> str:
@@ -342,7 +348,7 @@ def embed_text(
         out.positions = np.zeros((len(out.positions), family.axes), np.int32)
     first = 0
     for item, sample in enumerate(ids):
-        hidden, planes = table[sample].float(), torch.zeros(len(sample), out.rest)
+        hidden, planes = table[sample].float() * family.embed_scale, torch.zeros(len(sample), out.rest)
         index = family.image_index(sample[None], grids[item])
         shown = index.image[0] >= 0
         own = range(first, first + len(grids[item]))

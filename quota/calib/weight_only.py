@@ -175,8 +175,10 @@ def _scale(block: Block, plan: Group, seen: InputStats, input_scales: dict[str, 
     if absorbing is None:
         input_scales.update({part: 1 / s for part in plan.parts})
     else:
+        norm = block.kind == "decoder" and plan.absorbs in block.family.norms["decoder"]
+        offset = block.family.norm_offset if norm else 0.0
         for tensor in absorbing:
-            tensor /= s if tensor.ndim == 1 else s[:, None]
+            tensor.copy_((tensor + offset) / (s if tensor.ndim == 1 else s[:, None]) - offset)
     return seen.rows / s
 
 

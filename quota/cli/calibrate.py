@@ -26,7 +26,9 @@ def calibrate(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help=WORDS["method"] + " Left out: the scheme's first.", show_default=False),
+        typer.Option(
+            "--method", help=WORDS["method"] + " Left out: the first of --scheme, or flatquant.", show_default=False
+        ),
     ] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help=WORDS["scheme"])] = DEFAULTS.scheme,
     modules: Annotated[str, typer.Option("--modules", help=WORDS["modules"])] = ",".join(DEFAULTS.modules),

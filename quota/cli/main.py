@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quota.cli import calibrate, demo, doctor, evaluate, export, recipe, run, samples, serve, study
+from quota.cli import calibrate, demo, doctor, evaluate, export, importing, recipe, run, samples, serve, study
 from quota.cli.shell import ErrorReportingGroup
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ def main(
 app.command("doctor", rich_help_panel="Look")(doctor.doctor)
 app.command("calibrate", rich_help_panel="Make")(calibrate.calibrate)
 app.command("export", rich_help_panel="Make")(export.export)
+app.command("import", rich_help_panel="Make")(importing.import_)
 app.add_typer(samples.app, name="samples", rich_help_panel="Make")
 app.add_typer(recipe.app, name="recipe", rich_help_panel="Make")
 app.command("run", rich_help_panel="Use")(run.run)

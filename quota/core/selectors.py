@@ -56,6 +56,7 @@ POLICIES: dict[str, Policy] = {
         "greedily by mmr_score x score - (1 - mmr_score) x largest cosine to those kept", parameter="mmr_score"
     ),
     "maxmin": Policy("greedily, each the farthest in cosine from those kept", uses_score=False),
+    "kcenter": Policy("greedily by distance in cosine from those kept x score^0.75"),
     "dpp": Policy("greedily for the largest determinant of score x cosine x score"),
     "grid": Policy(
         "evenly over the image for grid_share of the budget, the rest by score",

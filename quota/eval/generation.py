@@ -30,6 +30,7 @@ _MODEL_INPUTS = (
     "batch_num_images",
     "image_grid_thw",
     "mm_token_type_ids",
+    "token_type_ids",
 )
 
 

@@ -17,6 +17,7 @@ FAMILIES = {
     "llava_onevision": ("llava_onevision", "LlavaOnevision"),
     "internvl": ("internvl", "InternVL"),
     "mistral3": ("mistral3", "Mistral3"),
+    "paligemma": ("paligemma", "PaliGemma"),
     "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),

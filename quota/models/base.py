@@ -41,15 +41,17 @@ class Family(ABC):
     model or its modules.
 
     name: transformers' model_type. title: for readers. published: the checkpoint whose published figures stand beside
-    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part
-    is in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's
-    attention is. key_rules, hub_rules: names of published checkpoints -> names inside the model, and back; None: no
-    other engine reads this kind. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes.
+    ours. model_class: the conditional-generation class; paths are relative to it. groups: every linear of each part is
+    in exactly one. norms: modules of a block that stay float and travel with it. attention: where a block's attention
+    is. key_rules, hub_rules: names of published checkpoints -> names inside the model, and back; None: no other engine
+    reads this kind. axes: numbers that make a rotary position. layers, heads, ...: the decoder's sizes.
     vision_layers_used: tower layers that feed the projector; the others are not quantized and not computed.
     visual_tokens: of one image; None where it follows the image's size. newline_path: the tensor that stands at the
-    end of an image's lines, where there is one. merge x merge patches make a token. dims: vision sizes in the
-    fingerprint. taps: tower blocks whose outputs have projectors of their own; what these give, the planes, is added
-    to the visual tokens after the first decoder layers, one plane a layer.
+    end of an image's lines, where there is one. prefix: the tokens of a prompt see all of it, only what follows is
+    causal. norm_offset: what norms of the decoder add to their weight. first_position: rotary position of a prompt's
+    first token. embed_scale: what the word embedding multiplies its rows by. merge x merge patches make a token. dims:
+    vision sizes in the fingerprint. taps: tower blocks whose outputs have projectors of their own; what these give,
+    the planes, is added to the visual tokens after the first decoder layers, one plane a layer.
     """
 
     name: ClassVar[str]
@@ -85,6 +87,11 @@ class Family(ABC):
     embed_path: ClassVar[str] = "model.language_model.embed_tokens"
     norm_path: ClassVar[str] = "model.language_model.norm"
     lm_head_path: ClassVar[str] = "lm_head"
+
+    prefix: ClassVar[bool] = False
+    norm_offset: ClassVar[float] = 0.0
+    first_position: ClassVar[int] = 0
+    embed_scale: float = 1.0
 
     image_token_id: int
     visual_tokens: int | None
@@ -275,7 +282,7 @@ class Family(ABC):
     def positions(self, model: Any, ids: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
         """ids int64 [S] of a prompt and the patch grids of its images -> int64 [axes, S]. model: any instance, with or
         without weights."""
-        return torch.arange(len(ids))[None]
+        return torch.arange(self.first_position, self.first_position + len(ids))[None]
 
     def rotary_axes(self, rotary: Any) -> list[tuple[int, int, int]]:
         """(first, end, axis) of the rotary channels that turn with each axis of a position. rotary: what `rotary`
@@ -298,6 +305,11 @@ class Family(ABC):
         self, layer: nn.Module, index: int, hidden: Tensor, valid: Tensor, grids: Sequence[PatchGrid] | None
     ) -> Tensor:
         """Block `index` over right-padded images: hidden [B, S, C], valid bool [B, S] -> [B, S, C]."""
+
+    def leave_tower(self, module: Callable[[str], Any], hidden: Tensor) -> Tensor:
+        """What the tower makes of [rows, vision hidden] of one image out of its last block that is used; here nothing.
+        module: as of `tower_input`."""
+        return hidden
 
     @abstractmethod
     def projector_rows(self, hidden: Tensor, grid: PatchGrid | None) -> Tensor:

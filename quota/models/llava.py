@@ -103,7 +103,7 @@ class Llava(Family):
                 f"model_type: expected {self.description}, got {config.model_type} with {vision.model_type!r} and"
                 f" {text.model_type!r}"
             )
-        feature = config.vision_feature_layer
+        feature = getattr(config, "vision_feature_layer", -1)
         if not isinstance(feature, int):
             raise CheckpointError(
                 f"vision_feature_layer: expected one integer, got {feature!r}; concatenated feature layers are not"

@@ -7,6 +7,7 @@ both stay text. The configuration names neither of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from transformers.models.pixtral.modeling_pixtral import (
 from transformers.processing_utils import ProcessorMixin
 
 from quota.core.errors import CheckpointError, UsageError
-from quota.models.base import submodule, submodule_weight
+from quota.models.base import KeyRules, submodule, submodule_weight
 from quota.models.groups import Group, Groups, Norms, Part
 from quota.models.images import ImageIndex, ImageInput, PatchGrid
 from quota.models.llava import Llava
@@ -95,6 +96,10 @@ class LlavaPixtral(Llava):
         ),
     }
     norms: ClassVar[Norms] = {**Llava.norms, "vision": frozenset({"attention_norm", "ffn_norm"})}
+    hub_rules: ClassVar[KeyRules | None] = (  # the tower's own names, without CLIP's `vision_model`
+        (re.compile(r"^model\.vision_tower\."), "vision_tower."),
+        *(Llava.hub_rules or ()),
+    )
     vision_embed_path = "model.vision_tower.patch_conv"
     encoder_path = "model.vision_tower.transformer.layers"
     processor_class = PixtralProcessor

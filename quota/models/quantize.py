@@ -75,7 +75,7 @@ def quantize_structure(
         for index, path in enumerate(family.blocks("decoder")):
             _decoder_layer(build, model, family, path, index)
         text.rotary_emb = family.rotary(embedding.weight.device)
-        text.norm = RmsNorm.replacing(text.norm)
+        text.norm = RmsNorm.replacing(text.norm, family.norm_offset)
         replace(model, family.lm_head_path, HeadLinear.replacing(model.get_submodule(family.lm_head_path)))
     if "vision" in chosen:
         for path in family.blocks("vision"):
@@ -119,7 +119,7 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
     biased = apart and layer.self_attn.k_proj.bias is not None and build.has(f"{path}.self_attn.k_bias")
     linears = _linears(build, model, family, "decoder", path)
     for name in family.float_norms("decoder"):
-        replace(layer, name, RmsNorm.replacing(submodule(layer, name)))
+        replace(layer, name, RmsNorm.replacing(submodule(layer, name), family.norm_offset))
     norms = tuple(getattr(layer.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name))
     transforms = [
         build.has(f"{path}.self_attn.{name}", build.scheme.transforms) for name in ("q_transform", "k_transform")
@@ -134,6 +134,7 @@ def _decoder_layer(build: _Builder, model: Any, family: Family, path: str, index
         transforms=(transforms[0], transforms[1]),
         norms=norms,
     )
+    layer.self_attn.prefix = family.prefix
     layer.mlp = QuantMLP(linears["mlp.gate_up_proj"], linears["mlp.down_proj"], act=family.text.hidden_act)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from quota.nn.cache import LAYERS, KvLayer, kv_layer
 from quota.nn.kv import KINDS, Stored, kv_kind
 from quota.nn.linear import Float32State, SchemeLinear, as_dtype_of, as_float32, without_grad
 from quota.nn.norm import RmsNorm
-from quota.nn.padding import start_of_mask
+from quota.nn.padding import prefix_end, start_of_mask
 
 
 @dataclass
@@ -42,6 +42,14 @@ class AttentionTrace:
         return AttentionTrace(self.q[:, :, :tokens].contiguous(), k, self.lse[:, :, :tokens].contiguous(), self.scaling)  # type: ignore[arg-type]
 
 
+def seeing_all(attend: Callable[[Tensor], tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries q [B, H, T, D] find that see every slot alike -> (out float32 [B, T, H, D], lse [B, H, T]). attend:
+    attention over these slots, of one query in as many heads: T queries of a head share its keys as T heads do."""
+    b, h, t, d = q.shape
+    out, lse = attend(q.reshape(b, h * t, 1, d))
+    return out.view(b, h, t, -1).transpose(1, 2), lse.view(b, h, t)
+
+
 class QuantAttention(Float32State):
     """Causal attention over a cache of the scheme's format; prefill reads the same stored keys and values that decode
     will read.
@@ -49,13 +57,15 @@ class QuantAttention(Float32State):
     `qkv_proj` holds the rows of q, k, v. `q_transform` and `k_transform` [D, D] (each may be absent) act on rows of D
     after the rotary
     embedding and are inverse-transposes of each other. `o_proj` has a [H, H] left factor; the right one is merged into
-    the v rows. `q_norm` and `k_norm` (both or none) normalise each head before the rotary embedding.
+    the v rows. `q_norm` and `k_norm` (both or none) normalise each head before the rotary embedding. prefix: the tokens
+    of a prompt see all of it (`Family.prefix`), not only what is before them.
     """
 
     q_transform: Tensor | None
     k_transform: Tensor | None
     k_clip: Tensor
     v_clip: Tensor
+    prefix = False
 
     def __init__(
         self,
@@ -86,10 +96,18 @@ class QuantAttention(Float32State):
             self.register_buffer(name, torch.zeros(head_dim, head_dim, **float32) if present else None)
         self.register_buffer("k_clip", torch.ones((), **float32))
         self.register_buffer("v_clip", torch.ones((), **float32))
-        self._clips: tuple[float, float] | None = None
+        self.forget()
 
     def forget(self) -> None:
-        self._clips = None
+        self._clips: tuple[float, float] | None = None
+        self._factors: tuple[ops.Factor | None, ops.Factor | None] | None = None
+
+    @property
+    def factors(self) -> tuple[ops.Factor | None, ops.Factor | None]:
+        """`q_transform` and `k_transform` in fixed point, made at first use."""
+        if self._factors is None:
+            self._factors = ops.factor_of(self.q_transform), ops.factor_of(self.k_transform)
+        return self._factors
 
     @property
     def clips(self) -> tuple[float, float]:
@@ -123,7 +141,8 @@ class QuantAttention(Float32State):
         )
         position = cache.grow(batch, self.kv_heads, tokens, self.head_dim, qkv)
         q = self.append(qkv, rotary, cache.key, cache.value, position)
-        out, lse = self.kv.attend(q, cache.key, cache.value, cache.length, cache.start, self.scaling)
+        whole = prefix_end(attention_mask, tokens) if self.prefix and not position else 0
+        out, lse = self._attend(q, cache, whole)
         if quota_trace is not None:
             quota_trace.q, quota_trace.k, quota_trace.lse, quota_trace.scaling = (
                 q,
@@ -131,7 +150,22 @@ class QuantAttention(Float32State):
                 lse,
                 self.scaling,
             )
-        return as_dtype_of(self.o_proj(out.view(batch, tokens, -1)), hidden_states), None
+        return as_dtype_of(self.o_proj(out.reshape(batch, tokens, -1)), hidden_states), None
+
+    def _attend(self, q: Tensor, cache: KvLayer, whole: int) -> tuple[Tensor, Tensor]:
+        """q as `append` gives it for the last tokens of the cache, of which the first `whole` see each other -> out
+        float32 [B, T, H, D], lse [B, H, T]."""
+
+        def attend(q: Tensor, length: int) -> tuple[Tensor, Tensor]:
+            return self.kv.attend(q, cache.key, cache.value, length, cache.start, self.scaling)
+
+        if not whole:
+            return attend(q, cache.length)
+        first = seeing_all(lambda one: attend(one, whole), q[:, :, :whole])
+        if whole == q.shape[2]:
+            return first
+        rest = attend(q[:, :, whole:], cache.length)
+        return torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]], 2)
 
     def cache_layer(self, cache: Cache | None) -> KvLayer:
         """This layer's place in a cache; a new one where there is none."""
@@ -144,7 +178,7 @@ class QuantAttention(Float32State):
         attention takes it. Keys and values go into slots position .. position + T of the caches, in place."""
         if self.q_norm is not None and self.k_norm is not None:
             qkv = self._normalised(qkv, self.q_norm, self.k_norm)
-        return self.kv.append(qkv, rotary, (self.q_transform, self.k_transform), keys, values, position, self.clips)
+        return self.kv.append(qkv, rotary, self.factors, keys, values, position, self.clips)
 
     def _normalised(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> Tensor:
         """qkv as `append` takes it, the heads of q and k normalised."""

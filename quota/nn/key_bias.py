@@ -222,11 +222,12 @@ class QuantBiasedAttention(QuantAttention):
         """As QuantAttention.append; q is [B, H, T, 2 D]: rotated and transformed, then the coefficients of the key
         angles."""
         # the coefficients need q as the rotary embedding left it
-        q = ops.qkv_append(qkv, rotary, (None, self.k_transform), keys, values, position, self.clips)
-        return torch.cat([_transform(q, self.q_transform), bias_coefficients(q, self.k_bias)], -1)
+        q_factor, k_factor = self.factors
+        q = ops.qkv_append(qkv, rotary, (None, k_factor), keys, values, position, self.clips)
+        return torch.cat([_transform(q, q_factor), bias_coefficients(q, self.k_bias)], -1)
 
 
-def _transform(x: Tensor, matrix: Tensor | None) -> Tensor:
-    if matrix is None:
+def _transform(x: Tensor, factor: ops.Factor | None) -> Tensor:
+    if factor is None:
         return x
-    return ops.transform(x.reshape(-1, x.shape[-1]).contiguous(), None, matrix).view(x.shape)
+    return ops.transform(x.reshape(-1, x.shape[-1]).contiguous(), None, factor).view(x.shape)

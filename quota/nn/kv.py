@@ -6,7 +6,7 @@ Attention, caches and the engine's pool ask the row of `KINDS`; none of them kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from quota.quant.affine import dequantize_kv
 from quota.quant.pack import unpack_uint4
 
 Stored = tuple[Tensor, ...]  # keys, or values: [B, Hkv, slots, ...] each
-Pair = tuple[Tensor | None, Tensor | None]
+Pair = tuple[ops.Factor | None, ops.Factor | None]
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -31,6 +31,9 @@ class KvKind(ABC):
     form: ClassVar[Format]
     fields: ClassVar[tuple[str, ...]]
     page_ops: ClassVar[tuple[Op, ...]]  # that a decode step calls
+
+    def __reduce__(self) -> tuple[Any, ...]:  # there is one of each: a copied model has the same
+        return kv_kind, (self.form,)
 
     @abstractmethod
     def empty(self, batch: int, heads: int, slots: int, dim: int, device: torch.device) -> Stored:

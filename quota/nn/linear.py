@@ -17,8 +17,9 @@ from quota.core.errors import CheckpointError
 from quota.core.formats import DEFAULT, INT4, Format, Scheme
 from quota.core.registry import Op
 from quota.quant.affine import quantize_weight
+from quota.quant.fixed import rounded_factor
 from quota.quant.pack import unpack_int4
-from quota.quant.transform import apply_kronecker, decompose, hadamard
+from quota.quant.transform import decompose, hadamard, inverse_on_weight
 
 Shapes = Mapping[str, tuple[int, ...]]
 P = ParamSpec("P")
@@ -212,8 +213,7 @@ class QuantLinear(SchemeLinear):
         )
         self.register_buffer("w_scale", torch.zeros(out_features, **float32))
         self.register_buffer("bias", torch.zeros(out_features, **float32) if bias else None)
-        self._packed: ops.PackedWeight | None = None
-        self._clip: float | None = None
+        self.forget()
 
     @classmethod
     def build(cls, spec: LinearSpec, scheme: Scheme, shapes: Shapes | None) -> Self:
@@ -234,12 +234,12 @@ class QuantLinear(SchemeLinear):
 
     @torch.no_grad()
     def round_from(self, weight: Tensor, bias: Tensor | None, clip: float = 1.0) -> None:
-        """As `SchemeLinear`; Hadamard factors where it has any. They are orthogonal, so P^-T = P and W' = W P."""
+        """As `SchemeLinear`; Hadamard factors, rounded to fixed point, where it has any."""
         for factor in (self.left, self.right):
             if factor is not None:
-                factor.copy_(hadamard(factor.shape[0]))
-        left, right = (None if factor is None else factor.double() for factor in (self.left, self.right))
-        w_q, w_scale = quantize_weight(apply_kronecker(weight.double(), left, right).float(), form=self.weights)
+                factor.copy_(rounded_factor(hadamard(factor.shape[0])))
+        moved = inverse_on_weight(weight.double(), self.left, self.right).float()
+        w_q, w_scale = quantize_weight(moved, form=self.weights)
         self.w_q.copy_(w_q)
         self.w_scale.copy_(w_scale)
         self.clip.fill_(clip)
@@ -248,10 +248,12 @@ class QuantLinear(SchemeLinear):
         self.forget()
 
     def forget(self) -> None:
-        self._packed, self._clip = None, None
+        self._packed: ops.PackedWeight | None = None
+        self._clip: float | None = None
+        self._factors: tuple[ops.Factor | None, ops.Factor | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_clip": None}  # copies repack for themselves
+        return {**self.__dict__, "_packed": None, "_clip": None, "_factors": None}  # copies repack for themselves
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -267,6 +269,13 @@ class QuantLinear(SchemeLinear):
             self._packed = ops.PackedWeight(self.w_q, self.w_scale, self.in_features)
         return self._packed
 
+    @property
+    def factors(self) -> tuple[ops.Factor | None, ops.Factor | None]:
+        """`left` and `right` in fixed point, made at first use."""
+        if self._factors is None:
+            self._factors = ops.factor_of(self.left), ops.factor_of(self.right)
+        return self._factors
+
     @without_grad
     def forward(self, x: Tensor, prologue: str | None = None) -> Tensor:
         """As `SchemeLinear`; all arithmetic is int32 or float32."""
@@ -277,7 +286,7 @@ class QuantLinear(SchemeLinear):
     def _quantize(self, rows: Tensor, prologue: str | None = None) -> tuple[Tensor, Tensor]:
         if self._clip is None:
             self._clip = float(self.clip)
-        return ops.quantize_act(rows, self.left, self.right, self._clip, prologue)
+        return ops.quantize_act(rows, *self.factors, self._clip, prologue)
 
     @torch.no_grad()
     def dequantized_forward(self, x: Tensor) -> Tensor:
@@ -298,7 +307,7 @@ class QuantLinear(SchemeLinear):
         """x [..., K] -> [...] float32: ||u - Qa(u)||_2 of the transformed input u under the deployed activation
         quantizer."""
         rows = self._rows(x)
-        u = ops.transform(rows, self.left, self.right)
+        u = ops.transform(rows, *self.factors)
         x_q, x_scale = self._quantize(rows)
         return row_norm(u - unpack_int4(x_q, self.in_features).float() * x_scale[:, None]).view(x.shape[:-1])
 

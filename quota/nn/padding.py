@@ -38,6 +38,16 @@ def start_of_mask(mask: Tensor, batch: int) -> Tensor:
     return row_start(mask.expand(batch, -1))
 
 
+def prefix_end(mask: Tensor | None, tokens: int) -> int:
+    """Columns of a prompt of so many tokens that see each other, in a model where those of a prompt do: what a
+    ready-made mask [B, 1, T, S] lets the first real query see, else all of them."""
+    if mask is None or mask.ndim != 4:
+        return tokens
+    seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] >= 0
+    start = int(row_start(seen[-1:])[0])
+    return int(seen[min(start, tokens - 1)].nonzero().max()) + 1
+
+
 def real_columns(start: Tensor, length: int) -> Tensor:
     """start [B] -> [B, length] bool, True from each row's first real token on."""
     return torch.arange(length, device=start.device) >= start[:, None]

@@ -19,14 +19,16 @@ from quota.ops.transform import transform
 from quota.ops.w4a4_linear import w4a4_linear
 from quota.ops.w4a16_linear import w4a16_linear
 from quota.ops.w8a8_linear import w8a8_linear
-from quota.ops.weights import ByteWeight, FloatWeight, GroupedWeight, Kv, PackedWeight
+from quota.ops.weights import ByteWeight, Factor, FloatWeight, GroupedWeight, Kv, PackedWeight, factor_of
 
 __all__ = [
     "ByteWeight",
+    "Factor",
     "FloatWeight",
     "GroupedWeight",
     "Kv",
     "PackedWeight",
+    "factor_of",
     "float_linear",
     "kv4_append",
     "kv4_attention",

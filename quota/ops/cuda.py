@@ -4,6 +4,7 @@ where: docs/cuda.md."""
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def supports(ctx: Context) -> str | None:
     return why_not(ctx.index) if ctx.device == "cuda" else f"for CUDA; the tensors are on {ctx.device}"
 
 
-_calls = Calls(lambda: _library)
+_calls = Calls(lambda: _library, attrgetter("rows"))
 transform, quantize_act = _calls.transform, _calls.quantize_act
 kv4_append, qkv_append = _calls.kv4_append, _calls.qkv_append
 kv4_attention, kv4_paged_attention = _calls.kv4_attention, _calls.kv4_paged_attention

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def describe() -> str:
     return reason or f"native CPU library, instruction set {_bound.isa} (this CPU runs: {', '.join(supported_isas())})"
 
 
-_calls = Calls(lambda: _bound)
+_calls = Calls(lambda: _bound, attrgetter("panels"))
 transform, quantize_act = _calls.transform, _calls.quantize_act
 kv4_append, qkv_append = _calls.kv4_append, _calls.qkv_append
 kv4_attention, kv4_paged_attention = _calls.kv4_attention, _calls.kv4_paged_attention

@@ -8,7 +8,7 @@ from quota.core.registry import Op
 from quota.ops import cuda, native, triton
 from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.transform import transform_ref
-from quota.ops.weights import Kv
+from quota.ops.weights import Factor, Kv
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def qkv_append_ref(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
-    transforms: tuple[Tensor | None, Tensor | None],
+    transforms: tuple[Factor | None, Factor | None],
     k: Kv,
     v: Kv,
     position: int,
@@ -34,7 +34,7 @@ def qkv_append_ref(
     """qkv float32 [B, T, (H + 2 Hkv) D] -> q float32 [B, H, T, D]; writes slots position .. position+T of the caches k
     and v, in place.
 
-    rotary: cos, sin float32 [B or 1, T, D] for the heads of q and k; transforms: of q and of k, [D, D] float32 or None,
+    rotary: cos, sin float32 [B or 1, T, D] for the heads of q and k; transforms: of q and of k, of size D or None,
     after the rotary embedding; k, v as in `kv4_append` (Hkv and D are theirs); clips: of k and of v. Exactness: equal
     bits everywhere; it is `transform` and `kv4_append` of the rotated heads, and rotating is two products and one sum.
     """

@@ -8,12 +8,13 @@ from quota.core.registry import Op
 from quota.ops import cuda, native, triton
 from quota.ops.elementwise import apply_prologue
 from quota.ops.transform import transform_ref
+from quota.ops.weights import Factor
 from quota.quant.affine import quantize_symmetric
 from quota.quant.pack import pack_int4
 
 
 def quantize_act_ref(
-    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+    x: Tensor, left: Factor | None, right: Factor | None, clip: float, prologue: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """x float32 [M, K], factors as in `transform`, clip in (0, 1] -> (x_q uint8 [M, ceil(K/2)] int4 nibbles, x_scale
     float32 [M]).

@@ -15,7 +15,7 @@ from torch import Tensor
 from quota.core.env import triton_interpreted
 from quota.core.registry import Context
 from quota.ops.placement import to_host
-from quota.ops.weights import ByteWeight, FloatWeight, GroupedWeight, Kv, PackedWeight
+from quota.ops.weights import ByteWeight, Factor, FloatWeight, GroupedWeight, Kv, PackedWeight
 
 _CHECKOUT = Path(__file__).resolve().parents[2] / "kernels"
 _OLDEST = (8, 0)  # int8 matrix products of the shapes used here, and asynchronous copies
@@ -63,14 +63,19 @@ def _kernel(op: str) -> Any:
     return getattr(import_module(f"quota_kernels.{op}"), op)
 
 
-def transform(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    return _kernel("transform")(x, left, right)
+def _factors(left: Factor | None, right: Factor | None) -> tuple[Tensor | None, Tensor | None, int]:
+    exponent = sum(f.exponent for f in (left, right) if f is not None)
+    return *(None if f is None else f.fixed for f in (left, right)), exponent  # type: ignore[return-value]
+
+
+def transform(x: Tensor, left: Factor | None, right: Factor | None) -> Tensor:
+    return _kernel("transform")(x, *_factors(left, right))
 
 
 def quantize_act(
-    x: Tensor, left: Tensor | None, right: Tensor | None, clip: float, prologue: str | None = None
+    x: Tensor, left: Factor | None, right: Factor | None, clip: float, prologue: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _kernel("quantize_act")(x, left, right, clip, prologue)
+    return _kernel("quantize_act")(x, *_factors(left, right), clip, prologue)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -113,13 +118,15 @@ def kv4_append(cache_q: Tensor, cache_scale: Tensor, cache_zero: Tensor, x: Tens
 def qkv_append(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
-    transforms: tuple[Tensor | None, Tensor | None],
+    transforms: tuple[Factor | None, Factor | None],
     k: Kv,
     v: Kv,
     position: int,
     clips: tuple[float, float],
 ) -> Tensor:
-    return _kernel("qkv_append")(qkv, rotary, transforms, k, v, position, clips)
+    matrices = tuple(None if f is None else f.fixed for f in transforms)
+    exponents = tuple(0 if f is None else f.exponent for f in transforms)
+    return _kernel("qkv_append")(qkv, rotary, matrices, exponents, k, v, position, clips)
 
 
 def kv4_attention(

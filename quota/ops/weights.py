@@ -6,6 +6,7 @@ A weight keeps the layouts that backends made of it, by the backend's name.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from quota.core.formats import INT4, INT4_GROUPS
 from quota.ops.placement import beside
+from quota.quant.fixed import fixed_factor
 
 Kv = tuple[Tensor, Tensor, Tensor]  # q uint8 [B, Hkv, C, D/2], scale float32 [B, Hkv, C], zero float32 [B, Hkv, C]
 PROLOGUES = {
@@ -98,6 +100,34 @@ class GroupedWeight:
         return words.unflatten(0, (-1, columns)).transpose(1, 2).contiguous(), params.unflatten(
             0, (-1, columns)
         ).permute(0, 2, 3, 1).contiguous()
+
+
+class Factor:
+    """A square factor [n, n] of a transform in fixed point (`quota.quant.fixed`): `fixed` int16 [n, n] on the matrix's
+    device, times 2^`exponent`. ValueError where `fixed_factor` has one."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"factor: expected a square matrix, got {tuple(matrix.shape)}")
+        self.fixed, self.exponent = fixed_factor(matrix)
+        self.n = matrix.shape[0]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int16 [n, n rounded up to 2]: the transposed factor, zero past n."""
+        return functional.pad(self.fixed.T, (0, self.n % 2)).contiguous()
+
+    @cached_property
+    def panels(self) -> Tensor:
+        """int16 [ceil(n/16), ceil(n/2), 16, 2]: sixteen columns of two rows side by side, zero past n."""
+        padded = functional.pad(self.fixed, (0, -self.n % 16, 0, self.n % 2))
+        pairs = padded.view(padded.shape[0] // 2, 2, padded.shape[1] // 16, 16)
+        return pairs.permute(2, 0, 3, 1).contiguous()
+
+
+def factor_of(matrix: Tensor | None) -> Factor | None:
+    """`Factor`; None stays None."""
+    return None if matrix is None else Factor(matrix)
 
 
 class FloatWeight:

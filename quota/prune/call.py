@@ -80,6 +80,7 @@ class Prefill:
     pruned: bool = False
     planes: Tensor | None = None  # of the tokens alive, [B, n, planes * d]: what is still to be added, one a layer
     trace: AttentionTrace | None = None
+    prefix: bool = False  # the prompt's tokens see each other
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Call:
     text: Any = None
     prefill: Prefill | None = None
     mark: Mark | None = None
+    padding: Tensor | None = None  # the tokenizer's mask, where the language model is given a ready-made one
 
 
 @dataclass

@@ -85,7 +85,8 @@ class Hooks:
             )
         if kwargs.get("pixel_values") is not None:
             seen = self.seen({**kwargs, "input_ids": ids}, module)
-        call = Call(self._index(ids, seen), None if seen is None else seen.shown)
+        shown = None if seen is None else seen.shown
+        call = Call(self._index(ids, seen), shown, padding=kwargs.get("attention_mask"))
         return args, {**kwargs, "quota_call": call, **self._positions(ids, kwargs)}
 
     def seen(self, inputs: Mapping[str, Any], module: Any) -> Seen:
@@ -115,6 +116,7 @@ class Hooks:
         planes = self.family.take_planes(kwargs)
         call: Call = kwargs.get("quota_call") or Call(self._index(ids))
         call.text = module
+        mask = call.padding if self.family.prefix and "quota_call" in kwargs else mask
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in module.layers):
             raise UsageError(
                 "gradient_checkpointing: layers would run again without the tokens they were given; undo the recipe, or"
@@ -229,7 +231,8 @@ class Hooks:
         )
         outcome = Outcome(cache_lengths=[tokens] * self.family.layers)
         self.last.set(outcome)
-        return Prefill(stage, keep, start.long(), tokens, prompt, ImageTokens.of(real.tile, call.shown), outcome)
+        images, first = ImageTokens.of(real.tile, call.shown), start.long()
+        return Prefill(stage, keep, first, tokens, prompt, images, outcome, prefix=self.family.prefix)
 
     def _plan(self, index: ImageIndex) -> tuple[Tensor, dict[int, Tensor]]:
         """The sets tokens compete in, and equation (5) for each; only candidates where some set has more tokens than

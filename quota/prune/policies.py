@@ -105,6 +105,11 @@ def maxmin(row: Row) -> Sequence[int]:
 
 
 @by_row
+def kcenter(row: Row) -> Sequence[int]:
+    return greedy.kcenter(row.score, row.similarity, row.keep)
+
+
+@by_row
 def dpp(row: Row) -> Sequence[int]:
     return greedy.dpp(row.score, row.similarity, row.keep)
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from quota.core.errors import UsageError
 from quota.models import find_family, submodule
 from quota.nn.attention import AttentionTrace, QuantAttention
-from quota.nn.padding import start_of_mask
+from quota.nn.padding import prefix_end, start_of_mask
 
 _PREFIX = "quota_"
 _BASES = ("sdpa", "eager")
@@ -39,16 +39,18 @@ def _recording(base: str) -> Any:
             scaling = kwargs.get("scaling") or module.scaling
             q, k = query.float().contiguous(), key.float().contiguous()
             quota_trace.q, quota_trace.k, quota_trace.scaling = q, k, scaling
-            quota_trace.lse = causal_lse(q, k, attention_mask, scaling)
+            prompt = not module.is_causal and q.shape[2] == k.shape[2]
+            whole = prefix_end(attention_mask, q.shape[2]) if prompt else 0
+            quota_trace.lse = causal_lse(q, k, attention_mask, scaling, whole)
         deployed = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention_forward)
         return deployed(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 
 
-def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """q [B, H, T, D] for the last T of the keys k [B, Hkv, S, D] -> log-sum-exp [B, H, T] of what each query sees; -inf
-    for padding."""
+def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, whole: int = 0) -> Tensor:
+    """q [B, H, T, D] for the last T of the keys k [B, Hkv, S, D], the first `whole` of which see each other ->
+    log-sum-exp [B, H, T] of what each query sees; -inf for padding."""
     batch, heads, tokens, _ = q.shape
     length = k.shape[2]
     start = torch.zeros(batch, dtype=torch.int32, device=q.device) if mask is None else start_of_mask(mask, batch)
@@ -57,7 +59,8 @@ def causal_lse(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Ten
     keys = k.repeat_interleave(heads // k.shape[1], 1)
     for first in range(0, tokens, _ROWS_AT_ONCE):
         rows = slot[length - tokens + first : length - tokens + min(first + _ROWS_AT_ONCE, tokens)]
-        seen = (slot >= start[:, None, None]) & (slot <= rows[:, None])
+        ends = torch.where(rows < whole, rows.clamp_min(whole - 1), rows)
+        seen = (slot >= start[:, None, None]) & (slot <= ends[:, None]) & (rows[:, None] >= start[:, None, None])
         score = (q[:, :, first : first + len(rows)] @ keys.transpose(-1, -2) * scaling).masked_fill(
             ~seen[:, None], float("-inf")
         )

@@ -81,11 +81,13 @@ def _inputs(recipe: Recipe, call: Call, layer: Any, hidden: Tensor, kwargs: dict
     stage = call.prefill.stage
     if stage.rotary is None:
         stage.rotary = _rotary(recipe, call, stage, hidden, kwargs)
-    valid = None if stage.start is None else stage.valid
-    if scheme_of(layer.self_attn).kv is not None:
+    valid, prefill = None if stage.start is None else stage.valid, call.prefill
+    if scheme_of(layer.self_attn).kv is not None and not prefill.prefix:
         return {"attention_mask": valid, "position_embeddings": stage.rotary}
     if not stage.mask_made:
-        stage.mask, stage.mask_made = float_mask(call.text, hidden, valid, 0), True
+        own = hidden.shape[1] - (prefill.tokens - prefill.prompt)  # of the prompt
+        stage.mask = float_mask(call.text, hidden, valid, 0, own if prefill.prefix else 0)
+        stage.mask_made = True
     return {"attention_mask": stage.mask, "position_embeddings": stage.rotary}
 
 
@@ -104,16 +106,21 @@ def rows_of(cache: Any, number: int, layer: Any) -> Rows:
     return pruned_layer(cache, number) if form is None else kv_layer(cache, number, kv_kind(form))
 
 
-def float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int) -> Any:
+def float_mask(text: Any, hidden: Tensor, valid: Tensor | None, stored: int, whole: int = 0) -> Any:
     """The causal mask of `hidden`'s tokens behind `stored` cached ones, in the form the model's attention backend
-    wants."""
+    wants. whole: the first tokens, which see each other."""
     lengths: Any = Lengths(stored)
+    blocks = None
+    if whole:
+        column = torch.arange(hidden.shape[1], device=hidden.device)
+        blocks = torch.where(column < whole, 0, -1).expand(len(hidden), -1)
     return create_causal_mask(
         config=text.config,
         inputs_embeds=hidden,
         attention_mask=valid,
         past_key_values=lengths,
         position_ids=None,
+        block_sequence_ids=blocks,
         layer_idx=0,
     )
 

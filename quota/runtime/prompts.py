@@ -86,6 +86,8 @@ class PromptBuilder:
         is no prefix of the whole (some rewrite earlier turns) chooses by the whole prompt instead.
         """
         last = max(i for i, turn in enumerate(turns) if any(part["type"] == "image" for part in turn["content"]))
+        if self.model.family.prefix:
+            return None  # the first turn's tokens depend on what follows it
         answered = next((i for i in range(last + 1, len(turns)) if turns[i]["role"] == "assistant"), None)
         if answered is None:
             return None

@@ -35,9 +35,9 @@ from quota.prune.pruner import Pruner
 from quota.runtime import load
 from quota.scenes.model import build_processor
 from quota.scenes.qwen_model import build_processor as qwen_processor
-from tests.speaking import pixtral_processor
+from tests.speaking import paligemma_processor, pixtral_processor
 from tests.tiled import TILE_PX
-from tests.tiny import TINY, tiny_llava, tiny_qwen
+from tests.tiny import TINY, tiny_llava, tiny_paligemma, tiny_qwen
 
 QUICK = Settings(steps=4, evaluate_every=2, batch=2, search_rows=64, held_out=1)
 
@@ -77,6 +77,16 @@ def pixtral_folder(path: Path, tiny: Any, **sizes: Any) -> Path:
     the model's."""
     model = tiny(**sizes)
     processor = pixtral_processor(find_family(model).merge)
+    model.config.image_token_index = processor.image_token_id
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def paligemma_folder(path: Path) -> Path:
+    """Save a tiny PaliGemma (56 px, 16 visual tokens) with the scenes' words; the processor's image token is the
+    model's."""
+    model, processor = tiny_paligemma(), paligemma_processor()
     model.config.image_token_index = processor.image_token_id
     model.save_pretrained(path)
     processor.save_pretrained(path)
@@ -309,6 +319,7 @@ def assert_stream_keeps(folder: Path, samples: Samples, root: Path, changes: dic
         assert (int(kept.sum()) < len(kept)) or recipe.reference == "recorded" or not source.family.images(inputs)
         assert stream.columns[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
         if recipe.position_policy == "original" and source.family.visual_tokens:  # one axis: the place
-            assert stream.positions[stream.rows(item)].tolist() == kept.nonzero()[:, 0].tolist()
+            places = kept.nonzero()[:, 0] + source.family.first_position
+            assert stream.positions[stream.rows(item)].tolist() == places.tolist()
         assert stream.lengths[item] == int(kept.sum())
         torch.testing.assert_close(stream.read(item), seen[item][0], rtol=1e-4, atol=1e-4)

@@ -10,7 +10,11 @@ from quota.calib.fake import fake_asymmetric, fake_symmetric, search_clip, searc
 from quota.calib.flatquant import GroupPart, HeadTransforms, ProjectionGroup, ValueMerge
 from quota.calib.learn import split
 from quota.core.formats import KV4
+from quota.ops import Factor
+from quota.ops.quantize_act import quantize_act_ref
+from quota.ops.transform import transform_ref
 from quota.quant.affine import dequantize_kv, dequantize_symmetric, quantize_kv, quantize_symmetric
+from quota.quant.fixed import fixed_factor, rounded_factor
 from quota.quant.pack import unpack_int4
 
 
@@ -143,9 +147,11 @@ def test_frozen_group_is_its_exported_integers():
     tensors = fused.export()
     assert set(tensors) == {"left", "right", "clip", "w_q", "w_scale", "bias"}
     w = dequantize_symmetric(unpack_int4(tensors["w_q"], 24), tensors["w_scale"])
-    u = (x / fused.diag()) @ torch.kron(tensors["left"], tensors["right"])
-    wanted = fake_symmetric(u, float(tensors["clip"])) @ w.T + tensors["bias"]
-    assert (fused(x) - wanted).norm() / wanted.norm() < 1e-2
+    assert all(torch.equal(tensors[name], rounded_factor(tensors[name])) for name in ("left", "right"))
+    factors = Factor(tensors["left"]), Factor(tensors["right"])
+    x_q, x_scale = quantize_act_ref(x * torch.exp(-fused.log_diag), *factors, float(tensors["clip"]))
+    wanted = dequantize_symmetric(unpack_int4(x_q, 24), x_scale) @ w.T + tensors["bias"]
+    assert (fused(x) - wanted).norm() / wanted.norm() < 1e-6
 
 
 def test_initialisation_beats_round_to_nearest_with_an_outlier_channel():
@@ -169,8 +175,18 @@ def test_head_transforms_keep_scores_without_quantization():
     q, k, v = noise(1, 4, 6, 8), noise(1, 2, 6, 8, seed=1), noise(1, 2, 6, 8, seed=2)
     q2, k2, _ = heads.attend(q, k, v)
     torch.testing.assert_close(q2[:, ::2] @ k2.transpose(-1, -2), q[:, ::2] @ k.transpose(-1, -2), rtol=1e-4, atol=1e-4)
+    heads.freeze()
     exported = heads.export()
-    torch.testing.assert_close(exported["q_transform"].T @ exported["k_transform"], torch.eye(8), rtol=1e-5, atol=1e-5)
+    rounding = 2.0 ** (fixed_factor(exported["q_transform"])[1] - 1)  # of a value of q's, at most
+    product = exported["q_transform"].double().T @ exported["k_transform"].double()
+    assert (product - torch.eye(8)).abs().max() <= rounding * exported["k_transform"].abs().sum(0).max()
+    heads.mode = "frozen"
+    q3, k3 = (
+        transform_ref(x.flatten(0, 2), None, Factor(exported[name])).view(x.shape)
+        for x, name in ((q, "q_transform"), (k, "k_transform"))
+    )
+    got = heads.attend(q, k, v)
+    assert torch.equal(got[0], q3) and torch.equal(got[1], fake_asymmetric(k3, float(exported["k_clip"]), KV4))
     heads.mode = "learn"
     assert not torch.equal(heads.attend(q, k, v)[2], v)
 

@@ -158,15 +158,15 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
 
 
 def _same_integers(group, linear, merged):
-    """One group on one input: equal weight integers by construction; equal activation integers except on a rounding
-    boundary; then equal outputs."""
+    """One group on one input: equal weight integers by construction; equal activation integers, except on a rounding
+    boundary where the producer's division by a diag is in between; then equal outputs."""
     x = group.observed[0] if group.diag() is None else group.observed[0] / group.diag()
-    group_u = group.transform(group.observed[0])
+    group_u = group.deployed_transform(group.observed[0])
     wanted, scale = quantize_symmetric(group_u, float(linear.clip))
-    x_q, x_scale = quantize_act(x.contiguous(), linear.left, linear.right, float(linear.clip))
+    x_q, x_scale = quantize_act(x.contiguous(), *linear.factors, float(linear.clip))
     got = unpack_int4(x_q, x.shape[1])
     ties = ((group_u / scale[:, None]) % 1 - 0.5).abs() < 1e-3
-    assert ((got == wanted) | ties).all()
+    assert ((got == wanted) | ties).all() and (group.diag() is not None or torch.equal(got, wanted))
     torch.testing.assert_close(x_scale, scale, rtol=1e-4, atol=0)
     rows = (got == wanted).all(-1)
     assert rows.any()
@@ -232,7 +232,8 @@ def test_settings_say_themselves():
     for field in fields(Settings):
         assert f"{field.name}={field.default!r}" in shown and f"{field.name}: {WORDS[field.name]}" in Settings.__doc__
     said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, ["calibrate", "--help"], env={"COLUMNS": "400"}).output)
-    for name in ("method", "modules", "seed", "steps"):
+    assert f"{WORDS['method']} Left out: the first of --scheme, or {DEFAULTS.method}." in said
+    for name in ("modules", "seed", "steps"):
         default = getattr(DEFAULTS, name)
         words = ",".join(default) if isinstance(default, tuple) else str(default)
         assert f"--{name}" in said and f"{WORDS[name]} [default: {words}]" in said

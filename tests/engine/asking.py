@@ -153,17 +153,18 @@ def pixels_of(model: Any, prompt: Prompt) -> dict[str, Tensor]:
     family = find_family(model).name
     if model.config.vision_config.model_type == "pixtral":
         return pixtral_pixels([image.pixels for image in prompt.images]) if prompt.images else {}
-    more = (
-        {"mm_token_type_ids": (torch.tensor([list(prompt.ids)]) == model.config.image_token_id).int()}
-        if family.startswith("qwen")
-        else {}
-    )
+    ids = torch.tensor([list(prompt.ids)])
+    more: dict[str, Tensor] = {}
+    if family == "paligemma":
+        more = {"token_type_ids": torch.zeros_like(ids)}
+    elif family.startswith("qwen"):
+        more = {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
     if not prompt.images:
         return more
     if family in TILED:
         return tile_pixels(prompt.images)
-    if model.config.model_type == "llava":
-        return {"pixel_values": torch.stack([image.pixels for image in prompt.images])}
+    if find_family(model).visual_tokens is not None:
+        return {**more, "pixel_values": torch.stack([image.pixels for image in prompt.images])}
     return {
         **more,
         "pixel_values": torch.cat([image.pixels for image in prompt.images]),
@@ -206,7 +207,7 @@ def quantized(family: str, scheme: Scheme = DEFAULT) -> Any:
 def cases(family: str) -> dict[str, Prompt]:
     """Prompts of every kind; where resolution is dynamic, with images of several sizes and neighbours."""
     model = quantized(family)
-    if family == "llava":
+    if find_family(model).visual_tokens is not None:
         a, b = picture(1), picture(2)
         return {
             "text": prompt(model, 9, seed=1),

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quota.core.errors import UsageError
 from quota.core.formats import DEFAULT, SCHEMES, WEIGHT_ONLY
-from quota.models import FAMILIES
+from quota.models import FAMILIES, find_family
 from quota.runtime.engine import Prompt
 from quota.runtime.patch import patched
 from tests.engine.asking import (
@@ -120,6 +121,10 @@ def test_chat_keeps_its_first_selection(model, family, recipe):
     answer = out[0, ids.shape[1] :].tolist()
     second = Prompt([*first.ids, *answer, 17, 33, 99, 41], first.images, len(first.ids))
     made = engine(model, default=recipe)
+    if find_family(model).prefix:  # what the first turn computed is not what the second would compute of it
+        with pytest.raises(UsageError, match=r"selection_tokens: expected all .* see each other"):
+            made.submit(asked("second", second))
+        return
     assert tokens(run(made, [asked("first", first, tokens=5)])["first"]) == answer
     warm = run(made, [asked("second", second, tokens=5)])["second"]
     assert warm[-1].usage.cached_tokens > len(first.ids) - 4

@@ -33,6 +33,7 @@ class Asked:
         self.names: list[Any] = []
         self.ahead: list[Any] = []
         self.chooses = self.paused = False
+        self.prefix = 0
         self.computed = self.cached = self.preemptions = self.passed_by = self.admitted_tokens = 0
 
     @property
@@ -350,3 +351,14 @@ def test_pace():
         pace.observe(pace.rows, 60.0)
     assert 1 <= pace.rows <= 8
     assert Pace(512, math.inf).rows == 512 and Pace(7, 0.25).rows == 7
+
+
+def test_a_prompt_whose_tokens_see_each_other_is_not_cut() -> None:
+    scheduler = Driven().scheduler
+    for order, prefix in enumerate((50, 0)):
+        asked = Asked(order, "ab"[order], 50, 1)
+        asked.prefix = prefix
+        scheduler.queue(asked)
+    scheduler.admit(100)
+    for rows, whole in ((8, [50]), (20, [20])):
+        assert [chunk.end - chunk.begin for chunk in scheduler.prefills(rows)] == whole

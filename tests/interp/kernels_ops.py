@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quota.ops import ByteWeight, FloatWeight, GroupedWeight, PackedWeight, native, triton
+from quota.ops import ByteWeight, Factor, FloatWeight, GroupedWeight, PackedWeight, native, triton
 from quota.ops.float_linear import float_linear_ref
 from quota.ops.kv4_append import kv4_append_ref
 from quota.ops.kv4_attention import kv4_attention_ref
@@ -51,14 +51,14 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("m", "l", "r"), [(3, 3, 5), (1, 12, 16), (2, 1, 20)])
 def test_transform_and_quantize_act(m: int, l: int, r: int) -> None:
-    x, left, right = randn(m, l * r), randn(l, l), randn(r, r)
+    x, left, right = randn(m, l * r), Factor(randn(l, l)), Factor(randn(r, r))
     for a, b in ((left, right), (left, None), (None, right)):
         assert same((triton.transform(x, a, b),), (transform_ref(x, a, b),))
         assert same(triton.quantize_act(x, a, b, 0.83), quantize_act_ref(x, a, b, 0.83))
 
 
 def test_factors_that_are_no_powers_of_two() -> None:
-    x, left, right = randn(1, 2 * 6 * 37), randn(6, 6), randn(37, 37)  # as 86 x 128 and 128 x 148
+    x, left, right = randn(1, 2 * 6 * 37), Factor(randn(6, 6)), Factor(randn(37, 37))  # as 86 x 128 and 128 x 148
     assert same(triton.quantize_act(x, left, right, 0.9, "silu_mul"), quantize_act_ref(x, left, right, 0.9, "silu_mul"))
 
 
@@ -174,7 +174,7 @@ def test_kv4_append_writes_only_its_slots() -> None:
 @pytest.mark.parametrize(("b", "t", "h", "hkv", "d"), [(2, 2, 4, 2, 22), (1, 3, 9, 1, 16)])
 def test_qkv_append(b: int, t: int, h: int, hkv: int, d: int) -> None:
     qkv, turns = randn(b, t, (h + 2 * hkv) * d), (randn(b, t, d), randn(b, t, d))
-    both = (randn(d, d), randn(d, d))
+    both = (Factor(randn(d, d)), Factor(randn(d, d)))
     for rotary, transforms in ((turns, both), (None, (None, both[1])), ((turns[0][:1], turns[1][:1]), (None, None))):
         k, v = cache(randn(b, hkv, 2, d), 9), cache(randn(b, hkv, 2, d), 9)
         k_ref, v_ref = (tuple(x.clone() for x in kv) for kv in (k, v))
@@ -185,7 +185,13 @@ def test_qkv_append(b: int, t: int, h: int, hkv: int, d: int) -> None:
         assert same((got, *k, *v), (want, *k_ref, *v_ref))
 
 
-SHAPES = [(2, 4, 2, 5, 9, 16), (1, 2, 1, 1, 130, 22), (1, 7, 1, 3, 70, 36), (1, 2, 2, 20, 70, 8)]
+SHAPES = [
+    (2, 4, 2, 5, 9, 16),
+    (1, 2, 1, 1, 130, 22),
+    (1, 7, 1, 3, 70, 36),
+    (1, 2, 2, 20, 70, 8),
+    (1, 40, 1, 1, 70, 256),
+]
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -121,7 +121,7 @@ def test_the_tower_block_by_block_is_the_tower(name, folder):
                     Batch(hidden[None] if hidden.ndim == 2 else hidden, valid, grids=grids)
                 )
                 tapped += [hidden] if index in family.taps else []
-            parts = []
+            hidden, parts = family.leave_tower(source.module, hidden), []
             for path, whole in zip(family.blocks("projector"), [hidden, *tapped], strict=True):
                 rows = family.projector_rows(whole[0], image.grid)
                 parts.append(source.block("projector", path)(Batch(rows[None], valid))[0])

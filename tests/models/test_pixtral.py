@@ -24,6 +24,7 @@ from quota.models.images import ImageInput
 from quota.models.quantize import quantized_linears
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine.model import EngineModel
+from quota.runtime.export import _hub as exported_name
 from quota.runtime.patch import patched
 from quota.runtime.prompts import PromptBuilder
 from tests.calib.calibration import mixed_samples, pixtral_folder
@@ -109,7 +110,7 @@ def test_published_names(tiny, prefix):
         stored = stored.replace("model.language_model.", f"{prefix}language_model.model.")
         stored = stored.replace("lm_head.", "language_model.lm_head." if not prefix else "lm_head.")
         stored = stored.replace("model.multi_modal_projector.", f"{prefix}multi_modal_projector.")
-        assert family.canonical_key(stored) == name
+        assert family.canonical_key(stored) == name and (prefix or exported_name(family, name) == stored)
 
 
 def test_images_side_by_side_are_told_apart_by_the_end_token():
@@ -235,9 +236,9 @@ def test_a_later_turn_keeps_the_first_selection(calibrated):
     assert asked_later.selection_tokens == head and asked_later.ids[:head] == asked_first.ids
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_weights_alone(folder, tmp_path, method):
-    settings = Settings(method=method, batch=2, held_out=1, scheme="w4a16kv4")
+@pytest.mark.parametrize(("method", "scheme"), [("awq", "w4a16kv4"), ("gptq", "w4a16")])
+def test_weights_alone(folder, tmp_path, method, scheme):
+    settings = Settings(method=method, batch=2, held_out=1, scheme=scheme)
     calibration.calibrate(folder, mixed_samples(), out=tmp_path / "out", progress=False, settings=settings)
     model = quota.load(tmp_path / "out")
     case = prompts(model)[1]

@@ -144,6 +144,22 @@ PUBLISHED = {
         ),
         3025,
     ),
+    "PaliGemma-3B": (
+        lambda: transformers.PaliGemmaConfig(
+            vision_config={**SIGLIP, "image_size": 224},
+            text_config={
+                "model_type": "gemma",
+                "vocab_size": 257_216,
+                "hidden_size": 2048,
+                "intermediate_size": 16_384,
+                "num_hidden_layers": 18,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+            },
+            image_token_index=257_152,
+        ),
+        256,
+    ),
     "Pixtral-12B": (
         lambda: transformers.LlavaConfig(
             vision_config={**PIXTRAL, "patch_size": 16, "image_size": 1024},

@@ -26,6 +26,7 @@ LINEARS = {
     "llava_onevision": 4 * 4 + 2 * 4 + 2,
     "internvl": 4 * 4 + 2 * 4 + 2,
     "mistral3": 4 * 4 + 2 * 4 + 3,
+    "paligemma": 4 * 4 + 2 * 4 + 1,
     "qwen2_vl": 4 * 4 + 4 * 2 + 2,
     "qwen2_5_vl": 4 * 4 + 4 * 3 + 2,
     "qwen3_vl": 4 * 4 + 4 * 3 + 3 * 2,
@@ -93,8 +94,11 @@ def test_prefill_then_decode_equals_one_prefill(name, model):
         positions = model.model.get_rope_index(
             ids, attention_mask=mask, **{k: inputs[k] for k in ("mm_token_type_ids", "image_grid_thw")}
         )[0]
-    images = {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
+    images = {k: v for k, v in inputs.items() if not k.endswith("token_type_ids")}
     cut, cache = ids.shape[1] - 3, DynamicCache()
+    prompt = {}  # where the tokens of a prompt see each other, the others are its answer
+    if find_family(model).prefix:
+        prompt = {"token_type_ids": (torch.arange(ids.shape[1]) >= cut).long().expand(ids.shape)}
 
     def run(begin, end, cache=None, **more):
         model(
@@ -107,8 +111,8 @@ def test_prefill_then_decode_equals_one_prefill(name, model):
         )
 
     with final_states(model) as states:
-        run(0, ids.shape[1], **images)
-        run(0, cut, cache, **images)
+        run(0, ids.shape[1], **images, **prompt)
+        run(0, cut, cache, **images, **{name: kinds[:, :cut] for name, kinds in prompt.items()})
         for t in range(cut, ids.shape[1]):
             run(t, t + 1, cache)
         assert torch.equal(states[0], states[-1])

@@ -240,6 +240,8 @@ inline void mma(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int
 inline void mma_s4(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(d, a, b, 8, nibble, nibble); }
 inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(d, a, b, 4, signed_byte, signed_byte); }
 inline void mma_s8u8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(d, a, b, 4, signed_byte, unsigned_byte); }
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(d, a, b, 4, unsigned_byte, signed_byte); }
+inline void mma_u8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(d, a, b, 4, unsigned_byte, unsigned_byte); }
 
 inline emulation::Thread& self() { return emulation::machine.threads[emulation::machine.current]; }
 

@@ -165,7 +165,8 @@ def test_faults_are_found() -> None:
     assert "IMMA.16864.S4.S4" in (kernel("few_kernel<1, 2>", "sm_86", 0, "IMMA.16832.S8.S8").fault() or "")
     assert kernel("tile_kernel<1, 64>", "sm_90a").fault() is None  # a trap there, never launched
     assert "IGMMA.64x96x32" in (kernel("warpgroup_kernel<96>", "sm_90a", 0, "IGMMA.64x32x32.S8.S8").fault() or "")
+    assert "IMMA.16832.S8.U8" in (kernel("row_kernel", "sm_80", 0, "IMMA.16832.S8.S8").fault() or "")
     assert (
-        "local memory" in (kernel("quantize_kernel", "sm_80", 16).fault() or "")
-        and kernel("quantize_kernel", "sm_80", 0, "STL").fault()
+        "local memory" in (kernel("append_kernel", "sm_80", 16).fault() or "")
+        and kernel("append_kernel", "sm_80", 0, "STL").fault()
     )

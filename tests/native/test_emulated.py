@@ -20,7 +20,7 @@ from quota.ops.qkv_append import qkv_append_ref
 from quota.ops.quantize_act import quantize_act_ref
 from quota.ops.transform import transform_ref
 from quota.ops.w4a4_linear import w4a4_linear_ref
-from quota.ops.weights import PackedWeight
+from quota.ops.weights import Factor, PackedWeight
 from quota.quant.pack import pack_int4
 from tests.ops.kv import cache
 
@@ -87,8 +87,8 @@ def test_the_largest_sums_are_exact(emulated: ModuleType) -> None:
         )
 
 
-def matrix(n: int, g: torch.Generator) -> torch.Tensor:
-    return torch.randn(n, n, generator=g) / n**0.5
+def factor(n: int, g: torch.Generator) -> Factor:
+    return Factor(torch.randn(n, n, generator=g) / n**0.5)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_quantize_act_equals_the_reference_bit_for_bit(
     g = torch.Generator().manual_seed(left + right)
     k = (left or 3) * (right or 7)
     x = torch.randn(m, 2 * k if prologue == "silu_mul" else k, generator=g) * 3
-    factors = [matrix(n, g) if n else None for n in (left, right)]
+    factors = [factor(n, g) if n else None for n in (left, right)]
     for got, want in zip(
         emulated.quantize_act(x, *factors, 0.9, prologue), quantize_act_ref(x, *factors, 0.9, prologue), strict=True
     ):
@@ -114,7 +114,7 @@ def test_quantize_act_equals_the_reference_bit_for_bit(
 def test_transform_of_many_rows(emulated: ModuleType, order: str) -> None:
     g = torch.Generator().manual_seed(1)
     emulated._library.use_device(90, 1)  # so that this is much work: the wide tile
-    x, left, right = torch.randn(9, 13 * 36, generator=g), matrix(13, g), matrix(36, g)
+    x, left, right = torch.randn(9, 13 * 36, generator=g), factor(13, g), factor(36, g)
     codes = emulated.quantize_act(x, left, right, 1.0)
     emulated._library.use_device(90, 132)
     assert all(torch.equal(a, b) for a, b in zip(codes, quantize_act_ref(x, left, right, 1.0), strict=True))
@@ -145,7 +145,7 @@ def test_qkv_append_equals_the_reference_bit_for_bit(
     g = torch.Generator().manual_seed(4)
     qkv = torch.randn(b, t, (heads + 2 * kv_heads) * d, generator=g)
     rotary = (torch.randn(b, t, d, generator=g), torch.randn(b, t, d, generator=g)) if rotates else None
-    transforms = (matrix(d, g), matrix(d, g)) if moves else (None, None)
+    transforms = (factor(d, g), factor(d, g)) if moves else (None, None)
     caches = [[cache(torch.zeros(b, kv_heads, 1, d), t + 2) for _ in range(2)] for _ in range(2)]
     results = [
         f(qkv, rotary, transforms, *c, 1, (0.95, 0.9))
@@ -170,6 +170,7 @@ SHAPES = [
     (1, 7, 1, 2, 131, 128),
     (1, 2, 1, 1, 600, 96),
     (1, 1, 1, 1, 130, 192),
+    (1, 40, 1, 1, 70, 256),
 ]
 
 

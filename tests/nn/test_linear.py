@@ -7,6 +7,7 @@ import torch
 
 from quota.nn import mlp
 from quota.nn.linear import QuantLinear, row_norm
+from quota.quant.fixed import rounded_factor
 from quota.quant.transform import apply_kronecker, decompose, hadamard
 
 SIZES = [
@@ -107,12 +108,15 @@ def test_meta_device():
     assert torch.equal(layer(rows(3, 64)), group(64, 24)(rows(3, 64)))
 
 
-def test_hadamard_factors_are_orthogonal():
+def test_hadamard_factors_are_rounded_and_their_rounding_is_in_the_weight():
     layer = group(48, 8)
     for factor in (layer.left, layer.right):
         assert factor is not None
-        torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor)), rtol=0, atol=1e-6)
-        torch.testing.assert_close(factor, hadamard(len(factor)).float())
+        assert torch.equal(factor, rounded_factor(hadamard(len(factor))).float())
+    w = torch.randn(8, 48, generator=torch.Generator().manual_seed(5))
+    layer.round_from(w, None)
+    moved = torch.linalg.solve(torch.kron(layer.left.double(), layer.right.double()), w.double().T).T
+    assert ((layer.dequantized_weight() - moved).abs() <= layer.w_scale[:, None] * 0.5001).all()
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu"])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from quota.core.env import CPU_ISAS
+from quota.nn.attention import seeing_all
 from quota.ops import native
-from quota.ops.kv4_attention import kv4_attention_ref
+from quota.ops.kv4_attention import dequantized, kv4_attention_ref
 from tests.ops.kv import cache, filled
 
 SHAPES = [
@@ -17,6 +18,7 @@ SHAPES = [
     (1, 8, 2, 14, 64, 130),
     (1, 7, 1, 12, 200, 128),
     (1, 2, 1, 1, 129, 192),
+    (1, 40, 1, 1, 70, 256),
 ]
 
 
@@ -72,6 +74,20 @@ def test_left_padding_and_batch_change_no_bit(isa: str) -> None:
         out, lse = native.kv4_attention(padded, kp, vp, 37 + pad, torch.tensor([0, pad, pad], dtype=torch.int32), 0.2)
         assert torch.equal(out[1:2, pad:], alone[0]) and torch.equal(lse[1:2, :, pad:], alone[1])
         assert (out[1:, :pad] == 0).all() and lse[1:, :, :pad].eq(-float("inf")).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 70, 70, 22), (1, 8, 1, 5, 9, 256)])
+def test_queries_that_see_every_slot(isa: str, shape: tuple[int, ...]) -> None:
+    """As so many heads of one query: plain attention without a mask, and of the last one what it has in any case."""
+    q, k, v, s, start, scaling = case(*shape)
+    out, lse = seeing_all(lambda one: native.kv4_attention(one, k, v, s, start, scaling), q)
+    keys, values = (dequantized(kv, s, shape[-1]).double().repeat_interleave(shape[1] // shape[2], 1) for kv in (k, v))
+    score = (q.double() @ keys.transpose(-1, -2)) * scaling
+    score = score.masked_fill(torch.arange(s) < start[:, None, None, None], float("-inf"))
+    assert relative(out, (score.softmax(-1) @ values).transpose(1, 2)) < 5e-7
+    assert (lse - score.logsumexp(-1)).abs().max() < 1e-5
+    causal = native.kv4_attention(q, k, v, s, start, scaling)
+    assert torch.equal(causal[0][:, -1], out[:, -1]) and torch.equal(causal[1][..., -1], lse[..., -1])
 
 
 def test_no_start_is_slot_zero(isa: str) -> None:

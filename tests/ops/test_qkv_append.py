@@ -5,7 +5,7 @@ import torch
 
 from quota.ops import native
 from quota.ops.qkv_append import qkv_append_ref
-from quota.ops.weights import Kv
+from quota.ops.weights import Factor, Kv
 
 SHAPES = [
     (1, 1, 1, 1, 2),
@@ -14,6 +14,7 @@ SHAPES = [
     (1, 2, 2, 3, 64),
     (2, 6, 2, 1, 22),
     (1, 1, 1, 2, 130),
+    (1, 2, 1, 3, 256),
     (1, 2, 1, 0, 8),
 ]
 
@@ -34,7 +35,7 @@ def case(b: int, h: int, hkv: int, t: int, d: int) -> tuple:
     qkv, cos, sin, a, m = (
         torch.randn(*s, generator=g) for s in ((b, t, (h + 2 * hkv) * d), (b, t, d), (1, t, d), (d, d), (d, d))
     )
-    return qkv, (cos, sin.expand(b, -1, -1)), (a, m)
+    return qkv, (cos, sin.expand(b, -1, -1)), (Factor(a), Factor(m))
 
 
 def same(a: tuple, b: tuple) -> bool:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from quota.ops import native
 from quota.ops.quantize_act import quantize_act_ref
+from quota.ops.weights import Factor
 from quota.quant.pack import unpack_int4
 
 SHAPES = [(1, 1, 1), (3, 3, 5), (2, 12, 16), (5, 3, 17), (4, 1, 64), (2, 15, 33)]
@@ -21,6 +22,7 @@ def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
 def test_native_equals_reference_bit_for_bit(isa: str, m: int, l: int, r: int, clip: float) -> None:
     g = torch.Generator().manual_seed(m + r)
     x, left, right = (torch.randn(*s, generator=g) for s in ((m, l * r), (l, l), (r, r)))
+    left, right = Factor(left), Factor(right)
     for a, b in ((left, right), (left, None), (None, right), (None, None)):
         assert same(native.quantize_act(x, a, b, clip), quantize_act_ref(x, a, b, clip))
 
@@ -29,6 +31,7 @@ def test_native_equals_reference_bit_for_bit(isa: str, m: int, l: int, r: int, c
 def test_prologues_equal_the_reference_bit_for_bit(isa: str, m: int, l: int, r: int) -> None:
     g = torch.Generator().manual_seed(m + r)
     x, left, right = (torch.randn(*s, generator=g) for s in ((m, 2 * l * r), (l, l), (r, r)))
+    left, right = Factor(left), Factor(right)
     x[0, 0], x[0, -1] = -95.0, 95.0
     for a, b in ((left, right), (None, None)):
         assert same(native.quantize_act(x, a, b, 0.9, "silu_mul"), quantize_act_ref(x, a, b, 0.9, "silu_mul"))
@@ -79,6 +82,7 @@ def test_nan_and_infinity_reach_the_scale(isa: str, bad: float, at: int) -> None
 def test_result_does_not_depend_on_batch_or_threads(isa: str, threads: Callable[[int], None]) -> None:
     g = torch.Generator().manual_seed(0)
     x, left, right = (torch.randn(*s, generator=g) for s in ((129, 192), (12, 12), (16, 16)))
+    left, right = Factor(left), Factor(right)
     threads(1)
     one = native.quantize_act(x, left, right, 0.9)
     threads(3)

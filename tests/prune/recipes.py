@@ -32,7 +32,7 @@ def tiny_model(family: str, kind: str) -> Any:
 
 def reference_of(family: str) -> dict[str, str]:
     """What a recipe's ratios are of, as a field of it."""
-    return {} if family == "llava" else {"reference": "per_tile" if family in TILED else "per_image"}
+    return {} if family in ("llava", "paligemma") else {"reference": "per_tile" if family in TILED else "per_image"}
 
 
 def recipe_for(
@@ -76,7 +76,7 @@ def single(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     real = inputs["attention_mask"][row].bool()
     out = {
         name: inputs[name][row : row + 1, real]
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         if name in inputs
     }
     starts = (runs(inputs["input_ids"] == IMAGE_TOKEN).amax(-1) + 1).tolist()  # no two images stand side by side

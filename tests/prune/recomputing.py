@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quota.models import find_family
+
 
 @torch.no_grad()
 def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -32,7 +34,7 @@ def prompt_of(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Merged embeddings [S, (1 + planes) * hidden] and rotary positions [A, S] of one row without padding."""
     embeds = embeddings(model, inputs)[0]
     if not hasattr(model.model, "get_rope_index"):
-        return embeds, torch.arange(len(embeds))[None]
+        return embeds, find_family(model).positions(model, inputs["input_ids"][0], [])
     asked = {name: inputs.get(name) for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
     return embeds, model.model.get_rope_index(**asked)[0][:, 0]
 
@@ -45,15 +47,18 @@ def recompute(model: Any, embeds: Tensor, positions: Tensor, kept: dict[int, Ten
     axes, fed = len(positions), len(embeds) - positions.shape[1]
     # the unpruned counter goes on
     positions = torch.cat([positions, (positions.max() + 1 + torch.arange(fed)).expand(axes, -1)], -1)
-    columns, places = torch.arange(len(embeds)), positions
+    columns, places, first = torch.arange(len(embeds)), positions, int(positions.min())
     hidden, *planes = embeds[None].split(text.config.hidden_size, -1)
     for number, layer in enumerate(text.layers):
         if number in kept:
             alive = torch.cat([kept[number], torch.ones(fed, dtype=torch.bool)])[columns]
             hidden, columns, planes = hidden[:, alive], columns[alive], [plane[:, alive] for plane in planes]
-            places = torch.arange(len(columns)).expand(axes, -1) if compact else positions[:, columns]
+            places = (first + torch.arange(len(columns))).expand(axes, -1) if compact else positions[:, columns]
         n = hidden.shape[1]
-        mask = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n).tril().bool(), torch.finfo(torch.float32).min)
+        seen = torch.ones(n, n).tril().bool()
+        if find_family(model).prefix:
+            seen |= torch.arange(n) < n - fed
+        mask = torch.zeros(1, 1, n, n).masked_fill(~seen, torch.finfo(torch.float32).min)
         rotary = text.rotary_emb(hidden, position_ids=places[:, None] if axes > 1 else places)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         if planes:

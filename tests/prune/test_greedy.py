@@ -78,6 +78,21 @@ def test_maxmin_spreads_where_topk_does_not() -> None:
     assert {i // 6 for i in greedy.mmr(s, greedy.cosines(x), 2, 0.4)} == {0, 1}
 
 
+def test_kcenter_is_greedy_in_distance_times_score() -> None:
+    c, s = greedy.cosines(points()), scores()
+    weight = ((s - s.min()) / (s.max() - s.min())).astype(np.float64) ** 0.75
+    chosen = greedy.kcenter(s, c, 6)
+    assert chosen[0] == int(np.argmax(s))
+    for step in range(1, 6):
+        gain = {
+            i: weight[i] * min(greedy.ONE - c[i, j] for j in chosen[:step])
+            for i in range(len(s))
+            if i not in chosen[:step]
+        }
+        assert gain[chosen[step]] >= max(gain.values()) * (1 - 1e-12)
+    assert greedy.kcenter(np.ones_like(s), c, 6) == greedy.farthest(greedy.ONE - c, 6, 0)
+
+
 def test_mmr_ends_are_topk_and_diversity() -> None:
     c, s = greedy.cosines(points()), scores()
     assert greedy.mmr(s, c, 5, 1.0) == greedy.topk(s, 5).tolist()
@@ -156,6 +171,7 @@ def test_every_policy_gives_distinct_tokens_of_the_asked_number(n: int, seed: in
     for keep in {1, n // 2, n} - {0}:
         for chosen in (
             greedy.maxmin(c, keep),
+            greedy.kcenter(s, c, keep),
             greedy.mmr(s, c, keep, 0.5),
             greedy.dpp(s, c, keep),
             greedy.grid(s, places, [(4, 5)], keep, 0.3),
@@ -166,7 +182,7 @@ def test_every_policy_gives_distinct_tokens_of_the_asked_number(n: int, seed: in
 
 def test_ties_go_to_the_lower_index() -> None:
     c, s = greedy.cosines(torch.ones(5, 3)), np.ones(5, np.float32)
-    for chosen in (greedy.maxmin(c, 2), greedy.mmr(s, c, 2, 0.5), greedy.dpp(s, c, 2)):
+    for chosen in (greedy.maxmin(c, 2), greedy.kcenter(s, c, 2), greedy.mmr(s, c, 2, 0.5), greedy.dpp(s, c, 2)):
         assert sorted(chosen) == [0, 1]
 
 

@@ -31,6 +31,7 @@ METHODS = {
     "random_inside": dict(candidates=(1, 2), keep=(0.5, 0.25), selections=[{"score": "random"}]),
     "grid": dict(candidates=(0,), keep=(0.25,), selections=[{"score": "none", "policy": "grid"}]),
     "grid_floor": dict(candidates=(1, 2), keep=(0.75, 0.25), selections=[{"policy": "grid", "grid_share": 0.5}]),
+    "kcenter": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"policy": "kcenter"}]),
     "mmr": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"policy": "mmr"}]),
     "fitprune": dict(candidates=(1, 2, 3), keep=(0.75, 0.5, 0.25), selections=[{"score": "cross_self"}]),
     "mixed": dict(

@@ -32,6 +32,9 @@ CASES = [
     ("llava_next", "w8a8", ("vision", "projector", "llm")),
     ("llava_onevision", "fp8", ("llm",)),
     ("internvl", "fp8", ("vision", "projector", "llm")),
+    ("llava_pixtral", "w4a16", ("llm",)),
+    ("mistral3", "w8a8", ("vision", "projector", "llm")),
+    ("paligemma", "fp8", ("vision", "projector", "llm")),
 ]
 
 

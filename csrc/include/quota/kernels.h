@@ -1,7 +1,7 @@
 // CPU kernels, free of torch: raw pointers and sizes. One table of functions per instruction set, chosen by CPUID or by name.
 //
-// Every float result is defined by its inputs alone. A dot product is an ascending chain of fused multiply-adds from zero (transforms), or an
-// exact integer (linear, attention); every other step is one IEEE operation in a stated order. So results do not depend on batch, threads,
+// Every float result is defined by its inputs alone. A dot product is an exact integer (linear, transforms, attention), or an ascending chain of
+// fused multiply-adds from zero (float_linear, w4a16_linear); every other step is one IEEE operation in a stated order. So results do not depend on batch, threads,
 // tiling or instruction set.
 // All arrays are row-major float32 unless said otherwise; sizes count elements.
 #pragma once
@@ -17,12 +17,14 @@ constexpr int64_t kStep = 64;   // k values of a matrix-extension tile; every k 
 // k rounded up to whole steps: bytes of one row of unpacked activations.
 constexpr int64_t padded_k(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
 
-// Y = left^T X right on each row of x viewed as [l, r]. left [l, l] and right [r, r]; null is the identity.
+// Y = left^T X right on each row of x viewed as [l, r]; null is the identity. Factors are integers times 2^exponent (of both together), as
+// quota/quant/fixed.py makes them: left^T as rows [l][l rounded up to 2], right as panels [ceil(r/16)][ceil(r/2)][16 columns][2 rows], zeros around.
 struct TransformArgs {
   const float* x;
-  const float* left;
-  const float* right;
+  const int16_t* left;
+  const int16_t* right;
   int64_t l, r;
+  int exponent;
   float* y;
 };
 
@@ -114,16 +116,17 @@ struct AppendArgs {
 };
 
 // qkv [B, T, H + 2 Hkv, D] -> q [B, H, T, D], and k, v quantized into slots position .. position + T. Heads of q and k are turned by cos, sin
-// [B or 1, T, D] (batch stride `rotary_batch`; null: not turned), then multiplied by their transform [D, D] (null: the identity).
+// [B or 1, T, D] (batch stride `rotary_batch`; null: not turned), then multiplied by their transform, as `TransformArgs::right` (null: the identity).
 struct HeadsArgs {
   const float* qkv;
   const float* cos;
   const float* sin;
-  const float* q_transform;
-  const float* k_transform;
+  const int16_t* q_transform;
+  const int16_t* k_transform;
   float* q;
   Kv4<uint8_t, float> k, v;
   int64_t rotary_batch, heads, kv_heads, tokens, dim, position;
+  int q_exponent, k_exponent;
   float k_clip, v_clip;
 };
 

@@ -24,8 +24,9 @@ class Chunk:
 
     Filled in by the sequence: ids of the tokens, used where there is no `x`. rotary int64 [A, tokens]: positions. base,
     shared: per segment, slots before the first token, and slots that hold shared content already and are not written.
-    compact: segments whose rotary positions count the tokens alive. cached: per segment int64 [A, base], positions of
-    the slots before the first token, where the family asks for them.
+    compact: segments whose rotary positions count the tokens alive, from `origin` on. prefix: tokens of a prompt that
+    see each other, 0 where all are causal. cached: per segment int64 [A, base], positions of the slots before the first
+    token, where the family asks for them.
 
     On the way through the layers: x [rows, d], at first the input of layer `enter`; behind d the planes that are still
     to be added. rows int64 [rows]: which of the
@@ -45,6 +46,8 @@ class Chunk:
     tables: Tables = field(default_factory=list)
     compact: tuple[bool, ...] = ()
     cached: tuple[np.ndarray | None, ...] = ()
+    origin: int = 0
+    prefix: int = 0
     choice: Choice | None = None
     x: Tensor | None = None
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -79,8 +82,13 @@ class Chunk:
         """int64 [A, rows]: rotary positions of the rows."""
         if not self.compact[segment]:
             return self.rotary[:, self.rows.numpy()]
-        first = self.base[segment]
+        first = self.origin + self.base[segment]
         return np.broadcast_to(np.arange(first, first + len(self.rows)), (len(self.rotary), len(self.rows)))
+
+    @property
+    def whole(self) -> int:
+        """Its first rows that see each other."""
+        return int((self.rows < self.prefix - self.begin).sum())
 
     def filled(self, segment: int) -> np.ndarray:
         """int64 [A, base + rows]: positions of every slot up to the last row, where the family asks for them."""

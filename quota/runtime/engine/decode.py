@@ -153,7 +153,9 @@ class Buffers:
                     else blocks[:, at // page_size].astype(np.int64) * page_size + at % page_size
                 )
                 self._length[segment, row] = at + 1
-                self._positions[segment, :, row] = position = at if chunk.compact[segment] else chunk.rotary[:, 0]
+                self._positions[segment, :, row] = position = (
+                    chunk.origin + at if chunk.compact[segment] else chunk.rotary[:, 0]
+                )
                 if biased:
                     self._cached[segment, :, row, :at], self._cached[segment, :, row, at] = (
                         chunk.cached[segment],

@@ -77,10 +77,11 @@ class EngineModel:
                 self._tables.append((channels, table[channels]))
 
     def _turns(self) -> tuple[Tensor, Tensor]:
-        """cos, sin float32 [max_tokens, D] of positions that are one number, as the model's own embedding rounds
+        """cos, sin float32 [positions, D] of positions that are one number, as the model's own embedding rounds
         them."""
         like = torch.empty(0, dtype=self.text.embed_tokens.weight.dtype, device=self.device)
-        cos, sin = self.text.rotary_emb(like, torch.arange(self.max_tokens, device=self.device)[None])
+        positions = torch.arange(self.max_tokens + self.family.first_position, device=self.device)
+        cos, sin = self.text.rotary_emb(like, positions[None])
         return cos[0].float(), sin[0].float()
 
     def images(self, inputs: Mapping[str, Any]) -> tuple[ImageInput, ...]:

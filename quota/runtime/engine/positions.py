@@ -21,6 +21,7 @@ class Positions:
 
     def __init__(self, prompt: np.ndarray, dropped: Sequence[int], recipe: Recipe | None, biased: bool) -> None:
         self._prompt, self._next, self._biased = prompt, int(prompt.max()) + 1, biased
+        self.origin = int(prompt[0, 0])
         self._dropped = tuple(dropped)
         # renumbered where tokens are missing only: an image that lost none keeps its rows and columns
         self.compact = tuple(n > 0 and recipe is not None and recipe.position_policy == "compact" for n in dropped)
@@ -42,7 +43,8 @@ class Positions:
         if not self._biased:
             return None
         if self.compact[segment]:
-            return np.broadcast_to(np.arange(begin, end), (len(self._prompt), end - begin))
+            numbers = self.origin + np.arange(begin, end)
+            return np.broadcast_to(numbers, (len(self._prompt), end - begin))
         return self._slots[segment][:, begin:end] if self._dropped[segment] else self.of_tokens(begin, end)
 
     def copied(self, segment: int, begin: int, end: int) -> np.ndarray | None:

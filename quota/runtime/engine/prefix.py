@@ -3,7 +3,7 @@
 Keys and values of a token are a function of the tokens before it: word ids and the content of images. In a segment
 that lost visual tokens they are, from the first token of an image on, also a function of what was chosen, that is of
 the recipe and of the tokens it was chosen by. So a name is a hash chain over the page's tokens, and where something was
-dropped the recipe and the selecting tokens enter it.
+dropped the recipe and the selecting tokens enter it. Where the tokens of a prompt see each other, all of them do.
 """
 
 from __future__ import annotations

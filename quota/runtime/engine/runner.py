@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quota.nn.attention import AttentionTrace
+from quota.nn.attention import AttentionTrace, seeing_all
 from quota.nn.kv import Stored
 from quota.runtime.engine.chunk import Chunk
 from quota.runtime.engine.decode import Decoder
@@ -153,10 +153,14 @@ class Runner:
             known = chunk.cached[segment]
             assert known is not None
             angles = self.model.angles(_on(np.concatenate([known, positions], axis=1)[:, None], self.model))
-        _, lse = self.model.kv.attend(q, *cached, base + rows, None, self.model.scaling, angles)
-        return Attended(self.model.kv, q, keys, lse, None if angles is None else angles[..., base:]).trace(
-            rows, self.model.scaling
+        kind, scaling = self.model.kv, self.model.scaling
+        _, lse = (
+            seeing_all(lambda one: kind.attend(one, *cached, base + rows, None, scaling), q)
+            if chunk.prefix
+            else kind.attend(q, *cached, base + rows, None, scaling, angles)
         )
+        near = None if angles is None else angles[..., base:]
+        return Attended(kind, q, keys, lse, near).trace(rows, scaling)
 
     def _inputs(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         counts = [0 if chunk.x is not None else len(chunk.ids) for chunk in chunks]
@@ -187,10 +191,10 @@ class Runner:
             first = max(begin, end - 1) if final else begin  # nothing reads the last layer but logits
             own = q[:, :, first:end].contiguous()
             angles = slots.angles[number] if slots.angles is not None and q.shape[-1] > self.model.head_dim else None
-            out, lse = self.storage.attend(
-                own, slots.tables[number][local], slots.lengths[number], self.model.scaling, angles
-            )
-            outs.append(out.view(end - first, -1))
+            table, length = slots.tables[number][local], slots.lengths[number]
+            whole = 0 if final else chunk.whole  # a last row sees every slot in any case
+            out, lse = self._attend(own, table, length, whole, angles)
+            outs.append(out.reshape(end - first, -1))
             chunk.attended = None
             if chunk.recorded_at(layer):
                 near = None if angles is None else angles[..., chunk.base[segment] :]
@@ -200,6 +204,21 @@ class Runner:
             x, planes = batch.x[:, : self.model.width], batch.x[:, self.model.width :]
         x = self.model.finish(layer, x, torch.cat(outs) if len(outs) > 1 else outs[0])
         batch.x = self.model.raised(x, planes)
+
+    def _attend(
+        self, q: Tensor, table: Tensor, length: Tensor, whole: int, angles: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `KvStorage.attend`; the first `whole` queries see each other."""
+        scaling = self.model.scaling
+        if not whole:
+            return self.storage.attend(q, table, length, scaling, angles)
+        rest = q[:, :, whole:].contiguous()
+        seen = length - rest.shape[2]
+        first = seeing_all(lambda one: self.storage.attend(one, table, seen, scaling, angles), q[:, :, :whole])
+        if not rest.shape[2]:
+            return first
+        causal = self.storage.attend(rest, table, length, scaling, angles)
+        return torch.cat([first[0], causal[0]], 1), torch.cat([first[1], causal[1]], 2)
 
 
 def _joined(first: Stored, second: Stored) -> Stored:

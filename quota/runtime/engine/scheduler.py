@@ -259,11 +259,11 @@ class Scheduler:
 
         Where tokens are still to be chosen, chunks go only as far as the first layer that drops, because a choice needs
         the whole prompt; the rest of the layers runs in one step, on fewer rows. Everywhere else a chunk passes all
-        layers.
+        layers. A prompt whose tokens see each other is never cut.
         """
         total, first, layers = len(sequence.tokens), sequence.plan.first_layer, self.segments.layers
         if not sequence.chooses or first is None:
-            end = min(total, sequence.computed + rows)
+            end = max(min(total, sequence.computed + rows), sequence.prefix)
             return Chunk(sequence, sequence.computed, end, 0, layers), end - sequence.computed
         # tokens are chosen before the first layer: from the whole prompt, and what is dropped passes no layer at all
         if not first:
@@ -273,7 +273,7 @@ class Scheduler:
         if begin == total:
             computed = total - sequence.computed - sequence.plan.dropped[-1]
             return Chunk(sequence, sequence.computed, total, first, layers), computed
-        end = min(total, begin + rows)
+        end = max(min(total, begin + rows), sequence.prefix)
         whole = begin == sequence.computed and end == total
         return Chunk(sequence, begin, end, 0, layers if whole else first), end - begin
 

@@ -41,6 +41,7 @@ class Sequence:
         self.client = request.client
         self.tokens = [int(token) for token in request.prompt.ids]
         self.prompt_tokens = len(self.tokens)
+        self.prefix = self.prompt_tokens if model.family.prefix else 0  # tokens that see each other
         _check_tokens(self.tokens, model.vocabulary)
         ids = torch.tensor(self.tokens, dtype=torch.int64)
         index = model.image_index(request.prompt)
@@ -92,6 +93,11 @@ class Sequence:
                 f"selection_tokens: expected a part of the prompt that holds every image, got {self.selecting} of"
                 f" {self.prompt_tokens}"
             )
+        if self.selecting < self.prefix:
+            raise UsageError(
+                f"selection_tokens: expected all {self.prompt_tokens} of a prompt whose tokens see each other, got"
+                f" {self.selecting}"
+            )
 
     def name_pages(self, page_size: int) -> None:
         """Prepare the names under which pages can be shared."""
@@ -99,6 +105,8 @@ class Sequence:
         recipe = digest(self.recipe.dumps().encode()) if self.recipe is not None else b""
         for name, dropped in zip(self.segments.names(), self.plan.dropped, strict=True):
             chosen = (self.first_shown, dropped, self.selecting, recipe) if dropped else None
+            if self.prefix:  # every token is a function of all of them, and of what was dropped
+                name += digest(content.tobytes() + repr(chosen).encode()).hex()
             self.names.append(PageNames(name, page_size, content, chosen))
 
     # counting
@@ -236,6 +244,7 @@ class Sequence:
         chunk.base = tuple(begin if self.chooses else self.slots(s, begin) for s in range(len(self.segments)))
         chunk.cached = tuple(self.positions.of_slots(s, 0, slots) for s, slots in enumerate(chunk.base))
         chunk.shared, chunk.tables, chunk.compact = tuple(self.shared), self.tables, self.positions.compact
+        chunk.origin, chunk.prefix = self.positions.origin, self.prefix
         return chunk
 
     def advance(self, chunk: Chunk) -> None:
