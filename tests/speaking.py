@@ -14,7 +14,8 @@ from quota.models.paligemma import PaliGemmaProcessor
 from quota.models.rtn import quantize_rtn
 from quota.scenes import model as llava
 from quota.scenes import qwen_model as qwen
-from tests.tiny import tiny_mistral3, tiny_paligemma
+from tests.pixtral import tiny_mistral3
+from tests.tiny import tiny_paligemma
 
 INSTRUCTED = (
     "{%- for message in messages -%}{%- if message['role'] != 'assistant' -%}[INST]{%- endif -%}{%- if"

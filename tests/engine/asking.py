@@ -16,9 +16,10 @@ from quota.models.quantize import text_scheme
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
+from tests.pixtral import pixtral_ids, pixtral_pixels
 from tests.prune.recipes import recipe_for, reference_of
 from tests.tiled import tile_pixels, tiles_of
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TILED, TINY, pixtral_ids, pixtral_pixels
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, QWEN_IDS, TILED, TINY
 
 
 class Watched(Engine):

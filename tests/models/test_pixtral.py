@@ -29,7 +29,8 @@ from quota.runtime.patch import patched
 from quota.runtime.prompts import PromptBuilder
 from tests.calib.calibration import mixed_samples, pixtral_folder
 from tests.engine.asking import asked, engine, generated, pixels_of, pixtral_prompt, recipes, run, sized, tokens
-from tests.tiny import IMAGE_TOKEN, PIXTRAL_BREAK, PIXTRAL_END, pixtral_ids, tiny_mistral3, tiny_pixtral
+from tests.pixtral import PIXTRAL_BREAK, PIXTRAL_END, pixtral_ids, tiny_mistral3, tiny_pixtral
+from tests.tiny import IMAGE_TOKEN
 
 QUICK = Settings(steps=2, evaluate_every=1, batch=2, search_rows=64, held_out=1)
 MODELS = {"llava_pixtral": tiny_pixtral, "mistral3": tiny_mistral3}

@@ -15,7 +15,8 @@ from quota.models import find_family, model_fingerprint
 from quota.models.images import runs
 from quota.models.rtn import quantize_rtn
 from quota.runtime.patch import patched
-from tests.tiny import IMAGE_TOKEN, KEY_BIASED, PIXTRAL_END, TILED, TINY, pixtral_pixels
+from tests.pixtral import PIXTRAL_END, pixtral_pixels
+from tests.tiny import IMAGE_TOKEN, KEY_BIASED, TILED, TINY
 
 REFERENCE_TOKENS = 16  # of a dynamic model's typical picture
 KINDS = ("float", "quantized", "vision")
@@ -32,7 +33,7 @@ def tiny_model(family: str, kind: str) -> Any:
 
 def reference_of(family: str) -> dict[str, str]:
     """What a recipe's ratios are of, as a field of it."""
-    return {} if family == "llava" else {"reference": "per_tile" if family in TILED else "per_image"}
+    return {} if family in ("llava", "paligemma") else {"reference": "per_tile" if family in TILED else "per_image"}
 
 
 def recipe_for(
