@@ -203,7 +203,7 @@ def test_check_model() -> None:
         (lambda d: d.update(reference_tokens=10**4000), "reference_tokens"),
         (lambda d: d["model"].update(visual_tokens=10**12), "model.visual_tokens"),
         (lambda d: d.update(seed=2**200), "seed"),
-        (lambda d: d.update(regime="w8a8"), "regime"),
+        (lambda d: d.update(regime="w2a2"), "regime"),
         (lambda d: d.update(regime="x" * 9000), "regime"),
         (lambda d: d["weights"].update(quant=1e300), "weights.quant"),
         (lambda d: d.update(keep=["x"] * 5000), "keep"),
