@@ -359,6 +359,7 @@ Tensor w8a8_linear(Tensor x, Tensor blocks, Tensor w_scale, MaybeTensor bias) {
   check(w_scale, "w_scale", ScalarType::Float, {kFree});
   const int64_t m = x.size(0), k = x.size(1), n = w_scale.size(0), panels = (n + quota::kPanel - 1) / quota::kPanel, lda = quota::padded_k(k);
   check(blocks, "blocks", ScalarType::Char, {panels, lda / quota::kGroup, quota::kPanel, quota::kGroup});
+  STD_TORCH_CHECK(k <= 131000, "x: expected at most 131000 columns, whose sums of products of bytes stay below 2^31, got ", k);
   if (bias) check(*bias, "bias", ScalarType::Float, {n});
   Tensor y = make({m, n}, ScalarType::Float), q = make({m, lda}, ScalarType::Char), scale = make({m}, ScalarType::Float), sum = make({m}, ScalarType::Int);
   const quota::Quantize8Args rows{floats(x), k, static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()),

@@ -12,7 +12,7 @@ from quota.calib.state import BlockReport
 from quota.calib.stream import FloatSource
 from quota.calib.work import WorkFolder, difference
 from quota.core.checkpoint import CheckpointWriter, Manifest
-from quota.core.checkpoint_files import iterate_tensors, weight_files
+from quota.core.checkpoint_files import iterate_tensors, verify_files, weight_files
 from quota.core.errors import CheckpointError
 from quota.models.groups import PARTS
 
@@ -26,9 +26,11 @@ def assemble(source: FloatSource, folders: Mapping[str, Path], out: Path) -> Non
     """Write checkpoint `out`, atomically: blocks of module m from the quantized folder folders[m], everything else from
     the float model. `out` is a path of the cache: an older checkpoint there is replaced.
 
-    CheckpointError when a folder is of another float model or does not hold its module.
+    CheckpointError when a folder is of another float model, does not hold its module or is damaged.
     """
     manifests = {module: Manifest.load(folder) for module, folder in folders.items()}
+    for folder in dict.fromkeys(folders.values()):
+        verify_files(folder, Manifest.load(folder))
     for module, manifest in manifests.items():
         if manifest.source_fingerprint != source.fingerprint or module not in manifest.modules:
             raise CheckpointError(
@@ -66,6 +68,7 @@ def take_unpruned(job: Job, work: WorkFolder, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: expected the same calibration without a recipe, got another ({other or 'of other model files'})"
         )
+    verify_files(folder, manifest)
     first = min(job.candidates, default=job.source.family.layers)
     pruned = {job.source.family.decoder_layer(index) for index in range(first, job.source.family.layers)}
     stored = dict(iterate_tensors(weight_files(folder, manifest)))

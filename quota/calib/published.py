@@ -24,7 +24,7 @@ from quota.calib.stream import FloatSource
 from quota.core.checkpoint import CheckpointWriter, Manifest, check_destination
 from quota.core.errors import CheckpointError
 from quota.core.formats import INT4_GROUPS, MODULES, WEIGHT_ONLY
-from quota.models.base import PARTS
+from quota.models.groups import PARTS
 from quota.nn.weight_linear import WeightLinear
 
 _CODES = range(0, 32, INT4_GROUPS.bits)  # the first bit of each code of a word
@@ -48,7 +48,7 @@ class PublishedSource(FloatSource):
     def _check_kind(self) -> None:
         self.told: Mapping[str, Any] = getattr(self.config, "quantization_config", None) or {}
         method = self.told.get("quant_method")
-        if method not in _READERS:
+        if not isinstance(method, str) or method not in _READERS:
             raise CheckpointError(
                 f"{self.folder.name}: quantization_config.quant_method: expected one of {', '.join(_READERS)}, got"
                 f" {method!r}"
@@ -71,7 +71,7 @@ class PublishedSource(FloatSource):
         module: Any = self.skeleton.get_submodule(linear)
         try:
             return _regrouped(self._read(own), module.out_features, module.in_features)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
             reason = f"lacks {linear}.{error.args[0]}" if isinstance(error, KeyError) else str(error).splitlines()[0]
             raise CheckpointError(f"{self.folder}: {linear}: {reason}") from None
 
@@ -140,18 +140,27 @@ def _block(source: PublishedSource, module: str, path: str) -> dict[str, Tensor]
 
 
 def nibbles(words: Tensor) -> Tensor:
-    """int32 [R, C] -> uint8 [R, 8 C], the lowest code first."""
+    """int32 [R, C] -> uint8 [R, 8 C], the lowest code first. ValueError for another type or shape."""
+    if words.dtype != torch.int32 or words.ndim != 2:
+        raise ValueError(f"expected packed codes in int32 of two dimensions, got {words.dtype} {list(words.shape)}")
     return torch.stack([(words >> first) & (INT4_GROUPS.high) for first in _CODES], -1).flatten(-2).to(torch.uint8)
 
 
 def _packed(own: dict[str, Tensor]) -> Weight:
     n, k = (int(size) for size in own["weight_shape"].tolist())
-    codes, scale = nibbles(own["weight_packed"])[:, :k], own["weight_scale"]
+    codes, scale = _cut(nibbles(own["weight_packed"]), k), own["weight_scale"]
     if "weight_g_idx" in own:
         raise ValueError("weight_g_idx: groups of chosen inputs are not read, groups of neighbours are")
     if "weight_zero_point" in own:
-        return Weight(codes, scale, nibbles(own["weight_zero_point"].T)[:, :n].T)
+        return Weight(codes, scale, _cut(nibbles(own["weight_zero_point"].T), n).T)
     return Weight(codes, scale, torch.full(scale.shape, INT4_GROUPS.middle, dtype=torch.uint8))
+
+
+def _cut(codes: Tensor, count: int) -> Tensor:
+    """[R, count], without the codes that fill the last word. ValueError where more or fewer words are there."""
+    if codes.shape[1] - count not in range(len(_CODES)):
+        raise ValueError(f"expected {count} codes in whole words, got {codes.shape[1]}")
+    return codes[:, :count]
 
 
 def _awq(own: dict[str, Tensor]) -> Weight:
@@ -189,8 +198,13 @@ def _regrouped(weight: Weight, n: int, k: int) -> Weight:
 
 
 def _refused_packed(told: Mapping[str, Any]) -> str | None:
-    groups = list((told.get("config_groups") or {}).values())
-    weights = (groups[0].get("weights") or {}) if len(groups) == 1 and isinstance(groups[0], dict) else {}
+    for name in ("transform_config", "sparsity_config"):
+        if told.get(name):
+            return f"{name}: expected none, got one; only plain int4 weights are read"
+    named = told.get("config_groups")
+    groups = list(named.values()) if isinstance(named, dict) else []
+    weights = groups[0].get("weights") if len(groups) == 1 and isinstance(groups[0], dict) else None
+    weights = weights if isinstance(weights, dict) else {}
     expected = {"num_bits": INT4_GROUPS.bits, "type": "int"}
     if told.get("format") != "pack-quantized" or any(weights.get(name) != value for name, value in expected.items()):
         return "expected format pack-quantized with one group of int4 weights"

@@ -55,7 +55,7 @@ def calibrate(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Quantize a float checkpoint: 4-bit weights, activations and KV cache, weights alone, or weights and KV cache.
+    """Quantize a float checkpoint, by default to 4-bit weights, activations and KV cache.
 
     Works block by block, streamed from the checkpoint: memory is bounded by one block, or by 2 GiB of small ones that
     learn side by side. For each block it learns transforms and clipping thresholds that keep the block's output close
@@ -66,7 +66,7 @@ def calibrate(
     the host, in memory and in OUT.partial. A calibration is continued on the kind of device, and in the dtype, that it
     was begun with.
 
-    `--method gptq` and `--method awq` quantize weights alone, in groups of 128 inputs (W4A16): activations
+    `--method gptq` and `--method awq` alone quantize weights, in groups of 128 inputs (W4A16): activations
     and output head stay float, the cache is float16. With `--scheme w4a16kv4` the cache has four bits too.
     `--method rtn` rounds them to nearest, the baseline of both.
 

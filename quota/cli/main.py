@@ -36,8 +36,8 @@ def main(
 ) -> None:
     """Joint quantization and visual-token pruning of vision-language models.
 
-    A float checkpoint (LLaVA, Qwen-VL) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`) that
-    says how many visual tokens each layer keeps; both together answer questions (`run`, `eval`).
+    A float checkpoint (LLaVA, Qwen-VL and others) becomes a W4A4KV4 checkpoint (`calibrate`) and a recipe (`recipe`)
+    that says how many visual tokens each layer keeps; both together answer questions (`run`, `eval`).
 
     **Start here:** `quota demo` does all of it on an embedded model. Every verb explains itself: `quota VERB --help`.
     """

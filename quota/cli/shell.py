@@ -56,7 +56,7 @@ class ErrorReportingGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("interrupted; run the same command again to continue", err=True)
+            typer.echo("interrupted; run the same command again, which continues where it can", err=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # `quota ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

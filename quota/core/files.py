@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -60,13 +60,16 @@ def atomic_folder(path: str | Path, owns: Callable[[Path], bool] = lambda _: Fal
     """Yields a temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     A folder that is already there is replaced when it is empty or holds only files that `owns`, given the path below
-    the folder, accepts; UsageError otherwise, before and after the block.
+    the folder, accepts; UsageError otherwise, before and after the block. A link is followed: the folder it names is
+    replaced. UsageError for the working folder and those that hold it.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise UsageError(f"{path}: expected a new folder, got the working folder or one that holds it")
     with naming(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     check_removable(path, owns)
-    work = _sibling(path)
+    work, old = _sibling(path), None
     try:
         yield work
         check_removable(path, owns)
@@ -77,6 +80,9 @@ def atomic_folder(path: str | Path, owns: Callable[[Path], bool] = lambda _: Fal
         remove_files(old, owns)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        if old is not None:
+            with suppress(OSError):  # what was at `path` is there again
+                old.rmdir() if path.exists() else old.replace(path)
         raise
 
 

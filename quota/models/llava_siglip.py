@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from quota.core.errors import CheckpointError
+from quota.models.images import ImageInfo, ImageInput, image_digest
 from quota.models.llava import Llava
 from quota.nn.embedding import PatchEmbedding
 
@@ -31,6 +32,11 @@ class LlavaSiglip(Llava):
                 "vision_feature_select_strategy: expected full, got default; a SigLIP tower has no class token to drop"
             )
         self.dims["tower"] = self.tower
+
+    def shown(self, image: ImageInput) -> list[ImageInfo]:
+        """The whole image: its processor resizes and cuts nothing off."""
+        side = self.tile_px // self.vision.patch_size
+        return [ImageInfo(image_digest(image.pixels), (side, side))]
 
     def finish_tower(self, tower: Any) -> None:
         for layer in tower.encoder.layers[self.vision_layers_used :]:

@@ -1,1 +1,1 @@
-"""Quantized modules and the 4-bit cache."""
+"""Quantized modules and their caches."""

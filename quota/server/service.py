@@ -142,7 +142,8 @@ class Service:
             "recipe": None if recipe is None else {"method": recipe.method, "final_keep": recipe.final_keep},
             "prompt_tokens": found.prompt_tokens,
             "images": [
-                {"visual_tokens": tokens, "grid": grid} for tokens, grid in zip(found.images, found.grids, strict=True)
+                {"visual_tokens": tokens, "grid": grid, "tiles": tiles}
+                for tokens, grid, tiles in zip(found.images, found.grids, found.tiles, strict=True)
             ],
             "visual_tokens_by_layer": list(found.visual_by_layer) if found.images else [],
             "kv_bytes": {"kept": found.kv_bytes, "unpruned": found.unpruned_kv_bytes},

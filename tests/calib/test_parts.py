@@ -55,6 +55,10 @@ def test_parts(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert learned == [source.family.decoder_layer(index) for index in (1, 2)]
     with pytest.raises(CheckpointError, match=r"the same calibration without a recipe, got another .recipe is"):
         calibrate(tmp_path / "float", samples, out=tmp_path / "none", unpruned=decoder, **options)
+    file = next(whole.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=file.name):
+        calibrate(tmp_path / "float", samples, out=tmp_path / "none", unpruned=whole, **options)
     assert not list(tmp_path.glob("none*"))
 
 

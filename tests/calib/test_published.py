@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from quota.calib.published import Weight, _regrouped, import_checkpoint
+from quota.calib.published import Weight, _packed, _regrouped, import_checkpoint
 from quota.cli.main import app
 from quota.core.errors import CheckpointError, UsageError
 from quota.models import find_family
@@ -110,7 +110,24 @@ def test_groups_become_ours():
         _regrouped(Weight(codes, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.uint8)), 3, 500)
 
 
-def test_what_is_not_read_leaves_nothing(tmp_path):
+def test_compressed_tensors_of_other_layouts():
+    """Symmetric weights have their zero in the middle; codes and zeros of a byte each, or of other sizes, are none."""
+    codes = torch.randint(0, 16, (8, 128), dtype=torch.uint8)
+    scale, zero = torch.rand(8, 1), torch.randint(0, 16, (8, 1), dtype=torch.uint8)
+    own = written("compressed-tensors", codes, scale, zero)
+    plain = {name: tensor for name, tensor in own.items() if name != "weight_zero_point"}
+    assert torch.equal(_packed(own).zero, zero) and torch.equal(_packed(own).codes, codes)
+    assert _packed(plain).zero.tolist() == [[8]] * 8
+    for name, tensor, reason in (
+        ("weight_zero_point", zero.to(torch.int8), "in int32"),
+        ("weight_packed", codes.to(torch.int8), "in int32"),
+        ("weight_packed", own["weight_packed"].repeat(1, 2), "expected 128 codes in whole words, got 256"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            _packed({**own, name: tensor})
+
+
+def test_what_is_not_read_leaves_nothing(tmp_path, monkeypatch):
     published(tmp_path / "good", "gptq")
     config = json.loads((tmp_path / "good" / "config.json").read_text())
     weights = load_file(tmp_path / "good" / "model.safetensors")
@@ -128,6 +145,13 @@ def test_what_is_not_read_leaves_nothing(tmp_path):
 
     cases = [
         ({"quant_method": "bitsandbytes"}, None, "quant_method: expected one of compressed-tensors, awq, gptq"),
+        ({"quant_method": []}, None, "quant_method: expected one of"),
+        ({"quant_method": "compressed-tensors", "config_groups": []}, None, "one group of int4 weights"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"R1": {}}},
+            None,
+            "transform_config: expected none",
+        ),
         ({"bits": 8}, None, "bits: expected 4, got 8"),
         ({"checkpoint_format": "marlin"}, None, "checkpoint_format: expected gptq"),
         (None, {f"{linear}.scales": None}, f"lacks {linear}.scales"),
@@ -149,6 +173,16 @@ def test_what_is_not_read_leaves_nothing(tmp_path):
     (tmp_path / "full" / "mine").write_text("mine")
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         import_checkpoint(tmp_path / "good", tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    import_checkpoint(tmp_path / "good", tmp_path / "link")  # a link is followed
+    assert (tmp_path / "empty" / "quota.json").is_file() and (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "empty")
+    for path in tmp_path.glob("empty/*"):
+        path.unlink()
+    with pytest.raises(UsageError, match="got the working folder or one that holds it"):
+        import_checkpoint(tmp_path / "good", ".")
+    assert not list(tmp_path.glob(".*"))
     float_folder(tmp_path / "float")
     done = CliRunner().invoke(app, ["import", str(tmp_path / "float"), "--out", str(tmp_path / "out")])
     assert done.exit_code != 0 and "quant_method" in done.output and not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_a_preview_runs_nothing(server):
         steps = server.service.engine.engine.stats.steps
         assert found["prompt_tokens"] == usage.prompt_tokens
         assert found["visual_tokens_by_layer"] == usage.quota["visual_tokens_by_layer"]
-        assert found["images"] == [{"visual_tokens": usage.quota["visual_tokens"], "grid": None}]
+        assert found["images"] == [{"visual_tokens": usage.quota["visual_tokens"], "grid": None, "tiles": 1}]
         kept = found["kv_bytes"]["kept"] < found["kv_bytes"]["unpruned"]
         assert kept == (budget.get("recipe") != "none")
     wrong = httpx.post(f"{server.url}/v1/quota/preview", json={"model": "tiny", "messages": []})

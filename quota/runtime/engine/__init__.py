@@ -1,4 +1,4 @@
-"""Serving many requests at once: a paged 4-bit cache by segment, continuous batching, deterministic sampling."""
+"""Serving many requests at once: a paged cache by segment, continuous batching, deterministic sampling."""
 
 from quota.runtime.engine.async_engine import AsyncEngine, Closed
 from quota.runtime.engine.engine import Engine, EngineConfig, QueueFull

@@ -15,7 +15,7 @@ from quota.runtime.engine.segments import Segments, plan_prompt
 @dataclass(frozen=True)
 class Preview:
     """recipe: under which it would run, at its budget. prompt_tokens: text and visual tokens. images: visual tokens of
-    each image; grids: their (rows, columns) where resolution is dynamic, None for a square and for tiles.
+    each image; grids: their (rows, columns) where it is one raster that is no square; tiles: its rasters.
     visual_by_layer: visual tokens alive in each decoder layer; without a recipe all of them in every layer. kv_bytes,
     unpruned_kv_bytes: of the prompt's keys and values in the cache, with the recipe and without."""
 
@@ -23,6 +23,7 @@ class Preview:
     prompt_tokens: int
     images: tuple[int, ...]
     grids: tuple[tuple[int, int] | None, ...]
+    tiles: tuple[int, ...]
     visual_by_layer: tuple[int, ...]
     kv_bytes: int
     unpruned_kv_bytes: int
@@ -38,11 +39,13 @@ def preview(model: EngineModel, recipes: Recipes, request: Request) -> Preview:
     plan = plan_prompt(recipe, segments, index)
     dropped = [number for span, number in zip(segments.spans, plan.dropped, strict=True) for _ in span]
     per_token = model.block_bytes(1)
+    shown = [model.image_shown(image) for image in prompt.images]
     return Preview(
         recipe,
         tokens,
         tuple(images),
-        tuple(shown[0].grid if len(shown) == 1 else None for shown in map(model.image_shown, prompt.images)),
+        tuple(rasters[0].grid if len(rasters) == 1 else None for rasters in shown),
+        tuple(map(len, shown)),
         tuple(sum(images) - number for number in dropped),
         per_token * sum(tokens - number for number in dropped),
         per_token * tokens * model.layers,

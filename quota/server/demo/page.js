@@ -156,12 +156,13 @@ function drawLayers() {
   drawImage(at);
 }
 
-// The image as the model sees it: whole where its tokens have a grid of their own, else the square in its middle. Tokens that are gone are dark.
+// The image as the model sees it: whole where its tokens have a grid of their own or it is cut into tiles, else the square in its middle. Tokens that
+// are gone are dark; tiles overlap in the image, so their tokens are only counted.
 function drawImage(layer) {
   const canvas = byId("image"), pen = canvas.getContext("2d"), picture = state.picture;
   if (!picture) return;
   const image = state.preview?.images?.[0];
-  const side = Math.min(picture.width, picture.height), square = Boolean(image) && !image.grid;
+  const side = Math.min(picture.width, picture.height), square = image?.tiles === 1 && !image.grid;
   const [left, top, width, height] = square
     ? [(picture.width - side) / 2, (picture.height - side) / 2, side, side]
     : [0, 0, picture.width, picture.height];
@@ -176,7 +177,7 @@ function drawImage(layer) {
     const kept = new Set(state.kept[String(Math.max(...drops))].filter((token) => token < total));
     alive = kept.size;
     pen.fillStyle = "rgba(0, 0, 0, 0.72)";
-    for (let token = 0; token < total; token++) {
+    for (let token = 0; image.tiles === 1 && token < total; token++) {
       if (kept.has(token)) continue;
       const x = token % columns, y = Math.floor(token / columns);
       const [x0, x1] = [x, x + 1].map((edge) => Math.round(edge * canvas.width / columns));
