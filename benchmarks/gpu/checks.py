@@ -15,7 +15,7 @@ from quota.ops import cuda
 from quota.ops.float_linear import FloatWeight
 from quota.ops.w4a4_linear import PackedWeight
 from quota.ops.w4a16_linear import GroupedWeight
-from quota.ops.weights import Factor
+from quota.ops.weights import ByteWeight, Factor
 from quota.quant.affine import quantize_kv, quantize_weight
 from quota.quant.grouped import round_groups
 from quota.quant.pack import pack_int4, pack_uint4
@@ -71,6 +71,8 @@ def _to(value: Any, device: str) -> Any:
         return PackedWeight(value.w_q.to(device), value.w_scale.to(device), value.k)
     if isinstance(value, GroupedWeight):
         return GroupedWeight(value.w_q.to(device), value.w_scale.to(device), value.w_zero.to(device), value.k)
+    if isinstance(value, ByteWeight):
+        return ByteWeight(value.w_q.to(device), value.w_scale.to(device))
     if isinstance(value, Factor):
         return Factor(value.fixed.to(device) * 2.0**value.exponent)
     return FloatWeight(value.w.to(device)) if isinstance(value, FloatWeight) else value
@@ -172,7 +174,11 @@ def all_checks(seed: int, small: bool) -> Iterator[Check]:
         yield case(ops.qkv_append, f"H={heads} Hkv={kv_heads} T={t} D={d}", _qkv, heads, kv_heads, t, d, in_place=True)
     for shape in SMALL_ATTENTIONS if small else ATTENTIONS:
         yield case(ops.kv4_attention, "B={} H={} Hkv={} T={} S={} D={}".format(*shape), _attention, *shape, exact=False)
+        yield case(ops.kv16_attention, "B={} H={} Hkv={} T={} S={} D={}".format(*shape), _halves, *shape, exact=False)
     yield case(ops.kv4_paged_attention, "Hkv=2 D=64", _paged, 4, 2, 64, exact=False)
+    yield case(ops.kv16_paged_attention, "Hkv=2 D=64", _paged_halves, 4, 2, 64, exact=False)
+    for m, k, n in SMALL_LINEARS if small else LINEARS:
+        yield case(ops.w8a8_linear, f"M={m} K={k} N={n}", _bytes, m, k, n)
     for m, k, n in SMALL_GROUPED if small else GROUPED:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             yield case(ops.w4a16_linear, f"M={m} K={k} N={n} {dtype}", _grouped, m, k, n, dtype)
@@ -201,6 +207,24 @@ def all_checks(seed: int, small: bool) -> Iterator[Check]:
     yield case(
         ops.token_gather, "", lambda g: (torch.randn(2, 70, 33, generator=g), torch.randint(0, 70, (2, 9), generator=g))
     )
+
+
+def _halves(g: torch.Generator, b: int, h: int, hkv: int, t: int, s: int, d: int) -> tuple[Any, ...]:
+    k, v = (torch.full((b, hkv, s + 5, d), torch.nan, dtype=torch.float16) for _ in range(2))
+    for cache in (k, v):
+        cache[:, :, :s] = torch.randn(b, hkv, s, d, generator=g).half()
+    return torch.randn(b, h, t, d, generator=g), k, v, s, torch.arange(b, dtype=torch.int32) * min(3, s - 1), d**-0.5
+
+
+def _paged_halves(g: torch.Generator, h: int, hkv: int, d: int) -> tuple[Any, ...]:
+    q, _, _, *rest = _paged(g, h, hkv, d)
+    return q, *(torch.randn(40, hkv, 16, d, generator=g).half() for _ in range(2)), *rest
+
+
+def _bytes(g: torch.Generator, m: int, k: int, n: int) -> tuple[Any, ...]:
+    codes = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
+    weight = ByteWeight(codes, torch.rand(n, generator=g) + 0.01)
+    return torch.randn(m, k, generator=g), weight, torch.randn(n, generator=g)
 
 
 def _grouped(g: torch.Generator, m: int, k: int, n: int, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -52,9 +52,7 @@ def find_family(model_or_config: Any) -> Family:
         or getattr(config, "text_config", None) is None
         or getattr(config, "vision_config", None) is None
     ):
-        raise CheckpointError(
-            f"model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got {kind!r}"
-        )
+        raise CheckpointError(f"model_type: expected one of {', '.join(FAMILIES)}, got {kind!r}")
     return family_class(kind).kind_of(config)(config)
 
 

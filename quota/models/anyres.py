@@ -25,6 +25,7 @@ from quota.models.base import KeyRules, submodule_weight
 from quota.models.images import ImageIndex, ImageInfo, ImageInput, PatchGrid, image_digest, runs
 from quota.models.llava import Llava
 
+_DECIMALS = 7  # of a side in patches before it is cut to whole ones; as the families' own code has it
 _SHRINKS_ABOVE = 1.1  # sides of the grid over those of the limit; as the families' own code has it
 
 
@@ -51,9 +52,9 @@ def lines_of(
     rows, columns = (side * count for count in tiles)
     top = left = 0
     if width / height > columns / rows:
-        top = (rows - int(round(height * (columns / width), 7))) // 2
+        top = (rows - int(round(height * (columns / width), _DECIMALS))) // 2
     else:
-        left = (columns - int(round(width * (rows / height), 7))) // 2
+        left = (columns - int(round(width * (rows / height), _DECIMALS))) // 2
     shape = (rows - 2 * top, columns - 2 * left)
     ratio = 0.0 if most is None else math.sqrt(shape[0] * shape[1] / (most * side**2))
     shrunk = (int(shape[0] // ratio), int(shape[1] // ratio)) if ratio > _SHRINKS_ABOVE else shape

@@ -15,7 +15,7 @@ from typing import Any
 
 from quota.core.documents import read_object, shown
 from quota.core.errors import CheckpointError
-from quota.models import FAMILIES, family_class, find_family
+from quota.models import FAMILIES, find_family
 
 REMEDY = "restore the file, or copy or calibrate the folder again"
 # Names of our folders' own entries: what marks them, and what keeps a transformers that does not know the method from
@@ -188,10 +188,7 @@ def read_config(folder: str | Path) -> Any:
         raise CheckpointError(f"{path}: not readable as a model configuration ({error}); {REMEDY}") from None
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(
-            f"{path}: model_type: expected one of {[family_class(name).description for name in FAMILIES]}, got"
-            f" {shown(kind)}"
-        )
+        raise CheckpointError(f"{path}: model_type: expected one of {', '.join(FAMILIES)}, got {shown(kind)}")
     refuse_code(path, data)
     for name, rule, value in _broken(data):
         raise CheckpointError(f"{path}: {name}: expected {rule.expected}, got {shown(value)}; {REMEDY}")

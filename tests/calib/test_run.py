@@ -118,11 +118,11 @@ def test_packed_model_computes_what_calibration_simulated(folder, tmp_path):
     from quota.models.quantize import quantize_structure
 
     source = FloatSource(folder)
-    for kind, path, width in (
-        ("decoder", "model.language_model.layers.1", 64),
-        ("vision", "model.vision_tower.encoder.layers.0", 32),
+    for kind, path, width, lengths in (
+        ("decoder", "model.language_model.layers.1", 64, [19, 23, 17]),
+        ("vision", "model.vision_tower.encoder.layers.0", 32, [17, 17, 17]),  # 16 patches and the class token
     ):
-        stream = Stream(tmp_path / kind, width, [19, 23, 17], "float32", create=True)
+        stream = Stream(tmp_path / kind, width, lengths, "float32", create=True)
         for item in range(3):
             stream.write(item, torch.randn(stream.lengths[item], width, generator=torch.Generator().manual_seed(item)))
             stream.positions[stream.rows(item)] = range(stream.lengths[item])

@@ -4,6 +4,7 @@ under every kind of company."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from quota.models import FAMILIES, find_family
 from quota.runtime.engine import Prompt
 from quota.runtime.patch import patched
 from tests.engine.asking import (
+    IMAGE_TOKEN,
     asked,
     cases,
     engine,
@@ -119,7 +121,8 @@ def test_chat_keeps_its_first_selection(model, family, recipe):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels_of(model, first)}
         out = model.generate(**inputs, max_new_tokens=5, eos_token_id=None, pad_token_id=0, do_sample=False)
     answer = out[0, ids.shape[1] :].tolist()
-    second = Prompt([*first.ids, *answer, 17, 33, 99, 41], first.images, len(first.ids))
+    said = takewhile(lambda token: token != IMAGE_TOKEN, answer)  # as part of a prompt it would stand for an image
+    second = Prompt([*first.ids, *said, 17, 33, 99, 41], first.images, len(first.ids))
     made = engine(model, default=recipe)
     if find_family(model).prefix:  # what the first turn computed is not what the second would compute of it
         with pytest.raises(UsageError, match=r"selection_tokens: expected all .* see each other"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from quota.core.errors import UsageError
 from quota.runtime.engine.detokenize import Detokenizer, StopStrings
@@ -49,6 +51,21 @@ def test_characters_come_whole():
         (b"\x82", "🙂"),
         (b" ", " "),
         (b"b", "b"),
+    ]
+
+
+def test_a_wrong_byte_after_a_character_holds_nothing_up():
+    """sentencepiece's decoder turns the character before it into U+FFFD too; the text goes on with the next token."""
+    names = ["<unk>", "<0xC4>", "<0xAE>", "<0xB5>", "\u2581i"]
+    made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"))
+    assert [(detokenizer.utf8(token), detokenizer.push(token)) for token in (1, 2, 3, 4, 4)] == [
+        (b"\xc4", ""),
+        (b"\xae", "\u012e"),
+        (b"\xb5", ""),
+        (b" i", "\ufffd\ufffd i"),
+        (b" i", " i"),
     ]
 
 

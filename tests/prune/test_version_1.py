@@ -33,10 +33,10 @@ def world(family: str):
     return tiny_qwen(), qwen_inputs(tiny_qwen(), rows=MIXED)
 
 
-def test_every_score_and_policy_was_written_down() -> None:
+def test_every_score_and_policy_of_version_1_was_written_down() -> None:
     chosen = [selection for rows in STORED.values() for row in rows for selection in row["recipe"]["selections"]]
     assert {selection["score"] for selection in chosen} == set(SCORES)
-    assert {selection["policy"] for selection in chosen} == set(POLICIES)
+    assert {selection["policy"] for selection in chosen} == set(POLICIES) - {"kcenter"}  # no file of version 1 has it
 
 
 @pytest.mark.parametrize(

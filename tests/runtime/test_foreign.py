@@ -265,7 +265,7 @@ def test_a_config_that_is_no_object_or_too_deep(copy, kind):
         (lambda d: d.update(modules=["llm", "tail"]), "modules: expected"),
         (lambda d: d.update(modules=[]), "modules: expected"),
         (lambda d: d.update(regime=[]), "regime: expected"),
-        (lambda d: d.update(regime="w8a8"), "regime"),
+        (lambda d: d.update(regime="w2a2"), "regime"),
         (lambda d: (d["files"].update({"x" * 5000: "0"}), d["bytes"].update({"x" * 5000: 1})), "files"),
         (lambda d: (d["files"].update({"a\0b": "0"}), d["bytes"].update({"a\0b": 1})), "files"),
         (lambda d: d["bytes"].update({"config.json": True}), "files"),

@@ -176,6 +176,7 @@ def test_characters_of_several_tokens(speaking: Running, request: pytest.Fixture
         assert sum(entry.token.startswith(" ") for entry in entries) > 40 and entries[0].token[:1] != " "
         return
     entries = [entry for choice in chat(speaking, n=8, logprobs=True).choices for entry in choice.logprobs.content]
+    entries = [entry for entry in entries if entry.bytes]  # a special token may stand between the two
     pairs = [(a, b) for a, b in pairwise(entries) if b.token and not b.token.isascii() and "\ufffd" not in b.token]
     assert pairs
     for first, second in pairs:

@@ -72,9 +72,12 @@ class Detokenizer:
         return news
 
     def _news(self, unsettled: Sequence[int], final: bool) -> str | None:
-        """Text of the tokens from the settled ones on that was not returned yet; None while it may still change."""
+        """Text of the tokens from the settled ones on that was not returned yet; None while it may still change.
+
+        A wrong byte turns the whole run that it ends into U+FFFD, characters that were returned too: those stay."""
         before, now = self._decode(self._tokens[self._settled : self._given]), self._decode(unsettled)
-        if not final and (now.endswith(_REPLACEMENT) or not now.startswith(before)):
+        changed = not now.startswith(before) and _REPLACEMENT not in now
+        if not final and (now.endswith(_REPLACEMENT) or changed):
             return None
         return now[len(before) :]
 

@@ -44,11 +44,11 @@ class Sequence:
         self.prefix = self.prompt_tokens if model.family.prefix else 0  # tokens that see each other
         _check_tokens(self.tokens, model.vocabulary)
         ids = torch.tensor(self.tokens, dtype=torch.int64)
-        index = model.image_index(request.prompt)
-        self.visual, self.shown = index.visual[0].numpy(), (index.image[0] >= 0).numpy()
         sizes = [
             model.image_tokens(image) for image in request.prompt.images
         ]  # refuses what is no image, so it comes first
+        index = model.image_index(request.prompt)
+        self.visual, self.shown = index.visual[0].numpy(), (index.image[0] >= 0).numpy()
         self.images = [
             (model.image_digest(image), size) for image, size in zip(request.prompt.images, sizes, strict=True)
         ]
