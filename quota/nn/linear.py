@@ -132,8 +132,9 @@ class RoundedLinear(SchemeLinear):
 
     @staticmethod
     def of_codes(q: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-        """Codes uint8 [N, K] that count from 0, scale and zero [N, G] of a search -> the tensors."""
-        raise NotImplementedError
+        """Codes uint8 [N, K] that count from 0, scale and zero [N, G] of a search -> the tensors. TypeError where no
+        search makes the format's codes."""
+        raise TypeError("of_codes: expected a format of integer codes; no method makes others from a search")
 
     @staticmethod
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from quota.models.quantize import text_scheme
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Engine, EngineConfig, Output, Prompt, Request, SamplingParams
 from quota.runtime.engine.kv_storage import block_bytes
+from quota.runtime.patch import patched
 from tests.pixtral import pixtral_ids, pixtral_pixels
 from tests.prune.recipes import recipe_for, reference_of
 from tests.tiled import tile_pixels, tiles_of
@@ -182,6 +184,16 @@ def generated(model: Any, prompt: Prompt, tokens: int = 6) -> list[int]:
         **inputs, max_new_tokens=tokens, min_new_tokens=0, eos_token_id=None, pad_token_id=0, do_sample=False
     )
     return out[0, ids.shape[1] :].tolist()
+
+
+def assert_serves_as_generate(model: Any, prompts: Iterable[Prompt], recipe: str | None) -> None:
+    """The engine, all prompts together and cut into pieces, answers what `generate` does; recipe: one of `recipes`."""
+    cases = {str(number): one for number, one in enumerate(prompts)}
+    with patched(model, recipes(model)[recipe]) if recipe is not None else nullcontext():
+        want = {name: generated(model, one) for name, one in cases.items()}
+    made = engine(model, default=recipe, step_tokens=7)
+    together = run(made, [asked(name, one) for name, one in cases.items()])
+    assert {name: tokens(out) for name, out in together.items()} == want
 
 
 def logits(model: Any, requests: Iterable[Request], **options: Any) -> Watched:

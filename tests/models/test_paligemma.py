@@ -25,10 +25,19 @@ from quota.models.rtn import quantize_rtn
 from quota.nn.padding import prefix_end
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.export import _hub as exported_name
-from quota.runtime.patch import patched
 from quota.runtime.prompts import PromptBuilder
 from tests.calib.calibration import assert_stream_keeps, paligemma_folder, picture_samples, selected
-from tests.engine.asking import asked, engine, generated, picture, pixels_of, prompt, recipes, run, tokens
+from tests.engine.asking import (
+    asked,
+    assert_serves_as_generate,
+    engine,
+    generated,
+    picture,
+    pixels_of,
+    prompt,
+    run,
+    tokens,
+)
 from tests.tiny import paligemma_inputs, tiny_paligemma
 
 QUICK = Settings(steps=2, evaluate_every=1, batch=2, search_rows=64, held_out=1)
@@ -160,16 +169,7 @@ def test_the_calibration_drops_what_the_pruner_drops(folder, tmp_path, changes):
 
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
 def test_calibrated_it_serves_what_generate_answers(calibrated, recipe):
-    cases, want = {str(i): case for i, case in enumerate(prompts(calibrated))}, {}
-    for number, case in cases.items():
-        if recipe is None:
-            want[number] = generated(calibrated, case)
-        else:
-            with patched(calibrated, recipes(calibrated)[recipe]):
-                want[number] = generated(calibrated, case)
-    made = engine(calibrated, default=recipe, step_tokens=7)
-    together = run(made, [asked(number, case) for number, case in cases.items()])
-    assert {name: tokens(out) for name, out in together.items()} == want
+    assert_serves_as_generate(calibrated, prompts(calibrated), recipe)
 
 
 def test_it_opens_through_transformers_own_door(calibrated):

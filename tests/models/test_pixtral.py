@@ -25,10 +25,19 @@ from quota.models.quantize import quantized_linears
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine.model import EngineModel
 from quota.runtime.export import _hub as exported_name
-from quota.runtime.patch import patched
 from quota.runtime.prompts import PromptBuilder
 from tests.calib.calibration import mixed_samples, pixtral_folder
-from tests.engine.asking import asked, engine, generated, pixels_of, pixtral_prompt, recipes, run, sized, tokens
+from tests.engine.asking import (
+    asked,
+    assert_serves_as_generate,
+    engine,
+    generated,
+    pixels_of,
+    pixtral_prompt,
+    run,
+    sized,
+    tokens,
+)
 from tests.pixtral import PIXTRAL_BREAK, PIXTRAL_END, pixtral_ids, tiny_mistral3, tiny_pixtral
 from tests.tiny import IMAGE_TOKEN
 
@@ -207,16 +216,7 @@ def test_calibrated_it_holds_every_module(calibrated):
 
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
 def test_calibrated_it_serves_what_generate_answers(calibrated, recipe):
-    cases, want = {str(i): case for i, case in enumerate(prompts(calibrated))}, {}
-    for number, case in cases.items():
-        if recipe is None:
-            want[number] = generated(calibrated, case)
-        else:
-            with patched(calibrated, recipes(calibrated)[recipe]):
-                want[number] = generated(calibrated, case)
-    made = engine(calibrated, default=recipe, step_tokens=7)
-    together = run(made, [asked(number, case) for number, case in cases.items()])
-    assert {name: tokens(out) for name, out in together.items()} == want
+    assert_serves_as_generate(calibrated, prompts(calibrated), recipe)
 
 
 def test_it_opens_through_transformers_own_door(calibrated):

@@ -19,9 +19,18 @@ from quota.models.images import ImageInput
 from quota.models.quantize import quantized_linears
 from quota.models.rtn import quantize_rtn
 from quota.runtime.engine import Prompt
-from quota.runtime.patch import patched
 from tests.calib.calibration import mixed_samples, qwen_folder
-from tests.engine.asking import asked, engine, generated, patches, pixels_of, qwen_prompt, recipes, run, tokens
+from tests.engine.asking import (
+    asked,
+    assert_serves_as_generate,
+    engine,
+    generated,
+    patches,
+    pixels_of,
+    qwen_prompt,
+    run,
+    tokens,
+)
 from tests.tiny import IMAGE_TOKEN, TINY
 
 QUICK = Settings(steps=2, evaluate_every=1, batch=2, search_rows=64, held_out=1)
@@ -103,16 +112,7 @@ def test_it_opens_through_transformers_own_door(calibrated):
 @pytest.mark.parametrize("recipe", [None, "pruned", "compact"])
 @pytest.mark.parametrize("name", NEW, indirect=True)
 def test_calibrated_it_serves_what_generate_answers(calibrated, recipe):
-    cases, want = {str(i): case for i, case in enumerate(prompts(calibrated))}, {}
-    for number, case in cases.items():
-        if recipe is None:
-            want[number] = generated(calibrated, case)
-        else:
-            with patched(calibrated, recipes(calibrated)[recipe]):
-                want[number] = generated(calibrated, case)
-    made = engine(calibrated, default=recipe, step_tokens=7)
-    together = run(made, [asked(number, case) for number, case in cases.items()])
-    assert {name: tokens(out) for name, out in together.items()} == want
+    assert_serves_as_generate(calibrated, prompts(calibrated), recipe)
 
 
 @pytest.mark.parametrize("name", NEW, indirect=True)
